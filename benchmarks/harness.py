@@ -1,0 +1,156 @@
+"""What all benchmarks share: fair timing, peak memory, where a number comes from, and the CSV that keeps it.
+
+A number without its machine, commit and versions cannot be compared, so `stamp` goes on every row. Callables that are
+compared run interleaved (a b c a b c ...), so that a noisy minute hits all of them alike; the median of the rounds is
+reported with its quartiles. Run a benchmark from the checkout: `python -m benchmarks.bench_packing`.
+"""
+
+import csv
+import importlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def time_interleaved(
+    functions: dict[str, Callable[[], object]], *, repeats: int = 7, warmup: int = 1, baseline: str | None = None
+) -> list[dict]:
+    """Time the functions in turn, `repeats` rounds after `warmup` uncounted ones.
+
+    Returns a row per function: name, seconds (median), q1, q3 and, with a baseline, `speedup`: the median over the
+    rounds of the baseline's time divided by this function's time in the same round. A function that starts work on a
+    GPU must wait for it before it returns.
+    """
+    seconds = {name: [] for name in functions}
+    for round_number in range(warmup + repeats):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            if round_number >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    rows = []
+    for name, times in seconds.items():
+        q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive") if repeats > 1 else times * 3
+        row = {"name": name, "seconds": median, "q1": q1, "q3": q3}
+        if baseline is not None:
+            row["speedup"] = statistics.median(b / t for b, t in zip(seconds[baseline], times))
+        rows.append(row)
+    return rows
+
+
+def in_fresh_process(target: str, **arguments) -> dict:
+    """Call "module:function" with JSON arguments in a new Python process; returns its dict and `peak_mb`, the process's
+    peak resident memory in MiB. Memory of earlier cases, or of this process, does not count."""
+    code = "from benchmarks.harness import _answer; _answer()"
+    command = [sys.executable, "-c", code, target, json.dumps(arguments)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])  # whatever the function printed itself comes before
+
+
+def _answer() -> None:
+    module, name = sys.argv[1].split(":")
+    answer = getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))
+    print(json.dumps({**answer, "peak_mb": _memory_mb("VmHWM")}))
+
+
+def extra_memory(function: Callable[[], object]) -> tuple[object, float]:
+    """Call the function; returns its result and how far resident memory rose above its level before the call, in MiB.
+
+    Linux only. Call it once, in a fresh process: memory that was used before and is free again would hide a rise.
+    """
+    Path("/proc/self/clear_refs").write_text("5")  # the peak (VmHWM) starts again from the present level
+    before = _memory_mb("VmRSS")
+    result = function()
+    return result, _memory_mb("VmHWM") - before
+
+
+def _memory_mb(field: str) -> float:
+    """VmRSS (resident now) or VmHWM (its peak) of this process in MiB."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except FileNotFoundError:  # not Linux: only the peak is known, in bytes on a Mac
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
+
+
+def stamp() -> dict:
+    """Where and when: date, commit, processor, threads, versions, GPU. Goes on every row of a CSV."""
+    torch = sys.modules.get("torch")  # reported as the benchmark uses it, not imported for the stamp
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
+        "commit": _commit(),
+        "cpu": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads() if torch else os.environ.get("OMP_NUM_THREADS", ""),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "triton", "numpy")},
+        "gpu": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else "",
+    }
+
+
+def _commit() -> str:
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("rev-parse", "--short=12", "--verify", "--quiet", "HEAD")
+    # The results that this very run writes do not make the code another one.
+    return (commit or "none") + ("-dirty" if git("status", "--porcelain", "--", ".", ":!benchmarks/results") else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except FileNotFoundError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def write_csv(name: str, rows: list[dict]) -> Path:
+    """Append the rows, stamped, to benchmarks/results/<name>.csv. Columns keep their order; new ones go to the end."""
+    path = RESULTS / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            old = list(csv.DictReader(file))
+    where = stamp()
+    everything = old + [{**row, **where} for row in rows]
+    columns = list(dict.fromkeys(column for row in everything for column in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: _text(v) for k, v in row.items()} for row in everything)
+    return path
+
+
+def print_table(rows: list[dict]) -> None:
+    """Print the rows, aligned, with every column that any of them has."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = [columns] + [[_text(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def _text(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

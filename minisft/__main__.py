@@ -1,0 +1,46 @@
+"""`minisft COMMAND ...` = `python -m minisft COMMAND ...`. Only the command that is asked for is imported."""
+
+import importlib
+import sys
+from difflib import get_close_matches
+
+from minisft import __version__
+from minisft.errors import UserError
+
+COMMANDS = {  # name: (module with main(argv) -> exit code, what it does)
+    "train": ("minisft.train", "fine-tune a model: train CONFIG.toml"),
+    "generate": ("minisft.commands.generate", "answer prompts with a trained model"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if name in ("-h", "--help", ""):
+        print(_usage(), file=sys.stdout if name else sys.stderr)
+        return 0 if name else 2
+    if name in ("-V", "--version"):
+        print(f"minisft {__version__}")
+        return 0
+    try:
+        if name not in COMMANDS:
+            near = get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
+            raise UserError(f"unknown command {name}", hint=hint)
+        return importlib.import_module(COMMANDS[name][0]).main(rest)
+    except UserError as error:
+        print(f"minisft: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("minisft: interrupted", file=sys.stderr)
+        return 130
+
+
+def _usage() -> str:
+    lines = ["usage: python -m minisft COMMAND ...", ""]
+    lines += [f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join([*lines, "", "COMMAND --help tells more."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped, written so that a crash cannot spoil it.
+
+    <output_dir>/checkpoints/step-00000010/
+        model.safetensors, config.json, tokenizer files   what `write_model` writes; transformers loads this folder
+        optimizer.safetensors    every state tensor as "<parameter name>.<state key>", in its own dtype, bit for bit
+        trainer_state.json       the step and what the loop adds: epoch, position in the data, loss scale, ...
+        manifest.json            every file with size and sha256
+
+Leave out any of it and training still seems to resume: without the moments, or with moments in bf16, the first loss
+after the resume is exactly right and the weights drift away over the next steps. So a missing or unknown tensor is an
+error.
+
+A save is an atomic folder (files.py): the checkpoint of one step, whole, or none. Only safetensors and JSON are ever
+read back, so a checkpoint from a stranger cannot run code. The hyperparameters (learning rate, betas, ...) are not in
+it: the configuration and the schedule say them anew.
+"""
+
+import errno
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minisft.errors import CONFIG, DATA, SAVE, UserError
+from minisft.files import (
+    atomic_folder,
+    dump_json,
+    free_bytes,
+    parse_json,
+    read_json,
+    read_manifest,
+    remove_folder,
+    require_space,
+    verify_folder,
+    write_json,
+)
+
+MAX_FAILED_SAVES = 3  # in a row; then the run stops with exit code 74
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+# ------------------------------------------------------------------------------------------------- save
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    *,
+    write_model: Callable[[Path], None],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    keep: int | None,
+    pinned: Collection[Path] = (),
+) -> Path:
+    """Write folder/step-XXXXXXXX, then delete all but the newest `keep` checkpoints (None: keep all).
+
+    write_model(path): writes the model (its exact weights) and the tokenizer into the folder `path`.
+    state: JSON values, without NaN. pinned: checkpoints never to delete (the best, the one resumed from).
+    Checkpoints of this step or a later one belong to a run that this one replaces (it started over, or from an earlier
+    checkpoint): they are renamed to step-XXXXXXXX.replaced-N, out of sight of resume = "auto".
+    Raises OSError or SafetensorError when the disk refuses; then all other checkpoints are untouched.
+    """
+    target = folder / f"step-{step:08d}"
+    needed, free = checkpoint_bytes(model, optimizer), free_bytes(folder)
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free", str(folder))
+    with atomic_folder(target, {"step": step}, move_existing_to=_name_aside(target)) as temporary:
+        write_model(temporary)
+        _save_optimizer(temporary / "optimizer.safetensors", model, optimizer)
+        write_json(temporary / "trainer_state.json", {"step": step, **state})
+
+    for later in [path for path in checkpoints(folder) if step_of(path) > step]:
+        aside = later.rename(_name_aside(later))
+        print(f"minisft: {later} is of a run that this one replaces; renamed to {aside.name}", file=sys.stderr)
+    _delete_old(folder, keep, pinned)
+    return target
+
+
+def try_save(failures: int, folder: Path, step: int, **arguments) -> int:
+    """`save_checkpoint` for a run that a full disk should not end: 0 where it worked, else failures + 1.
+
+    failures: how many saves failed in a row before this one. A failure is told on stderr and the next save tries again;
+    the third in a row raises UserError (exit code SAVE). A last save, which has no next, passes MAX_FAILED_SAVES - 1.
+    """
+    try:
+        save_checkpoint(folder, step, **arguments)
+        return 0
+    except (OSError, SafetensorError) as error:
+        message = f"the checkpoint of step {step} could not be saved: {error}"
+        hint = f"the earlier checkpoints in {folder} are untouched; free some space there and resume"
+        if failures + 1 >= MAX_FAILED_SAVES:
+            raise UserError(message, hint=hint, exit_code=SAVE) from error
+        print(f"minisft: WARNING {message}; training goes on and the next save tries again", file=sys.stderr)
+        return failures + 1
+
+
+def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of one checkpoint: the weights, and the optimizer's state or, before its first step, two moments."""
+    weights = sum(p.nbytes for p in model.parameters())
+    state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor))
+    return weights + (state or sum(2 * p.nbytes for p in model.parameters() if p.requires_grad))
+
+
+def require_space_for_checkpoints(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int | None
+) -> None:
+    """Refuse at the start (UserError, exit code SAVE) what would fail at a save: the disk holds the newest checkpoint
+    while the next is written. Where `keep` of them are there already, there has to be room for the next alone."""
+    coming = 1 if keep and len(checkpoints(folder)) >= keep else 2
+    require_space(folder, int(1.1 * coming * checkpoint_bytes(model, optimizer)), "saving checkpoints")
+
+
+# ------------------------------------------------------------------------------------------------- find and load
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name; -1 for any other name."""
+    match = STEP_FOLDER.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first: whole by manifest and sizes. Resume checks the hashes too."""
+    return [path for path in _step_folders(folder) if _problem(path, hashes=False) is None]
+
+
+def find_checkpoint(folder: Path, resume: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Where to resume from: (a checkpoint that verifies, or None; the newer ones that do not, each with the reason).
+
+    resume: "never"; "auto", the newest that verifies; or the path of one, which must verify (UserError otherwise).
+    """
+    if resume == "never":
+        return None, []
+    if resume != "auto":
+        path = Path(resume)
+        if not path.is_dir():
+            there = ", ".join(str(p) for p in checkpoints(folder)) or "none"
+            raise UserError(f"resume = '{path}': no such folder", hint=f"checkpoints: {there}", exit_code=CONFIG)
+        if reason := verify_folder(path) or _missing_parts(path):
+            hint = "resume = 'auto' takes the newest checkpoint that verifies"
+            raise UserError(f"the checkpoint {path} does not verify: {reason}", hint=hint, exit_code=DATA)
+        return path, []
+    skipped = []
+    for path in reversed(_step_folders(folder)):
+        reason = _problem(path)
+        if reason is None:
+            return path, skipped
+        skipped.append((path, reason))
+    return None, skipped
+
+
+def load_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    load_model_weights: Callable[[nn.Module, Path], object],
+) -> dict:
+    """Restore weights and optimizer state in place; return trainer_state.json, with "step".
+
+    `path` comes from find_checkpoint, so its files have been verified. load_model_weights(model, path) copies the
+    weights into the model. Raises UserError where the optimizer's parameters are not those of the checkpoint.
+    """
+    load_model_weights(model, path)
+    _load_optimizer(path / "optimizer.safetensors", model, optimizer)
+    return read_json(path / "trainer_state.json")
+
+
+# ------------------------------------------------------------------------------------------------- parts
+
+
+def _named_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[nn.Parameter, dict]]:
+    """name -> (parameter, its group) for all that the optimizer trains."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: (p, group) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _save_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """State tensors as tensors; the names of all parameters, and state that is not a tensor, as JSON in the header."""
+    tensors, others = {}, {}
+    for name, (parameter, _) in _named_parameters(model, optimizer).items():
+        state = optimizer.state.get(parameter, {})
+        assert not any("." in key for key in state), "the last dot separates name and key"
+        tensors |= {f"{name}.{key}": v.contiguous() for key, v in state.items() if isinstance(v, Tensor)}
+        others[name] = {key: v for key, v in state.items() if not isinstance(v, Tensor)}
+    save_file(tensors, path, metadata={"parameters": dump_json(others).decode()})
+
+
+def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    named = _named_parameters(model, optimizer)
+    with safe_open(path, framework="pt") as file:
+        saved = parse_json((file.metadata() or {}).get("parameters", "").encode(), str(path))
+        for word, names in (("lacks", named.keys() - saved.keys()), ("has also", saved.keys() - named.keys())):
+            if names:
+                few = ", ".join(sorted(names)[:5])
+                raise UserError(
+                    f"{path} {word} the state of {len(names)} parameters: {few}{' ...' if len(names) > 5 else ''}",
+                    hint="resume with the model and the trainable parameters that the checkpoint was made with",
+                    exit_code=DATA,
+                )
+        optimizer.state.clear()
+        for name, others in saved.items():
+            if others:
+                optimizer.state[named[name][0]].update(others)
+        for full_name in file.keys():
+            name, key = full_name.rsplit(".", 1)
+            parameter, group = named[name]
+            value = file.get_tensor(full_name)
+            # torch's convention: a step counter lives on the CPU unless the optimizer is fused or capturable
+            counter = value.ndim == 0 and not (group.get("fused") or group.get("capturable"))
+            optimizer.state[parameter][key] = value.to("cpu" if counter else parameter.device, copy=True)
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    """Everything named like a checkpoint, oldest first, whole or not."""
+    return sorted((p for p in Path(folder).glob("step-*") if step_of(p) >= 0), key=step_of)
+
+
+def _missing_parts(path: Path) -> str | None:
+    files = read_manifest(path)["files"]
+    parts = ("optimizer.safetensors", "trainer_state.json")
+    missing = [name for name in parts if name not in files]
+    return f"it holds no {', '.join(missing)}" if missing else None
+
+
+def _problem(path: Path, *, hashes: bool = True) -> str | None:
+    """None where `path` is the checkpoint that its name says, else what is wrong with it."""
+    reason = verify_folder(path, hashes=hashes) or _missing_parts(path)
+    if reason is None and (step := read_manifest(path).get("step")) != step_of(path):
+        reason = f"it was written as step {step}"
+    return reason
+
+
+def _name_aside(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}.replaced-{n}") for n in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def _delete_old(folder: Path, keep: int | None, pinned: Collection[Path]) -> None:
+    """Delete whole checkpoints beyond the newest `keep`. Damaged, linked and foreign folders do not count, and stay."""
+    if not keep:
+        return
+    protected = {Path(path).resolve() for path in pinned}
+    for path in [path for path in checkpoints(folder) if not path.is_symlink()][:-keep]:
+        if path.resolve() in protected:
+            continue
+        try:
+            remove_folder(path)
+        except (OSError, UserError) as error:
+            print(f"minisft: WARNING the old checkpoint {path} could not be deleted: {error}", file=sys.stderr)

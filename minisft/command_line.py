@@ -1,0 +1,111 @@
+"""The command line of a run: CONFIG.toml --name value --name=value --flag, and the text of --help."""
+
+import textwrap
+import tomllib
+from dataclasses import MISSING
+from typing import Any, Literal, get_args, get_origin
+
+from minisft.config import ALIASES, KEYS, SECTIONS, UNSUPPORTED, Config
+from minisft.config_file import full_name
+from minisft.config_values import as_toml, choices
+from minisft.errors import UserError
+
+USAGE = """\
+usage: python -m minisft.train CONFIG.toml [--KEY VALUE ...]
+"""
+
+EXAMPLES = """\
+examples:
+  python -m minisft.train configs/quickstart.toml
+  python -m minisft.train run.toml --learning_rate 1e-4 --packing --output_dir runs/a
+  python -m minisft.train run.toml --train.max_steps=100 --data.train_data 'rows/*.jsonl[:10%]'
+  python -m minisft.train run.toml --report_to tensorboard,wandb --max_grad_norm none
+
+A key is written with its section or, where only one section has it, alone. The command line comes before the file, the
+file before the defaults below. A file may start from another one with `extends = "base.toml"`.
+"""
+
+HELP_COLUMN, HELP_WIDTH = 44, 120
+
+
+def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """(path of the configuration or None, {name: value}). Raises UserError.
+
+    A key that is true or false may stand alone: it takes the next word only if that is true, false or none.
+    """
+    path, overrides, rest = None, {}, list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            if path is not None:
+                hint = "one can extend the other, with `extends` in the file"
+                raise UserError(f"command line: two configuration files, {path} and {word}", hint=hint)
+            path = word
+            continue
+        if not word.startswith("--"):
+            raise UserError(f"command line: unknown option {word}", hint="options are --name value; see --help")
+        name, has_value, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        kinds = _kinds(name)
+        if not has_value:
+            follows = bool(rest) and not rest[0].startswith("--")
+            if bool in kinds and str not in kinds:
+                follows = follows and rest[0].lower() in ("true", "false", "none")
+            if not follows and bool not in kinds:
+                raise UserError(f"command line: --{name} needs a value", hint=f"--{name} VALUE")
+            text = rest.pop(0) if follows else "true"
+        overrides[name] = _parse_word(text, kinds)
+    return path, overrides
+
+
+def _kinds(name: str) -> set[type]:
+    """The types of value that --name takes; empty where anything goes."""
+    key, entry = full_name(name, "command line", by_last_part=True)
+    last = name.rpartition(".")[2]
+    if entry or key is None:
+        return {bool} if not entry and last in UNSUPPORTED else set()
+    if isinstance(ALIASES.get(last), tuple) and name not in KEYS:
+        return {type(theirs) for theirs in ALIASES[last][1]} | ({str} if KEYS[key].type is str else set())
+    kind = KEYS[key].type
+    if get_origin(kind) is tuple:
+        return {list, str}
+    return {str} if get_origin(kind) is Literal else {kind, *get_args(kind)}
+
+
+def _parse_word(text: str, kinds: set[type]) -> Any:
+    """The value of a word: TOML where it looks like it, a number or a truth where the key takes one, else the word."""
+    if text[:1] in ("[", "{", '"', "'"):
+        try:
+            return tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            pass  # a plain word that begins like TOML
+    if list in kinds and "," in text:
+        return text.split(",")
+    if (bool in kinds or not kinds) and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if str not in kinds:
+        for number in (int, float):
+            try:
+                return number(text)
+            except ValueError:
+                pass
+    return text
+
+
+def help_text() -> str:
+    """Usage, examples, and every key with its default and what it does."""
+    lines = [USAGE, EXAMPLES]
+    for section, kind in {"": Config, **SECTIONS}.items():
+        lines.append(f"[{section}]  {kind.__doc__}" if section else kind.__doc__)
+        for key, f in KEYS.items():
+            if key.rpartition(".")[0] != section:
+                continue
+            words = choices(f.type)
+            text = f.metadata["help"] + (f" ({' | '.join(words)})" if words else "")
+            default = {} if f.default is MISSING else f.default
+            head = f"  {f.name} = {as_toml(default)}".ljust(HELP_COLUMN - 1)
+            first, *more = textwrap.wrap(text, HELP_WIDTH - HELP_COLUMN)
+            lines.append(f"{head} {first}")
+            lines += [" " * HELP_COLUMN + line for line in more]
+        lines.append("")
+    return "\n".join(lines).rstrip()

@@ -1,0 +1,347 @@
+"""The configuration: one frozen dataclass for each section of the TOML file.
+
+Every key is one line below: its name and type, its default, and the sentence that `--help` prints. The names are those
+of Hugging Face and TRL; other trainers' names for the same thing are translated by the one table `ALIASES`.
+
+config_file.py reads a file and the command line into a `Config`; config_values.py knows the types. No part of the
+engine below the loop sees the whole `Config`: a component takes plain arguments or its own section.
+"""
+
+import importlib.util
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from minisft.config_values import as_toml
+from minisft.errors import UserError
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """One key: default, line of --help, and limits: above, at_least, below, at_most; is_path = "data" | "model"."""
+    metadata = {"help": help, **limits}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+Format = Literal[
+    "auto", "text", "messages", "prompt_completion", "instruction", "question_answer", "sharegpt", "input_ids"
+]
+Sources = str | list | dict | None  # a path, a table {path, name, weight, split, format, field_map}, or a list of these
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The model and its tokenizer."""
+
+    model_name_or_path: str | None = option(None, "a local folder or a Hugging Face repository", is_path="model")
+    revision: str | None = option(None, "branch, tag or commit of that repository")
+    config: dict | None = option(None, "a Hugging Face config as a table: train from random weights instead")
+    tokenizer_name_or_path: str | None = option(None, "folder or repository; none = the model's", is_path="model")
+    chat_template: str | None = option(None, '"chatml" or a .jinja file; none = the tokenizer\'s', is_path="data")
+    kernels: Literal["auto", "triton", "torch", "reference"] = option(
+        "auto", "auto = Triton on a GPU that has the kernel, torch elsewhere; reference = the naive formulas"
+    )
+    gradient_checkpointing: bool = option(False, "recompute each block in the backward: less memory, about 30 % slower")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """The rows, what is trained in them, and how they are packed."""
+
+    train_data: Sources = option(
+        None,
+        "file or glob (.jsonl .json .csv .txt), with a slice as in rows.jsonl[:10%]; or a table {path, name, weight, "
+        "split, format, field_map}; or a list of these",
+        is_path="data",
+    )
+    eval_data: Sources = option(
+        None, "the same for evaluation; or a table that gives each evaluation set a name", is_path="data"
+    )
+    eval_fraction: float = option(0.0, "part of the training rows held out for evaluation", at_least=0, below=1)
+    format: Format = option("auto", "what a row looks like; auto = found out from its fields")
+    field_map: dict = option({}, "your field = our field, as in {query = 'prompt', reply = 'completion'}")
+    dataset_text_field: str = option("text", "field of plain text rows")
+    prompt_format: Literal["auto", "chat", "plain"] = option(
+        "auto", "prompt and answer through the chat template, or as plain text; auto = chat if there is a template"
+    )
+    response_marker: str | None = option(None, "plain text with turns inside: the marker that opens a trained turn")
+    instruction_marker: str | None = option(None, "the marker that closes it")
+    completion_only_loss: bool | None = option(None, "train the answer only; none = yes for rows with a prompt")
+    assistant_only_loss: bool | None = option(None, "train the assistant's turns only; none = yes for conversations")
+    add_eos: bool = option(True, "end plain text with the EOS token")
+    add_special_tokens: bool = option(True, "let the tokenizer add its own special tokens (BOS) to plain text")
+    on_bad_row: Literal["error", "skip"] = option("error", "stop at a malformed row, or count and skip it")
+    max_length: int | None = option(1024, "tokens of a document and of a pack; none = no limit", at_least=2)
+    truncation: Literal["right", "left", "drop", "error"] = option(
+        "right", "longer documents: the side that is cut off (and counted), or drop, or error"
+    )
+    packing: bool = option(False, "fill packs of max_length tokens with whole documents")
+    packing_strategy: Literal["bfd", "ffd", "bfd_split", "wrapped"] = option(
+        "bfd", "best-fit or first-fit decreasing; bfd_split cuts long documents in pieces; wrapped cuts anywhere"
+    )
+    eval_packing: bool | None = option(None, "packing for evaluation; none = as packing")
+    shuffle: bool = option(True, "deal the rows anew every epoch")
+    cache_dir: str | None = option(None, "folder of the token cache; none = token_cache beside output_dir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    """The optimizer, the schedule and the arithmetic of a step."""
+
+    learning_rate: float = option(2e-5, "peak learning rate", above=0)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = option("linear", "learning rate after the warm-up")
+    min_lr: float = option(0.0, "learning rate at the end (linear, cosine)", at_least=0)
+    warmup_steps: int = option(0, "steps from 0 to the peak", at_least=0)
+    warmup_ratio: float = option(0.0, "the same as a part of all steps", at_least=0, at_most=1)
+    num_train_epochs: float = option(3.0, "passes over the training data", above=0)
+    max_steps: int = option(-1, "number of optimizer steps; -1 = as num_train_epochs says", at_least=-1)
+    per_device_train_batch_size: int = option(8, "rows, or packs, of a micro-batch", at_least=1)
+    gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step", at_least=1)
+    optim: Literal["adamw"] = option("adamw", "optimizer")
+    weight_decay: float = option(0.0, "for matrices; biases and norms never decay", at_least=0)
+    adam_beta1: float = option(0.9, "decay of the mean of the gradients", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "decay of the mean of their squares", at_least=0, below=1)
+    adam_epsilon: float = option(1e-8, "added to the denominator", above=0)
+    max_grad_norm: float | None = option(1.0, "clip the gradient to this norm; none = measure, do not clip", above=0)
+    precision: Literal["bf16", "fp32", "fp16", "auto"] = option(
+        "bf16",
+        "of the matrix products; master weights are fp32; auto = bf16 where the device computes in it, else fp32",
+    )
+    loss_normalization: Literal["tokens", "micro_batch"] = option(
+        "tokens", "mean over the trained tokens of the whole step, or mean of the micro-batches' means (classic)"
+    )
+    label_smoothing: float = option(0.0, "part of the target spread over the vocabulary", at_least=0, below=1)
+    z_loss: float = option(0.0, "weight of log(Z)^2", at_least=0)
+    neftune_noise_alpha: float | None = option(None, "NEFTune: noise on the embeddings; 5 is usual", above=0)
+    on_nonfinite: Literal["stop", "skip"] = option("stop", "a step with a NaN or inf gradient: stop, or count and skip")
+    seed: int = option(42, "of weights, order, dropout and held-out rows", at_least=0)
+    deterministic: bool = option(False, "bitwise repeatable on a GPU too (always so on a CPU), slower")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto = the GPU if there is one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSection:
+    """Loss on held-out rows, and sampled answers."""
+
+    eval_steps: int = option(500, "evaluate every so many steps, and at the end", at_least=1)
+    eval_on_start: bool = option(False, "evaluate before the first step too")
+    per_device_eval_batch_size: int = option(8, "rows, or packs, of an evaluation batch", at_least=1)
+    generate_data: str | None = option(
+        None, "prompt/completion rows to answer by sampling, scored by exact match", is_path="data"
+    )
+    generate_group_field: str | None = option(None, "report the exact match for each value of this field")
+    max_new_tokens: int = option(64, "length limit of a sampled answer", at_least=1)
+    generate_samples_shown: int = option(5, "answers printed", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSection:
+    """What is saved, and where a run starts again."""
+
+    save_steps: int = option(500, "save every so many steps, and at the end", at_least=1)
+    save_total_limit: int = option(3, "verified checkpoints kept", at_least=1)
+    resume: str = option("auto", '"auto" = the newest checkpoint that verifies; "never"; or a checkpoint folder')
+    save_dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "of the final model folder; checkpoints are exact")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSection:
+    """What is shown and recorded; metrics always go to output_dir as JSONL."""
+
+    logging_steps: int = option(10, "log every so many steps", at_least=1)
+    report_to: tuple[Tracker, ...] = option(("tensorboard",), "trackers; [] = none")
+    run_name: str | None = option(None, "name of the run in the trackers; none = the output folder's")
+    progress_bar: bool = option(True, "one tqdm bar")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The run as a whole."""
+
+    trainer_type: Literal["sft"] = option("sft", "objective: supervised fine-tuning")
+    output_dir: str = option("output", "folder of the run, relative to the working directory")
+    verbose: bool = option(False, "show the first example with its trained tokens marked, and more")
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    log: LogSection = field(default_factory=LogSection)
+
+
+SECTIONS: dict[str, type] = {f.name: f.type for f in fields(Config) if is_dataclass(f.type)}
+
+# Every key under its full name: "output_dir", "train.learning_rate", ...
+KEYS: dict[str, Field] = {f.name: f for f in fields(Config) if f.name not in SECTIONS}
+KEYS |= {f"{name}.{f.name}": f for name, section in SECTIONS.items() for f in fields(section)}
+
+# Other trainers' names. "theirs": "ours", or ("ours", {their value: our value}) where the values differ; None = nothing
+# is asked for.
+ALIASES: dict[str, str | tuple[str, dict]] = {
+    "model_name": "model.model_name_or_path",
+    "base_model": "model.model_name_or_path",
+    "model_revision": "model.revision",
+    "tokenizer_name": "model.tokenizer_name_or_path",
+    "chat_template_path": "model.chat_template",
+    "use_gradient_checkpointing": "model.gradient_checkpointing",
+    "use_flash_attention": ("model.kernels", {True: "auto", False: "torch"}),
+    "use_liger_kernel": ("model.kernels", {True: "auto", False: "torch"}),
+    "attn_mechanism": ("model.kernels", {"flash_attention_2": "auto", "sdpa": "torch", "eager": "reference"}),
+    "attn_implementation": ("model.kernels", {"flash_attention_2": "auto", "sdpa": "torch", "eager": "reference"}),
+    "train_file": "data.train_data",
+    "train_dataset": "data.train_data",
+    "dataset_name": "data.train_data",
+    "dataset_path": "data.train_data",
+    "dataset_name_or_path": "data.train_data",
+    "validation_file": "data.eval_data",
+    "eval_file": "data.eval_data",
+    "eval_dataset": "data.eval_data",
+    "val_size": "data.eval_fraction",
+    "val_set_size": "data.eval_fraction",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "truncation_mode": "data.truncation",
+    "sample_packing": "data.packing",
+    "train_on_inputs": ("data.completion_only_loss", {True: False, False: True}),
+    "shuffle_dataset": "data.shuffle",
+    "lr": "train.learning_rate",
+    "learning_rate_end": "train.min_lr",
+    "scheduler": "train.lr_scheduler_type",
+    "lr_scheduler": "train.lr_scheduler_type",
+    "epochs": "train.num_train_epochs",
+    "num_epochs": "train.num_train_epochs",
+    "max_iters": "train.max_steps",
+    "batch_size": "train.per_device_train_batch_size",
+    "micro_batch_size": "train.per_device_train_batch_size",
+    "total_batch_size": "train.gradient_accumulation_steps",  # divided by the rows of a micro-batch: see config_file.py
+    "optimizer": "train.optim",
+    "beta1": "train.adam_beta1",
+    "beta2": "train.adam_beta2",
+    "eps": "train.adam_epsilon",
+    "grad_clip": "train.max_grad_norm",
+    "bf16": ("train.precision", {True: "bf16", False: "fp32"}),
+    "fp16": ("train.precision", {True: "fp16", False: None}),  # false says nothing about which other precision
+    "label_smoothing_factor": "train.label_smoothing",
+    "data_seed": "train.seed",
+    "eval_batch_size": "evaluate.per_device_eval_batch_size",
+    "resume_from_checkpoint": ("checkpoint.resume", {True: "auto", False: "never"}),
+    "enable_tracking": ("log.report_to", {True: ["tensorboard"], False: []}),
+    "experiment_name": "log.run_name",
+    "disable_tqdm": ("log.progress_bar", {True: False, False: True}),
+}
+
+# Other trainers' values of our own keys.
+VALUE_ALIASES: dict[str, dict[str, Any]] = {
+    "data.packing_strategy": {"bfd-requeue": "bfd_split"},
+    "data.truncation": {"keep_start": "right", "keep_end": "left"},
+    "train.lr_scheduler_type": {"cosine_with_min_lr": "cosine", "constant_with_warmup": "constant"},
+    "train.optim": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw"},
+    "log.report_to": {"none": []},
+}
+
+# Keys that nothing here needs: accepted with a notice that says why.
+NOT_NEEDED: dict[str, str] = {
+    "dataset_num_proc": "the tokenizer uses every core by itself",
+    "dataloader_num_workers": "batches are cut from a memory-mapped cache, which takes no workers",
+    "remove_unused_columns": "fields that no format names are never read",
+    "do_last_save": "the last step is always saved",
+}
+
+# Keys that ask for something which minisft does not do: refused, unless they are false.
+UNSUPPORTED: dict[str, str] = {
+    "use_4bit": "4-bit weights are not supported yet",
+    "load_in_4bit": "4-bit weights are not supported yet",
+    "use_8bit": "8-bit weights are not supported yet",
+    "load_in_8bit": "8-bit weights are not supported yet",
+    "use_peft": "adapters (LoRA) are not supported yet",
+    "lora_r": "adapters (LoRA) are not supported yet",
+    "lora_alpha": "adapters (LoRA) are not supported yet",
+    "trackio_url": "a remote Trackio server is not supported yet",
+    "deepspeed": "training on several devices is not supported yet",
+    "fsdp": "training on several devices is not supported yet",
+    "torch_compile": "torch.compile is not supported yet",
+    "push_to_hub": "uploading is not supported; the final model folder can be uploaded with `hf upload`",
+    "eos_token": "another EOS token than the tokenizer's is not supported yet",
+    "pad_token": "there is no padding; the tokenizer's own pad token is saved with it",
+    "local_files_only": "the environment variable HF_HUB_OFFLINE=1 stops downloads",
+    "trust_remote_code": "code from a model repository never runs here",
+}
+
+
+def source_list(value: Sources) -> list[str | dict]:
+    """`data.train_data` as a list of sources, whichever way it was written."""
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def eval_sets(value: Sources) -> dict[str, list[str | dict]]:
+    """`data.eval_data` as {name of the evaluation set: its sources}; the name is "" where none was given."""
+    if isinstance(value, dict) and "path" not in value:
+        return {name: source_list(sources) for name, sources in value.items()}
+    return {"": source_list(value)} if value else {}
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """{full name: value} of every key, for comparing two runs key by key."""
+    sections = {name: getattr(config, name) for name in SECTIONS}
+    return {key: getattr(sections.get(key.rpartition(".")[0], config), f.name) for key, f in KEYS.items()}
+
+
+def check(config: Config, origins: dict[str, str], where: str) -> None:
+    """What no single key can tell: what is missing in `where`, contradicts itself or is not installed.
+
+    Raises UserError.
+    """
+    model, data, train, evaluate = config.model, config.data, config.train, config.evaluate
+    values = config_to_dict(config)
+
+    def refuse(keys: str, problem: str, hint: str) -> None:
+        written = " and ".join(f"{key} = {as_toml(values[key])} ({origins[key]})" for key in keys.split())
+        raise UserError(f"{written}: {problem}", hint=hint)
+
+    # what is missing
+    if model.model_name_or_path is None and model.config is None:
+        hint = "name a local folder or a Hugging Face repository, or give a [model.config] to train from random weights"
+        raise UserError(f"{where}: model.model_name_or_path is not set", hint=hint)
+    if model.config is not None and model.model_name_or_path is None and model.tokenizer_name_or_path is None:
+        hint = "model.config brings no tokenizer: name the folder or repository of one"
+        raise UserError(f"{where}: model.tokenizer_name_or_path is not set", hint=hint)
+    if not data.train_data:
+        hint = 'name a file of rows, as in train_data = "train.jsonl"'
+        raise UserError(f"{where}: data.train_data is not set", hint=hint)
+
+    # what contradicts itself
+    if model.model_name_or_path is not None and model.config is not None:
+        keys = "model.model_name_or_path model.config"
+        refuse(keys, "the model can come from one of them only", 'set the other one to "none"')
+    if data.eval_data and data.eval_fraction:
+        refuse("data.eval_data data.eval_fraction", "evaluation rows come from one of them", "set eval_fraction = 0")
+    for key, packs in (("data.packing", data.packing), ("data.eval_packing", data.eval_packing)):
+        if packs and data.max_length is None:
+            refuse(f"{key} data.max_length", "a pack needs a length", "set max_length to a number")
+    if data.instruction_marker and not data.response_marker:
+        refuse("data.instruction_marker", "it closes what response_marker opens", "set response_marker too")
+    if train.warmup_steps and train.warmup_ratio:
+        refuse("train.warmup_steps train.warmup_ratio", "two lengths of one warm-up", "set one of them to 0")
+    if train.min_lr > train.learning_rate:
+        refuse("train.min_lr train.learning_rate", "the end is above the peak", "lower min_lr")
+    if train.min_lr and train.lr_scheduler_type == "constant":
+        refuse("train.min_lr train.lr_scheduler_type", "a constant rate stays at its peak", "use linear or cosine")
+    if train.max_steps == 0:
+        refuse("train.max_steps", "no step trains nothing", "-1 = as num_train_epochs says; otherwise at least 1")
+    if evaluate.generate_group_field and not evaluate.generate_data:
+        refuse("evaluate.generate_group_field", "there is nothing to group", "set generate_data to a file of rows")
+    for name in eval_sets(data.eval_data):
+        if not all(letter.isalnum() or letter in "_-." for letter in name):
+            refuse(
+                "data.eval_data", f"{as_toml(name)} names metrics", "name evaluation sets with letters, digits, _ - ."
+            )
+
+    # what is not installed
+    if model.kernels == "triton" and importlib.util.find_spec("triton") is None:
+        refuse("model.kernels", "Triton is not installed", 'pip install triton, or kernels = "auto"')
+    for tracker in config.log.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            refuse("log.report_to", f"{tracker} is not installed", f"pip install {tracker}, or leave it out")

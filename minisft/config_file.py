@@ -1,0 +1,320 @@
+"""From a TOML file and the command line to a `Config`, and back to a file.
+
+Three layers, later ones win, key by key: the defaults of config.py; the file, on top of the file that it `extends`, on
+top of the file which that one extends; the command line. Tables (model.config, data.field_map) merge, everything else
+is replaced. TOML has no null: a key that may be empty is emptied by the word "none".
+
+Relative paths of data and models that a file names are looked for beside that file first and in the working directory
+second, and are made absolute where they exist, so that a configuration works from any folder. output_dir, cache_dir and
+checkpoint.resume always belong to the working directory.
+
+Every value keeps its origin: the file, the command line or the default. Messages name it, `write_resolved` records it.
+Nothing here imports torch: a mistake is told within a fraction of a second.
+"""
+
+import glob
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+from minisft.config import (
+    ALIASES,
+    KEYS,
+    NOT_NEEDED,
+    SECTIONS,
+    UNSUPPORTED,
+    VALUE_ALIASES,
+    Config,
+    check,
+    config_to_dict,
+)
+from minisft.config_values import as_toml, expected, fit, fit_type, nearest_choice
+from minisft.errors import UserError
+
+RESOLVED_NAME = "config.toml"  # in the output folder
+SLICE = re.compile(r"\[[^\[\]]*:[^\[\]]*\]$")  # the end of data.jsonl[:10%]
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value that somebody wrote: where, and under which name."""
+
+    value: Any
+    origin: str
+    written: str
+
+
+def load(
+    source: str | Path | dict | None, overrides: dict[str, Any] | None = None, origin: str = "command line"
+) -> tuple[Config, dict[str, str]]:
+    """The configuration of a TOML file, or of a dict shaped like one, with `overrides` on top.
+
+    overrides: {name: value}; a name is full ("train.learning_rate"), or its last part where that is unambiguous.
+    origin: what messages call the overrides.
+    Returns the configuration and {full name: where its value comes from}. Raises UserError (exit code 2).
+    """
+    given: dict[str, Given] = {}
+    files = _files(source)
+    for table, name, folder in files:
+        _merge(given, _layer(_flatten(table, name), name, folder))
+    _merge(given, _layer((overrides or {}).items(), origin, Path.cwd(), by_last_part=True))
+
+    values = {key: _fitted(key, g) for key, g in given.items() if not isinstance(g.value, TotalBatch)}
+    values |= {key: _accumulation(g, values) for key, g in given.items() if isinstance(g.value, TotalBatch)}
+
+    tables: dict[str, dict] = {name: {} for name in ("", *SECTIONS)}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        tables[section][name] = value
+    config = Config(**tables[""], **{name: section(**tables[name]) for name, section in SECTIONS.items()})
+    origins = {key: given[key].origin if key in given else "default" for key in KEYS}
+    check(config, origins, where=origin if source is None else files[-1][1])
+    return config, origins
+
+
+# ------------------------------------------------------------------------------------------------- files and layers
+
+
+def _files(source: str | Path | dict | None) -> list[tuple[dict, str, Path]]:
+    """The file and everything it extends, the base first: (table, name for messages, folder)."""
+    if source is None:
+        return []
+    if isinstance(source, dict):
+        table, name, folder, chain = dict(source), "the given dict", Path.cwd(), []
+    else:
+        path = Path(source)
+        table, name, folder, chain = _read_toml(path), str(path), path.parent, [path]
+    files = [(table, name, folder)]
+    while (base := table.pop("extends", None)) is not None:
+        if not isinstance(base, str):
+            raise UserError(f"{name}: extends = {as_toml(base)}: expected the path of one TOML file")
+        path = folder / base
+        again = path.resolve() in [p.resolve() for p in chain]
+        chain.append(path)
+        if again:
+            raise UserError(
+                "configuration files extend each other in a circle: " + " -> ".join(map(str, chain)),
+                hint="remove one of their `extends`",
+            )
+        table, name, folder = _read_toml(path, extended_by=name), str(path), path.parent
+        files.append((table, name, folder))
+    return files[::-1]
+
+
+def _read_toml(path: Path, extended_by: str = "") -> dict:
+    what = f"{path} (extended by {extended_by})" if extended_by else str(path)
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        where = "the path is relative to that file" if extended_by else f"the working directory is {Path.cwd()}"
+        raise UserError(f"{what}: there is no such file", hint=where) from None
+    except OSError as error:
+        raise UserError(f"{what}: cannot be read: {error.strerror}", hint="name a TOML file") from None
+    except ValueError as error:  # of TOML's syntax, or of UTF-8
+        hint = "strings need quotes, tables are [section] lines: https://toml.io"
+        raise UserError(f"{what}: not a TOML file: {error}", hint=hint) from None
+
+
+def _flatten(table: dict, name: str) -> Iterable[tuple[str, Any]]:
+    """{"train": {"learning_rate": 1}} -> ("train.learning_rate", 1)"""
+    for key, value in table.items():
+        if key in SECTIONS and not isinstance(value, dict):
+            raise UserError(f"{name}: {key} = {as_toml(value)}: expected a table", hint=f"[{key}] is a section of keys")
+        if key in SECTIONS:
+            yield from ((f"{key}.{inner}", value) for inner, value in value.items())
+        else:
+            yield key, value
+
+
+def _layer(pairs: Iterable[tuple[str, Any]], origin: str, folder: Path, by_last_part: bool = False) -> dict[str, Given]:
+    """One file, or the command line, under our names and values, its paths found."""
+    layer: dict[str, Given] = {}
+    for written, value in pairs:
+        translated = _translate(written, value, origin, by_last_part)
+        if translated is None:
+            continue
+        key, value = translated
+        if (kind := KEYS[key].metadata.get("is_path")) and value is not None:
+            value = _find_paths(value, folder, kind)
+        new = Given(value, origin, written)
+        if key in layer and layer[key].value != value and not _is_table(key):
+            hint = f"both set {key}: keep one of them"
+            raise UserError(f"{origin}: {layer[key].written} and {written} contradict each other", hint=hint)
+        _merge(layer, {key: new})
+    return layer
+
+
+def _is_table(key: str) -> bool:
+    """A key that takes any table, as model.config does; its entries merge. A source of rows is replaced as a whole."""
+    f = KEYS[key]
+    return dict in (f.type, *get_args(f.type)) and "is_path" not in f.metadata
+
+
+def _merge(given: dict[str, Given], layer: dict[str, Given]) -> None:
+    """Lay `layer` over `given`."""
+    for key, new in layer.items():
+        old = given.get(key)
+        if old and _is_table(key) and isinstance(old.value, dict) and isinstance(new.value, dict):
+            origin = new.origin if new.origin == old.origin else f"{old.origin}, {new.origin}"
+            new = replace(new, value=_deep_merge(old.value, new.value), origin=origin)
+        given[key] = new
+
+
+def _deep_merge(old: dict, new: dict) -> dict:
+    merged = dict(old)
+    for key, value in new.items():
+        both_tables = isinstance(value, dict) and isinstance(old.get(key), dict)
+        merged[key] = _deep_merge(old[key], value) if both_tables else value
+    return merged
+
+
+def _find_paths(value: Any, folder: Path, kind: str) -> Any:
+    """The value, its paths absolute where they exist: a string, a list, a table with "path", a table of named ones."""
+    if isinstance(value, list):
+        return [_find_paths(v, folder, kind) for v in value]
+    if isinstance(value, dict):
+        names = ["path"] if "path" in value else list(value)
+        return {k: _find_paths(v, folder, kind) if k in names else v for k, v in value.items()}
+    if not isinstance(value, (str, Path)):
+        return value
+    text = os.path.expanduser(value)
+    for base in (folder, Path.cwd()):
+        path = os.path.abspath(base / text)
+        if kind == "model" and any(os.path.isfile(os.path.join(path, name)) for name in MODEL_FILES):
+            return path
+        pattern = SLICE.sub("", path)
+        if kind == "data" and any(os.path.isfile(p) for p in (path, pattern, *glob.iglob(pattern, recursive=True))):
+            return path
+    return text
+
+
+# ------------------------------------------------------------------------------------------------- names
+
+
+@dataclass(frozen=True)
+class TotalBatch:
+    """total_batch_size: becomes gradient_accumulation_steps when the rows of a micro-batch are known."""
+
+    rows: Any
+
+
+def _translate(written: str, value: Any, origin: str, by_last_part: bool) -> tuple[str, Any] | None:
+    """Our full name and value; None for a key that nothing here needs. Tells the user about every translation."""
+    if isinstance(value, Path):
+        value = str(value)
+    key, rest = full_name(written, origin, by_last_part)
+    last = written.rpartition(".")[2]
+    before = f"{written} = {as_toml(value)}"
+    if key is None and last in UNSUPPORTED and value not in (False, None, "none"):
+        raise UserError(f"{origin}: {before}: {UNSUPPORTED[last]}", hint=f"remove {written}")
+    if key is None:
+        _tell(f"{origin}: {before} has no effect" + (f": {NOT_NEEDED[last]}" if last in NOT_NEEDED else ""))
+        return None
+    if rest:  # model.config.hidden_size = 64: an entry of a table
+        for name in reversed(rest.split(".")):
+            value = {name: value}
+        return key, value
+    if last == "total_batch_size":
+        return key, TotalBatch(value)
+
+    spellings = VALUE_ALIASES.get(key, {}) | (ALIASES[last][1] if isinstance(ALIASES.get(last), tuple) else {})
+    new = spellings.get(value, value) if isinstance(value, (bool, str)) else value
+    if new is None and value is not None:
+        _tell(f"{origin}: {before} has no effect")
+        return None
+    if last != key.rpartition(".")[2] or new is not value:
+        _tell(f"{origin}: {before} is read as {key} = {as_toml(new)}")
+    return key, new
+
+
+def full_name(written: str, origin: str, by_last_part: bool) -> tuple[str | None, str]:
+    """(our full name, entry of a table or ""); (None, "") for a key of NOT_NEEDED or UNSUPPORTED. Raises UserError.
+
+    by_last_part: "learning_rate" will do for "train.learning_rate".
+    """
+    if written in KEYS:
+        return written, ""
+    section, _, last = written.rpartition(".")
+    homes = [key for key in KEYS if key.rpartition(".")[2] == last]
+    if by_last_part and not section and len(homes) == 1:
+        return homes[0], ""
+    if by_last_part and not section and len(homes) > 1:
+        raise UserError(f"{origin}: {written} is ambiguous: {' or '.join(homes)}", hint="use the full name")
+    if section in ("", *SECTIONS) and last in ALIASES:
+        ours = ALIASES[last]
+        return ours if isinstance(ours, str) else ours[0], ""
+    if section in ("", *SECTIONS) and (last in NOT_NEEDED or last in UNSUPPORTED):
+        return None, ""
+    for key in KEYS:
+        if written.startswith(f"{key}.") and _is_table(key):
+            return key, written.removeprefix(f"{key}.")
+    if written in SECTIONS:
+        raise UserError(f"{origin}: {written} is a section, not a key", hint=f"its keys are {written}.NAME")
+    raise UserError(f"{origin}: unknown key {written}", hint=_nearest_key(written, homes))
+
+
+def _nearest_key(written: str, homes: list[str]) -> str:
+    section, _, last = written.rpartition(".")
+    names = {key.rpartition(".")[2]: key for key in KEYS} | {name: f"[{name}]" for name in SECTIONS}
+    homes = homes or [names[name] for name in get_close_matches(last, names, n=1)]
+    if homes:
+        return f"did you mean {' or '.join(homes)}?"
+    if section in SECTIONS:
+        return f"keys of [{section}]: {', '.join(f.name for f in fields(SECTIONS[section]))}"
+    return "`python -m minisft.train --help` lists every key"
+
+
+def _tell(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one tells
+        print(f"minisft: {message}", file=sys.stderr)
+
+
+def _fitted(key: str, given: Given) -> Any:
+    """The value in the type of its key. Raises UserError where the type or the range is wrong."""
+    f = KEYS[key]
+    value = fit(given.value, f)
+    if value is MISSING:
+        raise UserError(
+            f"{given.origin}: {key} = {as_toml(given.value)}: expected {expected(f)}",
+            hint=nearest_choice(given.value, f) or f"{key}: {f.metadata['help']}",
+        )
+    return value
+
+
+def _accumulation(given: Given, values: dict[str, Any]) -> int:
+    """gradient_accumulation_steps = total_batch_size / (per_device_train_batch_size x processes)"""
+    total = given.value.rows
+    key = "train.per_device_train_batch_size"
+    rows = values.get(key, KEYS[key].default) * int(os.environ.get("WORLD_SIZE", 1))
+    if fit_type(total, int) is MISSING or total < 1 or total % rows:
+        raise UserError(
+            f"{given.origin}: {given.written} = {as_toml(total)}: expected a multiple of {rows}",
+            hint="it is per_device_train_batch_size x processes x gradient_accumulation_steps",
+        )
+    _tell(f"{given.origin}: {given.written} = {total} is read as train.gradient_accumulation_steps = {total // rows}")
+    return total // rows
+
+
+# ------------------------------------------------------------------------------------------------- out again
+
+
+def write_resolved(config: Config, origins: dict[str, str], folder: str | Path) -> Path:
+    """Write every key with its origin to folder/config.toml, which `load` reads back to an equal configuration."""
+    lines = ["# The resolved configuration of this run: every key, and where its value comes from."]
+    section = ""
+    for key, value in config_to_dict(config).items():
+        here, _, name = key.rpartition(".")
+        if here != section:
+            lines += ["", f"[{here}]"]
+            section = here
+        lines.append(f"{name} = {as_toml(value)}  # {origins.get(key, 'default')}")
+    path = Path(folder) / RESOLVED_NAME
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,110 @@
+"""One value of the configuration: does it fit its key, what would, and how TOML writes it.
+
+The type of a key is an annotation built from bool, int, float, str, list, dict, Literal, tuple[T, ...] and None. TOML
+has no null: None is written "none".
+"""
+
+import json
+import math
+from dataclasses import MISSING, Field
+from difflib import get_close_matches
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+LIMITS = ("above", "at_least", "below", "at_most")
+WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "a table",
+}
+
+
+def fit(value: Any, f: Field) -> Any:
+    """The value in the type of the key, or MISSING where the type or the range is wrong."""
+    fitted = fit_type(value, f.type)
+    return fitted if fitted is not MISSING and _in_range(fitted, f.metadata) else MISSING
+
+
+def fit_type(value: Any, kind: Any) -> Any:
+    """The value as `kind`, or MISSING. A bool is no number, an int is a float too, a lone item is a list of one."""
+    if get_origin(kind) is Literal:
+        return value if isinstance(value, str) and value in get_args(kind) else MISSING
+    if get_origin(kind) is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        items = [fit_type(item, get_args(kind)[0]) for item in items]
+        return MISSING if MISSING in items else tuple(items)
+    if get_args(kind):  # a union; None first, because "none" is a string too
+        if NoneType in get_args(kind) and value in (None, "none"):
+            return None
+        return next((v for one in get_args(kind) if (v := fit_type(value, one)) is not MISSING), MISSING)
+    if kind is float:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return float(value) if is_number and math.isfinite(value) else MISSING
+    if kind is int:
+        return value if isinstance(value, int) and not isinstance(value, bool) else MISSING
+    return value if isinstance(value, kind) else MISSING
+
+
+def _in_range(value: Any, limits: dict) -> bool:
+    if not isinstance(value, (int, float)):
+        return True
+    return (
+        ("above" not in limits or value > limits["above"])
+        and ("at_least" not in limits or value >= limits["at_least"])
+        and ("below" not in limits or value < limits["below"])
+        and ("at_most" not in limits or value <= limits["at_most"])
+    )
+
+
+def expected(f: Field) -> str:
+    """What a key takes, in words: 'a number above 0 or "none"'."""
+    kinds = [kind for kind in get_args(f.type) or [f.type] if kind is not NoneType]
+    if get_origin(f.type) in (Literal, tuple):
+        kinds = [f.type]
+    limits = [f"{name.replace('_', ' ')} {f.metadata[name]}" for name in LIMITS if name in f.metadata]
+    words = " or ".join(map(_in_words, kinds)) + (" " + " and ".join(limits) if limits else "")
+    return words + (' or "none"' if NoneType in get_args(f.type) else "")
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(as_toml, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "a list of " + _in_words(get_args(kind)[0]).removeprefix("one of ")
+    return WORDS[kind]
+
+
+def choices(kind: Any) -> tuple[str, ...]:
+    """The words that a key chooses from, () where it takes anything else."""
+    if get_origin(kind) is tuple:
+        kind = get_args(kind)[0]
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def nearest_choice(value: Any, f: Field) -> str:
+    """'did you mean "cosine"?' or ''."""
+    near = get_close_matches(value, choices(f.type), n=1) if isinstance(value, str) else []
+    return f"did you mean {as_toml(near[0])}?" if near else ""
+
+
+def as_toml(value: Any) -> str:
+    """A value as TOML writes it, on one line."""
+    if value is None:
+        return '"none"'
+    if isinstance(value, dict):  # None inside a table means absent
+        return "{" + ", ".join(f"{_key(k)} = {as_toml(v)}" for k, v in value.items() if v is not None) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(as_toml(v) for v in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    # JSON's escapes are TOML's too; only DEL, which JSON leaves as it is, TOML wants escaped.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _key(key: str) -> str:
+    return key if key.isascii() and key.replace("_", "").replace("-", "").isalnum() else as_toml(str(key))

@@ -1,0 +1,93 @@
+"""What a run says on the console: one progress bar, or plain lines where nobody watches, and a page at the end."""
+
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minisft.evaluate import Sample, exact_match
+
+
+class ProgressBar:
+    """One tqdm bar with loss, learning rate, tokens/s and ETA. Where the output is not a terminal, a line a log step."""
+
+    def __init__(self, step: int, total: int, enabled: bool):
+        self.enabled = enabled
+        self.bar = tqdm(
+            initial=step, total=total, unit="step", dynamic_ncols=True, disable=not enabled or not sys.stderr.isatty()
+        )
+
+    def show(self, *, loss: float, lr: float, tok_s: float) -> None:
+        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {tok_s:,.0f} tok/s", refresh=False)
+
+    def log(self, line: str) -> None:
+        """A line that the bar stands for on a terminal."""
+        if self.enabled and self.bar.disable:
+            print(line, flush=True)
+
+    def say(self, line: str) -> None:
+        """A line that is always shown, above the bar."""
+        tqdm.write(line)
+
+    def update(self) -> None:
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def write_samples(path: Path, samples: list[Sample]) -> None:
+    rows = (
+        {
+            "prompt": s.prompt.text,
+            "answer": s.prompt.answer,
+            "output": s.output,
+            "correct": s.correct,
+            "group": s.prompt.group,
+        }
+        for s in samples
+    )
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def sample_report(samples: list[Sample], num_shown: int) -> str:
+    """Some samples, then the exact-match rate of every group and of all."""
+    lines = ["", "held-out prompts, completed by the model:"]
+    step = max(1, len(samples) // max(1, num_shown))
+    for sample in samples[::step][:num_shown]:
+        mark = "right" if sample.correct else f"wrong, expected {sample.prompt.answer!r}"
+        lines.append(f"  {sample.prompt.text!r} -> {sample.output!r}  ({mark})")
+    table = exact_match(samples)
+    right = sum(sample.correct for sample in samples)
+    width = max(len(group) for group in (*table, "all"))
+    lines += ["", "exact match on held-out prompts:"]
+    for group, (good, total) in (*(table.items() if len(table) > 1 else ()), ("all", (right, len(samples)))):
+        lines.append(f"  {group:<{width}}  {good:>4} / {total:<4}  {good / total:>6.1%}")
+    return "\n".join(lines)
+
+
+def closing(folder: Path, model_dir: Path, report_to: tuple[str, ...]) -> str:
+    """The contents of the output folder and what to do next."""
+    contents = {
+        "model/": "the trained model and tokenizer, as Hugging Face files",
+        "checkpoints/": "to resume from, exactly",
+        "metrics.jsonl": "what was logged, a JSON object a line",
+        "timings.jsonl": "speed and memory",
+        "samples.jsonl": "the completed prompts",
+        "tensorboard/": "the same for TensorBoard",
+        "config.toml": "the whole configuration, with where each value came from",
+    }
+    lines = ["", f"{folder}/"]
+    lines += [f"  {name:<15} {what}" for name, what in contents.items() if (folder / name).exists()]
+    lines += ["", "next:", f'  python -m minisft generate {model_dir} --prompt "..."']
+    if "tensorboard" in report_to:
+        lines.append(f"  tensorboard --logdir {folder}")
+    lines.append(
+        "  the same command again with a larger --num_train_epochs or --max_steps resumes from the last checkpoint"
+    )
+    return "\n".join(lines)
+
+
+def stopped(folder: Path, step: int, total: int, signal: str | None) -> str:
+    return f"stopped by {signal} after step {step} of {total}, saved in {folder}/checkpoints; the same command goes on"

@@ -1,0 +1,57 @@
+"""The one layout of a batch: a flat stream of tokens.
+
+A micro-batch is one row of T tokens that holds whole documents side by side. There is no padding matrix and no mask
+tensor: `start` and `end` say for every token which keys it sees, and `loss_rows` says which hidden states are scored
+against which targets. Everything after the loader reads this and nothing else.
+
+Every token also carries one byte in the cache: 7 bits say what it is (a *kind*, below), the top bit whether it is trained.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+TRAINED = 0x80  # top bit of a token's byte: this token is a target
+KIND_MASK = 0x7F
+KINDS = ("text", "special", "header", "system", "user", "tool", "answer", "reasoning", "tool_call", "terminator")
+TEXT, SPECIAL, HEADER, SYSTEM, USER, TOOL, ANSWER, REASONING, TOOL_CALL, TERMINATOR = range(len(KINDS))
+
+IGNORE_INDEX = -100  # label of a token that is not trained, as in Hugging Face
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of T tokens in N documents with M targets. Made on the host; `to` moves it."""
+
+    input_ids: Tensor  # int64 [T]
+    position_ids: Tensor  # int32 [T], restarts at 0 in every document
+    start: Tensor  # int32 [T]: key k is visible to query q iff start[q] <= k <= q < end[k]
+    end: Tensor  # int32 [T]
+    cu_seqlens: Tensor  # int32 [N+1], 0 first, T last: for the reference and for peers
+    max_seqlen: int
+    loss_rows: Tensor  # int64 [M]: the hidden state of row loss_rows[i] is scored against targets[i]
+    targets: Tensor  # int64 [M]
+    row_weights: Tensor | None  # fp32 [M]; None = all 1
+    row_kind: Tensor  # uint8 [M]: index into KINDS
+    row_source: Tensor  # int32 [M]: index of the data source
+    row_document: Tensor  # int64 [M]: index of the document in the token cache
+    labels: Tensor  # int64 [T] as in Hugging Face: unshifted, -100 = not trained
+    num_tokens: int  # real tokens, without filler
+    num_targets: int  # real targets, without filler
+
+    def to(self, device: torch.device | str) -> "Batch":
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)})
+
+
+def document_bounds(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Visibility of whole documents: cu_seqlens int32 [N+1] -> start, end int32 [T].
+
+    Token t of a document that occupies [a, b) gets start a and end b, so that attention is causal inside the document
+    and zero across documents. Documents have at least one token.
+    """
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    start = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=num_tokens)
+    end = torch.repeat_interleave(cu_seqlens[1:], lengths, output_size=num_tokens)
+    return start.int(), end.int()

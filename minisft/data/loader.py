@@ -1,0 +1,129 @@
+"""From packs of documents to batches, in an order that is a pure function.
+
+Which packs are in step s of epoch e depends on (seed, data fingerprint, e, s) and nothing else. There is no sampler
+state to save: a resumed run deals the epoch again and asks for step s. A step is a window of consecutive packs that the
+ranks share out, so its packs are the same whatever the number of ranks and micro-batches, as long as batch_size x
+accumulation x world_size is the same.
+
+`make_batch` copies the tokens of its packs out of the memory-mapped cache with one gather and does the shift by index:
+a trained token at position j >= 1 of a piece is a target, scored from the row before it. So the first token of a piece
+is never a target, and no document predicts its neighbour's first token.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from minisft.data.batch import IGNORE_INDEX, KIND_MASK, TRAINED, Batch, document_bounds
+from minisft.data.cache import Documents
+from minisft.data.packing import Packs, Plan, ragged_arange
+
+
+def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], *, round_to: int = 1) -> Batch:
+    """The packs with these numbers, side by side: T tokens in N pieces with M targets, on the host.
+
+    T and M are rounded up to a multiple of `round_to`, for fixed shapes. Filler comes last: a filler token (id 0) is a
+    document of its own, a filler row has target -100, weight 0 and document -1, and num_tokens and num_targets do not
+    count them. No packs at all make a batch of filler, which trains nothing.
+    """
+    cache = documents.cache
+    numbers = np.asarray(pack_numbers, dtype=np.int64)
+    first = packs.offsets[numbers]
+    pieces = ragged_arange(first, packs.offsets[numbers + 1] - first)
+    document = packs.document[pieces]
+    lengths = (packs.end[pieces] - packs.start[pieces]).astype(np.int64)
+    num_tokens = int(lengths.sum())
+    filler = np.zeros(-num_tokens % round_to if num_tokens else round_to, dtype=np.int64)
+
+    # The tokens: one gather.
+    token = ragged_arange(documents.start[document] + packs.start[pieces], lengths)  # where they are in the cache
+    owner = np.repeat(document, lengths)
+    ids = np.concatenate([cache.ids[token], filler]).astype(np.int64)  # [T]
+    kinds = np.concatenate([cache.kinds[token], filler]).astype(np.uint8)  # [T]
+    lengths = np.concatenate([lengths, filler + 1])  # [N]
+    position = ragged_arange(np.zeros_like(lengths), lengths)  # [T]
+    cu_seqlens = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    start, end = document_bounds(cu_seqlens, len(ids))
+
+    # The targets: what is trained and not the first token of its piece.
+    trained = ((kinds & TRAINED) != 0) & (position > 0)
+    at = np.flatnonzero(trained)
+    num_targets = len(at)
+    index = documents.index[owner[at]]
+    weights = None if cache.weights is None else cache.weights[token[at]]
+    filler = -num_targets % round_to
+    if filler and weights is None:
+        weights = np.ones(num_targets)
+
+    def rows(values, value_of_filler, dtype):  # [M]
+        return torch.from_numpy(np.append(values, np.full(filler, value_of_filler)).astype(dtype))
+
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(position.astype(np.int32)),
+        start=start,
+        end=end,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=int(lengths.max()),
+        loss_rows=rows(at - 1, 0, np.int64),
+        targets=rows(ids[at], IGNORE_INDEX, np.int64),
+        row_weights=None if weights is None else rows(weights, 0, np.float32),
+        row_kind=rows(kinds[at] & KIND_MASK, 0, np.uint8),
+        row_source=rows(cache.source[index], 0, np.int32),
+        row_document=rows(index, -1, np.int64),
+        labels=torch.from_numpy(np.where(trained, ids, IGNORE_INDEX)),
+        num_tokens=num_tokens,
+        num_targets=num_targets,
+    )
+
+
+@dataclass(frozen=True)
+class Loader:
+    """The batches of one rank. An optimizer step takes batch_size * accumulation * world_size packs over all ranks."""
+
+    documents: Documents
+    plan: Plan  # of documents.lengths
+    batch_size: int  # packs in a micro-batch
+    accumulation: int = 1  # micro-batches that one rank adds up in a step
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    shuffle: bool = True  # False: the same order in every epoch, for evaluation
+    round_to: int = 1
+    _dealt: dict[int, Packs] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def packs_per_step(self) -> int:
+        return self.batch_size * self.accumulation * self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.plan.num_packs / self.packs_per_step)
+
+    def packs(self, epoch: int) -> Packs:
+        """The packs of an epoch, dealt once and kept until another epoch is asked for."""
+        if epoch not in self._dealt:
+            data = int(self.documents.cache.fingerprint[:16], 16)
+            packs = self.plan.deal((self.seed, data, epoch) if self.shuffle else None)
+            self._dealt.clear()
+            self._dealt[epoch] = packs
+        return self._dealt[epoch]
+
+    def step(self, epoch: int, s: int) -> list[Batch]:
+        """This rank's micro-batches of step s. The packs of the step in chunks of batch_size go to the ranks in turn.
+
+        The last step of an epoch may have fewer chunks, and a smaller one. All ranks get the same number of
+        micro-batches, so that their collectives match: a rank without a chunk gets filler, which trains nothing.
+        """
+        assert 0 <= s < self.steps_per_epoch, f"step {s} of {self.steps_per_epoch}"
+        first = s * self.packs_per_step
+        last = min(first + self.packs_per_step, self.plan.num_packs)
+        batches = []
+        for chunk in range(first, last, self.batch_size * self.world_size):  # one for every rank
+            chunk += self.rank * self.batch_size
+            numbers = range(chunk, min(chunk + self.batch_size, last))  # empty where none is left
+            batches.append(make_batch(self.documents, self.packs(epoch), numbers, round_to=self.round_to))
+        return batches

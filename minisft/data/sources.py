@@ -1,0 +1,330 @@
+"""From files to rows: the first thing that happens to data, and the place where most of it breaks.
+
+A source is a path or a glob of files, with a weight and perhaps a slice. Reading is strict, because a lenient reader
+loses data without a word: `str.splitlines` cuts a JSON string at U+2028, a JSON parser takes NaN and keeps the last of
+two equal keys, a wrong encoding is guessed. So files are read as bytes, split on 0x0A only, decoded as UTF-8, and each
+row is either a `Row` or a `BadRow` that says what is wrong with it; nothing is skipped here.
+
+    .jsonl   one JSON object a line (CR before the newline is tolerated; an empty line is a bad row)
+    .json    one JSON array of objects; rows are named by their index from 0
+    .csv     RFC 4180 with a header line; every value is text
+    .txt     one file is one row {"text": ...}: a newline inside prose means nothing we could rely on. Many documents
+             are many files and a glob, or a .jsonl
+"""
+
+import csv
+import glob
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from itertools import islice
+from math import isfinite
+from pathlib import Path
+
+from minisft.errors import DATA, UserError
+from minisft.files import parse_json
+
+MAX_ROW_BYTES = 64 * 2**20
+EXCERPT = 200  # characters of a bad row that a message shows
+
+SLICE = re.compile(r"\[\s*(-?\d+%?)?\s*:\s*(-?\d+%?)?\s*\]$")
+MAGIC = {  # first bytes of what people name .jsonl by mistake
+    b"\x1f\x8b": "gzip data; unpack it first",
+    b"\x28\xb5\x2f\xfd": "zstandard data; unpack it first",
+    b"PK\x03\x04": "a zip archive; unpack it first",
+    b"PAR1": "a Parquet file; convert it to .jsonl first",
+    b"\xff\xfe": "UTF-16 text; convert it to UTF-8",
+    b"\xfe\xff": "UTF-16 text; convert it to UTF-8",
+    b"version https://git-lfs": "a Git LFS pointer, not the data; run `git lfs pull`",
+    b"<!doctype": "an HTML page, not the data; the download failed",
+    b"<html": "an HTML page, not the data; the download failed",
+}
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of a data set."""
+
+    path: str  # a file or a glob of .jsonl, .json, .csv, .txt
+    name: str = ""  # for reports; the path where empty
+    weight: float = 1.0  # passes over this source per epoch: 2 = twice, 0.5 = a half drawn once by the seed
+    split: str = ""  # "[:10%]", "[100:200]", "[-5:]", with or without "train" before it
+    format: str = "auto"  # a name of formats.FORMATS
+    field_map: dict[str, str] = field(default_factory=dict)  # the user's field -> ours
+
+    @property
+    def label(self) -> str:
+        return self.name or self.path + self.split.removeprefix("train")
+
+
+@dataclass(frozen=True)
+class Row:
+    data: dict
+    file: str
+    line: int  # of its first line, from 1; in a .json file the index of the element, from 0
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used. `reason` is the same text for the same mistake, so that mistakes can be counted."""
+
+    file: str
+    line: int
+    reason: str
+    detail: str = ""
+    excerpt: str = ""
+
+    def __str__(self) -> str:
+        what = f"{self.reason}: {self.detail}" if self.detail else self.reason
+        return f"{place(self.file, self.line)}: {what}" + (f"; it begins {self.excerpt}" if self.excerpt else "")
+
+
+def place(file: str, line: int) -> str:
+    """Where a row is: data.jsonl:12, or data.json[12] for the element of an array."""
+    return f"{file}[{line}]" if file.endswith(".json") else f"{file}:{line}"
+
+
+def excerpt(text: str) -> str:
+    """The first 200 characters, with what cannot be printed escaped."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:EXCERPT])[:EXCERPT]
+    return f"`{shown}`" + ("..." if len(text) > EXCERPT else "")
+
+
+# ------------------------------------------------------------------------------------------------- what to read
+
+
+def parse_source(value: str | dict | Source) -> Source:
+    """A source from a path ("data/*.jsonl[:10%]") or from a table with the fields of `Source`.
+
+    Raises UserError on an unknown key, a wrong type or a value out of range.
+    """
+    if isinstance(value, Source):
+        return value
+    table = {"path": value} if isinstance(value, str) else value
+    if not isinstance(table, dict):
+        raise UserError(f"a data source is a path or a table, not {value!r}")
+    known = {f.name: f for f in fields(Source)}
+    for key, given in table.items():
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"unknown key {key!r} in the data source {table}", hint=f"{hint}keys: {', '.join(known)}")
+        expected = {"weight": (int, float), "field_map": dict}.get(key, str)
+        if not isinstance(given, expected) or isinstance(given, bool):
+            raise UserError(f"{key} = {given!r} in a data source: expected {known[key].type}")
+    if not table.get("path"):
+        raise UserError(f"a data source without a path: {table}", hint='give path = "data.jsonl"')
+    source = Source(**{**table, "weight": float(table.get("weight", 1.0))})
+    if not all(isinstance(name, str) for name in source.field_map.values()):
+        raise UserError(f"field_map = {source.field_map} in a data source: names must be text")
+    if not isfinite(source.weight) or source.weight <= 0:
+        raise UserError(f"weight = {source.weight} of {source.path}: must be a finite number above 0")
+
+    sliced = SLICE.search(source.path)
+    if sliced and not os.path.exists(source.path):
+        if source.split:
+            raise UserError(f"{source.path} has a slice and split = {source.split!r} another", hint="keep one of them")
+        source = Source(**{**vars(source), "path": source.path[: sliced.start()], "split": sliced[0]})
+    if source.split not in ("", "train") and not SLICE.fullmatch(source.split.removeprefix("train")):
+        raise UserError(
+            f"split = {source.split!r} of {source.path} is not a slice",
+            hint='a local source has one split, "train"; slices look like "[:10%]", "train[100:200]", "[-5:]"',
+        )
+    return source
+
+
+def list_files(source: Source) -> list[Path]:
+    """The files of a source, sorted by path. Raises UserError where there are none or one cannot be read."""
+    path = os.path.expanduser(source.path)
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder", hint=f'name its files, as in "{path}/*.jsonl"', exit_code=DATA)
+    if os.path.exists(path):
+        names = [path]
+    else:
+        names = sorted(name for name in glob.glob(path, recursive=True) if not os.path.isdir(name))
+    if not names:
+        raise UserError(f"no file matches {path}", hint=f"looked from {os.getcwd()}", exit_code=DATA)
+    for name in names:
+        _check_file(name)
+    return [Path(name) for name in names]
+
+
+def _check_file(name: str) -> None:
+    def refuse(what: str) -> None:
+        raise UserError(f"{name}: {what}", exit_code=DATA)
+
+    if Path(name).suffix not in READERS:
+        refuse(f"unknown kind of file; known are {' '.join(READERS)}")
+    try:
+        if not stat.S_ISREG(os.stat(name).st_mode):
+            refuse("not a regular file")
+        with open(name, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        refuse(error.strerror)
+    if not head:
+        refuse("empty file (0 bytes)")
+    for magic, what in MAGIC.items():
+        if head.lower().startswith(magic.lower()):
+            refuse(what)
+
+
+def read_rows(source: Source) -> Iterator[Row | BadRow]:
+    """All rows of a source in order, or those of its slice, which counts the rows of all its files, bad ones included.
+
+    One row at a time is in memory (a .json file is read whole). Raises UserError where a whole file cannot be read.
+    """
+    records = _records(source)
+    sliced = SLICE.fullmatch(source.split.removeprefix("train"))
+    if sliced:
+        # Counting costs a pass over the file, so only bounds that need the number of rows pay for it.
+        needs_total = any(bound and bound[-1] == "%" or bound and bound[0] == "-" for bound in sliced.groups())
+        total = sum(1 for _ in _records(source)) if needs_total else None
+        first, last = (_row_number(bound, total) for bound in sliced.groups())
+        if last is not None and (first or 0) >= last or total is not None and (first or 0) >= total:
+            raise UserError(f"{source.label}: the slice holds no row", exit_code=DATA)
+        records = islice(records, first, last)
+    for file, line, value in records:
+        yield _parse(file, line, value) if isinstance(value, bytes) else value
+
+
+def _row_number(bound: str | None, total: int | None) -> int | None:
+    """A slice's bound as a row number; percentages round down, so [:10%] and [10%:] meet without overlap."""
+    if not bound:
+        return None
+    number = int(bound.rstrip("%"))
+    if bound.endswith("%"):
+        number = number * total // 100 if number >= 0 else -(-number * total // 100)
+    return number if number >= 0 else max(0, total + number)
+
+
+# ------------------------------------------------------------------------------------------------- file formats
+
+
+def _records(source: Source) -> Iterator[tuple[str, int, bytes | Row | BadRow]]:
+    """(file, line, record): a record that is still JSON stays bytes, so that rows outside a slice are never parsed."""
+    for path in list_files(source):
+        for line, value in READERS[path.suffix](path):
+            yield str(path), line, value
+
+
+def _parse(file: str, line: int, text: bytes) -> Row | BadRow:
+    def bad(reason: str, detail: str = "") -> BadRow:
+        return BadRow(file, line, reason, detail, excerpt(text[: 4 * EXCERPT].decode("utf-8", "replace")))
+
+    if len(text) > MAX_ROW_BYTES:
+        return bad("too long", f"{len(text)} bytes, at most {MAX_ROW_BYTES} are read")
+    if not text.strip():
+        return BadRow(file, line, "empty line")
+    try:
+        value = parse_json(text)
+    except UserError as error:
+        reason, _, detail = error.message.partition(": ")
+        return bad(reason, detail)
+    if not isinstance(value, dict):
+        hint = "; if the file is one JSON array, name it .json" if isinstance(value, list) and line == 1 else ""
+        return bad("not a JSON object", f"the row is a {type(value).__name__}{hint}")
+    return Row(value, file, line)
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):  # a binary file is split on 0x0A only
+            yield number, line.removeprefix(BOM) if number == 1 else line
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The elements of an array, cut apart by a lenient scan so that each one is then judged strictly on its own."""
+
+    def refuse(what: str) -> None:
+        raise UserError(
+            f"{path}: {what}",
+            hint="a .json file is one array of objects; name a file with one object a line .jsonl",
+            exit_code=DATA,
+        )
+
+    try:
+        text = path.read_bytes().removeprefix(BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        refuse(f"not UTF-8 text at byte {error.start}")
+    skip_space = re.compile(r"[ \t\r\n]*").match
+    scan = json.JSONDecoder().raw_decode
+    at = skip_space(text).end()
+    if text[at : at + 1] != "[":
+        refuse("not a JSON array")
+    at = skip_space(text, at + 1).end()
+    index = 0
+    while text[at : at + 1] != "]" or index > 0:
+        try:
+            stop = scan(text, at)[1]
+        except (ValueError, RecursionError) as error:
+            refuse(f"element {index} is not valid JSON: {error}; it begins {excerpt(text[at : at + EXCERPT + 1])}")
+        yield index, text[at:stop].encode("utf-8")
+        index += 1
+        at = skip_space(text, stop).end()
+        if text[at : at + 1] == "]":
+            break
+        if text[at : at + 1] != ",":
+            refuse(f"a comma or ] is missing after element {index - 1}")
+        at = skip_space(text, at + 1).end()
+    if text[at + 1 :].strip():
+        refuse("something follows the array")
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
+    csv.field_size_limit(MAX_ROW_BYTES)
+    # Undecodable bytes become lone surrogates, so that a wrong byte costs its own row and not the rest of the file.
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader)
+        except csv.Error as error:
+            raise UserError(f"{path}:1: the header line: {error}", exit_code=DATA) from None
+        if len(set(header)) < len(header) or not all(name.strip() for name in header):
+            raise UserError(f"{path}:1: a column name is empty or occurs twice: {header}", exit_code=DATA)
+        while True:
+            line = reader.line_num + 1
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield line, BadRow(str(path), line, "not valid CSV", str(error))
+                continue
+            problem = detail = ""
+            if not values:
+                problem = "empty line"
+            elif len(values) != len(header):
+                problem, detail = "wrong number of values", f"{len(values)} values for {len(header)} columns"
+            elif not _is_unicode("".join(values)):
+                problem = "not UTF-8 text"
+            if problem:
+                shown = ",".join(values).encode("utf-8", "replace").decode()
+                yield line, BadRow(str(path), line, problem, detail, excerpt(shown) if shown else "")
+            else:
+                yield line, Row(dict(zip(header, values)), str(path), line)
+
+
+def _read_text(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
+    data = path.read_bytes().removeprefix(BOM)
+    try:
+        yield 1, Row({"text": data.decode("utf-8")}, str(path), 1)
+    except UnicodeDecodeError as error:
+        shown = excerpt(data[: 4 * EXCERPT].decode("utf-8", "replace"))
+        yield 1, BadRow(str(path), 1, "not UTF-8 text", f"byte {error.start}", shown)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".txt": _read_text}

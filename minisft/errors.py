@@ -1,0 +1,27 @@
+"""The one way to tell a user about a mistake.
+
+A `UserError` says what is wrong, with the values, and what to do next. The commands print it as two lines and exit with
+its code; nobody sees a traceback for a mistake of their own. Internal invariants use `assert`.
+"""
+
+CONFIG = 2  # the configuration or the command line
+DATA = 65  # a data file or a row
+MODEL = 66  # model or tokenizer files
+MEMORY = 71  # does not fit
+SAVE = 74  # checkpoints could not be written
+STOPPED = 75  # stopped by a signal after saving: start again to go on
+NONFINITE = 76  # a loss or gradient that is not finite
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend.
+
+    message: what is wrong, with the values. hint: what to do next. exit_code: one of the constants above.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", exit_code: int = CONFIG):
+        super().__init__(message)
+        self.message, self.hint, self.exit_code = message, hint, exit_code
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.hint}" if self.hint else self.message

@@ -1,0 +1,329 @@
+"""Files that are read strictly and written so that a crash never leaves half of one.
+
+Reading. `parse_json` accepts exactly one JSON value in UTF-8 and refuses what Python's reader lets pass: NaN, Infinity
+and 1e400, a key given twice (the last would win), half of a surrogate pair (it breaks the tokenizer later), UTF-16
+(guessed without a word) and nesting so deep that it exhausts the stack.
+
+Writing. A set of files that belong together is written as an *atomic folder*: it has all its files or it does not
+exist. Renaming each file into place is not enough: killed at random, 48 of 60 such saves left files of two different
+steps side by side; overwriting in place spoiled 20 of 60; one rename of the whole folder 0 of 60. The order is what
+makes it hold, through a power cut too:
+
+    mkdir .tmp-..., write and fsync every file, then manifest.json, fsync the folder, rename, fsync the parent
+
+The manifest lists every file with its size and sha256 and carries its own sha256, so `verify_folder` notices any
+changed byte, a lost file, and files of two folders mixed up. Rename is assumed to be atomic inside one file system.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from minisft.errors import DATA, SAVE, UserError
+
+MANIFEST = "manifest.json"
+TEMPORARY = re.compile(r"\.(?:tmp|del)-.+-(?P<host>\w+)-(?P<pid>\d+)-[0-9a-f]{8}")
+HOST = re.sub(r"\W", "_", socket.gethostname()) or "localhost"
+
+
+# ------------------------------------------------------------------------------------------------- JSON
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
+    return value
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {text[:40]} is too large for a float")
+    return value
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object_without_duplicates, parse_float=_finite_float, parse_constant=_refuse_constant
+)
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse_json(data: bytes, where: str = "", *, exit_code: int = DATA) -> Any:
+    """One JSON value from its UTF-8 bytes, strictly (see the top of this file).
+
+    `where` (a path, or "file:line") begins the message; without it the message is the bare reason.
+    Raises UserError with `exit_code`.
+    """
+    try:
+        value = _DECODER.decode(data.decode("utf-8"))
+        if _SURROGATE_ESCAPE.search(data):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # fails on half a pair
+        return value
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 text: byte 0x{data[error.start]:02x} at position {error.start}"
+    except UnicodeEncodeError:
+        reason = "half of a surrogate pair (\\ud800 to \\udfff) stands alone; it is not a character"
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if error.lineno > 1 else ""
+        reason = f"not valid JSON: {error.msg} at {line}column {error.colno}"
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError as error:  # from the three functions above, or an integer of more than 4300 digits
+        reason = str(error)
+    raise UserError(f"{where}: {reason}" if where else reason, exit_code=exit_code)
+
+
+def read_json(path: Path | str, *, exit_code: int = DATA) -> Any:
+    """The JSON value in a file. Raises UserError, also where the file cannot be read."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}", exit_code=exit_code) from None
+    return parse_json(data, str(path), exit_code=exit_code)
+
+
+def dump_json(value: Any) -> bytes:
+    """UTF-8, indented by two, keys in their own order, a newline at the end. Raises ValueError on NaN and Infinity."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` and wait until it is on the disk. Not atomic: use it inside an atomic folder, or for a report."""
+    data = dump_json(value)  # before the file is opened, so that a bad value leaves the old file alone
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ------------------------------------------------------------------------------------------------- the disk
+
+
+def sha256_file(path: Path | str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_file(path: Path | str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_folder(path: Path | str) -> None:
+    """Make the names in a folder durable: a file's own fsync does not cover its name, nor a rename."""
+    try:
+        fsync_file(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
+            raise
+
+
+def make_folder(path: Path | str) -> None:
+    """Like mkdir -p, and the new names are durable."""
+    path = Path(path)
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_folder(path.parent)
+
+
+def free_bytes(folder: Path | str) -> int:
+    """Free bytes on the disk of a folder, which need not exist yet."""
+    folder = Path(folder).absolute()
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+
+
+def require_space(folder: Path | str, needed: int, what: str) -> None:
+    """Raise UserError (exit code SAVE) where less than `needed` bytes are free for `what`."""
+    free = free_bytes(folder)
+    if free < needed:
+        raise UserError(
+            f"{what} needs {needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free",
+            hint="free some space or choose an output_dir on another disk",
+            exit_code=SAVE,
+        )
+
+
+# ------------------------------------------------------------------------------------------------- atomic folders
+
+
+def _temporary(kind: str, target: Path) -> Path:
+    """A new hidden name beside `target` that tells which process made it."""
+    return target.with_name(f".{kind}-{target.name}-{HOST}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+@contextmanager
+def atomic_folder(
+    target: Path | str, manifest: dict | None = None, *, move_existing_to: Path | None = None
+) -> Iterator[Path]:
+    """Yield a temporary folder to write into; on leaving it appears as `target` with everything in it, or not at all.
+
+        with atomic_folder(out / "step-00000010", {"step": 10}) as folder:
+            ...  # write files into folder
+
+    `manifest`: the caller's own fields (JSON values) for manifest.json; read at the end, so it may be filled inside.
+    Every file ends with the permissions that the umask asks for, whatever its writer set (safetensors sets 0600).
+    Where `target` exists it is renamed to `move_existing_to` just before the new one appears; without that name it is
+    a FileExistsError. On this and any other error nothing of the new folder is left.
+    """
+    target = Path(target)
+    if move_existing_to is None and os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    make_folder(target.parent)
+    folder = _temporary("tmp", target)
+    folder.mkdir()
+    try:
+        yield folder
+        file_mode = folder.stat().st_mode & 0o666  # mkdir applied the umask; reading the umask itself would change it
+        files = {}
+        for path in sorted(folder.rglob("*")):
+            if path.is_dir():
+                fsync_folder(path)
+                continue
+            path.chmod(file_mode)
+            fsync_file(path)
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        fields = {"format": "minisft folder 1", **(manifest or {}), "files": files}
+        write_json(folder / MANIFEST, {**fields, "sha256": hashlib.sha256(dump_json(fields)).hexdigest()})
+        fsync_folder(folder)
+        if move_existing_to is not None and os.path.lexists(target):
+            os.rename(target, move_existing_to)
+        os.rename(folder, target)
+        fsync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def read_manifest(path: Path | str) -> dict:
+    """The manifest of an atomic folder. Raises UserError where it is missing, changed, or not ours."""
+    file = Path(path) / MANIFEST
+    manifest = read_json(file)
+    ours = isinstance(manifest, dict) and manifest.get("format") == "minisft folder 1"
+    if not ours or not isinstance(manifest.get("files"), dict) or "sha256" not in manifest:
+        raise UserError(f"{file}: not a manifest that minisft wrote", exit_code=DATA)
+    fields = {key: value for key, value in manifest.items() if key != "sha256"}
+    same_bytes = file.read_bytes() == dump_json(manifest)
+    if not same_bytes or hashlib.sha256(dump_json(fields)).hexdigest() != manifest["sha256"]:
+        raise UserError(f"{file}: changed since it was written", exit_code=DATA)
+    return manifest
+
+
+def verify_folder(path: Path | str, *, hashes: bool = True) -> str | None:
+    """None where the folder is exactly what was written, else the reason why not.
+
+    hashes=False compares only sizes, which costs no reading. Files that the manifest does not list are no concern: a
+    viewer may have left them, and nothing here reads them.
+    """
+    path = Path(path)
+    try:
+        for name, entry in read_manifest(path)["files"].items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            size = (path / name).stat().st_size
+            if size != entry["size"]:
+                return f"{name} has {size} bytes, {entry['size']} were written"
+            if hashes and sha256_file(path / name) != entry["sha256"]:
+                return f"{name} does not have the sha256 it was written with"
+    except UserError as error:
+        return error.message.removeprefix(f"{path}/")
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def remove_folder(path: Path | str) -> None:
+    """Delete an atomic folder of ours: out of sight by one rename first, so that no half of it is ever seen.
+
+    Raises UserError, and deletes nothing, where `path` is a link or holds no manifest of ours.
+    """
+    path = Path(path)
+    if path.is_symlink():
+        raise UserError(f"{path}: a link, not deleted", exit_code=SAVE)
+    read_manifest(path)
+    doomed = _temporary("del", path)
+    os.rename(path, doomed)
+    fsync_folder(path.parent)
+    shutil.rmtree(doomed)  # does not follow links
+
+
+def remove_leftovers(parent: Path | str, *, locked: bool = False) -> int:
+    """Delete what killed processes left in `parent` (.tmp-* and .del-* by our pattern); return how many.
+
+    Without a lock only those of dead processes of this machine; locked=True says that the caller holds the lock of the
+    output folder, so nobody else can be writing there and all of them are dead.
+    """
+    count = 0
+    for path in Path(parent).glob(".*"):
+        match = TEMPORARY.fullmatch(path.name)
+        if match is None or path.is_symlink() or not path.is_dir():
+            continue
+        if locked or (match["host"] == HOST and not _is_running(int(match["pid"]))):
+            shutil.rmtree(path)
+            count += 1
+    return count
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+# ------------------------------------------------------------------------------------------------- the lock
+
+
+def lock_folder(folder: Path | str) -> IO[bytes]:
+    """Claim an output folder for this process: hold the returned file open, close it (or use `with`) to let go.
+
+    The lock is the kernel's (flock on <folder>/.lock), so it ends with its process however that dies. Raises UserError
+    where another process holds it, naming that process.
+    """
+    folder = Path(folder)
+    make_folder(folder)
+    file = open(folder / ".lock", "a+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read(200).decode("utf-8", "replace").strip() or "another process"
+        file.close()
+        raise UserError(
+            f"{folder} is in use by {holder}",
+            hint="wait for that run, stop it, or choose another output_dir",
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            file.close()
+            raise
+        warnings.warn(
+            f"{folder}: this file system has no locks; two runs there would not notice each other", stacklevel=2
+        )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {HOST}\n".encode())
+    file.flush()
+    return file

@@ -1,0 +1,127 @@
+"""Completing prompts, one token a row at a time.
+
+The prompts go through the model once, side by side as one flat stream like any other batch, and leave their keys and
+values in a cache. Each step then sends one token a row, a stream of one-token documents, so a step costs one token and
+not the whole text again. A row that is finished leaves the batch.
+
+Sampling: temperature divides the logits, top_k keeps the k most likely tokens, top_p the smallest set of most likely
+tokens whose probability reaches p (nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751). A token is drawn by
+walking down the sorted probabilities to a uniform number in [0, 1). Each row has its own numbers, drawn at the start,
+so a row's completion does not depend on when others finish.
+"""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from minisft.errors import UserError
+from minisft.model.attention import KVCache
+from minisft.model.decoder import Decoder
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Collection[int] = (),
+    seed: int | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, without the stop token that ended it.
+
+    temperature 0 takes the most likely token. `seed` fixes the draws; None takes them from torch's global generator.
+    Works in eval mode, under the autocast of the caller, and leaves the model in the mode it was in.
+    Raises UserError for an empty prompt, an id outside the vocabulary, options out of range, or a text longer than the
+    learned positions.
+    """
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    if not prompts or max_new_tokens == 0:
+        return [[] for _ in prompts]
+    was_training = model.training
+    model.eval()
+    try:
+        return _generate(model, prompts, max_new_tokens, temperature, top_k, top_p, set(stop_ids), seed)
+    finally:
+        model.train(was_training)
+
+
+def _generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids, seed) -> list[list[int]]:
+    device = model.head_weight.device
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    uniform = torch.rand(len(prompts), max_new_tokens, generator=generator).to(device)  # [B, max_new_tokens]
+    cache = KVCache(max(map(len, prompts)) + max_new_tokens)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    running = list(range(len(prompts)))  # the prompt of each row of the batch
+
+    # ---- prefill: the prompts side by side
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B]
+    last = lengths.cumsum(0) - 1
+    first = (last + 1 - lengths).repeat_interleave(lengths)  # [T]
+    input_ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    position_ids = torch.arange(len(input_ids), device=device) - first
+    end = (last + 1).repeat_interleave(lengths)
+    hidden = model(input_ids, position_ids.int(), first.int(), end.int(), kv_cache=cache)[last]  # [B, D]
+
+    # ---- decode: one token a row
+    for step in range(max_new_tokens):
+        tokens = _choose(model.logits(hidden).float(), uniform[:, step], temperature, top_k, top_p)  # [B]
+        unfinished = []
+        for row, token in enumerate(tokens.tolist()):
+            if token not in stop_ids:
+                outputs[running[row]].append(token)
+                unfinished.append(row)
+        if not unfinished or step + 1 == max_new_tokens:
+            break
+        if len(unfinished) < len(running):
+            running = [running[row] for row in unfinished]
+            keep = torch.tensor(unfinished, device=device)
+            tokens, uniform, lengths = tokens[keep], uniform[keep], lengths[keep]
+            cache.keep(keep)
+        index = torch.arange(len(tokens), dtype=torch.int32, device=device)
+        hidden = model(tokens, lengths.int(), index, index + 1, kv_cache=cache)  # [B, D]
+        lengths = lengths + 1
+    return outputs
+
+
+def _choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """logits fp32 [B, V], uniform numbers [B] -> token ids int64 [B]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, order = (logits / temperature).sort(dim=-1, descending=True)
+    if top_k is not None:
+        logits[:, top_k:] = -torch.inf
+    probabilities = logits.softmax(-1)
+    if top_p is not None:
+        before = probabilities.cumsum(-1) - probabilities  # the token that crosses top_p is kept
+        probabilities = probabilities.masked_fill(before >= top_p, 0)
+    cumulative = probabilities.cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])  # [B, 1]
+    return order.gather(-1, drawn).squeeze(-1)
+
+
+def _check(model, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
+    top_k_is_wrong = top_k is not None and top_k < 1
+    top_p_is_wrong = top_p is not None and not 0 < top_p <= 1
+    if max_new_tokens < 0 or temperature < 0 or top_k_is_wrong or top_p_is_wrong:
+        raise UserError(
+            f"max_new_tokens = {max_new_tokens}, temperature = {temperature}, top_k = {top_k}, top_p = {top_p}",
+            hint="expected max_new_tokens >= 0, temperature >= 0, top_k >= 1, 0 < top_p <= 1",
+        )
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {number} has no tokens", hint="begin it with the tokenizer's BOS token")
+        wrong = [token for token in prompt if not 0 <= token < model.config.vocab_size]
+        if wrong:
+            raise UserError(f"prompt {number} has token {wrong[0]}; the vocabulary has {model.config.vocab_size}")
+        # The last new token is never fed back, so it needs no position.
+        needed, limit = len(prompt) + max_new_tokens - 1, model.config.max_position_embeddings
+        if model.config.rope is None and needed > limit:
+            raise UserError(
+                f"prompt {number} has {len(prompt)} tokens; {max_new_tokens} more exceed the model's {limit} positions",
+                hint="shorten the prompt or lower max_new_tokens",
+            )

@@ -1,0 +1,311 @@
+"""The loop. `run` trains a model from a configuration; what happens in a step can be read here from top to bottom.
+
+What a run needs is made in prepare.py, before the first step, so that whatever can fail fails early. The loop does not know
+which trainer it serves: an objective is two functions, `weight` and `loss` (sft.py).
+
+Data order, dropout and noise are pure functions of (seed, step). A run that was stopped, killed or moved therefore goes on
+exactly where its last checkpoint was: nothing is replayed, and there is no generator state to save or to lose.
+"""
+
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from minisft import console, runtime
+from minisft.checkpoint import (
+    MAX_FAILED_SAVES,
+    find_checkpoint,
+    load_checkpoint,
+    require_space_for_checkpoints,
+    try_save,
+)
+from minisft.config import Config, TrainSection, config_to_dict
+from minisft.config_file import write_resolved
+from minisft.data.batch import Batch
+from minisft.errors import NONFINITE, STOPPED, UserError
+from minisft.evaluate import complete, evaluate
+from minisft.files import atomic_folder, lock_folder, read_json, remove_leftovers, write_json
+from minisft.loggers import Loggers, console_line
+from minisft.metrics import Sums, peak_memory
+from minisft.model.load import load_weights
+from minisft.model.save import save_model
+from minisft.optim import LossScale, clip_gradients, gradients
+from minisft.parallel import sum_gradients
+from minisft.prepare import Run, prepare
+from minisft.schedule import lr_factor
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves behind."""
+
+    output_dir: Path
+    model_dir: Path | None  # the trained model as Hugging Face files; None where the run was stopped early
+    step: int  # optimizer steps taken
+    metrics: dict[str, float] = field(default_factory=dict)  # the last value of everything that was logged
+    exit_code: int = 0  # 0 done, 75 stopped by a signal after saving
+
+
+def train_step(
+    run: Run, train: TrainSection, batches: list[Batch], sums: Sums, stop_asked: bool = False
+) -> tuple[bool, bool]:
+    """One optimizer step over this rank's micro-batches -> (updated, stop).
+
+    The loss of the step is the sum of weight x nll over all micro-batches and ranks, divided by N, the sum of their
+    weights. `updated` is False where a loss or a gradient was not finite: weights and moments are then untouched, on every
+    rank. `stop` is True where any rank was asked to stop. What there is to log is added to `sums`.
+    """
+    # ---- 4. N of the whole step, over all ranks, known before the first forward pass
+    weights = [run.weight(batch) for batch in batches]
+    totals = [sum(weights), len(batches), sum(batch.num_tokens for batch in batches)]
+    totals = torch.tensor(totals, dtype=torch.float64, device=run.device)
+    total_weight, num_batches, num_tokens = runtime.sum_over_ranks(totals).tolist()
+    run.num_tokens += int(num_tokens)
+
+    # ---- 5. forward, loss, backward: the gradients of the micro-batches add up in fp32
+    runtime.seed_step(train.seed, run.step)
+    losses = []
+    for batch, weight in zip(batches, weights):
+        # "micro_batch" is the mean of the micro-batches' means, as older trainers have it
+        n = total_weight if train.loss_normalization == "tokens" else weight * num_batches
+        with runtime.autocast(run.device, run.precision):
+            loss, stats = run.loss(run.model, batch.to(run.device), run.loss_scale.scale / max(n, 1e-12))
+        loss.backward()
+        losses.append(loss.detach())
+        sums.add(stats)
+
+    # ---- 6. the gradient's norm, and the finite check that all ranks agree on before any of them updates
+    grads = gradients(run.model)
+    sum_gradients(grads)
+    if run.loss_scale.scale != 1.0:
+        torch._foreach_mul_(grads, 1.0 / run.loss_scale.scale)
+    norm = torch.nn.utils.get_total_norm(grads)
+    is_bad = ~torch.isfinite(norm + torch.stack(losses).sum())
+    verdict = torch.stack([is_bad.double(), torch.full_like(norm, stop_asked, dtype=torch.float64)])
+    num_bad, num_stops = runtime.sum_over_ranks(verdict).tolist()
+
+    # ---- 7. clip, learning rate, update
+    if not num_bad:
+        clip_gradients(grads, norm, train.max_grad_norm)
+        for group in run.optimizer.param_groups:
+            group["lr"] = train.learning_rate * lr_factor(step=run.step, **run.schedule)
+        run.optimizer.step()
+    if run.precision == "fp16":
+        run.loss_scale.update(overflow=num_bad > 0)
+    run.optimizer.zero_grad(set_to_none=True)
+    sums.add({"grad_norm": (norm, 1.0)})
+    return not num_bad, num_stops > 0
+
+
+def run(config: Config, origins: dict[str, str]) -> Result:
+    """Train as `config` says. origins: where each value came from, recorded in the output folder.
+
+    Raises UserError for whatever the user can mend, before the first step where that can be known.
+    """
+    folder = Path(config.output_dir)
+    with ExitStack() as stack:
+        device = runtime.pick_device(config.train.device)
+        stack.enter_context(runtime.process_group(device))
+        if runtime.rank() == 0:
+            stack.enter_context(lock_folder(folder))
+            for parent in (folder, folder / "checkpoints"):
+                remove_leftovers(parent, locked=True)
+        signal = stack.enter_context(runtime.StopSignal())
+        return _train(config, origins, folder, prepare(config, device), signal)
+
+
+def _train(config: Config, origins: dict[str, str], folder: Path, run: Run, signal: runtime.StopSignal) -> Result:
+    train, is_main, checkpoints, model_dir = config.train, runtime.rank() == 0, folder / "checkpoints", folder / "model"
+    sums, values = Sums(run.device), {}
+    saved = resume(config, run, sums, checkpoints)
+    first_step, num_failed_saves, stop, seconds, num_tokens = run.step, 0, False, 0.0, run.num_tokens
+    if is_main:
+        print("\n".join(run.summary), flush=True)
+        if run.step >= run.total_steps and model_dir.exists():
+            print(f"finished already: the model of step {run.step} is in {model_dir}")
+            return Result(folder, model_dir, run.step)
+        require_space_for_checkpoints(checkpoints, run.model, run.optimizer, config.checkpoint.save_total_limit)
+        write_resolved(config, origins, folder)
+        run_name = config.log.run_name or folder.resolve().name
+        loggers = Loggers(folder, list(config.log.report_to), run_name, config_to_dict(config), saved)
+    bar = console.ProgressBar(run.step, run.total_steps, config.log.progress_bar and is_main)
+
+    while True:
+        done = stop or run.step >= run.total_steps
+
+        # ---- 1. evaluate if due
+        due = run.step > first_step and (run.step % config.evaluate.eval_steps == 0 or run.step == run.total_steps)
+        if run.evals and (due or config.evaluate.eval_on_start and run.step == 0):
+            scores = {}
+            for name, loader in run.evals.items():
+                means = evaluate(run.model, loader, run.loss, run.device, run.precision)
+                scores |= {f"eval_{name}_{key}" if name else f"eval_{key}": mean for key, mean in means.items()}
+            values |= scores
+            if is_main:
+                loggers.log(run.step, scores)
+                bar.say(console_line(run.step, scores))
+
+        # ---- 2. save if due, asked for by a signal, or last
+        if run.step > first_step and (done or run.step % config.checkpoint.save_steps == 0):
+            state = training_state(config, run, sums)
+            if is_main:
+                num_failed_saves = try_save(
+                    MAX_FAILED_SAVES - 1 if done else num_failed_saves,  # no later save makes up for the last one
+                    checkpoints,
+                    run.step,
+                    write_model=partial(write_model, run),
+                    model=run.model,
+                    optimizer=run.optimizer,
+                    state={**state, **loggers.position()},
+                    keep=config.checkpoint.save_total_limit,
+                )
+        if done:
+            break
+
+        # ---- 3. the step's micro-batches, a pure function of (seed, data, epoch, step)
+        began = time.perf_counter()
+        epoch, step = divmod(run.step, run.train.steps_per_epoch)
+        batches = run.train.step(epoch, step)
+
+        # ---- 4 to 7. N, forward and backward, finite check, update
+        updated, stop = train_step(run, train, batches, sums, stop_asked=signal.received is not None)
+        if not updated:
+            handle_nonfinite(run, train, batches, folder)
+        run.step += 1
+        seconds += time.perf_counter() - began
+
+        # ---- 8. log the window: one division, one device sync
+        if run.step % config.log.logging_steps == 0 or run.step == run.total_steps:
+            window = sums.means() | {
+                "learning_rate": run.optimizer.param_groups[0]["lr"],
+                "epoch": run.step / run.train.steps_per_epoch,
+                "num_tokens": run.num_tokens,
+                **({"nonfinite_steps": run.nonfinite_steps} if run.nonfinite_steps else {}),
+            }
+            speed = (run.num_tokens - num_tokens) / seconds
+            timings = {"tokens_per_second": speed, "peak_memory_gib": peak_memory(run.device)}
+            seconds, num_tokens = 0.0, run.num_tokens
+            values |= window
+            bar.show(loss=window["loss"], lr=window["learning_rate"], tok_s=speed)
+            if is_main:
+                loggers.log(run.step, window, timings)
+                bar.log(console_line(run.step, window | timings))
+        bar.update()
+
+    bar.close()
+    if is_main:
+        loggers.close()
+    return finish(config, run, folder, values, signal)
+
+
+def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """The model and its tokenizer as Hugging Face files."""
+    save_model(run.model, folder, dtype=dtype)
+    run.tokenizer.save(folder)
+
+
+# ---- resume -----------------------------------------------------------------------------------------------------
+
+
+def training_state(config: Config, run: Run, sums: Sums) -> dict:
+    """What a checkpoint holds besides weights and moments, as JSON. All ranks call it."""
+    return {
+        "num_tokens": run.num_tokens,
+        "nonfinite_steps": run.nonfinite_steps,
+        "loss_scale": asdict(run.loss_scale),
+        "sums": sums.state(),  # of the log window that is open
+        "order": data_order(config, run),
+    }
+
+
+def data_order(config: Config, run: Run) -> dict:
+    """What decides which rows are in which step. A resumed run must have the same, or it would repeat and miss rows."""
+    return {
+        "data": run.train.documents.cache.fingerprint,
+        "documents": len(run.train.documents),
+        "packs": run.train.plan.num_packs,
+        "packs a step": run.train.packs_per_step,
+        "seed": config.train.seed,
+        "shuffle": config.data.shuffle,
+    }
+
+
+def resume(config: Config, run: Run, sums: Sums, folder: Path) -> dict | None:
+    """Go on from the checkpoint that checkpoint.resume asks for, if there is one; returns its trainer_state."""
+    path, skipped = find_checkpoint(folder, config.checkpoint.resume)
+    run.summary += [f"           skipped {p}: {reason}" for p, reason in skipped]
+    if path is None:
+        return None
+    order = read_json(path / "trainer_state.json").get("order")
+    if order != data_order(config, run):
+        now, keys = data_order(config, run), order or {}
+        changed = ", ".join(f"{k} was {keys.get(k)}, is {v}" for k, v in now.items() if keys.get(k) != v)
+        raise UserError(
+            f"{path} cannot be resumed: the order of the data has changed ({changed})",
+            hint="go back to the data and settings of that run, or choose a new output_dir, or resume = 'never'",
+        )
+    state = load_checkpoint(path, run.model, run.optimizer, load_weights)
+    run.step, run.num_tokens, run.nonfinite_steps = state["step"], state["num_tokens"], state["nonfinite_steps"]
+    run.loss_scale = LossScale(**state["loss_scale"])
+    sums.restore(state["sums"])
+    run.summary.append(f"resumed    from {path}")
+    return state
+
+
+# ---- the end ----------------------------------------------------------------------------------------------------
+
+
+def handle_nonfinite(run: Run, train: TrainSection, batches: list[Batch], folder: Path) -> None:
+    """The step was refused. fp16 overflows now and then and only lowers its scale; else stop or count, as configured."""
+    if run.precision == "fp16" and run.loss_scale.scale >= 1.0:
+        return
+    run.nonfinite_steps += 1
+    if train.on_nonfinite == "stop":
+        rows = [row for batch in batches for row in rows_of(run, batch)]
+        path = folder / f"nonfinite-step-{run.step:08d}-rank-{runtime.rank()}.json"
+        write_json(path, {"step": run.step, "rows": rows})
+        raise UserError(
+            f"step {run.step}: the loss or a gradient is not finite; the update was refused. Rows of the step: "
+            + ", ".join(rows[:8])
+            + (f" and {len(rows) - 8} more" if len(rows) > 8 else ""),
+            hint=f"all of them are in {path}. Look at these rows; try a lower learning_rate or precision = 'fp32'; "
+            "on_nonfinite = 'skip' leaves such steps out and counts them",
+            exit_code=NONFINITE,
+        )
+
+
+def rows_of(run: Run, batch: Batch) -> list[str]:
+    """file:line of every document that trains something in the batch."""
+    cache = run.train.documents.cache
+    return [cache.place(d) for d in batch.row_document.unique().tolist() if d >= 0]
+
+
+def finish(config: Config, run: Run, folder: Path, values: dict, signal: runtime.StopSignal) -> Result:
+    """Export the model, complete the held-out prompts, and say what there is now and what to do next."""
+    if run.step < run.total_steps:
+        if runtime.rank() == 0:
+            print(console.stopped(folder, run.step, run.total_steps, signal.received))
+        return Result(folder, None, run.step, values, exit_code=STOPPED)
+    model_dir = folder / "model"
+    if runtime.rank() == 0:
+        with atomic_folder(model_dir, {"step": run.step}, move_existing_to=folder / "model.previous") as temporary:
+            write_model(run, temporary, dtype=runtime.DTYPES[config.checkpoint.save_dtype])
+        if run.prompts:
+            samples = list(
+                complete(
+                    run.model,
+                    run.tokenizer,
+                    run.prompts,
+                    max_new_tokens=config.evaluate.max_new_tokens,
+                    precision=run.precision,
+                )
+            )
+            console.write_samples(folder / "samples.jsonl", samples)
+            print(console.sample_report(samples, config.evaluate.generate_samples_shown))
+            values["exact_match"] = sum(s.correct for s in samples) / len(samples)
+        print(console.closing(folder, model_dir, config.log.report_to))
+    return Result(folder, model_dir, run.step, values)

@@ -1,0 +1,235 @@
+"""A decoder from a config, with random weights or with those of a Hugging Face folder.
+
+A model is built on the meta device first, where tensors have shapes and no memory, and filled afterwards, tensor by
+tensor through a memory map: loading needs the model plus its largest tensor, never two models.
+
+Weights come as safetensors (a JSON header with names, dtypes and shapes, then raw bytes), in model.safetensors or in
+shards listed by model.safetensors.index.json. All headers are checked before the first byte is copied, because most
+mistakes (another model's folder, half a download) show there; every tensor is then checked to be finite. Pickled files
+(.bin, .pt) run code when they are opened and are never read.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from minisft import hub
+from minisft.errors import MODEL, UserError
+from minisft.files import read_json
+from minisft.model.decoder import Decoder
+from minisft.model.families import ModelConfig, from_hf, stored_tensors
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = ("F64", "F32", "F16", "BF16")
+PREFIXES = re.compile(r"^(model|transformer)\.")  # some files have them, files of a model without head do not
+BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")  # constants that old versions stored
+
+
+def build_model(config: ModelConfig, device: torch.device | str = "meta") -> Decoder:
+    """A decoder in training mode whose weights hold nothing yet: give it memory by `model.to_empty(device=...)` where
+    that is still to do, then fill it by init_weights or load_weights."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    return model if torch.device(device).type == "meta" else model.to_empty(device=device)
+
+
+def init_weights(model: Decoder, seed: int) -> None:
+    """Random weights by the rules of transformers: matrices N(0, initializer_range), biases 0, norm weights 1. GPT-2's
+    projections into the residual stream, two a layer, are smaller by sqrt(2 * num_layers).
+
+    Drawn in fp32 on the CPU from `seed` alone, so that every device and dtype starts from the same model.
+    """
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+                continue
+            is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            depth = 2 * config.num_layers if config.depth_scaled_init and is_residual else 1
+            std = config.initializer_range / math.sqrt(depth)
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+
+def read_config(folder: Path | str) -> ModelConfig:
+    """The config.json of a model folder. Raises UserError (exit code MODEL)."""
+    hf = read_json(Path(folder) / "config.json", exit_code=MODEL)
+    if not isinstance(hf, dict):
+        raise UserError(f"{folder}/config.json: expected an object, found {type(hf).__name__}", exit_code=MODEL)
+    return from_hf(hf)
+
+
+def load_model(
+    path_or_repo: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Decoder:
+    """The model of a local folder or a hub repository, in eval mode. Raises UserError (exit code MODEL)."""
+    folder, _ = hub.resolve(path_or_repo, revision, "model")
+    model = build_model(read_config(folder)).to(dtype).to_empty(device=device)
+    load_weights(model, folder)
+    return model.eval()
+
+
+def load_weights(model: Decoder, source: Path | str) -> None:
+    """Fills `model` (not on meta) from the safetensors of a folder, converted to the dtype of each parameter.
+
+    Raises UserError (exit code MODEL), naming up to ten tensors, where names, shapes or dtypes differ from what the
+    config asks for, a value is not finite, a tied head differs from the embedding, or a file is not what it should be.
+    """
+    folder, config = Path(source), model.config
+    parameters = dict(model.named_parameters())
+    assert not any(parameter.is_meta for parameter in parameters.values()), "give the model memory first: to_empty()"
+    wanted = {_bare(name): stored for name, stored in stored_tensors(config, parameters).items()}
+    found = _read_headers(folder)
+    head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    _compare(folder, wanted, found, parameters)
+
+    nonfinite = []
+    with torch.no_grad():
+        for bare, stored in wanted.items():
+            path, name, _, _ = found[bare]
+            tensor = _read_tensor(path, name)
+            parts = [parameters[part] for part in stored.names]
+            rows = (tensor.t() if stored.transposed else tensor).split([part.shape[0] for part in parts])
+            for part, values in zip(parts, rows):
+                part.copy_(values)
+            if not all(part.isfinite().all() for part in parts):  # after the conversion: fp16 ends at 65504
+                nonfinite.append(name)
+            if head is not None and stored.names == ("embed_tokens.weight",):
+                _check_tied(folder, tensor, _read_tensor(*head[:2]))
+    if nonfinite:
+        raise UserError(
+            f"{folder}: NaN or infinite values as {parts[0].dtype} in {_list(nonfinite)}",
+            hint="the files are damaged, or the dtype is too narrow for these weights",
+            exit_code=MODEL,
+        )
+    # Not weights, but this is where the folder is known, and save_model gives it back.
+    generation = folder / "generation_config.json"
+    model.generation_config = read_json(generation, exit_code=MODEL) if generation.exists() else {}
+
+
+def _compare(folder: Path, wanted: dict, found: dict, parameters: dict) -> None:
+    """Names, shapes and dtypes of the files against those of the model."""
+    problems = []
+    for title, names in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
+        if names:
+            problems.append(f"{len(names)} {title}: {_list(sorted(names))}")
+    for bare in sorted(wanted.keys() & found.keys()):
+        parts = [parameters[part] for part in wanted[bare].names]
+        shape = [sum(part.shape[0] for part in parts), *parts[0].shape[1:]]
+        shape = shape[::-1] if wanted[bare].transposed else shape
+        _, name, stored_shape, stored_dtype = found[bare]
+        if stored_shape != shape:
+            problems.append(f"{name} has shape {stored_shape}, config.json says {shape}")
+        elif stored_dtype not in DTYPES:
+            problems.append(f"{name} is {stored_dtype}, supported: {', '.join(DTYPES)}")
+    if problems:
+        raise UserError(
+            f"{folder}: the weights are not those of this {len(parameters)}-tensor model: " + "; ".join(problems[:10]),
+            hint="config.json and the weights must come from the same model, with its language-model head",
+            exit_code=MODEL,
+        )
+
+
+def _check_tied(folder: Path, embedding: torch.Tensor, head: torch.Tensor) -> None:
+    if not torch.equal(embedding, head):
+        raise UserError(
+            f"{folder}: lm_head.weight differs from the embedding, but tie_word_embeddings is true",
+            hint="set tie_word_embeddings to false in config.json if this head is the right one, or delete it",
+            exit_code=MODEL,
+        )
+
+
+# ---------------------------------------------------------------- files
+
+
+def _read_headers(folder: Path) -> dict[str, tuple[Path, str, list[int], str]]:
+    """Name without prefix -> (file, name, shape, dtype) of every tensor of the model."""
+    found = {}
+    for path, listed in _weight_files(folder).items():
+        with _open(path) as file:
+            names = set(file.keys())
+            if listed is not None and listed != names:
+                raise UserError(
+                    f"{path} and {INDEX} disagree about {_list(sorted(listed ^ names))}",
+                    hint="the folder mixes two models or a download is incomplete; download it again",
+                    exit_code=MODEL,
+                )
+            for name in names:
+                if BUFFERS.search(name):
+                    continue
+                if _bare(name) in found:
+                    raise UserError(f"{folder}: {name} is stored twice", exit_code=MODEL)
+                tensor = file.get_slice(name)
+                found[_bare(name)] = path, name, tensor.get_shape(), tensor.get_dtype()
+    return found
+
+
+def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The weight files of a folder, each with the tensor names that the index lists for it (None: no index)."""
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: None}
+    if not (folder / INDEX).is_file():
+        others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
+        raise UserError(
+            f"{folder}: no {SINGLE} and no {INDEX}" + (f", only {_list(others)}" if others else ""),
+            hint="only safetensors are read, because the other formats can run code or are lossy; convert the model "
+            "once with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)",
+            exit_code=MODEL,
+        )
+    index = read_json(folder / INDEX, exit_code=MODEL)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{folder / INDEX}: no weight_map", exit_code=MODEL)
+    files: dict[Path, set[str] | None] = {}
+    for name, file in weight_map.items():
+        # A path would reach outside the folder.
+        if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", file, re.ASCII):
+            raise UserError(f"{folder / INDEX}: {file!r} is not the name of a safetensors file", exit_code=MODEL)
+        files.setdefault(folder / file, set()).add(name)
+    missing = sorted(path.name for path in files if not path.is_file())
+    if missing:
+        raise UserError(
+            f"{folder}: {len(missing)} of {len(files)} weight files are missing: {_list(missing)}",
+            hint="download the model again",
+            exit_code=MODEL,
+        )
+    return files
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        reason = str(error)[:100]
+    with open(path, "rb") as file:
+        start = file.read(64)
+    problem = f"not a complete safetensors file ({reason})"
+    if start.startswith(b"version https://git-lfs"):
+        problem = "a Git LFS pointer, not the weights (`git lfs pull` in that folder fetches them)"
+    elif start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        problem = "a web page, not the weights: the download went wrong (a login page?)"
+    elif start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        problem = "a pickled PyTorch file with another name; it is not read, because opening it can run code"
+    raise UserError(f"{path}: {problem}", hint="download the file again", exit_code=MODEL)
+
+
+def _read_tensor(path: Path, name: str) -> torch.Tensor:
+    with _open(path) as file:
+        return file.get_tensor(name)
+
+
+def _bare(name: str) -> str:
+    return PREFIXES.sub("", name)
+
+
+def _list(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

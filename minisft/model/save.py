@@ -1,0 +1,74 @@
+"""Writing a model as Hugging Face files, so that transformers, vLLM and the rest load it: config.json, the weights in
+model.safetensors or in shards with an index, and generation_config.json where the model came with one.
+
+The names and shapes are those that the family's class in transformers has, a tied head is left out, and what was
+converted on loading (GPT-2's stacked and transposed matrices) is converted back.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minisft.files import write_json
+from minisft.model.decoder import Decoder
+from minisft.model.families import Stored, stored_tensors, to_hf
+
+
+def save_model(
+    model: Decoder, folder: Path | str, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Writes the model into `folder`, made if need be; older weight files there are replaced.
+
+    dtype: of the stored weights, None for the model's own. Shards hold at most max_shard_bytes each (one tensor may be
+    larger). At any time one shard is in memory besides the model. Not atomic: checkpoint.py calls it inside an atomic
+    folder. Raises OSError when the disk does.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    dtype = dtype or model.head_weight.dtype
+    tensors = stored_tensors(model.config, parameters)
+    sizes = {name: dtype.itemsize * sum(parameters[p].numel() for p in s.names) for name, s in tensors.items()}
+    shards = _shards(sizes, max_shard_bytes)
+
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        shard = {name: _stored_tensor(tensors[name], parameters, dtype) for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})  # transformers refuses files without this entry
+        weight_map |= dict.fromkeys(names, file)
+
+    written = set(weight_map.values())
+    if len(shards) > 1:
+        total = {"total_parameters": sum(p.numel() for p in parameters.values()), "total_size": sum(sizes.values())}
+        weight_map = dict(sorted(weight_map.items()))
+        write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
+        written.add("model.safetensors.index.json")
+    for path in folder.iterdir():  # a leftover model.safetensors would be loaded instead of these shards
+        if path.name not in written and re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name):
+            path.unlink()
+
+    write_json(folder / "config.json", to_hf(model.config, str(dtype).removeprefix("torch.")))
+    if model.generation_config:
+        write_json(folder / "generation_config.json", model.generation_config)
+
+
+def _shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
+    """Tensor names in order, cut wherever the next tensor would not fit."""
+    shards, used = [[]], 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > max_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def _stored_tensor(stored: Stored, parameters: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    parts = [parameters[name] for name in stored.names]
+    tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return (tensor.t() if stored.transposed else tensor).to("cpu", dtype).contiguous()

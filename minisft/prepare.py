@@ -1,0 +1,260 @@
+"""From a configuration to the parts of a run, in the order in which they can fail.
+
+Reading the data needs no GPU and finds most mistakes, so it comes first; the model follows, then the optimizer. Nothing
+here takes a step. Each part gives lines for the summary that is printed before the first step: what was found, what will
+be trained, and the arithmetic of the steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minisft import hub, runtime, sft
+from minisft.config import Config, DataSection, eval_sets, source_list
+from minisft.data.cache import Documents, build_cache
+from minisft.data.documents import select_documents, show_document, split_documents
+from minisft.data.formats import FormatOptions
+from minisft.data.loader import Loader
+from minisft.data.packing import plan
+from minisft.data.sources import parse_source
+from minisft.data.tokenizer import Tokenizer, load_tokenizer
+from minisft.errors import MODEL, UserError
+from minisft.evaluate import Prompt, read_prompts
+from minisft.kernels.common import OPS, backend_for, use_backend
+from minisft.model.families import from_hf
+from minisft.model.load import build_model, init_weights, load_weights, read_config
+from minisft.optim import LossScale, build_optimizer
+from minisft.schedule import num_warmup_steps, total_steps
+
+OBJECTIVES = {"sft": sft}
+
+
+@dataclass
+class Run:
+    """The parts of a run. The last four fields change while it trains, and the weights and moments."""
+
+    device: torch.device
+    precision: str
+    tokenizer: Tokenizer
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    train: Loader
+    evals: dict[str, Loader]  # evaluation sets by name; "" where there is one without a name
+    prompts: list[Prompt]  # to be completed at the end
+    weight: Callable  # the objective: see sft.py
+    loss: Callable
+    schedule: dict  # arguments of lr_factor
+    summary: list[str]  # printed before the first step
+    loss_scale: LossScale
+    step: int = 0
+    num_tokens: int = 0  # seen so far, over all ranks
+    nonfinite_steps: int = 0
+
+    @property
+    def total_steps(self) -> int:
+        return self.schedule["total_steps"]
+
+
+def prepare(config: Config, device: torch.device) -> Run:
+    """Everything that a run needs. Raises UserError for whatever the user can mend."""
+    train = config.train
+    precision = runtime.pick_precision(train.precision, device)
+    if train.deterministic:
+        runtime.use_deterministic_algorithms()
+    use_backend(config.model.kernels)
+
+    tokenizer, tokenizer_line = prepare_tokenizer(config)
+    loader, evals, data_lines = prepare_data(config, tokenizer)
+    prompts = []
+    if config.evaluate.generate_data:
+        prompts = read_prompts(
+            config.evaluate.generate_data,
+            tokenizer,
+            options=format_options(config.data),
+            field_map=config.data.field_map,
+            group_field=config.evaluate.generate_group_field,
+        )
+    model, model_line = prepare_model(config, tokenizer, device)
+    optimizer = build_optimizer(
+        model,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+    )
+    objective = OBJECTIVES[config.trainer_type]
+    steps = total_steps(loader.steps_per_epoch, train.num_train_epochs, train.max_steps)
+    schedule = {
+        "name": train.lr_scheduler_type,
+        "total_steps": steps,
+        "warmup_steps": num_warmup_steps(steps, train.warmup_steps, train.warmup_ratio),
+        "min_factor": train.min_lr / train.learning_rate if train.learning_rate else 0.0,
+    }
+    where = f"{device.type}, {precision}" + (f", {runtime.world_size()} ranks" if runtime.world_size() > 1 else "")
+    probe = torch.empty(0, device=device)
+    backends = {op: backend_for(op, probe) for op in OPS}
+    return Run(
+        device=device,
+        precision=precision,
+        tokenizer=tokenizer,
+        model=model,
+        optimizer=optimizer,
+        train=loader,
+        evals=evals,
+        prompts=prompts,
+        weight=objective.weight,
+        loss=partial(objective.loss, label_smoothing=train.label_smoothing, z_loss=train.z_loss),
+        schedule=schedule,
+        summary=[
+            f"trainer    {config.trainer_type} on {where}",
+            tokenizer_line,
+            *data_lines,
+            model_line,
+            f"kernels    {', '.join(f'{op} {backend}' for op, backend in backends.items())}",
+            f"steps      {describe_steps(config, loader, schedule)}",
+        ],
+        loss_scale=LossScale(scale=2.0**16 if precision == "fp16" else 1.0),
+    )
+
+
+def prepare_tokenizer(config: Config) -> tuple[Tokenizer, str]:
+    section = config.model
+    path = section.tokenizer_name_or_path or section.model_name_or_path
+    revision = section.revision if path == section.model_name_or_path else None
+    tokenizer = load_tokenizer(path, revision=revision, chat_template=section.chat_template)
+    return (
+        tokenizer,
+        f"tokenizer  {path}: {tokenizer.vocab_size:,} tokens, EOS {tokenizer.special_tokens.get('eos_token')!r}",
+    )
+
+
+# ---- data -------------------------------------------------------------------------------------------------------
+
+
+def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Loader, dict[str, Loader], list[str]]:
+    """The training loader, the evaluation loaders by name, and their lines of the summary."""
+    data, seed = config.data, config.train.seed
+    documents, lines = read_documents("train", source_list(data.train_data), config, tokenizer)
+    held_out = {}
+    for name, sources in eval_sets(data.eval_data).items():
+        held_out[name], more = read_documents(f"eval {name}".strip(), sources, config, tokenizer)
+        lines += more
+    if data.eval_fraction:
+        documents, held_out[""] = split_documents(documents, data.eval_fraction, seed)
+        lines.append(
+            f"           {len(held_out['']):,} documents held out for evaluation, {len(documents):,} are trained"
+        )
+
+    def loader(documents: Documents, packing: bool, batch_size: int, **options) -> Loader:
+        strategy = data.packing_strategy if packing else "none"
+        packs = plan(documents.lengths, data.max_length or int(documents.lengths.max()), strategy)
+        return Loader(
+            documents, packs, batch_size, seed=seed, rank=runtime.rank(), world_size=runtime.world_size(), **options
+        )
+
+    train = loader(
+        documents,
+        data.packing,
+        config.train.per_device_train_batch_size,
+        accumulation=config.train.gradient_accumulation_steps,
+        shuffle=data.shuffle,
+    )
+    eval_packing = data.packing if data.eval_packing is None else data.eval_packing
+    batch_size = config.evaluate.per_device_eval_batch_size
+    evals = {name: loader(docs, eval_packing, batch_size, shuffle=False) for name, docs in held_out.items()}
+    if data.packing:
+        fill = documents.lengths.sum() / (train.plan.num_packs * data.max_length)
+        lines.append(
+            f"packing    {data.packing_strategy}: {len(documents):,} documents in {train.plan.num_packs:,} packs of "
+            f"{data.max_length:,} tokens, {fill:.2%} full"
+        )
+    return train, evals, lines
+
+
+def read_documents(title: str, sources: list, config: Config, tokenizer: Tokenizer) -> tuple[Documents, list[str]]:
+    """Tokenise the sources (or find them in the cache), cut what is too long, and say what became of every row."""
+    data = config.data
+    cache = build_cache(
+        [parse_source(s) for s in sources],
+        tokenizer,
+        cache_dir=Path(data.cache_dir or Path(config.output_dir).absolute().parent / "token_cache"),
+        on_bad_row=data.on_bad_row,
+        format=data.format,
+        field_map=data.field_map,
+        options=format_options(data),
+    )
+    cuts_itself = data.packing and data.packing_strategy in ("bfd_split", "wrapped")
+    documents, account = select_documents(
+        cache,
+        max_length=None if cuts_itself else data.max_length,
+        truncation=data.truncation,
+        seed=config.train.seed,
+    )
+    lines = [*cache.describe(), *account.lines(), f"tokens {cache.note} in {cache.folder}"]
+    if config.verbose:
+        lines += ["the first document, [trained] marked:", show_document(documents, 0, tokenizer)]
+    return documents, [f"{title if i == 0 else '':<10} {line}" for i, line in enumerate(lines)]
+
+
+def format_options(data: DataSection) -> FormatOptions:
+    return FormatOptions(
+        dataset_text_field=data.dataset_text_field,
+        prompt_format=data.prompt_format,
+        completion_only_loss=data.completion_only_loss,
+        assistant_only_loss=data.assistant_only_loss,
+        response_marker=data.response_marker or "",
+        instruction_marker=data.instruction_marker or "",
+        add_eos=data.add_eos,
+        add_special_tokens=data.add_special_tokens,
+    )
+
+
+# ---- model ------------------------------------------------------------------------------------------------------
+
+
+def prepare_model(config: Config, tokenizer: Tokenizer, device: torch.device) -> tuple[nn.Module, str]:
+    """The model in fp32 on its device, with random weights or loaded ones, and its line of the summary."""
+    section = config.model
+    if section.config is not None:
+        model_config, folder, origin = from_hf(section.config), None, "random weights"
+    else:
+        folder, commit = hub.resolve(section.model_name_or_path, section.revision, "model")
+        model_config = read_config(folder)
+        origin = section.model_name_or_path + (f" at {commit}" if commit else "")
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise UserError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's embedding {model_config.vocab_size} rows",
+            hint="use the tokenizer of this model, or set vocab_size in model.config",
+            exit_code=MODEL,
+        )
+    model = build_model(model_config, device=device)
+    if folder is None:
+        init_weights(model, config.train.seed)
+    else:
+        load_weights(model, folder)
+    model.gradient_checkpointing = section.gradient_checkpointing
+    model.neftune_alpha = config.train.neftune_noise_alpha or 0.0
+    size = sum(p.numel() for p in model.parameters())
+    return model.train(), f"model      {model_config.model_type}, {size / 1e6:,.1f} M parameters, {origin}"
+
+
+# ---- arithmetic -------------------------------------------------------------------------------------------------
+
+
+def describe_steps(config: Config, loader: Loader, schedule: dict) -> str:
+    """total steps = ceil(packs or rows / packs per step) x epochs, with the numbers."""
+    train, unit = config.train, "packs" if config.data.packing else "rows"
+    window = f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps} accumulated"
+    if loader.world_size > 1:
+        window += f" x {loader.world_size} ranks"
+    text = f"{loader.plan.num_packs:,} {unit} / ({window}) = {loader.steps_per_epoch:,} a pass"
+    if train.max_steps > 0:
+        text += f"; max_steps = {train.max_steps:,}, that is {train.max_steps / loader.steps_per_epoch:.2f} passes"
+    else:
+        text += f", x {train.num_train_epochs:g} epochs = {schedule['total_steps']:,} steps"
+    warmup = schedule["warmup_steps"]
+    return text + (f", {warmup:,} of them warm-up" if warmup else "")

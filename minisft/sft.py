@@ -1,0 +1,48 @@
+"""Supervised fine-tuning: the negative log-likelihood of the tokens that are trained.
+
+An objective is two functions, the same two for every trainer:
+
+    weight(batch)                   what the micro-batch counts for, known before the forward pass
+    loss(model, batch, grad_scale)  (sum, stats); backward() on the sum gives grad_scale times its gradient
+
+The loop sums first and divides once: with N = the weight of all micro-batches of an optimizer step on all ranks,
+loss = sum over them of w_t * -log p(y_t) / N, whatever the split into micro-batches. The division rides on
+grad_scale = 1 / N, so it is applied once, in fp32, inside the kernel.
+"""
+
+from torch import Tensor, nn
+
+from minisft.data.batch import Batch
+from minisft.kernels.linear_cross_entropy import linear_cross_entropy
+
+
+def weight(batch: Batch) -> float:
+    """Sum of the weights of the trained tokens; their number where none has a weight of its own."""
+    return float(batch.num_targets) if batch.row_weights is None else batch.row_weights.double().sum().item()
+
+
+def loss(
+    model: nn.Module, batch: Batch, grad_scale: float | Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[Tensor, dict[str, tuple[Tensor, float]]]:
+    """The weighted sum of the loss over the batch's targets, and what to log as (sum, weight) pairs.
+
+    Returns a scalar (fp32) that is not scaled by grad_scale; its gradient is. The stats are detached.
+    """
+    hidden = model(batch.input_ids, batch.position_ids, batch.start, batch.end)  # [T, D]
+    total, stats = linear_cross_entropy(
+        hidden,
+        model.head_weight,
+        batch.targets,
+        rows=batch.loss_rows,
+        row_weights=batch.row_weights,
+        grad_scale=grad_scale,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        return_stats=True,
+    )
+    real = slice(batch.num_targets)  # filler rows come last
+    return total, {
+        "loss": (total.detach(), weight(batch)),
+        "mean_token_accuracy": (stats.correct[real].sum(), batch.num_targets),
+        "entropy": (stats.entropy[real].sum(), batch.num_targets),
+    }

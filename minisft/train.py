@@ -1,0 +1,65 @@
+"""The command `python -m minisft.train config.toml`, and `run` for notebooks:
+
+    from minisft.train import run
+    result = run("config.toml", learning_rate=1e-4, packing=True)
+
+Everything that can be known to be wrong is told before torch is imported, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minisft.command_line import USAGE, help_text, parse_arguments
+from minisft.config import Config, eval_sets, source_list
+from minisft.config_file import load
+from minisft.errors import UserError
+
+if TYPE_CHECKING:
+    from minisft.loop import Result
+
+
+def run(source: str | Path | dict[str, Any], /, **overrides: Any) -> Result:
+    """Train as a configuration file, or a dict shaped like one, says.
+
+    overrides: keys by their last part (learning_rate=1e-4), or in full with **{"train.learning_rate": 1e-4}.
+    Raises UserError for a mistake in the configuration, the data or the model.
+    """
+    return _run(*load(source, overrides, origin="run()"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0 done, 2 configuration, 130 interrupted, and those of errors.py."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "-h" in argv or "--help" in argv:
+        print(help_text())
+        return 0
+    if not argv:
+        print(USAGE + "       --help lists every key", file=sys.stderr)
+        return 2
+    try:
+        return _run(*load(*parse_arguments(argv))).exit_code
+    except UserError as error:
+        print(f"minisft: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("minisft: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _run(config: Config, origins: dict[str, str]) -> Result:
+    from minisft.data.sources import list_files, parse_source
+
+    sources = source_list(config.data.train_data) + source_list(config.evaluate.generate_data)
+    for source in sources + [s for entry in eval_sets(config.data.eval_data).values() for s in entry]:
+        list_files(parse_source(source))  # a missing file is told now, before torch is imported
+
+    from minisft import loop
+
+    return loop.run(config, origins)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,437 @@
+"""A checkpoint is all of one step or does not exist, whatever happens while it is written, and resume is bit-exact."""
+
+import errno
+import os
+import resource
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from minisft import checkpoint, files
+from minisft.errors import CONFIG, DATA, SAVE, UserError
+
+
+def make(seed: int = 0, optimizer=torch.optim.AdamW, **options):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+    return model, optimizer(model.parameters(), lr=0.1, **options)
+
+
+def train(model, optimizer, steps: int = 3, seed: int = 0) -> None:
+    torch.manual_seed(seed)  # inputs and dropout; the loop seeds every step, so no generator state is saved
+    for _ in range(steps):
+        model(torch.randn(5, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def save(
+    folder: Path, step: int, model, optimizer, *, keep=None, save_with=checkpoint.save_checkpoint, first=(), **more
+):
+    def write_model(path: Path) -> None:
+        save_file(model.state_dict(), path / "model.safetensors")
+        (path / "config.json").write_text("{}")
+
+    arguments = {"write_model": write_model, "state": {"epoch": step / 7, "data": {"position": 3 * step}}, **more}
+    return save_with(*first, folder, step, model=model, optimizer=optimizer, keep=keep, **arguments)
+
+
+def load(path: Path, model, optimizer) -> dict:
+    load_weights = lambda model, path: model.load_state_dict(load_file(path / "model.safetensors"))  # noqa: E731
+    return checkpoint.load_checkpoint(path, model, optimizer, load_weights)
+
+
+def everything(model, optimizer) -> dict[str, bytes]:
+    """Weights, and optimizer state as bytes, to compare exactly."""
+    parts = {name: p.detach() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        parts |= {f"{name}.{key}": value for key, value in optimizer.state[p].items()}
+    return {k: v.numpy().tobytes() if isinstance(v, torch.Tensor) else repr(v).encode() for k, v in parts.items()}
+
+
+# ------------------------------------------------------------------------------------------------- resume is exact
+
+
+@pytest.mark.parametrize(
+    "optimizer, options",
+    [
+        (torch.optim.AdamW, {"fused": True}),
+        (torch.optim.AdamW, {"foreach": True}),
+        (torch.optim.AdamW, {"amsgrad": True}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.SGD, {}),  # no tensor state at all
+    ],
+)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, optimizer, options):
+    model, opt = make(optimizer=optimizer, **options)
+    train(model, opt)
+    path = save(tmp_path, 3, model, opt)
+    at_save = everything(model, opt)
+    train(model, opt, steps=20, seed=1)
+
+    other, other_opt = make(seed=1, optimizer=optimizer, **options)
+    assert load(path, other, other_opt) == {"step": 3, "epoch": 3 / 7, "data": {"position": 9}}
+    assert everything(other, other_opt) == at_save
+    train(other, other_opt, steps=20, seed=1)
+    assert everything(other, other_opt) == everything(model, opt)
+
+
+def test_state_that_is_not_a_tensor_and_frozen_parameters_survive(tmp_path):
+    model, opt = make()
+    model[0].requires_grad_(False)
+    train(model, opt)
+    opt.state[model[2].bias] |= {"level": 3, "scale": 0.1, "name": None}
+    path = save(tmp_path, 1, model, opt)
+    other, other_opt = make(seed=1)
+    load(path, other, other_opt)
+    assert other_opt.state[other[2].bias].items() >= {"level": 3, "scale": 0.1, "name": None}.items()
+    assert other[0].weight not in other_opt.state and len(other_opt.state) == 2
+
+
+def test_before_the_first_step_there_is_no_state_to_save(tmp_path):
+    model, opt = make()
+    path = save(tmp_path, 0, model, opt)
+    train(model, opt)
+    load(path, model, opt)
+    assert not opt.state
+
+
+def test_bf16_weights_with_fp32_moments_keep_both_dtypes(tmp_path):
+    model, opt = make()
+    model.bfloat16()
+    for p in model.parameters():
+        opt.state[p] = {"step": torch.tensor(3.0), "exp_avg": torch.randn(p.shape)}
+    path = save(tmp_path, 1, model, opt)
+    other, other_opt = make(seed=1)
+    load(path, other.bfloat16(), other_opt)
+    for p, q in zip(model.parameters(), other.parameters()):
+        assert torch.equal(p, q) and torch.equal(opt.state[p]["exp_avg"], other_opt.state[q]["exp_avg"])
+
+
+def test_other_trainable_parameters_are_an_error_that_names_them(tmp_path):
+    model, opt = make()
+    train(model, opt)
+    whole = save(tmp_path / "whole", 1, model, opt)
+    head_only = torch.optim.AdamW(model[2].parameters())
+    part = save(tmp_path / "part", 1, model, head_only)
+    with pytest.raises(UserError, match="has also the state of 2 parameters: 0.bias, 0.weight"):
+        load(whole, model, head_only)
+    with pytest.raises(UserError, match="lacks the state of 2 parameters: 0.bias, 0.weight") as error:
+        load(part, model, opt)
+    assert error.value.exit_code == DATA and opt.state
+
+
+# ------------------------------------------------------------------------------------------------- finding one
+
+
+def two_checkpoints(folder: Path) -> tuple[Path, Path]:
+    model, opt = make()
+    train(model, opt)
+    first = save(folder, 10, model, opt)
+    train(model, opt)
+    return first, save(folder, 20, model, opt)
+
+
+def test_auto_takes_the_newest_never_takes_none(tmp_path):
+    assert checkpoint.find_checkpoint(tmp_path / "checkpoints", "auto") == (None, [])
+    first, second = two_checkpoints(tmp_path)
+    assert checkpoint.find_checkpoint(tmp_path, "auto") == (second, [])
+    assert checkpoint.find_checkpoint(tmp_path, "never") == (None, [])
+    assert checkpoint.find_checkpoint(tmp_path / "elsewhere", str(first)) == (first, [])
+
+
+def test_any_damage_is_found_named_and_passed_over(tmp_path):
+    first, second = two_checkpoints(tmp_path)
+    for path in sorted(second.iterdir()):
+        data = path.read_bytes()
+        middle = len(data) // 2
+        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        for damaged in (flipped, b"", data[:middle], data[:-1], data + b"\0", (first / path.name).read_bytes(), None):
+            if damaged == data:
+                continue  # config.json is the same in both
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            found, [(skipped, reason)] = checkpoint.find_checkpoint(tmp_path, "auto")
+            assert (found, skipped) == (first, second) and reason
+            with pytest.raises(UserError, match="does not verify") as error:
+                checkpoint.find_checkpoint(tmp_path, second)
+            assert error.value.exit_code == DATA and reason in error.value.message
+        path.write_bytes(data)
+    assert checkpoint.find_checkpoint(tmp_path, "auto") == (second, [])
+
+
+def test_a_folder_under_another_step_s_name_is_passed_over(tmp_path):
+    first, second = two_checkpoints(tmp_path)
+    shutil.copytree(first, tmp_path / "step-00000030")
+    found, [(skipped, reason)] = checkpoint.find_checkpoint(tmp_path, "auto")
+    assert found == second and skipped.name == "step-00000030" and reason == "it was written as step 10"
+    # but a path that the user gives may have any name
+    shutil.copytree(first, tmp_path / "best")
+    assert checkpoint.find_checkpoint(tmp_path, tmp_path / "best") == (tmp_path / "best", [])
+
+
+def test_a_path_that_is_no_checkpoint_is_a_user_error(tmp_path):
+    first, _ = two_checkpoints(tmp_path)
+    with pytest.raises(UserError, match="no such folder") as error:
+        checkpoint.find_checkpoint(tmp_path, tmp_path / "step-00000015")
+    assert error.value.exit_code == CONFIG and str(first) in error.value.hint
+    with files.atomic_folder(tmp_path / "model") as folder:
+        (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds no optimizer.safetensors"):
+        checkpoint.find_checkpoint(tmp_path, tmp_path / "model")
+
+
+# ------------------------------------------------------------------------------------------------- crashes
+
+
+def record_crashes(monkeypatch, folder: Path, snapshots: Path, action) -> list[str]:
+    """Run `action` and keep a copy of `folder` after every file operation: what a SIGKILL there would leave.
+
+    Beside each copy a second one in which every file that was not yet fsynced is empty: what a power cut might leave.
+    """
+    log, synced = [], {p.stat().st_ino for p in folder.rglob("*")}
+
+    def snapshot(name: str) -> None:
+        killed, cut = snapshots / f"{len(log):03d}-killed", snapshots / f"{len(log):03d}-power-cut"
+        shutil.copytree(folder, killed)
+        shutil.copytree(folder, cut)
+        for path in folder.rglob("*"):
+            if path.is_file() and path.stat().st_ino not in synced:
+                (cut / path.relative_to(folder)).write_bytes(b"")
+        log.append(name)
+
+    def recording(name, function):
+        def wrapped(*args, **kwargs):
+            nonlocal copying
+            if copying:  # the copies must not record themselves
+                return function(*args, **kwargs)
+            copying = True
+            snapshot(f"before {name}")
+            result = function(*args, **kwargs)
+            if name == "fsync":
+                synced.add(os.fstat(args[0]).st_ino)
+            snapshot(name)
+            copying = False
+            return result
+
+        return wrapped
+
+    copying = False
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "rename", "mkdir", "unlink", "rmdir", "chmod"):
+            patch.setattr(os, name, recording(name, getattr(os, name)))
+        action()
+    return log
+
+
+def test_a_crash_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch):
+    """Every prefix of a save that replaces the only checkpoint (keep = 1), after a kill and after a power cut."""
+    folder, snapshots = tmp_path / "checkpoints", tmp_path / "snapshots"
+    model, opt = make()
+    train(model, opt)
+    save(folder, 10, model, opt)
+    old = everything(model, opt)
+    train(model, opt)
+    new = everything(model, opt)
+    log = record_crashes(monkeypatch, folder, snapshots, lambda: save(folder, 20, model, opt, keep=1))
+    assert [p.name for p in folder.iterdir()] == ["step-00000020"]
+    assert log.count("rename") == 2 and log.count("fsync") >= 9 and "unlink" in log  # it did record a whole save
+
+    outcomes = []
+    for crashed in sorted(snapshots.iterdir()):
+        files.remove_leftovers(crashed, locked=True)  # as a start does
+        path, _ = checkpoint.find_checkpoint(crashed, "auto")
+        assert path is not None, crashed.name
+        other, other_opt = make(seed=1)
+        state = load(path, other, other_opt)
+        assert everything(other, other_opt) == {10: old, 20: new}[state["step"]], crashed.name
+        outcomes.append(state["step"])
+        assert {p.name for p in crashed.iterdir()} <= {"step-00000010", "step-00000020"}
+    assert outcomes == sorted(outcomes) and set(outcomes) == {10, 20}
+
+
+def test_a_full_disk_at_any_operation_keeps_the_old_checkpoint(tmp_path, monkeypatch, capsys):
+    model, opt = make()
+    save(tmp_path, 10, model, opt)
+    before = {p: p.read_bytes() for p in (tmp_path / "step-00000010").iterdir()}
+    real, left = os.fsync, 0
+
+    def fsync(fd):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for operation in range(1, 8):  # trainer_state.json as it is written, five files, the manifest ...
+        left = operation
+        failures = save(tmp_path, 20, model, opt, keep=1, save_with=checkpoint.try_save, first=(0,))
+        assert failures == 1 and "step 20 could not be saved: [Errno 28]" in capsys.readouterr().err
+        assert [p.name for p in tmp_path.iterdir()] == ["step-00000010"]
+    assert {p: p.read_bytes() for p in (tmp_path / "step-00000010").iterdir()} == before
+    assert save(tmp_path, 20, model, opt, keep=1, save_with=checkpoint.try_save, first=(1,)) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000020"]
+
+
+def test_a_file_size_limit_fails_loudly_and_the_third_in_a_row_ends_the_run(tmp_path, capsys):
+    """The disk refuses at a real write call, inside safetensors too: Python ignores SIGXFSZ and gets EFBIG."""
+    model, opt = make()
+    train(model, opt)
+    save(tmp_path, 1, model, opt)
+    failures, results = 0, []
+    old_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for size in (
+            0,
+            1,
+            100,
+            400,
+            700,
+            1000,
+        ):  # bytes a file may have; the weights need about 600, the optimizer 1600
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, old_limit[1]))
+            try:
+                failures = save(tmp_path, 2, model, opt, keep=1, save_with=checkpoint.try_save, first=(failures,))
+                results.append(failures)
+            except UserError as error:
+                results.append(error.exit_code)
+                failures = 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)
+    assert results == [1, 2, SAVE, 1, 2, SAVE]
+    assert capsys.readouterr().err.count("WARNING the checkpoint of step 2 could not be saved") == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert files.verify_folder(tmp_path / "step-00000001") is None
+    assert save(tmp_path, 2, model, opt, save_with=checkpoint.try_save, first=(2,)) == 0  # there is room again
+
+
+def test_a_last_save_that_fails_ends_the_run(tmp_path):
+    def write_model(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    model, opt = make()
+    last = checkpoint.MAX_FAILED_SAVES - 1
+    with pytest.raises(UserError, match="step 5 could not be saved") as error:
+        save(tmp_path, 5, model, opt, save_with=checkpoint.try_save, first=(last,), write_model=write_model)
+    assert error.value.exit_code == SAVE and str(tmp_path) in error.value.hint
+
+
+def test_too_little_space_is_refused_at_the_start_and_before_a_save(tmp_path, monkeypatch):
+    model, opt = make()
+    size = checkpoint.checkpoint_bytes(model, opt)
+    assert size == 3 * sum(p.nbytes for p in model.parameters())  # fp32 weights and two fp32 moments
+    train(model, opt)
+    assert size <= checkpoint.checkpoint_bytes(model, opt) <= size + 4 * 4  # and four step counters
+    save(tmp_path, 1, model, opt)
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(1.5 * size)))
+    checkpoint.require_space_for_checkpoints(tmp_path, model, opt, keep=1)  # one is there, one is coming
+    with pytest.raises(UserError, match="saving checkpoints needs") as error:
+        checkpoint.require_space_for_checkpoints(tmp_path, model, opt, keep=3)
+    assert error.value.exit_code == SAVE
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size // 2))
+    with pytest.raises(OSError, match="GB needed"):
+        save(tmp_path, 2, model, opt)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+# ------------------------------------------------------------------------------------------------- retention
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    keep=st.integers(1, 4),
+    events=st.lists(st.sampled_from(["save", "save", "fail", "kill", "damage", "pin", "foreign", "link"]), max_size=10),
+)
+def test_retention_keeps_the_newest_whole_ones_and_touches_nothing_else(keep, events):
+    model, opt = make()
+    with tempfile.TemporaryDirectory() as name:
+        folder, elsewhere = Path(name) / "checkpoints", Path(name) / "elsewhere"
+        newest = save(folder, 1, model, opt)
+        whole, pinned, others = [newest], set(), set()  # others: damaged, foreign, linked
+        for step, event in enumerate(events, start=2):
+            path = folder / f"step-{step:08d}"
+            if event == "save":
+                newest = save(folder, step, model, opt, keep=keep, pinned=pinned)
+                whole.append(newest)
+                whole = [p for p in whole if p in whole[-keep:] or p in pinned]
+            elif event == "fail":
+                with pytest.raises(OSError):
+                    save(folder, step, model, opt, keep=keep, write_model=lambda path: os.stat(path / "no such file"))
+            elif event == "kill":
+                (folder / f".tmp-step-{step:08d}-{files.HOST}-1-0123abcd").mkdir()
+            elif event == "pin":
+                pinned.add(whole[-1])
+            elif event == "damage" and len(whole) > 1 and whole[0] not in pinned:
+                (whole[0] / "optimizer.safetensors").unlink()
+                others.add(whole.pop(0))
+            elif event == "foreign":
+                path.mkdir()
+                (path / "notes.txt").write_text("mine")
+                others.add(path)
+            elif event == "link":
+                newest = path
+                path.symlink_to(save(elsewhere, step, model, opt))
+                others.add(path)
+            assert [p for p in checkpoint.checkpoints(folder) if not p.is_symlink()] == whole
+            assert all(os.path.lexists(p) for p in others)
+            assert checkpoint.find_checkpoint(folder, "auto")[0] == newest
+        assert all(files.verify_folder(p) is None for p in elsewhere.glob("*"))
+
+
+def test_keep_none_keeps_all(tmp_path):
+    model, opt = make()
+    for step in range(1, 6):
+        save(tmp_path, step, model, opt, keep=None)
+    assert [checkpoint.step_of(p) for p in checkpoint.checkpoints(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    model, opt = make()
+    save(tmp_path, 1, model, opt)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "remove_folder", refuse)
+    save(tmp_path, 2, model, opt, keep=1)
+    assert "could not be deleted" in capsys.readouterr().err and len(checkpoint.checkpoints(tmp_path)) == 2
+
+
+def test_starting_over_moves_the_other_run_s_later_checkpoints_out_of_sight(tmp_path, capsys):
+    model, opt = make()
+    for step in (10, 20, 30):
+        save(tmp_path, step, model, opt, keep=3)
+    train(model, opt)
+    save(tmp_path, 20, model, opt, keep=3)  # resumed from 10, and saved 20 again
+    names = ["step-00000010", "step-00000020", "step-00000020.replaced-1", "step-00000030.replaced-1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names and "renamed" in capsys.readouterr().err
+    assert checkpoint.find_checkpoint(tmp_path, "auto") == (tmp_path / "step-00000020", [])
+    assert [files.verify_folder(tmp_path / name) for name in names] == [None] * 4
+    save(tmp_path, 20, model, opt, keep=1)
+    assert (tmp_path / "step-00000020.replaced-2").is_dir()
+
+
+def test_nothing_in_a_checkpoint_is_pickled_and_a_pickle_in_it_is_ignored(tmp_path, monkeypatch):
+    model, opt = make()
+    train(model, opt)
+    path = save(tmp_path, 1, model, opt)
+    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
+    torch.save({"hostile": 1}, path / "pytorch_model.bin")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("unpickled")
+
+    monkeypatch.setattr("pickle.load", refuse)
+    monkeypatch.setattr("pickle.loads", refuse)
+    monkeypatch.setattr("torch.load", refuse)
+    found, _ = checkpoint.find_checkpoint(tmp_path, "auto")
+    assert load(found, model, opt)["step"] == 1

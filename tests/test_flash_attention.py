@@ -1,0 +1,262 @@
+"""Attention on the flat stream: the torch path against the naive matrix, and what packing must never change."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import LAYOUTS, assert_close_to_truth, bounds_of, cu_seqlens_of, relative_error, run_with_gradients
+
+from minisft.kernels.common import use_backend
+from minisft.kernels.flash_attention import (
+    BLOCK,
+    flash_attention,
+    flash_attention_ref,
+    flash_attention_varlen,
+    flash_attention_with_kvcache,
+)
+
+
+def qkv(num_q, num_k=None, heads=4, kv_heads=2, head_dim=16, dtype=torch.float32):
+    shapes = (num_q, heads, head_dim), *[(num_k or num_q, kv_heads, head_dim)] * 2
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def hold_to_truth(inputs, start, end, dtype, **options):
+    assert_close_to_truth(
+        lambda q, k, v: flash_attention(q, k, v, start, end, **options),
+        lambda q, k, v: flash_attention_ref(q, k, v, start, end, **options),
+        inputs,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(layout, dtype):
+    start, end = bounds_of(LAYOUTS[layout])
+    hold_to_truth(qkv(len(start)), start, end, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(window=1),
+        dict(window=20),
+        dict(window=500),
+        dict(softcap=1.5),
+        dict(softcap=30.0, window=33),
+        dict(scale=0.3),
+    ],
+    ids=str,
+)
+def test_window_softcap_scale(options, dtype):
+    start, end = bounds_of([100, 1, 163, 2, 37])
+    hold_to_truth(qkv(len(start)), start, end, dtype, **options)
+
+
+@pytest.mark.parametrize("heads,kv_heads", [(1, 1), (4, 4), (9, 3), (8, 1)])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+def test_heads_and_head_dims(heads, kv_heads, head_dim):
+    start, end = bounds_of([40, 1, 140])
+    hold_to_truth(qkv(len(start), None, heads, kv_heads, head_dim), start, end, torch.bfloat16)
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_queries_that_continue_a_cache(window):
+    """Queries at positions 150..189 against 190 keys: a prompt read in pieces."""
+    start, end = torch.zeros(40, dtype=torch.int32), torch.full((190,), 190, dtype=torch.int32)
+    hold_to_truth(qkv(40, 190), start, end, torch.float32, q_offset=150, window=window)
+    q, k, v = qkv(190)
+    whole = flash_attention(q, k, v, *bounds_of([190]), window=window)
+    rest = flash_attention(q[150:], k, v, start, end, q_offset=150, window=window)
+    assert relative_error(rest, whole[150:]) < 1e-6  # the same sums in another order, fp32
+
+
+def test_documents_that_share_a_prefix():
+    """Prompt 0:50, answers 50:90 and 90:200: both answers see the prompt, neither sees the other."""
+    prompt, first, second = 50, 40, 110
+    start = torch.zeros(200, dtype=torch.int32)
+    end = torch.tensor([200] * prompt + [90] * first + [200] * second, dtype=torch.int32)
+    hold_to_truth(qkv(200), start, end, torch.float32)
+    q, k, v = qkv(200)
+    shared = flash_attention(q, k, v, start, end)
+    alone = torch.cat((torch.arange(50), torch.arange(90, 200)))
+    expected = flash_attention(q[alone], k[alone], v[alone], *bounds_of([160]))
+    assert relative_error(shared[90:], expected[50:]) < 1e-6  # the same sums in another order, fp32
+
+
+def test_a_query_without_keys_gets_zeros():
+    start = torch.tensor([0, 1, 9, 3], dtype=torch.int32)  # query 2 starts after itself
+    end = torch.tensor([1, 4, 4, 0], dtype=torch.int32)  # key 3 ends before anybody: query 3 sees nothing
+    for dtype in (torch.float32, torch.float16):
+        hold_to_truth(qkv(4), start, end, dtype)
+    q, k, v = qkv(4)
+    out = flash_attention(q, k, v, start, end)
+    out.sum().backward()
+    assert torch.equal(out[2:], torch.zeros(2, 4, 16))
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+    # A block of queries that see nothing at all has no keys to multiply with.
+    nothing = flash_attention(q[:2], k, v, torch.tensor([3, 3]), end)
+    assert torch.equal(nothing, torch.zeros(2, 4, 16))
+
+
+@pytest.mark.parametrize("options", [{}, dict(window=2), dict(softcap=0.7)], ids=str)
+def test_gradcheck(options):
+    start, end = bounds_of([3, 1, 5])
+    inputs = qkv(9, head_dim=3, dtype=torch.float64)
+    for backend in ("torch", "reference"):
+        with use_backend(backend):
+            assert torch.autograd.gradcheck(lambda q, k, v: flash_attention(q, k, v, start, end, **options), inputs)
+
+
+def test_agrees_with_sdpa():
+    """An implementation that is not ours."""
+    q, k, v = qkv(200)
+    ours = flash_attention(q, k, v, *bounds_of([200]))
+    theirs = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), is_causal=True, enable_gqa=True)
+    assert relative_error(ours, theirs.transpose(0, 1)) < 1e-6  # both fp32, sums in another order
+
+
+@pytest.mark.parametrize("lengths", [[100, 1, 63, 205], [5, 7, 1, 30, 9]], ids=["long", "short"])
+def test_packed_equals_one_by_one(lengths):
+    inputs = qkv(sum(lengths), dtype=torch.float64)
+    start, end = bounds_of(lengths)
+    packed = run_with_gradients(lambda q, k, v: flash_attention(q, k, v, start, end), inputs)
+
+    def one_by_one(q, k, v):
+        documents = zip(*(x.split(lengths) for x in (q, k, v)))
+        return torch.cat([flash_attention(*d, *bounds_of([len(d[0])])) for d in documents])
+
+    alone = run_with_gradients(one_by_one, inputs)
+    for name, tensor in packed.items():
+        assert relative_error(tensor, alone[name]) < 1e-14, name  # fp64 rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("lengths", [[70, 250, 130], [20, 30, 25]], ids=["long", "short, one block"])
+def test_neighbours_change_nothing_bitwise(lengths, dtype):
+    start, end = bounds_of(lengths)
+    middle = slice(lengths[0], lengths[0] + lengths[1])
+    inputs = [x.detach().to(dtype).requires_grad_() for x in qkv(sum(lengths))]
+    others = [torch.randn_like(x).mul_(5).requires_grad_() for x in inputs]
+    for x, y in zip(others, inputs):
+        x.data[middle] = y.data[middle]
+    a, b = (run_with_gradients(lambda q, k, v: flash_attention(q, k, v, start, end), x) for x in (inputs, others))
+    for name in a:
+        assert torch.equal(a[name][middle], b[name][middle]), name
+        assert not torch.equal(a[name], b[name])
+
+
+def test_long_neighbours_may_even_be_nan():
+    lengths = [BLOCK + 1, BLOCK + 70]
+    q, k, v = qkv(sum(lengths))
+    start, end = bounds_of(lengths)
+    expected = flash_attention(q, k, v, start, end)
+    for x in (q, k, v):
+        x.data[: lengths[0]] = float("nan")
+    assert torch.equal(flash_attention(q, k, v, start, end)[lengths[0] :], expected[lengths[0] :])
+
+
+def test_dropout_keeps_the_mean_and_its_gradient_uses_the_same_draw():
+    start, end = bounds_of([150, 3])
+    q, k, v = qkv(153, dtype=torch.float64)
+    torch.manual_seed(3)
+    once = flash_attention(q, k, v, start, end, dropout=0.25)
+    torch.manual_seed(3)
+    assert torch.equal(once, flash_attention(q, k, v, start, end, dropout=0.25))
+    exact = flash_attention(q, k, v, start, end)
+    assert relative_error(once, exact) > 0.01
+    many = sum(flash_attention(q, k, v, start, end, dropout=0.25) for _ in range(200)) / 200
+    # One draw's relative error is about 0.5 (a third of p^2 sums), 200 draws average it to a fourteenth of that.
+    assert relative_error(many, exact) < 0.1
+    small = qkv(6, head_dim=2, dtype=torch.float64)
+
+    def seeded(q, k, v):
+        torch.manual_seed(5)
+        return flash_attention(q, k, v, *bounds_of([4, 2]), dropout=0.4)
+
+    assert torch.autograd.gradcheck(seeded, small)
+
+
+def test_strided_inputs():
+    """q, k and v as views of one fused projection."""
+    start, end = bounds_of([30, 50])
+    fused = torch.randn(80, 8, 16)
+    q, k, v = fused[:, :4], fused[:, 4:6], fused[:, 6:]
+    assert torch.equal(
+        flash_attention(q, k, v, start, end),
+        flash_attention(q.contiguous(), k.contiguous(), v.contiguous(), start, end),
+    )
+    hold_to_truth([x.requires_grad_() for x in (q, k, v)], start, end, torch.float32)
+
+
+def test_autocast_does_not_change_the_dtype_of_the_computation():
+    start, end = bounds_of([30, 50])
+    inputs = qkv(80)
+
+    def run(q, k, v):
+        return flash_attention(q, k, v, start, end)
+
+    plain = run_with_gradients(run, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = run_with_gradients(run, inputs)
+    assert all(torch.equal(plain[name], inside[name]) for name in plain)
+
+
+def test_varlen_is_the_same_op():
+    lengths = [30, 1, 150]
+    q, k, v = qkv(sum(lengths))
+    expected = flash_attention(q, k, v, *bounds_of(lengths), window=40)
+    assert torch.equal(flash_attention_varlen(q, k, v, cu_seqlens_of(lengths), 150, window=40), expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("options", [{}, dict(window=7), dict(softcap=2.0, scale=0.4)], ids=str)
+def test_kvcache_equals_the_last_row_of_the_forward(options, backend):
+    filled, length = [1, 9, 40, 33], 40
+    q = torch.randn(4, 4, 16)
+    k_cache, v_cache = torch.randn(2, 4, length, 2, 16)
+    for row, n in enumerate(filled):
+        k_cache[row, n:], v_cache[row, n:] = 1e4, 1e4  # places that are not filled must not matter
+    with use_backend(backend):
+        out = flash_attention_with_kvcache(q, k_cache, v_cache, torch.tensor(filled), **options)
+    for row, n in enumerate(filled):
+        queries = torch.randn(n, 4, 16)
+        queries[-1] = q[row]
+        whole = flash_attention(queries, k_cache[row, :n], v_cache[row, :n], *bounds_of([n]), **options)
+        assert relative_error(out[row], whole[-1]) < 1e-6  # the same sums in another order, fp32
+
+
+def test_kvcache_empty_row_and_bf16():
+    q, caches = torch.randn(2, 4, 16).bfloat16(), torch.randn(2, 2, 5, 2, 16).bfloat16()
+    out = flash_attention_with_kvcache(q, *caches, torch.tensor([0, 5]))
+    assert out.dtype == torch.bfloat16 and torch.equal(out[0], torch.zeros(4, 16).bfloat16())
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (dict(k=torch.zeros(9, 3, 16), v=torch.zeros(9, 3, 16)), "4 query heads are not a multiple of 3"),
+        (dict(k=torch.zeros(9, 2, 8)), r"\(9, 2, 8\)"),
+        (dict(q=torch.zeros(9, 4, 16).bfloat16()), "torch.bfloat16"),
+        (dict(start=torch.zeros(8, dtype=torch.int32)), r"start \(8,\)"),
+        (dict(end=torch.zeros(9)), "torch.float32"),
+        (dict(window=0), "window 0"),
+        (dict(softcap=0.0), "softcap 0.0"),
+        (dict(dropout=1.0), "dropout 1.0"),
+        (dict(q_offset=-1), "q_offset -1"),
+    ],
+)
+def test_bad_arguments(change, words):
+    q, k, v = qkv(9)
+    start, end = bounds_of([9])
+    with pytest.raises(ValueError, match=words):
+        flash_attention(**{**dict(q=q, k=k, v=v, start=start, end=end), **change})
+
+
+def test_bad_arguments_of_the_wrappers():
+    q, k, v = qkv(9)
+    with pytest.raises(ValueError, match=r"\[0, 8\] must run from 0 to 9"):
+        flash_attention_varlen(q, k, v, torch.tensor([0, 8]), 8)
+    with pytest.raises(ValueError, match=r"cache_seqlens \(3,\)"):
+        flash_attention_with_kvcache(q, *torch.zeros(2, 9, 5, 2, 16), torch.zeros(3, dtype=torch.int32))

@@ -1,0 +1,204 @@
+"""Who may import whom: the table of DESIGN.md, held for every file by reading its imports, not by running it."""
+
+import ast
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Rooms that are not named here are of floor 3. "data/*" stands for the rooms of the folder without a line of their own.
+FLOORS = {
+    "kernels/*": 0,
+    "__init__": 1, "errors": 1, "files": 1, "hub": 1, "schedule": 1, "data/packing": 1,
+    "config": 1, "config_values": 1, "config_file": 1, "command_line": 1,
+    "data/*": 2, "model/*": 2, "runtime": 2, "optim": 2, "metrics": 2, "loggers": 2,
+    "train": 4, "commands/*": 4, "__main__": 4,
+}  # fmt: skip
+PACKAGES = {  # what each floor may import from outside
+    0: {"torch", "triton"},
+    1: {"numpy"},
+    2: {
+        "numpy",
+        "torch",
+        "safetensors",
+        "tokenizers",
+        "jinja2",
+        "tensorboard",
+        "wandb",
+        "trackio",
+        "mlflow",
+        "pyarrow",
+    },
+    3: {"numpy", "torch", "safetensors", "tqdm"},
+    4: {"numpy", "torch", "safetensors", "tqdm"},
+}
+EXTRA_PACKAGES = {"hub": {"huggingface_hub"}}  # every download goes through it, and only there
+# The one kernel that is made of another: rope norms the heads of q and k first, where a model does.
+EXTRA_ROOMS = {"kernels/rope": {"kernels/rms_norm"}}
+EXTRAS = ("install_requires", "extras_require")
+FORBIDDEN_MODULES = {"pickle", "cPickle", "shelve", "marshal", "dill", "joblib", "cloudpickle"}
+FORBIDDEN_CALLS = {"eval", "exec", "__import__", "torch.load", "torch.save", "torch.hub.load", "os.system"}
+
+
+def room_of(path: Path) -> str:
+    """minisft/data/batch.py -> data/batch, minisft/__init__.py -> __init__, kernels/rope.py -> kernels/rope"""
+    return path.relative_to(ROOT).with_suffix("").as_posix().removeprefix("minisft/")
+
+
+FILES = {room_of(path): path for folder in ("minisft", "kernels") for path in sorted((ROOT / folder).rglob("*.py"))}
+
+
+def floor(room: str) -> int:
+    return FLOORS.get(room, FLOORS.get(f"{room.partition('/')[0]}/*", 3))
+
+
+def room_of_module(module: str) -> str | None:
+    """minisft.data.batch -> data/batch; a package is its __init__; None for what is no module of ours."""
+    name = "/".join(module.split(".")[1:])
+    return next((room for room in (name, f"{name}/__init__".lstrip("/")) if room in FILES), None)
+
+
+@cache
+def imports(room: str) -> tuple[frozenset[str], frozenset[str]]:
+    """(our rooms, top-level names of other packages) that a file imports, wherever in the file it does so."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(FILES[room].read_text())):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{room}: relative import in line {node.lineno}"
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            # `from minisft.data import cache` imports a room, `from minisft.data.cache import build` a name of one
+            modules = [m if room_of_module(m) else node.module for m in modules]
+        else:
+            continue
+        for module in modules:
+            if module.partition(".")[0] == "minisft":
+                found = room_of_module(module)
+                assert found is not None, f"{room} imports {module}, which does not exist"
+                ours.add(found)
+            else:
+                others.add(module.partition(".")[0])
+    return frozenset(ours - {room}), frozenset(others - set(sys.stdlib_module_names))
+
+
+def may_import(room: str, other: str) -> bool:
+    """The floors, and the walls on them."""
+    here, there = floor(room), floor(other)
+    folder, other_folder = (name.rpartition("/")[0] for name in (room, other))
+    if other == "__init__" or other in EXTRA_ROOMS.get(room, ()):
+        return True
+    if here == 0:
+        return other == "kernels/common"
+    if here == 1:
+        return there == 1
+    if here == 2:
+        walled = folder in ("data", "model") and other.startswith(("config", "command_line"))
+        return there < 2 and not walled or there == 2 and folder == other_folder
+    return there <= 3 and here <= 4
+
+
+def test_the_files_are_there():
+    assert {"__init__", "__main__", "config", "train", "kernels/common", "data/batch"} <= set(FILES)
+    assert not any(room.endswith("utils") for room in FILES)
+
+
+@pytest.mark.parametrize("room", FILES)
+def test_a_room_imports_only_what_its_floor_allows(room):
+    ours, others = imports(room)
+    assert [other for other in ours if not may_import(room, other)] == []
+    allowed = PACKAGES[floor(room)] | EXTRA_PACKAGES.get(room, set())
+    assert others - allowed == set()
+
+
+def test_no_circle():
+    def visit(room: str, path: tuple[str, ...]) -> None:
+        assert room not in path, " -> ".join([*path, room])
+        if room not in done:
+            for other in sorted(imports(room)[0]):
+                visit(other, (*path, room))
+            done.add(room)
+
+    done: set[str] = set()
+    for room in FILES:
+        visit(room, ())
+
+
+@pytest.mark.parametrize("room", FILES)
+def test_nothing_unsafe(room):
+    tree = ast.parse(FILES[room].read_text())
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)} | imported
+    assert calls & FORBIDDEN_CALLS == set()
+    assert modules & FORBIDDEN_MODULES == set()
+    keywords = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.keyword)}
+    assert keywords & {"allow_pickle=True", "shell=True", "trust_remote_code=True"} == set()
+
+
+def test_floors_0_and_1_and_the_commands_load_without_what_they_do_not_need():
+    light = [r for r in FILES if floor(r) == 1] + ["train", "__main__"]
+    modules = ["minisft." + room.replace("/", ".") for room in light if room != "__init__"]
+    numpy_free = [
+        m for m in modules if m.rpartition(".")[2].startswith(("config", "command_line", "train", "__main__"))
+    ]
+    code = (
+        "import importlib, sys\n"
+        "def load(modules, without):\n"
+        "    [importlib.import_module(m) for m in modules]\n"
+        "    assert not set(without) & set(sys.modules), set(without) & set(sys.modules)\n"
+        f"load({numpy_free}, ['torch', 'numpy'])\n"
+        f"load({modules}, ['torch', 'huggingface_hub', 'transformers'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_constraints_pin_every_direct_dependency():
+    setup = ast.parse((ROOT / "setup.py").read_text())
+    named = {
+        k.arg: ast.literal_eval(k.value) for k in ast.walk(setup) if isinstance(k, ast.keyword) and k.arg in EXTRAS
+    }
+    tested = [
+        *named["install_requires"],
+        *(r for e in ("test", "bench", "parquet") for r in named["extras_require"][e]),
+    ]
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+(; .+)?", pin) for pin in pins)  # no local versions, one pin a line
+    assert {re.split(r"[^a-z0-9-]", requirement)[0] for requirement in tested} <= {
+        pin.partition("==")[0] for pin in pins
+    }
+
+
+# ------------------------------------------------------------------------------------------------- the test of the test
+
+
+@pytest.mark.parametrize(
+    ("room", "other", "allowed"),
+    [
+        ("kernels/rope", "kernels/common", True),
+        ("kernels/rope", "kernels/glu", False),
+        ("kernels/rope", "errors", False),
+        ("config", "errors", True),
+        ("config", "model/load", False),
+        ("data/packing", "data/batch", False),
+        ("data/loader", "data/packing", True),
+        ("data/loader", "model/load", False),
+        ("data/loader", "config", False),
+        ("model/load", "kernels/rope", True),
+        ("model/load", "data/batch", False),
+        ("optim", "loop", False),
+        ("loop", "config", True),
+        ("loop", "model/load", True),
+        ("loop", "train", False),
+        ("train", "loop", True),
+        ("commands/generate", "train", False),
+    ],
+)
+def test_the_table(room, other, allowed):
+    assert may_import(room, other) is allowed

@@ -1,0 +1,418 @@
+"""linear_cross_entropy: the chunked path is the naive formula, whatever the chunks, rows, weights and options."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import assert_close_to_truth, cu_seqlens_of, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minisft.kernels import linear_cross_entropy as module
+from minisft.kernels.common import use_backend
+from minisft.kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_ref,
+    shifted_linear_cross_entropy,
+)
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+OPTIONS = {
+    "plain": {},
+    "softcap": {"softcap": 3.0},
+    "logit_scale": {"logit_scale": 0.3},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 0.01},
+    "grad_scale": {"grad_scale": 1 / 37},
+    "all": {"softcap": 3.0, "logit_scale": 1.5, "label_smoothing": 0.2, "z_loss": 0.02, "grad_scale": 3.0},
+}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of at most 12 rows, blocks of 16 words: small inputs then cross every kind of boundary."""
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 12)
+    monkeypatch.setattr(module, "WEIGHT_BLOCK", 16)
+
+
+def example(T=40, D=16, V=50, M=None, dtype=FP32, ignored=5, weight_dtype=None):
+    hidden = torch.randn(T, D, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, D, dtype=weight_dtype or dtype, requires_grad=True)
+    M = T if M is None else M
+    targets = torch.randint(V, (M,))
+    targets[torch.randperm(M)[:ignored]] = -100
+    return hidden, weight, targets
+
+
+def gradients(loss, *inputs):
+    return torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [FP32, BF16, (BF16, FP32)], ids=["fp32", "bf16", "bf16_over_fp32"])
+def test_equals_the_reference(small_chunks, dtype, options, reduction):
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype, dtype)
+    hidden, weight, targets = example()
+    rows = torch.randint(40, (40,))  # some repeat, some never occur
+    bias = torch.randn(50, requires_grad=True)
+    row_weights = torch.rand(40) * (torch.arange(40) % 4 != 0)  # fractions and zeros
+
+    def run(op):
+        def call(h, w, b):
+            return op(h, w, targets, rows=rows, row_weights=row_weights, bias=b, reduction=reduction, **options)
+
+        return call
+
+    # The sum is one number: the errors of its rows (2^-9 each) may cancel in one run and not in the other.
+    floor = 2e-3 if reduction == "sum" and BF16 in dtypes else None
+    errors = assert_close_to_truth(
+        run(linear_cross_entropy),
+        run(linear_cross_entropy_ref),
+        [hidden, weight, bias],
+        [*dtypes, dtypes[1]],
+        floor=floor,
+    )
+    assert len(errors) == 4
+
+
+@pytest.mark.parametrize("M", [1, 7, 12, 13, 24, 25, 63])
+def test_chunk_boundaries(small_chunks, M):
+    hidden, weight, targets = example(T=M, ignored=0)
+    errors = assert_close_to_truth(
+        lambda h, w: linear_cross_entropy(h, w, targets),
+        lambda h, w: linear_cross_entropy_ref(h, w, targets),
+        [hidden, weight],
+        BF16,
+    )
+    assert len(errors) == 3
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("options", [OPTIONS["plain"], {**OPTIONS["all"], "grad_scale": None}], ids=["plain", "all"])
+def test_gradcheck(small_chunks, options, reduction):
+    hidden, weight, targets = example(T=15, D=4, V=9, dtype=FP64, ignored=2)
+    bias = torch.randn(9, dtype=FP64, requires_grad=True)
+
+    def call(h, w, b):
+        return linear_cross_entropy(h, w, targets, bias=b, reduction=reduction, **options)
+
+    assert torch.autograd.gradcheck(call, (hidden, weight, bias))
+
+
+def test_a_real_vocabulary():
+    hidden, weight, targets = example(T=70, D=8, V=50257)
+    for dtype in (FP32, BF16):
+        assert_close_to_truth(
+            lambda h, w: linear_cross_entropy(h, w, targets),
+            lambda h, w: linear_cross_entropy_ref(h, w, targets),
+            [hidden, weight],
+            dtype,
+        )
+
+
+def test_against_pytorch():
+    """The reference itself, against an implementation that is not ours."""
+    hidden, weight, targets = example(dtype=FP64)
+    loss = linear_cross_entropy_ref(hidden, weight, targets, label_smoothing=0.1)
+    theirs = F.cross_entropy(hidden @ weight.T, targets, reduction="sum", label_smoothing=0.1)
+    torch.testing.assert_close(loss, theirs)
+    torch.testing.assert_close(gradients(loss, hidden, weight), gradients(theirs, hidden, weight))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_grad_scale_scales_gradients_only(backend):
+    hidden, weight, targets = example()
+    with use_backend(backend):
+        plain = linear_cross_entropy(hidden, weight, targets)
+        expected = gradients(plain, hidden, weight)
+        for scale in (0.125, torch.tensor(0.125)):  # a power of two: no rounding, so equality is exact
+            loss = linear_cross_entropy(hidden, weight, targets, grad_scale=scale)
+            assert torch.equal(loss, plain)
+            for d, e in zip(gradients(loss, hidden, weight), expected):
+                assert torch.equal(d, e * 0.125)
+
+
+def test_grad_scale_does_not_underflow_in_bf16():
+    """1 / N of a huge batch times a small probability: nothing is rounded to zero before the sum."""
+    hidden, weight, targets = example(dtype=BF16)
+    small, plain = (linear_cross_entropy(hidden, weight, targets, grad_scale=s) for s in (2.0**-30, 1.0))
+    for d, e in zip(gradients(small, hidden, weight), gradients(plain, hidden, weight)):
+        assert torch.equal(d, e * 2.0**-30)
+
+
+def test_backward_from_any_scalar():
+    hidden, weight, targets = example()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    once = gradients(loss * 4, hidden, weight)
+    for d, e in zip(once, gradients(linear_cross_entropy(hidden, weight, targets), hidden, weight)):
+        assert torch.equal(d, e * 4)
+
+
+def test_backward_twice_with_a_retained_graph():
+    hidden, weight, targets = example()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward(retain_graph=True)
+    first = weight.grad.clone()
+    weight.grad.zero_()  # as an optimizer would: the graph's copy must not change with it
+    loss.backward()
+    assert torch.equal(weight.grad, first)
+
+
+def test_gradient_becomes_grad_without_a_copy():
+    """dW is the largest tensor of the op: autograd must take it over."""
+    hidden, weight, targets = example()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    pointer = loss.grad_fn.saved_tensors[1].data_ptr()
+    loss.backward()
+    assert weight.grad.data_ptr() == pointer
+
+
+def test_weight_gradient_of_a_bf16_step_is_not_rounded(small_chunks):
+    """fp32 master weights: the sum over chunks comes back in fp32 and not by way of bf16."""
+    hidden, weight, targets = example(T=100, ignored=0)
+    linear_cross_entropy(hidden.detach().to(BF16), weight, targets).backward()
+    assert weight.grad.dtype == FP32
+    assert not torch.equal(weight.grad, weight.grad.to(BF16).float())
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast(backend):
+    """Under autocast fp32 inputs are multiplied in bf16, exactly as bf16 inputs are without it."""
+    hidden, weight, targets = example()
+    with use_backend(backend):
+        rounded = hidden.detach().to(BF16).requires_grad_()
+        expected = linear_cross_entropy(rounded, weight, targets)
+        with torch.autocast("cpu", dtype=BF16):
+            loss = linear_cross_entropy(hidden, weight, targets)
+        assert loss.dtype == FP32 and torch.equal(loss, expected)
+        (d_hidden, d_weight), (e_hidden, e_weight) = (
+            gradients(loss, hidden, weight),
+            gradients(expected, rounded, weight),
+        )
+        assert d_hidden.dtype == d_weight.dtype == FP32
+        assert torch.equal(d_weight, e_weight) and torch.equal(d_hidden.to(BF16), e_hidden)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_ignored_rows_are_as_if_absent(small_chunks, reduction):
+    hidden, weight, targets = example(ignored=0)
+    keep = torch.arange(40) % 3 != 0
+    masked = linear_cross_entropy(hidden, weight, targets.where(keep, -100), reduction=reduction)
+    rows = keep.nonzero()[:, 0]
+    chosen = linear_cross_entropy(hidden, weight, targets[keep], rows=rows, reduction=reduction)
+    if reduction == "none":
+        assert (masked[~keep] == 0).all() and torch.equal(masked[keep], chosen)
+    else:
+        assert torch.equal(masked, chosen)
+    for d, e in zip(gradients(masked.sum(), hidden, weight), gradients(chosen.sum(), hidden, weight)):
+        assert torch.equal(d, e)
+
+
+def test_ignored_rows_may_hold_anything():
+    hidden, weight, targets = example()
+    with torch.no_grad():
+        hidden[targets == -100] = float("nan")
+    loss = linear_cross_entropy(hidden, weight, targets)
+    assert loss.isfinite()
+    assert all(d.isfinite().all() for d in gradients(loss, hidden, weight))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("M", [0, 6])
+def test_nothing_to_train(backend, reduction, M):
+    hidden, weight, _ = example()
+    bias = torch.randn(50, requires_grad=True)
+    rows, targets = torch.arange(M), torch.full((M,), -100)
+    with use_backend(backend):
+        loss, stats = linear_cross_entropy(
+            hidden, weight, targets, rows=rows, bias=bias, reduction=reduction, return_stats=True
+        )
+        assert loss.shape == (() if reduction == "sum" else (M,)) and (loss == 0).all()
+        assert all(s.shape == (M,) and (s == 0).all() for s in stats)
+        for d in gradients(loss.sum(), hidden, weight, bias):
+            assert (d == 0).all()
+
+
+def test_zero_weights_train_nothing():
+    hidden, weight, targets = example()
+    loss = linear_cross_entropy(hidden, weight, targets, row_weights=torch.zeros(40))
+    assert loss == 0 and all((d == 0).all() for d in gradients(loss, hidden, weight))
+
+
+def test_a_row_twice_counts_twice():
+    hidden, weight, targets = example(T=1, ignored=0)
+    rows = torch.zeros(2, dtype=torch.int64)
+    twice = linear_cross_entropy(hidden, weight, targets.repeat(2), rows=rows)
+    weighted = linear_cross_entropy(hidden, weight, targets, row_weights=torch.tensor([2.0]))
+    # A sum of two equal fp32 numbers is exact, a matmul over two rows instead of one may round once more.
+    torch.testing.assert_close(twice, weighted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients(twice, hidden, weight), gradients(weighted, hidden, weight))
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers every op's name and the size of its outputs in bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.outputs = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.outputs.append((func.name(), x.nbytes))
+        return out
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_never_materialises_the_logits(small_chunks, reduction):
+    hidden, weight, targets = example(T=600, D=4, V=300)
+    with Recorder() as recorder:
+        linear_cross_entropy(hidden, weight, targets, reduction=reduction, return_stats=True)[0].sum().backward()
+    assert max(size for _, size in recorder.outputs) <= 4 * max(12 * 300, 600 * 4, 300 * 4)
+    with Recorder() as recorder:  # the recorder does see the logits where they exist
+        linear_cross_entropy_ref(hidden, weight, targets)
+    assert max(size for _, size in recorder.outputs) == 4 * 600 * 300
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_gradient_of_a_frozen_input_is_not_computed(frozen, reduction):
+    hidden, weight, targets = example(V=51)
+    expected = dict(zip(("hidden", "weight"), gradients(linear_cross_entropy(hidden, weight, targets), hidden, weight)))
+    (hidden if frozen == "hidden" else weight).requires_grad_(False)
+    trained = "weight" if frozen == "hidden" else "hidden"
+    with Recorder() as recorder:
+        loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction).sum()
+        (gradient,) = gradients(loss, hidden if trained == "hidden" else weight)
+    assert torch.equal(gradient, expected[trained])
+    matmuls = [name for name, _ in recorder.outputs if "mm" in name]
+    assert len(matmuls) == (2 if reduction == "sum" else 3)  # "none" computes the logits twice
+
+
+def test_without_gradients_there_is_one_matmul():
+    hidden, weight, targets = example()
+    with Recorder() as recorder, torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, targets)
+    assert not loss.requires_grad
+    assert len([name for name, _ in recorder.outputs if "mm" in name]) == 1
+
+
+def test_training_after_inference_mode():
+    """Memory that was first used in inference mode serves training too."""
+    module._kept.__dict__.clear()
+    hidden, weight, targets = example(dtype=BF16, weight_dtype=FP32)
+    with torch.inference_mode():
+        linear_cross_entropy(hidden, weight, targets)
+    linear_cross_entropy(hidden, weight, targets).backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.1}], ids=["plain", "all"])
+def test_stats(small_chunks, options):
+    hidden, weight, targets = example()
+    logits = (hidden @ weight.T).detach()
+    targets[:20] = logits[:20].argmax(-1)  # some are right
+    targets[3] = -100
+    row_weights = torch.rand(40)
+    _, stats = linear_cross_entropy(hidden, weight, targets, row_weights=row_weights, return_stats=True, **options)
+    _, expected = linear_cross_entropy_ref(hidden, weight, targets, return_stats=True, **options)
+    for ours, theirs in zip(stats, expected):
+        assert ours.dtype == FP32 and not ours.requires_grad and ours.shape == (40,)
+        assert relative_error(ours, theirs) < 1e-6  # both fp32, some ten roundings
+        assert ours[3] == 0
+    assert stats.correct[:20].sum() == 19
+
+    z = logits if not options else 3 * torch.tanh(logits / 3)
+    scored = targets != -100
+    distribution = torch.distributions.Categorical(logits=z[scored])
+    torch.testing.assert_close(stats.entropy[scored], distribution.entropy())
+    torch.testing.assert_close(stats.nll[scored], -distribution.log_prob(targets[scored]))
+
+
+def test_confident_predictions():
+    """Probabilities that are 0 or 1 in fp32: the loss of a wrong prediction is large and finite."""
+    hidden = torch.eye(3, requires_grad=True)
+    weight = (torch.eye(3) * 200).requires_grad_()
+    loss, stats = linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 0]), reduction="none", return_stats=True)
+    torch.testing.assert_close(loss, torch.tensor([0.0, 0.0, 200.0]))
+    assert stats.correct.tolist() == [1, 1, 0]
+    (d_hidden,) = gradients(loss.sum(), hidden)
+    torch.testing.assert_close(d_hidden, torch.tensor([[0, 0, 0], [0, 0, 0], [-200.0, 0, 200.0]]))
+
+
+def test_nan_is_not_hidden():
+    hidden, weight, targets = example(ignored=0)
+    with torch.no_grad():
+        hidden[3, 2] = float("nan")
+    loss, stats = linear_cross_entropy(hidden, weight, targets, return_stats=True)
+    assert loss.isnan() and stats.nll.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("lengths", [[40], [1, 13, 1, 1, 24], [1] * 40])
+def test_shifted_equals_cross_entropy_document_by_document(backend, lengths):
+    hidden, weight, labels = example(dtype=FP64)
+    with use_backend(backend):
+        loss = shifted_linear_cross_entropy(hidden, weight, labels, cu_seqlens_of(lengths))
+    expected = hidden.sum() * 0
+    for h, l in zip(hidden.split(lengths), labels.split(lengths)):
+        expected = expected + F.cross_entropy((h @ weight.T)[:-1], l[1:], reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    for d, e in zip(
+        gradients(loss, hidden, weight), torch.autograd.grad(expected, (hidden, weight), allow_unused=True)
+    ):
+        torch.testing.assert_close(d, torch.zeros_like(d) if e is None else e)
+
+
+def test_shifted_without_documents_is_one_document():
+    hidden, weight, labels = example()
+    one = shifted_linear_cross_entropy(hidden, weight, labels, torch.tensor([0, 40]), reduction="none")
+    none = shifted_linear_cross_entropy(hidden, weight, labels, reduction="none")
+    assert torch.equal(one, none) and one[-1] == 0
+
+
+def test_documents_do_not_leak():
+    """Other words and states in one document change nothing, to the bit, in another."""
+    hidden, weight, labels = example(ignored=0)
+    weight.requires_grad_(False)
+    cu_seqlens = cu_seqlens_of([17, 23])
+    (before,) = gradients(shifted_linear_cross_entropy(hidden, weight, labels, cu_seqlens), hidden)
+    other = hidden.detach().clone()
+    other[17:], labels[17:] = 3.0, 5
+    other.requires_grad_()
+    (after,) = gradients(shifted_linear_cross_entropy(other, weight, labels, cu_seqlens), other)
+    assert torch.equal(before[:17], after[:17])
+
+
+BAD = {
+    "target 50 is outside": {"targets": torch.tensor([50, 1])},
+    "target -1 is outside": {"targets": torch.tensor([-1, 1])},
+    r"int32 \(2,\)": {"targets": torch.tensor([0, 1], dtype=torch.int32)},
+    "3 targets for 2 rows": {"targets": torch.tensor([0, 1, 2])},
+    "rows from 0 to 2": {"rows": torch.tensor([0, 2])},
+    "rows from -1 to 0": {"rows": torch.tensor([-1, 0])},
+    r"rows \(3,\)": {"rows": torch.tensor([0, 1, 1])},
+    "rows torch.float32": {"rows": torch.tensor([0.0, 1.0])},
+    r"row_weights \(1,\)": {"row_weights": torch.ones(1)},
+    r"bias \(2,\): expected \(50,\)": {"bias": torch.ones(2)},
+    "softcap 0": {"softcap": 0},
+    "label_smoothing 1": {"label_smoothing": 1.0},
+    "reduction 'mean'": {"reduction": "mean"},
+    r"weight \(50, 7\)": {"weight": torch.ones(50, 7)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments(message):
+    arguments = {"hidden": torch.ones(2, 16), "weight": torch.ones(50, 16), "targets": torch.tensor([0, 1])}
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**{**arguments, **BAD[message]})
+
+
+def test_bad_documents():
+    hidden, weight, labels = example()
+    with pytest.raises(ValueError, match="from 0 to 39: expected 0 to 40"):
+        shifted_linear_cross_entropy(hidden, weight, labels, torch.tensor([0, 39]))
+    with pytest.raises(ValueError, match=r"labels \(39,\): expected \(40,\)"):
+        shifted_linear_cross_entropy(hidden, weight, labels[1:])

@@ -1,0 +1,286 @@
+"""Loading and saving: what comes back is what was stored, and what is wrong is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minisft import hub
+from minisft.errors import MODEL, UserError
+from minisft.model.decoder import Decoder
+from minisft.model.families import from_hf
+from minisft.model.load import build_model, init_weights, load_model, load_weights
+from minisft.model.save import save_model
+
+CONFIGS = {
+    "llama": {
+        "model_type": "llama",
+        "vocab_size": 53,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attention_bias": True,
+    },
+    "gpt2": {"model_type": "gpt2", "vocab_size": 53, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+}
+TIED = CONFIGS["llama"] | {"tie_word_embeddings": True}
+
+
+def tiny(config: dict, seed: int = 0) -> Decoder:
+    model = build_model(from_hf(config), "cpu")
+    init_weights(model, seed)
+    return model
+
+
+def assert_equal(one: Decoder, other: Decoder) -> None:
+    ours, theirs = dict(one.named_parameters()), dict(other.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request) -> Decoder:
+    return tiny(CONFIGS[request.param])
+
+
+# ---------------------------------------------------------------- round trips
+
+
+def test_round_trip_is_byte_equal(model, tmp_path):
+    model.generation_config = {"eos_token_id": [2, 7]}
+    save_model(model, tmp_path / "a")
+    loaded = load_model(tmp_path / "a")
+    save_model(loaded, tmp_path / "b")
+    assert_equal(loaded, model)
+    assert not loaded.training
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == ["config.json", "generation_config.json", "model.safetensors"]
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_shards(model, tmp_path):
+    save_model(model, tmp_path)  # its single file must not survive, or it would be loaded instead
+    model.norm.weight.data += 1
+    limit = 20_000
+    save_model(model, tmp_path, max_shard_bytes=limit)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    stored = {path.name: load_file(path) for path in shards}
+    assert index["weight_map"] == {name: file for file, tensors in stored.items() for name in tensors}
+    assert index["metadata"] == {
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "total_size": sum(t.nbytes for tensors in stored.values() for t in tensors.values()),
+    }
+    assert all(len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= limit for tensors in stored.values())
+    assert_equal(load_model(tmp_path), model)
+    save_model(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_dtypes(model, tmp_path):
+    save_model(model, tmp_path, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert_equal(load_model(tmp_path), model.to(torch.bfloat16).to(torch.float32))
+    assert_equal(load_model(tmp_path, dtype=torch.bfloat16), model.to(torch.bfloat16))
+
+
+def test_config_json_keeps_what_was_there(tmp_path):
+    hf = CONFIGS["llama"] | {"torch_dtype": "float16", "eos_token_id": [2, 7], "a_note": None, "head_dim": 16}
+    save_model(tiny(hf), tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    expected = hf | {"torch_dtype": "float32"}
+    assert written | expected == written
+    assert written["architectures"] == ["LlamaForCausalLM"]
+    assert "dtype" not in written
+
+
+def test_names_with_or_without_prefix_and_old_buffers(model, tmp_path):
+    save_model(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {
+        name.removeprefix("model.").removeprefix("transformer."): value for name, value in load_file(file).items()
+    }
+    tensors |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    tensors |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(tensors, file)
+    assert_equal(load_model(tmp_path), model)
+
+
+def test_tied_head_in_the_file(tmp_path):
+    model = tiny(TIED)
+    save_model(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    assert "lm_head.weight" not in tensors
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
+    assert_equal(load_model(tmp_path), model)
+
+
+# ---------------------------------------------------------------- what is wrong is named
+
+
+def edit(change):
+    """A change of the tensors of model.safetensors."""
+
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return apply
+
+
+def overwrite(name: str, content: bytes):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def only_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def index(weight_map):
+    def apply(folder: Path) -> None:
+        names = load_file(folder / "model.safetensors").keys()
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map(names)}))
+
+    return apply
+
+
+SHARD = "model-00001-of-00001.safetensors"
+BAD = {
+    "a Git LFS pointer": (
+        overwrite("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"),
+        "git lfs pull",
+    ),
+    "a web page": (overwrite("model.safetensors", b"<!DOCTYPE html><html>Log in</html>"), "web page"),
+    "an empty file": (overwrite("model.safetensors", b""), "not a complete safetensors"),
+    "half a file": (truncate, "not a complete safetensors"),
+    "a pickle under another name": (overwrite("model.safetensors", b"PK\x03\x04" + bytes(99)), "pickled"),
+    "only a pickle": (only_pickle, "pytorch_model.bin"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
+    "missing": (edit(lambda t: t.pop("model.norm.weight")), "1 missing: norm.weight"),
+    "unexpected": (edit(lambda t: t.update(extra=torch.ones(1))), "1 unexpected: extra"),
+    "more than ten": (edit(lambda t: t.update({f"x{i}": torch.ones(1) for i in range(14)})), "and 4 more"),
+    "twice": (edit(lambda t: t.update({"norm.weight": torch.ones(32)})), "stored twice"),
+    "another shape": (edit(lambda t: t.update({"model.norm.weight": torch.ones(31)})), "[31], config.json says [32]"),
+    "whole numbers": (edit(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})), "I8"),
+    "NaN": (edit(lambda t: t["model.norm.weight"].fill_(float("nan"))), "model.norm.weight"),
+    "infinite": (edit(lambda t: t["model.norm.weight"].fill_(float("inf"))), "model.norm.weight"),
+    "another tied head": (edit(lambda t: t.update({"lm_head.weight": torch.ones(53, 32)})), "tie_word_embeddings"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "config is a list": (overwrite("config.json", b"[]"), "expected an object"),
+    "config is half a file": (overwrite("config.json", b'{"model_type": "ll'), "not valid JSON"),
+    "index leads outside": (index(lambda names: dict.fromkeys(names, "../model.safetensors")), "'../model.safe"),
+    "index names no file": (index(lambda names: dict.fromkeys(names, 7)), "7 is not the name"),
+    "index names another format": (index(lambda names: dict.fromkeys(names, "model.bin")), "model.bin"),
+    "index without map": (index(lambda names: []), "no weight_map"),
+    "a shard is missing": (index(lambda names: dict.fromkeys(names, "b.safetensors")), "1 of 1 weight files"),
+    "index lists more": (index(lambda names: dict.fromkeys([*names, "more"], SHARD)), "disagree about more"),
+    "index lists less": (
+        index(lambda names: {name: SHARD for name in names if name != "model.norm.weight"}),
+        "disagree about model.norm.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage, named", BAD.values(), ids=BAD.keys())
+def test_bad_folders(tmp_path, damage, named):
+    save_model(tiny(TIED), tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_model(tmp_path)
+    assert named in str(caught.value)
+    assert caught.value.exit_code == MODEL
+
+
+def test_values_too_large_for_the_dtype(tmp_path):
+    model = tiny(TIED)
+    model.norm.weight.data.fill_(1e5)
+    save_model(model, tmp_path)
+    with pytest.raises(UserError, match="float16 in model.norm.weight"):
+        load_model(tmp_path, dtype=torch.float16)
+
+
+def test_untied_model_without_head(tmp_path):
+    save_model(tiny(TIED), tmp_path)
+    with pytest.raises(UserError, match="1 missing: lm_head.weight"):
+        load_weights(tiny(CONFIGS["llama"]), tmp_path)
+
+
+# ---------------------------------------------------------------- random weights
+
+
+def test_init_follows_the_seed_and_not_the_dtype():
+    assert_equal(tiny(TIED, seed=3), tiny(TIED, seed=3))
+    assert not torch.equal(tiny(TIED, seed=3).head_weight, tiny(TIED, seed=4).head_weight)
+    half = build_model(from_hf(TIED), "cpu").to(torch.bfloat16)
+    init_weights(half, seed=3)
+    assert_equal(half, tiny(TIED, seed=3).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("config, std", [(TIED, 0.02), (CONFIGS["gpt2"] | {"initializer_range": 0.1}, 0.1)])
+def test_init_rules(config, std):
+    for name, parameter in tiny(config).named_parameters():
+        if parameter.dim() == 1:
+            assert torch.all(parameter == (0 if name.endswith("bias") else 1)), name
+            continue
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        expected = std / 2 if residual and config["model_type"] == "gpt2" else std  # sqrt(2 * 2 layers) = 2
+        # At least 512 numbers: their standard deviation is within 3.2 % of the true one by one sigma; five are allowed.
+        assert parameter.std().item() == pytest.approx(expected, rel=0.16), name
+
+
+# ---------------------------------------------------------------- the hub, without a network
+
+
+def test_resolve_local(tmp_path):
+    assert hub.resolve(tmp_path, None, "model") == (tmp_path, None)
+    assert hub.resolve(str(tmp_path), None, "tokenizer") == (tmp_path, None)
+    with pytest.raises(UserError, match="local folder"):
+        hub.resolve(tmp_path, "main", "model")
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c", "", "a b", "owner/na--me..git"])
+def test_resolve_bad_names(name):
+    with pytest.raises(UserError) as caught:
+        hub.resolve(name, None, "model")
+    assert caught.value.exit_code == MODEL
+
+
+@pytest.mark.parametrize("revision", [None, "v1.0", "0" * 40])
+def test_resolve_offline(revision):
+    with pytest.raises(UserError, match="offline or out of reach") as caught:
+        hub.resolve("minisft-tests/not-in-any-cache", revision, "model")
+    assert caught.value.exit_code == MODEL
+
+
+def test_download_asks_for_named_files_only(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot_download(repo, **options):
+        asked.update(options, repo=repo)
+        return str(tmp_path / "snapshots" / "abc123")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert hub.resolve("owner/name", "v1", "model") == (tmp_path / "snapshots" / "abc123", "abc123")
+    files = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors", "pytorch_model.bin", "model.py"]
+    files += ["original/model.safetensors", "consolidated.safetensors", "adapter_model.safetensors"]
+    taken = huggingface_hub.utils.filter_repo_objects(files, allow_patterns=asked["allow_patterns"])
+    assert list(taken) == files[:3]
+    assert (asked["repo"], asked["revision"]) == ("owner/name", "v1")

@@ -1,0 +1,121 @@
+"""RMSNorm and LayerNorm against their formulas."""
+
+import pytest
+import torch
+from tolerance import assert_close_to_truth, run_with_gradients
+
+from minisft.kernels.common import use_backend
+from minisft.kernels.layer_norm import layer_norm, layer_norm_ref
+from minisft.kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+
+FAMILIES = {
+    "llama": {},
+    "gemma": dict(offset=1.0, upcast_weight=True),
+    "olmo2": dict(upcast_weight=True),
+    "offset only": dict(offset=1.0),
+}
+DTYPES = {
+    "fp32": [torch.float32] * 4,
+    "bf16": [torch.bfloat16] * 4,
+    "bf16, weights fp32": [torch.bfloat16, torch.float32, torch.float32],
+}
+
+
+def leaf(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", [(1, 16), (300, 48), (7, 4, 64)], ids=str)
+def test_rms_norm(shape, family, dtypes):
+    options = FAMILIES[family]
+    assert_close_to_truth(
+        lambda x, w: rms_norm(x, w, 1e-5, **options),
+        lambda x, w: rms_norm_ref(x, w, 1e-5, **options),
+        [leaf(*shape), leaf(shape[-1])],
+        DTYPES[dtypes][:2],
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rms_norm_rounds_where_the_family_does(family):
+    """In bf16 forward values equal the formula's but for a last-bit tie in rstd: the same places are rounded."""
+    x, weight = leaf(500, 64).detach().bfloat16(), leaf(64).detach()
+    ours, formula = (op(x, weight, 1e-6, **FAMILIES[family]) for op in (rms_norm, rms_norm_ref))
+    assert (ours != formula).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_add_rms_norm(dtype):
+    assert_close_to_truth(
+        lambda x, r, w: add_rms_norm(x, r, w, 1e-5),
+        lambda x, r, w: add_rms_norm_ref(x, r, w, 1e-5),
+        [leaf(65, 32), leaf(65, 32), leaf(32)],
+        [dtype, dtype, torch.float32],
+    )
+
+
+def test_add_rms_norm_of_two_dtypes_takes_the_wider():
+    x, residual, weight = leaf(5, 8).detach().bfloat16(), leaf(5, 8), leaf(8)
+    y, total = add_rms_norm(x, residual, weight, 1e-5)
+    assert y.dtype == total.dtype == torch.float32 and torch.equal(total, x + residual)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("parameters", ["weight and bias", "weight", "none"])
+def test_layer_norm(parameters, dtypes):
+    inputs = [leaf(130, 48), leaf(48), leaf(48)][: 1 + ["none", "weight", "weight and bias"].index(parameters)]
+
+    def call(op):
+        return lambda x, w=None, b=None: op(x, w, b, 1e-5)
+
+    assert_close_to_truth(call(layer_norm), call(layer_norm_ref), inputs, DTYPES[dtypes][: len(inputs)])
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_gradcheck(backend):
+    x, residual, weight, bias = (leaf(*s, dtype=torch.float64) for s in [(3, 5), (3, 5), (5,), (5,)])
+    with use_backend(backend):
+        assert torch.autograd.gradcheck(lambda *a: rms_norm(*a, 1e-5, offset=1.0), (x, weight))
+        assert torch.autograd.gradcheck(lambda *a: rms_norm(*a, 1e-5, upcast_weight=True), (x, weight))
+        assert torch.autograd.gradcheck(lambda *a: add_rms_norm(*a, 1e-5), (x, residual, weight))
+        assert torch.autograd.gradcheck(lambda *a: layer_norm(*a, 1e-5), (x, weight, bias))
+
+
+def test_frozen_weight_or_frozen_input():
+    x, weight = leaf(6, 8), leaf(8)
+    both = run_with_gradients(lambda x, w: rms_norm(x, w, 1e-5), [x, weight])
+    only_x = run_with_gradients(lambda x: rms_norm(x, weight.detach(), 1e-5), [x])
+    only_weight = run_with_gradients(lambda w: rms_norm(x.detach(), w, 1e-5), [weight])
+    assert torch.equal(both["gradient of input 0"], only_x["gradient of input 0"])
+    assert torch.equal(both["gradient of input 1"], only_weight["gradient of input 0"])
+
+
+def test_strided_input_and_autocast():
+    wide, weight, bias = leaf(20, 16).detach(), leaf(8), leaf(8)
+    view = wide[:, ::2].requires_grad_()
+    for op in (lambda x, w, b: rms_norm(x, w, 1e-5), lambda x, w, b: layer_norm(x, w, b, 1e-5)):
+        inputs = (
+            [weight, bias] if op(view, weight, bias).grad_fn.name() != "_RMSNormBackward" else [weight, bias.detach()]
+        )
+        expected = run_with_gradients(op, [view.detach().contiguous().requires_grad_(), *inputs])
+        with torch.autocast("cpu", torch.bfloat16):
+            result = run_with_gradients(op, [view, *inputs])
+        assert all(torch.equal(expected[name], result[name]) for name in expected)
+
+
+def test_zero_rows_and_large_values_stay_finite():
+    x = torch.stack((torch.zeros(32), torch.full((32,), 3e4), torch.full((32,), 1e-6))).bfloat16().requires_grad_()
+    for y in (rms_norm(x, torch.ones(32), 1e-6), layer_norm(x, torch.ones(32), None, 1e-5)):
+        y.sum().backward()
+        assert y.isfinite().all() and x.grad.isfinite().all()
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"weight \(7,\) does not fit x \(4, 8\)"):
+        rms_norm(torch.zeros(4, 8), torch.zeros(7), 1e-5)
+    with pytest.raises(ValueError, match=r"x \(4, 8\) and residual \(4, 7\)"):
+        add_rms_norm(torch.zeros(4, 8), torch.zeros(4, 7), torch.zeros(8), 1e-5)
+    with pytest.raises(ValueError, match=r"bias \(7,\) does not fit x \(4, 8\)"):
+        layer_norm(torch.zeros(4, 8), torch.zeros(8), torch.zeros(7), 1e-5)

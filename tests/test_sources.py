@@ -1,0 +1,297 @@
+"""Sources: strict reading, every bad row named, slices, globs."""
+
+import csv
+import json
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisft.data.sources import MAX_ROW_BYTES, BadRow, Row, Source, excerpt, list_files, parse_source, read_rows
+from minisft.errors import DATA, UserError
+
+
+def write(folder, name, data):
+    path = folder / name
+    path.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8"))
+    return str(path)
+
+
+def read(folder, name, data, **source):
+    return list(read_rows(parse_source({"path": write(folder, name, data), **source})))
+
+
+# ---- JSONL
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.dictionaries(st.text(max_size=8), st.text(max_size=20), max_size=3), min_size=1, max_size=8))
+def test_jsonl_round_trips_any_text(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("rows")
+    for ascii_only in (False, True):
+        text = "\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows)
+        found = read(folder, "a.jsonl", text)
+        assert [row.data for row in found] == rows
+        assert [row.line for row in found] == list(range(1, len(rows) + 1))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"text": "a"}\n{"text": "b"}\n',
+        b'{"text": "a"}\n{"text": "b"}',  # no newline at the end
+        b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n',  # one BOM
+        b'{"text": "a"}\r\n{"text": "b"}\r\n',
+        b'  {"text": "a"}  \n\t{"text": "b"}\n',
+    ],
+)
+def test_jsonl_variants_that_are_fine(tmp_path, data):
+    assert [row.data["text"] for row in read(tmp_path, "a.jsonl", data)] == ["a", "b"]
+
+
+def test_only_newline_ends_a_row(tmp_path):
+    odd = "a\u2028b\u2029c\x85d\u000be"
+    (row,) = read(tmp_path, "a.jsonl", json.dumps({"text": odd}, ensure_ascii=False))
+    assert row.data["text"] == odd
+
+
+BAD_LINES = {  # what is wrong -> (the line, part of the message)
+    "empty": (b"", "empty line"),
+    "spaces": (b"   ", "empty line"),
+    "list": (b"[]", "the row is a list"),
+    "string": (b'"x"', "the row is a str"),
+    "null": (b"null", "not a JSON object"),
+    "number": (b"3", "not a JSON object"),
+    "trailing comma": (b'{"text": "a",}', "not valid JSON"),
+    "single quotes": (b"{'text': 'a'}", "not valid JSON"),
+    "two objects": (b'{"text": "a"}{"text": "b"}', "not valid JSON: Extra data"),
+    "lone CR between objects": (b'{"text": "a"}\r{"text": "b"}', "Extra data"),
+    "truncated": (b'{"text": "a', "not valid JSON"),
+    "BOM in the middle": (b'\xef\xbb\xbf{"text": "a"}', "not valid JSON"),
+    "latin-1": (b'{"text": "\xe9"}', "not UTF-8 text"),
+    "UTF-16": ('{"text": "a"}'.encode("utf-16-be"), "not valid JSON"),
+    "NUL": (b'{"text": "\x00"}', "not valid JSON"),
+    "control character": (b'{"text": "\x01"}', "not valid JSON"),
+    "lone surrogate": (b'{"text": "\\ud800"}', "surrogate"),
+    "NaN": (b'{"x": NaN}', "NaN"),
+    "Infinity": (b'{"x": -Infinity}', "Infinity"),
+    "1e400": (b'{"x": 1e400}', "too large"),
+    "5000 digits": (b'{"x": ' + b"1" * 5000 + b"}", "4300"),
+    "duplicate key": (b'{"a": 1, "a": 2}', "occurs twice"),
+    "deep": (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_bad_lines_are_named_and_cost_only_themselves(tmp_path, name):
+    line, expected = BAD_LINES[name]
+    good = b'{"text": "good"}'
+    before, bad, after = read(tmp_path, "a.jsonl", good + b"\n" + line + b"\n" + good + b"\n")
+    assert isinstance(before, Row) and isinstance(after, Row) and after.line == 3
+    assert isinstance(bad, BadRow) and bad.line == 2
+    assert expected in str(bad) and f"{tmp_path}/a.jsonl:2: " in str(bad)
+    assert len(bad.excerpt) <= 210 and bad.excerpt.isprintable()
+
+
+def test_too_long_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("minisft.data.sources.MAX_ROW_BYTES", 100)
+    bad, good = read(tmp_path, "a.jsonl", json.dumps({"text": "a" * 100}) + '\n{"text": "b"}')
+    assert bad.reason == "too long" and good.data == {"text": "b"}
+    assert MAX_ROW_BYTES == 64 * 2**20
+
+
+def test_an_excerpt_is_short_and_printable():
+    assert excerpt("a\x00\u200e\n" + "\u00e4" * 300) == "`a\\x00\\u200e\\n" + "\u00e4" * 187 + "`..."
+    assert excerpt("short") == "`short`"
+
+
+# ---- JSON, CSV, text
+
+
+def test_json_array_names_rows_by_index(tmp_path):
+    good, bad, other = read(tmp_path, "a.json", ' [ {"a": [1, {"b": "]"}]} ,\n{"a": NaN}, {"a": "\\u2019"} ]\n')
+    assert good == Row({"a": [1, {"b": "]"}]}, f"{tmp_path}/a.json", 0) and other.data == {"a": "\u2019"}
+    assert str(bad).startswith(f"{tmp_path}/a.json[1]: NaN")
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ('{"a": 1}\n{"a": 2}', "not a JSON array"),
+        ('[{"a": 1}', "comma or ] is missing after element 0"),
+        ('[{"a": 1} {"a": 2}]', "comma or ] is missing after element 0"),
+        ('[{"a": 1}, ]', "element 1 is not valid JSON"),
+        ('[{"a": 1}, {"a": tru}]', "element 1 is not valid JSON"),
+        ('[{"a": 1}] x', "something follows the array"),
+        (b'[{"a": "\xe9"}]', "not UTF-8 text"),
+    ],
+)
+def test_a_broken_array_is_refused_whole(tmp_path, data, message):
+    with pytest.raises(UserError, match=message.replace("[", r"\[")) as caught:
+        read(tmp_path, "a.json", data)
+    assert caught.value.exit_code == DATA and "a.json" in str(caught.value)
+
+
+def test_empty_array_has_no_row(tmp_path):
+    assert read(tmp_path, "a.json", " [ ] ") == []
+
+
+def test_csv(tmp_path):
+    rows = [{"prompt": 'a "quoted",\nb', "completion": "\u00e4\u2028"}, {"prompt": "", "completion": "c"}]
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"])
+        writer.writeheader()
+        writer.writerows(rows)
+    found = list(read_rows(Source(str(tmp_path / "a.csv"))))
+    assert [row.data for row in found] == rows and [row.line for row in found] == [2, 4]
+
+
+def test_bad_csv_rows(tmp_path):
+    data = b'a,b\n1,2\n1\n1,2,3\n\n"x"y,2\n\xff,2\n3,4\n"open,'
+    found = read(tmp_path, "a.csv", data)
+    assert [row.data for row in found if isinstance(row, Row)] == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
+    bad = [(row.line, row.reason) for row in found if isinstance(row, BadRow)]
+    assert bad == [
+        (3, "wrong number of values"),
+        (4, "wrong number of values"),
+        (5, "empty line"),
+        (6, "not valid CSV"),
+        (7, "not UTF-8 text"),
+        (9, "not valid CSV"),
+    ]
+
+
+@pytest.mark.parametrize("header", ["a,a", "a,", ","])
+def test_bad_csv_header(tmp_path, header):
+    with pytest.raises(UserError, match="column name is empty or occurs twice"):
+        read(tmp_path, "a.csv", header + "\n1,2\n")
+
+
+def test_a_text_file_is_one_row(tmp_path):
+    assert read(tmp_path, "a.txt", b"\xef\xbb\xbfone\n\ntwo\r\n")[0].data == {"text": "one\n\ntwo\r\n"}
+    assert read(tmp_path, "b.txt", b"ok \xff")[0].reason == "not UTF-8 text"
+
+
+# ---- files
+
+
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("a.jsonl", b"", "0 bytes"),
+        ("a.jsonl", b"\x1f\x8b\x08\x00", "gzip"),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd", "zstandard"),
+        ("a.jsonl", b"PAR1\x15\x04", "Parquet"),
+        ("a.json", b"PK\x03\x04", "zip"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        ("a.jsonl", b"<!DOCTYPE html><html>", "HTML"),
+        ("a.jsonl", '{"a": 1}'.encode("utf-16"), "UTF-16"),
+        ("a.parquet", b"PAR1", "unknown kind of file"),
+        ("a", b"{}", "unknown kind of file"),
+    ],
+)
+def test_files_that_are_something_else(tmp_path, name, data, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path, name, data)
+    assert caught.value.exit_code == DATA and name in str(caught.value)
+
+
+def test_no_such_file_folder_and_pipe(tmp_path):
+    with pytest.raises(UserError, match="no file matches"):
+        list_files(Source(str(tmp_path / "*.jsonl")))
+    with pytest.raises(UserError, match="is a folder"):
+        list_files(Source(str(tmp_path)))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match="not a regular file"):
+        list_files(Source(str(tmp_path / "pipe.jsonl")))
+    os.symlink(tmp_path / "nowhere", tmp_path / "link.jsonl")
+    with pytest.raises(UserError, match="link.jsonl"):
+        list_files(Source(str(tmp_path / "l*.jsonl")))
+
+
+def test_a_glob_is_sorted_and_read_in_order(tmp_path):
+    for name in ("b", "a", "c"):
+        write(tmp_path, f"{name}.jsonl", json.dumps({"text": name}))
+    (tmp_path / "folder.jsonl").mkdir()
+    rows = list(read_rows(Source(str(tmp_path / "*.jsonl"))))
+    assert [row.data["text"] for row in rows] == ["a", "b", "c"]
+
+
+# ---- slices
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 23), st.none() | st.integers(-30, 30), st.none() | st.integers(-30, 30))
+def test_slices_are_pythons(tmp_path_factory, total, first, last):
+    folder = tmp_path_factory.mktemp("slice")
+    lines = [json.dumps({"i": i}) for i in range(total)]
+    write(folder, "1.jsonl", "\n".join(lines[:7]))
+    if lines[7:]:
+        write(folder, "2.jsonl", "\n".join(lines[7:]))
+    source = parse_source(f"{folder}/*.jsonl[{'' if first is None else first}:{'' if last is None else last}]")
+    expected = list(range(total))[first:last]
+    if expected:
+        assert [row.data["i"] for row in read_rows(source)] == expected
+    else:
+        try:  # a start beyond the end, without a bound that needs the total, reads to the end and finds nothing
+            assert list(read_rows(source)) == []
+        except UserError as error:
+            assert "no row" in str(error)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+@pytest.mark.parametrize("total, percent", [(10, 10), (7, 33), (3, 50), (200, 99)])
+def test_percentages_meet_without_overlap(tmp_path, name, total, percent):
+    data = {
+        "a.jsonl": "\n".join(json.dumps({"i": str(i)}) for i in range(total)),
+        "a.json": json.dumps([{"i": str(i)} for i in range(total)]),
+        "a.csv": "i\n" + "".join(f"{i}\n" for i in range(total)),
+    }[name]
+    parts = [read(tmp_path, name, data, split=split) for split in (f"[:{percent}%]", f"train[{percent}%:]")]
+    assert [int(row.data["i"]) for part in parts for row in part] == list(range(total))
+    assert len(parts[0]) == total * percent // 100
+
+
+def test_rows_keep_their_lines_in_a_slice(tmp_path):
+    rows = read(tmp_path, "a.jsonl", '{"a": 1}\n{"a": 2}\n{"a": 3}', split="[1:]")
+    assert [row.line for row in rows] == [2, 3]
+
+
+def test_what_is_outside_a_slice_is_not_parsed(tmp_path):
+    rows = read(tmp_path, "a.jsonl", 'broken\n{"a": 2}\nbroken', split="[1:2]")
+    assert [row.data for row in rows] == [{"a": 2}]
+
+
+# ---- parse_source
+
+
+def test_parse_source():
+    assert parse_source("a/*.jsonl[:10%]") == Source("a/*.jsonl", split="[:10%]")
+    assert parse_source("a[0-9].jsonl") == Source("a[0-9].jsonl")  # a glob, not a slice
+    table = {"path": "a.csv", "name": "x", "weight": 2, "split": "train[-5:]", "field_map": {"q": "prompt"}}
+    assert parse_source(table) == Source("a.csv", "x", 2.0, "train[-5:]", "auto", {"q": "prompt"})
+    assert parse_source(parse_source(table)) == parse_source(table)
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ({"path": "a", "wieght": 2}, "did you mean 'weight'"),
+        ({"name": "a"}, "without a path"),
+        ("", "without a path"),
+        ({"path": "a", "weight": "2"}, "weight = '2'"),
+        ({"path": "a", "weight": True}, "weight = True"),
+        ({"path": "a", "weight": 0}, "above 0"),
+        ({"path": "a", "weight": float("nan")}, "finite"),
+        ({"path": "a", "field_map": "x"}, "field_map = 'x'"),
+        ({"path": "a", "field_map": {"x": 1}}, "names must be text"),
+        ({"path": "a", "split": "test"}, "is not a slice"),
+        ({"path": "a", "split": "[:10"}, "is not a slice"),
+        ({"path": "a.jsonl[:5]", "split": "[5:]"}, "keep one"),
+        (7, "a path or a table"),
+    ],
+)
+def test_parse_source_refuses(value, message):
+    with pytest.raises(UserError, match=message.replace("[", r"\[")):
+        parse_source(value)
