@@ -40,7 +40,7 @@ def layer_norm_ref(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
 
 
 class _LayerNorm(torch.autograd.Function):
-    """PyTorch's fused op. On a CPU it sums the gradients of the parameters in the dtype of x: for bf16 that part is ours."""
+    """PyTorch's fused op; but on a CPU it would sum the gradients of the parameters in bf16, so that part is ours."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):

@@ -56,7 +56,7 @@ from minisft.kernels.common import backend_for
 IGNORE_INDEX = -100
 CHUNK_ROWS = {"cpu": 512}  # rows of logits that exist at once
 GPU_CHUNK_ROWS = 4096
-WEIGHT_BLOCK = 512  # rows of dW that a CPU multiplies and adds while they are in its cache
+WEIGHT_BLOCK = 2048  # rows of dW that a CPU multiplies and adds while they are in its cache
 
 
 class Stats(NamedTuple):
@@ -219,7 +219,7 @@ def _run(hidden, weight, bias, rows, targets, upstream, needs, o: _Options):
 
     num_chunks = max(1, math.ceil(M / CHUNK_ROWS.get(device, GPU_CHUNK_ROWS)))
     R = max(1, math.ceil(M / num_chunks))  # all chunks alike
-    r = min(R, 8 * torch.get_num_threads() if device == "cpu" else 1024)  # rows whose exponentials exist at once
+    r = min(R, 16 * torch.get_num_threads() if device == "cpu" else 1024)  # rows whose exponentials exist at once
     chunk = _buffer("logits", (R, V), hidden, o.dtype)
     z, p = _buffer("z", (r, V), hidden, o.wide), _buffer("p", (r, V), hidden, o.wide)
 

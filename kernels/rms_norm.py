@@ -20,8 +20,8 @@ What is saved
     values: 6 to 8 bytes an element where x in bf16 takes 2.
 
 Bytes moved, per element in bf16
-    Fused: 4 forward (read x, write y), 6 backward (read x and dy, write dx); the formula op by op: about 30 and 60.
-    Fusing the residual, s = x + residual, y = norm(s), saves reading s once more.
+    Fused: 4 forward (read x, write y), 6 backward (read x and dy, write dx); the formula op by op: about 44 and twice
+    that. Fusing the residual, s = x + residual, y = norm(s), saves reading s once more.
 
 fp32 (fp64 for fp64 inputs): the sum of squares, rstd, both reductions of the backward pass. The weight may be kept in
 fp32 beside bf16 activations; y always has the dtype of x, dweight the dtype of the weight.
@@ -41,7 +41,7 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, 
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if not upcast_weight:
         normed = normed.to(x.dtype)
-    return (normed * (weight + offset)).to(x.dtype)
+    return (normed * (weight.to(wide.dtype) + offset)).to(x.dtype)
 
 
 def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float, **options) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ class _RMSNorm(torch.autograd.Function):
         y = torch.mul(wide, rstd, out=None if wide is x else wide)  # one fp32 buffer: on a CPU new memory is slow
         if not upcast_weight and y.dtype != x.dtype:
             y.copy_(y.to(x.dtype))
-        return y.mul_(weight + offset if offset else weight).to(x.dtype)
+        return y.mul_(weight.to(wide.dtype) + offset if offset else weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):

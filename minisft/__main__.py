@@ -2,10 +2,11 @@
 
 import importlib
 import sys
+from collections.abc import Callable
 from difflib import get_close_matches
 
 from minisft import __version__
-from minisft.errors import UserError
+from minisft.errors import UserError, run_command
 
 COMMANDS = {  # name: (module with main(argv) -> exit code, what it does)
     "train": ("minisft.train", "fine-tune a model: train CONFIG.toml"),
@@ -22,18 +23,15 @@ def main(argv: list[str] | None = None) -> int:
     if name in ("-V", "--version"):
         print(f"minisft {__version__}")
         return 0
-    try:
-        if name not in COMMANDS:
-            near = get_close_matches(name, COMMANDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
-            raise UserError(f"unknown command {name}", hint=hint)
-        return importlib.import_module(COMMANDS[name][0]).main(rest)
-    except UserError as error:
-        print(f"minisft: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("minisft: interrupted", file=sys.stderr)
-        return 130
+    return run_command(lambda: _command(name)(rest))
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command {name}", hint=hint)
+    return importlib.import_module(COMMANDS[name][0]).main
 
 
 def _usage() -> str:

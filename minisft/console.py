@@ -36,6 +36,12 @@ class ProgressBar:
     def close(self) -> None:
         self.bar.close()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
 
 def write_samples(path: Path, samples: list[Sample]) -> None:
     rows = (
@@ -87,6 +93,13 @@ def closing(folder: Path, model_dir: Path, report_to: tuple[str, ...]) -> str:
         "  the same command again with a larger --num_train_epochs or --max_steps resumes from the last checkpoint"
     )
     return "\n".join(lines)
+
+
+def finished_already(folder: Path, step: int) -> str:
+    return (
+        f"finished already, at step {step}: the model is in {folder}/model. To train on, raise --num_train_epochs or "
+        "--max_steps; to start over, choose another --output_dir or --resume never"
+    )
 
 
 def stopped(folder: Path, step: int, total: int, signal: str | None) -> str:

@@ -4,6 +4,9 @@ A `UserError` says what is wrong, with the values, and what to do next. The comm
 its code; nobody sees a traceback for a mistake of their own. Internal invariants use `assert`.
 """
 
+import sys
+from collections.abc import Callable
+
 CONFIG = 2  # the configuration or the command line
 DATA = 65  # a data file or a row
 MODEL = 66  # model or tokenizer files
@@ -25,3 +28,15 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Call a command and return its exit code; a mistake of the user's is two lines on stderr, not a traceback."""
+    try:
+        return command()
+    except UserError as error:
+        print(f"minisft: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("minisft: interrupted", file=sys.stderr)
+        return 130

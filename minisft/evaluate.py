@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from minisft import runtime
-from minisft.data.batch import Batch
 from minisft.data.formats import FormatOptions, RowError, detect_layout, rename_fields, to_example
 from minisft.data.loader import Loader
 from minisft.data.sources import BadRow, parse_source, place, read_rows

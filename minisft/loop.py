@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minisft import console, runtime
@@ -50,33 +51,37 @@ class Result:
     exit_code: int = 0  # 0 done, 75 stopped by a signal after saving
 
 
-def train_step(
-    run: Run, train: TrainSection, batches: list[Batch], sums: Sums, stop_asked: bool = False
-) -> tuple[bool, bool]:
-    """One optimizer step over this rank's micro-batches -> (updated, stop).
+@dataclass(frozen=True)
+class StepResult:
+    updated: bool  # False: a loss or gradient was not finite; weights and moments are untouched, on every rank
+    stop: bool  # some rank was asked to stop
+    num_tokens: int  # over all ranks
+    stats: Sums  # what there is to log
+
+
+def train_step(run: Run, train: TrainSection, batches: list[Batch], stop_asked: bool = False) -> StepResult:
+    """One optimizer step over this rank's micro-batches.
 
     The loss of the step is the sum of weight x nll over all micro-batches and ranks, divided by N, the sum of their
-    weights. `updated` is False where a loss or a gradient was not finite: weights and moments are then untouched, on every
-    rank. `stop` is True where any rank was asked to stop. What there is to log is added to `sums`.
+    weights over the same.
     """
     # ---- 4. N of the whole step, over all ranks, known before the first forward pass
     weights = [run.weight(batch) for batch in batches]
     totals = [sum(weights), len(batches), sum(batch.num_tokens for batch in batches)]
     totals = torch.tensor(totals, dtype=torch.float64, device=run.device)
     total_weight, num_batches, num_tokens = runtime.sum_over_ranks(totals).tolist()
-    run.num_tokens += int(num_tokens)
 
     # ---- 5. forward, loss, backward: the gradients of the micro-batches add up in fp32
     runtime.seed_step(train.seed, run.step)
-    losses = []
+    stats, losses = Sums(run.device), []
     for batch, weight in zip(batches, weights):
         # "micro_batch" is the mean of the micro-batches' means, as older trainers have it
         n = total_weight if train.loss_normalization == "tokens" else weight * num_batches
         with runtime.autocast(run.device, run.precision):
-            loss, stats = run.loss(run.model, batch.to(run.device), run.loss_scale.scale / max(n, 1e-12))
+            loss, pairs = run.loss(run.model, batch.to(run.device), run.loss_scale.scale / max(n, 1e-12))
         loss.backward()
         losses.append(loss.detach())
-        sums.add(stats)
+        stats.add(pairs)
 
     # ---- 6. the gradient's norm, and the finite check that all ranks agree on before any of them updates
     grads = gradients(run.model)
@@ -84,6 +89,7 @@ def train_step(
     if run.loss_scale.scale != 1.0:
         torch._foreach_mul_(grads, 1.0 / run.loss_scale.scale)
     norm = torch.nn.utils.get_total_norm(grads)
+    stats.add({"grad_norm": (norm, 1.0)})
     is_bad = ~torch.isfinite(norm + torch.stack(losses).sum())
     verdict = torch.stack([is_bad.double(), torch.full_like(norm, stop_asked, dtype=torch.float64)])
     num_bad, num_stops = runtime.sum_over_ranks(verdict).tolist()
@@ -97,8 +103,7 @@ def train_step(
     if run.precision == "fp16":
         run.loss_scale.update(overflow=num_bad > 0)
     run.optimizer.zero_grad(set_to_none=True)
-    sums.add({"grad_norm": (norm, 1.0)})
-    return not num_bad, num_stops > 0
+    return StepResult(not num_bad, num_stops > 0, int(num_tokens), stats)
 
 
 def run(config: Config, origins: dict[str, str]) -> Result:
@@ -106,147 +111,123 @@ def run(config: Config, origins: dict[str, str]) -> Result:
 
     Raises UserError for whatever the user can mend, before the first step where that can be known.
     """
-    folder = Path(config.output_dir)
     with ExitStack() as stack:
+        folder, model_dir = Path(config.output_dir), Path(config.output_dir) / "model"
         device = runtime.pick_device(config.train.device)
         stack.enter_context(runtime.process_group(device))
-        if runtime.rank() == 0:
+        is_main = runtime.rank() == 0
+        if is_main:
             stack.enter_context(lock_folder(folder))
-            for parent in (folder, folder / "checkpoints"):
-                remove_leftovers(parent, locked=True)
         signal = stack.enter_context(runtime.StopSignal())
-        return _train(config, origins, folder, prepare(config, device), signal)
 
-
-def _train(config: Config, origins: dict[str, str], folder: Path, run: Run, signal: runtime.StopSignal) -> Result:
-    train, is_main, checkpoints, model_dir = config.train, runtime.rank() == 0, folder / "checkpoints", folder / "model"
-    sums, values = Sums(run.device), {}
-    saved = resume(config, run, sums, checkpoints)
-    first_step, num_failed_saves, stop, seconds, num_tokens = run.step, 0, False, 0.0, run.num_tokens
-    if is_main:
-        print("\n".join(run.summary), flush=True)
+        run = prepare(config, device)
+        sums = Sums(device)  # of the open log window
+        saved = resume(config, run, sums, folder / "checkpoints")
+        if is_main:
+            print("\n".join(run.summary), flush=True)
         if run.step >= run.total_steps and model_dir.exists():
-            print(f"finished already: the model of step {run.step} is in {model_dir}")
+            if is_main:
+                print(console.finished_already(folder, run.step))
             return Result(folder, model_dir, run.step)
-        require_space_for_checkpoints(checkpoints, run.model, run.optimizer, config.checkpoint.save_total_limit)
-        write_resolved(config, origins, folder)
-        run_name = config.log.run_name or folder.resolve().name
-        loggers = Loggers(folder, list(config.log.report_to), run_name, config_to_dict(config), saved)
-    bar = console.ProgressBar(run.step, run.total_steps, config.log.progress_bar and is_main)
+        if is_main:
+            loggers = start_output(config, origins, folder, run, saved)
+            stack.callback(loggers.close)
+        bar = stack.enter_context(console.ProgressBar(run.step, run.total_steps, config.log.progress_bar and is_main))
+        first_step, num_failed_saves, stop, failure = run.step, 0, False, None
+        values, seconds, tokens = {}, 0.0, 0
 
-    while True:
-        done = stop or run.step >= run.total_steps
+        while True:
+            done = stop or run.step >= run.total_steps
 
-        # ---- 1. evaluate if due
-        due = run.step > first_step and (run.step % config.evaluate.eval_steps == 0 or run.step == run.total_steps)
-        if run.evals and (due or config.evaluate.eval_on_start and run.step == 0):
-            scores = {}
-            for name, loader in run.evals.items():
-                means = evaluate(run.model, loader, run.loss, run.device, run.precision)
-                scores |= {f"eval_{name}_{key}" if name else f"eval_{key}": mean for key, mean in means.items()}
-            values |= scores
-            if is_main:
-                loggers.log(run.step, scores)
-                bar.say(console_line(run.step, scores))
+            # ---- 1. evaluate if due
+            due = run.step > first_step and (run.step % config.evaluate.eval_steps == 0 or run.step == run.total_steps)
+            if run.evals and (due or config.evaluate.eval_on_start and run.step == 0):
+                scores = {}
+                for name, loader in run.evals.items():
+                    means = evaluate(run.model, loader, run.loss, run.device, run.precision)
+                    scores |= {f"eval_{name}_{key}" if name else f"eval_{key}": mean for key, mean in means.items()}
+                values |= scores
+                if is_main:
+                    loggers.log(run.step, scores)
+                    bar.say(console_line(run.step, scores))
 
-        # ---- 2. save if due, asked for by a signal, or last
-        if run.step > first_step and (done or run.step % config.checkpoint.save_steps == 0):
-            state = training_state(config, run, sums)
-            if is_main:
-                num_failed_saves = try_save(
-                    MAX_FAILED_SAVES - 1 if done else num_failed_saves,  # no later save makes up for the last one
-                    checkpoints,
-                    run.step,
-                    write_model=partial(write_model, run),
-                    model=run.model,
-                    optimizer=run.optimizer,
-                    state={**state, **loggers.position()},
-                    keep=config.checkpoint.save_total_limit,
-                )
-        if done:
-            break
+            # ---- 2. save if due, asked for, or last
+            if run.step > first_step and (done or run.step % config.checkpoint.save_steps == 0):
+                state = training_state(config, run, sums)
+                if is_main:
+                    num_failed_saves = try_save(
+                        MAX_FAILED_SAVES - 1 if done else num_failed_saves,  # no later save makes up for the last
+                        folder / "checkpoints",
+                        run.step,
+                        write_model=partial(write_model, run),
+                        model=run.model,
+                        optimizer=run.optimizer,
+                        state={**state, **loggers.position()},
+                        keep=config.checkpoint.save_total_limit,
+                    )
+            if done:
+                break
 
-        # ---- 3. the step's micro-batches, a pure function of (seed, data, epoch, step)
-        began = time.perf_counter()
-        epoch, step = divmod(run.step, run.train.steps_per_epoch)
-        batches = run.train.step(epoch, step)
+            # ---- 3. the step's micro-batches, a pure function of (seed, data, epoch, step)
+            began = time.perf_counter()
+            batches = run.train.step(*divmod(run.step, run.train.steps_per_epoch))
 
-        # ---- 4 to 7. N, forward and backward, finite check, update
-        updated, stop = train_step(run, train, batches, sums, stop_asked=signal.received is not None)
-        if not updated:
-            handle_nonfinite(run, train, batches, folder)
-        run.step += 1
-        seconds += time.perf_counter() - began
+            # ---- 4 to 7. N, forward and backward, finite check, update
+            result = train_step(run, config.train, batches, stop_asked=signal.received is not None)
+            stop = result.stop
+            if not result.updated and (failure := handle_nonfinite(run, config.train, batches, folder)):
+                stop = True  # at the step before this one, which is saved above
+                continue
+            run.step += 1
+            run.num_tokens += result.num_tokens
+            sums.merge(result.stats)
 
-        # ---- 8. log the window: one division, one device sync
-        if run.step % config.log.logging_steps == 0 or run.step == run.total_steps:
-            window = sums.means() | {
-                "learning_rate": run.optimizer.param_groups[0]["lr"],
-                "epoch": run.step / run.train.steps_per_epoch,
-                "num_tokens": run.num_tokens,
-                **({"nonfinite_steps": run.nonfinite_steps} if run.nonfinite_steps else {}),
-            }
-            speed = (run.num_tokens - num_tokens) / seconds
-            timings = {"tokens_per_second": speed, "peak_memory_gib": peak_memory(run.device)}
-            seconds, num_tokens = 0.0, run.num_tokens
-            values |= window
-            bar.show(loss=window["loss"], lr=window["learning_rate"], tok_s=speed)
-            if is_main:
-                loggers.log(run.step, window, timings)
-                bar.log(console_line(run.step, window | timings))
-        bar.update()
+            # ---- 8. log the window: one division, one device sync
+            seconds, tokens = seconds + time.perf_counter() - began, tokens + result.num_tokens
+            if run.step % config.log.logging_steps == 0 or run.step == run.total_steps:
+                window = sums.means() | progress(run)
+                timings = {"tokens_per_second": tokens / seconds, "peak_memory_gib": peak_memory(device)}
+                values, seconds, tokens = values | window, 0.0, 0
+                bar.show(loss=window["loss"], lr=window["learning_rate"], tok_s=timings["tokens_per_second"])
+                if is_main:
+                    loggers.log(run.step, window, timings)
+                    bar.log(console_line(run.step, window | timings))
+            bar.update()
 
-    bar.close()
-    if is_main:
-        loggers.close()
-    return finish(config, run, folder, values, signal)
+        if failure:
+            raise failure
+        bar.close()
+        return finish(config, run, folder, model_dir, values, signal)
 
 
-def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """The model and its tokenizer as Hugging Face files."""
-    save_model(run.model, folder, dtype=dtype)
-    run.tokenizer.save(folder)
+# ---- the start --------------------------------------------------------------------------------------------------
 
 
-# ---- resume -----------------------------------------------------------------------------------------------------
-
-
-def training_state(config: Config, run: Run, sums: Sums) -> dict:
-    """What a checkpoint holds besides weights and moments, as JSON. All ranks call it."""
-    return {
-        "num_tokens": run.num_tokens,
-        "nonfinite_steps": run.nonfinite_steps,
-        "loss_scale": asdict(run.loss_scale),
-        "sums": sums.state(),  # of the log window that is open
-        "order": data_order(config, run),
-    }
-
-
-def data_order(config: Config, run: Run) -> dict:
-    """What decides which rows are in which step. A resumed run must have the same, or it would repeat and miss rows."""
-    return {
-        "data": run.train.documents.cache.fingerprint,
-        "documents": len(run.train.documents),
-        "packs": run.train.plan.num_packs,
-        "packs a step": run.train.packs_per_step,
-        "seed": config.train.seed,
-        "shuffle": config.data.shuffle,
-    }
+def start_output(config: Config, origins: dict[str, str], folder: Path, run: Run, saved: dict | None) -> Loggers:
+    """Tidy the output folder, see that checkpoints fit on its disk, record the configuration, open the logs."""
+    for parent in (folder, folder / "checkpoints"):
+        remove_leftovers(parent, locked=True)
+    keep = config.checkpoint.save_total_limit
+    require_space_for_checkpoints(folder / "checkpoints", run.model, run.optimizer, keep)
+    write_resolved(config, origins, folder)
+    run_name = config.log.run_name or folder.resolve().name
+    return Loggers(folder, list(config.log.report_to), run_name, config_to_dict(config), saved)
 
 
 def resume(config: Config, run: Run, sums: Sums, folder: Path) -> dict | None:
     """Go on from the checkpoint that checkpoint.resume asks for, if there is one; returns its trainer_state."""
     path, skipped = find_checkpoint(folder, config.checkpoint.resume)
-    run.summary += [f"           skipped {p}: {reason}" for p, reason in skipped]
+    run.summary += [f"skipped    {p}: {reason}" for p, reason in skipped]
     if path is None:
         return None
-    order = read_json(path / "trainer_state.json").get("order")
-    if order != data_order(config, run):
-        now, keys = data_order(config, run), order or {}
-        changed = ", ".join(f"{k} was {keys.get(k)}, is {v}" for k, v in now.items() if keys.get(k) != v)
+    was, now = read_json(path / "trainer_state.json").get("order", {}), data_order(config, run)
+    if was != now:
+        changed = ", ".join(
+            f"{key} was {was.get(key)}, is {value}" for key, value in now.items() if was.get(key) != value
+        )
         raise UserError(
-            f"{path} cannot be resumed: the order of the data has changed ({changed})",
-            hint="go back to the data and settings of that run, or choose a new output_dir, or resume = 'never'",
+            f"{path} cannot be resumed: rows would be repeated and missed ({changed})",
+            hint="go back to the data and the settings of that run, choose a new output_dir, or set resume = 'never'",
         )
     state = load_checkpoint(path, run.model, run.optimizer, load_weights)
     run.step, run.num_tokens, run.nonfinite_steps = state["step"], state["num_tokens"], state["nonfinite_steps"]
@@ -256,56 +237,93 @@ def resume(config: Config, run: Run, sums: Sums, folder: Path) -> dict | None:
     return state
 
 
+def training_state(config: Config, run: Run, sums: Sums) -> dict:
+    """What a checkpoint holds besides weights and moments, as JSON. All ranks call it."""
+    return {
+        "num_tokens": run.num_tokens,
+        "nonfinite_steps": run.nonfinite_steps,
+        "loss_scale": asdict(run.loss_scale),
+        "sums": sums.state(),
+        "order": data_order(config, run),
+    }
+
+
+def data_order(config: Config, run: Run) -> dict:
+    """What decides which rows are in which step: a resumed run must have the same."""
+    return {
+        "data": run.train.documents.cache.fingerprint,
+        "documents": len(run.train.documents),
+        "packs": run.train.plan.num_packs,
+        "packs a step": run.train.packs_per_step,
+        "seed": config.train.seed,
+        "shuffle": config.data.shuffle,
+        "numpy": np.__version__.split(".")[0],  # its shuffles are stable within a major version
+    }
+
+
+# ---- during the run ---------------------------------------------------------------------------------------------
+
+
+def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """The model and its tokenizer as Hugging Face files."""
+    save_model(run.model, folder, dtype=dtype)
+    run.tokenizer.save(folder)
+
+
+def progress(run: Run) -> dict[str, float]:
+    """Where the run is: values to log that are no sums over the window."""
+    skipped = {"nonfinite_steps": run.nonfinite_steps} if run.nonfinite_steps else {}
+    return {
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "epoch": run.step / run.train.steps_per_epoch,
+        "num_tokens": run.num_tokens,
+        **skipped,
+    }
+
+
+def handle_nonfinite(run: Run, train: TrainSection, batches: list[Batch], folder: Path) -> UserError | None:
+    """After a refused step: the error to stop with, or None to go on, as on_nonfinite says.
+
+    An fp16 overflow is no failure, it lowers the loss scale; but a scale that sinks below 1 is.
+    """
+    if run.precision == "fp16" and run.loss_scale.scale >= 1.0:
+        return None
+    run.nonfinite_steps += 1
+    if train.on_nonfinite == "skip":
+        return None
+    cache = run.train.documents.cache
+    documents = torch.cat([batch.row_document[: batch.num_targets] for batch in batches]).unique().tolist()
+    rows = [cache.place(document) for document in documents]
+    path = folder / f"nonfinite-step-{run.step:08d}-rank-{runtime.rank()}.json"
+    write_json(path, {"step": run.step, "rows": rows})
+    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+    return UserError(
+        f"step {run.step}: the loss or a gradient is not finite; the update was refused. Its rows: {', '.join(rows[:8])}{more}",
+        hint=f"all of them are in {path}. Look at these rows; try a lower learning_rate or precision = 'fp32'; "
+        "on_nonfinite = 'skip' leaves such steps out and counts them",
+        exit_code=NONFINITE,
+    )
+
+
 # ---- the end ----------------------------------------------------------------------------------------------------
 
 
-def handle_nonfinite(run: Run, train: TrainSection, batches: list[Batch], folder: Path) -> None:
-    """The step was refused. fp16 overflows now and then and only lowers its scale; else stop or count, as configured."""
-    if run.precision == "fp16" and run.loss_scale.scale >= 1.0:
-        return
-    run.nonfinite_steps += 1
-    if train.on_nonfinite == "stop":
-        rows = [row for batch in batches for row in rows_of(run, batch)]
-        path = folder / f"nonfinite-step-{run.step:08d}-rank-{runtime.rank()}.json"
-        write_json(path, {"step": run.step, "rows": rows})
-        raise UserError(
-            f"step {run.step}: the loss or a gradient is not finite; the update was refused. Rows of the step: "
-            + ", ".join(rows[:8])
-            + (f" and {len(rows) - 8} more" if len(rows) > 8 else ""),
-            hint=f"all of them are in {path}. Look at these rows; try a lower learning_rate or precision = 'fp32'; "
-            "on_nonfinite = 'skip' leaves such steps out and counts them",
-            exit_code=NONFINITE,
-        )
-
-
-def rows_of(run: Run, batch: Batch) -> list[str]:
-    """file:line of every document that trains something in the batch."""
-    cache = run.train.documents.cache
-    return [cache.place(d) for d in batch.row_document.unique().tolist() if d >= 0]
-
-
-def finish(config: Config, run: Run, folder: Path, values: dict, signal: runtime.StopSignal) -> Result:
+def finish(config: Config, run: Run, folder: Path, model_dir: Path, values: dict, signal: runtime.StopSignal) -> Result:
     """Export the model, complete the held-out prompts, and say what there is now and what to do next."""
     if run.step < run.total_steps:
         if runtime.rank() == 0:
             print(console.stopped(folder, run.step, run.total_steps, signal.received))
         return Result(folder, None, run.step, values, exit_code=STOPPED)
-    model_dir = folder / "model"
     if runtime.rank() == 0:
         with atomic_folder(model_dir, {"step": run.step}, move_existing_to=folder / "model.previous") as temporary:
             write_model(run, temporary, dtype=runtime.DTYPES[config.checkpoint.save_dtype])
         if run.prompts:
+            length = config.evaluate.max_new_tokens
             samples = list(
-                complete(
-                    run.model,
-                    run.tokenizer,
-                    run.prompts,
-                    max_new_tokens=config.evaluate.max_new_tokens,
-                    precision=run.precision,
-                )
+                complete(run.model, run.tokenizer, run.prompts, max_new_tokens=length, precision=run.precision)
             )
             console.write_samples(folder / "samples.jsonl", samples)
             print(console.sample_report(samples, config.evaluate.generate_samples_shown))
-            values["exact_match"] = sum(s.correct for s in samples) / len(samples)
+            values["exact_match"] = sum(sample.correct for sample in samples) / len(samples)
         print(console.closing(folder, model_dir, config.log.report_to))
     return Result(folder, model_dir, run.step, values)

@@ -28,6 +28,9 @@ class Sums:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.weights[name] = self.weights.get(name, 0.0) + weight
 
+    def merge(self, other: "Sums") -> None:
+        self.add({name: (value, other.weights[name]) for name, value in other.sums.items()})
+
     def _reduce(self) -> tuple[list[str], Tensor]:
         """Names and fp64 [2, names]: sums and weights over all ranks. Empties the accumulator."""
         names = sorted(self.sums)

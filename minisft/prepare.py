@@ -220,7 +220,10 @@ def prepare_model(config: Config, tokenizer: Tokenizer, device: torch.device) ->
     """The model in fp32 on its device, with random weights or loaded ones, and its line of the summary."""
     section = config.model
     if section.config is not None:
-        model_config, folder, origin = from_hf(section.config), None, "random weights"
+        # what the folder's readers need to know about its tokenizer, unless the user says it
+        specials = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        table = {"vocab_size": tokenizer.vocab_size, **specials, **section.config}
+        model_config, folder, origin = from_hf(table), None, "random weights"
     else:
         folder, commit = hub.resolve(section.model_name_or_path, section.revision, "model")
         model_config = read_config(folder)
@@ -229,6 +232,12 @@ def prepare_model(config: Config, tokenizer: Tokenizer, device: torch.device) ->
         raise UserError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's embedding {model_config.vocab_size} rows",
             hint="use the tokenizer of this model, or set vocab_size in model.config",
+            exit_code=MODEL,
+        )
+    if model_config.rope is None and (config.data.max_length or 0) > model_config.max_position_embeddings:
+        raise UserError(
+            f"data.max_length = {config.data.max_length}, but the model has {model_config.max_position_embeddings} positions",
+            hint="lower max_length",
             exit_code=MODEL,
         )
     model = build_model(model_config, device=device)

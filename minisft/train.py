@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from minisft.command_line import USAGE, help_text, parse_arguments
 from minisft.config import Config, eval_sets, source_list
 from minisft.config_file import load
-from minisft.errors import UserError
+from minisft.errors import run_command
 
 if TYPE_CHECKING:
     from minisft.loop import Result
@@ -39,14 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv:
         print(USAGE + "       --help lists every key", file=sys.stderr)
         return 2
-    try:
-        return _run(*load(*parse_arguments(argv))).exit_code
-    except UserError as error:
-        print(f"minisft: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("minisft: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    return run_command(lambda: _run(*load(*parse_arguments(argv))).exit_code)
 
 
 def _run(config: Config, origins: dict[str, str]) -> Result:

@@ -46,8 +46,8 @@ def test_every_format_is_detected_from_its_row():
 def test_what_was_detected_is_one_line_and_names_unused_fields():
     layout = detect_layout({**ROWS["question_answer"], "id": 3}, "auto", FormatOptions(), True)
     assert str(layout) == "question_answer, by the chat template; trained: the answer; fields not used: id"
-    layout = detect_layout(ROWS["text"], "auto", FormatOptions(), True)
-    assert str(layout) == "text, as text; trained: everything"
+    layout = detect_layout({**ROWS["text"], "weight": 2}, "auto", FormatOptions(), True)
+    assert str(layout) == "text, as text; trained: everything, scaled by the field weight"
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,10 @@ def test_prompt_and_completion_of_messages_train_the_completion_only():
     history = [*TURNS, {"role": "user", "content": "And?"}]
     found = example({"prompt": history, "completion": TURNS[1:]})
     assert found.messages == [*history, TURNS[1]] and found.first_trained == 3
+    layout = detect_layout({"prompt": history, "completion": TURNS[1:]}, "auto", FormatOptions(), True)
+    for row in ({"prompt": "Hi", "completion": "Hello"}, {"prompt": history, "completion": "Hello"}):
+        with pytest.raises(RowError, match="is a str"):  # every row is like the first
+            to_example(row, layout, FormatOptions())
 
 
 def test_sharegpt_with_tools_and_calls():
@@ -227,7 +231,7 @@ BAD_ROWS = [
     ("prompt_completion", {"prompt": "Hi", "completion": ""}, "empty answer"),
     ("prompt_completion", {"prompt": 3, "completion": "Hi"}, "prompt is a int"),
     ("prompt_completion", {"prompt": "Hi", "completion": TURNS[1:]}, "completion is a list"),
-    ("prompt_completion", {"prompt": TURNS[:1], "completion": "Hello"}, "completion is a str"),
+    ("prompt_completion", {"prompt": TURNS[:1], "completion": TURNS[1:]}, "prompt is a list"),
     ("prompt_completion", {"prompt": "Hi"}, "missing field: 'completion'"),
     ("instruction", {"instruction": "Hi", "output": " "}, "empty answer"),
     ("instruction", {"instruction": "", "input": "", "output": "x"}, "empty prompt"),
@@ -254,8 +258,7 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize("format, row, message", BAD_ROWS, ids=lambda value: str(value)[:40])
 def test_bad_rows_say_what_is_wrong(format, row, message):
-    first = {**ROWS[format], **({"prompt": row["prompt"]} if isinstance(row.get("prompt"), list) else {})}
-    layout = detect_layout(first, format, FormatOptions(), True)
+    layout = detect_layout(ROWS[format], format, FormatOptions(), True)
     with pytest.raises(RowError) as caught:
         to_example(row, layout, FormatOptions())
     assert message in str(caught.value)
@@ -276,7 +279,8 @@ def test_a_response_marker_fails_closed(text, options, message):
 
 
 @pytest.mark.parametrize(
-    "content", ["a", "x" * 100_000, "\u0000\u0001", "a\u2028\u2029\x85", "\u200f\u200b", "\U0001f600", "e\u0301", "\ud55c"]
+    "content",
+    ["a", "x" * 100_000, "\u0000\u0001", "a\u2028\u2029\x85", "\u200f\u200b", "\U0001f600", "e\u0301", "\ud55c"],
 )
 def test_odd_content_is_kept_as_it_is(content):
     turns = [message(content=content), message("assistant", content)]

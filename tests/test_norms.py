@@ -119,3 +119,19 @@ def test_bad_arguments():
         add_rms_norm(torch.zeros(4, 8), torch.zeros(4, 7), torch.zeros(8), 1e-5)
     with pytest.raises(ValueError, match=r"bias \(7,\) does not fit x \(4, 8\)"):
         layer_norm(torch.zeros(4, 8), torch.zeros(8), torch.zeros(7), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_rms_norm_is_the_one_of_transformers(dtype):
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+    x, weight = leaf(200, 64).detach().to(dtype), leaf(64).detach().to(dtype)
+    for family, theirs in (("llama", LlamaRMSNorm), ("gemma", Gemma2RMSNorm), ("olmo2", Olmo2RMSNorm)):
+        theirs = theirs(64, eps=1e-6).to(dtype)
+        theirs.weight.data = weight
+        ours = rms_norm(x, weight, 1e-6, **FAMILIES[family])
+        # The mean of squares is summed in another order, so rstd, and after it y, may differ in the last fp32 bits.
+        different = (ours != theirs(x)).float().mean()
+        assert different < 1e-3 if dtype == torch.bfloat16 else torch.allclose(ours, theirs(x), rtol=6e-7, atol=0)

@@ -195,9 +195,11 @@ def test_a_template_that_inspects_contents_renders_the_same_and_loses_only_detai
         ("{% for m in messages %}{{ m.role }}:{{ m.content }}{% if loop.last %}</s>{% endif %}{% endfor %}"
          "{% if add_generation_prompt %}assistant:{% endif %}", "many", "differently in its context"),
         ("{% for m in messages[:2] %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "many", "lost a"),
-        ("{% for m in messages %}{% generation %}{{ m.content | upper }}{% endgeneration %}{% endfor %}", "one", "lost"),
+        ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "one", "lost a"),
         ("{% for m in messages if m.role == 'assistant' %}{% generation %}{{ m.content | upper }}{% endgeneration %}"
          "{% endfor %}", "one", "changed an answer"),
+        ("{% for m in messages %}{% set t %}{% generation %}{{ m.content }}\n\n{% endgeneration %}{% endset %}"
+         "{{ t | trim }}{% endfor %}", "one", "reads what its generation tags hold"),
         ("{{ raise_exception('no system turn') }}", "one", "no system turn"),
         ("{{ messages[0].content + 1 }}", "one", "TypeError"),
         ("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "one", "SecurityError"),

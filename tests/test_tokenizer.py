@@ -22,7 +22,11 @@ from minisft.data.tokenizer import (
 )
 from minisft.errors import MODEL, UserError
 
-TEXTS = ["Hello, how are you today?", "I am fine, thank you. \u00e4\u00f6\u00fc \u65e5\u672c\u8a9e", "2 + 2 = 4\n\n#### 4"] * 5
+TEXTS = [
+    "Hello, how are you today?",
+    "I am fine, thank you. \u00e4\u00f6\u00fc \u65e5\u672c\u8a9e",
+    "2 + 2 = 4\n\n#### 4",
+] * 5
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
@@ -50,7 +54,7 @@ def _shared(made=[]):  # noqa: B006 - hypothesis functions take no module fixtur
 def test_training_is_deterministic(tokenizer):
     again = train_tokenizer(TEXTS, 400)
     assert again.files == tokenizer.files and again.fingerprint() == tokenizer.fingerprint()
-    assert train_tokenizer(TEXTS, 390).fingerprint() != tokenizer.fingerprint()
+    assert train_tokenizer(TEXTS, 280).fingerprint() != tokenizer.fingerprint()
 
 
 def test_the_new_tokenizer_has_its_special_tokens(tokenizer):
@@ -143,7 +147,8 @@ def test_broken_folders(tokenizer, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="tokenizer.json: "):
         load_tokenizer(tmp_path)
-    for broken, message in (("{", "not valid JSON"), ("[]", "not a JSON object")):
+    wrong = '{"added_tokens_decoder": {"x": 3}}'
+    for broken, message in (("{", "not valid JSON"), ("[]", "not a JSON object"), (wrong, "malformed tokenizer files")):
         with pytest.raises(UserError, match=message):
             load_tokenizer(save_with(tokenizer, tmp_path, tokenizer_config__json=broken))
 
@@ -162,7 +167,9 @@ def test_where_the_template_comes_from(tokenizer, tmp_path):
     (folder / "chat_template.jinja").unlink()
     assert load_tokenizer(folder).template.text == "config"
     named = [{"name": "default", "template": "one"}, {"name": "tool_use", "template": "two"}]
-    loaded = load_tokenizer(save_with(tokenizer, tmp_path / "named", {"chat_template": named}, chat_template__jinja="one"))
+    loaded = load_tokenizer(
+        save_with(tokenizer, tmp_path / "named", {"chat_template": named}, chat_template__jinja="one")
+    )
     assert loaded.apply_chat_template(TURNS) == "one" and loaded.apply_chat_template(TURNS, tools=[{}]) == "two"
     bare = train_tokenizer(TEXTS, 300, chat_template=None)
     with pytest.raises(UserError, match="no chat template"):
@@ -213,7 +220,11 @@ def test_tokens_belong_to_a_span_if_they_overlap_it():
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.text(st.sampled_from("ab \n\u00e4\u65e5\U0001f600e\u0301"), min_size=1, max_size=6), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.text(st.sampled_from("ab \n\u00e4\u65e5\U0001f600e\u0301"), min_size=1, max_size=6), min_size=1, max_size=5
+    )
+)
 def test_token_kinds_cover_every_character_of_their_span(words):
     """Brute force: a token is of the last span that shares a character with it."""
     tokenizer = _shared()
@@ -261,25 +272,26 @@ def test_the_answer_and_its_end_are_trained_and_nothing_else(tokenizer, answer):
     assert kinds[-2] == TERMINATOR | TRAINED and kinds[-1] == HEADER
     ends = kinds[ids == tokenizer.eos_token_id]
     assert ends.tolist() == [HEADER, HEADER, TERMINATOR | TRAINED, HEADER, TERMINATOR | TRAINED]  # never by id
-    assert decoded(tokenizer, *tokenize_conversation(tokenizer, messages, train_on="last")) == shared + answer + "<|im_end|>"
+    assert (
+        decoded(tokenizer, *tokenize_conversation(tokenizer, messages, train_on="last"))
+        == shared + answer + "<|im_end|>"
+    )
     _, kinds = tokenize_conversation(tokenizer, messages, train_on="all")
     assert (kinds & TRAINED).all()
 
 
-def test_a_conversation_never_gets_a_second_bos(tokenizer, tmp_path):
-    for i, template in enumerate(("<s> $A", "$A")):
-        for bos in ("{{ bos_token }}", ""):
-            made = with_bos(tokenizer, tmp_path / f"{i}{bos[:2]}", template)
-            (tmp_path / "t.jinja").write_text(
-                bos + "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}</s>{% endgeneration %}{% endfor %}"
-                if False
-                else bos + "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
-                "{% if add_generation_prompt %}assistant:{% endif %}"
-            )
-            made = load_tokenizer(tmp_path / f"{i}{bos[:2]}", chat_template=str(tmp_path / "t.jinja"))
-            ids, kinds = tokenize_conversation(made, TURNS)
-            assert (ids == made.bos_token_id).sum() == (1 if bos else 0)
-            assert decoded(made, ids, kinds) == "Hello</s>"
+@pytest.mark.parametrize("template_bos", ["{{ bos_token }}", ""])
+@pytest.mark.parametrize("processor", ["<s> $A", "$A"])
+def test_a_conversation_never_gets_a_second_bos(tokenizer, tmp_path, processor, template_bos):
+    with_bos(tokenizer, tmp_path, processor)
+    template = (
+        template_bos + "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    made = load_tokenizer(tmp_path, chat_template=template)
+    ids, kinds = tokenize_conversation(made, TURNS)
+    assert (ids == made.bos_token_id).sum() == (1 if template_bos else 0)
+    assert decoded(made, ids, kinds) == "Hello</s>"
 
 
 def test_control_tokens_in_a_message_are_refused(tokenizer):
@@ -313,7 +325,9 @@ def test_a_tokenizer_that_trims_offsets(tokenizer, tmp_path):
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
     trimmed = load_tokenizer(save_with(tokenizer, tmp_path, backend=backend))
     messages = [TURNS[0], {"role": "assistant", "content": " Hello  you "}]
-    assert tokenize_conversation(trimmed, messages)[1].tolist() == tokenize_conversation(tokenizer, messages)[1].tolist()
+    assert (
+        tokenize_conversation(trimmed, messages)[1].tolist() == tokenize_conversation(tokenizer, messages)[1].tolist()
+    )
 
 
 def test_a_normaliser_that_leaves_characters_uncovered(tokenizer, tmp_path):

@@ -44,11 +44,11 @@ from minisft.data.formats import (
 )
 from minisft.data.sources import BadRow, Row, Source, excerpt, list_files, place, read_rows
 from minisft.data.tokenizer import Tokenizer, check_chat_template, conversation_piece, encode_pieces
-from minisft.errors import DATA, UserError
+from minisft.errors import DATA, SAVE, UserError
 from minisft.files import atomic_folder, read_manifest, remove_leftovers, sha256_file, verify_folder
 
 CACHE_VERSION = 1  # raise it when the same input gives other tokens or kinds
-BATCH_ROWS, BATCH_CHARACTERS = 2048, 8_000_000  # a batch ends at whichever comes first
+BATCH_ROWS, BATCH_CHARACTERS = 1024, 8_000_000  # a batch ends at whichever comes first
 SHOWN_BAD_ROWS = 5
 ARRAYS = {
     "ids": np.uint32,
@@ -74,7 +74,7 @@ class TokenCache:
     line: np.ndarray  # int64 [D]
     weights: np.ndarray | None  # float32 [N]
     manifest: dict  # rows read, used, dropped by reason, and what was detected, for each source
-    fingerprint: str
+    fingerprint: str  # sha256 (hex) of the tokens, their kinds, and where documents and sources begin
     note: str  # "built", "found", or why it was built again
 
     def place(self, document: int) -> str:
@@ -145,8 +145,7 @@ def build_cache(
     for source in sources:
         check_field_map(source.field_map, options)
     paths = [list_files(source) for source in sources]
-    fingerprint = cache_key(sources, paths, tokenizer, options, on_bad_row)
-    folder = Path(cache_dir) / fingerprint[:32]
+    folder = Path(cache_dir) / cache_key(sources, paths, tokenizer, options, on_bad_row)[:32]
     note = "found"
     problem = verify_folder(folder) if os.path.lexists(folder) else "built"
     if problem is not None:
@@ -154,8 +153,13 @@ def build_cache(
         if os.path.lexists(folder):
             shutil.rmtree(folder)  # refuses a link
         remove_leftovers(cache_dir)
-        _build(folder, sources, [str(path) for path in chain(*paths)], tokenizer, options, on_bad_row)
-    return _open(folder, tuple(sources), fingerprint, note)
+        try:
+            _build(folder, sources, [str(path) for path in chain(*paths)], tokenizer, options, on_bad_row)
+        except OSError as error:
+            if verify_folder(folder) is not None:  # else another process has built the same meanwhile
+                hint = "set cache_dir to a folder that can be written and has space"
+                raise UserError(f"the token cache: {error}", hint=hint, exit_code=SAVE) from None
+    return _open(folder, tuple(sources), note)
 
 
 def cache_key(
@@ -180,8 +184,11 @@ def cache_key(
     return sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
 
 
-def _open(folder: Path, sources: tuple[Source, ...], fingerprint: str, note: str) -> TokenCache:
+def _open(folder: Path, sources: tuple[Source, ...], note: str) -> TokenCache:
     manifest = read_manifest(folder)
+    # Of what was made, not of how: the same tokens in another place are dealt in the same order.
+    content = [manifest["files"][f"{name}.bin"]["sha256"] for name in ("ids", "kinds", "offsets", "source")]
+    fingerprint = sha256("".join(content).encode()).hexdigest()
     arrays = {name: np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r") for name, dtype in ARRAYS.items()}
     weights = folder / "weights.bin"
     return TokenCache(
@@ -212,7 +219,7 @@ def _build(
         try:
             np.zeros(1, np.int64).tofile(files["offsets"])
             for number, source in enumerate(sources):
-                entry = {"label": source.label, "layout": "", "rows_read": 0, "rows_used": 0, "dropped": {}}
+                entry = {"layout": "", "rows_read": 0, "rows_used": 0, "dropped": {}}
                 manifest["sources"].append(entry)
                 for documents in _tokenise(source, tokenizer, options, on_bad_row, entry, manifest["bad_rows"]):
                     lengths = np.array([len(d.ids) for d in documents], dtype=np.int64)
@@ -294,7 +301,7 @@ def _tokenise(
                 try:
                     data = rename_fields(row.data, source.field_map)
                     if layout is None:
-                        layout = _detect(data, source, tokenizer, options)
+                        layout = _detect(data, place(row.file, row.line), source.format, tokenizer, options)
                         entry["layout"] = str(layout)
                     example = to_example(data, layout, options)
                     pieces = _pieces(example, layout, tokenizer)
@@ -311,11 +318,11 @@ def _tokenise(
         yield from _finish(encoding.result(), tokenizer, options, refuse)
 
 
-def _detect(row: dict, source: Source, tokenizer: Tokenizer, options: FormatOptions) -> Layout:
+def _detect(row: dict, where: str, format: str, tokenizer: Tokenizer, options: FormatOptions) -> Layout:
     try:
-        layout = detect_layout(row, source.format, options, tokenizer.template is not None)
+        layout = detect_layout(row, format, options, tokenizer.template is not None)
     except UserError as error:
-        raise UserError(f"{source.label}: {error.message}", hint=error.hint, exit_code=error.exit_code) from None
+        raise UserError(f"{where}: {error.message}", hint=error.hint, exit_code=error.exit_code) from None
     if layout.chat:
         check_chat_template(tokenizer)
     elif options.add_eos and layout.format != "input_ids" and tokenizer.eos_token_id is None:

@@ -99,15 +99,18 @@ class Layout:
     format: str
     chat: bool  # rendered by the chat template
     answers_only: bool  # False = everything is trained
+    turns: bool = False  # the rows hold lists of messages
+    weighted: bool = False  # the rows have a `weight`
     ignored: tuple[str, ...] = ()  # fields of the first row that nothing reads
 
     def __str__(self) -> str:
         """One line for the start of a run."""
         how = "by the chat template" if self.chat else "already tokenised" if self.format == "input_ids" else "as text"
-        turns = "the assistant's turns" if self.format in ("messages", "sharegpt") else "the answer"
-        trained = turns if self.answers_only else "what labels say" if self.format == "input_ids" else "everything"
+        answers = "the assistant's turns" if self.turns else "the answer"
+        trained = answers if self.answers_only else "what labels say" if self.format == "input_ids" else "everything"
         ignored = f"; fields not used: {', '.join(self.ignored)}" if self.ignored else ""
-        return f"{self.format}, {how}; trained: {trained}{ignored}"
+        weighted = ", scaled by the field weight" if self.weighted else ""
+        return f"{self.format}, {how}; trained: {trained}{weighted}{ignored}"
 
 
 # ------------------------------------------------------------------------------------------------- what a source has
@@ -144,7 +147,8 @@ def check_field_map(field_map: dict[str, str], options: FormatOptions) -> None:
 def detect_layout(row: dict, format: str, options: FormatOptions, has_template: bool) -> Layout:
     """Decide the format and what is trained from a first row (fields already renamed).
 
-    Raises UserError where no format fits or an option asks for what the format does not have.
+    Raises UserError where no format fits or an option asks for what the format does not have, and RowError where the
+    row lacks a field of the format that was named.
     """
     if format not in FORMATS:
         near = get_close_matches(format, FORMATS, n=1)
@@ -154,6 +158,8 @@ def detect_layout(row: dict, format: str, options: FormatOptions, has_template: 
         raise UserError(f"prompt_format = {options.prompt_format!r}", hint="one of auto, chat, plain")
     names = list(FIELDS) if format == "auto" else [format]
     found = next((name for name in names if not _missing(row, name, options)), None)
+    if found is None and format != "auto":
+        raise _missing_field(row, format, options)
     if found is None:
         wanted = "; ".join(f"{name}: {', '.join(_needs(name, options))}" for name in names)
         preference = " (chosen/rejected rows are for preference training)" if "chosen" in row else ""
@@ -162,10 +168,10 @@ def detect_layout(row: dict, format: str, options: FormatOptions, has_template: 
             hint=f"rename fields by field_map, or name the text field by dataset_text_field. Needed: {wanted}",
             exit_code=DATA,
         )
-    has_messages = found in ("messages", "sharegpt") or isinstance(row.get("prompt"), list)
+    turns = found in ("messages", "sharegpt") or found == "prompt_completion" and isinstance(row["prompt"], list)
     has_prompt = found in ("prompt_completion", "instruction", "question_answer")
     wants_chat = has_prompt and options.prompt_format != "plain" and found != "prompt_completion" and has_template
-    chat = has_messages or wants_chat or has_prompt and options.prompt_format == "chat"
+    chat = turns or wants_chat or has_prompt and options.prompt_format == "chat"
     if chat and not has_template:
         raise UserError(
             f"{found} rows need a chat template and the tokenizer has none",
@@ -188,7 +194,8 @@ def detect_layout(row: dict, format: str, options: FormatOptions, has_template: 
     needs, extra = FIELDS[found]
     used = {name for field in (*needs, *extra) for name in field.split("|")} | {"weight"}
     used |= {options.dataset_text_field} if found == "text" else set()
-    return Layout(found, chat, answers_only, tuple(name for name in row if name not in used))
+    ignored = tuple(name for name in row if name not in used)
+    return Layout(found, chat, answers_only, turns, "weight" in row, ignored)
 
 
 def _needs(name: str, options: FormatOptions) -> tuple[str, ...]:
@@ -199,14 +206,18 @@ def _missing(row: dict, name: str, options: FormatOptions) -> list[str]:
     return [field for field in _needs(name, options) if not any(n in row for n in field.split("|"))]
 
 
+def _missing_field(row: dict, name: str, options: FormatOptions) -> RowError:
+    missing = _missing(row, name, options)[0]
+    return RowError("missing field", f"{missing!r}; the row has {', '.join(row) or 'no field'}")
+
+
 # ------------------------------------------------------------------------------------------------- one row
 
 
 def to_example(row: dict, layout: Layout, options: FormatOptions) -> Example:
     """One row (fields already renamed) as an example. Raises RowError."""
-    missing = _missing(row, layout.format, options)
-    if missing:
-        raise RowError("missing field", f"{missing[0]!r}; the row has {', '.join(map(str, row)) or 'no field'}")
+    if _missing(row, layout.format, options):
+        raise _missing_field(row, layout.format, options)
     weight = _weight(row)
     tools = _tools(row) if layout.chat else None
     if layout.format == "input_ids":
@@ -217,7 +228,7 @@ def to_example(row: dict, layout: Layout, options: FormatOptions) -> Example:
         return Example(messages=check_messages(row["messages"], "messages"), tools=tools, weight=weight)
     if layout.format == "sharegpt":
         return Example(messages=_sharegpt(row), tools=tools, weight=weight)
-    if layout.format == "prompt_completion" and isinstance(row["prompt"], list):
+    if layout.format == "prompt_completion" and layout.turns:
         prompt = check_messages(row["prompt"], "prompt", needs_answer=False)
         answer = check_messages(row["completion"], "completion")
         return Example(messages=prompt + answer, tools=tools, first_trained=len(prompt), weight=weight)

@@ -233,14 +233,14 @@ def render_with_spans(
     if MARKER.search(json.dumps([messages, tools], ensure_ascii=False)):
         raise RowError("reserved character", "the row contains one of U+10FFF0 to U+10FFF5")
     marked = render(template, [_mark_content(message) for message in messages], tools=tools, _minisft_mark=True)
-    turns, contents = _read_markers(marked)
-    text = MARKER.sub("", marked)
+    text, turns, contents = _read_markers(marked)
     if template.text != CHATML:  # ours reads no content, so there is nothing that a mark could change
-        text = render(template, messages, tools=tools)
-        if MARKER.sub("", marked) != text:  # the template looked at a content: again, without marks in contents
-            marked, contents = render(template, messages, tools=tools, _minisft_mark=True), []
-            turns, _ = _read_markers(marked)
-            assert MARKER.sub("", marked) == text, "the generation tag changed the rendering"
+        plain = render(template, messages, tools=tools)
+        if text != plain:  # the template looked at a content: again, without marks in contents
+            marked = render(template, messages, tools=tools, _minisft_mark=True)
+            text, turns, contents = _read_markers(marked)
+            if text != plain:
+                raise RowError("the chat template reads what its generation tags hold", "their place cannot be found")
     if not turns:
         try:
             turns = _turns_by_prefix(template, text, messages, tools)
@@ -274,10 +274,11 @@ def _mark_content(message: dict) -> dict:
     return {**message, "content": marked}
 
 
-def _read_markers(marked: str) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]]:
-    """(turns, contents) in characters of the text without markers."""
+def _read_markers(marked: str) -> tuple[str, list[tuple[int, int]], list[tuple[int, int, int]]]:
+    """(text without markers, turns, contents), turns and contents as spans of that text."""
+    pieces = MARKER.split(marked)  # text, marker, text, marker, ... text
     turns, contents, at, turn_start, content_start, kind = [], [], 0, 0, 0, None
-    for part in MARKER.split(marked):
+    for part in pieces:
         if part == GENERATION:
             turn_start = at
         elif part == END_GENERATION:
@@ -290,7 +291,7 @@ def _read_markers(marked: str) -> tuple[list[tuple[int, int]], list[tuple[int, i
             kind = None
         else:
             at += len(part)
-    return [turn for turn in turns if turn[1] > turn[0]], contents
+    return "".join(pieces[::2]), [turn for turn in turns if turn[1] > turn[0]], contents
 
 
 def _turns_by_prefix(

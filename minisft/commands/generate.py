@@ -1,0 +1,67 @@
+"""`python -m minisft generate FOLDER --prompt "..."`: answer prompts with a trained model.
+
+FOLDER is a model folder (`<output_dir>/model`, a checkpoint, any Hugging Face folder of a supported family) or a run's
+output folder. Without --prompt, each line of standard input is a prompt. A prompt becomes a user's turn where the
+tokenizer has a chat template, unless --plain is given.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from minisft.errors import MODEL, UserError
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="minisft generate", description="Answer prompts with a trained model.")
+    parser.add_argument("folder", help="a model folder, or the output folder of a run")
+    parser.add_argument("--prompt", action="append", help="may be given several times; none: the lines of stdin")
+    parser.add_argument(
+        "--plain", action="store_true", help="the prompt as it is, without the chat template; \\n is a newline"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
+    parser.add_argument("--top_k", type=int)
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--seed", type=int)
+    arguments = parser.parse_args(argv)
+
+    folder = Path(arguments.folder)
+    folder = folder / "model" if (folder / "model" / "config.json").exists() else folder
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} holds no model (no config.json)", hint="name <output_dir>/model", exit_code=MODEL)
+
+    import torch
+
+    from minisft.data.tokenizer import load_tokenizer
+    from minisft.generate import generate
+    from minisft.model.load import load_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model(folder, device=device), load_tokenizer(folder)
+    stop_ids = stop_tokens(tokenizer.eos_token_id, model.generation_config.get("eos_token_id"))
+    prompts = arguments.prompt or (line.rstrip("\n") for line in sys.stdin)
+    for prompt in prompts:
+        if arguments.plain or tokenizer.template is None:
+            ids = tokenizer.prefix_ids + tokenizer.encode(prompt.replace("\\n", "\n"))
+        else:
+            messages = [{"role": "user", "content": prompt}]
+            ids = tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        (output,) = generate(
+            model,
+            [ids],
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            stop_ids=stop_ids,
+            seed=arguments.seed,
+        )
+        print(tokenizer.decode(output), flush=True)
+    return 0
+
+
+def stop_tokens(eos: int | None, from_config: int | list[int] | None) -> set[int]:
+    """The tokenizer's end of sequence and those that the model's generation_config.json lists."""
+    listed = from_config if isinstance(from_config, list) else [from_config]
+    return {i for i in (eos, *listed) if i is not None}

@@ -1,0 +1,89 @@
+"""A run small enough for a test: 2 layers, 64 short documents, fp32. Shared by the tests of whole runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from minisft.config_file import load
+from minisft.data.tokenizer import train_tokenizer
+from minisft.prepare import Run, prepare
+from minisft.train import run
+
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def write_rows(path: Path, count: int = 64, **fields: Any) -> Path:
+    """Prompt/completion rows of 6 to 40 tokens."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(count):
+        prompt, completion = ("".join(rng.choice(list("abcdefgh "), rng.integers(2, 20))) + "." for _ in range(2))
+        rows.append({"prompt": prompt, "completion": completion, **fields})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def settings(folder: Path, **overrides: Any) -> dict[str, Any]:
+    """Full names of configuration keys -> values; makes data and tokenizer in `folder` where they are absent."""
+    if not (folder / "tokenizer").exists():
+        train_tokenizer([], vocab_size=259, chat_template=None).save(folder / "tokenizer")
+    if not (folder / "rows.jsonl").exists():
+        write_rows(folder / "rows.jsonl")
+    keys = {
+        "output_dir": str(folder / "out"),
+        "model.config": MODEL,
+        "model.tokenizer_name_or_path": str(folder / "tokenizer"),
+        "data.train_data": str(folder / "rows.jsonl"),
+        "data.max_length": 64,
+        "train.precision": "fp32",
+        "train.device": "cpu",
+        "train.learning_rate": 1e-2,
+        "train.num_train_epochs": 2,
+        "train.per_device_train_batch_size": 8,
+        "checkpoint.save_steps": 1000,
+        "log.logging_steps": 1,
+        "log.report_to": [],
+        "log.progress_bar": False,
+    }
+    return keys | overrides
+
+
+def train(folder: Path, **overrides: Any):
+    """A whole run -> Result."""
+    return run({}, **settings(folder, **overrides))
+
+
+def parts(folder: Path, **overrides: Any) -> tuple[Run, Any]:
+    """The parts of a run before its first step, and its configuration."""
+    config, _ = load({}, settings(folder, **overrides), origin="test")
+    return prepare(config, torch.device("cpu")), config
+
+
+def logged(output_dir: Path, name: str = "loss") -> list[float]:
+    """One metric over the run."""
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return [float(row[name]) for row in map(json.loads, lines) if name in row]
+
+
+def weights(output_dir: Path) -> dict[str, bytes]:
+    """The final weights as bytes, to compare exactly."""
+    tensors = load_file(output_dir / "model" / "model.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """norm(a - b) / norm(b), the measure of every equality in these tests."""
+    return (torch.linalg.vector_norm(a.double() - b.double()) / torch.linalg.vector_norm(b.double())).item()
