@@ -10,15 +10,15 @@ Three implementations of each op compute the same function:
 kernel and torch everywhere else.
 """
 
-from torch import Tensor
+from importlib.util import find_spec
 
-try:
-    import triton
-except ImportError:  # macOS and Windows: the torch path runs there
-    triton = None
+from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 OPS = ("flash_attention", "linear_cross_entropy", "rms_norm", "layer_norm", "rope", "swiglu")  # what a model runs
+HAS_TRITON = (
+    find_spec("triton") is not None
+)  # not on macOS and Windows; importing it costs 70 MB, so only where it runs
 TRITON_OPS: frozenset[str] = frozenset()  # ops that have a Triton kernel
 
 _backend = "auto"
@@ -45,7 +45,7 @@ def backend_for(op: str, x: Tensor) -> str:
     """The implementation that `op` runs on a tensor like `x`: "triton", "torch" or "reference"."""
     if _backend in ("reference", "torch"):
         return _backend
-    has_kernel = triton is not None and op in TRITON_OPS and x.is_cuda
+    has_kernel = op in TRITON_OPS and x.is_cuda and HAS_TRITON
     if _backend == "triton" and not has_kernel:
         raise ValueError(f"backend 'triton': {op} has no Triton kernel for {x.device}; use 'auto' or 'torch'")
     return "triton" if has_kernel else "torch"

@@ -48,7 +48,9 @@ from torch import Tensor
 
 from minisft.kernels.common import backend_for
 
-BLOCK = 128  # queries in a block
+BLOCK = 128  # queries in a block of a long document
+SQUARE = 64  # tokens in a block of short documents
+SQUARES = 64  # blocks of short documents that are multiplied together
 
 
 def flash_attention_ref(
@@ -91,8 +93,9 @@ def _visible(start: Tensor, end: Tensor, first_query: int, first_key: int, windo
     return visible if window is None else visible & (key > i - window)
 
 
-def _blocks(start: Tensor, end: Tensor, q_offset: int, window: int | None) -> list[tuple[int, int, int, int, bool]]:
-    """Cuts the queries into blocks [(a, b, lo, hi, causal)]: queries a:b see keys in lo:hi and no others.
+def _blocks(start: Tensor, end: Tensor, q_offset: int, window: int | None) -> tuple[list, bool]:
+    """Cuts the queries into blocks [(a, b, lo, hi, causal)]: queries a:b see keys in lo:hi and no others. The flag says
+    that the packing is plain: whole documents side by side.
 
     causal: queries a:b are rows of one document that starts at lo, so only the corner above the diagonal is hidden.
     """
@@ -104,12 +107,12 @@ def _blocks(start: Tensor, end: Tensor, q_offset: int, window: int | None) -> li
 
     blocks, a, joinable = [], 0, False
     for lo, b in zip(starts.tolist(), stops.tolist()):
-        if joinable and b - blocks[-1][0] <= BLOCK:  # a short document joins its short neighbours
+        if joinable and b - blocks[-1][0] <= SQUARE:  # a short document joins its short neighbours
             blocks[-1] = (blocks[-1][0], b, min(blocks[-1][2], lo), False)
         else:
             size = math.ceil((b - a) / math.ceil((b - a) / BLOCK))
             blocks += [(x, min(x + size, b), lo, plain) for x in range(a, b, size)]
-            joinable = b - a <= BLOCK
+            joinable = b - a <= SQUARE
         a = b
 
     cut = []
@@ -117,21 +120,41 @@ def _blocks(start: Tensor, end: Tensor, q_offset: int, window: int | None) -> li
         if window is not None and not causal:
             lo = max(lo, a + q_offset - window + 1)
         cut.append((a, b, lo, max(lo, min(b + q_offset, len(end))), causal))
-    return cut
+    return cut, plain
+
+
+def _squares(blocks: list, start: Tensor, device: torch.device) -> tuple[list, list[tuple[Tensor, Tensor, Tensor]]]:
+    """Takes the blocks of whole short documents out of a plain packing: (the other blocks, batches of them).
+
+    These blocks are many and small, so they are multiplied together: a batch of nb blocks is (rows, own, hidden). rows
+    [nb, SQUARE] are the tokens of each, queries and keys alike, a window that may reach into the neighbours; own [nb, SQUARE]
+    says which of them are the block's, hidden [nb, SQUARE, SQUARE] which keys a query does not see.
+    """
+    bounds = [(a, b) for a, b, lo, hi, causal in blocks if (a, b) == (lo, hi) and not causal]
+    if len(bounds) < 2 or len(start) < SQUARE:
+        return blocks, []
+    batches = []
+    for some in torch.tensor(bounds).split(SQUARES):
+        rows = some[:, :1].clamp(max=len(start) - SQUARE) + torch.arange(SQUARE)
+        own = (rows >= some[:, :1]) & (rows < some[:, 1:])
+        hidden = (rows[:, None, :] < start[rows][:, :, None]) | (rows[:, None, :] > rows[:, :, None])
+        batches.append((rows.to(device), own.to(device), hidden.to(device)))
+    taken = set(bounds)
+    return [block for block in blocks if block[:2] not in taken], batches
 
 
 def _stack(x: Tensor, num_kv_heads: int) -> Tensor:
-    """[n, Hq, Dh] -> [Hkv, G n, Dh]: the query heads of one key head become rows."""
-    n, heads, head_dim = x.shape
-    x = x.view(n, num_kv_heads, heads // num_kv_heads, head_dim)
-    return x.permute(1, 2, 0, 3).reshape(num_kv_heads, -1, head_dim)
+    """[nb, n, H, Dh] -> [nb Hkv, G n, Dh]: the G query heads of one key head become rows (keys themselves: G = 1)."""
+    nb, n, heads, head_dim = x.shape
+    x = x.view(nb, n, num_kv_heads, heads // num_kv_heads, head_dim)
+    return x.permute(0, 2, 3, 1, 4).reshape(nb * num_kv_heads, -1, head_dim)
 
 
-def _unstack(out: Tensor, rows: Tensor) -> None:
-    """Writes [Hkv, G n, Dh] into out [n, Hq, Dh]."""
-    n, _, head_dim = out.shape
-    rows = rows.view(len(rows), -1, n, head_dim).permute(2, 0, 1, 3)
-    out.view(rows.shape).copy_(rows)
+def _unstack(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[nb Hkv, G n, Dh] -> [nb, n, H, Dh], which is `shape`."""
+    nb, n, heads, head_dim = shape
+    group = rows.shape[1] // n
+    return rows.view(nb, heads // group, group, n, head_dim).permute(0, 3, 1, 2, 4).reshape(shape)
 
 
 def _probabilities(q, k, start, end, blocks, q_offset, scale, window, softcap, dropout, seed):
@@ -142,7 +165,7 @@ def _probabilities(q, k, start, end, blocks, q_offset, scale, window, softcap, d
     for block in blocks:
         a, b, lo, hi, causal = block
         n, m = b - a, hi - lo
-        q_rows = _stack(q[a:b], len(keys)) * scale
+        q_rows = _stack(q[None, a:b], len(keys)) * scale
         scores = torch.bmm(q_rows, keys[:, lo:hi].transpose(1, 2))
         slope = None
         if softcap is not None:
@@ -165,6 +188,15 @@ def _probabilities(q, k, start, end, blocks, q_offset, scale, window, softcap, d
         yield block, q_rows, p, dropped, slope
 
 
+def _square_probabilities(q, k, rows, hidden, scale):
+    """Of a batch of square blocks: scaled query rows [nb Hkv, G n, Dh], key rows [nb Hkv, n, Dh], p [nb Hkv, G n, n]."""
+    nb, n = rows.shape
+    q_rows, k_rows = _stack(q[rows], k.shape[1]).mul_(scale), _stack(k[rows], k.shape[1])
+    scores = torch.bmm(q_rows, k_rows.transpose(1, 2))
+    scores.view(nb, -1, n, n).masked_fill_(hidden[:, None], -math.inf)
+    return q_rows, k_rows, scores.softmax(-1)
+
+
 class _FlashAttention(torch.autograd.Function):
     """One block of queries at a time: forward and backward compute the block's probabilities by the same function."""
 
@@ -172,14 +204,22 @@ class _FlashAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, start, end, q_offset, scale, window, softcap, dropout):
         seed = int(torch.randint(2**62, ())) if dropout else None
         ctx.save_for_backward(q, k, v, start, end)
-        ctx.blocks = _blocks(start.cpu(), end.cpu(), q_offset, window)
+        on_host = start.cpu()
+        ctx.blocks, plain = _blocks(on_host, end.cpu(), q_offset, window)
+        ctx.squares = []
+        if plain and softcap is None and not dropout:
+            ctx.blocks, ctx.squares = _squares(ctx.blocks, on_host, q.device)
         ctx.options = q_offset, scale, window, softcap, dropout, seed
 
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         values = v.transpose(0, 1).contiguous()
         for block, _, p, dropped, _ in _probabilities(q, k, start, end, ctx.blocks, *ctx.options):
             a, b, lo, hi, _ = block
-            _unstack(out[a:b], torch.bmm(p if dropped is None else dropped, values[:, lo:hi]))
+            out[a:b] = _unstack(torch.bmm(p if dropped is None else dropped, values[:, lo:hi]), (1, *q[a:b].shape))[0]
+        for rows, own, hidden in ctx.squares:
+            _, _, p = _square_probabilities(q, k, rows, hidden, scale)
+            mixed = torch.bmm(p, _stack(v[rows], v.shape[1]))
+            out[rows[own]] = _unstack(mixed, (*rows.shape, *q.shape[1:]))[own]
         return out
 
     @staticmethod
@@ -194,7 +234,7 @@ class _FlashAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             for block, q_rows, p, dropped, slope in _probabilities(q, k, start, end, ctx.blocks, *ctx.options):
                 a, b, lo, hi, _ = block
-                do_rows = _stack(dout[a:b], len(keys))
+                do_rows = _stack(dout[None, a:b], len(keys))
                 dv[:, lo:hi] += torch.bmm((p if dropped is None else dropped).transpose(1, 2), do_rows)
                 dp = torch.bmm(do_rows, values[:, lo:hi].transpose(1, 2))
                 if dropped is not None:
@@ -202,8 +242,17 @@ class _FlashAttention(torch.autograd.Function):
                 ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
                 if slope is not None:
                     ds = (ds * slope).to(q.dtype)
-                _unstack(dq[a:b], torch.bmm(ds, keys[:, lo:hi]).mul_(scale))
+                dq[a:b] = _unstack(torch.bmm(ds, keys[:, lo:hi]).mul_(scale), (1, *q[a:b].shape))[0]
                 dk[:, lo:hi] += torch.bmm(ds.transpose(1, 2), q_rows)
+            for rows, own, hidden in ctx.squares:  # no other block touches their keys
+                shape, kv_shape, index = (*rows.shape, *q.shape[1:]), (*rows.shape, *k.shape[1:]), rows[own]
+                q_rows, k_rows, p = _square_probabilities(q, k, rows, hidden, scale)
+                do_rows = _stack(dout[rows].mul_(own[:, :, None, None]), len(keys))
+                dv.transpose(0, 1)[index] = _unstack(torch.bmm(p.transpose(1, 2), do_rows), kv_shape)[own].to(dv.dtype)
+                dp = torch.bmm(do_rows, _stack(v[rows], len(keys)).transpose(1, 2))
+                ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+                dq[index] = _unstack(torch.bmm(ds, k_rows).mul_(scale), shape)[own]
+                dk.transpose(0, 1)[index] = _unstack(torch.bmm(ds.transpose(1, 2), q_rows), kv_shape)[own].to(dk.dtype)
         dk, dv = (x.transpose(0, 1).to(q.dtype, memory_format=torch.contiguous_format) for x in (dk, dv))
         return dq, dk, dv, *[None] * 7
 

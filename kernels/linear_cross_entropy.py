@@ -23,12 +23,12 @@ reduction="none" every row has a gradient of its own which is unknown yet: there
 What makes it fast:
 
 - rows that train nothing are never multiplied (of a chat data set that is often two thirds of them);
-- chunks are large. Each of R rows reads and writes all of dW, 8 V D bytes against its 6 R V D FLOPs,
-  so chunks of 64 or 128 rows, as other implementations take, spend most of their time there;
+- chunks are large. Each one, of R rows, reads and writes all of dW: 8 V D bytes against 6 R V D FLOPs. With 128 rows
+  that traffic takes a GPU longer than the matmuls (an H200 does some 180 FLOPs in the time of a byte);
 - the exponentials are computed once, in fp32, a few rows at a time so that they stay in the cache; the result goes back
   over the logits in their own dtype, ready for the two matmuls of the backward;
-- one large pass less costs more than it seems on a CPU: fresh memory is paid by the page (60 ms for 113 MB), so the
-  chunk of logits and the low-precision copy of W are kept from call to call.
+- a CPU maps fresh memory page by page (60 ms for 113 MB was measured), so there the chunk of logits and the copy of W in
+  the matmul's dtype are kept from call to call.
 
 What is fp32 whatever the dtype: the soft-max, lse, the loss, the statistics, (p - 1) of the target, the scaling by
 grad_scale, and the sums over chunks of dW, dh and dbias. A GPU also keeps each chunk's product in fp32. PyTorch's CPU
@@ -54,8 +54,7 @@ from torch import Tensor
 from minisft.kernels.common import backend_for
 
 IGNORE_INDEX = -100
-CHUNK_ROWS = {"cpu": 512}  # rows of logits that exist at once
-GPU_CHUNK_ROWS = 4096
+CPU_CHUNK_ROWS, GPU_CHUNK_ROWS = 512, 4096  # rows of logits that exist at once
 WEIGHT_BLOCK = 2048  # rows of dW that a CPU multiplies and adds while they are in its cache
 
 
@@ -131,7 +130,7 @@ _kept = threading.local()
 
 
 def _buffer(name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory. On the CPU it is kept for the next call of this thread; a GPU's allocator does so by itself."""
+    """Uninitialised memory, on the CPU kept for this thread's next call; a GPU's allocator does so by itself."""
     if like.device.type != "cpu":
         return like.new_empty(shape, dtype=dtype)
     size = math.prod(shape) * dtype.itemsize
@@ -192,7 +191,7 @@ def _add_weight_gradient(d_weight: Tensor, dz: Tensor, x: Tensor, first: bool) -
         if first:
             d_weight.zero_()
         torch.addmm(d_weight, dz.T, x, out_dtype=d_weight.dtype, out=d_weight)
-    else:  # in blocks of the vocabulary: twice as fast as one matmul, and the sum is done in the cache
+    else:  # in blocks of the vocabulary: faster than one large matmul, and the sum is done in the cache
         for v in range(0, len(d_weight), WEIGHT_BLOCK):
             block = d_weight[v : v + WEIGHT_BLOCK]
             product = torch.mm(dz[:, v : v + WEIGHT_BLOCK].T, x)
@@ -208,7 +207,7 @@ def _run(hidden, weight, bias, rows, targets, upstream, needs, o: _Options):
     upstream [M]: the gradient of each row's loss, or None for no gradients. needs: which of (hidden, weight, bias) want one.
     Returns results [4, M] as `_score`, and the three gradients (None where not needed) in the dtypes of their inputs.
     """
-    M, V, device = len(rows), len(weight), hidden.device.type
+    M, V = len(rows), len(weight)
     d_hidden = torch.zeros_like(hidden, dtype=o.wide) if needs[0] else None
     d_weight = torch.empty_like(weight, dtype=o.wide) if needs[1] else None
     d_bias = torch.zeros_like(bias, dtype=o.wide) if needs[2] else None
@@ -217,9 +216,10 @@ def _run(hidden, weight, bias, rows, targets, upstream, needs, o: _Options):
         d_weight.zero_()
     W = weight if weight.dtype == o.dtype else _buffer("weight", weight.shape, weight, o.dtype).copy_(weight)
 
-    num_chunks = max(1, math.ceil(M / CHUNK_ROWS.get(device, GPU_CHUNK_ROWS)))
+    on_cpu = hidden.device.type == "cpu"
+    num_chunks = max(1, math.ceil(M / (CPU_CHUNK_ROWS if on_cpu else GPU_CHUNK_ROWS)))
     R = max(1, math.ceil(M / num_chunks))  # all chunks alike
-    r = min(R, 16 * torch.get_num_threads() if device == "cpu" else 1024)  # rows whose exponentials exist at once
+    r = min(R, 16 * torch.get_num_threads() if on_cpu else 1024)  # rows whose exponentials exist at once
     chunk = _buffer("logits", (R, V), hidden, o.dtype)
     z, p = _buffer("z", (r, V), hidden, o.wide), _buffer("p", (r, V), hidden, o.wide)
 
@@ -258,7 +258,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     def backward(ctx, d_loss, _):
         gradients = ctx.saved_tensors  # autograd lets go of them after this, and .grad takes the memory over
         if not (d_loss.device.type == "cpu" and d_loss == 1):  # a GPU multiplies rather than wait for the value
-            gradients = [None if d is None else d * d_loss.to(d.dtype) for d in gradients]
+            gradients = [None if d is None else d * d_loss for d in gradients]
         return *gradients, None, None, None, None, None, None
 
 

@@ -72,13 +72,13 @@ def save_checkpoint(
     needed, free = checkpoint_bytes(model, optimizer), free_bytes(folder)
     if free < needed:
         raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free", str(folder))
-    with atomic_folder(target, {"step": step}, move_existing_to=_name_aside(target)) as temporary:
+    with atomic_folder(target, {"step": step}, move_existing_to=name_aside(target)) as temporary:
         write_model(temporary)
         _save_optimizer(temporary / "optimizer.safetensors", model, optimizer)
         write_json(temporary / "trainer_state.json", {"step": step, **state})
 
     for later in [path for path in checkpoints(folder) if step_of(path) > step]:
-        aside = later.rename(_name_aside(later))
+        aside = later.rename(name_aside(later))
         print(f"minisft: {later} is of a run that this one replaces; renamed to {aside.name}", file=sys.stderr)
     _delete_old(folder, keep, pinned)
     return target
@@ -238,7 +238,8 @@ def _problem(path: Path, *, hashes: bool = True) -> str | None:
     return reason
 
 
-def _name_aside(path: Path) -> Path:
+def name_aside(path: Path) -> Path:
+    """A free name beside `path` for what another folder replaces: <name>.replaced-N."""
     names = (path.with_name(f"{path.name}.replaced-{n}") for n in itertools.count(1))
     return next(name for name in names if not os.path.lexists(name))
 

@@ -103,4 +103,5 @@ def finished_already(folder: Path, step: int) -> str:
 
 
 def stopped(folder: Path, step: int, total: int, signal: str | None) -> str:
+    signal = signal or "a signal to another rank"
     return f"stopped by {signal} after step {step} of {total}, saved in {folder}/checkpoints; the same command goes on"

@@ -6,6 +6,7 @@ its code; nobody sees a traceback for a mistake of their own. Internal invariant
 
 import sys
 from collections.abc import Callable
+from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EPERM, EROFS
 
 CONFIG = 2  # the configuration or the command line
 DATA = 65  # a data file or a row
@@ -31,12 +32,19 @@ class UserError(ValueError):
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Call a command and return its exit code; a mistake of the user's is two lines on stderr, not a traceback."""
+    """Call a command and return its exit code. A mistake of the user's, a full disk and a file that may not be read or
+    written are two lines on stderr, not a traceback."""
     try:
         return command()
     except UserError as error:
         print(f"minisft: error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in (ENOSPC, EDQUOT, EFBIG, EACCES, EPERM, EROFS):
+            raise
+        print(f"minisft: error: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
+        print("  see that it has space and may be read and written, and give the same command again", file=sys.stderr)
+        return SAVE
     except KeyboardInterrupt:
         print("minisft: interrupted", file=sys.stderr)
         return 130

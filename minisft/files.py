@@ -301,11 +301,15 @@ def lock_folder(folder: Path | str) -> IO[bytes]:
     """Claim an output folder for this process: hold the returned file open, close it (or use `with`) to let go.
 
     The lock is the kernel's (flock on <folder>/.lock), so it ends with its process however that dies. Raises UserError
-    where another process holds it, naming that process.
+    where another process holds it, naming that process, and where the folder cannot be made or written.
     """
     folder = Path(folder)
-    make_folder(folder)
-    file = open(folder / ".lock", "a+b")
+    try:
+        make_folder(folder)
+        file = open(folder / ".lock", "a+b")
+    except OSError as error:
+        hint = "choose an output_dir that can be written"
+        raise UserError(f"output_dir = {str(folder)!r}: {error.strerror}", hint=hint, exit_code=SAVE) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -15,21 +15,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from minisft import console, runtime
 from minisft.checkpoint import (
     MAX_FAILED_SAVES,
     find_checkpoint,
     load_checkpoint,
+    name_aside,
     require_space_for_checkpoints,
     try_save,
 )
 from minisft.config import Config, TrainSection, config_to_dict
 from minisft.config_file import write_resolved
 from minisft.data.batch import Batch
-from minisft.errors import NONFINITE, STOPPED, UserError
+from minisft.errors import NONFINITE, SAVE, STOPPED, UserError
 from minisft.evaluate import complete, evaluate
-from minisft.files import atomic_folder, lock_folder, read_json, remove_leftovers, write_json
+from minisft.files import (
+    atomic_folder,
+    lock_folder,
+    read_json,
+    read_manifest,
+    remove_leftovers,
+    verify_folder,
+    write_json,
+)
 from minisft.loggers import Loggers, console_line
 from minisft.metrics import Sums, peak_memory
 from minisft.model.load import load_weights
@@ -95,10 +105,10 @@ def train_step(run: Run, train: TrainSection, batches: list[Batch], stop_asked: 
     num_bad, num_stops = runtime.sum_over_ranks(verdict).tolist()
 
     # ---- 7. clip, learning rate, update
+    for group in run.optimizer.param_groups:
+        group["lr"] = train.learning_rate * lr_factor(step=run.step, **run.schedule)
     if not num_bad:
         clip_gradients(grads, norm, train.max_grad_norm)
-        for group in run.optimizer.param_groups:
-            group["lr"] = train.learning_rate * lr_factor(step=run.step, **run.schedule)
         run.optimizer.step()
     if run.precision == "fp16":
         run.loss_scale.update(overflow=num_bad > 0)
@@ -125,7 +135,7 @@ def run(config: Config, origins: dict[str, str]) -> Result:
         saved = resume(config, run, sums, folder / "checkpoints")
         if is_main:
             print("\n".join(run.summary), flush=True)
-        if run.step >= run.total_steps and model_dir.exists():
+        if run.step >= run.total_steps and is_exported(run, folder):
             if is_main:
                 print(console.finished_already(folder, run.step))
             return Result(folder, model_dir, run.step)
@@ -231,7 +241,8 @@ def resume(config: Config, run: Run, sums: Sums, folder: Path) -> dict | None:
         )
     state = load_checkpoint(path, run.model, run.optimizer, load_weights)
     run.step, run.num_tokens, run.nonfinite_steps = state["step"], state["num_tokens"], state["nonfinite_steps"]
-    run.loss_scale = LossScale(**state["loss_scale"])
+    if state["precision"] == run.precision:
+        run.loss_scale = LossScale(**state["loss_scale"])
     sums.restore(state["sums"])
     run.summary.append(f"resumed    from {path}")
     return state
@@ -242,6 +253,7 @@ def training_state(config: Config, run: Run, sums: Sums) -> dict:
     return {
         "num_tokens": run.num_tokens,
         "nonfinite_steps": run.nonfinite_steps,
+        "precision": run.precision,
         "loss_scale": asdict(run.loss_scale),
         "sums": sums.state(),
         "order": data_order(config, run),
@@ -253,6 +265,8 @@ def data_order(config: Config, run: Run) -> dict:
     return {
         "data": run.train.documents.cache.fingerprint,
         "documents": len(run.train.documents),
+        "weights": [source.weight for source in run.train.documents.cache.sources],
+        "packing": config.data.packing_strategy if config.data.packing else "none",
         "packs": run.train.plan.num_packs,
         "packs a step": run.train.packs_per_step,
         "seed": config.train.seed,
@@ -308,6 +322,19 @@ def handle_nonfinite(run: Run, train: TrainSection, batches: list[Batch], folder
 # ---- the end ----------------------------------------------------------------------------------------------------
 
 
+def checkpoint_id(run: Run, folder: Path) -> str | None:
+    """What tells the checkpoint of this step from all others; None where it is not in this folder."""
+    path = folder / "checkpoints" / f"step-{run.step:08d}"
+    return read_manifest(path)["sha256"] if path.exists() else None
+
+
+def is_exported(run: Run, folder: Path) -> bool:
+    """Whether folder/model is there and comes from the checkpoint of this step, not from a run before."""
+    path = folder / "model"
+    whole = verify_folder(path, hashes=False) is None
+    return whole and read_manifest(path).get("checkpoint", "") == checkpoint_id(run, folder)
+
+
 def finish(config: Config, run: Run, folder: Path, model_dir: Path, values: dict, signal: runtime.StopSignal) -> Result:
     """Export the model, complete the held-out prompts, and say what there is now and what to do next."""
     if run.step < run.total_steps:
@@ -315,8 +342,13 @@ def finish(config: Config, run: Run, folder: Path, model_dir: Path, values: dict
             print(console.stopped(folder, run.step, run.total_steps, signal.received))
         return Result(folder, None, run.step, values, exit_code=STOPPED)
     if runtime.rank() == 0:
-        with atomic_folder(model_dir, {"step": run.step}, move_existing_to=folder / "model.previous") as temporary:
-            write_model(run, temporary, dtype=runtime.DTYPES[config.checkpoint.save_dtype])
+        manifest = {"step": run.step, "checkpoint": checkpoint_id(run, folder)}
+        try:
+            with atomic_folder(model_dir, manifest, move_existing_to=name_aside(model_dir)) as temporary:
+                write_model(run, temporary, dtype=runtime.DTYPES[config.checkpoint.save_dtype])
+        except (OSError, SafetensorError) as error:
+            hint = "nothing is lost: the last checkpoint has all steps. Free some space and give the same command again"
+            raise UserError(f"the model could not be written: {error}", hint=hint, exit_code=SAVE) from error
         if run.prompts:
             length = config.evaluate.max_new_tokens
             samples = list(

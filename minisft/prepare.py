@@ -31,6 +31,9 @@ from minisft.optim import LossScale, build_optimizer
 from minisft.schedule import num_warmup_steps, total_steps
 
 OBJECTIVES = {"sft": sft}
+ROUND_TO = (
+    64  # tokens and targets of a batch are filled up to a multiple: few shapes, so few kernels to set up and keep
+)
 
 
 @dataclass
@@ -152,9 +155,8 @@ def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Loader, dict[str
     def loader(documents: Documents, packing: bool, batch_size: int, **options) -> Loader:
         strategy = data.packing_strategy if packing else "none"
         packs = plan(documents.lengths, data.max_length or int(documents.lengths.max()), strategy)
-        return Loader(
-            documents, packs, batch_size, seed=seed, rank=runtime.rank(), world_size=runtime.world_size(), **options
-        )
+        ranks = {"rank": runtime.rank(), "world_size": runtime.world_size()}
+        return Loader(documents, packs, batch_size, seed=seed, round_to=ROUND_TO, **ranks, **options)
 
     train = loader(
         documents,

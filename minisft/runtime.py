@@ -92,6 +92,8 @@ class StopSignal:
         if self.received:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+        told = f"\nminisft: {self.received}: saving after the next step, then stopping; once more quits at once\n"
+        os.write(2, told.encode())  # print is not allowed to interrupt another print
 
 
 # ---- ranks: one process a device, started by torchrun -----------------------------------------------------------

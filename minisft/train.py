@@ -8,6 +8,7 @@ Everything that can be known to be wrong is told before torch is imported, which
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,9 @@ def _run(config: Config, origins: dict[str, str]) -> Result:
     for source in sources + [s for entry in eval_sets(config.data.eval_data).values() for s in entry]:
         list_files(parse_source(source))  # a missing file is told now, before torch is imported
 
+    # A thread of an OpenMP pool that waits for the others spins. Where another program takes its core, all of them spin for
+    # it, and training on 2 busy cores fell to a thirtieth; after 20,000 turns (some 50 us) they now sleep instead.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from minisft import loop
 
     return loop.run(config, origins)

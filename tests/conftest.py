@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in train.py: before torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine, small tensors on two threads take minutes
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
 """The commands as a user meets them: in a process of their own, without torch for whatever needs none."""
 
+import errno
 import importlib.util
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 from minisft import __main__, __version__, errors, train
 from minisft.config import KEYS
-from minisft.errors import DATA, UserError
+from minisft.errors import DATA, SAVE, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = 'model.model_name_or_path = "m/m"\ndata.train_data = "rows.jsonl"\n'
@@ -130,7 +131,13 @@ def test_main_hands_the_configuration_to_the_loop(folder, loop):
     [
         (UserError("bad row", hint="mend it", exit_code=DATA), DATA, "minisft: error: bad row\n  mend it\n"),
         (UserError("no hint"), 2, "minisft: error: no hint\n"),
-        (KeyboardInterrupt(), 130, "minisft: interrupted; the same command goes on from the last checkpoint\n"),
+        (KeyboardInterrupt(), 130, "minisft: interrupted\n"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a.jsonl"),
+            SAVE,
+            "minisft: error: a.jsonl: Permission denied\n"
+            "  see that it has space and may be read and written, and give the same command again\n",
+        ),
     ],
 )
 def test_what_the_loop_raises_is_told_in_lines(folder, loop, capsys, raised, code, told):
@@ -139,9 +146,10 @@ def test_what_the_loop_raises_is_told_in_lines(folder, loop, capsys, raised, cod
     assert capsys.readouterr().err == told
 
 
-def test_our_own_mistakes_keep_their_traceback(folder, loop):
-    loop(AssertionError("invariant"))
-    with pytest.raises(AssertionError, match="invariant"):
+@pytest.mark.parametrize("raised", [AssertionError("invariant"), BrokenPipeError(errno.EPIPE, "Broken pipe")])
+def test_our_own_mistakes_keep_their_traceback(folder, loop, raised):
+    loop(raised)
+    with pytest.raises(type(raised)):
         train.main(["run.toml"])
 
 

@@ -29,7 +29,7 @@ OPTIONS = {
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of at most 12 rows, blocks of 16 words: small inputs then cross every kind of boundary."""
-    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 12)
+    monkeypatch.setattr(module, "CPU_CHUNK_ROWS", 12)
     monkeypatch.setattr(module, "WEIGHT_BLOCK", 16)
 
 

@@ -33,6 +33,10 @@ def assert_same(one, other, tolerance=TOLERANCE):
         assert relative_error(one[1][name], other[1][name]) <= tolerance, name
 
 
+def weights_of(batch):
+    return batch.row_weights[: batch.num_targets]
+
+
 def naive_step(folder, **overrides):
     """The definition: every document alone through the model, weight x nll summed in fp32, divided by the sum of weights."""
     run, config = parts(folder, **overrides)
@@ -45,9 +49,10 @@ def naive_step(folder, **overrides):
             hidden = run.model(ids, positions, start, torch.full_like(start, n))
             labels = batch.labels[first:last][1:]
             nll = F.cross_entropy(run.model.logits(hidden)[:-1], labels, ignore_index=-100, reduction="none")
-            row = (batch.loss_rows >= first) & (batch.loss_rows < last)
+            loss_rows = batch.loss_rows[: batch.num_targets]  # filler rows come last
+            row = (loss_rows >= first) & (loss_rows < last)
             w = torch.zeros(n - 1)
-            w[labels != -100] = torch.ones(int(row.sum())) if batch.row_weights is None else batch.row_weights[row]
+            w[labels != -100] = torch.ones(int(row.sum())) if batch.row_weights is None else weights_of(batch)[row]
             total, weight = total + (w * nll).sum(), weight + w.sum().item()
     loss = total / weight
     loss.backward()
@@ -88,7 +93,7 @@ def test_gradient_checkpointing_gives_the_same_step_bitwise(tmp_path):
 def masked(batch):
     """The same tokens with nothing trained."""
     empty = {"loss_rows": batch.loss_rows[:0], "targets": batch.targets[:0], "row_kind": batch.row_kind[:0]}
-    empty |= {"row_source": batch.row_source[:0], "row_document": batch.row_document[:0]}
+    empty |= {"row_source": batch.row_source[:0], "row_document": batch.row_document[:0], "row_weights": None}
     return replace(batch, **empty, labels=torch.full_like(batch.labels, -100), num_targets=0)
 
 
@@ -189,10 +194,11 @@ def test_what_is_logged_is_exact(tmp_path):
         (batch,) = run.train.step(0, step)
         with torch.no_grad():
             hidden = run.model(batch.input_ids, batch.position_ids, batch.start, batch.end)
-            logits = run.model.logits(hidden)[batch.loss_rows].double()
-        nll += F.cross_entropy(logits, batch.targets, reduction="sum").item()
-        correct += (logits.argmax(-1) == batch.targets).sum().item()
-        count += len(batch.targets)
+            logits = run.model.logits(hidden)[batch.loss_rows[: batch.num_targets]].double()
+        targets = batch.targets[: batch.num_targets]
+        nll += F.cross_entropy(logits, targets, reduction="sum").item()
+        correct += (logits.argmax(-1) == targets).sum().item()
+        count += len(targets)
         result = train_step(run, config.train, [batch])
         sums.merge(result.stats)
         num_tokens += result.num_tokens

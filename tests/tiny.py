@@ -1,8 +1,13 @@
 """A run small enough for a test: 2 layers, 64 short documents, fp32. Shared by the tests of whole runs."""
 
 import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -10,6 +15,7 @@ from safetensors.torch import load_file
 
 from minisft.config_file import load
 from minisft.data.tokenizer import train_tokenizer
+from minisft.errors import run_command
 from minisft.prepare import Run, prepare
 from minisft.train import run
 
@@ -64,6 +70,26 @@ def settings(folder: Path, **overrides: Any) -> dict[str, Any]:
 def train(folder: Path, **overrides: Any):
     """A whole run -> Result."""
     return run({}, **settings(folder, **overrides))
+
+
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["tiny", "minisft.loop", "torch._dynamo"])  # the last is imported by an optimizer
+
+
+def start(target: Callable, *arguments: Any) -> multiprocessing.Process:
+    """A started process that calls target(*arguments). Its server has imported torch once, so that it starts at once."""
+    tests = Path(__file__).parent
+    # one thread: a pool of threads would not survive the fork
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{tests.parent}{os.pathsep}{tests}"):
+        process = FORK.Process(target=target, args=arguments)
+        process.start()
+    return process
+
+
+def train_quietly(folder: Path, overrides: dict[str, Any], output: str = os.devnull) -> None:
+    """`train` for a process of its own: what it says goes to a file, and it exits with the code of the command."""
+    sys.stdout = sys.stderr = open(output, "w")
+    sys.exit(run_command(lambda: train(folder, **overrides).exit_code))
 
 
 def parts(folder: Path, **overrides: Any) -> tuple[Run, Any]:

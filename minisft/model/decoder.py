@@ -101,10 +101,17 @@ class Block(nn.Module):
         cos_sin: tuple[Tensor, Tensor] | None,
         kv_cache: KVCache | None = None,
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), start, end, cos_sin, kv_cache)
+        attended = self.self_attn(compute_dtype(self.input_layernorm(x)), start, end, cos_sin, kv_cache)
         attended = F.dropout(attended, self.dropout, self.training)
         normed, x = self.post_attention_layernorm.add(attended, x)
-        return x + F.dropout(self.mlp(normed), self.dropout, self.training)
+        return x + F.dropout(self.mlp(compute_dtype(normed)), self.dropout, self.training)
+
+
+def compute_dtype(x: Tensor) -> Tensor:
+    """x in autocast's dtype, where that is on: one copy for the two or three linear layers that read it, each of which
+    would otherwise make its own and keep it for the backward."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class Decoder(nn.Module):

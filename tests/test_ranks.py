@@ -1,0 +1,139 @@
+"""Two ranks train the same model as one: gloo on this machine, started as torchrun starts them."""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny import logged, relative_error, settings, start, train_quietly, weights
+
+from minisft import loop
+from minisft.errors import NONFINITE, STOPPED
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    settings(folder)
+    return folder
+
+
+def train_rank(folder: Path, overrides: dict, rank: int, port: int, broken_step: int | None) -> None:
+    """What one process does: train, and leave its output and a hash of its final weights in the output folder."""
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    out = Path(overrides["output_dir"])
+    out.mkdir(exist_ok=True)
+    honest_step, honest_finish = loop.train_step, loop.finish
+
+    def train_step(run, *arguments, **options):
+        if rank == 1 and run.step + 1 == broken_step:
+            good = run.loss
+            run.loss = lambda *arguments: (lambda total, stats: (total * float("inf"), stats))(*good(*arguments))
+        return honest_step(run, *arguments, **options)
+
+    def finish(config, run, *arguments):
+        data = b"".join(p.detach().numpy().tobytes() for p in run.model.parameters())
+        (out / f"weights-{rank}").write_text(hashlib.sha256(data).hexdigest())
+        return honest_finish(config, run, *arguments)
+
+    loop.train_step, loop.finish = train_step, finish
+    train_quietly(folder, overrides, output=out / f"said-{rank}")
+
+
+def start_ranks(folder: Path, overrides: dict, broken_step: int | None = None) -> list:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(train_rank, folder, overrides, rank, port, broken_step) for rank in (0, 1)]
+
+
+def join(processes) -> tuple[int, ...]:
+    for process in processes:
+        process.join(60)
+        process.kill()  # where it hangs
+        process.join()
+    return tuple(process.exitcode for process in processes)
+
+
+def same_weights(out: Path) -> bool:
+    return (out / "weights-0").read_text() == (out / "weights-1").read_text()
+
+
+@pytest.mark.parametrize("batch_size, accumulation", [(6, 1), (3, 2)])
+def test_two_ranks_are_one(home, tmp_path, batch_size, accumulation):
+    """64 rows in steps of 12: in the last one the second rank has fewer rows, or none."""
+    options = {"train.num_train_epochs": 1, "train.adam_beta1": 0.0, "train.max_grad_norm": None}
+    options |= {
+        "checkpoint.save_steps": 1,
+        "checkpoint.save_total_limit": 9,
+        "data.eval_data": str(home / "rows.jsonl"),
+    }
+    one = options | {"output_dir": str(tmp_path / "one"), "train.per_device_train_batch_size": 12}
+    two = options | {"output_dir": str(tmp_path / "two"), "train.per_device_train_batch_size": batch_size}
+    two |= {"train.gradient_accumulation_steps": accumulation}
+    processes = [start(train_quietly, home, one), *start_ranks(home, two)]
+    assert join(processes) == (0, 0, 0)
+
+    expected, losses = logged(tmp_path / "one"), logged(tmp_path / "two")
+    assert len(losses) == 6
+    assert losses[0] == pytest.approx(expected[0], rel=1e-6)  # the bound of the house for equal maths in fp32
+    assert losses == pytest.approx(expected, rel=1e-5)  # Adam amplifies the last bits of a gradient near zero
+    for name in ("num_tokens", "epoch", "learning_rate"):
+        assert logged(tmp_path / "two", name) == logged(tmp_path / "one", name)
+    assert logged(tmp_path / "two", "eval_loss") == pytest.approx(logged(tmp_path / "one", "eval_loss"), rel=1e-5)
+    first = "checkpoints/step-00000001/optimizer.safetensors"
+    moments, expected = (load_file(tmp_path / name / first) for name in ("two", "one"))
+    gradients = [name for name in expected if name.endswith("exp_avg")]  # with beta1 = 0
+    assert gradients
+    for name in gradients:
+        assert relative_error(moments[name], expected[name]) <= 1e-6, name
+
+    assert same_weights(tmp_path / "two")
+    assert "2 ranks" in (tmp_path / "two" / "said-0").read_text()
+    assert (tmp_path / "two" / "said-1").read_text() == ""
+
+
+def test_a_signal_to_one_rank_stops_and_saves_both(home, tmp_path):
+    # one log window over the whole run, so that it is open at every save; `whole` saves at its end only
+    options = {"train.num_train_epochs": 8, "train.per_device_train_batch_size": 4, "log.logging_steps": 1000}
+    whole = start_ranks(home, options | {"output_dir": str(tmp_path / "whole")})
+    out = tmp_path / "out"
+    options |= {"output_dir": str(out), "checkpoint.save_steps": 7}
+    processes = start_ranks(home, options)
+    while processes[1].is_alive() and not (out / "metrics.jsonl").exists():
+        time.sleep(0.001)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert join(processes) == (STOPPED, STOPPED)
+    assert same_weights(out) and not (out / "model").exists()
+    assert "stopped by a signal to another rank" in (out / "said-0").read_text()
+
+    assert join(start_ranks(home, options)) == (0, 0)
+    assert join(whole) == (0, 0)
+    assert same_weights(out)
+    assert weights(out) == weights(tmp_path / "whole")
+    assert (out / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_step_that_one_rank_finds_not_finite_is_refused_by_both(home, tmp_path, policy):
+    options = {"output_dir": str(tmp_path / "out"), "train.on_nonfinite": policy, "train.max_steps": 2}
+    options |= {"train.per_device_train_batch_size": 4}
+    codes = join(start_ranks(home, options, broken_step=2))
+    if policy == "stop":
+        assert codes == (NONFINITE, NONFINITE)
+        rows = [
+            json.loads((tmp_path / "out" / f"nonfinite-step-00000001-rank-{i}.json").read_text())["rows"]
+            for i in (0, 1)
+        ]
+        assert len(rows[0]) == len(rows[1]) == 4 and not set(rows[0]) & set(rows[1])
+        assert (tmp_path / "out" / "checkpoints" / "step-00000001").is_dir()
+    else:
+        assert codes == (0, 0)
+        assert same_weights(tmp_path / "out")
+        assert logged(tmp_path / "out", "nonfinite_steps") == [1]

@@ -1,0 +1,361 @@
+"""A run that was stopped, killed or damaged ends as if nothing had happened: byte for byte."""
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from tiny import logged, settings, start, train, train_quietly, weights
+
+from minisft import loop, prepare
+from minisft import train as command
+from minisft.config_values import as_toml
+from minisft.data.loader import Loader
+from minisft.errors import SAVE, STOPPED, UserError
+from minisft.optim import LossScale
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """One folder for the runs of this file: they share rows, tokenizer and token cache."""
+    folder = tmp_path_factory.mktemp("resume")
+    settings(folder)
+    return folder
+
+
+@pytest.fixture
+def go(home, tmp_path):
+    """A function that trains, in the same output folder at every call of one test."""
+    return partial(train, home, output_dir=str(tmp_path / "out"), **{"data.cache_dir": str(home / "cache")})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder but the lock, which names its last holder."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def saved(out: Path) -> list[Path]:
+    return sorted((out / "checkpoints").glob("step-????????"))
+
+
+def outcome(out: Path) -> dict[str, object]:
+    """What a run leaves, without what depends on the clock (timings.jsonl, and its length in the checkpoint)."""
+    last = saved(out)[-1]
+    state = json.loads((last / "trainer_state.json").read_text())
+    del state["timings.jsonl"]
+    return {
+        "metrics": (out / "metrics.jsonl").read_text(),
+        "state": state,
+        "weights": weights(out),
+        "checkpoint": (last.name, (last / "model.safetensors").read_bytes()),
+        "optimizer": (last / "optimizer.safetensors").read_bytes(),
+    }
+
+
+def assert_same(one: dict, other: dict) -> None:
+    for part in one:
+        assert one[part] == other[part], part  # part by part, or pytest would print the weights
+
+
+def stop_after(monkeypatch, steps: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """The process gets a signal while it collects the batches of optimizer step `steps` (the first is 1)."""
+    honest = Loader.step
+
+    def step(self, epoch, s):
+        if epoch * self.steps_per_epoch + s + 1 == steps:
+            signal.raise_signal(number)
+        return honest(self, epoch, s)
+
+    monkeypatch.setattr(Loader, "step", step)
+
+
+def break_steps(monkeypatch, *steps: int) -> None:
+    """The loss of these optimizer steps (the first is 1) is infinite."""
+    honest = loop.train_step
+
+    def train_step(run, *arguments, **options):
+        good = run.loss
+        if run.step + 1 in steps:
+            run.loss = lambda *arguments: (lambda total, stats: (total * float("inf"), stats))(*good(*arguments))
+        try:
+            return honest(run, *arguments, **options)
+        finally:
+            run.loss = good
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+
+
+# ---- stopped by a signal ----------------------------------------------------------------------------------------
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 259, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+RUNS = {
+    "plain": {},
+    # everything that is random, and a log window of 3 steps that is open at most of the saves
+    "random": {
+        "model.config": GPT2 | {"resid_pdrop": 0.1, "embd_pdrop": 0.1},
+        "data.packing": True,
+        "train.per_device_train_batch_size": 2,
+        "train.neftune_noise_alpha": 5.0,
+        "log.logging_steps": 3,
+        "data.eval_fraction": 0.1,
+        "evaluate.eval_steps": 2,
+    },
+    "fp16": {"train.precision": "fp16"},
+    "skip": {"train.on_nonfinite": "skip", "log.logging_steps": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """name of RUNS -> the outcome of that run without a stop, trained once."""
+    outcomes = {}
+
+    def outcome_of(name):
+        if name not in outcomes:
+            outcomes[name] = outcome(train(home, output_dir=str(home / name), **RUNS[name]).output_dir)
+        return outcomes[name]
+
+    return outcome_of
+
+
+def prepare_kind(name: str, monkeypatch) -> None:
+    if name == "fp16":  # the scale doubles every other step, overflows and halves again
+        monkeypatch.setattr(prepare, "LossScale", partial(LossScale, growth_interval=2))
+    if name == "skip":
+        break_steps(monkeypatch, 3, 8, 9)
+
+
+# An epoch has 8 steps, that of "random" 12.
+@pytest.mark.parametrize(
+    "name, steps",
+    [
+        *(("plain", k) for k in (1, 8)),
+        *(("random", k) for k in (1, 4, 11, 12, 13)),
+        ("fp16", 7),
+        ("skip", 4),
+        ("skip", 8),
+    ],
+)
+def test_a_stopped_run_resumes_byte_for_byte(go, whole, monkeypatch, name, steps):
+    prepare_kind(name, monkeypatch)
+    expected = whole(name)
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        stopped = go(**RUNS[name])
+    assert (stopped.exit_code, stopped.step, stopped.model_dir) == (STOPPED, steps, None)
+    result = go(**RUNS[name])
+    assert result.exit_code == 0
+    assert_same(outcome(result.output_dir), expected)
+
+
+def test_fp16_s_loss_scale_moves_in_these_runs(whole, monkeypatch):
+    prepare_kind("fp16", monkeypatch)
+    assert whole("fp16")["state"]["loss_scale"]["scale"] not in (1.0, 2.0**16)
+
+
+# ---- started again ----------------------------------------------------------------------------------------------
+
+CONSTANT = {"train.lr_scheduler_type": "constant"}  # a schedule that does not depend on the number of steps
+
+
+def test_a_second_start_of_a_finished_run_changes_nothing(go, capsys):
+    options = {"log.report_to": ["tensorboard"], "data.eval_fraction": 0.1}
+    out = go(**options).output_dir
+    before = files(out)
+    again = go(**options)
+    assert (again.exit_code, again.step, again.model_dir) == (0, 16, out / "model")
+    assert_same(files(out), before)
+    assert files(out).keys() == before.keys()
+    assert "finished already, at step 16" in capsys.readouterr().out
+
+
+def test_more_epochs_go_on_where_the_run_ended(go, home):
+    at_once = train(home, output_dir=str(home / "three"), **CONSTANT, **{"train.num_train_epochs": 3})
+    for epochs in (1, 2, 3):
+        out = go(**CONSTANT, **{"train.num_train_epochs": epochs}).output_dir
+    assert_same(outcome(out), outcome(at_once.output_dir))
+    # the models of the shorter runs are still there
+    assert sorted(p.name for p in out.glob("model*")) == ["model", "model.replaced-1", "model.replaced-2"]
+
+
+def test_never_starts_over(go, whole):
+    go(**{"train.learning_rate": 1e-3})
+    out = go(**{"checkpoint.resume": "never"}).output_dir
+    assert_same(outcome(out), whole("plain"))
+
+
+def test_a_path_goes_back_to_that_checkpoint(go, whole):
+    out = go(**{"checkpoint.save_steps": 4, "checkpoint.save_total_limit": 9}).output_dir
+    result = go(**{"checkpoint.resume": str(out / "checkpoints" / "step-00000008")})
+    assert result.step == 16
+    assert_same(outcome(out), whole("plain"))
+
+
+@pytest.mark.parametrize("change", [{"train.num_train_epochs": 3}, {"checkpoint.resume": "never"}])
+def test_after_a_crash_before_the_export_the_model_is_not_that_of_the_run_before(go, monkeypatch, change):
+    go(**CONSTANT)
+    options = {**CONSTANT, "train.learning_rate": 5e-3, **change}
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "finish", lambda *arguments: None)
+        go(**options)
+    out = go(**options | {"checkpoint.resume": "auto"}).output_dir
+    assert (out / "model" / "model.safetensors").read_bytes() == outcome(out)["checkpoint"][1]
+
+
+def test_a_full_disk_at_the_export_loses_nothing(go, whole, monkeypatch):
+    honest = loop.write_model
+
+    def write_model(run, folder, dtype=None):
+        if dtype:  # the export; a checkpoint keeps the weights as they are
+            raise OSError(errno.ENOSPC, "No space left on device")
+        honest(run, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "write_model", write_model)
+        with pytest.raises(UserError, match="could not be written: .*No space left") as caught:
+            go()
+    assert caught.value.exit_code == SAVE
+    assert_same(outcome(go().output_dir), whole("plain"))
+
+
+def test_another_precision_starts_with_its_own_loss_scale(go, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        go()
+    out = go(**{"train.precision": "fp16"}).output_dir
+    assert outcome(out)["state"]["loss_scale"]["scale"] == 2.0**16
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(go, whole, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 10)
+        out = go(**{"checkpoint.save_steps": 4}).output_dir
+    *_, newest = saved(out)
+    data = bytearray((newest / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(data)
+    go(**{"checkpoint.save_steps": 4})
+    said = capsys.readouterr().out
+    assert "step-00000010: model.safetensors does not have the sha256 it was written with" in said
+    assert "resumed    from" in said and "step-00000008" in said
+    assert_same(outcome(out), whole("plain"))
+
+
+def test_the_same_steps_in_other_micro_batches_may_resume(go, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        go()
+    result = go(**{"train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 4})
+    losses = [json.loads(line)["loss"] for line in whole("plain")["metrics"].splitlines()]
+    assert logged(result.output_dir) == pytest.approx(losses, rel=1e-4)  # as whole runs agree in test_loop.py
+
+
+def change_rows(home: Path, folder: Path) -> dict:
+    rows = (home / "rows.jsonl").read_text().splitlines()
+    (folder / "rows.jsonl").write_text("\n".join([rows[1], rows[0], *rows[2:]]))
+    return {"data.train_data": str(folder / "rows.jsonl")}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (change_rows, "data was"),
+        ({"data.eval_fraction": 0.1}, "documents was 64, is 58"),
+        ({"data.packing_strategy": "ffd"}, "packing was bfd, is ffd"),
+        ({"data.packing": False}, "packing was bfd, is none"),
+        ({"train.gradient_accumulation_steps": 2}, "packs a step was 2, is 4"),
+        ({"train.seed": 1}, "seed was 42, is 1"),
+        ({"data.shuffle": False}, "shuffle was True, is False"),
+    ],
+)
+def test_another_order_of_rows_is_refused(home, stopped_packed, tmp_path, change, message):
+    out, options = stopped_packed
+    before = files(out)
+    with pytest.raises(UserError, match=f"step-00000004 cannot be resumed: .*{message}") as caught:
+        train(home, **options | (change(home, tmp_path) if callable(change) else change))
+    assert "resume = 'never'" in caught.value.hint
+    assert_same(files(out), before)
+
+
+@pytest.fixture(scope="module")
+def stopped_packed(home) -> tuple[Path, dict]:
+    """A packed run that was stopped after step 4, and its options."""
+    options = {"output_dir": str(home / "packed"), "data.packing": True, "train.per_device_train_batch_size": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 4)
+        return train(home, **options).output_dir, options
+
+
+# ---- killed -----------------------------------------------------------------------------------------------------
+
+
+def kill_when(process, folder: Path, pattern: str) -> None:
+    """SIGKILL as soon as a path that matches appears in the folder."""
+    while process.is_alive() and not any(folder.glob(pattern)):
+        time.sleep(0.0005)
+    process.kill()
+    process.join()
+
+
+def test_killed_at_20_moments(home, tmp_path):
+    """The next start ends like a run that nobody killed. Most kills are inside a save: it has begun, nothing is renamed."""
+    options = {"checkpoint.save_steps": 1, "train.max_steps": 5, "checkpoint.save_total_limit": 2}
+    start(train_quietly, home, options | {"output_dir": str(tmp_path / "whole")}).join()
+    expected = outcome(tmp_path / "whole")
+
+    outside = (".lock", "config.toml", "metrics.jsonl", "checkpoints/step-00000001", "checkpoints/step-00000004")
+    written = ("", "/config.json", "/tokenizer.json", "/optimizer.safetensors", "/trainer_state.json", "/manifest.json")
+    moments = [f"checkpoints/.tmp-step-{step:08d}-*{name}" for name in written for step in (1, 3, 5)]
+    killed = inside = 0
+    for i, pattern in enumerate((*moments, *outside, ".tmp-model-*")):
+        out = tmp_path / str(i)
+        process = start(train_quietly, home, options | {"output_dir": str(out)})
+        kill_when(process, out, pattern)
+        killed += process.exitcode == -signal.SIGKILL  # on a busy machine a run may end before its kill
+        begun = {path.name[5:18] for path in out.glob("checkpoints/.tmp-step-*")}  # step-XXXXXXXX
+        inside += bool(begun - {path.name for path in saved(out)})
+        again = start(train_quietly, home, options | {"output_dir": str(out)})
+        again.join()
+        assert again.exitcode == 0
+        assert_same(outcome(out), expected)
+        assert [path.name for path in out.rglob(".*")] == [".lock"]  # what was begun is tidied up
+    assert killed >= 20 and inside >= 10, (killed, inside)
+
+
+# ---- Ctrl-C -----------------------------------------------------------------------------------------------------
+
+
+def write_config(home: Path, folder: Path, **overrides) -> str:
+    keys = settings(home, output_dir=str(folder / "out"), **overrides)
+    (folder / "run.toml").write_text("".join(f"{key} = {as_toml(value)}\n" for key, value in keys.items()))
+    return str(folder / "run.toml")
+
+
+def test_ctrl_c_saves_and_says_what_to_do(home, tmp_path, monkeypatch, capfd):
+    stop_after(monkeypatch, 3, signal.SIGINT)
+    assert command.main([write_config(home, tmp_path)]) == STOPPED
+    out, err = capfd.readouterr()
+    assert err.strip() == "minisft: SIGINT: saving after the next step, then stopping; once more quits at once"
+    assert f"stopped by SIGINT after step 3 of 16, saved in {tmp_path}/out/checkpoints; the same command goes on" in out
+
+
+def test_ctrl_c_twice_quits_at_once(home, tmp_path):
+    slow = {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": 64, "log.progress_bar": True}
+    config = write_config(home, tmp_path, **slow, **{"train.num_train_epochs": 1000})  # half a second a step
+    arguments = [sys.executable, "-m", "minisft.train", config]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 1 ") or "once more quits at once" in line:
+                process.send_signal(signal.SIGINT)
+            last = line
+    assert process.returncode == 130
+    assert last.startswith("minisft: interrupted")
+    assert not saved(tmp_path / "out")
