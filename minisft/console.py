@@ -73,7 +73,7 @@ def sample_report(samples: list[Sample], num_shown: int) -> str:
     return "\n".join(lines)
 
 
-def closing(folder: Path, model_dir: Path, report_to: tuple[str, ...]) -> str:
+def closing(folder: Path, report_to: tuple[str, ...]) -> str:
     """The contents of the output folder and what to do next."""
     contents = {
         "model/": "the trained model and tokenizer, as Hugging Face files",
@@ -86,7 +86,7 @@ def closing(folder: Path, model_dir: Path, report_to: tuple[str, ...]) -> str:
     }
     lines = ["", f"{folder}/"]
     lines += [f"  {name:<15} {what}" for name, what in contents.items() if (folder / name).exists()]
-    lines += ["", "next:", f'  python -m minisft generate {model_dir} --prompt "..."']
+    lines += ["", "next:", f'  python -m minisft generate {folder} --prompt "..."']
     if "tensorboard" in report_to:
         lines.append(f"  tensorboard --logdir {folder}")
     lines.append(

@@ -5,7 +5,7 @@ size, on packing, or on the number of ranks.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -98,16 +98,17 @@ def complete(
     max_new_tokens: int,
     precision: str,
     batch_size: int = 64,
-) -> Iterator[Sample]:
+) -> list[Sample]:
     """Greedy completions of the prompts, up to the tokenizer's end-of-sequence token."""
-    device = next(model.parameters()).device
+    device, samples = next(model.parameters()).device, []
     for i in range(0, len(prompts), batch_size):
         chunk = prompts[i : i + batch_size]
         with runtime.autocast(device, precision):
             outputs = generate(
                 model, [p.ids for p in chunk], max_new_tokens=max_new_tokens, stop_ids=(tokenizer.eos_token_id,)
             )
-        yield from (Sample(p, tokenizer.decode(ids)) for p, ids in zip(chunk, outputs))
+        samples += [Sample(p, tokenizer.decode(ids)) for p, ids in zip(chunk, outputs)]
+    return samples
 
 
 def exact_match(samples: list[Sample]) -> dict[str, tuple[int, int]]:

@@ -15,35 +15,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from minisft import console, runtime
 from minisft.checkpoint import (
     MAX_FAILED_SAVES,
     find_checkpoint,
     load_checkpoint,
-    name_aside,
     require_space_for_checkpoints,
     try_save,
 )
 from minisft.config import Config, TrainSection, config_to_dict
 from minisft.config_file import write_resolved
 from minisft.data.batch import Batch
-from minisft.errors import NONFINITE, SAVE, STOPPED, UserError
+from minisft.errors import NONFINITE, STOPPED, UserError
 from minisft.evaluate import complete, evaluate
-from minisft.files import (
-    atomic_folder,
-    lock_folder,
-    read_json,
-    read_manifest,
-    remove_leftovers,
-    verify_folder,
-    write_json,
-)
+from minisft.export import export_model, is_exported, write_model
+from minisft.files import lock_folder, read_json, remove_leftovers, write_json
 from minisft.loggers import Loggers, console_line
 from minisft.metrics import Sums, peak_memory
 from minisft.model.load import load_weights
-from minisft.model.save import save_model
 from minisft.optim import LossScale, clip_gradients, gradients
 from minisft.parallel import sum_gradients
 from minisft.prepare import Run, prepare
@@ -122,7 +112,7 @@ def run(config: Config, origins: dict[str, str]) -> Result:
     Raises UserError for whatever the user can mend, before the first step where that can be known.
     """
     with ExitStack() as stack:
-        folder, model_dir = Path(config.output_dir), Path(config.output_dir) / "model"
+        folder = Path(config.output_dir)
         device = runtime.pick_device(config.train.device)
         stack.enter_context(runtime.process_group(device))
         is_main = runtime.rank() == 0
@@ -138,21 +128,22 @@ def run(config: Config, origins: dict[str, str]) -> Result:
         if run.step >= run.total_steps and is_exported(run, folder):
             if is_main:
                 print(console.finished_already(folder, run.step))
-            return Result(folder, model_dir, run.step)
+            return Result(folder, folder / "model", run.step)
         if is_main:
             loggers = start_output(config, origins, folder, run, saved)
             stack.callback(loggers.close)
         bar = stack.enter_context(console.ProgressBar(run.step, run.total_steps, config.log.progress_bar and is_main))
-        first_step, num_failed_saves, stop, failure = run.step, 0, False, None
+        evaluated_at = saved_at = run.step  # a resumed run has both behind it
+        num_failed_saves, stop, failure = 0, False, None
         values, seconds, tokens = {}, 0.0, 0
 
         while True:
             done = stop or run.step >= run.total_steps
 
             # ---- 1. evaluate if due
-            due = run.step > first_step and (run.step % config.evaluate.eval_steps == 0 or run.step == run.total_steps)
-            if run.evals and (due or config.evaluate.eval_on_start and run.step == 0):
-                scores = {}
+            due = run.step % config.evaluate.eval_steps == 0 or run.step == run.total_steps
+            if run.evals and (due and run.step > evaluated_at or config.evaluate.eval_on_start and run.step == 0):
+                scores, evaluated_at = {}, run.step
                 for name, loader in run.evals.items():
                     means = evaluate(run.model, loader, run.loss, run.device, run.precision)
                     scores |= {f"eval_{name}_{key}" if name else f"eval_{key}": mean for key, mean in means.items()}
@@ -162,8 +153,8 @@ def run(config: Config, origins: dict[str, str]) -> Result:
                     bar.say(console_line(run.step, scores))
 
             # ---- 2. save if due, asked for, or last
-            if run.step > first_step and (done or run.step % config.checkpoint.save_steps == 0):
-                state = training_state(config, run, sums)
+            if run.step > saved_at and (done or run.step % config.checkpoint.save_steps == 0):
+                state, saved_at = training_state(config, run, sums), run.step
                 if is_main:
                     num_failed_saves = try_save(
                         MAX_FAILED_SAVES - 1 if done else num_failed_saves,  # no later save makes up for the last
@@ -180,17 +171,20 @@ def run(config: Config, origins: dict[str, str]) -> Result:
 
             # ---- 3. the step's micro-batches, a pure function of (seed, data, epoch, step)
             began = time.perf_counter()
-            batches = run.train.step(*divmod(run.step, run.train.steps_per_epoch))
+            epoch, step = divmod(run.step, run.train.steps_per_epoch)
+            batches = run.train.step(epoch, step)
 
             # ---- 4 to 7. N, forward and backward, finite check, update
             result = train_step(run, config.train, batches, stop_asked=signal.received is not None)
             stop = result.stop
             if not result.updated and (failure := handle_nonfinite(run, config.train, batches, folder)):
-                stop = True  # at the step before this one, which is saved above
+                stop = True  # after a save of the step before this one
                 continue
             run.step += 1
             run.num_tokens += result.num_tokens
             sums.merge(result.stats)
+            if config.data.packing:
+                sums.add({"packing_fill": (result.num_tokens, run.train.num_packs(step) * config.data.max_length)})
 
             # ---- 8. log the window: one division, one device sync
             seconds, tokens = seconds + time.perf_counter() - began, tokens + result.num_tokens
@@ -207,7 +201,7 @@ def run(config: Config, origins: dict[str, str]) -> Result:
         if failure:
             raise failure
         bar.close()
-        return finish(config, run, folder, model_dir, values, signal)
+        return finish(config, run, folder, values, signal)
 
 
 # ---- the start --------------------------------------------------------------------------------------------------
@@ -278,12 +272,6 @@ def data_order(config: Config, run: Run) -> dict:
 # ---- during the run ---------------------------------------------------------------------------------------------
 
 
-def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """The model and its tokenizer as Hugging Face files."""
-    save_model(run.model, folder, dtype=dtype)
-    run.tokenizer.save(folder)
-
-
 def progress(run: Run) -> dict[str, float]:
     """Where the run is: values to log that are no sums over the window."""
     skipped = {"nonfinite_steps": run.nonfinite_steps} if run.nonfinite_steps else {}
@@ -319,43 +307,20 @@ def handle_nonfinite(run: Run, train: TrainSection, batches: list[Batch], folder
     )
 
 
-# ---- the end ----------------------------------------------------------------------------------------------------
-
-
-def checkpoint_id(run: Run, folder: Path) -> str | None:
-    """What tells the checkpoint of this step from all others; None where it is not in this folder."""
-    path = folder / "checkpoints" / f"step-{run.step:08d}"
-    return read_manifest(path)["sha256"] if path.exists() else None
-
-
-def is_exported(run: Run, folder: Path) -> bool:
-    """Whether folder/model is there and comes from the checkpoint of this step, not from a run before."""
-    path = folder / "model"
-    whole = verify_folder(path, hashes=False) is None
-    return whole and read_manifest(path).get("checkpoint", "") == checkpoint_id(run, folder)
-
-
-def finish(config: Config, run: Run, folder: Path, model_dir: Path, values: dict, signal: runtime.StopSignal) -> Result:
+def finish(config: Config, run: Run, folder: Path, values: dict, signal: runtime.StopSignal) -> Result:
     """Export the model, complete the held-out prompts, and say what there is now and what to do next."""
+    is_main = runtime.rank() == 0
     if run.step < run.total_steps:
-        if runtime.rank() == 0:
+        if is_main:
             print(console.stopped(folder, run.step, run.total_steps, signal.received))
         return Result(folder, None, run.step, values, exit_code=STOPPED)
-    if runtime.rank() == 0:
-        manifest = {"step": run.step, "checkpoint": checkpoint_id(run, folder)}
-        try:
-            with atomic_folder(model_dir, manifest, move_existing_to=name_aside(model_dir)) as temporary:
-                write_model(run, temporary, dtype=runtime.DTYPES[config.checkpoint.save_dtype])
-        except (OSError, SafetensorError) as error:
-            hint = "nothing is lost: the last checkpoint has all steps. Free some space and give the same command again"
-            raise UserError(f"the model could not be written: {error}", hint=hint, exit_code=SAVE) from error
+    if is_main:
+        export_model(run, folder, runtime.DTYPES[config.checkpoint.save_dtype])
         if run.prompts:
             length = config.evaluate.max_new_tokens
-            samples = list(
-                complete(run.model, run.tokenizer, run.prompts, max_new_tokens=length, precision=run.precision)
-            )
+            samples = complete(run.model, run.tokenizer, run.prompts, max_new_tokens=length, precision=run.precision)
             console.write_samples(folder / "samples.jsonl", samples)
             print(console.sample_report(samples, config.evaluate.generate_samples_shown))
             values["exact_match"] = sum(sample.correct for sample in samples) / len(samples)
-        print(console.closing(folder, model_dir, config.log.report_to))
-    return Result(folder, model_dir, run.step, values)
+        print(console.closing(folder, config.log.report_to))
+    return Result(folder, folder / "model", run.step, values)

@@ -33,7 +33,7 @@ class Sums:
 
     def _reduce(self) -> tuple[list[str], Tensor]:
         """Names and fp64 [2, names]: sums and weights over all ranks. Empties the accumulator."""
-        names = sorted(self.sums)
+        names = list(self.sums)  # in the order of their first `add`, the same on all ranks
         weights = torch.tensor([self.weights[name] for name in names], dtype=torch.float64, device=self.device)
         sums = torch.stack([self.sums[name] for name in names]) if names else weights
         self.sums, self.weights = {}, {}

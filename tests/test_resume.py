@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny import logged, settings, start, train, train_quietly, weights
 
-from minisft import loop, prepare
+from minisft import export, loop, prepare
 from minisft import train as command
 from minisft.config_values import as_toml
 from minisft.data.loader import Loader
@@ -211,7 +211,7 @@ def test_after_a_crash_before_the_export_the_model_is_not_that_of_the_run_before
 
 
 def test_a_full_disk_at_the_export_loses_nothing(go, whole, monkeypatch):
-    honest = loop.write_model
+    honest = export.write_model
 
     def write_model(run, folder, dtype=None):
         if dtype:  # the export; a checkpoint keeps the weights as they are
@@ -219,7 +219,7 @@ def test_a_full_disk_at_the_export_loses_nothing(go, whole, monkeypatch):
         honest(run, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "write_model", write_model)
+        patch.setattr(export, "write_model", write_model)
         with pytest.raises(UserError, match="could not be written: .*No space left") as caught:
             go()
     assert caught.value.exit_code == SAVE

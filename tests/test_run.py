@@ -101,7 +101,7 @@ def test_the_output_folder_holds_what_the_end_says(trained):
     assert sorted(listed) == sorted(
         path.name + "/" * path.is_dir() for path in result.output_dir.iterdir() if path.name != ".lock"
     )
-    assert f"python -m minisft generate {result.model_dir}" in said
+    assert f"python -m minisft generate {result.output_dir} " in said
 
 
 # ---- what is done with the model --------------------------------------------------------------------------------

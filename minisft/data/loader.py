@@ -103,6 +103,10 @@ class Loader:
     def steps_per_epoch(self) -> int:
         return math.ceil(self.plan.num_packs / self.packs_per_step)
 
+    def num_packs(self, s: int) -> int:
+        """Packs of step s over all ranks: packs_per_step, or what is left for the last step of an epoch."""
+        return min(self.packs_per_step, self.plan.num_packs - s * self.packs_per_step)
+
     def packs(self, epoch: int) -> Packs:
         """The packs of an epoch, dealt once and kept until another epoch is asked for."""
         if epoch not in self._dealt:
@@ -120,7 +124,7 @@ class Loader:
         """
         assert 0 <= s < self.steps_per_epoch, f"step {s} of {self.steps_per_epoch}"
         first = s * self.packs_per_step
-        last = min(first + self.packs_per_step, self.plan.num_packs)
+        last = first + self.num_packs(s)
         batches = []
         for chunk in range(first, last, self.batch_size * self.world_size):  # one for every rank
             chunk += self.rank * self.batch_size

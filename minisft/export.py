@@ -1,0 +1,43 @@
+"""The trained model in the output folder, as Hugging Face files: exported whole, once a run is done."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from minisft.checkpoint import name_aside
+from minisft.errors import SAVE, UserError
+from minisft.files import atomic_folder, read_manifest, verify_folder
+from minisft.model.save import save_model
+from minisft.prepare import Run
+
+
+def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """The model and its tokenizer as Hugging Face files."""
+    save_model(run.model, folder, dtype=dtype)
+    run.tokenizer.save(folder)
+
+
+def export_model(run: Run, folder: Path, dtype: torch.dtype) -> None:
+    """Write folder/model. An earlier export there is moved aside, not deleted. Raises UserError where the disk refuses."""
+    path = folder / "model"
+    manifest = {"step": run.step, "checkpoint": checkpoint_id(run, folder)}
+    try:
+        with atomic_folder(path, manifest, move_existing_to=name_aside(path)) as temporary:
+            write_model(run, temporary, dtype)
+    except (OSError, SafetensorError) as error:
+        hint = "nothing is lost: the last checkpoint has all steps. Free some space and give the same command again"
+        raise UserError(f"the model could not be written: {error}", hint=hint, exit_code=SAVE) from error
+
+
+def is_exported(run: Run, folder: Path) -> bool:
+    """Whether folder/model is there and comes from the checkpoint of this step, not from a run before."""
+    path = folder / "model"
+    whole = verify_folder(path, hashes=False) is None
+    return whole and read_manifest(path).get("checkpoint", "") == checkpoint_id(run, folder)
+
+
+def checkpoint_id(run: Run, folder: Path) -> str | None:
+    """What tells the checkpoint of this step from all others; None where it is not in this folder."""
+    path = folder / "checkpoints" / f"step-{run.step:08d}"
+    return read_manifest(path)["sha256"] if path.exists() else None
