@@ -1,6 +1,7 @@
 """What a run says on the console: one progress bar, or plain lines where nobody watches, and a page at the end."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -73,8 +74,9 @@ def sample_report(samples: list[Sample], num_shown: int) -> str:
     return "\n".join(lines)
 
 
-def closing(folder: Path, report_to: tuple[str, ...]) -> str:
-    """The contents of the output folder and what to do next."""
+def closing(folder: Path, report_to: tuple[str, ...], prompt: str) -> str:
+    """The contents of the output folder and what to do next. prompt: one to try."""
+    shell_quoted = shlex.quote(prompt.replace("\n", "\\n"))
     contents = {
         "model/": "the trained model and tokenizer, as Hugging Face files",
         "checkpoints/": "to resume from, exactly",
@@ -82,11 +84,12 @@ def closing(folder: Path, report_to: tuple[str, ...]) -> str:
         "timings.jsonl": "speed and memory",
         "samples.jsonl": "the completed prompts",
         "tensorboard/": "the same for TensorBoard",
+        "summary.txt": "what was read, what is trained, the arithmetic of the steps",
         "config.toml": "the whole configuration, with where each value came from",
     }
     lines = ["", f"{folder}/"]
     lines += [f"  {name:<15} {what}" for name, what in contents.items() if (folder / name).exists()]
-    lines += ["", "next:", f'  python -m minisft generate {folder} --prompt "..."']
+    lines += ["", "next:", f"  python -m minisft generate {folder} --prompt {shell_quoted}"]
     if "tensorboard" in report_to:
         lines.append(f"  tensorboard --logdir {folder}")
     lines.append(

@@ -208,12 +208,13 @@ def run(config: Config, origins: dict[str, str]) -> Result:
 
 
 def start_output(config: Config, origins: dict[str, str], folder: Path, run: Run, saved: dict | None) -> Loggers:
-    """Tidy the output folder, see that checkpoints fit on its disk, record the configuration, open the logs."""
+    """Tidy the output folder, see that checkpoints fit on its disk, record what the run is, open the logs."""
     for parent in (folder, folder / "checkpoints"):
         remove_leftovers(parent, locked=True)
     keep = config.checkpoint.save_total_limit
     require_space_for_checkpoints(folder / "checkpoints", run.model, run.optimizer, keep)
     write_resolved(config, origins, folder)
+    (folder / "summary.txt").write_text("\n".join(run.summary) + "\n", encoding="utf-8")
     run_name = config.log.run_name or folder.resolve().name
     return Loggers(folder, list(config.log.report_to), run_name, config_to_dict(config), saved)
 
@@ -322,5 +323,6 @@ def finish(config: Config, run: Run, folder: Path, values: dict, signal: runtime
             console.write_samples(folder / "samples.jsonl", samples)
             print(console.sample_report(samples, config.evaluate.generate_samples_shown))
             values["exact_match"] = sum(sample.correct for sample in samples) / len(samples)
-        print(console.closing(folder, config.log.report_to))
+        prompt = run.prompts[0].text if run.prompts and run.prompt_layout == "plain" else "..."
+        print(console.closing(folder, config.log.report_to, prompt))
     return Result(folder, folder / "model", run.step, values)

@@ -58,6 +58,11 @@ class Run:
     nonfinite_steps: int = 0
 
     @property
+    def prompt_layout(self) -> str:
+        """How a question became a prompt in the training data: "chat", "instruction" or "plain"."""
+        return self.train.documents.cache.manifest["sources"][0]["prompt"]
+
+    @property
     def total_steps(self) -> int:
         return self.schedule["total_steps"]
 
@@ -141,10 +146,11 @@ def prepare_tokenizer(config: Config) -> tuple[Tokenizer, str]:
 def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Loader, dict[str, Loader], list[str]]:
     """The training loader, the evaluation loaders by name, and their lines of the summary."""
     data, seed = config.data, config.train.seed
-    documents, lines = read_documents("train", source_list(data.train_data), config, tokenizer)
+    eval_packing = data.packing if data.eval_packing is None else data.eval_packing
+    documents, lines = read_documents("train", source_list(data.train_data), config, tokenizer, data.packing)
     held_out = {}
     for name, sources in eval_sets(data.eval_data).items():
-        held_out[name], more = read_documents(f"eval {name}".strip(), sources, config, tokenizer)
+        held_out[name], more = read_documents(f"eval {name}".strip(), sources, config, tokenizer, eval_packing)
         lines += more
     if data.eval_fraction:
         documents, held_out[""] = split_documents(documents, data.eval_fraction, seed)
@@ -153,8 +159,10 @@ def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Loader, dict[str
         )
 
     def loader(documents: Documents, packing: bool, batch_size: int, **options) -> Loader:
-        strategy = data.packing_strategy if packing else "none"
-        packs = plan(documents.lengths, data.max_length or int(documents.lengths.max()), strategy)
+        lengths = documents.lengths  # already cut as data.truncation says; without packing each is a pack of its own
+        packs = (
+            plan(lengths, data.max_length, data.packing_strategy) if packing else plan(lengths, lengths.max(), "none")
+        )
         ranks = {"rank": runtime.rank(), "world_size": runtime.world_size()}
         return Loader(documents, packs, batch_size, seed=seed, round_to=ROUND_TO, **ranks, **options)
 
@@ -165,7 +173,6 @@ def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Loader, dict[str
         accumulation=config.train.gradient_accumulation_steps,
         shuffle=data.shuffle,
     )
-    eval_packing = data.packing if data.eval_packing is None else data.eval_packing
     batch_size = config.evaluate.per_device_eval_batch_size
     evals = {name: loader(docs, eval_packing, batch_size, shuffle=False) for name, docs in held_out.items()}
     if data.packing:
@@ -177,7 +184,9 @@ def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Loader, dict[str
     return train, evals, lines
 
 
-def read_documents(title: str, sources: list, config: Config, tokenizer: Tokenizer) -> tuple[Documents, list[str]]:
+def read_documents(
+    title: str, sources: list, config: Config, tokenizer: Tokenizer, packing: bool
+) -> tuple[Documents, list[str]]:
     """Tokenise the sources (or find them in the cache), cut what is too long, and say what became of every row."""
     data = config.data
     cache = build_cache(
@@ -189,14 +198,19 @@ def read_documents(title: str, sources: list, config: Config, tokenizer: Tokeniz
         field_map=data.field_map,
         options=format_options(data),
     )
-    cuts_itself = data.packing and data.packing_strategy in ("bfd_split", "wrapped")
+    strategy = data.packing_strategy if packing else "none"
     documents, account = select_documents(
         cache,
-        max_length=None if cuts_itself else data.max_length,
+        max_length=None if strategy in ("bfd_split", "wrapped") else data.max_length,  # these two cut nothing off
+        split_at=data.max_length if strategy == "bfd_split" else None,
         truncation=data.truncation,
         seed=config.train.seed,
     )
     lines = [*cache.describe(), *account.lines(), f"tokens {cache.note} in {cache.folder}"]
+    if strategy == "wrapped":
+        lines.append(
+            "wrapped cuts documents anew every epoch: of each piece the first token is context, even if trained above"
+        )
     if config.verbose:
         lines += ["the first document, [trained] marked:", show_document(documents, 0, tokenizer)]
     return documents, [f"{title if i == 0 else '':<10} {line}" for i, line in enumerate(lines)]

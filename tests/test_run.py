@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import MODEL, logged, settings
+from tiny import MODEL, logged, parts, settings, train
 
 from minisft import __main__ as commands
 from minisft.commands import generate
@@ -117,6 +117,22 @@ def test_generate_answers(trained, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", StringIO("What is 2 + 3?\nHi!\n"))
     assert generate.main([out, *few]) == 0
     assert capsys.readouterr().out == answers
+
+
+@pytest.mark.parametrize("template, layout", [(None, "instruction"), ("chatml", "chat")])
+def test_generate_asks_as_the_training_data_did(tmp_path, template, layout):
+    """A question becomes the tokens that stood before its answer in training."""
+    train_tokenizer([], vocab_size=259, chat_template=template).save(tmp_path / "tokenizer")
+    row = {"question": "How many legs do 3 dogs have?", "answer": "12"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    options = {"data.max_length": 256, "train.max_steps": 1}
+    result = train(tmp_path, **options)
+    ready, _ = parts(tmp_path, **options)
+    (batch,) = ready.train.step(0, 0)
+    asked = generate.prompt_layout(result.model_dir, "none")
+    ids = generate.prompt_ids(load_tokenizer(result.model_dir), row["question"], asked)
+    assert asked == layout
+    assert ids == batch.input_ids[: batch.loss_rows[0] + 1].tolist()
 
 
 def test_generate_in_a_folder_without_a_model(tmp_path):

@@ -1,24 +1,27 @@
 """`python -m minisft generate FOLDER --prompt "..."`: answer prompts with a trained model.
 
-FOLDER is a model folder (`<output_dir>/model`, a checkpoint, any Hugging Face folder of a supported family) or a run's
-output folder. Without --prompt, each line of standard input is a prompt. A prompt becomes a user's turn where the
-tokenizer has a chat template, unless --plain is given.
+FOLDER is a run's output folder or a model folder (a checkpoint, any Hugging Face folder of a supported family). Without
+--prompt, each line of standard input is a prompt. It is put the way the prompts of the training data were: as a user's turn
+of the chat template, as an instruction, or as it is; for other folders by the chat template, if there is one.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minisft.errors import MODEL, UserError
+from minisft.files import MANIFEST, read_json
+
+if TYPE_CHECKING:
+    from minisft.data.tokenizer import Tokenizer
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="minisft generate", description="Answer prompts with a trained model.")
     parser.add_argument("folder", help="a model folder, or the output folder of a run")
     parser.add_argument("--prompt", action="append", help="may be given several times; none: the lines of stdin")
-    parser.add_argument(
-        "--plain", action="store_true", help="the prompt as it is, without the chat template; \\n is a newline"
-    )
+    parser.add_argument("--plain", action="store_true", help="the prompt as it is; \\n is a newline")
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
     parser.add_argument("--top_k", type=int)
@@ -40,13 +43,10 @@ def main(argv: list[str]) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(folder, device=device), load_tokenizer(folder)
     stop_ids = stop_tokens(tokenizer.eos_token_id, model.generation_config.get("eos_token_id"))
+    layout = "plain" if arguments.plain else prompt_layout(folder, "plain" if tokenizer.template is None else "chat")
     prompts = arguments.prompt or (line.rstrip("\n") for line in sys.stdin)
     for prompt in prompts:
-        if arguments.plain or tokenizer.template is None:
-            ids = tokenizer.prefix_ids + tokenizer.encode(prompt.replace("\\n", "\n"))
-        else:
-            messages = [{"role": "user", "content": prompt}]
-            ids = tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        ids = prompt_ids(tokenizer, prompt, layout)
         (output,) = generate(
             model,
             [ids],
@@ -59,6 +59,23 @@ def main(argv: list[str]) -> int:
         )
         print(tokenizer.decode(output), flush=True)
     return 0
+
+
+def prompt_layout(folder: Path, default: str) -> str:
+    """What the run that exported this model wrote into its manifest: "chat", "instruction" or "plain"."""
+    path = folder / MANIFEST
+    return read_json(path).get("prompt", default) if path.exists() else default
+
+
+def prompt_ids(tokenizer: "Tokenizer", prompt: str, layout: str) -> list[int]:
+    """The tokens of a prompt, exactly as in training."""
+    from minisft.data.formats import plain_prompt
+
+    if layout == "chat":
+        messages = [{"role": "user", "content": prompt}]
+        return tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    text = plain_prompt(prompt) if layout == "instruction" else prompt.replace("\\n", "\n")
+    return tokenizer.prefix_ids + tokenizer.encode(text)
 
 
 def stop_tokens(eos: int | None, from_config: int | list[int] | None) -> set[int]:

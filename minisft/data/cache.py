@@ -133,7 +133,7 @@ def build_cache(
     if on_bad_row not in ("error", "skip"):
         raise UserError(f"on_bad_row = {on_bad_row!r}", hint='one of "error", "skip"')
     if not sources:
-        raise UserError("no data source", hint='name one, as in train_files = ["data.jsonl"]')
+        raise UserError("no data source", hint='name one, as in train_data = "data.jsonl"')
     sources = [
         replace(
             source,
@@ -219,7 +219,7 @@ def _build(
         try:
             np.zeros(1, np.int64).tofile(files["offsets"])
             for number, source in enumerate(sources):
-                entry = {"layout": "", "rows_read": 0, "rows_used": 0, "dropped": {}}
+                entry = {"layout": "", "prompt": "", "rows_read": 0, "rows_used": 0, "dropped": {}}
                 manifest["sources"].append(entry)
                 for documents in _tokenise(source, tokenizer, options, on_bad_row, entry, manifest["bad_rows"]):
                     lengths = np.array([len(d.ids) for d in documents], dtype=np.int64)
@@ -302,7 +302,7 @@ def _tokenise(
                     data = rename_fields(row.data, source.field_map)
                     if layout is None:
                         layout = _detect(data, place(row.file, row.line), source.format, tokenizer, options)
-                        entry["layout"] = str(layout)
+                        entry["layout"], entry["prompt"] = str(layout), layout.prompt
                     example = to_example(data, layout, options)
                     pieces = _pieces(example, layout, tokenizer)
                 except RowError as error:

@@ -15,6 +15,7 @@ import numpy as np
 
 from minisft.data.batch import TRAINED
 from minisft.data.cache import Documents, TokenCache
+from minisft.data.packing import ragged_arange
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
 
@@ -61,11 +62,12 @@ class Accounting:
 
 
 def select_documents(
-    cache: TokenCache, *, max_length: int | None, truncation: str = "right", seed: int = 0
+    cache: TokenCache, *, max_length: int | None, truncation: str = "right", split_at: int | None = None, seed: int = 0
 ) -> tuple[Documents, Accounting]:
     """The documents of one epoch in the order of the cache, none longer than max_length (None = no limit).
 
     truncation: what happens to a longer document. "error", "drop", "right" keeps its first tokens, "left" its last.
+    split_at: packing will cut documents into pieces of this length (bfd_split), and the first token of a piece is context.
     Documents with no target left are dropped: the first token of a document is never one. A source of weight 2.5
     gives every document twice and a half of them, drawn once by `seed`, a third time.
     Raises UserError where truncation is "error" and a document is longer, and where nothing is left.
@@ -90,6 +92,13 @@ def select_documents(
     if max_length and truncation == "left":
         start = np.maximum(start, end - max_length)
     targets = count_targets(cache, start, end)
+    if split_at:
+        cuts = np.maximum(end - start - 1, 0) // split_at  # the pieces of each document after its first
+        first_tokens = np.repeat(start, cuts) + split_at * (ragged_arange(np.zeros_like(cuts), cuts) + 1)
+        trained = cache.kinds[first_tokens] >= TRAINED
+        if cache.weights is not None:
+            trained &= cache.weights[first_tokens] > 0
+        targets -= np.bincount(np.repeat(np.arange(len(cuts)), cuts)[trained], minlength=len(cuts))
 
     dropped = sum((Counter(entry["dropped"]) for entry in cache.manifest["sources"]), Counter())
     too_long = longer & (truncation == "drop")

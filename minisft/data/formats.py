@@ -103,6 +103,11 @@ class Layout:
     weighted: bool = False  # the rows have a `weight`
     ignored: tuple[str, ...] = ()  # fields of the first row that nothing reads
 
+    @property
+    def prompt(self) -> str:
+        """How a question becomes a prompt: "chat" by the template, "instruction" by `plain_prompt`, "plain" as it is."""
+        return "chat" if self.chat else "instruction" if self.format in ("instruction", "question_answer") else "plain"
+
     def __str__(self) -> str:
         """One line for the start of a run."""
         how = "by the chat template" if self.chat else "already tokenised" if self.format == "input_ids" else "as text"
