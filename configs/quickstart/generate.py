@@ -12,7 +12,7 @@ from pathlib import Path
 from minisft.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 FOLDER = Path(__file__).parent
-NUM_TRAIN, NUM_HELD_OUT = 4000, 40  # rows of each kind
+NUM_TRAIN, NUM_HELD_OUT = 6000, 40  # rows of each kind
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
