@@ -331,3 +331,16 @@ def lock_folder(folder: Path | str) -> IO[bytes]:
     file.write(f"process {os.getpid()} on {HOST}\n".encode())
     file.flush()
     return file
+
+
+@contextmanager
+def waiting_lock(path: Path | str) -> Iterator[None]:
+    """Hold the lock of the file `path` (made where absent), after whoever holds it now: ranks that need the same folder
+    let one of them make it. The kernel's lock, as in lock_folder."""
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+        yield

@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -260,3 +262,21 @@ def test_a_second_run_on_one_folder_is_refused_until_the_first_is_gone(tmp_path)
         with pytest.raises(UserError, match=f"process {os.getpid()} "):
             files.lock_folder(tmp_path / "out")
     files.lock_folder(tmp_path / "out").close()
+
+
+def test_a_waiting_lock_lets_one_in_at_a_time(tmp_path):
+    inside, most = [], []
+
+    def work():
+        with files.waiting_lock(tmp_path / "lock"):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]  # flock is held by the open file, not by the process
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]

@@ -45,11 +45,12 @@ from minisft.data.formats import (
 from minisft.data.sources import BadRow, Row, Source, excerpt, list_files, place, read_rows
 from minisft.data.tokenizer import Tokenizer, check_chat_template, conversation_piece, encode_pieces
 from minisft.errors import DATA, SAVE, UserError
-from minisft.files import atomic_folder, read_manifest, remove_leftovers, sha256_file, verify_folder
+from minisft.files import atomic_folder, read_manifest, remove_leftovers, sha256_file, verify_folder, waiting_lock
 
 CACHE_VERSION = 1  # raise it when the same input gives other tokens or kinds
 BATCH_ROWS, BATCH_CHARACTERS = 1024, 8_000_000  # a batch ends at whichever comes first
 SHOWN_BAD_ROWS = 5
+ABSENT = "absent"
 ARRAYS = {
     "ids": np.uint32,
     "kinds": np.uint8,
@@ -147,19 +148,25 @@ def build_cache(
     paths = [list_files(source) for source in sources]
     folder = Path(cache_dir) / cache_key(sources, paths, tokenizer, options, on_bad_row)[:32]
     note = "found"
-    problem = verify_folder(folder) if os.path.lexists(folder) else "built"
-    if problem is not None:
-        note = problem if problem == "built" else f"built again: {problem}"
-        if os.path.lexists(folder):
-            shutil.rmtree(folder)  # refuses a link
-        remove_leftovers(cache_dir)
+    if _problem(folder) is not None:
         try:
-            _build(folder, sources, [str(path) for path in chain(*paths)], tokenizer, options, on_bad_row)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with waiting_lock(folder.with_name(f".lock-{folder.name}")):  # of several ranks one builds, the others find
+                if problem := _problem(folder):
+                    note = "built" if problem == ABSENT else f"built again: {problem}"
+                    if os.path.lexists(folder):
+                        shutil.rmtree(folder)  # refuses a link
+                    remove_leftovers(cache_dir)
+                    _build(folder, sources, [str(path) for path in chain(*paths)], tokenizer, options, on_bad_row)
         except OSError as error:
-            if verify_folder(folder) is not None:  # else another process has built the same meanwhile
-                hint = "set cache_dir to a folder that can be written and has space"
-                raise UserError(f"the token cache: {error}", hint=hint, exit_code=SAVE) from None
+            hint = "set cache_dir to a folder that can be written and has space"
+            raise UserError(f"the token cache: {error}", hint=hint, exit_code=SAVE) from None
     return _open(folder, tuple(sources), note)
+
+
+def _problem(folder: Path) -> str | None:
+    """None where the cache is there, every byte of it, else what is wrong."""
+    return verify_folder(folder) if os.path.lexists(folder) else ABSENT
 
 
 def cache_key(
