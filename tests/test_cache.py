@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -182,7 +184,8 @@ def test_a_bad_row_stops_with_its_place(tmp_path):
         build(tmp_path, path)
     assert caught.value.exit_code == DATA
     assert str(caught.value).startswith(f'{path}:2: empty text; it begins `{{"text": ""}}`')
-    assert not any(name for name in os.listdir(tmp_path / "cache"))  # nothing half built stays
+    left = [name for name in os.listdir(tmp_path / "cache") if not name.startswith(".lock-")]
+    assert not left  # nothing half built stays
 
 
 def test_skipped_rows_are_counted_by_reason_and_shown(tmp_path):
@@ -280,16 +283,20 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     assert caught.value.exit_code == SAVE
 
 
-def test_two_processes_may_build_the_same(tmp_path, monkeypatch):
+def test_of_several_that_need_it_one_builds(tmp_path, monkeypatch):
     path = jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
-    real = cache_module._build
+    real, built = cache_module._build, []
 
-    def build_twice(*arguments):
-        real(*arguments)  # the other process was faster
+    def slow_build(*arguments):
+        built.append(1)
+        time.sleep(0.05)
         real(*arguments)
 
-    monkeypatch.setattr(cache_module, "_build", build_twice)
-    assert trained_text(build(tmp_path, path), 0) == "a<|im_end|>"
+    monkeypatch.setattr(cache_module, "_build", slow_build)
+    with ThreadPoolExecutor(4) as pool:  # as ranks do: the lock is held by the open file, not by the process
+        caches = list(pool.map(lambda _: build(tmp_path, path), range(4)))
+    assert [trained_text(cache, 0) for cache in caches] == ["a<|im_end|>"] * 4
+    assert len(built) == 1 and sorted(cache.note for cache in caches) == ["built", "found", "found", "found"]
 
 
 @pytest.mark.parametrize("file", ["ids.bin", "kinds.bin", "offsets.bin", "line.bin", "manifest.json"])
