@@ -4,6 +4,7 @@ A `UserError` says what is wrong, with the values, and what to do next. The comm
 its code; nobody sees a traceback for a mistake of their own. Internal invariants use `assert`.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EPERM, EROFS
@@ -35,10 +36,15 @@ def run_command(command: Callable[[], int]) -> int:
     """Call a command and return its exit code. A mistake of the user's, a full disk and a file that may not be read or
     written are two lines on stderr, not a traceback."""
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"minisft: error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever read our output has gone, as in `... --help | head`
+        sys.stdout = open(os.devnull, "w")  # else Python complains once more when it flushes at the end
+        return 141
     except OSError as error:
         if error.errno not in (ENOSPC, EDQUOT, EFBIG, EACCES, EPERM, EROFS):
             raise

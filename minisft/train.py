@@ -34,13 +34,17 @@ def run(source: str | Path | dict[str, Any], /, **overrides: Any) -> Result:
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0 done, 2 configuration, 130 interrupted, and those of errors.py."""
     argv = sys.argv[1:] if argv is None else argv
-    if "-h" in argv or "--help" in argv:
-        print(help_text())
-        return 0
     if not argv:
         print(USAGE + "       --help lists every key", file=sys.stderr)
         return 2
-    return run_command(lambda: _run(*load(*parse_arguments(argv))).exit_code)
+    return run_command(lambda: _command(argv))
+
+
+def _command(argv: list[str]) -> int:
+    if "-h" in argv or "--help" in argv:
+        print(help_text())
+        return 0
+    return _run(*load(*parse_arguments(argv))).exit_code
 
 
 def _run(config: Config, origins: dict[str, str]) -> Result:

@@ -146,7 +146,9 @@ def test_what_the_loop_raises_is_told_in_lines(folder, loop, capsys, raised, cod
     assert capsys.readouterr().err == told
 
 
-@pytest.mark.parametrize("raised", [AssertionError("invariant"), BrokenPipeError(errno.EPIPE, "Broken pipe")])
+@pytest.mark.parametrize(
+    "raised", [AssertionError("invariant"), ConnectionResetError(errno.ECONNRESET, "Connection reset")]
+)
 def test_our_own_mistakes_keep_their_traceback(folder, loop, raised):
     loop(raised)
     with pytest.raises(type(raised)):
@@ -186,3 +188,10 @@ def test_every_command_exists_and_is_dispatched_lazily(monkeypatch, capsys):
     assert __main__.main(["train", UserError("no", exit_code=errors.MODEL)]) == errors.MODEL
     assert __main__.main(["train", KeyboardInterrupt()]) == 130
     assert capsys.readouterr().err == "minisft: error: no\nminisft: interrupted\n"
+
+
+def test_a_reader_that_leaves_early_causes_no_traceback():
+    done = subprocess.run(
+        f"{sys.executable} -m minisft.train --help | head -n 1", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("usage:") and done.stderr == ""
