@@ -1,6 +1,7 @@
 """What a run says on the console: one progress bar, or plain lines where nobody watches, and a page at the end."""
 
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -42,6 +43,19 @@ class ProgressBar:
 
     def __exit__(self, *exception):
         self.close()
+
+
+def console_line(step: int, values: dict[str, float]) -> str:
+    """ "step 10 | loss 1.2500 | learning_rate 2.00e-05 | num_tokens 40960": one line for people."""
+    return " | ".join([f"step {step}", *(f"{name} {_readable(value)}" for name, value in values.items())])
+
+
+def _readable(value: float) -> str:
+    if isinstance(value, int) or not math.isfinite(value):
+        return str(value)
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.4f}"
+    return f"{value:.2e}"
 
 
 def write_samples(path: Path, samples: list[Sample]) -> None:

@@ -99,13 +99,13 @@ def complete(
     precision: str,
     batch_size: int = 64,
 ) -> list[Sample]:
-    """Greedy completions of the prompts, up to the tokenizer's end-of-sequence token."""
+    """Greedy completions of the prompts, up to a token that ends an answer."""
     device, samples = next(model.parameters()).device, []
     for i in range(0, len(prompts), batch_size):
         chunk = prompts[i : i + batch_size]
         with runtime.autocast(device, precision):
             outputs = generate(
-                model, [p.ids for p in chunk], max_new_tokens=max_new_tokens, stop_ids=(tokenizer.eos_token_id,)
+                model, [p.ids for p in chunk], max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids
             )
         samples += [Sample(p, tokenizer.decode(ids)) for p, ids in zip(chunk, outputs)]
     return samples

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a line on the console, JSON lines in the output folder, and trackers if asked.
+"""Where the numbers of a run are kept: JSON lines in the output folder, and trackers if asked.
 
 metrics.jsonl    one object a line, {"step": 10, "loss": 1.25, ...}: only values that are a function of the run, so that
                  a run that was killed and resumed leaves the same bytes as one that was not
@@ -114,19 +114,6 @@ class JSONLines:
         except OSError as error:
             _tell(f"{self.path}: {error}")
         return self.written + len(self.pending)
-
-
-def console_line(step: int, values: dict[str, float]) -> str:
-    """ "step 10 | loss 1.2500 | learning_rate 2.00e-05 | num_tokens 40960": one line for people."""
-    return " | ".join([f"step {step}", *(f"{name} {_readable(value)}" for name, value in values.items())])
-
-
-def _readable(value: float) -> str:
-    if isinstance(value, int) or not math.isfinite(value):
-        return str(value)
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:.4f}"
-    return f"{value:.2e}"
 
 
 def _finite_or_string(value):

@@ -31,7 +31,7 @@ from minisft.errors import NONFINITE, STOPPED, UserError
 from minisft.evaluate import complete, evaluate
 from minisft.export import export_model, is_exported, write_model
 from minisft.files import lock_folder, read_json, remove_leftovers, write_json
-from minisft.loggers import Loggers, console_line
+from minisft.loggers import Loggers
 from minisft.metrics import Sums, peak_memory
 from minisft.model.load import load_weights
 from minisft.optim import LossScale, clip_gradients, gradients
@@ -150,7 +150,7 @@ def run(config: Config, origins: dict[str, str]) -> Result:
                 values |= scores
                 if is_main:
                     loggers.log(run.step, scores)
-                    bar.say(console_line(run.step, scores))
+                    bar.say(console.console_line(run.step, scores))
 
             # ---- 2. save if due, asked for, or last
             if run.step > saved_at and (done or run.step % config.checkpoint.save_steps == 0):
@@ -195,7 +195,7 @@ def run(config: Config, origins: dict[str, str]) -> Result:
                 bar.show(loss=window["loss"], lr=window["learning_rate"], tok_s=timings["tokens_per_second"])
                 if is_main:
                     loggers.log(run.step, window, timings)
-                    bar.log(console_line(run.step, window | timings))
+                    bar.log(console.console_line(run.step, window | timings))
             bar.update()
 
         if failure:
@@ -231,7 +231,7 @@ def resume(config: Config, run: Run, sums: Sums, folder: Path) -> dict | None:
             f"{key} was {was.get(key)}, is {value}" for key, value in now.items() if was.get(key) != value
         )
         raise UserError(
-            f"{path} cannot be resumed: rows would be repeated and missed ({changed})",
+            f"{path} cannot be resumed: tokens would be repeated and missed ({changed})",
             hint="go back to the data and the settings of that run, choose a new output_dir, or set resume = 'never'",
         )
     state = load_checkpoint(path, run.model, run.optimizer, load_weights)
@@ -256,12 +256,14 @@ def training_state(config: Config, run: Run, sums: Sums) -> dict:
 
 
 def data_order(config: Config, run: Run) -> dict:
-    """What decides which rows are in which step: a resumed run must have the same."""
+    """What decides which tokens are in which step: a resumed run must have the same."""
     return {
         "data": run.train.documents.cache.fingerprint,
         "documents": len(run.train.documents),
         "weights": [source.weight for source in run.train.documents.cache.sources],
         "packing": config.data.packing_strategy if config.data.packing else "none",
+        "max_length": config.data.max_length,
+        "truncation": config.data.truncation,
         "packs": run.train.plan.num_packs,
         "packs a step": run.train.packs_per_step,
         "seed": config.train.seed,

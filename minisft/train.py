@@ -55,7 +55,7 @@ def _run(config: Config, origins: dict[str, str]) -> Result:
         list_files(parse_source(source))  # a missing file is told now, before torch is imported
 
     # A thread of an OpenMP pool that waits for the others spins. Where another program takes its core, all of them spin for
-    # it, and training on 2 busy cores fell to a thirtieth; after 20,000 turns (some 50 us) they now sleep instead.
+    # it, and training on 2 busy cores fell to a thirtieth; after 20,000 turns they now sleep instead.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from minisft import loop
 

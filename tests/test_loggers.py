@@ -9,8 +9,9 @@ import types
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from minisft.console import console_line
 from minisft.errors import CONFIG, UserError
-from minisft.loggers import JSONLines, Loggers, console_line
+from minisft.loggers import JSONLines, Loggers
 
 
 def lines(path) -> list[dict]:

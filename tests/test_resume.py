@@ -272,6 +272,7 @@ def change_rows(home: Path, folder: Path) -> dict:
         ({"data.packing_strategy": "ffd"}, "packing was bfd, is ffd"),
         ({"data.packing": False}, "packing was bfd, is none"),
         ({"train.gradient_accumulation_steps": 2}, "packs a step was 2, is 4"),
+        ({"data.truncation": "left"}, "truncation was right, is left"),
         ({"train.seed": 1}, "seed was 42, is 1"),
         ({"data.shuffle": False}, "shuffle was True, is False"),
     ],

@@ -128,6 +128,12 @@ def test_older_files(tokenizer, tmp_path):
     assert loaded.eos_token_id == tokenizer.eos_token_id and loaded.encode("<extra>") == [tokenizer.vocab_size]
 
 
+@pytest.mark.parametrize("template, stops", [("chatml", {"<|endoftext|>", "<|im_end|>"}), (None, {"<|endoftext|>"})])
+def test_an_answer_ends_where_the_template_ends_it(template, stops):
+    tokenizer = train_tokenizer([], 259, eos_token="<|endoftext|>", chat_template=template)
+    assert {tokenizer.decode([i]) for i in tokenizer.stop_ids} == stops
+
+
 @pytest.mark.parametrize(
     "config, message",
     [

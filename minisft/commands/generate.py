@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(folder, device=device), load_tokenizer(folder)
-    stop_ids = stop_tokens(tokenizer.eos_token_id, model.generation_config.get("eos_token_id"))
+    listed = model.generation_config.get("eos_token_id") or []  # the model's own list: one id or several
+    stop_ids = tokenizer.stop_ids | set(listed if isinstance(listed, list) else [listed])
     layout = "plain" if arguments.plain else prompt_layout(folder, "plain" if tokenizer.template is None else "chat")
     prompts = arguments.prompt or (line.rstrip("\n") for line in sys.stdin)
     for prompt in prompts:
@@ -76,9 +77,3 @@ def prompt_ids(tokenizer: "Tokenizer", prompt: str, layout: str) -> list[int]:
         return tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
     text = plain_prompt(prompt) if layout == "instruction" else prompt.replace("\\n", "\n")
     return tokenizer.prefix_ids + tokenizer.encode(text)
-
-
-def stop_tokens(eos: int | None, from_config: int | list[int] | None) -> set[int]:
-    """The tokenizer's end of sequence and those that the model's generation_config.json lists."""
-    listed = from_config if isinstance(from_config, list) else [from_config]
-    return {i for i in (eos, *listed) if i is not None}

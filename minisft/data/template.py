@@ -325,14 +325,14 @@ def _answer_spans(
         spans.append((at, at + len(content), ANSWER | trained))
     if "</think>" in turn:
         spans.append((start, start + turn.index("</think>") + len("</think>"), REASONING | trained))
-    terminator = _terminator(template)
-    if terminator and turn.rstrip().endswith(terminator):
-        spans.append((start + turn.rindex(terminator), end, TERMINATOR | trained))
+    end_of_turn = terminator(template)
+    if end_of_turn and turn.rstrip().endswith(end_of_turn):
+        spans.append((start + turn.rindex(end_of_turn), end, TERMINATOR | trained))
     return spans
 
 
 @lru_cache(maxsize=32)
-def _terminator(template: ChatTemplate) -> str:
+def terminator(template: ChatTemplate) -> str:
     """What the template puts after an answer inside the assistant's turn, such as "<|im_end|>"."""
     probe = "An answer."
     text = render(template, [{"role": "user", "content": "A question."}, {"role": "assistant", "content": probe}])

@@ -33,7 +33,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from minisft.data.batch import TRAINED
 from minisft.data.formats import Piece, RowError, check_messages
-from minisft.data.template import CHATML, ChatTemplate, check_template, render, render_with_spans
+from minisft.data.template import CHATML, ChatTemplate, check_template, render, render_with_spans, terminator
 from minisft.errors import MODEL, UserError
 from minisft.files import dump_json, parse_json
 from minisft.hub import resolve
@@ -76,6 +76,14 @@ class Tokenizer:
     def pad_token_id(self) -> int | None:
         """Never read by training, which has no padding; EOS where the tokenizer names none."""
         return self._id("eos_token") if self._id("pad_token") is None else self._id("pad_token")
+
+    @cached_property
+    def stop_ids(self) -> set[int]:
+        """The tokens that end an answer: EOS, and what the chat template puts after one, which may be another token."""
+        ids = {self.eos_token_id}
+        if self.template is not None:
+            ids.add(self.backend.token_to_id(terminator(self.template)))
+        return ids - {None}
 
     @cached_property
     def vocab_size(self) -> int:
