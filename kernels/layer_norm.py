@@ -56,17 +56,25 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, scale, shift, mean, rstd = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         fused = x.dtype == rstd.dtype
         with torch.autocast(x.device.type, enabled=False):
             dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-                dy.to(x.dtype), x, x.shape[-1:], mean, rstd, scale, shift, [True, fused, fused]
+                dy.to(x.dtype),
+                x,
+                x.shape[-1:],
+                mean,
+                rstd,
+                scale,
+                shift,
+                [needs_x, fused and needs_weight, fused and needs_bias],
             )
-            if not fused:
-                rows = list(range(x.ndim - 1))
+            rows = list(range(x.ndim - 1))
+            if needs_weight and not fused:
                 dweight = (x - mean).mul_(rstd).mul_(dy).sum(rows)  # x - mean is fp32, as mean is
+            if needs_bias and not fused:
                 dbias = dy.sum(rows, dtype=rstd.dtype)
-        gradients = zip((dx, dweight, dbias), ctx.dtypes)
-        return *(None if dtype is None else g.to(dtype) for g, dtype in gradients), None
+        return *(None if g is None else g.to(dtype) for g, dtype in zip((dx, dweight, dbias), ctx.dtypes)), None
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -120,7 +120,7 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
             raise UserError(f"prompt {number} has token {wrong[0]}; the vocabulary has {model.config.vocab_size}")
         # The last new token is never fed back, so it needs no position.
         needed, limit = len(prompt) + max_new_tokens - 1, model.config.max_position_embeddings
-        if model.config.rope is None and needed > limit:
+        if model.config.learned_positions and needed > limit:
             raise UserError(
                 f"prompt {number} has {len(prompt)} tokens; {max_new_tokens} more exceed the model's {limit} positions",
                 hint="shorten the prompt or lower max_new_tokens",

@@ -86,7 +86,7 @@ def prepare(config: Config, device: torch.device) -> Run:
             field_map=config.data.field_map,
             group_field=config.evaluate.generate_group_field,
         )
-    model, model_line = prepare_model(config, tokenizer, device)
+    model, model_lines = prepare_model(config, tokenizer, device)
     optimizer = build_optimizer(
         model,
         learning_rate=train.learning_rate,
@@ -121,7 +121,7 @@ def prepare(config: Config, device: torch.device) -> Run:
             f"trainer    {config.trainer_type} on {where}",
             tokenizer_line,
             *data_lines,
-            model_line,
+            *model_lines,
             f"kernels    {', '.join(f'{op} {backend}' for op, backend in backends.items())}",
             f"steps      {describe_steps(config, loader, schedule)}",
         ],
@@ -213,7 +213,12 @@ def read_documents(
         )
     if config.verbose:
         lines += ["the first document, [trained] marked:", show_document(documents, 0, tokenizer)]
-    return documents, [f"{title if i == 0 else '':<10} {line}" for i, line in enumerate(lines)]
+    return documents, titled(title, lines)
+
+
+def titled(title: str, lines: list[str]) -> list[str]:
+    """Lines of the summary, the first with its title in front."""
+    return [f"{title if i == 0 else '':<10} {line}" for i, line in enumerate(lines)]
 
 
 def format_options(data: DataSection) -> FormatOptions:
@@ -232,17 +237,17 @@ def format_options(data: DataSection) -> FormatOptions:
 # ---- model ------------------------------------------------------------------------------------------------------
 
 
-def prepare_model(config: Config, tokenizer: Tokenizer, device: torch.device) -> tuple[nn.Module, str]:
-    """The model in fp32 on its device, with random weights or loaded ones, and its line of the summary."""
-    section = config.model
+def prepare_model(config: Config, tokenizer: Tokenizer, device: torch.device) -> tuple[nn.Module, list[str]]:
+    """The model in fp32 on its device, with random weights or loaded ones, and its lines of the summary."""
+    section, max_length = config.model, config.data.max_length
     if section.config is not None:
         # what the folder's readers need to know about its tokenizer, unless the user says it
         specials = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         table = {"vocab_size": tokenizer.vocab_size, **specials, **section.config}
-        model_config, folder, origin = from_hf(table), None, "random weights"
+        model_config, folder, origin = from_hf(table, max_length=max_length), None, "random weights"
     else:
         folder, commit = hub.resolve(section.model_name_or_path, section.revision, "model")
-        model_config = read_config(folder)
+        model_config = read_config(folder, max_length=max_length)
         origin = section.model_name_or_path + (f" at {commit}" if commit else "")
     if tokenizer.vocab_size > model_config.vocab_size:
         raise UserError(
@@ -250,21 +255,23 @@ def prepare_model(config: Config, tokenizer: Tokenizer, device: torch.device) ->
             hint="use the tokenizer of this model, or set vocab_size in model.config",
             exit_code=MODEL,
         )
-    if model_config.rope is None and (config.data.max_length or 0) > model_config.max_position_embeddings:
+    if model_config.learned_positions and (max_length or 0) > model_config.max_position_embeddings:
         raise UserError(
-            f"data.max_length = {config.data.max_length}, but the model has {model_config.max_position_embeddings} positions",
+            f"data.max_length = {max_length}, but the model has {model_config.max_position_embeddings} positions",
             hint="lower max_length",
             exit_code=MODEL,
         )
     model = build_model(model_config, device=device)
+    lines = list(model_config.notes)
     if folder is None:
         init_weights(model, config.train.seed)
     else:
-        load_weights(model, folder)
+        lines += load_weights(model, folder)
     model.gradient_checkpointing = section.gradient_checkpointing
     model.neftune_alpha = config.train.neftune_noise_alpha or 0.0
     size = sum(p.numel() for p in model.parameters())
-    return model.train(), f"model      {model_config.model_type}, {size / 1e6:,.1f} M parameters, {origin}"
+    lines.insert(0, f"{model_config.model_type}, {size / 1e6:,.1f} M parameters, {origin}")
+    return model.train(), titled("model", lines)
 
 
 # ---- arithmetic -------------------------------------------------------------------------------------------------

@@ -1,233 +1,292 @@
-"""Every family computes what transformers computes, reads its config.json, and saves what transformers loads."""
+"""config.json of every family: both dialects, class defaults, what is refused, and the names of its tensors.
+
+That each family computes what transformers computes is tested in test_golden.py.
+"""
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from tiny_models import CONFIGS, tiny
 
 from minisft.errors import MODEL, UserError
-from minisft.kernels.common import use_backend
-from minisft.model.families import DEFAULTS, from_hf, stored_tensors
-from minisft.model.load import load_model, read_config
-from minisft.model.save import save_model
+from minisft.model.families import FAMILIES, from_hf, to_hf
+from minisft.model.model_config import Rope, with_vocab_size
+from minisft.model.tensor_names import Stored, stored_tensors
 
-# Large initial weights, so that attention is far from uniform and every term shows in the logits.
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 101,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
-GPT2 = {
-    "model_type": "gpt2",
-    "vocab_size": 101,
-    "n_embd": 48,
-    "n_layer": 3,
-    "n_head": 4,
-    "n_positions": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+LLAMA = CONFIGS["llama"]
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0}
-CASES = {
-    "llama": LLAMA,
-    "llama, biases, head_dim, tied": LLAMA
-    | {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "tie_word_embeddings": True},
-    "llama, llama3 rope, transformers 4": LLAMA
-    | {"rope_theta": 500.0, "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16}},
-    "llama, linear rope, transformers 5": LLAMA
-    | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
-    "gpt2": GPT2,
-    "gpt2, untied, n_inner, inverse layer scale, erf gelu": GPT2
-    | {
-        "tie_word_embeddings": False,
-        "n_inner": 72,
-        "scale_attn_by_inverse_layer_idx": True,
-        "activation_function": "gelu",
-    },
-}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+ORIGINAL = "original_max_position_embeddings"
+each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the import warns of its own deprecations
-        import transformers
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
+def rope(hf: dict, **options) -> Rope:
+    """Of the first layer."""
+    return from_hf(hf, **options).ropes[0]
 
 
-def hf_config(transformers, values: dict):
-    return transformers.AutoConfig.for_model(**values)
+# ---------------------------------------------------------------- what a key that is left out means
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
-def pair(request, transformers, tmp_path_factory):
-    """A random model of transformers, and the folder that it saved itself to."""
-    torch.manual_seed(0)
-    config = hf_config(transformers, request.param)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms and biases would be 1 and 0, and a mistake in them would not show
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    folder = tmp_path_factory.mktemp("hf")
-    model.save_pretrained(folder)
-    return model, folder
+@each_family
+def test_class_defaults(family):
+    """class_defaults.json is AutoConfig.for_model(family).to_dict() of transformers 5.23, what shapes models."""
+    recorded = json.loads((Path(__file__).parent / "class_defaults.json").read_text())
+    assert from_hf({"model_type": family}) == from_hf(recorded[family])
 
 
-INPUT_IDS = torch.randint(101, (33,), generator=torch.Generator().manual_seed(1))
+@each_family
+def test_null_is_left_out(family):
+    says_something = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads"}
+    nulls = dict.fromkeys(FAMILIES[family].defaults.keys() - says_something)
+    nulls |= dict.fromkeys(("rope_scaling", "rope_parameters", "layer_types", "quantization_config"))
+    assert from_hf({"model_type": family} | nulls) == from_hf({"model_type": family})
 
 
-def logits(model) -> Tensor:
-    """Of one document [T]."""
-    index = torch.arange(len(INPUT_IDS), dtype=torch.int32)
-    zero = torch.zeros_like(index)
-    return model.logits(model(INPUT_IDS, index, zero, zero + len(index)))
+def test_null_that_says_something():
+    assert from_hf(CONFIGS["mistral"] | {"sliding_window": None}).windows == (None, None)
+    assert from_hf(CONFIGS["mistral"] | {"num_key_value_heads": None}).num_kv_heads == 4
+    capless = CONFIGS["gemma2"] | {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    assert from_hf(capless).attention_softcap is None and from_hf(capless).logit_softcap is None
+    assert from_hf(CONFIGS["gemma2"]).logit_softcap == 30.0
 
 
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
-# The reference repeats transformers' operations, so only the order of sums in a matrix product differs (GPT-2's stacked
-# q, k, v). The torch path sums attention in another order, in fp32.
-@pytest.mark.parametrize("backend, tolerance", [("reference", 1e-6), ("torch", 1e-5)])
-def test_logits(pair, backend, tolerance):
-    hf, folder = pair
-    with torch.no_grad(), use_backend(backend):
-        assert relative_error(logits(load_model(folder)), hf(INPUT_IDS[None]).logits[0]) <= tolerance
-
-
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_gradients(pair, backend):
-    hf, folder = pair
-    model = load_model(folder)
-    hf.zero_grad()
-    torch.nn.functional.cross_entropy(hf(INPUT_IDS[None]).logits[0, :-1], INPUT_IDS[1:]).backward()
-    with use_backend(backend):
-        torch.nn.functional.cross_entropy(logits(model)[:-1], INPUT_IDS[1:]).backward()
-    ours, theirs = dict(model.named_parameters()), dict(hf.named_parameters())
-    for name, stored in stored_tensors(model.config, ours).items():
-        grad = torch.cat([ours[part].grad for part in stored.names])
-        grad = grad.t() if stored.transposed else grad
-        # A bias of k has no gradient in exact arithmetic (softmax ignores a constant): only rounding is left there.
-        scale = max(theirs[name].grad.norm(), 1e-3)
-        assert (grad - theirs[name].grad).norm() <= 1e-4 * scale, name  # fp32 through three layers and back
-
-
-def test_autocast_is_as_exact_as_in_transformers(pair):
-    hf, folder = pair
-    model = load_model(folder)
-    with torch.no_grad():
-        truth = hf(INPUT_IDS[None]).logits[0]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            theirs = hf(INPUT_IDS[None]).logits[0].float()
-            ours = logits(model).float()
-    # Both errors are sums of random roundings to bf16; 1.25 leaves room for their luck at this small size.
-    assert relative_error(ours, truth) <= 1.25 * relative_error(theirs, truth)
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
-
-
-def test_saved_model_is_the_one_of_transformers(pair, transformers, tmp_path):
-    hf, folder = pair
-    save_model(load_model(folder), tmp_path)
-    ours, theirs = tensors(tmp_path), tensors(folder)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor), name
-    again, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, attn_implementation="eager", output_loading_info=True
-    )
-    assert not any(info.values()), info  # nothing missing, unexpected or mismatched
-    with torch.no_grad():
-        assert torch.equal(again(INPUT_IDS[None]).logits, hf(INPUT_IDS[None]).logits)
-    # Every key of the original config.json is still there with its value.
-    before, after = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path))
-    assert after | before == after
-    assert read_config(tmp_path) == read_config(folder)
-
-
-# ---------------------------------------------------------------- config.json
-
-
-@pytest.mark.parametrize("values", CASES.values(), ids=CASES.keys())
-def test_dialects_agree(transformers, values):
-    """What the user wrote, which leaves out defaults, and what transformers 5 writes for it."""
-    assert from_hf(values) == from_hf(hf_config(transformers, values).to_dict())
-
-
-@pytest.mark.parametrize("model_type", DEFAULTS)
-def test_class_defaults(transformers, model_type):
-    assert from_hf({"model_type": model_type}) == from_hf(hf_config(transformers, {"model_type": model_type}).to_dict())
-
-
-def test_rope_dialects():
-    newer = LLAMA | {"rope_parameters": LLAMA3 | {"rope_theta": 9.0, "original_max_position_embeddings": 16}}
-    older = LLAMA | {"rope_theta": 9.0, "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16}}
-    oldest = LLAMA | {"rope_theta": 9.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    assert from_hf(newer) == from_hf(older)
-    assert from_hf(newer | {"rope_theta": 5.0}) == from_hf(newer)  # the newer table wins
-    assert from_hf(oldest).rope.kind == "linear"
-    assert from_hf(LLAMA | {"rope_scaling": LLAMA3}).rope.original_max_position_embeddings == 64  # the model's own
-    assert from_hf(LLAMA | {"rope_scaling": None, "head_dim": None}) == from_hf(LLAMA)  # null is left out
+@each_family
+def test_what_is_written_is_read_as_the_same_model(family):
+    config = from_hf(CONFIGS[family])
+    written = to_hf(config, "float32")
+    assert from_hf(json.loads(json.dumps(written))) == config
+    assert written | CONFIGS[family] == written  # what was there is still there
+    assert written["architectures"] == [FAMILIES[family].architecture] and written["dtype"] == "float32"
+    larger = to_hf(with_vocab_size(config, 60), "bfloat16")
+    assert {key: larger[key] for key in written if larger[key] != written[key]} == {
+        "vocab_size": 60,
+        "dtype": "bfloat16",
+    }
 
 
 def test_gpt2_general_names():
-    general = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
-    values = {key: value for key, value in GPT2.items() if key not in ("n_embd", "n_layer", "n_head", "n_positions")}
-    assert from_hf(values | general) == from_hf(GPT2)
+    general = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
+    own = ("n_embd", "n_layer", "n_head", "n_positions")
+    values = {key: value for key, value in CONFIGS["gpt2"].items() if key not in own}
+    assert from_hf(values | general) == from_hf(CONFIGS["gpt2"])
+
+
+# ---------------------------------------------------------------- layers of several kinds
 
 
 @pytest.mark.parametrize(
-    "change, named",
+    "family, change, windows",
     [
-        ({"model_type": "mamba"}, "llama, gpt2"),
-        ({"model_type": None}, "llama, gpt2"),
-        ({"model_type": ["llama"]}, "llama, gpt2"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"num_local_experts": 8}, "num_local_experts"),
-        ({"sliding_window": 4096}, "sliding_window"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"logits_scaling": 8.0}, "logits_scaling"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ({"hidden_act": "relu"}, "relu"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
-        ({"rope_scaling": "linear"}, "rope_scaling"),
-        ({"rope_parameters": {"rope_theta": 9.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"hidden_size": 50}, "50"),
-        ({"hidden_size": "48"}, "hidden_size"),
-        ({"num_hidden_layers": -1}, "num_hidden_layers"),
-        ({"num_key_value_heads": 3}, "3"),
-        ({"head_dim": 15}, "head_dim"),
-        ({"rms_norm_eps": True}, "rms_norm_eps"),
-        ({"attention_bias": "no"}, "attention_bias"),
-        ({"attention_dropout": 1.5}, "attention_dropout"),
+        ("mistral", {}, (9, 9)),
+        ("phi3", {"sliding_window": None}, (None, None)),
+        ("qwen2", {}, (None, 9)),
+        ("qwen2", {"max_window_layers": 0}, (9, 9)),
+        ("qwen2", {"layer_types": ["sliding_attention", "full_attention"]}, (9, None)),
+        ("qwen2", {"use_sliding_window": False}, (None, None)),
+        ("qwen3", {"sliding_window": 32768}, (None, None)),  # published files say so and mean no window
+        ("smollm3", {}, (None, 9)),
+        ("gemma2", {"num_hidden_layers": 3}, (9, None, 9)),
+        ("gemma3_text", {"num_hidden_layers": 7, "sliding_window_pattern": None}, (9, 9, 9, 9, 9, None, 9)),
+        ("olmo3", {"num_hidden_layers": 5, "layer_types": None}, (9, 9, 9, None, 9)),
     ],
 )
-def test_refused(change, named):
+def test_windows(family, change, windows):
+    assert from_hf(CONFIGS[family] | change).windows == windows
+
+
+def test_ropes_by_layer():
+    assert from_hf(CONFIGS["smollm3"]).ropes == (Rope(8, 2e6), None)  # the list is called no_rope_layers, and 1 = rope
+    every_fourth = from_hf(CONFIGS["smollm3"] | {"num_hidden_layers": 5, "no_rope_layers": None})
+    assert [r is None for r in every_fourth.ropes] == [False, False, False, True, False]
+    scaled = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    assert from_hf(CONFIGS["gemma3_text"] | scaled).ropes == (Rope(16, 1e4), Rope(16, 1e6, "linear", 8.0))
+    assert from_hf(CONFIGS["olmo3"] | scaled).ropes == (Rope(8, 5e5), Rope(8, 5e5, "linear", 8.0))
+    assert from_hf(CONFIGS["gpt2"]).ropes == (None, None)
+
+
+# ---------------------------------------------------------------- rotary embeddings
+
+
+def test_rope_dialects():
+    newer = LLAMA | {"rope_parameters": LLAMA3 | {"rope_theta": 9.0, ORIGINAL: 16}}
+    older = LLAMA | {"rope_theta": 9.0, "rope_scaling": LLAMA3 | {ORIGINAL: 16}}
+    oldest = LLAMA | {"rope_theta": 9.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert from_hf(newer) == from_hf(older) == from_hf(older | newer)
+    assert from_hf(newer | {"rope_theta": 5.0}) == from_hf(newer)  # the table goes before the top level
+    assert rope(oldest) == Rope(8, 9.0, "linear", 2.0)
+    assert rope(LLAMA | {"rope_scaling": LLAMA3}).original_max_position_embeddings == 256  # the model's own
+    assert rope(newer | {ORIGINAL: 32}).original_max_position_embeddings == 32  # outside goes before inside
+
+
+@pytest.mark.parametrize("family, theta_of_sliding", [("gemma3_text", "rope_local_base_freq"), ("olmo3", "rope_theta")])
+def test_nested_rope_dialects(family, theta_of_sliding):
+    tables = {"full_attention": YARN | {"rope_theta": 7e5}, "sliding_attention": {"rope_theta": 7e5}}
+    older = {"rope_theta": 7e5, theta_of_sliding: 7e5, "rope_scaling": YARN}
+    assert from_hf(CONFIGS[family] | {"rope_parameters": tables}) == from_hf(CONFIGS[family] | older)
+    assert from_hf(CONFIGS[family] | {"rope_parameters": dict.fromkeys(tables)}) == from_hf(CONFIGS[family])
+
+
+def test_partial_rotation():
+    assert rope(CONFIGS["gpt_neox"]).dim == 2 and rope(CONFIGS["phi"]).dim == 4
+    assert rope(CONFIGS["gpt_neox"] | {"rotary_pct": 0.5, "rotary_emb_base": 9.0}) == Rope(4, 9.0)
+    newer = {"rope_parameters": {"rope_theta": 9.0, "partial_rotary_factor": 0.5, "rope_type": "default"}}
+    assert rope(CONFIGS["gpt_neox"] | newer) == Rope(4, 9.0)
+    assert rope(CONFIGS["phi3"] | {"partial_rotary_factor": 0.5}).dim == 4
+
+
+def test_yarn_attention_factor():
+    def factor(**keys):
+        return rope(LLAMA | {"rope_scaling": YARN | keys}).attention_factor
+
+    assert factor() == pytest.approx(1.1386294)  # 0.1 ln 4 + 1
+    assert factor(attention_factor=1.5) == 1.5
+    assert factor(mscale=0.7, mscale_all_dim=0.7) == 1.0
+    assert factor(mscale=0.7) == factor()  # both or neither
+    assert factor(factor=None) == factor()  # 256 / 64
+
+
+def test_longrope_is_decided_by_the_run():
+    """max_length says which list, not the batch; transformers would switch in the middle of training."""
+    hf = CONFIGS["phi3"] | {ORIGINAL: 64, "rope_scaling": LONG}
+    short, long = rope(hf), rope(hf, max_length=65)
+    assert short.pair_factors == (1.0, 1.5, 2.0, 2.5) and long.pair_factors == (2.0, 3.0, 4.0, 5.0)
+    assert rope(hf, max_length=64) == short
+    assert short.attention_factor == long.attention_factor == pytest.approx((1 + 1 / 3) ** 0.5)  # log 4 / log 64
+    assert from_hf(hf).notes == ("longrope: the factors for texts of up to 64 tokens",)
+    assert from_hf(hf, max_length=65).notes == ("longrope: the factors for texts of more than 64 tokens",)
+    for name in ("su", "yarn"):  # older Phi-3 files
+        assert rope(hf | {"rope_scaling": LONG | {"rope_type": None, "type": name}}) == short
+
+
+def test_dynamic_is_decided_by_the_run():
+    hf = LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    assert rope(hf).theta == rope(hf, max_length=256).theta == 10000.0
+    assert rope(hf, max_length=512).theta == pytest.approx(10000.0 * 3 ** (8 / 6))
+    assert "512 tokens" in from_hf(hf, max_length=512).notes[0]
+    assert from_hf(LLAMA, max_length=512) == from_hf(LLAMA) and from_hf(LLAMA).notes == ()
+
+
+# ---------------------------------------------------------------- what is refused, by name
+
+
+@pytest.mark.parametrize(
+    "family, change, named",
+    [
+        ("llama", {"model_type": "mamba"}, "llama, mistral"),
+        ("llama", {"model_type": None}, "llama, mistral"),
+        ("llama", {"model_type": ["llama"]}, "llama, mistral"),
+        ("llama", {"quantization_config": {"bits": 4}}, "bf16, fp16 or fp32"),
+        ("mistral", {"num_local_experts": 8}, "mixtures of experts"),
+        ("llama", {"sliding_window": 4096}, "sliding_window"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("llama", {"logits_scaling": 8.0}, "logits_scaling"),
+        ("llama", {"use_parallel_residual": True}, "use_parallel_residual"),
+        ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "each of 2 layers"),
+        ("qwen2", {"layer_types": "full_attention"}, "layer_types"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": False}, "no sliding_window"),
+        ("qwen2", {"max_window_layers": -1}, "max_window_layers"),
+        ("gemma2", {"sliding_window": None}, "no sliding_window"),
+        ("mistral", {"sliding_window": 0}, "sliding_window = '0'"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers"),
+        ("smollm3", {"no_rope_layers": [1, 2]}, "no_rope_layers"),
+        ("llama", {"hidden_act": "relu"}, "relu"),
+        ("phi", {"hidden_act": "silu"}, "silu"),
+        ("gemma", {"hidden_activation": "silu"}, "hidden_activation"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("qwen3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
+        ("stablelm", {"head_dim": 16}, "head_dim"),
+        ("phi", {"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("llama", {"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "ntk"),
+        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": True}}, "factor"),
+        ("llama", {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}}, "mrope_section"),
+        ("llama", {"rope_scaling": "linear"}, "rope_scaling"),
+        ("llama", {"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 2.0}}, "differ in factor"),
+        ("llama", {"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 2}}, "beta_slow"),
+        ("llama", {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor"),
+        ("llama", {"rope_scaling": LONG | {"short_factor": [1.0]}}, "short_factor must be a list of 4"),
+        ("llama", {"rope_scaling": LONG | {"long_factor": [1.0, 2.0, 3.0, -1.0]}}, "long_factor"),
+        ("llama", {"rope_parameters": {"rope_theta": 9.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, "full_attention"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 9.0}}, "one table for each"),
+        ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "'linear' is not implemented for phi3"),
+        ("phi", {"partial_rotary_factor": 0.4}, "head_dim"),  # int(8 * 0.4) = 3 features do not make pairs
+        ("phi", {"partial_rotary_factor": 2.0}, "more than a whole head"),
+        ("llama", {"hidden_size": 50}, "50"),
+        ("llama", {"hidden_size": "48"}, "hidden_size"),
+        ("llama", {"num_hidden_layers": -1}, "num_hidden_layers"),
+        ("llama", {"num_hidden_layers": 10**6}, "out of range"),
+        ("llama", {"num_key_value_heads": 3}, "3"),
+        ("llama", {"head_dim": 15}, "head_dim"),
+        ("llama", {"rms_norm_eps": True}, "rms_norm_eps"),
+        ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ("granite", {"attention_multiplier": 10**400}, "attention_multiplier"),
+        ("llama", {"attention_bias": "no"}, "attention_bias"),
+        ("llama", {"attention_dropout": 1.5}, "attention_dropout"),
+    ],
+)
+def test_refused(family, change, named):
     with pytest.raises(UserError) as caught:
-        from_hf(LLAMA | change)
+        from_hf(CONFIGS[family] | change)
     assert named in str(caught.value) and caught.value.exit_code == MODEL
 
 
 def test_neutral_values_are_accepted():
     neutral = {"quantization_config": None, "logits_scaling": 1.0, "num_experts": 0, "sliding_window": None}
-    neutral |= {"rope_interleaved": False, "layer_types": ["full_attention"] * 3}
+    neutral |= {"rope_interleaved": False, "layer_types": ["full_attention"] * 2, "partial_rotary_factor": 1.0}
     assert from_hf(LLAMA | neutral) == from_hf(LLAMA)
+
+
+def test_gemma_v1_means_the_tanh_approximation():
+    assert from_hf(CONFIGS["gemma"] | {"hidden_act": "gelu"}).activation == "gelu_tanh"
+
+
+def test_gemma3_that_sees_is_read_as_its_text_part():
+    text = CONFIGS["gemma3_text"]
+    seeing = {
+        "model_type": "gemma3",
+        "text_config": text,
+        "vision_config": {"hidden_size": 8},
+        "eos_token_id": [1, 106],
+    }
+    config = from_hf(seeing)
+    assert config == from_hf(text) and "what sees images is left out" in config.notes[0]
+    written = to_hf(config, "float32")
+    assert written["model_type"] == "gemma3_text" and written["eos_token_id"] == [1, 106]
+    assert "vision_config" not in written
+    with pytest.raises(UserError, match="text_config"):
+        from_hf({"model_type": "gemma3"})
+
+
+# ---------------------------------------------------------------- tensors
+
+
+@each_family
+def test_every_parameter_is_stored_once(family):
+    parameters = dict(tiny(family).named_parameters())
+    tensors = stored_tensors(from_hf(CONFIGS[family]), parameters)
+    assert sorted(name for stored in tensors.values() for name in stored.names) == sorted(parameters)
+    for stored in tensors.values():
+        parts = [parameters[name] for name in stored.names]
+        tensor = stored.join(parts)
+        assert list(tensor.shape) == stored.shape(parts)
+        assert all(map(torch.equal, stored.split(tensor, [len(part) for part in parts]), parts))
+
+
+def test_layouts():
+    q, k, v = (torch.arange(4.0) + 10 * i for i in range(3))  # two heads of two features
+    assert Stored(("q", "k", "v")).join([q, k, v]).tolist() == [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23]
+    by_head = Stored(("q", "k", "v"), num_heads=2).join([q, k, v])
+    assert by_head.tolist() == [0, 1, 10, 11, 20, 21, 2, 3, 12, 13, 22, 23]
+    assert Stored(("q",), transposed=True).join([torch.ones(3, 2)]).shape == (2, 3)

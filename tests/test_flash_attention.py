@@ -34,6 +34,7 @@ def hold_to_truth(inputs, start, end, dtype, **options):
 def test_every_layout(layout, dtype):
     start, end = bounds_of(LAYOUTS[layout])
     hold_to_truth(qkv(len(start)), start, end, dtype)
+    hold_to_truth(qkv(len(start)), start, end, dtype, window=50, softcap=4.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -55,10 +56,55 @@ def test_window_softcap_scale(options, dtype):
 
 
 @pytest.mark.parametrize("heads,kv_heads", [(1, 1), (4, 4), (9, 3), (8, 1)])
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
-def test_heads_and_head_dims(heads, kv_heads, head_dim):
+@pytest.mark.parametrize("head_dim", [2, 16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("options", [{}, dict(window=30, softcap=20.0)], ids=str)
+def test_heads_and_head_dims(heads, kv_heads, head_dim, options):
     start, end = bounds_of([40, 1, 140])
-    hold_to_truth(qkv(len(start), None, heads, kv_heads, head_dim), start, end, torch.bfloat16)
+    hold_to_truth(qkv(len(start), None, heads, kv_heads, head_dim), start, end, torch.bfloat16, **options)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_window_of_the_longest_document_is_no_window(softcap):
+    lengths = [100, 1, 163, 37]
+    start, end = bounds_of(lengths)
+    inputs = qkv(len(start))
+
+    def run(window):
+        return run_with_gradients(
+            lambda q, k, v: flash_attention(q, k, v, start, end, window=window, softcap=softcap), inputs
+        )
+
+    none, longest, shorter = run(None), run(163), run(162)
+    assert all(torch.equal(none[name], longest[name]) for name in none)
+    different = (none["output 0"] != shorter["output 0"]).flatten(1).any(1).nonzero()[:, 0]
+    assert different.tolist() == [263]  # one token less: the last query of the longest document loses its first key
+
+
+def test_a_large_softcap_is_no_softcap():
+    start, end = bounds_of([100, 1, 63])
+    inputs = qkv(len(start), dtype=torch.float64)
+
+    def run(softcap):
+        return run_with_gradients(lambda q, k, v: flash_attention(q, k, v, start, end, softcap=softcap), inputs)
+
+    plain, capped = run(None), run(1e5)
+    for name in plain:  # c tanh(s / c) = s - s^3 / (3 c^2) ...: with scores below 10 off by 3e-8 at most
+        assert relative_error(capped[name], plain[name]) < 1e-7, name
+
+
+def test_nothing_older_than_the_window_matters():
+    """To the bit, in a document of several blocks; and keys that no query sees get no gradient."""
+    start, end = bounds_of([5 * BLOCK])
+    last, window = slice(4 * BLOCK, 5 * BLOCK), 70
+    q, k, v = qkv(5 * BLOCK)
+    out = flash_attention(q, k, v, start, end, window=window)
+    d_k, d_v = torch.autograd.grad(out[last].sum(), (k, v))
+    first = 4 * BLOCK - window + 1  # the oldest key of the oldest of these queries
+    for d in (d_k, d_v):
+        assert not d[:first].any() and d[first:].flatten(1).any(1).all()
+    for x in (k, v):
+        x.data[:first] = 1e4
+    assert torch.equal(flash_attention(q, k, v, start, end, window=window)[last], out[last])
 
 
 @pytest.mark.parametrize("window", [None, 30])
@@ -100,7 +146,7 @@ def test_a_query_without_keys_gets_zeros():
     assert torch.equal(nothing, torch.zeros(2, 4, 16))
 
 
-@pytest.mark.parametrize("options", [{}, dict(window=2), dict(softcap=0.7)], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(window=2), dict(softcap=0.7), dict(window=3, softcap=2.0)], ids=str)
 def test_gradcheck(options):
     start, end = bounds_of([3, 1, 5])
     inputs = qkv(9, head_dim=3, dtype=torch.float64)
@@ -117,15 +163,16 @@ def test_agrees_with_sdpa():
     assert relative_error(ours, theirs.transpose(0, 1)) < 1e-6  # both fp32, sums in another order
 
 
+@pytest.mark.parametrize("options", [{}, dict(window=6), dict(window=150), dict(window=8, softcap=2.0)], ids=str)
 @pytest.mark.parametrize("lengths", [[100, 1, 63, 205], [5, 7, 1, 30, 9]], ids=["long", "short"])
-def test_packed_equals_one_by_one(lengths):
+def test_packed_equals_one_by_one(lengths, options):
     inputs = qkv(sum(lengths), dtype=torch.float64)
     start, end = bounds_of(lengths)
-    packed = run_with_gradients(lambda q, k, v: flash_attention(q, k, v, start, end), inputs)
+    packed = run_with_gradients(lambda q, k, v: flash_attention(q, k, v, start, end, **options), inputs)
 
     def one_by_one(q, k, v):
         documents = zip(*(x.split(lengths) for x in (q, k, v)))
-        return torch.cat([flash_attention(*d, *bounds_of([len(d[0])])) for d in documents])
+        return torch.cat([flash_attention(*d, *bounds_of([len(d[0])]), **options) for d in documents])
 
     alone = run_with_gradients(one_by_one, inputs)
     for name, tensor in packed.items():
@@ -134,14 +181,17 @@ def test_packed_equals_one_by_one(lengths):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("lengths", [[70, 250, 130], [20, 30, 25]], ids=["long", "short, one block"])
-def test_neighbours_change_nothing_bitwise(lengths, dtype):
+@pytest.mark.parametrize("options", [{}, dict(window=10), dict(window=40, softcap=3.0)], ids=str)
+def test_neighbours_change_nothing_bitwise(options, lengths, dtype):
     start, end = bounds_of(lengths)
     middle = slice(lengths[0], lengths[0] + lengths[1])
     inputs = [x.detach().to(dtype).requires_grad_() for x in qkv(sum(lengths))]
     others = [torch.randn_like(x).mul_(5).requires_grad_() for x in inputs]
     for x, y in zip(others, inputs):
         x.data[middle] = y.data[middle]
-    a, b = (run_with_gradients(lambda q, k, v: flash_attention(q, k, v, start, end), x) for x in (inputs, others))
+    a, b = (
+        run_with_gradients(lambda q, k, v: flash_attention(q, k, v, start, end, **options), x) for x in (inputs, others)
+    )
     for name in a:
         assert torch.equal(a[name][middle], b[name][middle]), name
         assert not torch.equal(a[name], b[name])
@@ -211,7 +261,11 @@ def test_varlen_is_the_same_op():
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("options", [{}, dict(window=7), dict(softcap=2.0, scale=0.4)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(window=1), dict(window=7), dict(softcap=2.0, scale=0.4), dict(window=9, softcap=1.0), dict(window=99)],
+    ids=str,
+)
 def test_kvcache_equals_the_last_row_of_the_forward(options, backend):
     filled, length = [1, 9, 40, 33], 40
     q = torch.randn(4, 4, 16)

@@ -1,39 +1,25 @@
 """Loading and saving: what comes back is what was stored, and what is wrong is named."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import CONFIGS, tiny
 
 from minisft import hub
 from minisft.errors import MODEL, UserError
 from minisft.model.decoder import Decoder
-from minisft.model.families import from_hf
-from minisft.model.load import build_model, init_weights, load_model, load_weights
+from minisft.model.families import FAMILIES, from_hf
+from minisft.model.load import build_model, init_weights, load_model, load_weights, read_config
+from minisft.model.model_config import with_vocab_size
 from minisft.model.save import save_model
 
-CONFIGS = {
-    "llama": {
-        "model_type": "llama",
-        "vocab_size": 53,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "attention_bias": True,
-    },
-    "gpt2": {"model_type": "gpt2", "vocab_size": 53, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-}
-TIED = CONFIGS["llama"] | {"tie_word_embeddings": True}
-
-
-def tiny(config: dict, seed: int = 0) -> Decoder:
-    model = build_model(from_hf(config), "cpu")
-    init_weights(model, seed)
-    return model
+LLAMA = CONFIGS["llama"] | {"attention_bias": True}
+TIED = LLAMA | {"tie_word_embeddings": True}
+LAYOUTS = ["llama", "gpt2", "phi3", "gpt_neox", "starcoder2", "phi"]  # every way to store tensors
 
 
 def assert_equal(one: Decoder, other: Decoder) -> None:
@@ -42,9 +28,9 @@ def assert_equal(one: Decoder, other: Decoder) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=LAYOUTS)
 def model(request) -> Decoder:
-    return tiny(CONFIGS[request.param])
+    return tiny(request.param)
 
 
 # ---------------------------------------------------------------- round trips
@@ -93,7 +79,7 @@ def test_dtypes(model, tmp_path):
 
 
 def test_config_json_keeps_what_was_there(tmp_path):
-    hf = CONFIGS["llama"] | {"torch_dtype": "float16", "eos_token_id": [2, 7], "a_note": None, "head_dim": 16}
+    hf = LLAMA | {"torch_dtype": "float16", "eos_token_id": [2, 7], "a_note": None, "head_dim": 16}
     save_model(tiny(hf), tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     expected = hf | {"torch_dtype": "float32"}
@@ -102,16 +88,97 @@ def test_config_json_keeps_what_was_there(tmp_path):
     assert "dtype" not in written
 
 
-def test_names_with_or_without_prefix_and_old_buffers(model, tmp_path):
+@pytest.mark.parametrize(
+    "family, prefix",
+    [(family, "") for family in LAYOUTS] + [("gemma2", "language_model.model."), ("gemma2", "model.language_model.")],
+)
+def test_names_with_or_without_prefix_and_old_buffers(family, prefix, tmp_path):
+    model = tiny(family)
     save_model(model, tmp_path)
     file = tmp_path / "model.safetensors"
-    tensors = {
-        name.removeprefix("model.").removeprefix("transformer."): value for name, value in load_file(file).items()
-    }
-    tensors |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    bare = {re.sub(r"^(model|transformer|gpt_neox)\.", "", name): value for name, value in load_file(file).items()}
+    tensors = {name if name.startswith(("lm_head", "embed_out")) else prefix + name: bare[name] for name in bare}
+    for module in ("attn", "attention"):
+        tensors[f"h.0.{module}.bias"], tensors[f"h.0.{module}.masked_bias"] = torch.ones(1, 4, 4), torch.tensor(-1e4)
     tensors |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     save_file(tensors, file)
     assert_equal(load_model(tmp_path), model)
+
+
+def test_both_names_of_the_head_of_gpt_neox(tmp_path):
+    model = tiny("gpt_neox")
+    save_model(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_equal(load_model(tmp_path), model)
+
+
+def test_what_sees_is_left_out_and_counted(tmp_path):
+    model = tiny("gemma3_text")
+    save_model(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {name.replace("model.", "language_model.model.", 1): tensor for name, tensor in load_file(file).items()}
+    seeing = {
+        "vision_tower.x": torch.ones(1),
+        "model.vision_tower.y": torch.ones(1),
+        "multi_modal_projector.z": torch.ones(1),
+    }
+    save_file(tensors | seeing, file)
+    with pytest.raises(UserError, match="3 unexpected"):  # a text model has no business with them
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": CONFIGS["gemma3_text"]}))
+    other = build_model(read_config(tmp_path), "cpu")
+    assert load_weights(other, tmp_path) == ["3 tensors left out: those of vision_tower, multi_modal_projector"]
+    assert_equal(other, model)
+
+
+# ---------------------------------------------------------------- more tokens than the files have
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi", "cohere"])
+def test_new_tokens_start_at_the_mean(family, tmp_path):
+    old = tiny(family)
+    save_model(old, tmp_path / "old")
+    new = build_model(with_vocab_size(read_config(tmp_path / "old"), 60), "cpu")
+    assert load_weights(new, tmp_path / "old") == ["7 new tokens start at the mean of the 53 others"]
+    for before, after in ((old.embed_tokens.weight, new.embed_tokens.weight), (old.head_weight, new.head_weight)):
+        assert torch.equal(after[:53], before) and len(after) == 60
+        assert torch.equal(after[53:], before.mean(0).expand(7, -1))
+    if old.head_bias is not None:
+        assert torch.equal(new.head_bias, torch.cat([old.head_bias, old.head_bias.mean().expand(7)]))
+    others = {name: p for name, p in old.named_parameters() if not name.startswith(("embed_tokens", "lm_head"))}
+    assert all(torch.equal(p, dict(new.named_parameters())[name]) for name, p in others.items())
+
+    save_model(new, tmp_path / "new")  # a model of its own from here on, and what a checkpoint of it restores
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["vocab_size"] == 60
+    assert_equal(load_model(tmp_path / "new"), new)
+    again = build_model(new.config, "cpu")
+    assert load_weights(again, tmp_path / "new") == []
+    assert_equal(again, new)
+
+
+def test_the_mean_is_taken_in_fp32(tmp_path):
+    save_model(tiny("llama"), tmp_path, dtype=torch.bfloat16)
+    new = build_model(with_vocab_size(read_config(tmp_path), 54), "cpu")
+    load_weights(new, tmp_path)
+    assert torch.equal(new.embed_tokens.weight[53], new.embed_tokens.weight[:53].mean(0))
+
+
+def test_another_vocabulary_is_no_new_tokens(tmp_path):
+    save_model(tiny("llama"), tmp_path)
+    for stored, asked in ((50, 53), (54, 60)):
+        config = with_vocab_size(from_hf(CONFIGS["llama"] | {"vocab_size": stored}), asked + 1)
+        with pytest.raises(UserError, match=r"\[53, 32\], config.json says"):
+            load_weights(build_model(config, "cpu"), tmp_path)
+
+
+def test_fewer_tokens_are_a_mistake_of_ours():
+    with pytest.raises(AssertionError):
+        with_vocab_size(from_hf(CONFIGS["llama"]), 52)
+
+
+# ---------------------------------------------------------------- a head that is the embedding
 
 
 def test_tied_head_in_the_file(tmp_path):
@@ -218,28 +285,36 @@ def test_values_too_large_for_the_dtype(tmp_path):
 def test_untied_model_without_head(tmp_path):
     save_model(tiny(TIED), tmp_path)
     with pytest.raises(UserError, match="1 missing: lm_head.weight"):
-        load_weights(tiny(CONFIGS["llama"]), tmp_path)
+        load_weights(tiny(LLAMA), tmp_path)
 
 
 # ---------------------------------------------------------------- random weights
 
 
+def fresh(config: dict, seed: int = 0) -> Decoder:
+    model = build_model(from_hf(config), "cpu")
+    init_weights(model, seed)
+    return model
+
+
 def test_init_follows_the_seed_and_not_the_dtype():
-    assert_equal(tiny(TIED, seed=3), tiny(TIED, seed=3))
-    assert not torch.equal(tiny(TIED, seed=3).head_weight, tiny(TIED, seed=4).head_weight)
+    assert_equal(fresh(TIED, seed=3), fresh(TIED, seed=3))
+    assert not torch.equal(fresh(TIED, seed=3).head_weight, fresh(TIED, seed=4).head_weight)
     half = build_model(from_hf(TIED), "cpu").to(torch.bfloat16)
     init_weights(half, seed=3)
-    assert_equal(half, tiny(TIED, seed=3).to(torch.bfloat16))
+    assert_equal(half, fresh(TIED, seed=3).to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("config, std", [(TIED, 0.02), (CONFIGS["gpt2"] | {"initializer_range": 0.1}, 0.1)])
-def test_init_rules(config, std):
-    for name, parameter in tiny(config).named_parameters():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_init_rules(family):
+    config = CONFIGS[family] | {"initializer_range": 0.1}
+    for name, parameter in fresh(config).named_parameters():
         if parameter.dim() == 1:
-            assert torch.all(parameter == (0 if name.endswith("bias") else 1)), name
+            stored_as_difference = family in ("gemma", "gemma2", "gemma3_text")  # from 1
+            assert torch.all(parameter == (0 if name.endswith("bias") or stored_as_difference else 1)), name
             continue
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        expected = std / 2 if residual and config["model_type"] == "gpt2" else std  # sqrt(2 * 2 layers) = 2
+        expected = 0.05 if residual and family == "gpt2" else 0.1  # sqrt(2 * 2 layers) = 2
         # At least 512 numbers: their standard deviation is within 3.2 % of the true one by one sigma; five are allowed.
         assert parameter.std().item() == pytest.approx(expected, rel=0.16), name
 

@@ -1,46 +1,27 @@
-"""The decoder over packed documents: nothing leaks, nothing changes with the packing, checkpointing changes nothing."""
+"""The decoder over packed documents: nothing leaks, nothing changes with the packing, checkpointing changes nothing.
+The switches that families add, each by a property of its own."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import CONFIGS, stream, tiny
 from torch import Tensor
 
-from minisft.data.batch import document_bounds
 from minisft.kernels.common import use_backend
-from minisft.model.decoder import Decoder
-from minisft.model.families import Rope, from_hf
-from minisft.model.load import build_model, init_weights
-from minisft.model.rope import inverse_frequencies
+from minisft.kernels.linear_cross_entropy import linear_cross_entropy
+from minisft.model.attention import KVCache
+from minisft.model.decoder import BLOCKS, Decoder
+from minisft.model.families import FAMILIES, from_hf
 
-CONFIGS = {
-    "llama": {
-        "model_type": "llama",
-        "vocab_size": 53,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "attention_dropout": 0.1,
-        "initializer_range": 0.3,
-    },
-    "gpt2": {
-        "model_type": "gpt2",
-        "vocab_size": 53,
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 256,
-        "initializer_range": 0.3,
-    },
-}
+# One of every kind of block, norm and MLP, with and without windows, caps, clamps, norms of q and k, rotary embeddings.
+KINDS = ["llama", "gpt2", "smollm3", "gemma2", "gemma3_text", "olmo", "olmo3", "granite", "gpt_neox", "cohere", "phi"]
 LENGTHS = [5, 1, 150, 17]  # a one-token document, one longer than an attention block
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=KINDS)
 def model(request) -> Decoder:
-    model = build_model(from_hf(CONFIGS[request.param]), "cpu")
-    init_weights(model, seed=0)
-    return model
+    return tiny(request.param)
 
 
 @pytest.fixture(params=["reference", "torch"])
@@ -49,11 +30,21 @@ def backend(request):
         yield
 
 
-def stream(lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """position_ids, start, end of documents side by side."""
-    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    start, end = document_bounds(cu_seqlens, sum(lengths))
-    return torch.arange(sum(lengths), dtype=torch.int32) - start, start, end
+def test_kinds_are_all_kinds():
+    configs = [from_hf(CONFIGS[family]) for family in KINDS]
+    everywhere = [from_hf(CONFIGS[family]) for family in FAMILIES]
+    assert {config.block for config in configs} == BLOCKS.keys()
+    for switch in (
+        "norm",
+        "norm_bias",
+        "norm_offset",
+        "mlp",
+        "qk_norm",
+        "rope_interleaved",
+        "learned_positions",
+        "head_bias",
+    ):
+        assert {getattr(c, switch) for c in configs} == {getattr(c, switch) for c in everywhere}, switch
 
 
 @torch.no_grad()
@@ -98,8 +89,11 @@ def gradients(model: Decoder, hidden: Tensor, probe: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_checkpointing_changes_nothing(model, backend, autocast):
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "phi"])
+def test_checkpointing_changes_nothing(family, backend, autocast):
     """Bitwise, with dropout and NEFTune on: the blocks are run again from the same random state."""
+    dropout = {} if family == "gpt2" else {"attention_dropout": 0.1}  # GPT-2 has some by default
+    model = tiny(CONFIGS[family] | dropout)
     model.neftune_alpha = 5.0
     ids, layout, probe = torch.randint(53, (sum(LENGTHS),)), stream(LENGTHS), torch.randn(sum(LENGTHS), 32)
 
@@ -115,19 +109,39 @@ def test_checkpointing_changes_nothing(model, backend, autocast):
         assert torch.equal(plain, checkpointed)
 
 
-def test_dropout_is_for_training_only(model, backend):
+# ---------------------------------------------------------------- dropout and noise
+
+
+DROPOUTS = {
+    "attention_dropout": [family for family in FAMILIES if family != "gpt2"],
+    "resid_pdrop": ["gpt2", "phi3", "phi"],
+    "embd_pdrop": ["gpt2", "phi"],
+    "attn_pdrop": ["gpt2"],
+    "hidden_dropout": ["gpt_neox", "stablelm"],
+    "residual_dropout": ["starcoder2"],
+    "embedding_dropout": ["starcoder2"],
+}
+GPT2_WITHOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+@pytest.mark.parametrize("key, family", [(key, family) for key, families in DROPOUTS.items() for family in families])
+def test_dropout_is_for_training_only(key, family):
+    config = CONFIGS[family] | (GPT2_WITHOUT if family == "gpt2" else {})
     ids, layout = torch.randint(53, (17,)), stream([17])
+    without, model = tiny(config), tiny(config | {key: 0.5})
+    assert torch.equal(without(ids, *layout), without(ids, *layout))
     assert not torch.equal(model(ids, *layout), model(ids, *layout))
     model.eval()
-    assert torch.equal(model(ids, *layout), model(ids, *layout))
+    assert torch.equal(model(ids, *layout), without(ids, *layout))
 
 
 @torch.no_grad()
-def test_neftune_scales_with_the_document(model):
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
+def test_neftune_scales_with_the_document(family):
+    model = tiny(CONFIGS[family] | (GPT2_WITHOUT if family == "gpt2" else {}))
     lengths, alpha = [4, 36, 160], 5.0
     model.embed_tokens.weight.data.zero_()
-    model.config = from_hf(model.config.hf | {"embd_pdrop": 0.0})
-    if model.config.rope is None:
+    if model.config.learned_positions:
         model.embed_positions.weight.data.zero_()
     seen = []
     model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -148,25 +162,93 @@ def test_neftune_scales_with_the_document(model):
         assert part.mean() == pytest.approx(0, abs=4 * limit / (3 * part.numel()) ** 0.5)
 
 
-def test_angles_do_not_follow_the_dtype_of_the_model(model):
-    assert not list(model.buffers())
-    assert inverse_frequencies(Rope(), 64).dtype == torch.float32
+# ---------------------------------------------------------------- windows, caps, multipliers
 
 
-def test_llama3_blends_between_kept_and_stretched():
-    plain = inverse_frequencies(Rope(), 64)
-    llama3 = Rope(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
-    ratio = inverse_frequencies(llama3, 64) / plain
-    turns = 8192 * plain / (2 * torch.pi)
-    assert torch.all(ratio[turns >= 4] == 1) and torch.all(ratio[turns <= 1] == 1 / 8)
-    between = ratio[(turns > 1) & (turns < 4)]
-    assert len(between) > 2 and torch.all((between > 1 / 8) & (between < 1))
+@torch.no_grad()
+def test_a_window_as_long_as_the_text_is_none(backend):
+    model, ids = tiny("mistral").eval(), torch.randint(53, (40,))
+
+    def hidden(window: int | None, lengths: list[int]) -> Tensor:
+        for layer in model.layers:
+            layer.self_attn.options["window"] = window
+        return model(ids, *stream(lengths))
+
+    for lengths in ([40], [20, 20], [3, 37]):
+        assert torch.equal(hidden(max(lengths), lengths), hidden(None, lengths))
+        assert not torch.equal(hidden(max(lengths) - 1, lengths), hidden(None, lengths))
+
+
+@torch.no_grad()
+def test_how_far_a_token_reaches_through_windows(backend):
+    """Window w counts the token itself, so two layers carry a change 2 (w - 1) tokens ahead, and not one further."""
+    model = tiny("mistral").eval()
+    ids, layout = torch.randint(53, (60,)), stream([60])
+    changed = ids.clone()
+    changed[10] = (ids[10] + 1) % 53
+    differs = (model(changed, *layout) != model(ids, *layout)).any(-1)
+    assert differs.nonzero()[:, 0].tolist() == list(range(10, 10 + 2 * (9 - 1) + 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_generation_is_the_whole_forward(family, backend):
+    """Rows of different lengths that grow past the windows, in fp32; the sums of one row run in another order."""
+    model = tiny(family).eval()
+    texts, prompts = [torch.randint(53, (length,)) for length in (14, 22, 30)], [1, 9, 17]
+    whole = [model(text, *stream([len(text)])) for text in texts]
+    cache = KVCache(40)
+    ids = torch.cat([text[:n] for text, n in zip(texts, prompts)])
+    hidden = model(ids, *stream(prompts), kv_cache=cache)[torch.tensor(prompts).cumsum(0) - 1]
+    index = torch.arange(3, dtype=torch.int32)
+    for step in range(13):
+        expected = torch.stack([rows[n - 1 + step] for rows, n in zip(whole, prompts)])
+        assert (hidden - expected).norm() <= 1e-5 * expected.norm(), step
+        ids = torch.stack([text[n + step] for text, n in zip(texts, prompts)])
+        positions = torch.tensor([n + step for n in prompts], dtype=torch.int32)
+        hidden = model(ids, positions, index, index + 1, kv_cache=cache)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere", "phi"])
+def test_the_loss_has_the_head_of_logits(family, backend):
+    """Bias, scale and cap; fp32, a few roundings apart."""
+    model = tiny(family)
+    hidden, targets = 3 * torch.randn(20, 32), torch.randint(53, (20,))
+    head = {"bias": model.head_bias, "softcap": model.config.logit_softcap, "logit_scale": model.config.logit_scale}
+    nll = linear_cross_entropy(hidden, model.head_weight, targets, reduction="none", **head)
+    expected = torch.nn.functional.cross_entropy(model.logits(hidden), targets, reduction="none")
+    assert (nll - expected).norm() <= 1e-6 * expected.norm()
+    plain = torch.nn.functional.cross_entropy(hidden @ model.head_weight.T, targets, reduction="none")
+    assert (family == "llama") == torch.allclose(expected, plain, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_gemma_rounds_its_embedding_multiplier():
+    model = tiny("gemma").to(torch.bfloat16)
+    config = replace(model.config, embedding_multiplier=3072**0.5)  # 55.4256 is 55.5 in bf16
+    seen = []
+    model.config = config
+    model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    ids = torch.arange(9)
+    model(ids, *stream([9]))
+    assert torch.equal(seen[0], model.embed_tokens.weight[:9] * 55.5)
+
+
+# ---------------------------------------------------------------- head
 
 
 def test_head(model):
     hidden = torch.randn(3, 32)
     assert model.head_weight.shape == (53, 32)
-    assert torch.equal(model.logits(hidden), hidden @ model.head_weight.T)
     tied = model.config.tie_word_embeddings
     assert (model.head_weight is model.embed_tokens.weight) == tied
     assert ("lm_head.weight" in dict(model.named_parameters())) == (not tied)
+    assert (model.head_bias is not None) == model.config.head_bias == ("lm_head.bias" in dict(model.named_parameters()))
+    logits = model.logits(hidden)
+    assert logits.shape == (3, 53) and torch.equal(logits.argmax(-1), model.logits(hidden[None])[0].argmax(-1))
+    cap = model.config.logit_softcap
+    assert cap is None or model.logits(1e4 * hidden).abs().max() <= cap
+
+
+def test_angles_do_not_follow_the_dtype_of_the_model(model):
+    assert not list(model.buffers())

@@ -14,6 +14,7 @@ FAMILIES = {
     "olmo2": dict(upcast_weight=True),
     "offset only": dict(offset=1.0),
 }
+LAYER_NORMS = {"plain": ("weight", "bias"), "cohere": ("weight",), "olmo 1": (), "bias only": ("bias",)}
 DTYPES = {
     "fp32": [torch.float32] * 4,
     "bf16": [torch.bfloat16] * 4,
@@ -63,14 +64,28 @@ def test_add_rms_norm_of_two_dtypes_takes_the_wider():
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("parameters", ["weight and bias", "weight", "none"])
+@pytest.mark.parametrize("parameters", LAYER_NORMS)
 def test_layer_norm(parameters, dtypes):
-    inputs = [leaf(130, 48), leaf(48), leaf(48)][: 1 + ["none", "weight", "weight and bias"].index(parameters)]
+    names = LAYER_NORMS[parameters]
+    inputs = [leaf(130, 48), *(leaf(48) for _ in names)]
 
     def call(op):
-        return lambda x, w=None, b=None: op(x, w, b, 1e-5)
+        return lambda x, *values: op(x, **{"weight": None, "bias": None, "eps": 1e-5, **dict(zip(names, values))})
 
     assert_close_to_truth(call(layer_norm), call(layer_norm_ref), inputs, DTYPES[dtypes][: len(inputs)])
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_parameter_that_is_left_out_is_one_or_zero(backend):
+    x, weight, bias = leaf(20, 48), leaf(48).detach(), leaf(48).detach()
+    with use_backend(backend):
+        for a, b in [
+            ((None, None), (torch.ones(48), torch.zeros(48))),
+            ((weight, None), (weight, torch.zeros(48))),
+            ((None, bias), (torch.ones(48), bias)),
+        ]:
+            left_out, given = (run_with_gradients(lambda x, p=p: layer_norm(x, *p, 1e-5), [x]) for p in (a, b))
+            assert all(torch.equal(left_out[name], given[name]) for name in given)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -79,17 +94,25 @@ def test_gradcheck(backend):
     with use_backend(backend):
         assert torch.autograd.gradcheck(lambda *a: rms_norm(*a, 1e-5, offset=1.0), (x, weight))
         assert torch.autograd.gradcheck(lambda *a: rms_norm(*a, 1e-5, upcast_weight=True), (x, weight))
+        assert torch.autograd.gradcheck(lambda *a: rms_norm(*a, 1e-5, offset=1.0, upcast_weight=True), (x, weight))
         assert torch.autograd.gradcheck(lambda *a: add_rms_norm(*a, 1e-5), (x, residual, weight))
         assert torch.autograd.gradcheck(lambda *a: layer_norm(*a, 1e-5), (x, weight, bias))
+        assert torch.autograd.gradcheck(lambda *a: layer_norm(*a, None, 1e-5), (x, weight))
+        assert torch.autograd.gradcheck(lambda x: layer_norm(x, None, None, 1e-5), (x,))
 
 
-def test_frozen_weight_or_frozen_input():
-    x, weight = leaf(6, 8), leaf(8)
-    both = run_with_gradients(lambda x, w: rms_norm(x, w, 1e-5), [x, weight])
-    only_x = run_with_gradients(lambda x: rms_norm(x, weight.detach(), 1e-5), [x])
-    only_weight = run_with_gradients(lambda w: rms_norm(x.detach(), w, 1e-5), [weight])
-    assert torch.equal(both["gradient of input 0"], only_x["gradient of input 0"])
-    assert torch.equal(both["gradient of input 1"], only_weight["gradient of input 0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_frozen_weights_or_frozen_input(dtype):
+    x, weight, bias = leaf(6, 8).detach().to(dtype).requires_grad_(), leaf(8), leaf(8)
+    for op, inputs in (
+        (lambda x, w: rms_norm(x, w, 1e-5), [x, weight]),
+        (lambda x, w, b: layer_norm(x, w, b, 1e-5), [x, weight, bias]),
+    ):
+        everything = run_with_gradients(op, inputs)
+        for i, leaf_ in enumerate(inputs):
+            alone = [t if t is leaf_ else t.detach() for t in inputs]
+            name = f"gradient of input {i}"
+            assert torch.equal(run_with_gradients(op, alone)[name], everything[name])
 
 
 def test_strided_input_and_autocast():
@@ -135,3 +158,26 @@ def test_rms_norm_is_the_one_of_transformers(dtype):
         # The mean of squares is summed in another order, so rstd, and after it y, may differ in the last fp32 bits.
         different = (ours != theirs(x)).float().mean()
         assert different < 1e-3 if dtype == torch.bfloat16 else torch.allclose(ours, theirs(x), rtol=6e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_layer_norm_is_the_one_of_transformers(dtype):
+    from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+    from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
+
+    x, weight = leaf(200, 64).detach().to(dtype), leaf(64).detach().to(dtype)
+    cohere, olmo = CohereLayerNorm(64, eps=1e-5).to(dtype), OlmoLayerNorm(64)
+    cohere.weight.data = weight
+    for backend in ("torch", "reference"):
+        with use_backend(backend):
+            for ours, theirs in [
+                (layer_norm(x, weight, None, 1e-5), cohere(x)),
+                (layer_norm(x, None, None, 1e-5), olmo(x)),
+            ]:
+                # Means are summed in another order: a few fp32 bits, which bf16 rounds away but for ties. Values near
+                # zero are differences of larger ones, hence the absolute tolerance of fp32's bits of 4.
+                assert ours.dtype == dtype
+                if dtype == torch.bfloat16:
+                    assert (ours != theirs).float().mean() < 1e-2
+                else:
+                    assert torch.allclose(ours, theirs, rtol=1e-6, atol=5e-7)

@@ -3,6 +3,10 @@
 Each token of a document attends to itself and to the tokens before it in the same document (`start` and `end` say
 which; see data/batch.py). Several query heads may share a key-value head (grouped-query attention, Ainslie et al. 2023,
 arXiv:2305.13245): a smaller cache and less traffic.
+
+What families add: a sliding window (a token sees the newest w only), a soft cap on the scores, an RMSNorm of queries
+and keys, a clamp on q, k and v, layers without rotary embedding. Each is one switch of the config, and all of them go
+through the kernels' contracts, so that every backend has them.
 """
 
 import torch
@@ -10,7 +14,8 @@ from torch import Tensor, nn
 
 from minisft.kernels.flash_attention import flash_attention, flash_attention_with_kvcache
 from minisft.kernels.rope import rope
-from minisft.model.families import ModelConfig
+from minisft.model.layers import RMSNorm
+from minisft.model.model_config import ModelConfig
 
 
 class KVCache:
@@ -50,32 +55,50 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.scale = config.attention_scale / (layer + 1 if config.attention_scale_by_layer else 1)
+        scale = config.attention_scale / (layer + 1 if config.attention_scale_by_layer else 1)
+        self.options = {"scale": scale, "window": config.windows[layer], "softcap": config.attention_softcap}
         self.dropout = config.attention_dropout
+        self.clip_qkv, self.qk_norm, self.interleaved = config.clip_qkv, config.qk_norm, config.rope_interleaved
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        if config.qk_norm != "none":
+            self.q_norm = RMSNorm(config, config.head_dim if config.qk_norm == "head" else q_size)
+            self.k_norm = RMSNorm(config, config.head_dim if config.qk_norm == "head" else kv_size)
 
     def forward(
         self,
         x: Tensor,  # [T, D]
         start: Tensor,
         end: Tensor,
-        cos_sin: tuple[Tensor, Tensor] | None,  # None: no rotary embedding
+        cos_sin: tuple[Tensor, Tensor] | None,  # None: this layer turns nothing
         kv_cache: KVCache | None = None,
     ) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hq, Dh]
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hkv, Dh]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        if cos_sin is not None:
-            q, k = rope(q, k, *cos_sin)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.clip_qkv is not None:
+            q, k, v = (t.clamp(-self.clip_qkv, self.clip_qkv) for t in (q, k, v))
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.unflatten(-1, (-1, self.head_dim))  # [T, Hq, Dh]
+        k = k.unflatten(-1, (-1, self.head_dim))  # [T, Hkv, Dh]
+        v = v.unflatten(-1, (-1, self.head_dim))
+        q, k = self._turn(q, k, cos_sin)
+
         if kv_cache is not None:
             keys, values = kv_cache.append(self.layer, k, v)
         if kv_cache is not None and kv_cache.is_filled:
-            out = flash_attention_with_kvcache(q, keys, values, kv_cache.lengths, scale=self.scale)
+            out = flash_attention_with_kvcache(q, keys, values, kv_cache.lengths, **self.options)
         else:
             dropout = self.dropout if self.training else 0.0
-            out = flash_attention(q, k, v, start, end, scale=self.scale, dropout=dropout)
+            out = flash_attention(q, k, v, start, end, dropout=dropout, **self.options)
         return self.o_proj(out.flatten(-2))  # [T, D]
+
+    def _turn(self, q: Tensor, k: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """The rotary embedding, with the norm of each head before it where the model has one: together one op."""
+        norms = {}
+        if self.qk_norm == "head":
+            assert cos_sin is not None  # no family has both: norms of heads, and layers without rotary embedding
+            norms = {f"{n}_norm": (m.weight, m.eps, m.offset) for n, m in (("q", self.q_norm), ("k", self.k_norm))}
+        return (q, k) if cos_sin is None else rope(q, k, *cos_sin, interleaved=self.interleaved, **norms)

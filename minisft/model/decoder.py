@@ -6,6 +6,8 @@ It works on the flat token stream [T], in which documents stand side by side (da
 padding, no mask. Documents meet in attention only, and `start` and `end` keep them apart there; everything else works
 on each token alone. The LM head is not part of the forward: the loss multiplies it only with the rows that are trained.
 
+That is Llama. Other families set switches of the config: blocks.py has their blocks, layers.py their norms and MLPs.
+
 Precision. Under autocast the linear layers compute in bf16 from fp32 master weights, while the residual stream x and
 the norms stay in fp32, as in transformers: a bf16 stream would round away whatever a layer adds below 2^-9 of x.
 Measured against fp32 with 8 layers of hidden size 576: the hidden states are off by 0.9 %, with a bf16 stream by 1.1 %,
@@ -17,71 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minisft.kernels.glu import swiglu
-from minisft.kernels.layer_norm import layer_norm
-from minisft.kernels.rms_norm import add_rms_norm, rms_norm
 from minisft.model.attention import Attention, KVCache
-from minisft.model.families import ModelConfig
+from minisft.model.blocks import OTHER_BLOCKS
+from minisft.model.layers import MLPS, NORMS, compute_dtype
+from minisft.model.model_config import ModelConfig
 from minisft.model.rope import rope_table
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.norm_eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """norm(x + residual) and x + residual, in one pass where there is a kernel for it."""
-        return add_rms_norm(x, residual, self.weight, self.eps)
-
-
-class LayerNorm(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
-        self.eps = config.norm_eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        total = x + residual
-        return self(total), total
-
-
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)): SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-
-
-class PlainMLP(nn.Module):
-    """down(gelu(up(x)))."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.approximate = {"gelu": "none", "gelu_tanh": "tanh"}[config.activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x), approximate=self.approximate))
-
-
-NORMS = {"rms": RMSNorm, "layer": LayerNorm}
-MLPS = {"glu": GatedMLP, "plain": PlainMLP}
 
 
 class Block(nn.Module):
@@ -91,27 +33,23 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = NORMS[config.norm](config)
         self.mlp = MLPS[config.mlp](config)
-        self.dropout = config.residual_dropout
+        self.attention_dropout, self.mlp_dropout = config.attention_output_dropout, config.mlp_output_dropout
 
     def forward(
         self,
         x: Tensor,  # [T, D]
         start: Tensor,
         end: Tensor,
-        cos_sin: tuple[Tensor, Tensor] | None,
+        cos_sin: tuple[Tensor, Tensor] | None,  # None: the layer has no rotary embedding
         kv_cache: KVCache | None = None,
     ) -> Tensor:
         attended = self.self_attn(compute_dtype(self.input_layernorm(x)), start, end, cos_sin, kv_cache)
-        attended = F.dropout(attended, self.dropout, self.training)
+        attended = F.dropout(attended, self.attention_dropout, self.training)
         normed, x = self.post_attention_layernorm.add(attended, x)
-        return x + F.dropout(self.mlp(compute_dtype(normed)), self.dropout, self.training)
+        return x + F.dropout(self.mlp(compute_dtype(normed)), self.mlp_dropout, self.training)
 
 
-def compute_dtype(x: Tensor) -> Tensor:
-    """x in autocast's dtype, where that is on: one copy for the two or three linear layers that read it, each of which
-    would otherwise make its own and keep it for the backward."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+BLOCKS = {"pre": Block} | OTHER_BLOCKS
 
 
 class Decoder(nn.Module):
@@ -128,13 +66,14 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False
         self.neftune_alpha = 0.0
         self.generation_config: dict = {}  # generation_config.json of the folder it was loaded from, kept for saving
+        # Without transformers' padding_idx: it keeps one row, often that of EOS, from being trained.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.rope is None:
+        if config.learned_positions:
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(BLOCKS[config.block](config, layer) for layer in range(config.num_layers))
         self.norm = NORMS[config.norm](config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, start: Tensor, end: Tensor, kv_cache: KVCache | None = None
@@ -145,16 +84,20 @@ class Decoder(nn.Module):
         how); without one the documents must be whole.
         """
         x = self.embed_tokens(input_ids)  # [T, D]
-        if self.config.rope is None:
+        if self.config.embedding_multiplier != 1:
+            x = x * torch.tensor(self.config.embedding_multiplier, dtype=x.dtype)
+        if self.config.learned_positions:
             x = x + self.embed_positions(position_ids)
         if self.training and self.neftune_alpha:
             x = x + self._neftune_noise(x, end - start)
         x = F.dropout(x, self.config.embedding_dropout, self.training)
 
-        cos_sin = None if self.config.rope is None else rope_table(self.config.rope, self.config.head_dim, position_ids)
+        dtype = torch.float32 if self.config.rope_in_fp32 else x.dtype
+        tables = {rope: rope_table(rope, position_ids, dtype) for rope in set(self.config.ropes) if rope is not None}
         if kv_cache is not None:
             kv_cache.place(position_ids, start, end)
-        for layer in self.layers:
+        for layer, rope in zip(self.layers, self.config.ropes):
+            cos_sin = tables.get(rope)
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, start, end, cos_sin, use_reentrant=False)  # keeps the RNG: the same dropout
             else:
@@ -172,6 +115,17 @@ class Decoder(nn.Module):
         """[V, D], the embedding itself where they are tied."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
+    @property
+    def head_bias(self) -> Tensor | None:
+        """[V], or None: few models have one."""
+        return self.lm_head.bias if self.config.head_bias else None
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D] -> [..., V]. For people and for generation; the loss never makes logits of all tokens."""
-        return F.linear(hidden, self.head_weight)
+        """hidden [..., D] -> softcap(logit_scale * (W h + bias)) [..., V]. For people and for generation; the loss
+        computes the same and never makes logits of all tokens."""
+        logits = F.linear(hidden, self.head_weight, self.head_bias)
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * torch.tanh(logits.float() / self.config.logit_softcap)
+        return logits

@@ -1,375 +1,440 @@
-"""Hugging Face's config.json and tensor names, translated: the one file that knows model families by name.
+"""Hugging Face's config.json, translated: the one file that knows model families by name.
 
-The decoder is one program with switches. A family is a setting of those switches (`ModelConfig`), a set of class
-defaults for the keys that its config.json may leave out, and a table from the tensor names in its files to ours. Our
-names are Llama's without the leading "model.". To add a family: its defaults, a reader, and its tensor names.
+A family is a short function that sets the switches of ModelConfig where they are not Llama's, and the defaults that its
+class in transformers gives to keys that config.json leaves out (class_defaults.py). To add one: both, an entry in
+FAMILIES, and one in tensor_names.py where its files name things otherwise.
 
 config.json comes in two dialects. transformers 4 writes `rope_theta` and `rope_scaling` at the top level and
-`torch_dtype`; transformers 5 writes one `rope_parameters` table and `dtype`. Both are read; where both speak, the newer
-one wins, as in transformers. A key that would change the maths in a way that is not implemented is refused by name: a
-model that loads but computes something else is the worst outcome.
+`torch_dtype`; transformers 5 writes one `rope_parameters` table, `dtype` and `layer_types`. Both are read.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from minisft.errors import MODEL, UserError
+from minisft.model import class_defaults
+from minisft.model.config_keys import (
+    activation,
+    check,
+    flag,
+    number,
+    optional_number,
+    probability,
+    refuse_other_maths,
+    size,
+)
+from minisft.model.model_config import ModelConfig
+from minisft.model.rope_config import read_rope, read_rope_by_kind
 
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding: the base frequency and how it is stretched for longer contexts (see rope.py)."""
-
-    theta: float = 10000.0
-    kind: str = "default"  # "default" | "linear" | "llama3"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0  # the last three are llama3's
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The switches of the decoder. `hf` is config.json as it was read, so that saving keeps every key."""
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    norm: str  # "rms" | "layer"
-    norm_eps: float
-    mlp: str  # "glu": down(silu(gate) * up) | "plain": down(act(up))
-    activation: str  # "silu" | "gelu" | "gelu_tanh"
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    rope: Rope | None  # None: learned positions, added to the embeddings
-    attention_scale: float  # the factor of q.k before the softmax
-    attention_scale_by_layer: bool  # divide it by (layer + 1) as well
-    tie_word_embeddings: bool
-    embedding_dropout: float
-    attention_dropout: float
-    residual_dropout: float
-    initializer_range: float
-    depth_scaled_init: bool  # the projections into the residual stream start at 1 / sqrt(2 * num_layers) of the others
-    hf: dict = field(repr=False, compare=False)
+FULL, SLIDING = "full_attention", "sliding_attention"
+NULL_IS_A_VALUE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads"}
+VISION_KEYS = ("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index")
+VISION_TENSORS = ("vision_tower", "multi_modal_projector")
+FLAT_ROPE_KEYS = ("rope_theta", "rope_local_base_freq", "rotary_emb_base", "rotary_pct", "partial_rotary_factor")
 
 
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of a checkpoint file: our parameters `names`, stacked along dim 0, then transposed if so."""
-
-    names: tuple[str, ...]
-    transposed: bool = False
-
-
-# Values that transformers gives to keys that config.json leaves out. They are part of the format.
-DEFAULTS = {
-    "llama": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "hidden_act": "silu",
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-    },
-    "gpt2": {
-        "vocab_size": 50257,
-        "n_positions": 1024,
-        "n_embd": 768,
-        "n_layer": 12,
-        "n_head": 12,
-        "activation_function": "gelu_new",
-        "resid_pdrop": 0.1,
-        "embd_pdrop": 0.1,
-        "attn_pdrop": 0.1,
-        "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "tie_word_embeddings": True,
-    },
-}
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
-
-# transformers accepts the general name of these keys too.
-SYNONYMS = {
-    "gpt2": {
-        "hidden_size": "n_embd",
-        "max_position_embeddings": "n_positions",
-        "num_attention_heads": "n_head",
-        "num_hidden_layers": "n_layer",
-    }
-}
-
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-
-# Keys that change the maths in ways that are not implemented, with the value that changes nothing. null, false, 0 and
-# empty change nothing either.
-OTHER_MATHS = {
-    "add_cross_attention": False,
-    "alibi": False,
-    "attention_multiplier": None,
-    "attn_logit_softcapping": None,
-    "clip_qkv": None,
-    "embedding_multiplier": 1.0,
-    "final_logit_softcapping": None,
-    "is_encoder_decoder": False,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "no_rope_layers": None,
-    "num_experts": None,
-    "num_local_experts": None,
-    "partial_rotary_factor": 1.0,
-    "position_embedding_type": "rope",
-    "qk_layernorm": False,
-    "quantization_config": None,
-    "query_pre_attn_scalar": None,
-    "residual_multiplier": 1.0,
-    "rope_interleaved": False,
-    "sliding_window": None,
-    "text_config": None,
-    "use_bidirectional_attention": False,
-    "use_qk_norm": False,
-}
-
-
-def from_hf(hf: dict) -> ModelConfig:
+def from_hf(hf: dict, *, max_length: int | None = None) -> ModelConfig:
     """Reads the dict of a config.json, of either dialect; keys that it leaves out take the family's class defaults.
 
+    max_length: the longest text of the run, for the two kinds of rotary embedding that depend on it (rope_config.py);
+    None: within the original context. What was decided stands in `notes`.
     Raises UserError (exit code MODEL) for a family, a key or a value that is not supported, naming it.
     """
-    model_type = hf.get("model_type")
-    if not isinstance(model_type, str) or model_type not in READERS:
-        raise UserError(
-            f"config.json: model_type {model_type!r} is not supported",
-            hint=f"supported: {', '.join(READERS)}",
-            exit_code=MODEL,
-        )
-    synonyms = SYNONYMS.get(model_type, {})
-    hf = {synonyms.get(key, key): value for key, value in hf.items()}
-    values = DEFAULTS[model_type] | {key: value for key, value in hf.items() if value is not None}
-    _refuse_other_maths(values)
-    return READERS[model_type](values, hf)
+    model_type, notes, left_out = hf.get("model_type"), [], ()
+    if model_type == "gemma3":
+        hf, left_out = _text_part(hf), VISION_TENSORS
+        notes.append("gemma3 is trained and saved as its text part, gemma3_text: what sees images is left out")
+        model_type = hf["model_type"]
+    known = isinstance(model_type, str) and model_type in FAMILIES
+    check(known, f"model_type {model_type!r} is not supported", f"supported: {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    if model_type == "gpt2":
+        hf = {GPT2_NAMES.get(key, key): value for key, value in hf.items()}
+    values = {key: value for key, value in _complete(hf, family.defaults).items() if value is not None}
+    refuse_other_maths(values, family.defaults)
+    config = family.read(values, max_length)
+    ropes = dict.fromkeys(rope for rope in config.ropes if rope is not None)
+    notes += [rope.note for rope in ropes if rope.note]
+    return replace(config, stored_vocab_size=config.vocab_size, notes=tuple(notes), left_out=left_out, hf=hf)
 
 
 def to_hf(config: ModelConfig, dtype: str) -> dict:
     """The config.json of a model whose weights are stored as `dtype` ("float32" ...): what was read, plus the defaults
     that it left out, so that readers with other defaults agree."""
-    defaults = DEFAULTS[config.model_type]
-    hf = defaults | {key: value for key, value in config.hf.items() if value is not None or key not in defaults}
-    hf["architectures"] = hf.get("architectures") or [ARCHITECTURES[config.model_type]]
+    family = FAMILIES[config.model_type]
+    defaults = family.defaults
+    if config.hf.get("rope_parameters"):  # the newer dialect has them in that table
+        defaults = {key: value for key, value in defaults.items() if key not in FLAT_ROPE_KEYS}
+    hf = _complete(config.hf, defaults)
+    hf["architectures"] = hf.get("architectures") or [family.architecture]
     hf["vocab_size"] = config.vocab_size
     hf["torch_dtype" if "torch_dtype" in hf else "dtype"] = dtype
     return hf
 
 
-def stored_tensors(config: ModelConfig, names: Iterable[str]) -> dict[str, Stored]:
-    """Tensor name in a Hugging Face file -> how it is made of our parameters `names`. Every parameter occurs once."""
-    return TENSORS[config.model_type](names)
+def _complete(hf: dict, defaults: dict) -> dict:
+    """With the defaults of keys that are left out or, where that is no value of its own, null."""
+    null_means_default = defaults.keys() - NULL_IS_A_VALUE
+    return defaults | {key: value for key, value in hf.items() if value is not None or key not in null_means_default}
 
 
-# ---------------------------------------------------------------- Llama: SmolLM, TinyLlama, Yi, Vicuna and many others
+def _text_part(hf: dict) -> dict:
+    """The config of the language model inside a config of a model that also sees."""
+    text = hf.get("text_config")
+    check(isinstance(text, dict), "gemma3 has no text_config", "use the config.json that came with the weights")
+    rest = {k: v for k, v in hf.items() if k not in (*VISION_KEYS, "text_config", "architectures")}
+    return rest | text | {"model_type": "gemma3_text"}
 
 
-def _read_llama(values: dict, hf: dict) -> ModelConfig:
-    hidden, heads = _size(values, "hidden_size"), _size(values, "num_attention_heads")
-    if "head_dim" not in values:
-        _check(hidden % heads == 0, f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-        values["head_dim"] = hidden // heads
-    head_dim = _size(values, "head_dim")
-    kv_heads = _size({"num_key_value_heads": heads} | values, "num_key_value_heads")
-    _check(heads % kv_heads == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    _check(head_dim % 2 == 0, f"head_dim {head_dim} is odd, and rotary embeddings turn pairs")
-    return ModelConfig(
-        model_type="llama",
-        vocab_size=_size(values, "vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=_size(values, "intermediate_size"),
-        num_layers=_size(values, "num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=_size(values, "max_position_embeddings"),
-        norm="rms",
-        norm_eps=_number(values, "rms_norm_eps"),
-        mlp="glu",
-        activation=_activation(values, "hidden_act", ("silu", "swish")),
-        qkv_bias=_flag(values, "attention_bias"),
-        o_bias=_flag(values, "attention_bias"),
-        mlp_bias=_flag(values, "mlp_bias"),
-        rope=_read_rope(values),
-        attention_scale=head_dim**-0.5,
-        attention_scale_by_layer=False,
-        tie_word_embeddings=_flag(values, "tie_word_embeddings"),
-        embedding_dropout=0.0,
-        attention_dropout=_probability(values, "attention_dropout"),
-        residual_dropout=0.0,
-        initializer_range=_number(values, "initializer_range"),
-        depth_scaled_init=False,
-        hf=hf,
+# ---------------------------------------------------------------- what all families share
+
+
+def _decoder(
+    v: dict,
+    max_length: int | None,
+    *,
+    eps: str = "rms_norm_eps",
+    act: str = "hidden_act",
+    rope: dict | None = None,
+    **switches,
+) -> ModelConfig:
+    """Llama's setting but for `switches`. v: config.json with the class defaults, without nulls. eps, act: what this
+    family calls these two keys. rope: options of read_rope."""
+    heads, layers, head_dim = size(v, "num_attention_heads", 2**16), _num_layers(v), _head_dim(v)
+    kv_heads = heads if v.get("num_key_value_heads") is None else size(v, "num_key_value_heads", 2**16)
+    check(heads % kv_heads == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    llama = {
+        "model_type": v["model_type"],
+        "vocab_size": size(v, "vocab_size"),
+        "hidden_size": size(v, "hidden_size", 2**24),
+        "intermediate_size": size(v, "intermediate_size", 2**24),
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": size(v, "max_position_embeddings"),
+        "norm_eps": number(v, eps),
+        "qkv_bias": flag(v, "attention_bias"),
+        "o_bias": flag(v, "attention_bias"),
+        "mlp_bias": flag(v, "mlp_bias"),
+        "attention_scale": head_dim**-0.5,
+        "windows": (None,) * layers,
+        "activation": activation(v, act),
+        "tie_word_embeddings": flag(v, "tie_word_embeddings"),
+        "attention_dropout": probability(v, "attention_dropout"),
+        "initializer_range": number(v, "initializer_range"),
+    }
+    if "ropes" not in switches:
+        llama["ropes"] = (read_rope(v, head_dim, max_length, **(rope or {})),) * layers
+    config = ModelConfig(**llama | switches)
+    check(config.mlp == "glu" or config.activation != "silu", f"{act} = {v[act]!r} is not implemented for this family")
+    types = [FULL if window is None else SLIDING for window in config.windows]
+    check(v.get("layer_types") in (None, types), f"layer_types is not what {v['model_type']} computes: {types}")
+    return config
+
+
+def _num_layers(v: dict) -> int:
+    return size(v, "num_hidden_layers", 10_000)
+
+
+def _head_dim(v: dict) -> int:
+    if "head_dim" in v:
+        return size(v, "head_dim", 2**16)
+    hidden, heads = size(v, "hidden_size"), size(v, "num_attention_heads")
+    check(hidden % heads == 0, f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    return hidden // heads
+
+
+def _layer_types(v: dict, slides: Callable[[int], bool]) -> list[str]:
+    """The layer_types of config.json; where it has none, layer i slides if the family's rule says so."""
+    types = v.get("layer_types", [SLIDING if slides(i) else FULL for i in range(_num_layers(v))])
+    fits = isinstance(types, list) and len(types) == _num_layers(v) and all(t in (FULL, SLIDING) for t in types)
+    check(fits, f"layer_types = {str(types)[:60]}: expected {FULL} or {SLIDING} for each of {_num_layers(v)} layers")
+    return types
+
+
+def _windows(v: dict, types: list[str]) -> tuple[int | None, ...]:
+    if SLIDING not in types:
+        return (None,) * len(types)
+    check(v.get("sliding_window") is not None, f"layer_types has {SLIDING}, but there is no sliding_window")
+    window = size(v, "sliding_window")
+    return tuple(window if t == SLIDING else None for t in types)
+
+
+def _same_window(v: dict) -> tuple[int | None, ...]:
+    """On every layer, or on none where sliding_window is null."""
+    return _windows(v, [FULL if v.get("sliding_window") is None else SLIDING] * _num_layers(v))
+
+
+# ---------------------------------------------------------------- families: the switches that are not Llama's
+
+LAYER_NORM = {"norm": "layer", "norm_bias": True}
+BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+
+
+def _residual_dropout(v: dict, key: str) -> dict:
+    return dict.fromkeys(("attention_output_dropout", "mlp_output_dropout"), probability(v, key))
+
+
+def _llama(v, max_length):
+    return _decoder(v, max_length)
+
+
+def _mistral(v, max_length):
+    return _decoder(v, max_length, windows=_same_window(v))
+
+
+def _qwen2(v, max_length):
+    return _decoder(v, max_length, qkv_bias=True, o_bias=False, windows=_qwen_windows(v))
+
+
+def _qwen3(v, max_length):
+    return _decoder(v, max_length, qk_norm="head", windows=_qwen_windows(v))
+
+
+def _qwen_windows(v):
+    if not flag(v, "use_sliding_window"):
+        v = v | {"sliding_window": None}
+    first = v["max_window_layers"]
+    check(
+        type(first) is int and 0 <= first < 2**31, f"max_window_layers = {str(first)[:40]!r}, expected a whole number"
+    )
+    return _windows(v, _layer_types(v, lambda i: v.get("sliding_window") is not None and i >= first))
+
+
+def _smollm3(v, max_length):
+    """Every fourth layer has no rotary embedding; where windows are used, those are the layers that slide."""
+    layers, interval = _num_layers(v), size(v, "no_rope_layer_interval")
+    turns = v.get(
+        "no_rope_layers", [int((i + 1) % interval != 0) for i in range(layers)]
+    )  # the name is inverted: 1 = rope
+    fits = isinstance(turns, list) and len(turns) >= layers and all(turn in (0, 1) for turn in turns)
+    check(fits, f"no_rope_layers = {str(turns)[:60]}: expected a 0 or 1 for each of {layers} layers")
+    if not flag(v, "use_sliding_window"):
+        v = v | {"sliding_window": None}
+    types = _layer_types(v, lambda i: v.get("sliding_window") is not None and not turns[i])
+    rope = read_rope(v, _head_dim(v), max_length)
+    ropes = tuple(rope if turn else None for turn in turns[:layers])
+    return _decoder(v, max_length, ropes=ropes, windows=_windows(v, types))
+
+
+def _gemma(v, max_length, **switches):
+    # The first files say "gelu" and mean its tanh approximation, as transformers 5 knows; later ones say so twice.
+    if v.get("hidden_act") == "gelu":
+        v = v | {"hidden_act": "gelu_pytorch_tanh"}
+    other = v.get("hidden_activation", "gelu_pytorch_tanh")
+    check(other == "gelu_pytorch_tanh", f"hidden_activation = {other!r} is not implemented for {v['model_type']}")
+    scale = size(v, "hidden_size") ** 0.5
+    return _decoder(v, max_length, norm_offset=1.0, norm_in_fp32=True, embedding_multiplier=scale, **switches)
+
+
+def _gemma2(v, max_length):
+    return _gemma(
+        v,
+        max_length,
+        act="hidden_activation",
+        block="sandwich",
+        attention_scale=number(v, "query_pre_attn_scalar") ** -0.5,
+        attention_softcap=optional_number(v, "attn_logit_softcapping"),
+        logit_softcap=optional_number(v, "final_logit_softcapping"),
+        windows=_windows(v, _layer_types(v, lambda i: i % 2 == 0)),
     )
 
 
-def _read_rope(values: dict) -> Rope:
-    old, new = values.get("rope_scaling") or {}, values.get("rope_parameters") or {}
-    _check(isinstance(old, dict) and isinstance(new, dict), "rope_scaling and rope_parameters must be objects")
-    table = {key: value for key, value in (old | new).items() if value is not None}
-    kind = table.get("rope_type") or table.get("type") or "default"
-    theta = _number({"rope_theta": 10000.0} | values | table, "rope_theta")
-    _check(table.get("partial_rotary_factor") in (None, 1, 1.0), "partial_rotary_factor is not implemented for llama")
-    if kind == "default":
-        return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, kind, _number(table, "factor"))
-    _check(kind == "llama3", f"rope type {kind!r} is not implemented; implemented: default, linear, llama3")
-    # The original context length may stand beside the table or in it, and is the model's own when nobody says.
-    keys = ("max_position_embeddings", "original_max_position_embeddings")
-    lengths = [values[keys[0]], table.get(keys[1]), values.get(keys[1])]
-    original = [length for length in lengths if length is not None][-1]
-    low, high = _number(table, "low_freq_factor"), _number(table, "high_freq_factor")
-    _check(low < high, f"rope: low_freq_factor {low} must be less than high_freq_factor {high}")
-    return Rope(theta, kind, _number(table, "factor"), low, high, _size({keys[1]: original}, keys[1]))
+def _gemma3(v, max_length):
+    check(v.get("attn_logit_softcapping") is None, "attn_logit_softcapping is not implemented for gemma3_text")
+    pattern = size(v, "sliding_window_pattern")
+    types = _layer_types(v, lambda i: (i + 1) % pattern != 0)
+    ropes = read_rope_by_kind(v, _head_dim(v), max_length, {FULL: "rope_theta", SLIDING: "rope_local_base_freq"})
+    return _gemma(
+        v,
+        max_length,
+        act="hidden_activation",
+        block="sandwich",
+        qk_norm="head",
+        attention_scale=number(v, "query_pre_attn_scalar") ** -0.5,
+        logit_softcap=optional_number(v, "final_logit_softcapping"),
+        windows=_windows(v, types),
+        ropes=tuple(ropes[t] for t in types),
+    )
 
 
-def _llama_tensors(names: Iterable[str]) -> dict[str, Stored]:
-    return {name if name.startswith("lm_head.") else f"model.{name}": Stored((name,)) for name in names}
+def _phi3(v, max_length):
+    aliases = {"su": "longrope", "yarn": "longrope"}  # what it was called before it was published
+    rope = {"partial_key": "partial_rotary_factor", "aliases": aliases}
+    config = _decoder(v, max_length, rope=rope, windows=_same_window(v), **_residual_dropout(v, "resid_pdrop"))
+    kind = config.ropes[0].kind
+    check(kind in ("default", "longrope"), f"rope type {kind!r} is not implemented for phi3")
+    return config
 
 
-# ---------------------------------------------------------------- GPT-2
+def _olmo(v, max_length):
+    v = v | {"eps": 1e-5}  # written into its class
+    clip = optional_number(v, "clip_qkv")
+    return _decoder(v, max_length, eps="eps", norm="layer", norm_weight=False, clip_qkv=clip, rope_in_fp32=True)
 
 
-def _read_gpt2(values: dict, hf: dict) -> ModelConfig:
-    hidden, heads = _size(values, "n_embd"), _size(values, "n_head")
-    _check(hidden % heads == 0, f"n_embd {hidden} is not a multiple of n_head {heads}")
-    return ModelConfig(
-        model_type="gpt2",
-        vocab_size=_size(values, "vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=_size({"n_inner": 4 * hidden} | values, "n_inner"),
-        num_layers=_size(values, "n_layer"),
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hidden // heads,
-        max_position_embeddings=_size(values, "n_positions"),
-        norm="layer",
-        norm_eps=_number(values, "layer_norm_epsilon"),
+def _olmo2(v, max_length, **switches):
+    return _decoder(v, max_length, block="post", norm_in_fp32=True, qk_norm="full", rope_in_fp32=True, **switches)
+
+
+def _olmo3(v, max_length):
+    types = _layer_types(v, lambda i: (i + 1) % 4 != 0)
+    ropes = read_rope_by_kind(v, _head_dim(v), max_length, {FULL: "rope_theta", SLIDING: "rope_theta"})
+    return _olmo2(v, max_length, windows=_windows(v, types), ropes=tuple(ropes[t] for t in types))
+
+
+def _granite(v, max_length):
+    return _decoder(
+        v,
+        max_length,
+        block="scaled",
+        embedding_multiplier=number(v, "embedding_multiplier"),
+        residual_multiplier=number(v, "residual_multiplier"),
+        attention_scale=number(v, "attention_multiplier"),
+        logit_scale=1 / number(v, "logits_scaling"),
+    )
+
+
+def _starcoder2(v, max_length):
+    return _decoder(
+        v,
+        max_length,
+        eps="norm_epsilon",
         mlp="plain",
-        activation=_activation(values, "activation_function", ("gelu_new", "gelu_pytorch_tanh", "gelu")),
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
-        rope=None,
-        attention_scale=(hidden // heads) ** -0.5 if _flag(values, "scale_attn_weights") else 1.0,
-        attention_scale_by_layer=_flag(values, "scale_attn_by_inverse_layer_idx"),
-        tie_word_embeddings=_flag(values, "tie_word_embeddings"),
-        embedding_dropout=_probability(values, "embd_pdrop"),
-        attention_dropout=_probability(values, "attn_pdrop"),
-        residual_dropout=_probability(values, "resid_pdrop"),
-        initializer_range=_number(values, "initializer_range"),
-        depth_scaled_init=True,
-        hf=hf,
+        windows=_same_window(v),
+        embedding_dropout=probability(v, "embedding_dropout"),
+        **LAYER_NORM,
+        **dict.fromkeys(BIASES, flag(v, "use_bias")),
+        **_residual_dropout(v, "residual_dropout"),
     )
 
 
-GPT2_MODULES = {
-    "embed_tokens": "wte",
-    "embed_positions": "wpe",
-    "norm": "ln_f",
-    "input_layernorm": "ln_1",
-    "self_attn.q_proj": "attn.c_attn",
-    "self_attn.o_proj": "attn.c_proj",
-    "post_attention_layernorm": "ln_2",
-    "mlp.up_proj": "mlp.c_fc",
-    "mlp.down_proj": "mlp.c_proj",
+def _gpt_neox(v, max_length):
+    _check_head_dim(v)
+    return _decoder(
+        v,
+        max_length,
+        eps="layer_norm_eps",
+        rope={"theta_key": "rotary_emb_base", "partial_key": "rotary_pct"},
+        block="parallel" if flag(v, "use_parallel_residual") else "pre",
+        mlp_has_norm=True,
+        sum_branches_first=True,
+        mlp="plain",
+        mlp_bias=True,
+        embedding_dropout=probability(v, "hidden_dropout"),
+        **LAYER_NORM,
+        **_residual_dropout(v, "hidden_dropout"),
+    )
+
+
+# transformers knows these keys by both names.
+GPT2_NAMES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
 }
 
 
-def _gpt2_tensors(names: Iterable[str]) -> dict[str, Stored]:
-    """GPT-2 keeps q, k and v in one matrix, and every projection as [in, out] (its class is called Conv1D)."""
-    tensors = {}
-    for name in names:
-        path, leaf = name.rsplit(".", 1)
-        layer, module = "", path
-        if path.startswith("layers."):
-            _, number, module = path.split(".", 2)
-            layer = f"h.{number}."
-        if module in ("self_attn.k_proj", "self_attn.v_proj"):
-            continue  # stacked with q_proj
-        ours = tuple(name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj"))
-        parts = ours if module == "self_attn.q_proj" else (name,)
-        stored = name if module == "lm_head" else f"transformer.{layer}{GPT2_MODULES[module]}.{leaf}"
-        tensors[stored] = Stored(parts, transposed=leaf == "weight" and module.endswith("_proj"))
-    return tensors
+def _gpt2(v, max_length):
+    v = v | {general: v[own] for general, own in GPT2_NAMES.items()}
+    v = v | {"intermediate_size": v.get("n_inner", 4 * size(v, "n_embd"))}
+    return _decoder(
+        v,
+        max_length,
+        eps="layer_norm_epsilon",
+        act="activation_function",
+        learned_positions=True,
+        ropes=(None,) * _num_layers(v),
+        mlp="plain",
+        attention_scale=_head_dim(v) ** -0.5 if flag(v, "scale_attn_weights") else 1.0,
+        attention_scale_by_layer=flag(v, "scale_attn_by_inverse_layer_idx"),
+        embedding_dropout=probability(v, "embd_pdrop"),
+        attention_dropout=probability(v, "attn_pdrop"),
+        depth_scaled_init=True,
+        **LAYER_NORM,
+        **BIASES,
+        **_residual_dropout(v, "resid_pdrop"),
+    )
 
 
-READERS = {"llama": _read_llama, "gpt2": _read_gpt2}
-TENSORS = {"llama": _llama_tensors, "gpt2": _gpt2_tensors}
-
-# ---------------------------------------------------------------- checked values
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise UserError(f"config.json: {message}", exit_code=MODEL)
-
-
-def _size(values: dict, key: str) -> int:
-    value = values[key]
-    _check(type(value) is int and value > 0, f"{key} = {value!r}, expected a positive whole number")
-    return value
+def _stablelm(v, max_length):
+    _check_head_dim(v)
+    return _decoder(
+        v,
+        max_length,
+        eps="layer_norm_eps",
+        rope={"partial_key": "partial_rotary_factor"},
+        block="parallel" if flag(v, "use_parallel_residual") else "pre",
+        qkv_bias=flag(v, "use_qkv_bias"),
+        o_bias=False,
+        mlp_output_dropout=probability(v, "hidden_dropout"),
+        **LAYER_NORM,
+    )
 
 
-def _number(values: dict, key: str) -> float:
-    value = values.get(key)
-    _check(type(value) in (int, float) and 0 < value < float("inf"), f"{key} = {value!r}, expected a positive number")
-    return float(value)
+def _cohere(v, max_length):
+    return _decoder(
+        v,
+        max_length,
+        eps="layer_norm_eps",
+        norm="layer",
+        block="parallel",
+        rope_interleaved=True,
+        rope_in_fp32=True,
+        logit_scale=number(v, "logit_scale"),
+    )
 
 
-def _probability(values: dict, key: str) -> float:
-    value = values[key]
-    _check(type(value) in (int, float) and 0 <= value < 1, f"{key} = {value!r}, expected a number from 0 up to 1")
-    return float(value)
+def _phi(v, max_length):
+    check(not flag(v, "tie_word_embeddings"), "phi with tie_word_embeddings = true is not implemented")
+    return _decoder(
+        v,
+        max_length,
+        eps="layer_norm_eps",
+        rope={"partial_key": "partial_rotary_factor"},
+        block="parallel",
+        sum_branches_first=True,
+        mlp="plain",
+        head_bias=True,
+        embedding_dropout=probability(v, "embd_pdrop"),
+        **LAYER_NORM,
+        **BIASES,
+        **_residual_dropout(v, "resid_pdrop"),
+    )
 
 
-def _flag(values: dict, key: str) -> bool:
-    _check(type(values[key]) is bool, f"{key} = {values[key]!r}, expected true or false")
-    return values[key]
+def _check_head_dim(v: dict) -> None:
+    """For classes that do not know the key head_dim."""
+    own = size(v, "hidden_size") // size(v, "num_attention_heads")
+    check(v.get("head_dim") in (None, own), f"head_dim {v.get('head_dim')} is not implemented for {v['model_type']}")
 
 
-def _activation(values: dict, key: str, supported: tuple[str, ...]) -> str:
-    _check(values[key] in supported, f"{key} = {values[key]!r} is not implemented; implemented: {', '.join(supported)}")
-    return ACTIVATIONS[values[key]]
+@dataclass(frozen=True)
+class Family:
+    architecture: str  # its class in transformers
+    defaults: dict
+    read: Callable[[dict, int | None], ModelConfig]  # (config.json with the defaults, max_length)
 
 
-def _refuse_other_maths(values: dict) -> None:
-    wrong = [key for key, neutral in OTHER_MATHS.items() if values.get(key) and values[key] != neutral]
-    layer_types = values.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        wrong.append("layer_types")
-    if wrong:
-        settings = ", ".join(f"{key} = {str(values[key])[:40]}" for key in wrong)
-        raise UserError(
-            f"config.json: {values['model_type']} with {settings} is not implemented",
-            hint="the model would load and compute something else, so it is refused; supported are plain "
-            + " and ".join(READERS),
-            exit_code=MODEL,
-        )
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", class_defaults.LLAMA, _llama),
+    "mistral": Family("MistralForCausalLM", class_defaults.MISTRAL, _mistral),
+    "qwen2": Family("Qwen2ForCausalLM", class_defaults.QWEN2, _qwen2),
+    "qwen3": Family("Qwen3ForCausalLM", class_defaults.QWEN3, _qwen3),
+    "smollm3": Family("SmolLM3ForCausalLM", class_defaults.SMOLLM3, _smollm3),
+    "gemma": Family("GemmaForCausalLM", class_defaults.GEMMA, _gemma),
+    "gemma2": Family("Gemma2ForCausalLM", class_defaults.GEMMA2, _gemma2),
+    "gemma3_text": Family("Gemma3ForCausalLM", class_defaults.GEMMA3, _gemma3),
+    "phi3": Family("Phi3ForCausalLM", class_defaults.PHI3, _phi3),
+    "olmo": Family("OlmoForCausalLM", class_defaults.OLMO, _olmo),
+    "olmo2": Family("Olmo2ForCausalLM", class_defaults.OLMO2, _olmo2),
+    "olmo3": Family("Olmo3ForCausalLM", class_defaults.OLMO3, _olmo3),
+    "granite": Family("GraniteForCausalLM", class_defaults.GRANITE, _granite),
+    "starcoder2": Family("Starcoder2ForCausalLM", class_defaults.STARCODER2, _starcoder2),
+    "gpt_neox": Family("GPTNeoXForCausalLM", class_defaults.GPT_NEOX, _gpt_neox),
+    "gpt2": Family("GPT2LMHeadModel", class_defaults.GPT2, _gpt2),
+    "stablelm": Family("StableLmForCausalLM", class_defaults.STABLELM, _stablelm),
+    "cohere": Family("CohereForCausalLM", class_defaults.COHERE, _cohere),
+    "phi": Family("PhiForCausalLM", class_defaults.PHI, _phi),
+}

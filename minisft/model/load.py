@@ -21,12 +21,16 @@ from minisft import hub
 from minisft.errors import MODEL, UserError
 from minisft.files import read_json
 from minisft.model.decoder import Decoder
-from minisft.model.families import ModelConfig, from_hf, stored_tensors
+from minisft.model.families import from_hf
+from minisft.model.model_config import ModelConfig
+from minisft.model.tensor_names import stored_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")
-PREFIXES = re.compile(r"^(model|transformer)\.")  # some files have them, files of a model without head do not
-BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")  # constants that old versions stored
+# Some files have them, files of a model without head do not; two of them come from models that also see.
+PREFIXES = re.compile(r"^(model\.language_model|language_model\.model|language_model|model|transformer|gpt_neox)\.")
+BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")  # constants that old versions stored
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # a row each for every token
 
 
 def build_model(config: ModelConfig, device: torch.device | str = "meta") -> Decoder:
@@ -38,8 +42,8 @@ def build_model(config: ModelConfig, device: torch.device | str = "meta") -> Dec
 
 
 def init_weights(model: Decoder, seed: int) -> None:
-    """Random weights by the rules of transformers: matrices N(0, initializer_range), biases 0, norm weights 1. GPT-2's
-    projections into the residual stream, two a layer, are smaller by sqrt(2 * num_layers).
+    """Random weights by the rules of transformers: matrices N(0, initializer_range), biases 0, norms multiply by 1.
+    GPT-2's projections into the residual stream, two a layer, are smaller by sqrt(2 * num_layers).
 
     Drawn in fp32 on the CPU from `seed` alone, so that every device and dtype starts from the same model.
     """
@@ -47,7 +51,7 @@ def init_weights(model: Decoder, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0 - config.norm_offset)
                 continue
             is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             depth = 2 * config.num_layers if config.depth_scaled_init and is_residual else 1
@@ -55,12 +59,12 @@ def init_weights(model: Decoder, seed: int) -> None:
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
 
-def read_config(folder: Path | str) -> ModelConfig:
-    """The config.json of a model folder. Raises UserError (exit code MODEL)."""
+def read_config(folder: Path | str, *, max_length: int | None = None) -> ModelConfig:
+    """The config.json of a model folder; max_length as in from_hf. Raises UserError (exit code MODEL)."""
     hf = read_json(Path(folder) / "config.json", exit_code=MODEL)
     if not isinstance(hf, dict):
         raise UserError(f"{folder}/config.json: expected an object, found {type(hf).__name__}", exit_code=MODEL)
-    return from_hf(hf)
+    return from_hf(hf, max_length=max_length)
 
 
 def load_model(
@@ -69,17 +73,23 @@ def load_model(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    max_length: int | None = None,
 ) -> Decoder:
-    """The model of a local folder or a hub repository, in eval mode. Raises UserError (exit code MODEL)."""
+    """The model of a local folder or a hub repository, in eval mode; max_length as in from_hf, for texts longer than
+    those it was first trained with. Raises UserError (exit code MODEL)."""
     folder, _ = hub.resolve(path_or_repo, revision, "model")
-    model = build_model(read_config(folder)).to(dtype).to_empty(device=device)
+    model = build_model(read_config(folder, max_length=max_length)).to(dtype).to_empty(device=device)
     load_weights(model, folder)
     return model.eval()
 
 
-def load_weights(model: Decoder, source: Path | str) -> None:
+def load_weights(model: Decoder, source: Path | str) -> list[str]:
     """Fills `model` (not on meta) from the safetensors of a folder, converted to the dtype of each parameter.
 
+    Where the config asks for more tokens than the files have (with_vocab_size), the new rows of the embedding and of
+    the head are the mean of the old ones, so that no new token begins as the likeliest (Hewitt 2021).
+
+    Returns what a user should know, in lines: rows that were added, tensors that were left out.
     Raises UserError (exit code MODEL), naming up to ten tensors, where names, shapes or dtypes differ from what the
     config asks for, a value is not finite, a tied head differs from the embedding, or a file is not what it should be.
     """
@@ -88,18 +98,23 @@ def load_weights(model: Decoder, source: Path | str) -> None:
     assert not any(parameter.is_meta for parameter in parameters.values()), "give the model memory first: to_empty()"
     wanted = {_bare(name): stored for name, stored in stored_tensors(config, parameters).items()}
     found = _read_headers(folder)
+    left_out = [name for name in found if name.startswith(config.left_out)] if config.left_out else []
+    for name in left_out:
+        found.pop(name)
     head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-    _compare(folder, wanted, found, parameters)
+    _compare(folder, wanted, found, parameters, config)
 
-    nonfinite = []
+    nonfinite, added = [], 0
     with torch.no_grad():
         for bare, stored in wanted.items():
             path, name, _, _ = found[bare]
             tensor = _read_tensor(path, name)
             parts = [parameters[part] for part in stored.names]
-            rows = (tensor.t() if stored.transposed else tensor).split([part.shape[0] for part in parts])
-            for part, values in zip(parts, rows):
-                part.copy_(values)
+            for part, values in zip(parts, stored.split(tensor, [len(part) for part in parts])):
+                part[: len(values)].copy_(values)
+                if len(values) < len(part):
+                    part[len(values) :] = values.float().mean(0)
+                    added = len(part) - len(values)
             if not all(part.isfinite().all() for part in parts):  # after the conversion: fp16 ends at 65504
                 nonfinite.append(name)
             if head is not None and stored.names == ("embed_tokens.weight",):
@@ -113,9 +128,11 @@ def load_weights(model: Decoder, source: Path | str) -> None:
     # Not weights, but this is where the folder is known, and save_model gives it back.
     generation = folder / "generation_config.json"
     model.generation_config = read_json(generation, exit_code=MODEL) if generation.exists() else {}
+    lines = [f"{added} new tokens start at the mean of the {config.vocab_size - added:,} others"] if added else []
+    return lines + ([f"{len(left_out)} tensors left out: those of {_list(config.left_out)}"] if left_out else [])
 
 
-def _compare(folder: Path, wanted: dict, found: dict, parameters: dict) -> None:
+def _compare(folder: Path, wanted: dict, found: dict, parameters: dict, config: ModelConfig) -> None:
     """Names, shapes and dtypes of the files against those of the model."""
     problems = []
     for title, names in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
@@ -123,9 +140,10 @@ def _compare(folder: Path, wanted: dict, found: dict, parameters: dict) -> None:
             problems.append(f"{len(names)} {title}: {_list(sorted(names))}")
     for bare in sorted(wanted.keys() & found.keys()):
         parts = [parameters[part] for part in wanted[bare].names]
-        shape = [sum(part.shape[0] for part in parts), *parts[0].shape[1:]]
-        shape = shape[::-1] if wanted[bare].transposed else shape
+        shape = wanted[bare].shape(parts)
         _, name, stored_shape, stored_dtype = found[bare]
+        if wanted[bare].names[0] in VOCABULARY and stored_shape == [config.stored_vocab_size, *shape[1:]]:
+            shape = stored_shape  # the rest is filled
         if stored_shape != shape:
             problems.append(f"{name} has shape {stored_shape}, config.json says {shape}")
         elif stored_dtype not in DTYPES:
@@ -227,7 +245,8 @@ def _read_tensor(path: Path, name: str) -> torch.Tensor:
 
 
 def _bare(name: str) -> str:
-    return PREFIXES.sub("", name)
+    """Without prefix; of the two names that GPT-NeoX files have for their head, the one that all others have."""
+    return re.sub(r"^embed_out\.", "lm_head.", PREFIXES.sub("", name))
 
 
 def _list(names: Iterable[str]) -> str:

@@ -2,7 +2,7 @@
 model.safetensors or in shards with an index, and generation_config.json where the model came with one.
 
 The names and shapes are those that the family's class in transformers has, a tied head is left out, and what was
-converted on loading (GPT-2's stacked and transposed matrices) is converted back.
+converted on loading (stacked and transposed matrices) is converted back.
 """
 
 import re
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from minisft.files import write_json
 from minisft.model.decoder import Decoder
-from minisft.model.families import Stored, stored_tensors, to_hf
+from minisft.model.families import to_hf
+from minisft.model.tensor_names import Stored, stored_tensors
 
 
 def save_model(
@@ -69,6 +70,4 @@ def _shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
 
 
 def _stored_tensor(stored: Stored, parameters: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    parts = [parameters[name] for name in stored.names]
-    tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return (tensor.t() if stored.transposed else tensor).to("cpu", dtype).contiguous()
+    return stored.join([parameters[name] for name in stored.names]).to("cpu", dtype).contiguous()

@@ -1,0 +1,84 @@
+"""Norms and MLPs: the layers that work on each token alone. A config names its own in NORMS and MLPS."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minisft.kernels.glu import geglu, swiglu
+from minisft.kernels.layer_norm import layer_norm
+from minisft.kernels.rms_norm import add_rms_norm, rms_norm
+from minisft.model.model_config import ModelConfig
+
+GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # our names of the activation -> PyTorch's of its approximation
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight. Gemma's files hold weight - 1 (offset 1); Gemma and OLMo 2 round once, after the weight."""
+
+    def __init__(self, config: ModelConfig, size: int | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size or config.hidden_size))
+        self.eps, self.offset, self.in_fp32 = config.norm_eps, config.norm_offset, config.norm_in_fp32
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, offset=self.offset, upcast_weight=self.in_fp32)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """norm(x + residual) and x + residual, in one pass where there is a kernel for it."""
+        return add_rms_norm(x, residual, self.weight, self.eps, offset=self.offset, upcast_weight=self.in_fp32)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / std(x) * weight + bias. Cohere has no bias, OLMo 1 neither of the two."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size)) if config.norm_weight else None
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size)) if config.norm_bias else None
+        self.eps = config.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return self(total), total
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)): SwiGLU or GeGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.activation = config.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(swiglu(gate, up) if self.activation == "silu" else geglu(gate, up, GELU[self.activation]))
+
+
+class PlainMLP(nn.Module):
+    """down(gelu(up(x)))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.approximate = GELU[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x), approximate=self.approximate))
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+MLPS = {"glu": GatedMLP, "plain": PlainMLP}
+
+
+def compute_dtype(x: Tensor) -> Tensor:
+    """x in autocast's dtype, where that is on: one copy for the two or three linear layers that read it, each of which
+    would otherwise make its own and keep it for the backward."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

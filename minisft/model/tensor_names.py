@@ -1,0 +1,125 @@
+"""The tensors of Hugging Face files: their names, and how they are made of our parameters.
+
+Our names are Llama's without the leading "model.". Some families call modules otherwise, stack several matrices into
+one, transpose them, or deal the rows of q, k and v out to the heads. To add a family that differs: one entry in NAMES.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minisft.model.model_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file: our parameters `names`, stacked along dim 0, or with num_heads dealt out head by head (the
+    first head's rows of each, then the second head's), then transposed if so."""
+
+    names: tuple[str, ...]
+    num_heads: int = 0
+    transposed: bool = False
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """Our parameters -> the tensor of the file."""
+        if self.num_heads:
+            heads = [part.unflatten(0, (self.num_heads, -1)) for part in parts]  # [H, Dh, ...]
+            tensor = torch.stack(heads, dim=1).flatten(0, 2)
+        else:
+            tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return tensor.t() if self.transposed else tensor
+
+    def split(self, tensor: Tensor, rows: list[int]) -> list[Tensor]:
+        """The tensor of the file -> our parameters, which have that many rows."""
+        tensor = tensor.t() if self.transposed else tensor
+        if self.num_heads:
+            heads = tensor.unflatten(0, (self.num_heads, len(rows), -1))  # [H, 3, Dh, ...]
+            return [part.flatten(0, 1) for part in heads.unbind(1)]
+        return list(tensor.split(rows)) if len(rows) > 1 else [tensor]
+
+    def shape(self, parts: list[Tensor]) -> list[int]:
+        """Of the tensor of the file."""
+        shape = [sum(part.shape[0] for part in parts), *parts[0].shape[1:]]
+        return shape[::-1] if self.transposed else shape
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a family names its tensors where it does not do as Llama does."""
+
+    prefix: str = "model."  # of everything but the head
+    modules: dict[str, str] = field(default_factory=dict)  # our module -> the file's
+    stacked: dict[str, tuple[str, ...]] = field(default_factory=dict)  # the file's module -> ours
+    by_head: bool = False  # stacked rows are dealt out head by head
+    transposed: bool = False  # projections are kept as [in, out]
+
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+LLAMA = Names()
+NAMES = {
+    "phi3": Names(stacked={"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}),
+    "starcoder2": Names(modules={"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}),
+    "phi": Names(
+        modules={
+            "norm": "final_layernorm",
+            "self_attn.o_proj": "self_attn.dense",
+            "mlp.up_proj": "mlp.fc1",
+            "mlp.down_proj": "mlp.fc2",
+        }
+    ),
+    "gpt_neox": Names(
+        prefix="gpt_neox.",
+        modules={
+            "embed_tokens": "embed_in",
+            "norm": "final_layer_norm",
+            "lm_head": "embed_out",
+            "self_attn.o_proj": "attention.dense",
+            "mlp.up_proj": "mlp.dense_h_to_4h",
+            "mlp.down_proj": "mlp.dense_4h_to_h",
+        },
+        stacked={"attention.query_key_value": QKV},
+        by_head=True,
+    ),
+    "gpt2": Names(
+        prefix="transformer.",
+        modules={
+            "embed_tokens": "wte",
+            "embed_positions": "wpe",
+            "layers": "h",
+            "norm": "ln_f",
+            "input_layernorm": "ln_1",
+            "post_attention_layernorm": "ln_2",
+            "self_attn.o_proj": "attn.c_proj",
+            "mlp.up_proj": "mlp.c_fc",
+            "mlp.down_proj": "mlp.c_proj",
+        },
+        stacked={"attn.c_attn": QKV},
+        transposed=True,  # its class of projections is called Conv1D
+    ),
+}
+
+
+def stored_tensors(config: ModelConfig, names: Iterable[str]) -> dict[str, Stored]:
+    """Tensor name in a Hugging Face file -> how it is made of our parameters `names`. Every parameter occurs once."""
+    family = NAMES.get(config.model_type, LLAMA)
+    stacks = {ours[0]: (theirs, ours) for theirs, ours in family.stacked.items()}
+    inside = {module for ours in family.stacked.values() for module in ours[1:]}  # stored with the first of their stack
+    tensors = {}
+    for name in names:
+        path, leaf = name.rsplit(".", 1)
+        layer, module = "", path
+        if path.startswith("layers."):
+            layers, number, module = path.split(".", 2)
+            layer = f"{family.modules.get(layers, layers)}.{number}."
+        if module in inside:
+            continue
+        theirs, ours = stacks.get(module, (family.modules.get(module, module), (module,)))
+        prefix = "" if module == "lm_head" else family.prefix
+        tensors[f"{prefix}{layer}{theirs}.{leaf}"] = Stored(
+            names=tuple(name.replace(module, part) for part in ours),
+            num_heads=config.num_heads if family.by_head and len(ours) > 1 else 0,
+            transposed=family.transposed and leaf == "weight" and module.endswith("_proj"),
+        )
+    return tensors
