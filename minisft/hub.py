@@ -32,7 +32,9 @@ FILES = {
 }
 
 
-def resolve(path_or_repo: str | Path, revision: str | None, kind: str) -> tuple[Path, str | None]:
+def resolve(
+    path_or_repo: str | Path, revision: str | None, kind: str, *, local_files_only: bool = False
+) -> tuple[Path, str | None]:
     """A local folder with the files of `kind` ("model" or "tokenizer"), and the commit sha it came from.
 
     A folder that exists is returned as it is, with None. Everything else is a hub repository, "owner/name": its files
@@ -57,15 +59,17 @@ def resolve(path_or_repo: str | Path, revision: str | None, kind: str) -> tuple[
             hint=f"give a folder with {FILES[kind][0]} in it, or a repository as owner/name",
             exit_code=MODEL,
         )
-    return _download(repo, revision, kind)
+    return _download(repo, revision, kind, local_files_only)
 
 
-def _download(repo: str, revision: str | None, kind: str) -> tuple[Path, str]:
+def _download(repo: str, revision: str | None, kind: str, local_files_only: bool) -> tuple[Path, str]:
     from huggingface_hub import errors, snapshot_download
 
     where = f"{repo} at revision {revision}" if revision else repo
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=FILES[kind]))
+        folder = Path(
+            snapshot_download(repo, revision=revision, allow_patterns=FILES[kind], local_files_only=local_files_only)
+        )
         return folder, folder.name  # .../snapshots/<commit sha>
     except errors.HFValidationError as error:
         problem, hint = f"{repo!r} is not a valid repository name ({error})", "give a local folder or owner/name"

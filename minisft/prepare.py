@@ -27,6 +27,7 @@ from minisft.evaluate import Prompt, read_prompts
 from minisft.kernels.common import OPS, backend_for, use_backend
 from minisft.model.families import from_hf
 from minisft.model.load import build_model, init_weights, load_weights, read_config
+from minisft.model.model_config import with_vocab_size
 from minisft.optim import LossScale, build_optimizer
 from minisft.schedule import num_warmup_steps, total_steps
 
@@ -52,6 +53,7 @@ class Run:
     loss: Callable
     schedule: dict  # arguments of lr_factor
     summary: list[str]  # printed before the first step
+    prompting: dict  # how the model is to be asked later, for the exported folder
     loss_scale: LossScale
     step: int = 0
     num_tokens: int = 0  # seen so far, over all ranks
@@ -59,8 +61,7 @@ class Run:
 
     @property
     def prompt_layout(self) -> str:
-        """How a question became a prompt in the training data: "chat", "instruction" or "plain"."""
-        return self.train.documents.cache.manifest["sources"][0]["prompt"]
+        return self.prompting["prompt"]
 
     @property
     def total_steps(self) -> int:
@@ -125,6 +126,12 @@ def prepare(config: Config, device: torch.device) -> Run:
             f"kernels    {', '.join(f'{op} {backend}' for op, backend in backends.items())}",
             f"steps      {describe_steps(config, loader, schedule)}",
         ],
+        prompting={
+            # how a question became a prompt in the training data: "chat", "instruction" or "plain"
+            "prompt": loader.documents.cache.manifest["sources"][0]["prompt"],
+            "chat_template_kwargs": config.model.chat_template_kwargs,
+            "max_length": config.data.max_length,  # some rotary tables depend on it
+        },
         loss_scale=LossScale(scale=2.0**16 if precision == "fp16" else 1.0),
     )
 
@@ -133,7 +140,17 @@ def prepare_tokenizer(config: Config) -> tuple[Tokenizer, str]:
     section = config.model
     path = section.tokenizer_name_or_path or section.model_name_or_path
     revision = section.revision if path == section.model_name_or_path else None
-    tokenizer = load_tokenizer(path, revision=revision, chat_template=section.chat_template)
+    tokenizer = load_tokenizer(
+        path,
+        revision=revision,
+        chat_template=section.chat_template,
+        chat_template_kwargs=section.chat_template_kwargs,
+        template_date=section.template_date,
+        eos_token=section.eos_token,
+        pad_token=section.pad_token,
+        new_special_tokens=section.new_special_tokens,
+        local_files_only=section.local_files_only,
+    )
     return (
         tokenizer,
         f"tokenizer  {path}: {tokenizer.vocab_size:,} tokens, EOS {tokenizer.special_tokens.get('eos_token')!r}",
@@ -231,6 +248,11 @@ def format_options(data: DataSection) -> FormatOptions:
         instruction_marker=data.instruction_marker or "",
         add_eos=data.add_eos,
         add_special_tokens=data.add_special_tokens,
+        control_tokens=data.control_tokens,
+        reasoning=data.reasoning,
+        multi_turn=data.multi_turn,
+        last_turn_only=data.train_on_last_turn_only,
+        turns_max_length=data.max_length if data.truncation == "turns" else None,
     )
 
 
@@ -246,9 +268,13 @@ def prepare_model(config: Config, tokenizer: Tokenizer, device: torch.device) ->
         table = {"vocab_size": tokenizer.vocab_size, **specials, **section.config}
         model_config, folder, origin = from_hf(table, max_length=max_length), None, "random weights"
     else:
-        folder, commit = hub.resolve(section.model_name_or_path, section.revision, "model")
+        folder, commit = hub.resolve(
+            section.model_name_or_path, section.revision, "model", local_files_only=section.local_files_only
+        )
         model_config = read_config(folder, max_length=max_length)
         origin = section.model_name_or_path + (f" at {commit}" if commit else "")
+        if section.new_special_tokens and tokenizer.vocab_size > model_config.vocab_size:
+            model_config = with_vocab_size(model_config, tokenizer.vocab_size)
     if tokenizer.vocab_size > model_config.vocab_size:
         raise UserError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's embedding {model_config.vocab_size} rows",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from minisft.data import cache as cache_module
+from minisft.data import tokenise as tokenise_module
 from minisft.data.batch import ANSWER, SPECIAL, TERMINATOR, TEXT, TRAINED, USER
 from minisft.data.cache import build_cache, cache_key
 from minisft.data.documents import select_documents, show_document, split_documents
@@ -159,8 +160,8 @@ def test_batches_do_not_show(tmp_path, monkeypatch):
     rows = [{"question": "Hi " * i, "answer": "Hello"} for i in range(1, 20)]
     path = jsonl(tmp_path / "a.jsonl", rows)
     whole = build(tmp_path, path)
-    monkeypatch.setattr(cache_module, "BATCH_ROWS", 3)
-    monkeypatch.setattr(cache_module, "BATCH_CHARACTERS", 150)
+    monkeypatch.setattr(tokenise_module, "BATCH_ROWS", 3)
+    monkeypatch.setattr(tokenise_module, "BATCH_CHARACTERS", 150)
     monkeypatch.setattr(cache_module, "CACHE_VERSION", 0)
     batched = build(tmp_path, path)
     assert batched.folder != whole.folder
@@ -332,7 +333,7 @@ def test_truncation_policies(tmp_path):
     )
     documents, account = select_documents(cache, max_length=10, truncation="drop")
     assert documents.index.tolist() == [0] and account.dropped == {"longer than max_length": 1}
-    assert account.in_dropped_rows == lengths[1] and account.cut == 0
+    assert account.in_dropped == lengths[1] and account.cut == 0
     for truncation, kept in (("right", slice(0, 10)), ("left", slice(-10, None))):
         documents, account = select_documents(cache, max_length=10, truncation=truncation)
         assert documents.lengths.tolist() == [lengths[0], 10] and len(documents) == 2
@@ -360,7 +361,7 @@ def test_rows_with_nothing_to_train_are_dropped_and_counted(tmp_path):
     documents, account = select_documents(cache, max_length=3, truncation="right")
     assert documents.index.tolist() == [0]
     assert account.dropped == {"with nothing to train": 3, "with nothing to train after the cut": 1}
-    assert (account.trained, account.context, account.cut, account.in_dropped_rows) == (1, 2, 0, 11)
+    assert (account.trained, account.context, account.cut, account.in_dropped) == (1, 2, 0, 11)
     with pytest.raises(UserError, match="no row is left to train on"):
         select_documents(build(tmp_path, jsonl(tmp_path / "b.jsonl", rows[1:2])), max_length=None)
 
@@ -453,7 +454,7 @@ def test_real_data_is_used_to_the_last_row(tmp_path, shared_data, name, rows, la
     cache = build(tmp_path, str(shared_data / name), tokenizer)
     documents, account = select_documents(cache, max_length=None)
     assert account.rows_read == account.rows_used == len(documents) == rows and account.dropped == {}
-    assert account.cut == account.in_dropped_rows == 0
+    assert account.cut == account.in_dropped == 0
     assert cache.manifest["sources"][0]["layout"] == layout
     ends = np.array(cache.offsets[1:]) - 2  # the last tokens are <|im_end|> and a newline
     assert (cache.ids[ends] == tokenizer.eos_token_id).all()

@@ -66,6 +66,34 @@ def test_every_json_value_survives_both_spellings(value):
     assert files.parse_json(json.dumps(value, ensure_ascii=True).encode()) == value  # \ud83d\ude00 pairs included
 
 
+json_texts = st.builds(
+    lambda before, value, after: before + json.dumps(value) + after,
+    st.sampled_from(["", " ", "\n\t ", "\r\n", "\x0b", "\u00a0", "x"]),
+    json_values,
+    st.sampled_from(["", "\n", "\r\n", " \t\r\n", "\x0b", "\u00a0\n", "\x00", " 1", "\n{}", ","]),
+) | st.text('{}[]":, \n01e-.\\\\utrnaN', max_size=12)
+
+
+@settings(deadline=None, max_examples=500)  # most texts are short
+@given(json_texts)
+def test_what_is_accepted_is_what_the_standard_library_accepts_without_its_extras(text):
+    def refuse(constant):
+        raise ValueError(constant)
+
+    def no_duplicates(pairs):
+        assert len({key for key, _ in pairs}) == len(pairs)
+        return dict(pairs)
+
+    try:
+        expected = json.loads(text, parse_constant=refuse, object_pairs_hook=no_duplicates)
+        json.dumps(expected, ensure_ascii=False, allow_nan=False).encode()  # no 1e400, no half of a surrogate pair
+    except (ValueError, AssertionError):
+        with pytest.raises(UserError):
+            files.parse_json(text.encode())
+    else:
+        assert files.parse_json(text.encode()) == expected
+
+
 def test_write_json_refuses_nan_and_leaves_the_old_file(tmp_path):
     path = tmp_path / "report.json"
     files.write_json(path, {"b": 1, "a": [2.5, "\u00e9"]})

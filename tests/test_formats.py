@@ -1,10 +1,16 @@
 """Formats: what is detected, what is trained, and every way in which a row can be wrong."""
 
+import json
+from collections import Counter
+from pathlib import Path
+
 import pytest
 
 from minisft.data.batch import ANSWER, TEXT, TRAINED, USER
 from minisft.data.formats import (
+    CHOICES,
     FIELDS,
+    TEMPLATE_FIELDS,
     FormatOptions,
     Piece,
     RowError,
@@ -14,11 +20,14 @@ from minisft.data.formats import (
     rename_fields,
     to_example,
 )
+from minisft.data.sources import Row, parse_source, read_rows
 from minisft.errors import UserError
 
+DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 ROWS = {
     "input_ids": {"input_ids": [1, 2]},
+    "preference": {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"},
     "messages": {"messages": TURNS},
     "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
     "prompt_completion": {"prompt": "Hi", "completion": "Hello"},
@@ -55,11 +64,14 @@ def test_what_was_detected_is_one_line_and_names_unused_fields():
     [
         ({"txt": "a"}, {}, "txt are those of no known format"),
         ({}, {}, "(none) are those of no known format"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, {}, "preference training"),
+        ({"prompt": "a", "chosen": "b"}, {}, "of no known format"),  # not half of a preference
         (ROWS["text"], {"completion_only_loss": True}, "completion_only_loss = true, but text rows have neither"),
         (ROWS["text"], {"assistant_only_loss": True}, "assistant_only_loss = true"),
         (ROWS["text"], {"completion_only_loss": False, "response_marker": "A:"}, "name a response_marker"),
-        (ROWS["text"], {"prompt_format": "chatty"}, "prompt_format"),
+        *[(ROWS["text"], {key: "chatty"}, f"{key} = 'chatty'") for key in CHOICES],
+        (ROWS["text"], {"last_turn_only": True}, "last_turn_only = true, but text rows have no turns"),
+        (ROWS["text"], {"last_turn_only": True, "response_marker": "A:"}, "last_turn_only = true"),
+        (ROWS["messages"], {"last_turn_only": True, "assistant_only_loss": False}, "but everything is trained"),
         (ROWS["text"], {"dataset_text_field": "body"}, "no known format"),
     ],
 )
@@ -67,6 +79,41 @@ def test_detection_refuses(row, options, message):
     with pytest.raises(UserError) as caught:
         detect_layout(row, "auto", FormatOptions(**options), True)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_is_read_or_named_as_unused(name):
+    """A field that changes the example is not called unused, and one that is called unused changes nothing."""
+    values = {
+        "tools": [{"name": "f"}],
+        "documents": [{"title": "T"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+        "system": "Be brief.",
+        "input": "1 2",
+        "labels": [-100, 2],
+        "weight": 0.5,
+        "id": 7,
+    }
+    for template in (True, False):
+        options = FormatOptions(prompt_format="auto" if template else "plain")
+        if not template and name in ("messages", "sharegpt"):
+            continue
+        without = to_example(ROWS[name], detect_layout(ROWS[name], name, options, template), options)
+        for field, value in values.items():
+            row = {**ROWS[name], field: value}
+            layout = detect_layout(row, name, options, template)
+            assert (to_example(row, layout, options) == without) == (field in layout.ignored), (field, template)
+            assert (f"fields not used: {', '.join(layout.ignored)}" in str(layout)) == bool(layout.ignored)
+
+
+def test_fields_for_the_template_reach_it():
+    extra = {"tools": [], "documents": [{"text": "D"}], "chat_template_kwargs": {"enable_thinking": False, "x": None}}
+    assert tuple(extra) == TEMPLATE_FIELDS
+    found = example({**ROWS["messages"], **extra})
+    assert (found.tools, found.documents, found.variables) == (None, [{"text": "D"}], {"enable_thinking": False})
+    for row in (ROWS["text"], ROWS["prompt_completion"], ROWS["input_ids"]):  # where no template renders, they are not
+        found = example({**row, **extra, "tools": "not JSON"})
+        assert (found.tools, found.documents, found.variables) == (None, None, None)
 
 
 def test_detection_refuses_an_unknown_name_and_a_missing_template():
@@ -138,31 +185,53 @@ def test_prompt_and_completion_of_messages_train_the_completion_only():
             to_example(row, layout, FormatOptions())
 
 
-def test_sharegpt_with_tools_and_calls():
-    row = {
-        "system": "S",
-        "tools": '[{"name": "f"}]',
-        "conversations": [
-            {"from": "human", "value": "?"},
-            {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
-            {"from": "observation", "value": "7"},
-            {"from": "gpt", "value": "It is 7."},
-        ],
-    }
+def test_sharegpt_with_system_and_tools():
+    found = example({**ROWS["sharegpt"], "system": "S", "tools": '[{"name": "f"}]'})
+    assert found.messages == [{"role": "system", "content": "S"}, *TURNS]
+    assert found.tools == [{"type": "function", "function": {"name": "f"}}]
+
+
+SAID = {name: [{"role": "assistant", "content": name}] for name in ("yes", "no")}
+SAID_TURNS = {name: {"from": "gpt", "value": name} for name in ("yes", "no")}
+
+
+@pytest.mark.parametrize(
+    "row, unused",
+    [
+        ({"prompt": TURNS[:1], "chosen": SAID["yes"], "rejected": SAID["no"]}, "rejected"),
+        ({"prompt": TURNS[:1], "chosen": SAID["yes"][0], "rejected": SAID["no"][0]}, "rejected"),
+        ({"prompt": "Hi", "chosen": SAID["yes"], "rejected": SAID["no"]}, "rejected"),
+        ({"prompt": "Hi", "chosen": TURNS[:1] + SAID["yes"], "rejected": TURNS[:1] + SAID["no"]}, "rejected"),
+        ({"chosen": TURNS[:1] + SAID["yes"], "rejected": TURNS[:1] + SAID["no"]}, "rejected"),
+        ({"chosen": TURNS[:1] + SAID["yes"], "rejected": None, "messages": TURNS}, "rejected, messages"),
+        ({"conversations": [{"from": "human", "value": "Hi"}], "chosen": SAID_TURNS["yes"], "rejected": 0}, "rejected"),
+    ],
+    ids=str,
+)
+def test_of_a_preference_the_chosen_answer_is_trained(row, unused):
     found = example(row)
-    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-    assert found.tools == [{"name": "f"}]
-    assert [message["role"] for message in found.messages] == ["system", "user", "assistant", "tool", "assistant"]
-    assert found.messages[2] == {"role": "assistant", "content": "", "tool_calls": [call]}
-    assert example({**row, "tools": "[]"}).tools is None and example({**row, "tools": ""}).tools is None
+    assert found.messages == [TURNS[0], *SAID["yes"]] and found.first_trained == 1
+    line = f"preference, by the chat template; trained: the chosen answer; fields not used: {unused}"
+    assert str(detect_layout(row, "auto", FormatOptions(), True)) == line
+    assert example({**row, "rejected": "whatever"}) == found
 
 
-def test_openai_tool_calls_get_their_arguments_as_objects():
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    row = {"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [call]}]}
-    message = example(row).messages[1]
-    assert message["content"] == "" and message["tool_calls"][0]["function"]["arguments"] == {"x": 1}
-    assert call["function"]["arguments"] == '{"x": 1}'  # the row itself is left alone
+def test_a_preference_of_strings_is_like_prompt_and_completion():
+    row = ROWS["preference"]
+    assert example(row) == example(ROWS["prompt_completion"])
+    assert example(row, prompt_format="chat") == example(ROWS["prompt_completion"], prompt_format="chat")
+    line = "preference, as text; trained: the chosen answer; fields not used: rejected"
+    assert str(detect_layout(row, "auto", FormatOptions(), False)) == line
+
+
+def test_earlier_turns_of_a_preference_are_context():
+    history = [*TURNS, {"role": "user", "content": "And?"}]
+    for row in ({"chosen": history + SAID["yes"]}, {"prompt": history, "chosen": history + SAID["yes"]}):
+        found = example({**row, "rejected": []})
+        assert found.messages == history + SAID["yes"] and found.first_trained == 3
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    found = example({"chosen": [*TURNS[:1], call, {"role": "tool", "content": "7"}, *SAID["yes"]], "rejected": []})
+    assert found.first_trained == 1 and len(found.messages) == 4  # the answer is all that follows the question
 
 
 def test_response_marker():
@@ -183,50 +252,32 @@ def test_weight():
     assert example(ROWS["text"]).weight == 1.0
 
 
-def message(role="user", content="Hi", **more):
-    return {"role": role, "content": content, **more}
-
-
-def call(**function):
-    return message("assistant", "", tool_calls=[{"function": function}])
+def chosen(value, **more):
+    return {"chosen": value, "rejected": value, **more}
 
 
 BAD_ROWS = [
-    ("messages", {"messages": {}}, "messages is a dict"),
-    ("messages", {"messages": []}, "messages is empty"),
-    ("messages", {"messages": None}, "messages is null"),
-    ("messages", {"messages": "[]"}, "messages is a str"),
-    ("messages", {"messages": [None]}, "messages[0] is null"),
-    ("messages", {"messages": [{"content": "Hi"}]}, "messages[0].role is None"),
-    ("messages", {"messages": [{"role": "user"}]}, "messages[0].content is null"),
-    ("messages", {"messages": [message("Assistant")]}, "did you mean 'assistant'?"),
-    ("messages", {"messages": [message("gpt")]}, "messages[0].role is 'gpt'"),
-    ("messages", {"messages": [message(["user"])]}, "unknown role"),
-    ("messages", {"messages": [message(content=3)]}, "messages[0].content is a int"),
-    ("messages", {"messages": [message(content=["Hi"])]}, "messages[0].content is a list"),
-    ("messages", {"messages": [message("system")]}, "no assistant turn: roles: system"),
-    ("messages", {"messages": [message()]}, "no assistant turn: roles: user"),
-    ("messages", {"messages": [message(), message("assistant", "")]}, "empty answer: messages[1].content"),
-    ("messages", {"messages": [message(), message("assistant", " \n")]}, "empty answer"),
-    ("messages", {"messages": [message(), message("assistant", None)]}, "messages[1].content is null"),
-    ("messages", {"messages": [message(tool_calls=[{"name": "f"}])]}, "tool call by another role"),
-    ("messages", {"messages": [message("assistant", tool_calls="f")]}, "tool_calls is a str, not a list"),
-    ("messages", {"messages": [message("assistant", tool_calls=["f"])]}, "has no function name"),
-    ("messages", {"messages": [call(arguments={})]}, "has no function name"),
-    ("messages", {"messages": [call(name="f", arguments="{")]}, "not valid JSON"),
-    ("messages", {"messages": [call(name="f", arguments=[1])]}, "arguments is a list, not an object"),
-    ("messages", {"messages": TURNS, "tools": "x"}, "not valid JSON: tools"),
-    ("messages", {"messages": TURNS, "tools": {"name": "f"}}, "bad tools"),
-    ("messages", {"messages": TURNS, "tools": ["f"]}, "bad tools"),
+    ("turns", chosen(TURNS[1:]), "no prompt: the row has no prompt"),
+    ("turns", chosen(TURNS[0]), "no assistant turn"),
+    ("turns", chosen([*TURNS, TURNS[0]]), "chosen is no answer: roles after the prompt: none"),
+    ("turns", chosen(TURNS, prompt=TURNS), "chosen is no answer: roles after the prompt: none"),
+    ("turns", chosen(TURNS, prompt="Ho"), "chosen is no answer: roles after the prompt: user, assistant"),
+    ("turns", chosen(TURNS, prompt=3), "prompt is a int"),
+    ("turns", chosen("Hello", prompt="Hi"), "chosen is a str"),
+    ("turns", chosen([], prompt="Hi"), "chosen is empty"),
+    ("turns", chosen(TURNS[1], conversations=[{"from": "human", "value": "Hi"}]), 'chosen[0] has "role"'),
+    ("turns", {"chosen": TURNS}, "missing field: 'rejected'"),
+    ("preference", chosen("Hello", prompt=None), "no prompt: where it ends in the text"),
+    ("preference", chosen("Hello"), "no prompt: where it ends in the text of chosen cannot be known"),
+    ("preference", chosen(["Hello"], prompt="Hi"), "chosen is a list"),
+    ("preference", chosen(" ", prompt="Hi"), "empty answer"),
     ("messages", {"text": "Hi"}, "missing field: 'messages'; the row has text"),
     ("messages", {}, "the row has no field"),
-    ("sharegpt", {"conversations": []}, "conversations is empty"),
-    ("sharegpt", {"conversations": [{"from": "human"}]}, "conversations[0] has no text in `value`"),
-    ("sharegpt", {"conversations": [{"from": "bot", "value": "x"}]}, "conversations[0].from is 'bot'"),
-    ("sharegpt", {"conversations": [{"value": "x"}]}, "conversations[0].from is None"),
-    ("sharegpt", {"conversations": [{"from": "function_call", "value": "f(x)"}]}, "not valid JSON: conversations[0]"),
-    ("sharegpt", {"conversations": [{"from": "function_call", "value": "3"}]}, "has no function name"),
-    ("sharegpt", {"conversations": [{"from": "human", "value": "x"}]}, "no assistant turn"),
+    ("messages", {"messages": [TURNS[0]]}, "no assistant turn: roles: user"),
+    ("messages", {"messages": TURNS, "tools": 3}, "bad tools"),
+    ("messages", {"messages": TURNS, "documents": {}}, "bad documents"),
+    ("messages", {"messages": TURNS, "chat_template_kwargs": []}, "bad chat_template_kwargs"),
+    ("sharegpt", {"conversations": [{"from": "gpt", "value": "Hi"}], "system": 3}, "system is a int"),
     ("prompt_completion", {"prompt": "Hi", "completion": None}, "completion is null"),
     ("prompt_completion", {"prompt": "Hi", "completion": ""}, "empty answer"),
     ("prompt_completion", {"prompt": 3, "completion": "Hi"}, "prompt is a int"),
@@ -241,7 +292,7 @@ BAD_ROWS = [
     ("text", {"text": ""}, "empty text"),
     ("text", {"text": " \n"}, "empty text"),
     ("text", {"text": ["a"]}, "text is a list"),
-    ("text", {"text": "a", "weight": -1}, "bad weight: -1"),
+    ("text", {"text": "a", "weight": -1}, "bad weight: weight is -1"),
     ("text", {"text": "a", "weight": True}, "bad weight"),
     ("text", {"text": "a", "weight": "nan"}, "bad weight"),
     ("text", {"text": "a", "weight": 1e39}, "bad weight"),
@@ -258,7 +309,8 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize("format, row, message", BAD_ROWS, ids=lambda value: str(value)[:40])
 def test_bad_rows_say_what_is_wrong(format, row, message):
-    layout = detect_layout(ROWS[format], format, FormatOptions(), True)
+    first, format = (chosen(TURNS), "preference") if format == "turns" else (ROWS[format], format)
+    layout = detect_layout(first, format, FormatOptions(), True)
     with pytest.raises(RowError) as caught:
         to_example(row, layout, FormatOptions())
     assert message in str(caught.value)
@@ -278,10 +330,53 @@ def test_a_response_marker_fails_closed(text, options, message):
         example({"text": text}, **options)
 
 
+# ---- real data
+
+
 @pytest.mark.parametrize(
-    "content",
-    ["a", "x" * 100_000, "\u0000\u0001", "a\u2028\u2029\x85", "\u200f\u200b", "\U0001f600", "e\u0301", "\ud55c"],
+    "name, count, line",
+    [
+        ("gsm8k_train.jsonl", 7473, "question_answer, by the chat template; trained: the answer"),
+        ("gsm8k_test.jsonl", 1319, "question_answer, by the chat template; trained: the answer"),
+        ("alpaca_en_demo.json", 999, "instruction, by the chat template; trained: the answer"),
+        (
+            "dpo_en_demo.json",
+            299,
+            "preference, by the chat template; trained: the chosen answer; fields not used: rejected",
+        ),
+        ("glaive_toolcall_en_demo.json", 300, "sharegpt, by the chat template; trained: the assistant's turns"),
+    ],
 )
-def test_odd_content_is_kept_as_it_is(content):
-    turns = [message(content=content), message("assistant", content)]
-    assert example({"messages": turns}).messages == turns
+def test_every_row_of_the_shared_data_is_read(name, count, line):
+    if not (DATA / name).is_file():
+        pytest.skip("the shared data is not here")
+    rows = list(read_rows(parse_source(str(DATA / name))))
+    assert len(rows) == count and all(isinstance(row, Row) for row in rows)
+    layout = detect_layout(rows[0].data, "auto", FormatOptions(), True)
+    assert str(layout) == line
+    dropped = Counter()
+    for row in rows:
+        try:
+            found = to_example(row.data, layout, FormatOptions())
+        except RowError as error:
+            dropped[error.reason] += 1
+            continue
+        if "conversations" in row.data:  # nothing that was said is lost
+            said = [turn["value"] for turn in row.data["conversations"]]
+            said += [row.data["chosen"]["value"]] if "chosen" in row.data else []
+            kept = [_call_as_text(message) or message["content"] for message in found.messages]
+            assert [_spelling(text) for text in kept] == [_spelling(text) for text in said]
+            assert len(found.tools or []) == len(json.loads(row.data.get("tools", "[]")))
+    assert dropped == {}
+
+
+def _call_as_text(message):
+    return json.dumps(message["tool_calls"][0]["function"]) if "tool_calls" in message else ""
+
+
+def _spelling(text):
+    """Text, or JSON in one spelling."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -18,6 +18,7 @@ from minisft.commands import generate
 from minisft.data.tokenizer import load_tokenizer, train_tokenizer
 from minisft.errors import MODEL as MODEL_ERROR
 from minisft.errors import UserError
+from minisft.files import read_manifest
 from minisft.loop import Result
 from minisft.model.load import load_model
 from minisft.train import run
@@ -129,7 +130,7 @@ def test_generate_asks_as_the_training_data_did(tmp_path, template, layout):
     result = train(tmp_path, **options)
     ready, _ = parts(tmp_path, **options)
     (batch,) = ready.train.step(0, 0)
-    asked = generate.prompt_layout(result.model_dir, "none")
+    asked = read_manifest(result.model_dir)["prompt"]
     ids = generate.prompt_ids(load_tokenizer(result.model_dir), row["question"], asked)
     assert asked == layout
     assert ids == batch.input_ids[: batch.loss_rows[0] + 1].tolist()

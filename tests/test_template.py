@@ -14,8 +14,10 @@ from minisft.data.batch import (
     TRAINED,
     USER,
 )
-from minisft.data.formats import RowError
-from minisft.data.template import CHATML, ChatTemplate, check_template, render, render_with_spans
+from minisft.data.conversations import RowError
+from minisft.data.masks import Masking, check_template, render_conversation
+from minisft.data.template import ChatTemplate, render
+from minisft.data.training_templates import CHATML
 from minisft.errors import UserError
 
 TOKENS = (("bos_token", "<s>"), ("eos_token", "</s>"))
@@ -85,6 +87,12 @@ def test_rendering_is_byte_equal_to_transformers(name):
                 )
                 found = render(template, messages, tools=tools, add_generation_prompt=prompt)
                 assert found == expected[0]
+
+
+def render_with_spans(template, messages, *, tools=None, train_on="assistant", first_trained=0):
+    masking = Masking(train_on, multi_turn="joint")
+    (document,) = render_conversation(template, messages, tools=tools, masking=masking, first_trained=first_trained)
+    return document.text, document.spans
 
 
 def parts(text, spans, of=None):
@@ -190,10 +198,10 @@ def test_a_template_that_inspects_contents_renders_the_same_and_loses_only_detai
     [
         # a prompt that is not how the turn is rendered later (reasoning models)
         ("{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}assistant:"
-         "<think>{% endif %}", "one", "differently in its context"),
+         "<think>{% endif %}", "one", "differently than at inference"),
         # the end only after the last turn
         ("{% for m in messages %}{{ m.role }}:{{ m.content }}{% if loop.last %}</s>{% endif %}{% endfor %}"
-         "{% if add_generation_prompt %}assistant:{% endif %}", "many", "differently in its context"),
+         "{% if add_generation_prompt %}assistant:{% endif %}", "many", "differently than at inference"),
         ("{% for m in messages[:2] %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "many", "lost a"),
         ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "one", "lost a"),
         ("{% for m in messages if m.role == 'assistant' %}{% generation %}{{ m.content | upper }}{% endgeneration %}"

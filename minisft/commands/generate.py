@@ -41,10 +41,13 @@ def main(argv: list[str]) -> int:
     from minisft.model.load import load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(folder, device=device), load_tokenizer(folder)
+    trained = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}  # by the run that exported it
+    model = load_model(folder, device=device, max_length=trained.get("max_length"))
+    tokenizer = load_tokenizer(folder, chat_template_kwargs=trained.get("chat_template_kwargs"))
     listed = model.generation_config.get("eos_token_id") or []  # the model's own list: one id or several
     stop_ids = tokenizer.stop_ids | set(listed if isinstance(listed, list) else [listed])
-    layout = "plain" if arguments.plain else prompt_layout(folder, "plain" if tokenizer.template is None else "chat")
+    layout = trained.get("prompt", "plain" if tokenizer.template is None else "chat")
+    layout = "plain" if arguments.plain else layout
     prompts = arguments.prompt or (line.rstrip("\n") for line in sys.stdin)
     for prompt in prompts:
         ids = prompt_ids(tokenizer, prompt, layout)
@@ -60,12 +63,6 @@ def main(argv: list[str]) -> int:
         )
         print(tokenizer.decode(output), flush=True)
     return 0
-
-
-def prompt_layout(folder: Path, default: str) -> str:
-    """What the run that exported this model wrote into its manifest: "chat", "instruction" or "plain"."""
-    path = folder / MANIFEST
-    return read_json(path).get("prompt", default) if path.exists() else default
 
 
 def prompt_ids(tokenizer: "Tokenizer", prompt: str, layout: str) -> list[int]:

@@ -5,51 +5,39 @@
     offsets  int64  [D+1]  document d is tokens offsets[d] : offsets[d + 1]
     source   int32  [D]    which source it came from            row   int64 [D]   its row number there, from 0
     file     int32  [D]    which of manifest["paths"]           line  int64 [D]   its line there
-    weights  float32 [N]   only where some row has a weight other than 1
+    weights  float32 [N]   only where something has a weight other than 1
 
 Five bytes a token. The folder is named by the sha256 of everything that shaped it: the bytes of every data file, the
 tokenizer's files, the template, the options, and CACHE_VERSION. It is written as an atomic folder (files.py) and every
 byte of it is verified against its manifest before use; one that does not match is built again.
 
-Building streams: a batch of rows is parsed and rendered here, encoded by the Rust tokenizer on all cores, and appended
-to the files, so memory holds one batch, whatever the size of the data.
+Building streams: tokenise.py brings a batch of documents, which is appended to the files, so memory holds two batches,
+whatever the size of the data.
 """
 
 import json
 import os
 import shutil
-from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import tokenizers
 
-from minisft.data.batch import ANSWER, SPECIAL, TERMINATOR, TEXT, TRAINED
-from minisft.data.formats import (
-    Example,
-    FormatOptions,
-    Layout,
-    Piece,
-    RowError,
-    check_field_map,
-    detect_layout,
-    rename_fields,
-    to_example,
-)
-from minisft.data.sources import BadRow, Row, Source, excerpt, list_files, place, read_rows
-from minisft.data.tokenizer import Tokenizer, check_chat_template, conversation_piece, encode_pieces
+from minisft.data.formats import FormatOptions, check_field_map
+from minisft.data.sources import Source, list_files, place
+from minisft.data.tokenise import new_entry, tokenise
+from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, SAVE, UserError
 from minisft.files import atomic_folder, read_manifest, remove_leftovers, sha256_file, verify_folder, waiting_lock
 
-CACHE_VERSION = 1  # raise it when the same input gives other tokens or kinds
-BATCH_ROWS, BATCH_CHARACTERS = 1024, 8_000_000  # a batch ends at whichever comes first
-SHOWN_BAD_ROWS = 5
+CACHE_VERSION = 2  # raise it when the same input gives other tokens or kinds
+BLOCK_TOKENS = 2**20
 ABSENT = "absent"
 ARRAYS = {
     "ids": np.uint32,
@@ -90,8 +78,17 @@ class TokenCache:
             reasons = sum((Counter(entry["dropped"]) for entry in self.manifest["sources"]), Counter())
             lines.append(f"{dropped} bad rows skipped: " + ", ".join(f"{n} {why}" for why, n in reasons.most_common()))
             lines += [f"  {bad_row}" for bad_row in self.manifest["bad_rows"]]
-        if self.manifest["straddling"]:
-            lines.append(f"{self.manifest['straddling']} trained tokens begin before or end after what is trained")
+        entries = self.manifest["sources"]
+        strategies = sum((Counter(entry["strategies"]) for entry in entries), Counter())
+        if strategies["per_turn"]:
+            answers = sum(entry["documents"] for entry in entries) - sum(entry["rows_used"] for entry in entries)
+            lines.append(
+                f"{strategies['per_turn']:,} conversations are rendered turn by turn, as at inference: {answers:,} more documents"
+            )
+        if rows := sum(entry["control_tokens"] for entry in entries):
+            lines.append(f"{rows:,} rows contain the text of a control token")
+        if straddling := sum(entry["straddling"] for entry in entries):
+            lines.append(f"{straddling:,} trained tokens begin before or end after what is trained")
         return lines
 
 
@@ -217,18 +214,17 @@ def _build(
     options: FormatOptions,
     on_bad_row: str,
 ) -> None:
-    manifest = {"paths": paths, "sources": [], "bad_rows": [], "straddling": 0}
+    manifest = {"paths": paths, "sources": [], "bad_rows": []}
     file_numbers = {path: number for number, path in enumerate(paths)}
-    document_weights = array("f")
-    num_tokens = 0
+    num_tokens, is_weighted = 0, False
     with atomic_folder(folder, manifest) as temporary:
-        files = {name: open(temporary / f"{name}.bin", "wb") for name in ARRAYS}
+        files = {name: open(temporary / f"{name}.bin", "wb") for name in (*ARRAYS, "weights")}
         try:
             np.zeros(1, np.int64).tofile(files["offsets"])
             for number, source in enumerate(sources):
-                entry = {"layout": "", "prompt": "", "rows_read": 0, "rows_used": 0, "dropped": {}}
+                entry = new_entry()
                 manifest["sources"].append(entry)
-                for documents in _tokenise(source, tokenizer, options, on_bad_row, entry, manifest["bad_rows"]):
+                for documents in tokenise(source, tokenizer, options, on_bad_row, entry, manifest["bad_rows"]):
                     lengths = np.array([len(d.ids) for d in documents], dtype=np.int64)
                     columns = {
                         "ids": np.concatenate([d.ids for d in documents]),
@@ -241,10 +237,13 @@ def _build(
                     }
                     for name, column in columns.items():
                         column.astype(ARRAYS[name], copy=False).tofile(files[name])
+                    if not is_weighted and any(np.any(d.weights != 1) for d in documents):
+                        is_weighted = True
+                        _write_ones(files["weights"], num_tokens)
+                    if is_weighted:
+                        for document in documents:
+                            np.full(len(document.ids), document.weights, dtype=np.float32).tofile(files["weights"])
                     num_tokens += int(lengths.sum())
-                    document_weights.extend(d.weight for d in documents)
-                    entry["rows_used"] += len(documents)
-                    manifest["straddling"] += sum(d.straddling for d in documents)
                 assert entry["rows_read"] == entry["rows_used"] + sum(entry["dropped"].values())
         finally:
             for file in files.values():
@@ -253,159 +252,10 @@ def _build(
             read = sum(entry["rows_read"] for entry in manifest["sources"])
             shown = "".join(f"\n  {bad_row}" for bad_row in manifest["bad_rows"])
             raise UserError(f"no usable row in {', '.join(paths)}: {read} read{shown}", exit_code=DATA)
-        if any(weight != 1 for weight in document_weights):
-            offsets = np.fromfile(temporary / "offsets.bin", dtype=np.int64)
-            with open(temporary / "weights.bin", "wb") as file:
-                for weight, length in zip(document_weights, np.diff(offsets)):
-                    np.full(length, weight, dtype=np.float32).tofile(file)
+        if not is_weighted:
+            (temporary / "weights.bin").unlink()
 
 
-# ------------------------------------------------------------------------------------------------- rows to documents
-
-
-@dataclass(frozen=True)
-class _Document:
-    ids: np.ndarray  # uint32 [n]
-    kinds: np.ndarray  # uint8 [n]
-    straddling: int
-    weight: float
-    row: int
-    file: str
-    line: int
-
-
-def _tokenise(
-    source: Source,
-    tokenizer: Tokenizer,
-    options: FormatOptions,
-    on_bad_row: str,
-    entry: dict,
-    bad_rows: list[str],
-) -> Iterator[list[_Document]]:
-    """The documents of a source in batches; fills `entry`. The next batch is rendered while Rust encodes this one."""
-    layout = None
-    dropped = Counter()
-    batch: list[tuple[int, Row, Example, tuple[Piece, ...]]] = []
-    characters = 0
-
-    def refuse(bad_row: BadRow) -> None:
-        if on_bad_row == "error":
-            hint = 'mend the row, or set on_bad_row = "skip" to leave such rows out and count them'
-            raise UserError(str(bad_row), hint=hint, exit_code=DATA)
-        dropped[bad_row.reason] += 1
-        entry["dropped"] = dict(dropped)
-        if len(bad_rows) < SHOWN_BAD_ROWS:
-            bad_rows.append(str(bad_row))
-
-    with ThreadPoolExecutor(1) as pool:
-        encoding: Future | None = None
-        for number, row in enumerate(chain(read_rows(source), [None])):
-            if row is not None:
-                entry["rows_read"] += 1
-                if isinstance(row, BadRow):
-                    refuse(row)
-                    continue
-                try:
-                    data = rename_fields(row.data, source.field_map)
-                    if layout is None:
-                        layout = _detect(data, place(row.file, row.line), source.format, tokenizer, options)
-                        entry["layout"], entry["prompt"] = str(layout), layout.prompt
-                    example = to_example(data, layout, options)
-                    pieces = _pieces(example, layout, tokenizer)
-                except RowError as error:
-                    refuse(_bad_row(row, error))
-                    continue
-                batch.append((number, row, example, pieces))
-                characters += sum(len(piece.text) for piece in pieces)
-            if row is None or len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
-                if encoding is not None:
-                    yield from _finish(encoding.result(), tokenizer, options, refuse)
-                encoding = pool.submit(_encode, batch, tokenizer)
-                batch, characters = [], 0
-        yield from _finish(encoding.result(), tokenizer, options, refuse)
-
-
-def _detect(row: dict, where: str, format: str, tokenizer: Tokenizer, options: FormatOptions) -> Layout:
-    try:
-        layout = detect_layout(row, format, options, tokenizer.template is not None)
-    except UserError as error:
-        raise UserError(f"{where}: {error.message}", hint=error.hint, exit_code=error.exit_code) from None
-    if layout.chat:
-        check_chat_template(tokenizer)
-    elif options.add_eos and layout.format != "input_ids" and tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no EOS token", hint="set add_eos = false, or name eos_token in its config")
-    return layout
-
-
-def _pieces(example: Example, layout: Layout, tokenizer: Tokenizer) -> tuple[Piece, ...]:
-    if example.ids is not None:
-        if not 0 <= min(example.ids) <= max(example.ids) < tokenizer.vocab_size:
-            raise RowError("token id out of range", f"ids must be from 0 to {tokenizer.vocab_size - 1}")
-        return ()
-    if example.messages is None:
-        return example.pieces
-    train_on = "assistant" if layout.answers_only else "all"
-    return (
-        conversation_piece(
-            tokenizer,
-            example.messages,
-            tools=example.tools,
-            train_on=train_on,
-            first_trained=example.first_trained,
-        ),
-    )
-
-
-def _bad_row(row: Row, error: RowError) -> BadRow:
-    text = json.dumps(row.data, ensure_ascii=False)
-    return BadRow(row.file, row.line, error.reason, error.detail, excerpt(text))
-
-
-def _encode(batch: list, tokenizer: Tokenizer) -> list:
-    """[(number, row, example, encoded pieces)]; runs in the other thread, Rust releases the interpreter."""
-    encoded = iter(encode_pieces(tokenizer, [piece for _, _, _, pieces in batch for piece in pieces]))
-    return [(number, row, example, [next(encoded) for _ in pieces]) for number, row, example, pieces in batch]
-
-
-def _finish(encoded: list, tokenizer: Tokenizer, options: FormatOptions, refuse) -> Iterator[list[_Document]]:
-    documents = []
-    for number, row, example, pieces in encoded:
-        ids, kinds = _join(example, pieces, tokenizer, options)
-        if len(ids) == 0:
-            refuse(_bad_row(row, RowError("no token")))
-            continue
-        straddling = sum(piece[2] for piece in pieces)
-        documents.append(_Document(ids, kinds, straddling, example.weight, number, row.file, row.line))
-    if documents:
-        yield documents
-
-
-def _join(
-    example: Example, pieces: list, tokenizer: Tokenizer, options: FormatOptions
-) -> tuple[np.ndarray, np.ndarray]:
-    """The ids and kinds of a whole document; text outside of a template gets its BOS and EOS here, once each."""
-    if example.ids is not None:
-        ids = np.array(example.ids, dtype=np.uint32)
-        kinds = np.full(len(ids), TEXT | TRAINED, dtype=np.uint8)
-        if example.labels is not None:
-            kinds = np.where(np.array(example.labels) != -100, ANSWER | TRAINED, TEXT).astype(np.uint8)
-        return ids, kinds
-    if example.messages is not None:
-        return pieces[0][:2]
-
-    ids, kinds = [piece[0] for piece in pieces], [piece[1] for piece in pieces]
-    eos = tokenizer.eos_token_id
-    before = tokenizer.prefix_ids if options.add_special_tokens else []
-    after = [i for i in tokenizer.suffix_ids if i != eos] if options.add_special_tokens else []
-    if before and ids[0][: len(before)].tolist() != before:
-        ids.insert(0, np.array(before, dtype=np.uint32))
-        kinds.insert(0, np.full(len(before), SPECIAL, dtype=np.uint8))
-    if options.add_eos:
-        if len(ids[-1]) and ids[-1][-1] == eos:  # the text brought its own
-            ids[-1], kinds[-1] = ids[-1][:-1], kinds[-1][:-1]
-        ids.append(np.array([*after, eos], dtype=np.uint32))
-        kinds.append(np.array([SPECIAL] * len(after) + [TERMINATOR | TRAINED], dtype=np.uint8))
-    elif after:
-        ids.append(np.array(after, dtype=np.uint32))
-        kinds.append(np.full(len(after), SPECIAL, dtype=np.uint8))
-    return np.concatenate(ids), np.concatenate(kinds)
+def _write_ones(file: BinaryIO, count: int) -> None:
+    for first in range(0, count, BLOCK_TOKENS):
+        np.ones(min(BLOCK_TOKENS, count - first), dtype=np.float32).tofile(file)

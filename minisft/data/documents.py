@@ -3,9 +3,10 @@
 The account closes, and `Accounting` asserts it:
 
     rows read = rows used + rows dropped, by reason
-    tokens    = trained + context + cut + in dropped rows
+    tokens    = trained + context + cut + in dropped documents
 
-Nothing is cut or dropped that is not in it. It counts rows once; a source's weight may repeat them in an epoch.
+Nothing is cut or dropped that is not in it. It counts rows once; a source's weight may repeat them in an epoch. A row is
+used if one of its documents is: a conversation that is rendered turn by turn has one for each answer.
 """
 
 from collections import Counter
@@ -19,7 +20,7 @@ from minisft.data.packing import ragged_arange
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
 
-TRUNCATIONS = ("error", "drop", "right", "left")
+TRUNCATIONS = ("error", "drop", "right", "left", "turns")
 BLOCK_TOKENS = 2**24  # tokens whose kinds are looked at together, to bound memory
 
 
@@ -35,29 +36,32 @@ class Accounting:
     trained: int  # targets
     context: int  # seen, not trained
     cut: int
-    in_dropped_rows: int
+    in_dropped: int
+    dropped_answers: int  # documents that are dropped, of rows that are used all the same
     num_documents: int  # of one epoch, with the repeats of source weights
     tokens_per_epoch: int
 
     def __post_init__(self) -> None:
         assert self.rows_read == self.rows_used + sum(self.dropped.values()), self
-        assert self.tokens == self.trained + self.context + self.cut + self.in_dropped_rows, self
+        assert self.tokens == self.trained + self.context + self.cut + self.in_dropped, self
 
     def lines(self) -> list[str]:
         """The account for the console."""
         num_dropped = sum(self.dropped.values())
         dropped = "".join(f", {count:,} {reason}" for reason, count in self.dropped.items())
-        lost = f" + {self.in_dropped_rows:,} in dropped rows" if self.in_dropped_rows else ""
+        lost = f" + {self.in_dropped:,} in dropped documents" if self.in_dropped else ""
         lines = [
             f"rows: {self.rows_read:,} read = {self.rows_used:,} used + {num_dropped:,} dropped{dropped}",
             f"tokens: {self.tokens:,} = {self.trained:,} trained + {self.context:,} context + {self.cut:,} cut{lost}",
         ]
         if self.rows_cut:
             lines.append(f"truncated: {self.rows_cut:,} rows, {self.cut:,} tokens")
-        if self.num_documents != self.rows_used:
+        if self.dropped_answers:
             lines.append(
-                f"with source weights: {self.num_documents:,} documents, {self.tokens_per_epoch:,} tokens an epoch"
+                f"{self.dropped_answers:,} answers of used rows are dropped, as too long or with nothing to train"
             )
+        if self.num_documents != self.rows_used:
+            lines.append(f"{self.num_documents:,} documents, {self.tokens_per_epoch:,} tokens an epoch")
         return lines
 
 
@@ -66,7 +70,8 @@ def select_documents(
 ) -> tuple[Documents, Accounting]:
     """The documents of one epoch in the order of the cache, none longer than max_length (None = no limit).
 
-    truncation: what happens to a longer document. "error", "drop", "right" keeps its first tokens, "left" its last.
+    truncation: what happens to a longer document. "error", "drop", "right" keeps its first tokens, "left" its last;
+    "turns" has shortened conversations already (tokenise.py), and is "right" for what has no turns.
     split_at: packing will cut documents into pieces of this length (bfd_split), and the first token of a piece is context.
     Documents with no target left are dropped: the first token of a document is never one. A source of weight 2.5
     gives every document twice and a half of them, drawn once by `seed`, a third time.
@@ -87,7 +92,7 @@ def select_documents(
             hint='raise max_length, or set truncation = "right", "left" or "drop"',
             exit_code=DATA,
         )
-    if max_length and truncation == "right":
+    if max_length and truncation in ("right", "turns"):
         end = np.minimum(end, start + max_length)
     if max_length and truncation == "left":
         start = np.maximum(start, end - max_length)
@@ -100,14 +105,8 @@ def select_documents(
             trained &= cache.weights[first_tokens] > 0
         targets -= np.bincount(np.repeat(np.arange(len(cuts)), cuts)[trained], minlength=len(cuts))
 
-    dropped = sum((Counter(entry["dropped"]) for entry in cache.manifest["sources"]), Counter())
     too_long = longer & (truncation == "drop")
-    empty = (targets == 0) & ~too_long
-    dropped["longer than max_length"] += int(too_long.sum())
-    dropped["with nothing to train"] += int((empty & ~longer).sum())
-    dropped["with nothing to train after the cut"] += int((empty & longer).sum())
-    usable = ~(too_long | empty)
-
+    usable = ~too_long & (targets > 0)
     copies = np.zeros(len(lengths), dtype=np.int64)
     for number, source in enumerate(cache.sources):
         documents = np.flatnonzero(usable & (cache.source == number))
@@ -115,19 +114,31 @@ def select_documents(
         drawn = round((source.weight - int(source.weight)) * len(documents))
         copies[np.random.default_rng([seed, number]).permutation(documents)[:drawn]] += 1
     used = copies > 0
-    dropped["not drawn (source weight below 1)"] += int((usable & ~used).sum())
+
+    # Reasons are counted by row: that of its first document, where none of a row's documents is used.
+    group = rows_of(cache)
+    first_of_row = np.concatenate([[True], group[1:] != group[:-1]])
+    row_used = np.bincount(group, weights=used) > 0
+    lost = first_of_row & ~row_used[group]
+    dropped = sum((Counter(entry["dropped"]) for entry in cache.manifest["sources"]), Counter())
+    dropped["longer than max_length"] += int((lost & too_long).sum())
+    dropped["with nothing to train"] += int((lost & ~usable & ~longer).sum())
+    dropped["with nothing to train after the cut"] += int((lost & ~usable & ~too_long & longer).sum())
+    dropped["not drawn (source weight below 1)"] += int((lost & usable).sum())
 
     kept = end - start
+    turns = sum((Counter(entry["turns_cut"]) for entry in cache.manifest["sources"]), Counter())
     accounting = Accounting(
         rows_read=sum(entry["rows_read"] for entry in cache.manifest["sources"]),
-        rows_used=int(used.sum()),
+        rows_used=int(row_used.sum()),
         dropped={reason: count for reason, count in dropped.items() if count},
-        rows_cut=int((used & (kept < lengths)).sum()),
-        tokens=int(lengths.sum()),
+        rows_cut=int((used & (kept < lengths)).sum()) + turns["rows"],
+        tokens=int(lengths.sum()) + turns["tokens"],
         trained=int(targets[used].sum()),
         context=int((kept - targets)[used].sum()),
-        cut=int((lengths - kept)[used].sum()),
-        in_dropped_rows=int(lengths[~used].sum()),
+        cut=int((lengths - kept)[used].sum()) + turns["tokens"],
+        in_dropped=int(lengths[~used].sum()),
+        dropped_answers=int((~used & row_used[group]).sum()),
         num_documents=int(copies.sum()),
         tokens_per_epoch=int((copies * kept).sum()),
     )
@@ -135,6 +146,12 @@ def select_documents(
         raise UserError("no row is left to train on\n  " + "\n  ".join(accounting.lines()), exit_code=DATA)
     index = np.repeat(np.arange(len(lengths)), copies)
     return Documents(cache, index, start[index], end[index]), accounting
+
+
+def rows_of(cache: TokenCache) -> np.ndarray:
+    """The number of the row that each document comes from, int64 [D]: 0, 1, 2 ... over all sources, without gaps."""
+    new = (np.diff(cache.row) != 0) | (np.diff(cache.source) != 0)
+    return np.concatenate([[0], np.cumsum(new)])
 
 
 def count_targets(cache: TokenCache, start: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -160,12 +177,13 @@ def split_documents(documents: Documents, fraction: float, seed: int) -> tuple[D
 
     Raises UserError where a side would be empty.
     """
-    rows = np.unique(documents.index)
+    row = rows_of(documents.cache)[documents.index]
+    rows = np.unique(row)
     count = round(fraction * len(rows))
     if not 0 < count < len(rows):
         raise UserError(f"holding out {fraction} of {len(rows)} rows leaves {count} and {len(rows) - count}")
     chosen = np.random.default_rng([seed, 1]).permutation(rows)[:count]
-    held = np.isin(documents.index, chosen)
+    held = np.isin(row, chosen)
     first = np.concatenate([[True], documents.index[1:] != documents.index[:-1]])  # not a repeat: index is sorted
 
     def take(mask: np.ndarray) -> Documents:

@@ -1,60 +1,67 @@
 """From a row to an example: which fields it has, what is the prompt, what is trained.
 
-Seven shapes of rows are known; the first row of a source decides which one it is, and every other row of that source
+Eight shapes of rows are known; the first row of a source decides which one it is, and every other row of that source
 must have it too. Nothing is guessed after that: a row that does not fit is a `RowError` that names the field.
 
     input_ids           {"input_ids": [...], "labels": [...]?}                 labels: input_ids, or -100 = not trained
-    messages            {"messages": [{"role", "content"}, ...], "tools"?}
-    sharegpt            {"conversations": [{"from", "value"}, ...], "tools"?, "system"?}
+    preference          {"prompt"?, "chosen", "rejected"}                      strings, or messages
+                        {"conversations", "chosen", "rejected"}                ShareGPT turns
+    messages            {"messages": [{"role", "content"}, ...]}               conversations.py has all that is allowed
+    sharegpt            {"conversations": [{"from", "value"}, ...], "system"?}
     prompt_completion   {"prompt", "completion"}                               two strings, or two lists of messages
     instruction         {"instruction", "input"?, "output" or "response", "system"?}
     question_answer     {"question", "answer"}
     text                {"text": ...}                                          the field named by dataset_text_field
 
-Any row may have a `weight` that scales its targets. A prompt and its completion are two strings that are encoded apart,
-so that training sees for the prompt exactly the ids that inference will produce for it alone, and the border between
-them needs no search. instruction and question_answer become a conversation where the tokenizer has a chat template and
-the plain layout below where it has none; `prompt_format` ("chat", "plain") overrides that. The strings of
-prompt_completion are used as they are unless prompt_format is "chat".
+Any row may have a `weight` that scales its targets. Rows that a chat template renders may have `tools`, `documents` and
+`chat_template_kwargs`, which are given to it.
+
+A prompt and its completion are two strings that are encoded apart, so that training sees for the prompt exactly the ids
+that inference will produce for it alone, and the border between them needs no search. instruction and question_answer
+become a conversation where the tokenizer has a chat template and the plain layout below where it has none;
+`prompt_format` ("chat", "plain") overrides that. The strings of prompt_completion and preference rows are used as they
+are unless prompt_format is "chat".
 
 What is trained: the answer of rows with a prompt, the assistant's turns of conversations, everything of plain text;
-`completion_only_loss = false` or `assistant_only_loss = false` trains everything.
+`completion_only_loss = false` or `assistant_only_loss = false` trains everything. Of a preference row the chosen answer
+is the answer, and nothing here reads the rejected one.
 """
 
-import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-from minisft.data.batch import ANSWER, TERMINATOR, TEXT, TRAINED, USER
+from minisft.data.batch import ANSWER, TEXT, TRAINED, USER
+from minisft.data.conversations import (
+    RowError,
+    check_documents,
+    check_messages,
+    check_tools,
+    check_turns,
+    check_variables,
+    check_weight,
+    describe_type,
+)
 from minisft.errors import DATA, UserError
-from minisft.files import parse_json
 
-FIELDS = {  # format -> (fields that it needs, fields that it may have); "a|b" = one of the two
+TEMPLATE_FIELDS = ("tools", "documents", "chat_template_kwargs")  # read where a chat template renders the row
+FIELDS = {  # format -> (fields that it needs, fields that it may have); "a|b" = one of the two; the first that fits is it
     "input_ids": (("input_ids",), ("labels",)),
-    "messages": (("messages",), ("tools",)),
-    "sharegpt": (("conversations",), ("tools", "system")),
-    "prompt_completion": (("prompt", "completion"), ("tools",)),
-    "instruction": (("instruction", "output|response"), ("input", "system")),
-    "question_answer": (("question", "answer"), ()),
+    "preference": (("chosen", "rejected"), ("prompt", "conversations", "system", *TEMPLATE_FIELDS)),
+    "messages": (("messages",), TEMPLATE_FIELDS),
+    "sharegpt": (("conversations",), ("system", *TEMPLATE_FIELDS)),
+    "prompt_completion": (("prompt", "completion"), TEMPLATE_FIELDS),
+    "instruction": (("instruction", "output|response"), ("input", "system", *TEMPLATE_FIELDS)),
+    "question_answer": (("question", "answer"), TEMPLATE_FIELDS),
     "text": (("text",), ()),
 }
 FORMATS = ("auto", *FIELDS)
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-    "function_call": "assistant", "observation": "tool", "tool": "tool",
-}  # fmt: skip
-EOS = TERMINATOR | TRAINED
-
-
-class RowError(ValueError):
-    """What is wrong with one row: `reason` is the same text for the same mistake, `detail` has the values."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
+CHOICES = {
+    "prompt_format": ("auto", "chat", "plain"),
+    "control_tokens": ("error", "escape", "allow"),
+    "reasoning": ("train", "mask", "strip"),
+    "multi_turn": ("auto", "joint", "per_turn"),
+}
 
 
 @dataclass(frozen=True)
@@ -69,23 +76,32 @@ class FormatOptions:
     instruction_marker: str = ""  # plain text: ends what is trained
     add_eos: bool = True  # plain text and prompt/completion end in EOS; conversations get it from the template
     add_special_tokens: bool = True  # outside of templates: the tokenizer's own BOS (and what else it adds)
+    control_tokens: str = "error"  # a special token's text inside a content: error | escape | allow
+    reasoning: str = "train"  # of assistant turns: train | mask | strip
+    multi_turn: str = "auto"  # auto | joint | per_turn
+    last_turn_only: bool = False  # only the last assistant turn is trained
+    turns_max_length: int | None = None  # truncation = "turns": longer conversations lose their oldest turns
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # of the classes here, those of a single row are not frozen: that costs 0.1 us a field
 class Piece:
     """A string that is encoded by itself. Spans are (char start, char end, kind | TRAINED); later ones win."""
 
     text: str
     spans: list[tuple[int, int, int]]
+    weights: list[tuple[int, int, float]] = field(default_factory=list)  # of stretches whose loss has a factor
+    literal: list[tuple[int, int]] = field(default_factory=list)  # where the text of a special token is ordinary text
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Example:
     """One row, ready to be encoded. Exactly one of pieces, messages, ids is set."""
 
     pieces: tuple[Piece, ...] = ()  # encoded one by one, then joined; BOS before, EOS after them by the options
     messages: list[dict] | None = None  # to be rendered by the chat template
     tools: list[dict] | None = None
+    documents: list[dict] | None = None  # for templates of retrieval models
+    variables: dict | None = None  # the row's own chat_template_kwargs
     first_trained: int = 0  # assistant turns before this message are context
     ids: list[int] | None = None  # already tokenised
     labels: list[int] | None = None
@@ -100,6 +116,7 @@ class Layout:
     chat: bool  # rendered by the chat template
     answers_only: bool  # False = everything is trained
     turns: bool = False  # the rows hold lists of messages
+    last_turn_only: bool = False  # of the assistant's turns only the last is trained
     weighted: bool = False  # the rows have a `weight`
     ignored: tuple[str, ...] = ()  # fields of the first row that nothing reads
 
@@ -111,7 +128,9 @@ class Layout:
     def __str__(self) -> str:
         """One line for the start of a run."""
         how = "by the chat template" if self.chat else "already tokenised" if self.format == "input_ids" else "as text"
-        answers = "the assistant's turns" if self.turns else "the answer"
+        turns = "the assistant's last turn" if self.last_turn_only else "the assistant's turns"
+        special = {"messages": turns, "sharegpt": turns, "preference": "the chosen answer"}
+        answers = special.get(self.format, "the answer")
         trained = answers if self.answers_only else "what labels say" if self.format == "input_ids" else "everything"
         ignored = f"; fields not used: {', '.join(self.ignored)}" if self.ignored else ""
         weighted = ", scaled by the field weight" if self.weighted else ""
@@ -159,23 +178,24 @@ def detect_layout(row: dict, format: str, options: FormatOptions, has_template: 
         near = get_close_matches(format, FORMATS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"unknown format {format!r}", hint=f"{hint}formats: {', '.join(FORMATS)}")
-    if options.prompt_format not in ("auto", "chat", "plain"):
-        raise UserError(f"prompt_format = {options.prompt_format!r}", hint="one of auto, chat, plain")
+    for key, choices in CHOICES.items():
+        if getattr(options, key) not in choices:
+            raise UserError(f"{key} = {getattr(options, key)!r}", hint=f"one of {', '.join(choices)}")
     names = list(FIELDS) if format == "auto" else [format]
     found = next((name for name in names if not _missing(row, name, options)), None)
     if found is None and format != "auto":
         raise _missing_field(row, format, options)
     if found is None:
         wanted = "; ".join(f"{name}: {', '.join(_needs(name, options))}" for name in names)
-        preference = " (chosen/rejected rows are for preference training)" if "chosen" in row else ""
         raise UserError(
-            f"the fields {', '.join(row) or '(none)'} are those of no known format{preference}",
+            f"the fields {', '.join(row) or '(none)'} are those of no known format",
             hint=f"rename fields by field_map, or name the text field by dataset_text_field. Needed: {wanted}",
             exit_code=DATA,
         )
     turns = found in ("messages", "sharegpt") or found == "prompt_completion" and isinstance(row["prompt"], list)
-    has_prompt = found in ("prompt_completion", "instruction", "question_answer")
-    wants_chat = has_prompt and options.prompt_format != "plain" and found != "prompt_completion" and has_template
+    turns = turns or found == "preference" and (_is_sharegpt(row) or not isinstance(row["chosen"], str))
+    has_prompt = found in ("preference", "prompt_completion", "instruction", "question_answer")
+    wants_chat = found in ("instruction", "question_answer") and options.prompt_format != "plain" and has_template
     chat = turns or wants_chat or has_prompt and options.prompt_format == "chat"
     if chat and not has_template:
         raise UserError(
@@ -196,24 +216,43 @@ def detect_layout(row: dict, format: str, options: FormatOptions, has_template: 
                     + ("name a response_marker" if answers_only else "have neither a prompt nor turns"),
                     hint=f"leave {key} unset" + ("" if answers_only else ", or name a response_marker"),
                 )
+    if options.last_turn_only and (found == "text" or not answers_only):
+        what = "everything is trained" if has_prompt or turns else f"{found} rows have no turns"
+        raise UserError(f"last_turn_only = true, but {what}", hint="leave last_turn_only unset")
+    ignored = _ignored(row, found, chat, options)
+    return Layout(found, chat, answers_only, turns, options.last_turn_only, "weight" in row, ignored)
+
+
+def _ignored(row: dict, found: str, chat: bool, options: FormatOptions) -> tuple[str, ...]:
+    """The fields of a row that nothing reads."""
     needs, extra = FIELDS[found]
     used = {name for field in (*needs, *extra) for name in field.split("|")} | {"weight"}
     used |= {options.dataset_text_field} if found == "text" else set()
-    ignored = tuple(name for name in row if name not in used)
-    return Layout(found, chat, answers_only, turns, "weight" in row, ignored)
+    if not chat:
+        used -= set(TEMPLATE_FIELDS)
+    if found == "preference":
+        used -= {"rejected", "prompt"} if _is_sharegpt(row) else {"rejected", "conversations", "system"}
+    return tuple(name for name in row if name not in used)
+
+
+def _is_sharegpt(preference: dict) -> bool:
+    return preference.get("conversations") is not None
 
 
 def _needs(name: str, options: FormatOptions) -> tuple[str, ...]:
     return (options.dataset_text_field,) if name == "text" else FIELDS[name][0]
 
 
-def _missing(row: dict, name: str, options: FormatOptions) -> list[str]:
-    return [field for field in _needs(name, options) if not any(n in row for n in field.split("|"))]
+def _missing(row: dict, name: str, options: FormatOptions) -> str:
+    """The first field that the format needs and the row lacks, or nothing."""
+    for needed in _needs(name, options):
+        if needed not in row and not any(n in row for n in needed.split("|")):
+            return needed
+    return ""
 
 
 def _missing_field(row: dict, name: str, options: FormatOptions) -> RowError:
-    missing = _missing(row, name, options)[0]
-    return RowError("missing field", f"{missing!r}; the row has {', '.join(row) or 'no field'}")
+    return RowError("missing field", f"{_missing(row, name, options)!r}; the row has {', '.join(row) or 'no field'}")
 
 
 # ------------------------------------------------------------------------------------------------- one row
@@ -223,31 +262,64 @@ def to_example(row: dict, layout: Layout, options: FormatOptions) -> Example:
     """One row (fields already renamed) as an example. Raises RowError."""
     if _missing(row, layout.format, options):
         raise _missing_field(row, layout.format, options)
-    weight = _weight(row)
-    tools = _tools(row) if layout.chat else None
-    if layout.format == "input_ids":
-        return _tokenised(row, weight)
-    if layout.format == "text":
-        return Example(pieces=(_text(row, options),), weight=weight)
-    if layout.format == "messages":
-        return Example(messages=check_messages(row["messages"], "messages"), tools=tools, weight=weight)
-    if layout.format == "sharegpt":
-        return Example(messages=_sharegpt(row), tools=tools, weight=weight)
-    if layout.format == "prompt_completion" and layout.turns:
-        prompt = check_messages(row["prompt"], "prompt", needs_answer=False)
-        answer = check_messages(row["completion"], "completion")
-        return Example(messages=prompt + answer, tools=tools, first_trained=len(prompt), weight=weight)
-
-    system, prompt, answer = _prompt_and_answer(row, layout)
-    if not answer.strip():
-        raise RowError("empty answer", "there is nothing to learn from it")
+    example = Example(weight=_weight(row) if "weight" in row else 1.0)
     if layout.chat:
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        system = [{"role": "system", "content": system}] if system else []
-        return Example(messages=system + turns, tools=tools, weight=weight)
-    prompt_byte = USER if layout.answers_only else USER | TRAINED
-    pieces = (whole(prompt, prompt_byte), whole(answer, ANSWER | TRAINED))
-    return Example(pieces=pieces[0 if prompt else 1 :], weight=weight)
+        example.tools = check_tools(row.get("tools"))
+        example.documents = check_documents(row.get("documents"))
+        example.variables = check_variables(row.get("chat_template_kwargs"))
+    if layout.turns:
+        example.messages, example.first_trained = _conversation(row, layout.format)
+    elif layout.format == "input_ids":
+        example.ids, example.labels = _tokenised(row)
+    elif layout.format == "text":
+        example.pieces = (_text(row, options),)
+    else:
+        system, prompt, answer = _prompt_and_answer(row, layout)
+        if not answer.strip():
+            raise RowError("empty answer", "there is nothing to learn from it")
+        if layout.chat:
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            example.messages = [{"role": "system", "content": system}, *turns] if system else turns
+        else:
+            pieces = (whole(prompt, USER if layout.answers_only else USER | TRAINED), whole(answer, ANSWER | TRAINED))
+            example.pieces = pieces if prompt else pieces[1:]
+    return example
+
+
+def _conversation(row: dict, format: str) -> tuple[list[dict], int]:
+    """(messages, number of the first that may be trained) of a row that holds turns."""
+    if format == "messages":
+        return check_messages(row["messages"], "messages"), 0
+    if format == "sharegpt":
+        return check_turns(row["conversations"], "conversations", system=_system(row)), 0
+    if format == "prompt_completion":
+        prompt = check_messages(row["prompt"], "prompt", needs_answer=False)
+        return prompt + check_messages(row["completion"], "completion"), len(prompt)
+    if _is_sharegpt(row):
+        prompt = check_turns(row["conversations"], "conversations", system=_system(row), needs_answer=False)
+        answer = check_turns(_as_list(row["chosen"]), "chosen")
+    else:
+        prompt, answer = _prompt_and_chosen(row.get("prompt"), check_messages(_as_list(row["chosen"]), "chosen"))
+    roles = [message["role"] for message in answer]
+    if "assistant" not in roles or not {"assistant", "tool"}.issuperset(roles):
+        raise RowError("chosen is no answer", f"roles after the prompt: {', '.join(roles) or 'none'}")
+    return prompt + answer, len(prompt)
+
+
+def _prompt_and_chosen(prompt: object, chosen: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Cut `chosen` where it repeats the prompt or, where the row has none, after its last question."""
+    if prompt is None:
+        cut = next((i for i in range(len(chosen), 0, -1) if chosen[i - 1]["role"] not in ("assistant", "tool")), 0)
+        if cut == 0:
+            raise RowError("no prompt", "the row has no prompt, and chosen is an answer alone")
+        return chosen[:cut], chosen[cut:]
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    prompt = check_messages(prompt, "prompt", needs_answer=False)
+    return prompt, chosen[len(prompt) :] if chosen[: len(prompt)] == prompt else chosen
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, dict) else value
 
 
 def whole(text: str, byte: int) -> Piece:
@@ -259,10 +331,14 @@ def _prompt_and_answer(row: dict, layout: Layout) -> tuple[str, str, str]:
     """(system, prompt, answer) of a row with one prompt."""
     if layout.format == "prompt_completion":
         return "", _string(row, "prompt"), _string(row, "completion")
+    if layout.format == "preference":
+        if row.get("prompt") is None:
+            raise RowError("no prompt", "where it ends in the text of chosen cannot be known")
+        return "", _string(row, "prompt"), _string(row, "chosen")
     if layout.format == "question_answer":
         system, instruction, extra, answer = "", _string(row, "question"), "", _string(row, "answer")
     else:
-        system = _string(row, "system") if row.get("system") is not None else ""
+        system = _system(row)
         extra = _string(row, "input") if row.get("input") is not None else ""
         instruction = _string(row, "instruction")
         answer = _string(row, "output" if "output" in row else "response")
@@ -301,128 +377,34 @@ def _text(row: dict, options: FormatOptions) -> Piece:
     return Piece(text, [(0, len(text), TEXT), *spans])
 
 
-def _tokenised(row: dict, weight: float) -> Example:
+def _tokenised(row: dict) -> tuple[list[int], list[int] | None]:
     ids, labels = row["input_ids"], row.get("labels")
     for name, value in (("input_ids", ids), ("labels", labels)):
         if value is None and name == "labels":
             continue
-        if not isinstance(value, list) or not value or not all(type(i) is int for i in value):
+        if not isinstance(value, list) or not value or set(map(type, value)) != {int}:
             raise RowError("not a list of token ids", name)
     if labels is not None and len(labels) != len(ids):
         raise RowError("labels of another length", f"{len(labels)} labels for {len(ids)} input_ids")
     if labels is not None and any(label not in (-100, i) for label, i in zip(labels, ids)):
         raise RowError("labels differ from input_ids", "a label is the token's own id (unshifted) or -100")
-    return Example(ids=ids, labels=labels, weight=weight)
+    return ids, labels
 
 
 def _string(row: dict, name: str) -> str:
     if not isinstance(row[name], str):
-        raise RowError("not a string", f"{name} is {_type(row[name])}")
+        raise RowError("not a string", f"{name} is {describe_type(row[name])}")
     return row[name]
 
 
-def _type(value: object) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
+def _system(row: dict) -> str:
+    return _string(row, "system") if row.get("system") is not None else ""
 
 
 def _weight(row: dict) -> float:
-    value = row.get("weight", 1.0)
+    weight = row["weight"]
     try:
-        weight = math.nan if isinstance(value, bool) else float(value)  # a CSV has it as text
-    except (TypeError, ValueError, OverflowError):
-        weight = math.nan
-    if not (0 <= weight <= 3e38):  # above that, fp32 has infinity
-        raise RowError("bad weight", f"{value!r} is not a finite number from 0 up")
-    return weight
-
-
-# ------------------------------------------------------------------------------------------------- conversations
-
-
-def check_messages(value: object, name: str, *, needs_answer: bool = True) -> list[dict]:
-    """Check a list of messages; tool calls get their arguments as objects. Unknown keys go to the template."""
-    if not isinstance(value, list) or not value:
-        raise RowError("not a list of messages", f"{name} is {_type(value) if value != [] else 'empty'}")
-    messages = []
-    for i, message in enumerate(value):
-        where = f"{name}[{i}]"
-        if not isinstance(message, dict):
-            raise RowError("not a message", f"{where} is {_type(message)}")
-        role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
-        if not isinstance(role, str) or role not in ROLES:
-            near = get_close_matches(str(role).lower(), ROLES, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(ROLES)}"
-            raise RowError("unknown role", f"{where}.role is {role!r}; {hint}")
-        if calls and role != "assistant":
-            raise RowError("tool call by another role", f"{where} is of {role!r}")
-        if content is None and calls:
-            content = ""
-        if not isinstance(content, str):
-            raise RowError("content is not a string", f"{where}.content is {_type(content)}")
-        if role == "assistant" and not content.strip() and not calls:
-            raise RowError("empty answer", f"{where}.content")
-        message = {**message, "content": content}
-        if calls:
-            message["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
-        messages.append(message)
-    if needs_answer and not any(message["role"] == "assistant" for message in messages):
-        raise RowError("no assistant turn", f"roles: {', '.join(message['role'] for message in messages)}")
-    return messages
-
-
-def _tool_calls(calls: object, where: str) -> list[dict]:
-    if not isinstance(calls, list):
-        raise RowError("bad tool call", f"{where} is {_type(calls)}, not a list")
-    checked = []
-    for i, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowError("bad tool call", f"{where}[{i}] has no function name")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):  # as in OpenAI's files; templates want the object
-            arguments = _json(arguments, f"{where}[{i}].arguments")
-        if not isinstance(arguments, dict):
-            raise RowError("bad tool call", f"{where}[{i}].arguments is {_type(arguments)}, not an object")
-        function = {**function, "arguments": arguments}
-        checked.append(
-            {**call, "function": function} if "function" in call else {"type": "function", "function": function}
-        )
-    return checked
-
-
-def _tools(row: dict) -> list[dict] | None:
-    """The `tools` field: a list of objects, or that list as JSON text."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        tools = _json(tools, "tools") if tools.strip() else None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise RowError("bad tools", "not a list of objects")
-    return tools or None
-
-
-def _json(text: str, where: str) -> object:
-    try:
-        return parse_json(text.encode("utf-8"))
-    except UserError as error:
-        raise RowError("not valid JSON", f"{where}: {error.message}") from None
-
-
-def _sharegpt(row: dict) -> list[dict]:
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not turns:
-        raise RowError("not a list of turns", f"conversations is {_type(turns) if turns != [] else 'empty'}")
-    system = _string(row, "system") if row.get("system") is not None else ""
-    messages: Sequence[dict] = [{"role": "system", "content": system}] if system else []
-    for i, turn in enumerate(turns):
-        where = f"conversations[{i}]"
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise RowError("not a turn", f"{where} has no text in `value`")
-        speaker = turn.get("from")
-        if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-            raise RowError("unknown role", f"{where}.from is {speaker!r}; known are {', '.join(SHAREGPT_ROLES)}")
-        message = {"role": SHAREGPT_ROLES[speaker], "content": turn["value"]}
-        if speaker == "function_call":
-            calls = _json(turn["value"], f"{where}.value")
-            message = {"role": "assistant", "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
-        messages.append(message)
-    return check_messages(messages, "conversations")
+        weight = float(weight) if isinstance(weight, str) else weight  # a CSV has it as text
+    except ValueError:
+        pass  # the check says that it is no number
+    return check_weight(weight, "weight")

@@ -62,7 +62,7 @@ class Source:
         return self.name or self.path + self.split.removeprefix("train")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: that would cost 0.3 us a row
 class Row:
     data: dict
     file: str
@@ -214,22 +214,21 @@ def _records(source: Source) -> Iterator[tuple[str, int, bytes | Row | BadRow]]:
 
 
 def _parse(file: str, line: int, text: bytes) -> Row | BadRow:
-    def bad(reason: str, detail: str = "") -> BadRow:
-        return BadRow(file, line, reason, detail, excerpt(text[: 4 * EXCERPT].decode("utf-8", "replace")))
-
+    reason = detail = ""
     if len(text) > MAX_ROW_BYTES:
-        return bad("too long", f"{len(text)} bytes, at most {MAX_ROW_BYTES} are read")
-    if not text.strip():
-        return BadRow(file, line, "empty line")
-    try:
-        value = parse_json(text)
-    except UserError as error:
-        reason, _, detail = error.message.partition(": ")
-        return bad(reason, detail)
-    if not isinstance(value, dict):
-        hint = "; if the file is one JSON array, name it .json" if isinstance(value, list) and line == 1 else ""
-        return bad("not a JSON object", f"the row is a {type(value).__name__}{hint}")
-    return Row(value, file, line)
+        reason, detail = "too long", f"{len(text)} bytes, at most {MAX_ROW_BYTES} are read"
+    else:
+        try:
+            value = parse_json(text)
+            if type(value) is dict:
+                return Row(value, file, line)
+            hint = "; if the file is one JSON array, name it .json" if isinstance(value, list) and line == 1 else ""
+            reason, detail = "not a JSON object", f"the row is a {type(value).__name__}{hint}"
+        except UserError as error:
+            if not text.strip():
+                return BadRow(file, line, "empty line")
+            reason, _, detail = error.message.partition(": ")
+    return BadRow(file, line, reason, detail, excerpt(text[: 4 * EXCERPT].decode("utf-8", "replace")))
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -1,4 +1,4 @@
-"""A tokenizer without transformers: the Rust library, the few files around it, and masks by character offsets.
+"""A tokenizer without transformers: the Rust library and the few files around it.
 
 `tokenizer.json` is all that encoding needs. Around it lie tokenizer_config.json (which tokens are BOS, EOS, padding;
 the chat template) and chat_template.jinja. Truncation and padding saved inside tokenizer.json apply silently to every
@@ -6,47 +6,32 @@ encoding (34 ids became 8), so they are switched off. Special tokens are never a
 holds its own, and for other text `prefix_ids` and `suffix_ids` are put around the whole document once, so BOS cannot
 be doubled. We do not patch the wrong pre-tokenizer of some early Mistral files as transformers 5 does.
 
-Masks. A text is encoded once as a whole and every token carries the range of characters it came from; a token
-belongs to a span if the two overlap. No mask is ever derived from an id: <|im_end|> is trained where it ends an answer
-and is context where it ends a question. Several tokens may share one character (an emoji is four bytes), a token may
-cover the border of a span (counted as straddling: part of it was given), and a token may have no characters at all.
-
 train_tokenizer learns a byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): every text round-trips, nothing is
 unknown.
 """
 
 import json
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from hashlib import sha256
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from minisft.data.batch import TRAINED
-from minisft.data.formats import Piece, RowError, check_messages
-from minisft.data.template import CHATML, ChatTemplate, check_template, render, render_with_spans, terminator
+from minisft.data.conversations import RENDER_NAMES, RowError
+from minisft.data.masks import terminator
+from minisft.data.template import ChatTemplate, render
+from minisft.data.tokenizer_files import Parts, assemble, read_files
 from minisft.errors import MODEL, UserError
-from minisft.files import dump_json, parse_json
+from minisft.files import dump_json
 from minisft.hub import resolve
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
-NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
@@ -58,6 +43,7 @@ class Tokenizer:
     special_tokens: dict[str, str]  # "eos_token" -> its text, those that are set
     template: ChatTemplate | None = None
     tool_template: ChatTemplate | None = None  # some tokenizers have one of its own for rows with tools
+    template_names: tuple[str, ...] = ()  # of all templates that came with it
     prefix_ids: list[int] = field(default_factory=list)  # what the tokenizer puts before a text, usually BOS
     suffix_ids: list[int] = field(default_factory=list)  # and after it
 
@@ -96,6 +82,13 @@ class Tokenizer:
         texts = [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
         return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
+    @cached_property
+    def literal_backend(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, to which the text of a special token is ordinary text."""
+        copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        copy.encode_special_tokens = True
+        return copy
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """The ids of a text; add_special_tokens puts `prefix_ids` before and `suffix_ids` after it."""
         ids = self.backend.encode(text, add_special_tokens=False).ids
@@ -131,11 +124,12 @@ class Tokenizer:
             raise UserError(str(error)) from None
 
     def template_for(self, tools: list[dict] | None) -> ChatTemplate:
-        if self.template is None:
-            raise UserError(
-                "the tokenizer has no chat template", hint='set chat_template = "chatml", or to a file', exit_code=MODEL
-            )
-        return self.tool_template if tools and self.tool_template else self.template
+        chosen = self.tool_template if tools and self.tool_template else self.template
+        if chosen is None:
+            named = f" but those named {', '.join(self.template_names)}" if self.template_names else ""
+            hint = 'set chat_template = "chatml", or to a file' + (", or to one of these names" if named else "")
+            raise UserError(f"the tokenizer has no chat template{named}", hint=hint, exit_code=MODEL)
+        return chosen
 
     def fingerprint(self) -> str:
         """Changes whenever a file, a token, the template or its date does."""
@@ -147,7 +141,9 @@ class Tokenizer:
         """Write the files into a folder (made where absent) that this module and transformers load."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, data in self.files.items():
-            (Path(folder) / name).write_bytes(data)
+            path = Path(folder) / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
 
 
 # ------------------------------------------------------------------------------------------------- loading
@@ -158,133 +154,62 @@ def load_tokenizer(
     *,
     revision: str | None = None,
     chat_template: str | None = None,
+    chat_template_kwargs: dict | None = None,
     template_date: str | None = None,
+    eos_token: str | None = None,
+    pad_token: str | None = None,
+    new_special_tokens: Sequence[str] = (),
+    local_files_only: bool = False,
 ) -> Tokenizer:
     """A tokenizer from a local folder or a hub repository.
 
-    chat_template: None = the tokenizer's own; "chatml" = ours; the path of a .jinja file; or the template itself.
-    template_date: the ISO date that a template's strftime_now sees; today where None.
-    Raises UserError where a file is missing, broken or contradicts another.
+    chat_template: None = the tokenizer's own; the name of one of its named templates; "chatml" = ours; the path of a
+    .jinja file; or the template itself. chat_template_kwargs: variables that every rendering gets, such as
+    enable_thinking. template_date: the ISO date that a template's strftime_now sees; today where None.
+    eos_token, pad_token: other tokens than the files say. new_special_tokens: added with the next ids, where the
+    vocabulary has not got them; the model's embedding must grow with them.
+    Raises UserError where a file is missing, broken or contradicts another, and where an override does not fit.
     """
-    folder, _ = resolve(path_or_repo, revision, "tokenizer")
-    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
-    if "tokenizer.json" not in files:
-        raise UserError(
-            f"{folder} has no tokenizer.json",
-            hint="convert it once: transformers.AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
-            exit_code=MODEL,
-        )
+    folder, _ = resolve(path_or_repo, revision, "tokenizer", local_files_only=local_files_only)
+    parts = assemble(
+        read_files(folder),
+        str(folder),
+        chat_template=chat_template,
+        eos_token=eos_token,
+        pad_token=pad_token,
+        new_special_tokens=new_special_tokens,
+    )
+    return _tokenizer(parts, chat_template_kwargs or {}, template_date)
+
+
+def _tokenizer(parts: Parts, chat_template_kwargs: dict, template_date: str | None) -> Tokenizer:
+    for name in chat_template_kwargs:
+        if not name.isidentifier() or name in RENDER_NAMES:
+            raise UserError(f"chat_template_kwargs: {name!r} is not a variable that can be given to a template")
     try:
-        backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
-    except Exception as error:  # the Rust library raises a bare Exception
-        raise UserError(f"{folder}/tokenizer.json: {error}", exit_code=MODEL) from None
-    try:
-        return _assemble(backend, files, chat_template, template_date, str(folder))
-    except UserError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: malformed tokenizer files ({error!r})", exit_code=MODEL) from None
-
-
-def _assemble(
-    backend: tokenizers.Tokenizer,
-    files: dict[str, bytes],
-    chat_template: str | None,
-    template_date: str | None,
-    where: str,
-) -> Tokenizer:
-    backend.no_truncation()
-    backend.no_padding()
-
-    def table(name: str) -> dict:
-        value = parse_json(files[name], f"{where}/{name}", exit_code=MODEL) if name in files else {}
-        if not isinstance(value, dict):
-            raise UserError(f"{where}/{name}: not a JSON object", exit_code=MODEL)
-        return value
-
-    config = table("tokenizer_config.json")
-    if "added_tokens_decoder" not in config:  # files older than that map
-        config = {**table("special_tokens_map.json"), **config}
-    _add_tokens(backend, config, table("added_tokens.json"), where)
-    special_tokens = {name: _text(config[name]) for name in NAMES if config.get(name)}
-    if isinstance(config.get("extra_special_tokens"), dict):  # names of the model's own, which templates may use
-        special_tokens |= {name: _text(token) for name, token in config["extra_special_tokens"].items()}
-    for name in ("bos_token", "eos_token"):
-        if name in special_tokens and backend.token_to_id(special_tokens[name]) is None:
-            raise UserError(
-                f"{where}: {name} {special_tokens[name]!r} is not in the vocabulary",
-                hint="add it to tokenizer.json, or name another in tokenizer_config.json",
-                exit_code=MODEL,
-            )
-    templates = _templates(config, files, chat_template, where)
-    if chat_template is not None:
-        files = {**files, "chat_template.jinja": templates["default"].encode("utf-8")}
+        day = date.fromisoformat(template_date).isoformat() if template_date else date.today().isoformat()
+    except ValueError:
+        raise UserError(f"template_date = {template_date!r} is not a date", hint="as in 2026-01-31") from None
+    variables = tuple((name, json.dumps(value)) for name, value in sorted(chat_template_kwargs.items()))
 
     def template(name: str) -> ChatTemplate | None:
-        if name not in templates:
+        if name not in parts.templates:
             return None
-        day = (template_date or date.today().isoformat()) if "strftime_now" in templates[name] else ""
-        return ChatTemplate(templates[name], tuple(special_tokens.items()), day)
+        text = parts.templates[name]
+        return ChatTemplate(text, tuple(parts.special_tokens.items()), day if "strftime_now" in text else "", variables)
 
-    bare, full = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    bare, full = (parts.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
     at = next((i for i in range(len(full)) if bare and full[i : i + len(bare)] == bare), len(full))
     return Tokenizer(
-        backend,
-        files,
-        special_tokens,
+        parts.backend,
+        parts.files,
+        parts.special_tokens,
         template=template("default"),
         tool_template=template("tool_use"),
+        template_names=tuple(sorted(parts.templates)),
         prefix_ids=full[:at],
         suffix_ids=full[at + len(bare) :],
     )
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, config: dict, added_tokens: dict, where: str) -> None:
-    """Add what tokenizer_config.json (or the older added_tokens.json) lists and tokenizer.json lacks."""
-    listed = {}
-    for key, entry in (config.get("added_tokens_decoder") or {}).items():
-        flags = {
-            name: bool(entry[name])
-            for name in ("lstrip", "rstrip", "normalized", "single_word", "special")
-            if name in entry
-        }
-        listed[int(key)] = AddedToken(entry["content"], **flags)
-    if not listed:
-        listed = {int(number): AddedToken(text, normalized=False) for text, number in added_tokens.items()}
-    for number, token in sorted(listed.items(), key=itemgetter(0)):
-        if backend.token_to_id(token.content) is None:
-            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-        if backend.token_to_id(token.content) != number:
-            raise UserError(
-                f"{where}: token {token.content!r} has id {backend.token_to_id(token.content)} in tokenizer.json "
-                f"and {number} beside it",
-                exit_code=MODEL,
-            )
-
-
-def _templates(config: dict, files: dict[str, bytes], chosen: str | None, where: str) -> dict[str, str]:
-    """Name -> text: "default" and perhaps "tool_use"."""
-    if chosen == "chatml":
-        return {"default": CHATML}
-    if chosen is not None:
-        if "{{" in chosen or "{%" in chosen:
-            return {"default": chosen}
-        try:
-            return {"default": Path(chosen).read_text(encoding="utf-8")}
-        except (OSError, UnicodeDecodeError) as error:
-            hint = 'give "chatml", the path of a .jinja file, or the template itself'
-            raise UserError(f"chat_template = {chosen!r}: {error}", hint=hint) from None
-    own = config.get("chat_template")
-    templates = {"default": own} if isinstance(own, str) else {}
-    if isinstance(own, list):
-        templates = {entry["name"]: entry["template"] for entry in own}
-    if "chat_template.jinja" in files:
-        templates["default"] = files["chat_template.jinja"].decode("utf-8")
-    return templates
-
-
-def _text(token: str | dict) -> str:
-    return token["content"] if isinstance(token, dict) else token
 
 
 # ------------------------------------------------------------------------------------------------- training one
@@ -325,94 +250,4 @@ def train_tokenizer(
         "clean_up_tokenization_spaces": False,
     }
     files = {"tokenizer.json": backend.to_str(pretty=True).encode("utf-8"), "tokenizer_config.json": dump_json(config)}
-    return _assemble(backend, files, chat_template, None, "the new tokenizer")
-
-
-# ------------------------------------------------------------------------------------------------- masks
-
-
-def conversation_piece(
-    tokenizer: Tokenizer,
-    messages: list[dict],
-    *,
-    tools: list[dict] | None = None,
-    train_on: str = "assistant",
-    first_trained: int = 0,
-) -> Piece:
-    """A conversation rendered by the chat template, with its spans. Raises RowError.
-
-    The text of a special token inside a message would become that token, and a user could end his turn and begin the
-    assistant's; such a message is refused.
-    """
-    for i, message in enumerate(messages):
-        found = tokenizer.control_tokens.search(message["content"])
-        if found:
-            raise RowError("control token in a message", f"message {i} contains {found[0]!r}")
-    template = tokenizer.template_for(tools)
-    text, spans = render_with_spans(template, messages, tools=tools, train_on=train_on, first_trained=first_trained)
-    return Piece(text, spans)
-
-
-def check_chat_template(tokenizer: Tokenizer) -> None:
-    """The start-up check of the tokenizer's template. Raises UserError; see `template.check_template`."""
-    specials = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values() if token.special]
-    if "eos_token" in tokenizer.special_tokens:
-        specials.append(tokenizer.special_tokens["eos_token"])
-    terminators = tuple(sorted(set(specials)))
-    for template in filter(None, (tokenizer.template, tokenizer.tool_template)):
-        check_template(template, terminators)
-
-
-def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    """Encode pieces in one batch on all cores: (ids uint32 [n], kinds uint8 [n], straddling tokens) of each."""
-    encodings = tokenizer.backend.encode_batch([piece.text for piece in pieces], add_special_tokens=False)
-    return [
-        (np.array(encoding.ids, dtype=np.uint32), *_piece_kinds(encoding, piece))
-        for piece, encoding in zip(pieces, encodings)
-    ]
-
-
-def _piece_kinds(encoding: tokenizers.Encoding, piece: Piece) -> tuple[np.ndarray, int]:
-    """`token_kinds` of an encoding. Asking Rust for the few borders is ten times as fast as fetching all offsets."""
-    tokens = {0: 0, len(piece.text): len(encoding)}  # character -> the token that starts there
-    for border in {border for start, end, _ in piece.spans for border in (start, end)} - tokens.keys():
-        token = encoding.char_to_token(border)
-        if token is None or encoding.token_to_chars(token)[0] != border:  # no token starts exactly there
-            return token_kinds(encoding.offsets, piece.spans)
-        tokens[border] = token
-    kinds = np.zeros(len(encoding), dtype=np.uint8)
-    for start, end, byte in piece.spans:
-        kinds[tokens[start] : tokens[end]] = byte
-    return kinds, 0
-
-
-def token_kinds(offsets: list[tuple[int, int]], spans: list[tuple[int, int, int]]) -> tuple[np.ndarray, int]:
-    """What each token is: offsets (char start, end) of n tokens -> (kinds uint8 [n], tokens over a trained border)."""
-    kinds = np.zeros(len(offsets), dtype=np.uint8)
-    straddling = 0
-    for start, end, byte in spans:
-        first = bisect_right(offsets, start, key=itemgetter(1))  # the first token that ends after the span starts
-        last = bisect_left(offsets, end, key=itemgetter(0))  # the first token that starts at the span's end or later
-        kinds[first:last] = byte
-        if byte & TRAINED and first < last:
-            straddling += (offsets[first][0] < start) + (offsets[last - 1][1] > end)
-    return kinds, straddling
-
-
-def tokenize_conversation(
-    tokenizer: Tokenizer, messages: list[dict], *, tools: list[dict] | None = None, train_on: str = "assistant"
-) -> tuple[np.ndarray, np.ndarray]:
-    """(ids uint32 [n], kinds uint8 [n]: kind | TRAINED) of one conversation.
-
-    train_on: "assistant" = every assistant turn, "last" = the last one, "all" = everything. Raises UserError where the
-    messages are malformed or the turns cannot be found exactly.
-    """
-    if train_on not in ("assistant", "last", "all"):
-        raise UserError(f"train_on = {train_on!r}", hint="one of assistant, last, all")
-    check_chat_template(tokenizer)
-    try:
-        piece = conversation_piece(tokenizer, check_messages(messages, "messages"), tools=tools, train_on=train_on)
-    except RowError as error:
-        raise UserError(str(error)) from None
-    ids, kinds, _ = encode_pieces(tokenizer, [piece])[0]
-    return ids, kinds
+    return _tokenizer(assemble(files, "the new tokenizer", chat_template=chat_template), {}, None)

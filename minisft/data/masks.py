@@ -1,0 +1,451 @@
+"""Masks: of every character of a rendered conversation, what it is and whether it is trained.
+
+Where the assistant's turns lie in the text is found in one of four ways, and by none is an error, never a guess.
+
+A. "tags": the template marks them: `{% generation %} ... {% endgeneration %}`. Recording output positions while rendering,
+   as transformers does, goes wrong inside a macro, a `{% set %}` block or a filter block, whose output is buffered and
+   placed later. Here the tag puts a private-use character before and after its text; they are found and stripped from
+   the result, and what is left must equal a rendering without them.
+B. "known": the template is a stock one without tags, known by its sha256, for which we have a tagged twin
+   (training_templates.py). Both are rendered, and where they differ the twin is not used.
+C. "prefix": with h the messages before an assistant turn a, the turn is what render(h + [a]) adds to
+   render(h, add_generation_prompt=True), where each of these is a prefix of the next and of the whole. It is checked for
+   every trained turn of every row (a third of the stock templates fail somewhere).
+D. "per_turn": one document for each trained turn, which ends with it: rendered exactly as at inference, so right by
+   construction for templates that render a turn differently once others follow (Qwen 3 drops earlier reasoning). Each
+   document repeats what came before it as context; that is its price.
+
+`multi_turn = "auto"` takes A, B or C where the whole conversation at once shows to each trained turn exactly what it would
+be given at inference, and D elsewhere; "joint" refuses such rows instead (and trusts the tags of a template that has
+them); "per_turn" always takes D.
+
+The characters of the other contents are found by private-use characters put around the contents themselves. A template
+that inspects a content and renders something else because of them loses only that detail.
+
+A turn's span begins after the header ("<|im_start|>assistant\n" is given at inference, so it is not trained) and ends
+after the terminator, which must be trained or the model never stops: `check_template` refuses a template that fails.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+from minisft.data.batch import ANSWER, HEADER, KIND_MASK, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
+from minisft.data.conversations import RowError
+from minisft.data.template import END_GENERATION, GENERATION, ChatTemplate, render
+from minisft.data.training_templates import CHATML, tagged_twin
+from minisft.errors import MODEL, UserError
+
+# Markers are private-use characters of the last plane, which a row must not contain: OPEN + i opens the content of
+# message i, CLOSE closes it.
+OPEN, CLOSE, MAX_MESSAGES = 0x100000, "\U0010fff2", 0xFFF0
+MARKER = re.compile("([\U00100000-\U0010ffff])")
+KIND_OF_ROLE = {"system": SYSTEM, "developer": SYSTEM, "user": USER, "tool": TOOL, "assistant": ANSWER}
+THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+TAG = re.compile(r"\{%[-+]?\s*generation\b")
+OURS = ("train", "weight", "part_spans")  # keys of a message that are not for the template
+
+Span = tuple[int, int, int]  # first character, the one after the last, kind | TRAINED
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What of a conversation is trained; see the configuration's [data] section."""
+
+    train_on: str = "assistant"  # "assistant" | "last" | "all"
+    multi_turn: str = "auto"  # "auto" | "joint" | "per_turn"
+    reasoning: str = "train"  # "train" | "mask" | "strip"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One document of a conversation."""
+
+    text: str
+    spans: list[Span]  # the first covers everything as header; later ones win
+    weights: list[tuple[int, int, float]] = field(default_factory=list)  # of stretches whose loss has a factor
+    strategy: str = "tags"  # "tags" | "known" | "prefix" | "per_turn"
+    end: int = 0  # the number of messages that it holds
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    """A row while it is rendered: what the template sees, and what we know about each message."""
+
+    template: ChatTemplate
+    messages: list[dict]
+    trained: list[bool]
+    notes: list[dict]  # OURS, of each message
+    masking: Masking
+    given: dict[str, Any]  # tools, documents and variables, for render()
+
+    def render(self, stop: int | None = None, **options: Any) -> str:
+        return render(self.template, self.messages[:stop], **self.given, **options)
+
+    def prompt(self, i: int) -> str:
+        """What the model is given before it writes message i."""
+        return self.render(i, add_generation_prompt=True)
+
+
+def render_conversation(
+    template: ChatTemplate,
+    messages: list[dict],
+    *,
+    tools: list[dict] | None = None,
+    documents: list[dict] | None = None,
+    masking: Masking = Masking(),
+    first_trained: int = 0,
+    variables: dict | None = None,
+) -> list[Rendered]:
+    """The documents of a conversation, one unless it is rendered turn by turn.
+
+    messages: as check_messages of conversations.py gives them. first_trained: assistant turns before it are context.
+    A message's `train` overrides all rules; its `weight` is a factor on the loss of what is trained in it.
+    Raises RowError where the template refuses, or the turns cannot be found exactly.
+    """
+    if len(messages) > MAX_MESSAGES or tools or documents or not all(map(_is_unmarked, messages)):
+        if len(messages) > MAX_MESSAGES or MARKER.search(json.dumps([messages, tools, documents], ensure_ascii=False)):
+            raise RowError("reserved character", "the row contains one of U+100000 to U+10FFFF")
+    notes = [{key: message[key] for key in OURS if key in message} for message in messages]
+    plain = [{k: v for k, v in m.items() if k not in OURS} if note else m for m, note in zip(messages, notes)]
+    if masking.reasoning == "strip":
+        plain = [_without_reasoning(message, note) for message, note in zip(plain, notes)]
+    answers = [i for i, message in enumerate(plain) if message["role"] == "assistant"]
+    rule = {"all": range(len(plain)), "last": answers[-1:], "assistant": [i for i in answers if i >= first_trained]}
+    trained = [note.get("train", i in rule[masking.train_on]) for i, note in enumerate(notes)]
+    given = {"tools": tools, "documents": documents, **(variables or {})}
+    row = _Conversation(template, plain, trained, notes, masking, given)
+    if masking.train_on == "all":
+        return [_everything(row)]
+    if masking.multi_turn == "per_turn":
+        return _per_turn(row)
+    try:
+        return [_joint(row)]
+    except RowError as joint:
+        if masking.multi_turn == "joint" or len([i for i in answers if trained[i]]) == 0:
+            raise
+        try:
+            return _per_turn(row)
+        except RowError:
+            raise joint from None
+
+
+def _is_unmarked(message: dict) -> bool:
+    """Nearly all messages: a role and a content without private characters."""
+    content = message["content"]
+    return len(message) == 2 and (content.isascii() or not MARKER.search(content))
+
+
+def _without_reasoning(message: dict, note: dict) -> dict:
+    if message["role"] != "assistant":
+        return message
+    message = {key: value for key, value in message.items() if key != "reasoning_content"}
+    content = THINKING.sub("", message["content"])
+    if content != message["content"] and "part_spans" in note:
+        raise RowError(
+            "reasoning inside a content with parts", "give it as reasoning_content, so that it can be removed"
+        )
+    return {**message, "content": content}
+
+
+# ------------------------------------------------------------------------------------------------- the whole at once
+
+
+def _joint(row: _Conversation) -> Rendered:
+    """A, B or C. Raises RowError where none is exact."""
+    answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+    text, turns, contents, strategy = None, [], [], "prefix"
+    twin = tagged_twin(row.template.text)
+    if TAG.search(row.template.text):
+        text, turns, contents = _marked(row)
+        strategy = "tags"
+    elif twin is not None:
+        try:
+            text, turns, contents = _marked(replace(row, template=replace(row.template, text=twin)), plain=row.render())
+            strategy = "known"
+        except RowError:
+            text, turns = None, []
+    if text is None or not turns and answers:
+        text, _, contents = _marked(row)
+        turns, strategy = _turns_by_prefix(row, text, answers), "prefix"
+    if len(turns) != len(answers):
+        raise RowError("the chat template lost a turn", f"{len(turns)} of {len(answers)} assistant turns were found")
+    is_checked = strategy == "prefix" or strategy == "tags" and row.masking.multi_turn == "joint"
+    if not is_checked and row.template.text != CHATML:
+        for i, turn in zip(answers, turns):
+            if row.trained[i] and i < len(row.messages) - 1:  # the last turn has nothing after it that could change it
+                _turn(row, text, i, turn)
+    return _spans(row, text, dict(zip(answers, turns)), contents, strategy)
+
+
+def _marked(row: _Conversation, plain: str | None = None) -> tuple[str, list, dict]:
+    """(text, tagged turns, {message: span of its content}), found by markers. plain: what the text must be."""
+    marked = [_mark_content(i, message) for i, message in enumerate(row.messages)]
+    text, turns, contents = _read_markers(replace(row, messages=marked).render(_minisft_mark=True))
+    if row.template.text == CHATML:  # ours reads no content, so there is nothing that a mark could change
+        return text, turns, contents
+    plain = row.render() if plain is None else plain
+    if text != plain:  # the template looked at a content: again, without marks in contents
+        text, turns, contents = _read_markers(row.render(_minisft_mark=True))
+        if text != plain:
+            raise RowError("the chat template reads what its generation tags hold", "their place cannot be found")
+    return text, turns, contents
+
+
+def _mark_content(i: int, message: dict) -> dict:
+    """Markers around a content, inside its outer whitespace, which many templates strip. Not around the assistant's: its
+    place is known, and templates look for reasoning in it."""
+    content = message["content"]
+    inner = content.strip()
+    if message["role"] == "assistant" or not inner:
+        return message
+    start = content.index(inner)
+    return {**message, "content": content[:start] + chr(OPEN + i) + inner + CLOSE + content[start + len(inner) :]}
+
+
+def _read_markers(marked: str) -> tuple[str, list[tuple[int, int]], dict[int, tuple[int, int]]]:
+    pieces = MARKER.split(marked)  # text, marker, text, marker, ... text
+    turns, contents, at, turn_start, opened = [], {}, 0, 0, None
+    for text, marker in zip(pieces[::2], [*pieces[1::2], ""]):
+        at += len(text)
+        if marker == GENERATION:
+            turn_start = at
+        elif marker == END_GENERATION:
+            turns.append((turn_start, at))
+        elif marker == CLOSE:
+            if opened is not None:
+                contents[opened[0]] = (opened[1], at)
+            opened = None
+        elif marker:
+            opened = ord(marker) - OPEN, at
+    return "".join(pieces[::2]), [turn for turn in turns if turn[1] > turn[0]], contents
+
+
+def _turns_by_prefix(row: _Conversation, text: str, answers: list[int]) -> list[tuple[int, int]]:
+    """C. Turns that are context need not be found: their place is a detail."""
+    turns = []
+    for i in answers:
+        try:
+            turns.append(_turn(row, text, i))
+        except RowError:
+            if row.trained[i]:
+                raise
+            turns.append((0, 0))
+    return turns
+
+
+def _turn(row: _Conversation, text: str, i: int, found: tuple[int, int] | None = None) -> tuple[int, int]:
+    """The span of assistant turn i in `text`, which begins as it would at inference. Raises RowError where it does not,
+    or where the turn that was found by tags is another."""
+    prompt, so_far = row.prompt(i), row.render(i + 1)
+    for ours, theirs, what in ((prompt, so_far, "before its answer"), (so_far, text, "once other turns follow")):
+        if not theirs.startswith(ours):
+            at = next((n for n, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+            raise RowError(
+                "the chat template renders a turn differently than at inference",
+                f"message {i} {what}: {ours[at : at + 40]!r} becomes {theirs[at : at + 40]!r}",
+            )
+    # "<|im_end|>\n": generation ends at the token, nobody samples the newline after it.
+    end = len(so_far.rstrip()) if so_far[len(prompt) :].strip() else len(so_far)
+    if found is not None and (found[0] < len(prompt) or found[1] > len(so_far)):
+        raise RowError("the generation tags hold more than the answer", f"message {i}: {text[slice(*found)]!r}")
+    return found or (len(prompt), end)
+
+
+# ------------------------------------------------------------------------------------------------- turn by turn
+
+
+def _per_turn(row: _Conversation) -> list[Rendered]:
+    """D. Turns before the last of each document are context."""
+    others = [i for i, on in enumerate(row.trained) if on and row.messages[i]["role"] != "assistant"]
+    if others:
+        raise RowError(
+            "train = true outside of an answer", f"message {others[0]}, in a row that is rendered turn by turn"
+        )
+    documents = []
+    for i in (i for i, on in enumerate(row.trained) if on):
+        alone = [n == i for n in range(i + 1)]
+        part = replace(row, messages=row.messages[: i + 1], notes=row.notes[: i + 1], trained=alone)
+        text, _, contents = _marked(part)
+        answers = [n for n, message in enumerate(part.messages) if message["role"] == "assistant"]
+        turns = dict(zip(answers, _turns_by_prefix(part, text, answers)))
+        documents.append(_spans(part, text, turns, contents, "per_turn"))
+    return documents
+
+
+def _everything(row: _Conversation) -> Rendered:
+    """train_on = "all": where the turns lie is only a detail, but for messages that say train = false."""
+    if not all(row.trained):
+        rendered = _joint(row)
+        untrained = [span for span in rendered.spans[1:] if not span[2] & TRAINED]
+        return replace(rendered, spans=[(0, len(rendered.text), HEADER | TRAINED), *rendered.spans[1:], *untrained])
+    try:
+        return replace(_joint(row), spans=[(a, b, byte | TRAINED) for a, b, byte in _joint(row).spans])
+    except RowError:
+        text = row.render()
+        return Rendered(text, [(0, len(text), HEADER | TRAINED)], [], "prefix", len(row.messages))
+
+
+# ------------------------------------------------------------------------------------------------- spans
+
+
+def _spans(row: _Conversation, text: str, turns: dict, contents: dict, strategy: str) -> Rendered:
+    """turns: {assistant message: span}, contents: {other message: span}."""
+    spans: list[Span] = [(0, len(text), HEADER)]
+    weights = []
+    for i, message in enumerate(row.messages):
+        start, end = turns.get(i) or contents.get(i) or (0, 0)
+        trained = TRAINED if row.trained[i] else 0
+        if end == start:
+            if trained and message["content"].strip():
+                raise RowError("the place of a message cannot be found", f"message {i} is to be trained")
+            continue
+        if message["role"] == "assistant":
+            spans += _answer_spans(row, text, start, end, message, trained)
+        else:
+            spans.append((start, end, KIND_OF_ROLE[message["role"]] | trained))
+        if "part_spans" in row.notes[i]:
+            spans += _part_spans(row, text, start, end, i)
+        if trained and row.notes[i].get("weight", 1.0) != 1.0:
+            weights.append((start, end, row.notes[i]["weight"]))
+    return Rendered(text, spans, weights, strategy, len(row.messages))
+
+
+def _answer_spans(row: _Conversation, text: str, start: int, end: int, message: dict, trained: int) -> list[Span]:
+    """One assistant turn: answer, reasoning, tool calls, terminator."""
+    turn = text[start:end]
+    content = message["content"].strip()
+    answer = THINKING.sub("", content).strip() if "</think>" in content else content
+    if trained and answer not in turn:
+        raise RowError("the chat template changed an answer", f"{answer[:40]!r} is not rendered as it is")
+    spans = [(start, end, (TOOL_CALL if message.get("tool_calls") else ANSWER) | trained)]
+    if message.get("tool_calls") and answer in turn:
+        at = start + turn.rindex(answer)
+        spans.append((at, at + len(answer), ANSWER | trained))
+    reasoning = _reasoning_end(turn, (message.get("reasoning_content") or "").strip())
+    if reasoning:
+        spans.append((start, start + reasoning, REASONING | (0 if row.masking.reasoning == "mask" else trained)))
+    end_of_turn = terminator(row.template)
+    if end_of_turn and turn.rstrip().endswith(end_of_turn):
+        spans.append((start + turn.rindex(end_of_turn), end, TERMINATOR | trained))
+    return spans
+
+
+def _reasoning_end(turn: str, reasoning: str) -> int:
+    """How many characters at the beginning of a turn are reasoning and what closes it."""
+    at = turn.index(reasoning) + len(reasoning) if reasoning and reasoning in turn else 0
+    closing = turn.find("</think>", at)
+    return closing + len("</think>") if closing >= 0 else at
+
+
+def _part_spans(row: _Conversation, text: str, start: int, end: int, i: int) -> list[Span]:
+    """The parts of a content that say themselves whether they are trained."""
+    content = row.messages[i]["content"]
+    inner = content.strip()
+    if text[start:end].count(inner) != 1:
+        raise RowError(
+            "the place of a part cannot be found", f"message {i}: its content is not rendered once, as it is"
+        )
+    offset = text.index(inner, start) - content.index(inner)
+    kind = KIND_OF_ROLE[row.messages[i]["role"]]
+    kept = [(max(a + offset, start), min(b + offset, end), on) for a, b, on in row.notes[i]["part_spans"]]
+    return [(a, b, kind | (TRAINED if on else 0)) for a, b, on in kept if a < b]
+
+
+@lru_cache(maxsize=32)
+def terminator(template: ChatTemplate) -> str:
+    """What the template puts after an answer inside the assistant's turn, such as "<|im_end|>"."""
+    probe = "An answer."
+    text = render(template, [{"role": "user", "content": "A question."}, {"role": "assistant", "content": probe}])
+    return text[text.rindex(probe) + len(probe) :].rstrip() if probe in text else ""
+
+
+# ------------------------------------------------------------------------------------------------- the start-up check
+
+USER_TURN = {"role": "user", "content": "A question?"}
+ANSWER_TURN = {"role": "assistant", "content": "An answer."}
+SPACED = [
+    {"role": "user", "content": " Fragen: \u00e4\U0001f600?\n"},
+    {"role": "assistant", "content": "Zwei\n\n W\u00f6rter"},
+]
+THOUGHT = {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"key": "a"}}, "id": "call00001"}
+TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "Looks up a key.", "parameters": {}}}]
+PROBES = [  # (messages, tools)
+    ([USER_TURN, ANSWER_TURN], None),
+    ([USER_TURN, ANSWER_TURN, *SPACED], None),
+    ([{"role": "system", "content": "Be brief."}, *SPACED], None),
+    ([USER_TURN, ANSWER_TURN, *SPACED, USER_TURN, ANSWER_TURN], None),
+    ([USER_TURN, THOUGHT], None),
+    ([USER_TURN, THOUGHT, *SPACED], None),
+    (
+        [
+            USER_TURN,
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "name": "look_up", "tool_call_id": "call00001", "content": "b"},
+            ANSWER_TURN,
+        ],
+        TOOLS,
+    ),
+]
+
+
+@lru_cache(maxsize=32)
+def check_template(template: ChatTemplate, terminators: tuple[str, ...], masking: Masking = Masking()) -> None:
+    """Refuse a template that would train a model wrongly: a header that is trained, an answer whose end is not.
+
+    terminators: the texts of special tokens and EOS; a turn must end in one of them. Raises UserError.
+    """
+
+    def refuse(what: str, hint: str = "give a chat_template of your own, or chatml") -> None:
+        raise UserError(f"the chat template {what}", hint=hint, exit_code=MODEL)
+
+    for number, (messages, tools) in enumerate(PROBES):
+        try:
+            documents = render_conversation(template, messages, tools=tools, masking=masking)
+        except RowError as error:
+            if number == 0:  # what else a template refuses (system turns, say) is told for the rows that have it
+                refuse(f"cannot render one question and its answer: {error}")
+            continue
+        for document in documents:
+            trained = _trained_text(document)
+            if not trained or not trained[-1].rstrip().endswith(terminators):
+                end = "".join(trained)[-40:]
+                refuse(f"does not train the end of an answer: {end!r} ends in no special token")
+        last = documents[-1]
+        prompt = render(template, messages[:-1], tools=tools, add_generation_prompt=True)
+        text, turn = last.text, _trained_text(last)[-1]
+        if text.startswith(prompt) and text.rindex(turn) < len(prompt):
+            refuse(f"trains the header of an answer: {turn!r}")
+        if messages[-1]["content"].strip() not in turn:
+            refuse(f"does not train the whole answer: {turn!r}")
+
+
+def _trained_text(document: Rendered) -> list[str]:
+    """The stretches of text that are trained."""
+    on = bytearray(len(document.text) + 1)
+    for start, end, byte in document.spans:
+        on[start:end] = bytes([bool(byte & TRAINED)]) * (end - start)
+    borders = [0, *(i for i, (a, b) in enumerate(pairwise(on), 1) if a != b), len(document.text)]
+    return [document.text[a:b] for a, b in pairwise(borders) if a < b and on[a]]
+
+
+def show_document(document: Rendered) -> str:
+    """The text with what is trained in brackets."""
+    shown, at = "", 0
+    for stretch in _trained_text(document):
+        begin = document.text.index(stretch, at)
+        shown += document.text[at:begin] + f"[{stretch}]"
+        at = begin + len(stretch)
+    return shown + document.text[at:]
+
+
+def kinds_of(document: Rendered) -> bytearray:
+    """The byte of each character."""
+    kinds = bytearray(len(document.text))
+    for start, end, byte in document.spans:
+        kinds[start:end] = bytes([byte & (KIND_MASK | TRAINED)]) * (end - start)
+    return kinds

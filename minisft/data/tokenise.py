@@ -1,0 +1,289 @@
+"""From rows to tokenised documents, in batches: what the token cache is filled with.
+
+Python reads, checks and renders a batch of rows while the Rust tokenizer encodes the one before on the other cores (it
+releases the interpreter). A row gives one document, or several where its conversation is rendered turn by turn (masks.py,
+strategy D). Every row is either used or dropped with a reason that is counted.
+
+`truncation = "turns"`: a conversation that is too long loses its oldest whole turns (a question with all that follows up
+to the next one) and is rendered again, so that what remains is what the model would be given at inference. The system
+turn, the tools and the answer at the end stay.
+"""
+
+import json
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+
+from minisft.data.batch import ANSWER, SPECIAL, TERMINATOR, TEXT, TRAINED
+from minisft.data.conversations import RowError
+from minisft.data.encoding import (
+    Encoded,
+    check_chat_template,
+    conversation_pieces,
+    encode_pieces,
+    raw_encodings,
+    with_kinds,
+)
+from minisft.data.formats import Example, FormatOptions, Layout, Piece, detect_layout, rename_fields, to_example
+from minisft.data.sources import BadRow, Row, Source, excerpt, place, read_rows
+from minisft.data.tokenizer import Tokenizer
+from minisft.errors import DATA, UserError
+
+BATCH_ROWS, BATCH_CHARACTERS = 256, 8_000_000  # a batch ends at whichever comes first
+BATCHES_AT_WORK = 2  # so that the tokenizer has the next one at hand while Python is with the last
+SHOWN_BAD_ROWS = 5
+
+
+@dataclass(slots=True)
+class Document:
+    ids: np.ndarray  # uint32 [n]
+    kinds: np.ndarray  # uint8 [n]: kind | TRAINED
+    weights: np.ndarray | float  # float32 [n], or one for all
+    straddling: int  # trained tokens that begin before or end after what is trained
+    row: int  # its number in the source, from 0
+    file: str
+    line: int
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A document on its way to the tokenizer."""
+
+    number: int
+    row: Row
+    example: Example
+    pieces: tuple[Piece, ...]
+    end: int = 0  # of a conversation: how many of its messages the document holds
+    encoded: list[Encoded] | None = None
+
+
+def new_entry() -> dict:
+    """What is counted of a source; `tokenise` fills it."""
+    turns = {"rows": 0, "turns": 0, "tokens": 0}
+    counts = {"rows_read": 0, "rows_used": 0, "documents": 0, "dropped": {}, "control_tokens": 0, "straddling": 0}
+    return {"layout": "", "prompt": "", **counts, "strategies": {}, "turns_cut": turns}
+
+
+def tokenise(
+    source: Source,
+    tokenizer: Tokenizer,
+    options: FormatOptions,
+    on_bad_row: str,
+    entry: dict,
+    bad_rows: list[str],
+) -> Iterator[list[Document]]:
+    """The documents of a source in batches; fills `entry` and appends the first bad rows to `bad_rows`.
+
+    on_bad_row: "error" raises UserError at the first one, "skip" counts them.
+    """
+    layout = None
+    dropped, strategies = Counter(), Counter()
+    batch: list[_Pending] = []
+    characters = 0
+    last_used = -1
+
+    def refuse(bad_row: BadRow) -> None:
+        if on_bad_row == "error":
+            hint = 'mend the row, or set on_bad_row = "skip" to leave such rows out and count them'
+            raise UserError(str(bad_row), hint=hint, exit_code=DATA)
+        dropped[bad_row.reason] += 1
+        if len(bad_rows) < SHOWN_BAD_ROWS:
+            bad_rows.append(str(bad_row))
+
+    def finish(pending: list[_Pending], encoding: Future) -> Iterator[list[Document]]:
+        nonlocal last_used
+        documents = []
+        encoded = iter(with_kinds(tokenizer, [piece for part in pending for piece in part.pieces], encoding.result()))
+        for part in pending:
+            part.encoded = [next(encoded) for _ in part.pieces]
+        for part in _fitting(pending, layout, tokenizer, options, entry["turns_cut"], refuse):
+            ids, kinds, weights = _join(part.example, part.encoded, tokenizer, options)
+            if len(ids) == 0:
+                refuse(_bad_row(part.row, RowError("no token")))
+                continue
+            entry["rows_used"] += part.number != last_used
+            last_used = part.number
+            straddling = sum(e.straddling for e in part.encoded)
+            documents.append(Document(ids, kinds, weights, straddling, part.number, part.row.file, part.row.line))
+        entry["documents"] += len(documents)
+        entry["straddling"] += sum(document.straddling for document in documents)
+        if documents:
+            yield documents
+
+    with ThreadPoolExecutor(1) as pool:
+        at_work: deque[tuple[list[_Pending], Future]] = deque()
+        for number, row in enumerate(chain(read_rows(source), [None])):
+            if row is not None:
+                entry["rows_read"] += 1
+                if isinstance(row, BadRow):
+                    refuse(row)
+                    continue
+                try:
+                    data = rename_fields(row.data, source.field_map)
+                    if layout is None:
+                        layout = _detect(data, place(row.file, row.line), source.format, tokenizer, options)
+                        entry["layout"], entry["prompt"] = str(layout), layout.prompt
+                    example = to_example(data, layout, options)
+                    parts = _parts(number, row, example, layout, tokenizer, options, entry, strategies)
+                except RowError as error:
+                    refuse(_bad_row(row, error))
+                    continue
+                batch += parts
+                characters += sum(len(piece.text) for part in parts for piece in part.pieces)
+            if row is None or len(batch) >= BATCH_ROWS or characters > BATCH_CHARACTERS:
+                at_work.append(
+                    (batch, pool.submit(raw_encodings, tokenizer, [p for part in batch for p in part.pieces]))
+                )
+                batch, characters = [], 0
+                if len(at_work) > BATCHES_AT_WORK:
+                    yield from finish(*at_work.popleft())
+        for pending, encoding in at_work:
+            yield from finish(pending, encoding)
+    entry["dropped"], entry["strategies"] = dict(dropped), dict(strategies)
+
+
+def _detect(row: dict, where: str, format: str, tokenizer: Tokenizer, options: FormatOptions) -> Layout:
+    try:
+        layout = detect_layout(row, format, options, tokenizer.template is not None)
+    except UserError as error:
+        raise UserError(f"{where}: {error.message}", hint=error.hint, exit_code=error.exit_code) from None
+    if layout.chat:
+        check_chat_template(tokenizer)
+    elif options.add_eos and layout.format != "input_ids" and tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token", hint="set add_eos = false, or name eos_token in its config")
+    return layout
+
+
+def _parts(
+    number: int,
+    row: Row,
+    example: Example,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    options: FormatOptions,
+    entry: dict,
+    strategies: Counter,
+) -> list[_Pending]:
+    """The documents of a row, as text."""
+    if example.ids is not None:
+        if not 0 <= min(example.ids) <= max(example.ids) < tokenizer.vocab_size:
+            raise RowError("token id out of range", f"ids must be from 0 to {tokenizer.vocab_size - 1}")
+        return [_Pending(number, row, example, ())]
+    if example.messages is None:
+        return [_Pending(number, row, example, example.pieces)]
+    rendered = conversation_pieces(tokenizer, example, options, _train_on(layout))
+    strategies[rendered.strategy] += 1
+    entry["control_tokens"] += rendered.has_control_tokens
+    return [_Pending(number, row, example, (piece,), end) for piece, end in zip(rendered.pieces, rendered.ends)]
+
+
+def _train_on(layout: Layout) -> str:
+    return "all" if not layout.answers_only else "last" if layout.last_turn_only else "assistant"
+
+
+def _bad_row(row: Row, error: RowError) -> BadRow:
+    text = json.dumps(row.data, ensure_ascii=False, default=str)
+    return BadRow(row.file, row.line, error.reason, error.detail, excerpt(text))
+
+
+# ------------------------------------------------------------------------------------------------- oldest turns first
+
+
+def _fitting(
+    pending: list[_Pending], layout, tokenizer, options: FormatOptions, turns_cut: dict, refuse
+) -> Iterator[_Pending]:
+    """The documents, those that are too long without their oldest turns where `truncation = "turns"`."""
+    limit = options.turns_max_length
+    for part in pending:
+        length = len(part.encoded[0].ids) if part.encoded else 0
+        if limit is None or part.example.messages is None or length <= limit:
+            yield part
+            continue
+        try:
+            shorter, num_turns = _without_oldest_turns(part, layout, tokenizer, options)
+        except RowError as error:
+            refuse(_bad_row(part.row, error))
+            continue
+        turns_cut["rows"] += 1
+        turns_cut["turns"] += num_turns
+        turns_cut["tokens"] += length - len(shorter.encoded[0].ids)
+        yield shorter
+
+
+def _without_oldest_turns(
+    part: _Pending, layout: Layout, tokenizer: Tokenizer, options: FormatOptions
+) -> tuple[_Pending, int]:
+    """The same document with as few turns less as fit, and how many. Raises RowError where none fits."""
+    example = part.example
+    messages = example.messages[: part.end]
+    is_alone = (
+        part.end < len(example.messages) or options.multi_turn == "per_turn"
+    )  # one of several documents of its row
+    first = next((i for i, m in enumerate(messages) if m["role"] not in ("system", "developer")), 0)
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    cuts = [i for i, m in enumerate(messages) if m["role"] == "user" and first < i < answers[-1]]
+    train_on = "last" if is_alone else _train_on(layout)
+
+    def shortened(cut: int) -> _Pending:
+        fewer = replace(
+            example,
+            messages=messages[:first] + messages[cut:],
+            first_trained=max(0, example.first_trained - (cut - first)),
+        )
+        pieces = conversation_pieces(tokenizer, fewer, replace(options, multi_turn="joint"), train_on).pieces
+        return replace(part, example=fewer, pieces=tuple(pieces), encoded=encode_pieces(tokenizer, pieces))
+
+    low, high, best = 0, len(cuts), None  # the fewest turns cut with which it fits, by bisection
+    while low < high:
+        middle = (low + high) // 2
+        candidate = shortened(cuts[middle])
+        if len(candidate.encoded[0].ids) <= options.turns_max_length:
+            best, high = candidate, middle
+        else:
+            low = middle + 1
+    if best is None:
+        length = len(part.encoded[0].ids)
+        raise RowError(
+            "too long even without its earlier turns", f"{length} tokens, at most {options.turns_max_length}"
+        )
+    return best, low + 1
+
+
+# ------------------------------------------------------------------------------------------------- a whole document
+
+
+def _join(
+    example: Example, encoded: list[Encoded], tokenizer: Tokenizer, options: FormatOptions
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | float]:
+    """Ids, kinds and weights of a whole document; text outside of a template gets its BOS and EOS here, once each."""
+    if example.ids is not None:
+        ids = np.array(example.ids, dtype=np.uint32)
+        kinds = np.full(len(ids), TEXT | TRAINED, dtype=np.uint8)
+        if example.labels is not None:
+            kinds = np.where(np.array(example.labels) != -100, ANSWER | TRAINED, TEXT).astype(np.uint8)
+        return ids, kinds, example.weight
+    if example.messages is not None:
+        whole = encoded[0]
+        weights = example.weight if whole.weights is None else whole.weights * np.float32(example.weight)
+        return whole.ids, whole.kinds, weights
+
+    ids, kinds = [piece.ids for piece in encoded], [piece.kinds for piece in encoded]
+    eos = tokenizer.eos_token_id
+    before = tokenizer.prefix_ids if options.add_special_tokens else []
+    after = [i for i in tokenizer.suffix_ids if i != eos] if options.add_special_tokens else []
+    if before and ids[0][: len(before)].tolist() != before:
+        ids.insert(0, np.array(before, dtype=np.uint32))
+        kinds.insert(0, np.full(len(before), SPECIAL, dtype=np.uint8))
+    if options.add_eos:
+        if len(ids[-1]) and ids[-1][-1] == eos:  # the text brought its own
+            ids[-1], kinds[-1] = ids[-1][:-1], kinds[-1][:-1]
+        ids.append(np.array([*after, eos], dtype=np.uint32))
+        kinds.append(np.array([SPECIAL] * len(after) + [TERMINATOR | TRAINED], dtype=np.uint8))
+    elif after:
+        ids.append(np.array(after, dtype=np.uint32))
+        kinds.append(np.full(len(after), SPECIAL, dtype=np.uint8))
+    return np.concatenate(ids), np.concatenate(kinds), example.weight

@@ -1,0 +1,218 @@
+"""Conversations as tokens: control tokens, weights, documents turn by turn, and what is left of too long ones."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisft.data.batch import ANSWER, KIND_MASK, TERMINATOR, TRAINED, USER
+from minisft.data.cache import build_cache
+from minisft.data.conversations import RowError, check_messages
+from minisft.data.documents import rows_of, select_documents, split_documents
+from minisft.data.encoding import conversation_pieces, encode_pieces
+from minisft.data.formats import Example, FormatOptions
+from minisft.data.masks import render_conversation
+from minisft.data.sources import parse_source
+from minisft.data.template import ChatTemplate, render
+from minisft.data.tokenizer import train_tokenizer
+from minisft.errors import UserError
+
+TOKENIZER = train_tokenizer(["Hello, how are you? I am fine.", "<|im_end|> |im im_end"] * 5, 300)
+SPECIAL_IDS = {TOKENIZER.backend.token_to_id(text) for text in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")}
+# Renders an earlier answer without the "(last)" that it has when it is asked for: no joint rendering is exact.
+LAST_DIFFERS = ChatTemplate(
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}(last)"
+    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def turns(*contents: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def encode(messages, tokenizer=TOKENIZER, train_on="assistant", **options):
+    example = Example(messages=check_messages(messages, "messages"))
+    rendered = conversation_pieces(tokenizer, example, FormatOptions(**options), train_on)
+    return rendered, encode_pieces(tokenizer, rendered.pieces)
+
+
+def trained_text(encoded, tokenizer=TOKENIZER) -> str:
+    return tokenizer.decode(encoded.ids[encoded.kinds >= TRAINED])
+
+
+def build(tmp_path, rows, tokenizer=TOKENIZER, **options):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    on_bad_row = options.pop("on_bad_row", "error")
+    cache_dir = tmp_path / "cache"
+    options = FormatOptions(**options)
+    return build_cache(
+        [parse_source(str(path))], tokenizer, cache_dir=cache_dir, on_bad_row=on_bad_row, options=options
+    )
+
+
+# ------------------------------------------------------------------------------------------------- control tokens
+
+
+@given(
+    st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "a", " ", "\n", "<", "|im_end|>", "\u00e4"]), max_size=8),
+    st.integers(0, 3),
+)
+@settings(max_examples=100, deadline=None)
+def test_an_escaped_control_token_is_text(parts, place):
+    """Wherever one is written: the same text, no special token but the template's own, the answers trained."""
+    contents = ["one", "two", "three", "four"]
+    contents[place] = "x" + "".join(parts) + "y"
+    plain, _ = encode(turns("one", "two", "three", "four"))
+    rendered, (encoded,) = encode(turns(*contents), control_tokens="escape")
+    assert TOKENIZER.decode(encoded.ids) == rendered.pieces[0].text == render(TOKENIZER.template, turns(*contents))
+    assert sum(int(i) in SPECIAL_IDS for i in encoded.ids) == plain.pieces[0].text.count("<|im_")
+    assert trained_text(encoded) == f"{contents[1]}<|im_end|>{contents[3]}<|im_end|>"
+    assert rendered.has_control_tokens == bool(TOKENIZER.control_tokens.search(contents[place]))
+    is_end = np.isin(encoded.ids, TOKENIZER.eos_token_id)
+    assert set(encoded.kinds[is_end] & KIND_MASK) <= {TERMINATOR, 2}  # 2 = header: the end of a question
+
+
+def test_what_is_between_special_tokens_is_encoded_as_ordinary_text():
+    """As a server does that encodes a whole content without looking for special tokens in it."""
+    content = "Hello<|im_end|>, how are you?"
+    _, (encoded,) = encode(turns(content, "two"), control_tokens="escape")
+    alone = TOKENIZER.literal_backend.encode("user\n" + content, add_special_tokens=False).ids
+    assert encoded.ids[1 : 1 + len(alone)].tolist() == alone
+
+
+def test_policies_for_control_tokens(tmp_path):
+    rows = [{"messages": turns("a<|im_end|>", "b")}, {"messages": turns("a", "b")}]
+    with pytest.raises(UserError, match="rows.jsonl:1: control token in a message"):
+        build(tmp_path, rows)
+    for policy, ends in (("escape", 2), ("allow", 3)):
+        cache = build(tmp_path, rows, control_tokens=policy)
+        entry = cache.manifest["sources"][0]
+        assert entry["control_tokens"] == 1 and "1 rows contain the text of a control token" in "\n".join(
+            cache.describe()
+        )
+        assert (cache.ids[: cache.offsets[1]] == TOKENIZER.eos_token_id).sum() == ends
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": "a", "reasoning_content": "b<|im_end|>"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "f", "arguments": {"x": "<|im_end|>"}}}],
+        },
+    ],
+)
+def test_control_tokens_are_found_in_every_string_of_a_message(message):
+    messages = [turns("q")[0], message]
+    with pytest.raises(RowError, match="control token in a message"):
+        encode(messages)
+    _, (encoded,) = encode(messages, control_tokens="escape")
+    assert (encoded.ids == TOKENIZER.eos_token_id).sum() == 2
+    assert "<|im_end|>" in trained_text(encoded).removesuffix("<|im_end|>")
+
+
+def test_private_characters_of_a_row_are_not_mistaken_for_ours():
+    for character in ("\U000f0000", "\U00100001"):
+        with pytest.raises(RowError, match="reserved character"):
+            encode(turns("a" + character, "b"), control_tokens="escape")
+
+
+# ------------------------------------------------------------------------------------------------- weights and flags
+
+
+def test_the_weight_of_a_message_reaches_its_tokens(tmp_path):
+    messages = turns("one", "two", "three", "four")
+    messages[1]["weight"] = 0.5
+    plain = {"messages": turns("one", "two")}
+    cache = build(tmp_path, [plain, {"messages": messages, "weight": 3.0}, plain])
+    ids, weights = (array[cache.offsets[1] : cache.offsets[2]] for array in (cache.ids, cache.weights))
+    assert TOKENIZER.decode(ids[weights == 1.5]) == "two<|im_end|>" and set(weights) == {1.5, 3.0}
+    assert (cache.weights[: cache.offsets[1]] == 1).all() and (cache.weights[cache.offsets[2] :] == 1).all()
+    assert len(cache.weights) == len(cache.ids)
+
+
+def test_flags_of_a_message(tmp_path):
+    messages = turns("one", "two", "three", "four")
+    messages[1]["train"] = False
+    messages[2]["train"] = True
+    _, (encoded,) = encode(messages)
+    assert trained_text(encoded) == "threefour<|im_end|>"
+    kinds = encoded.kinds[encoded.kinds >= TRAINED] & KIND_MASK
+    assert set(kinds) == {USER, ANSWER, TERMINATOR}
+
+
+def test_parts_that_are_not_trained():
+    parts = [{"type": "text", "text": "Hello,"}, {"type": "text", "text": " how are you", "train": False}]
+    _, (encoded,) = encode([turns("q")[0], {"role": "assistant", "content": parts}])
+    assert trained_text(encoded) == "Hello,<|im_end|>"
+
+
+# ------------------------------------------------------------------------------------------------- turn by turn
+
+
+def test_a_row_that_gives_several_documents(tmp_path):
+    tokenizer = replace(TOKENIZER, template=LAST_DIFFERS)
+    rows = [{"messages": turns("1", "2", "3", "4")}, {"messages": turns("5", "6")}, {"messages": turns(*"abcdef")}]
+    cache = build(tmp_path, rows, tokenizer)
+    entry = cache.manifest["sources"][0]
+    assert (entry["rows_read"], entry["rows_used"], entry["documents"]) == (3, 3, 6)
+    assert entry["strategies"] == {"per_turn": 2, "prefix": 1}
+    assert rows_of(cache).tolist() == [0, 0, 1, 2, 2, 2]
+    texts = [tokenizer.decode(cache.ids[a:b]) for a, b in zip(cache.offsets, cache.offsets[1:])]
+    prompt = render(LAST_DIFFERS, turns("1", "2", "3"), add_generation_prompt=True)
+    assert texts[1] == prompt + "(last)4<|im_end|>\n" and texts[0].endswith("(last)2<|im_end|>\n")
+    documents, account = select_documents(cache, max_length=None)
+    assert account.rows_used == 3 and account.num_documents == 6
+    train, held_out = split_documents(documents, 0.34, seed=0)  # a row is on one side only
+    assert not set(rows_of(cache)[train.index]) & set(rows_of(cache)[held_out.index])
+    # A limit that drops one document of a row keeps the row; the account still closes.
+    _, account = select_documents(cache, max_length=max(np.diff(cache.offsets)) - 1, truncation="drop")
+    assert account.rows_used == 3 and account.dropped == {} and account.dropped_answers == 1
+
+
+def test_joint_refuses_what_auto_renders_turn_by_turn(tmp_path):
+    tokenizer = replace(TOKENIZER, template=LAST_DIFFERS)
+    with pytest.raises(UserError, match=r"rows.jsonl:1: .*differently than at inference: message 1 once other turns"):
+        build(tmp_path, [{"messages": turns("1", "2", "3", "4")}], tokenizer, multi_turn="joint")
+
+
+# ------------------------------------------------------------------------------------------------- oldest turns first
+
+
+@given(st.integers(1, 6), st.integers(23, 120), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_oldest_turns_are_cut_as_few_as_possible(tmp_path_factory, num_turns, limit, has_system):
+    contents = [f"{'question' if i % 2 == 0 else 'answer'} {i}" for i in range(2 * num_turns)]
+    messages = [{"role": "system", "content": "Be brief."}] * has_system + turns(*contents)
+    folder = tmp_path_factory.mktemp("turns")
+    rows = [{"messages": turns("a", "b")}, {"messages": messages}]  # the first is always short enough
+    whole = build(folder, rows)
+    cache = build(folder, rows, turns_max_length=limit, on_bad_row="skip")
+    entry = cache.manifest["sources"][0]
+
+    def rendered(cut: int) -> list[int]:
+        kept = messages[:has_system] + messages[has_system + 2 * cut :]
+        return TOKENIZER.encode(render_conversation(TOKENIZER.template, kept)[0].text)
+
+    fitting = [cut for cut in range(num_turns) if len(rendered(cut)) <= limit]
+    if not fitting:
+        assert entry["dropped"] == {"too long even without its earlier turns": 1}
+    else:
+        assert cache.ids[cache.offsets[1] :].tolist() == rendered(fitting[0])
+        assert entry["turns_cut"]["turns"] == fitting[0]
+        assert len(cache.ids) + entry["turns_cut"]["tokens"] == len(whole.ids)
+    _, account = select_documents(cache, max_length=limit, truncation="turns")
+    assert account.tokens == len(cache.ids) + entry["turns_cut"]["tokens"]
+    assert account.cut == entry["turns_cut"]["tokens"] and account.rows_cut == entry["turns_cut"]["rows"]
+
+
+def test_text_without_turns_is_cut_at_its_end(tmp_path):
+    cache = build(tmp_path, [{"text": "Hello, how are you? " * 9}], turns_max_length=8)
+    _, account = select_documents(cache, max_length=8, truncation="turns")
+    assert account.trained + account.context == 8 and account.rows_cut == 1
