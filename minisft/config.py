@@ -175,6 +175,20 @@ class CheckpointSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AuditSection:
+    """How much of the data may be wrong: largest shares, for `minisft audit` and, the first four, before every run."""
+
+    max_no_label: float = option(0.05, "documents with nothing to train", at_least=0, at_most=1)
+    max_untrained_end: float = option(0.01, "answers whose end is not trained", at_least=0, at_most=1)
+    max_double_bos: float = option(0.0, "documents that begin with two BOS tokens", at_least=0, at_most=1)
+    max_cut_answer: float = option(0.5, "documents whose trained part is cut by max_length", at_least=0, at_most=1)
+    max_round_trip: float = option(1.0, "documents whose text is encoded to other tokens", at_least=0, at_most=1)
+    max_duplicate: float = option(0.5, "documents that are a copy of an earlier one", at_least=0, at_most=1)
+    max_eval_overlap: float = option(0.0, "evaluation documents that are trained on too", at_least=0, at_most=1)
+    max_eval_prompt_overlap: float = option(1.0, "the same, of their prompts only", at_least=0, at_most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogSection:
     """What is shown and recorded; metrics always go to output_dir as JSONL."""
 
@@ -196,6 +210,7 @@ class Config:
     train: TrainSection = field(default_factory=TrainSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    audit: AuditSection = field(default_factory=AuditSection)
     log: LogSection = field(default_factory=LogSection)
 
 

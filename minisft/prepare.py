@@ -6,7 +6,7 @@ be trained, and the arithmetic of the steps.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +15,15 @@ from torch import nn
 
 from minisft import hub, runtime, sft
 from minisft.config import Config, DataSection, eval_sets, source_list
+from minisft.data.audit import quick_findings
 from minisft.data.cache import Documents, build_cache
-from minisft.data.documents import select_documents, show_document, split_documents
+from minisft.data.documents import Accounting, select_documents, show_document, split_documents
 from minisft.data.formats import FormatOptions
 from minisft.data.loader import Loader
 from minisft.data.packing import plan
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import Tokenizer, load_tokenizer
-from minisft.errors import MODEL, UserError
+from minisft.errors import DATA, MODEL, UserError
 from minisft.evaluate import Prompt, read_prompts
 from minisft.kernels.common import OPS, backend_for, use_backend
 from minisft.model.families import from_hf
@@ -32,6 +33,13 @@ from minisft.optim import LossScale, build_optimizer
 from minisft.schedule import num_warmup_steps, total_steps
 
 OBJECTIVES = {"sft": sft}
+TOLD_ELSEWHERE = (
+    "no_label",
+    "too_long",
+    "cut_answer",
+    "control_token",
+    "straddling",
+)  # in the account or the description
 ROUND_TO = (
     64  # tokens and targets of a batch are filled up to a multiple: few shapes, so few kernels to set up and keep
 )
@@ -204,7 +212,31 @@ def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Loader, dict[str
 def read_documents(
     title: str, sources: list, config: Config, tokenizer: Tokenizer, packing: bool
 ) -> tuple[Documents, list[str]]:
-    """Tokenise the sources (or find them in the cache), cut what is too long, and say what became of every row."""
+    """The documents of some sources, and what became of every row. Raises UserError where too many are wrong."""
+    documents, account = open_documents(sources, config, tokenizer, packing)
+    cache = documents.cache
+    lines = [*cache.describe(), *account.lines(), f"tokens {cache.note} in {cache.folder}"]
+    limits = asdict(config.audit)
+    for finding in quick_findings(documents, tokenizer, config.data.max_length):
+        if finding.exceeds(limits):
+            raise UserError(
+                f"{title}: {finding}",
+                hint=f"`minisft audit` shows them; audit.max_{finding.name} = {limits[f'max_{finding.name}']:g} is the limit",
+                exit_code=DATA,
+            )
+        if finding.name not in TOLD_ELSEWHERE:
+            lines.append(f"{finding}")
+    if packing and config.data.packing_strategy == "wrapped":
+        lines.append(
+            "wrapped cuts documents anew every epoch: of each piece the first token is context, even if trained above"
+        )
+    if config.verbose:
+        lines += ["the first document, [trained] marked:", show_document(documents, 0, tokenizer)]
+    return documents, titled(title, lines)
+
+
+def open_documents(sources: list, config: Config, tokenizer: Tokenizer, packing: bool) -> tuple[Documents, Accounting]:
+    """Tokenise the sources (or find them in the cache) and cut what is too long."""
     data = config.data
     cache = build_cache(
         [parse_source(s) for s in sources],
@@ -216,21 +248,13 @@ def read_documents(
         options=format_options(data),
     )
     strategy = data.packing_strategy if packing else "none"
-    documents, account = select_documents(
+    return select_documents(
         cache,
         max_length=None if strategy in ("bfd_split", "wrapped") else data.max_length,  # these two cut nothing off
         split_at=data.max_length if strategy == "bfd_split" else None,
         truncation=data.truncation,
         seed=config.train.seed,
     )
-    lines = [*cache.describe(), *account.lines(), f"tokens {cache.note} in {cache.folder}"]
-    if strategy == "wrapped":
-        lines.append(
-            "wrapped cuts documents anew every epoch: of each piece the first token is context, even if trained above"
-        )
-    if config.verbose:
-        lines += ["the first document, [trained] marked:", show_document(documents, 0, tokenizer)]
-    return documents, titled(title, lines)
 
 
 def titled(title: str, lines: list[str]) -> list[str]:
