@@ -6,8 +6,10 @@ Timed in turn, so that a noisy minute hits all of them:
 
     encode_batch       the library alone on the same texts, rendered before: the lower bound
     encode_batch_fast  the same without character offsets, which masks need
-    build chat         parse, render by the chat template, encode, find spans, write and fsync the cache
-    build plain        the same for prompt and answer encoded apart, without a template
+    build chat         parse, render by our chat template, encode, find spans, write and fsync the cache
+    build tagged       the same by a template of somebody else with generation tags: rendered twice, to check the tags
+    build untagged     the same without tags: rendered three times, to find where the answer begins
+    build plain        prompt and answer encoded apart, without a template
 
 The tokenizer is a byte-level BPE trained on the file's own first 2,000 rows. Results go to results/tokenize.csv.
 """
@@ -15,6 +17,7 @@ The tokenizer is a byte-level BPE trained on the file's own first 2,000 rows. Re
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +26,17 @@ from minisft.data.cache import build_cache
 from minisft.data.formats import FormatOptions
 from minisft.data.sources import parse_source, read_rows
 from minisft.data.tokenizer import train_tokenizer
+
+UNTAGGED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TAGGED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def main() -> None:
@@ -38,10 +52,11 @@ def main() -> None:
     first = [" ".join(str(value) for value in row.data.values()) for row in islice(read_rows(source), 2000)]
     tokenizer = train_tokenizer(first, arguments.vocab_size)
 
-    def build(prompt_format: str):
+    def build(prompt_format: str, template: str = tokenizer.template.text):
         with tempfile.TemporaryDirectory() as folder:
             options = FormatOptions(prompt_format=prompt_format)
-            return build_cache([source], tokenizer, cache_dir=folder, options=options)
+            templated = replace(tokenizer, template=replace(tokenizer.template, text=template))
+            return build_cache([source], templated, cache_dir=folder, options=options)
 
     cache = build("chat")
     bounds = cache.offsets.tolist()
@@ -52,6 +67,8 @@ def main() -> None:
             "encode_batch": lambda: backend.encode_batch(texts, add_special_tokens=False),
             "encode_batch_fast": lambda: backend.encode_batch_fast(texts, add_special_tokens=False),
             "build chat": lambda: build("chat"),
+            "build tagged": lambda: build("chat", TAGGED),
+            "build untagged": lambda: build("chat", UNTAGGED),
             "build plain": lambda: build("plain"),
         },
         repeats=arguments.repeats,

@@ -55,7 +55,8 @@ def write_rows(path: Path, shape: str, num_rows: int) -> None:
 def validate(path: str) -> dict:
     """Check every row of a file; returns how many there are, how many of them are bad, and the seconds that it took."""
     from minisft.data.formats import FormatOptions, RowError, detect_layout, rename_fields, to_example
-    from minisft.data.sources import BadRow, parse_source, read_rows
+    from minisft.data.rows import BadRow
+    from minisft.data.sources import parse_source, read_rows
 
     options, layout = FormatOptions(), None
     num_rows, dropped = 0, Counter()

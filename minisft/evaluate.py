@@ -14,7 +14,8 @@ from torch import nn
 from minisft import runtime
 from minisft.data.formats import FormatOptions, RowError, detect_layout, rename_fields, to_example
 from minisft.data.loader import Loader
-from minisft.data.sources import BadRow, parse_source, place, read_rows
+from minisft.data.rows import BadRow, place
+from minisft.data.sources import parse_source, read_rows
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
 from minisft.generate import generate

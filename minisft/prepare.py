@@ -246,6 +246,7 @@ def open_documents(sources: list, config: Config, tokenizer: Tokenizer, packing:
         format=data.format,
         field_map=data.field_map,
         options=format_options(data),
+        local_files_only=config.model.local_files_only,
     )
     strategy = data.packing_strategy if packing else "none"
     return select_documents(

@@ -49,10 +49,12 @@ def _command(argv: list[str]) -> int:
 
 def _run(config: Config, origins: dict[str, str]) -> Result:
     from minisft.data.sources import list_files, parse_source
+    from minisft.hub import is_repository_name
 
     sources = source_list(config.data.train_data) + source_list(config.evaluate.generate_data)
     for source in sources + [s for entry in eval_sets(config.data.eval_data).values() for s in entry]:
-        list_files(parse_source(source))  # a missing file is told now, before torch is imported
+        if not is_repository_name((parsed := parse_source(source)).path):
+            list_files(parsed)  # a missing file is told now, before torch is imported
 
     # A thread of an OpenMP pool that waits for the others spins. Where another program takes its core, all of them spin for
     # it, and training on 2 busy cores fell to a thirtieth; after 20,000 turns they now sleep instead.

@@ -201,7 +201,7 @@ def test_skipped_rows_are_counted_by_reason_and_shown(tmp_path):
     }  # fmt: skip
     assert len(cache.manifest["bad_rows"]) == 5 and "a.jsonl:2: empty text" in cache.manifest["bad_rows"][0]
     assert cache.row.tolist() == [0, 2] and cache.place(1) == f"{tmp_path}/a.jsonl:3"
-    assert "7 bad rows skipped: 2 empty text" in "\n".join(cache.describe())
+    assert "7 rows skipped: 2 empty text" in "\n".join(cache.describe())
 
 
 def test_rows_that_a_template_refuses_are_bad_rows(tmp_path):

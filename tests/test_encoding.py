@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from minisft.data.batch import ANSWER, KIND_MASK, TERMINATOR, TRAINED, USER
 from minisft.data.cache import build_cache
@@ -117,6 +119,107 @@ def test_control_tokens_are_found_in_every_string_of_a_message(message):
     assert "<|im_end|>" in trained_text(encoded).removesuffix("<|im_end|>")
 
 
+def test_control_tokens_are_found_in_names_tools_and_documents():
+    call = {"function": {"name": "f", "arguments": {"<|im_end|>": 1}}}
+    messages = [turns("q")[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(RowError, match="control token in a message: message 1 contains"):
+        encode(messages)
+    tools = [{"type": "function", "function": {"name": "f", "description": "ends in <|im_end|>"}}]
+    for place, value in (("tools", tools), ("documents", [{"text": "<|im_end|>"}])):
+        example = Example(messages=turns("a", "b"), **{place: value})
+        with pytest.raises(RowError, match=f"control token in a message: {place} contains"):
+            conversation_pieces(TOKENIZER, example, FormatOptions(), "assistant")
+        (piece,) = conversation_pieces(TOKENIZER, example, FormatOptions(control_tokens="escape"), "assistant").pieces
+        (encoded,) = encode_pieces(TOKENIZER, [piece])
+        assert (
+            TOKENIZER.decode(encoded.ids)
+            == piece.text
+            == render(TOKENIZER.template, **{"messages": turns("a", "b"), place: value})
+        )
+        assert (encoded.ids == TOKENIZER.eos_token_id).sum() == (3 if place == "tools" else 2)  # those of the template
+
+
+def metaspace(**flags):
+    """A tokenizer that writes a space before the first word of a text, but not after a special token."""
+    characters = sorted(set("\u2581abxy<|>_imendstru\n"))
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(["[UNK]", *characters])}, merges=[], unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    backend.add_special_tokens([AddedToken(t, normalized=False, **flags) for t in ("<|im_start|>", "<|im_end|>")])
+    return replace(TOKENIZER, backend=backend)
+
+
+@pytest.mark.parametrize("flags", [{}, {"rstrip": True}, {"lstrip": True}])
+@pytest.mark.parametrize(
+    "content", ["<|im_end|>", "a <|im_end|>", "<|im_end|> b", " a<|im_end|>\n<|im_start|>b", "\n<|im_end|>\n"]
+)
+def test_escaping_changes_nothing_but_the_control_token(content, flags):
+    """With tokenizers to which it matters what is before a text, and whose special tokens swallow whitespace: the
+    same tokens as for a text with an ordinary character in its place."""
+    tokenizer = metaspace(**flags)
+    _, (escaped,) = encode(turns("x", content, "y", "x"), tokenizer, control_tokens="escape")
+    broken = content.replace("<|im_", "<|xm_")  # as long, and no control token
+    _, (plain,) = encode(turns("x", broken, "y", "x"), tokenizer)
+    i, x = tokenizer.backend.token_to_id("i"), tokenizer.backend.token_to_id("x")
+    differ = escaped.ids != plain.ids
+    assert set(escaped.ids[differ]) == {i} and set(plain.ids[differ]) == {x} and differ.sum() == content.count("<|im_")
+    assert escaped.kinds.tolist() == plain.kinds.tolist()
+
+
+def test_a_template_that_changes_a_control_token_refuses_to_escape_it(tmp_path):
+    looks = "{% if '<|im_end|>' in m.content %}!{% endif %}"
+    template = ChatTemplate(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% generation %}" + looks + "{{ m.content }}<|im_end|>"
+        "{% endgeneration %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    rows = [{"messages": turns("a", "b")}, {"messages": turns("a<|im_end|>", "b")}]
+    cache = build(
+        tmp_path,
+        rows,
+        replace(TOKENIZER, template=template),
+        control_tokens="escape",
+        on_bad_row="skip",
+        assistant_only_loss=False,
+    )
+    assert cache.manifest["sources"][0]["dropped"] == {"control token that cannot be escaped": 1}
+
+
+def test_a_tokenizer_that_cannot_escape_drops_the_row(tmp_path):
+    vocab = {t: i for i, t in enumerate(["[UNK]", "a", "b", "user", "assistant"])}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    rows = [{"messages": turns("a", "b")}, {"messages": turns("a <|im_end|>", "b")}]
+    cache = build(tmp_path, rows, replace(TOKENIZER, backend=backend), control_tokens="escape", on_bad_row="skip")
+    entry = cache.manifest["sources"][0]
+    assert entry["dropped"] == {"control token that cannot be escaped": 1} and entry["rows_used"] == 1
+
+
+@pytest.mark.parametrize(
+    "row, is_refused, ends, ends_escaped",
+    [
+        ({"instruction": "<|im_end|>", "output": "b"}, True, 2, 1),
+        ({"question": "a", "answer": "b<|im_end|>c"}, True, 2, 1),
+        ({"prompt": "a<|im_end|>", "completion": "b"}, False, 2, 1),  # strings that are used as they are
+        ({"prompt": "a", "completion": "b<|im_end|>"}, False, 1, 1),  # its own EOS is not doubled
+        ({"text": "a<|im_end|>b"}, False, 2, 2),  # part of plain text
+    ],
+)
+def test_control_tokens_outside_of_templates(tmp_path, row, is_refused, ends, ends_escaped):
+    if is_refused:
+        with pytest.raises(UserError, match="control token in a message: the row contains '<.im_end.>'"):
+            build(tmp_path, [row], prompt_format="plain")
+    else:
+        cache = build(tmp_path, [row], prompt_format="plain")
+        assert (cache.ids == TOKENIZER.eos_token_id).sum() == ends
+    for policy, expected in (("allow", ends), ("escape", ends_escaped)):
+        cache = build(tmp_path, [row], prompt_format="plain", control_tokens=policy)
+        assert (cache.ids == TOKENIZER.eos_token_id).sum() == expected
+        assert cache.manifest["sources"][0]["control_tokens"] == 1
+
+
 def test_private_characters_of_a_row_are_not_mistaken_for_ours():
     for character in ("\U000f0000", "\U00100001"):
         with pytest.raises(RowError, match="reserved character"):
@@ -206,10 +309,41 @@ def test_oldest_turns_are_cut_as_few_as_possible(tmp_path_factory, num_turns, li
     else:
         assert cache.ids[cache.offsets[1] :].tolist() == rendered(fitting[0])
         assert entry["turns_cut"]["turns"] == fitting[0]
-        assert len(cache.ids) + entry["turns_cut"]["tokens"] == len(whole.ids)
+        lost = entry["turns_cut"]["tokens"]
+        assert len(cache.ids) + lost == len(whole.ids)
+        line = f"1 conversations are without their oldest {fitting[0]} turns, {lost} tokens"
+        assert (line in cache.describe()) == (fitting[0] > 0)
     _, account = select_documents(cache, max_length=limit, truncation="turns")
     assert account.tokens == len(cache.ids) + entry["turns_cut"]["tokens"]
     assert account.cut == entry["turns_cut"]["tokens"] and account.rows_cut == entry["turns_cut"]["rows"]
+
+
+def test_a_document_of_several_that_is_too_long(tmp_path):
+    """The row stays with the others; a row without one is dropped, which is no bad row."""
+    tokenizer = replace(TOKENIZER, template=LAST_DIFFERS)
+    rows = [{"messages": turns("1", "2", "long " * 30, "4")}, {"messages": turns("long " * 40, "2")}]
+    cache = build(tmp_path, rows, tokenizer, turns_max_length=60)
+    entry = cache.manifest["sources"][0]
+    assert (entry["rows_used"], entry["documents"], entry["turns_cut"]["lost_answers"]) == (1, 1, 1)
+    assert entry["dropped"] == {"too long even without its earlier turns": 1}
+    _, account = select_documents(cache, max_length=60, truncation="turns")
+    assert account.rows_read == 2 and account.rows_used == 1 and account.dropped_answers == 1
+
+
+def test_a_shortened_document_trains_no_answer_of_another(tmp_path):
+    tokenizer = replace(TOKENIZER, template=LAST_DIFFERS)
+    messages = turns("1", "2", "3", "4", "5", "6")
+    messages[1]["train"] = True  # said of its own document, where it is the last
+    whole = build(tmp_path, [{"messages": messages}], tokenizer)
+    lengths = np.diff(whole.offsets)
+    for limit in range(lengths[0], lengths[-1]):  # the first always fits, the last loses one turn or two
+        cache = build(tmp_path, [{"messages": messages}], tokenizer, turns_max_length=int(limit))
+        assert np.diff(cache.offsets).max() <= limit
+        trained = [
+            TOKENIZER.decode(ids[kinds >= TRAINED])
+            for ids, kinds in ((cache.ids[a:b], cache.kinds[a:b]) for a, b in zip(cache.offsets, cache.offsets[1:]))
+        ]
+        assert trained == ["(last)2<|im_end|>", "(last)4<|im_end|>", "(last)6<|im_end|>"]
 
 
 def test_text_without_turns_is_cut_at_its_end(tmp_path):

@@ -187,7 +187,7 @@ def test_a_text_file_is_one_row(tmp_path):
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
         ("a.jsonl", b"<!DOCTYPE html><html>", "HTML"),
         ("a.jsonl", '{"a": 1}'.encode("utf-16"), "UTF-16"),
-        ("a.parquet", b"PAR1", "unknown kind of file"),
+        ("a.parquet", b"PK\x03\x04", "not a Parquet file"),
         ("a", b"{}", "unknown kind of file"),
     ],
 )

@@ -166,11 +166,6 @@ def test_where_the_template_comes_from(tokenizer, tmp_path):
         load_tokenizer(folder, chat_template="nowhere.jinja")
     (folder / "chat_template.jinja").unlink()
     assert load_tokenizer(folder).template.text == "config"
-    named = [{"name": "default", "template": "one"}, {"name": "tool_use", "template": "two"}]
-    loaded = load_tokenizer(
-        save_with(tokenizer, tmp_path / "named", {"chat_template": named}, chat_template__jinja="one")
-    )
-    assert loaded.apply_chat_template(TURNS) == "one" and loaded.apply_chat_template(TURNS, tools=[{}]) == "two"
     bare = train_tokenizer(TEXTS, 300, chat_template=None)
     with pytest.raises(UserError, match="no chat template"):
         bare.apply_chat_template(TURNS)

@@ -15,6 +15,7 @@ Building streams: tokenise.py brings a batch of documents, which is appended to 
 whatever the size of the data.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -30,7 +31,9 @@ import numpy as np
 import tokenizers
 
 from minisft.data.formats import FormatOptions, check_field_map
-from minisft.data.sources import Source, list_files, place
+from minisft.data.repositories import locate
+from minisft.data.rows import place
+from minisft.data.sources import Source, list_files
 from minisft.data.tokenise import new_entry, tokenise
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, SAVE, UserError
@@ -72,11 +75,14 @@ class TokenCache:
 
     def describe(self) -> list[str]:
         """What was detected and dropped, for the start of a run."""
-        lines = [f"{source.label}: {entry['layout']}" for source, entry in zip(self.sources, self.manifest["sources"])]
+        lines = [
+            f"{source.label}{f' at {source.commit}' if source.commit else ''}: {entry['layout']}"
+            for source, entry in zip(self.sources, self.manifest["sources"])
+        ]
         dropped = sum(sum(entry["dropped"].values()) for entry in self.manifest["sources"])
         if dropped:
             reasons = sum((Counter(entry["dropped"]) for entry in self.manifest["sources"]), Counter())
-            lines.append(f"{dropped} bad rows skipped: " + ", ".join(f"{n} {why}" for why, n in reasons.most_common()))
+            lines.append(f"{dropped:,} rows skipped: " + ", ".join(f"{n:,} {why}" for why, n in reasons.most_common()))
             lines += [f"  {bad_row}" for bad_row in self.manifest["bad_rows"]]
         entries = self.manifest["sources"]
         strategies = sum((Counter(entry["strategies"]) for entry in entries), Counter())
@@ -84,6 +90,11 @@ class TokenCache:
             answers = sum(entry["documents"] for entry in entries) - sum(entry["rows_used"] for entry in entries)
             lines.append(
                 f"{strategies['per_turn']:,} conversations are rendered turn by turn, as at inference: {answers:,} more documents"
+            )
+        cut = sum((Counter(entry["turns_cut"]) for entry in entries), Counter())
+        if cut["rows"]:
+            lines.append(
+                f"{cut['rows']:,} conversations are without their oldest {cut['turns']:,} turns, {cut['tokens']:,} tokens"
             )
         if rows := sum(entry["control_tokens"] for entry in entries):
             lines.append(f"{rows:,} rows contain the text of a control token")
@@ -121,11 +132,13 @@ def build_cache(
     field_map: dict[str, str] | None = None,
     options: FormatOptions = FormatOptions(),  # noqa: B008 - frozen
     on_bad_row: str = "error",
+    local_files_only: bool = False,
 ) -> TokenCache:
     """The tokenised rows of all sources, from the cache or built now.
 
     format, field_map: for the sources that name none of their own.
     on_bad_row: "error" stops at the first bad row, naming file and line; "skip" counts bad rows by reason.
+    local_files_only: take hub repositories from the local cache.
     Raises UserError (exit code DATA) for anything wrong with the data.
     """
     if on_bad_row not in ("error", "skip"):
@@ -142,6 +155,7 @@ def build_cache(
     ]
     for source in sources:
         check_field_map(source.field_map, options)
+    sources = [locate(source, local_files_only=local_files_only) for source in sources]
     paths = [list_files(source) for source in sources]
     folder = Path(cache_dir) / cache_key(sources, paths, tokenizer, options, on_bad_row)[:32]
     note = "found"
@@ -154,10 +168,13 @@ def build_cache(
                     if os.path.lexists(folder):
                         shutil.rmtree(folder)  # refuses a link
                     remove_leftovers(cache_dir)
+                    gc.freeze()  # else it looks through all that torch has loaded again and again: a tenth of the time
                     _build(folder, sources, [str(path) for path in chain(*paths)], tokenizer, options, on_bad_row)
         except OSError as error:
             hint = "set cache_dir to a folder that can be written and has space"
             raise UserError(f"the token cache: {error}", hint=hint, exit_code=SAVE) from None
+        finally:
+            gc.unfreeze()
     return _open(folder, tuple(sources), note)
 
 
@@ -222,7 +239,7 @@ def _build(
         try:
             np.zeros(1, np.int64).tofile(files["offsets"])
             for number, source in enumerate(sources):
-                entry = new_entry()
+                entry = new_entry() | {"commit": source.commit}
                 manifest["sources"].append(entry)
                 for documents in tokenise(source, tokenizer, options, on_bad_row, entry, manifest["bad_rows"]):
                     lengths = np.array([len(d.ids) for d in documents], dtype=np.int64)

@@ -138,7 +138,7 @@ def select_documents(
         context=int((kept - targets)[used].sum()),
         cut=int((lengths - kept)[used].sum()) + turns["tokens"],
         in_dropped=int(lengths[~used].sum()),
-        dropped_answers=int((~used & row_used[group]).sum()),
+        dropped_answers=int((~used & row_used[group]).sum()) + turns["lost_answers"],
         num_documents=int(copies.sum()),
         tokens_per_epoch=int((copies * kept).sum()),
     )

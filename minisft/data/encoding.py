@@ -7,13 +7,16 @@ of a span (counted as straddling: part of it was given), and a token may have no
 
 Control tokens. The text "<|im_end|>" inside a message would become that token, and a user could end his turn and begin the
 assistant's. Such a row is refused ("error"), or the stretch is encoded as ordinary text ("escape"): that is what a
-careful server does with its users' input. "allow" lets it become the token.
+careful server does with its users' input. "allow" lets it become the token. Outside of templates: what fills the plain layout
+of instructions and questions is treated alike; prompts and completions that are used as they are were written so on
+purpose, and are escaped where asked but never refused; plain text is neither. Rows with control tokens are counted.
 """
 
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -22,9 +25,9 @@ import tokenizers
 
 from minisft.data.batch import TRAINED
 from minisft.data.conversations import RowError, check_messages
-from minisft.data.formats import Example, FormatOptions, Piece
-from minisft.data.masks import Masking, check_template, render_conversation
-from minisft.data.tokenizer import Tokenizer
+from minisft.data.formats import Example, FormatOptions, Layout, Piece
+from minisft.data.masks import Masking, Rendered, check_template, render_conversation
+from minisft.data.tokenizer import LITERAL_START, Tokenizer
 from minisft.errors import UserError
 
 ESCAPE = 0xF0000  # private-use characters that stand for the control tokens of a row while it is rendered
@@ -45,46 +48,77 @@ def conversation_pieces(
     tokenizer: Tokenizer, example: Example, options: FormatOptions, train_on: str
 ) -> ConversationPieces:
     """A row of messages rendered by the chat template. Raises RowError."""
-    messages, found = _without_control_tokens(tokenizer, example.messages, options.control_tokens)
-    documents = render_conversation(
-        tokenizer.template_for(example.tools),
-        messages,
-        tools=example.tools,
-        documents=example.documents,
-        masking=Masking(train_on, options.multi_turn, options.reasoning),
-        first_trained=example.first_trained,
-        variables=example.variables,
-    )
-    pieces = [Piece(d.text, d.spans, d.weights) for d in documents]
-    if found and options.control_tokens == "escape":
-        pieces = [_put_back(piece, found) for piece in pieces]
+
+    def rendered(row: Example) -> list[Rendered]:
+        return render_conversation(
+            tokenizer.template_for(example.tools),
+            row.messages,
+            tools=row.tools,
+            documents=row.documents,
+            masking=Masking(train_on, options.multi_turn, options.reasoning),
+            first_trained=row.first_trained,
+            variables=row.variables,
+        )
+
+    escaped, found = _without_control_tokens(tokenizer, example)
+    if found and options.control_tokens == "error":
+        raise _control_token(*next(iter(found.items())))
+    if not found or options.control_tokens == "allow":
+        documents = rendered(example)
+        pieces = [Piece(d.text, d.spans, d.weights) for d in documents]
+    else:
+        documents = rendered(escaped)
+        pieces = [_put_back(Piece(d.text, d.spans, d.weights), list(found)) for d in documents]
+        if [piece.text for piece in pieces] != [d.text for d in rendered(example)]:
+            raise RowError("control token that cannot be escaped", "the chat template does not render it as it is")
     return ConversationPieces(pieces, [d.end for d in documents], documents[0].strategy, bool(found))
 
 
-def _without_control_tokens(tokenizer: Tokenizer, messages: list[dict], policy: str) -> tuple[list[dict], list[str]]:
-    """The messages, and the control tokens that are written in them; to be escaped, each is one private character."""
-    found: dict[str, int] = {}
+def text_pieces(
+    tokenizer: Tokenizer, example: Example, layout: Layout, options: FormatOptions
+) -> tuple[tuple[Piece, ...], bool]:
+    """The pieces of a row that no template renders, and whether control tokens are written in it. Raises RowError."""
+    found = [list(tokenizer.control_tokens.finditer(piece.text)) for piece in example.pieces]
+    if not any(found):
+        return example.pieces, False
+    if options.control_tokens == "error" and layout.prompt == "instruction":
+        raise _control_token(next(chain(*found))[0], "the row")
+    if options.control_tokens != "escape" or layout.format == "text":
+        return example.pieces, True
+    if any(ESCAPED.search(piece.text) for piece in example.pieces):
+        raise RowError("reserved character", "a row with control tokens contains one of U+F0000 to U+FFFFD")
+    escaped = [replace(piece, literal=[m.span() for m in matches]) for piece, matches in zip(example.pieces, found)]
+    return tuple(escaped), True
 
-    def replaced(match: re.Match) -> str:
-        return chr(ESCAPE + found.setdefault(match[0], len(found)))
+
+def _control_token(token: str, where: str) -> RowError:
+    return RowError("control token in a message", f"{where} contains {token!r} (see control_tokens)")
+
+
+def _without_control_tokens(tokenizer: Tokenizer, example: Example) -> tuple[Example, dict[str, str]]:
+    """The row with a private character for each control token in it, and where each was first: {token: place}."""
+    found: dict[str, str] = {}
 
     def walk(value: Any, where: str) -> Any:
         if isinstance(value, str):
             if ESCAPED.search(value):
                 raise RowError("reserved character", f"{where} contains one of U+F0000 to U+FFFFD")
-            text = tokenizer.control_tokens.sub(replaced, value)
-            if found and policy == "error":
-                raise RowError("control token in a message", f"{where} contains {next(iter(found))!r}")
-            return text
+
+            def replaced(match: re.Match) -> str:
+                found.setdefault(match[0], where)
+                return chr(ESCAPE + list(found).index(match[0]))
+
+            return tokenizer.control_tokens.sub(replaced, value)
         if isinstance(value, dict):
-            return {key: walk(inner, where) for key, inner in value.items()}
+            return {walk(key, where): walk(inner, where) for key, inner in value.items()}
         return [walk(inner, where) for inner in value] if isinstance(value, list) else value
 
-    walked = [
+    messages = [
         message if _is_clean(tokenizer, message) else walk(message, f"message {i}")
-        for i, message in enumerate(messages)
+        for i, message in enumerate(example.messages)
     ]
-    return (walked if policy == "escape" else messages), list(found)
+    tools, documents = walk(example.tools, "tools"), walk(example.documents, "documents")
+    return (replace(example, messages=messages, tools=tools, documents=documents) if found else example), found
 
 
 def _is_clean(tokenizer: Tokenizer, message: dict) -> bool:
@@ -110,7 +144,7 @@ def _put_back(piece: Piece, tokens: list[str]) -> Piece:
 
 
 def check_chat_template(tokenizer: Tokenizer) -> None:
-    """The start-up check of the tokenizer's template. Raises UserError; see `template.check_template`."""
+    """The start-up check of the tokenizer's template. Raises UserError; see `masks.check_template`."""
     specials = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values() if token.special]
     if "eos_token" in tokenizer.special_tokens:
         specials.append(tokenizer.special_tokens["eos_token"])
@@ -130,8 +164,8 @@ class Encoded:
 
 
 def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[Encoded]:
-    """Encode pieces in one batch on all cores."""
-    return with_kinds(tokenizer, pieces, raw_encodings(tokenizer, pieces))
+    """Encode pieces in one batch on all cores. Raises RowError where a control token cannot be escaped."""
+    return [with_kinds(tokenizer, *both) for both in zip(pieces, raw_encodings(tokenizer, pieces))]
 
 
 def raw_encodings(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[tokenizers.Encoding]:
@@ -139,44 +173,49 @@ def raw_encodings(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[tokeniz
     return tokenizer.backend.encode_batch([piece.text for piece in pieces], add_special_tokens=False)
 
 
-def with_kinds(
-    tokenizer: Tokenizer, pieces: Sequence[Piece], encodings: Sequence[tokenizers.Encoding]
-) -> list[Encoded]:
-    """The part of encode_pieces that is Python."""
-    return [
-        _encode_literally(tokenizer, piece) if piece.literal else _encoded(encoding, piece)
-        for piece, encoding in zip(pieces, encodings)
-    ]
-
-
-def _encoded(encoding: tokenizers.Encoding, piece: Piece) -> Encoded:
-    kinds, straddling = _piece_kinds(encoding, piece)
-    weights = _token_weights(encoding.offsets, piece.weights) if piece.weights else None
-    return Encoded(np.array(encoding.ids, dtype=np.uint32), kinds, straddling, weights)
-
-
-def _encode_literally(tokenizer: Tokenizer, piece: Piece) -> Encoded:
-    """A piece in which some special tokens are ordinary text: what lies between two real special tokens and holds such a
-    stretch is encoded by a tokenizer that knows no special tokens; the rest as usual."""
-    literal = set(piece.literal)
-    real = [m.span() for m in tokenizer.control_tokens.finditer(piece.text) if m.span() not in literal]
-    stretches = []
-    for start, end in zip([0, *(end for _, end in real)], [*(start for start, _ in real), len(piece.text)]):
-        if any(start <= a and b <= end for a, b in literal):
-            stretches.append((start, end))
-    ids, offsets, at = [], [], 0
-    for start, end in [*stretches, (len(piece.text), len(piece.text))]:
-        for backend, a, b in ((tokenizer.backend, at, start), (tokenizer.literal_backend, start, end)):
-            encoding = backend.encode(piece.text[a:b], add_special_tokens=False)
-            ids += encoding.ids
-            offsets += [(x + a, y + a) for x, y in encoding.offsets]
-        at = end
-    usual = tokenizer.backend.encode(piece.text, add_special_tokens=False).ids
-    if tokenizer.decode(ids) != tokenizer.decode(usual):
-        raise RowError("control token that cannot be escaped", "this tokenizer encodes a text in parts differently")
-    kinds, straddling = token_kinds(offsets, piece.spans)
+def with_kinds(tokenizer: Tokenizer, piece: Piece, encoding: tokenizers.Encoding) -> Encoded:
+    """The part of encode_pieces that is Python, for one piece."""
+    if piece.literal:
+        ids, offsets = _encode_literally(tokenizer, piece, encoding)
+        kinds, straddling = token_kinds(offsets, piece.spans)
+    else:
+        ids, offsets = encoding.ids, encoding.offsets if piece.weights else []
+        kinds, straddling = _piece_kinds(encoding, piece)
     weights = _token_weights(offsets, piece.weights) if piece.weights else None
     return Encoded(np.array(ids, dtype=np.uint32), kinds, straddling, weights)
+
+
+def _encode_literally(
+    tokenizer: Tokenizer, piece: Piece, encoding: tokenizers.Encoding
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """(ids, offsets) of a piece in which some special tokens are ordinary text. What lies between two real special
+    tokens and holds such a stretch is encoded by a tokenizer that knows no special tokens; the rest stays as it is."""
+    real = [  # tokens of the usual encoding, and the end
+        k
+        for k, (i, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets))
+        if i in tokenizer.special_ids and not any(a < end and start < b for a, b in piece.literal)
+    ] + [len(encoding)]
+    usual_ids, usual_offsets = encoding.ids, [*encoding.offsets, (len(piece.text), len(piece.text))]
+    ids, offsets, at, start = [], [], 0, 0  # at: token, start: character, both after the last real special token
+    for k in real:
+        end = usual_offsets[k][0]
+        written = [piece.text[a:b] for a, b in piece.literal if start <= a and b <= end]
+        if written:
+            skip = int(start > 0)  # LITERAL_START, one character and one token
+            text = LITERAL_START * skip + piece.text[start:end]
+            literal = tokenizer.literal_backend.encode(text, add_special_tokens=False)
+            decoded = tokenizer.decode(literal.ids[skip:])
+            if any(decoded.count(token) < written.count(token) for token in written):
+                raise RowError(
+                    "control token that cannot be escaped", f"the tokenizer has no other way to write {written}"
+                )
+            ids += literal.ids[skip:]
+            offsets += [(a + start - skip, b + start - skip) for a, b in literal.offsets[skip:]]
+            at = k
+        ids += usual_ids[at : k + 1]
+        offsets += usual_offsets[at : min(k + 1, len(encoding))]
+        at, start = k + 1, usual_offsets[k][1]
+    return ids, offsets
 
 
 def _token_weights(offsets: list[tuple[int, int]], weights: list[tuple[int, int, float]]) -> np.ndarray:

@@ -240,7 +240,7 @@ def _turns_by_prefix(row: _Conversation, text: str, answers: list[int]) -> list[
 def _turn(row: _Conversation, text: str, i: int, found: tuple[int, int] | None = None) -> tuple[int, int]:
     """The span of assistant turn i in `text`, which begins as it would at inference. Raises RowError where it does not,
     or where the turn that was found by tags is another."""
-    prompt, so_far = row.prompt(i), row.render(i + 1)
+    prompt, so_far = row.prompt(i), text if i == len(row.messages) - 1 else row.render(i + 1)
     for ours, theirs, what in ((prompt, so_far, "before its answer"), (so_far, text, "once other turns follow")):
         if not theirs.startswith(ours):
             at = next((n for n, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))

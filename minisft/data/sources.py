@@ -8,6 +8,7 @@ row is either a `Row` or a `BadRow` that says what is wrong with it; nothing is 
     .jsonl   one JSON object a line (CR before the newline is tolerated; an empty line is a bad row)
     .json    one JSON array of objects; rows are named by their index from 0
     .csv     RFC 4180 with a header line; every value is text
+    .parquet rows of plain values, through pyarrow (parquet.py)
     .txt     one file is one row {"text": ...}: a newline inside prose means nothing we could rely on. Many documents
              are many files and a glob, or a .jsonl
 """
@@ -25,18 +26,20 @@ from itertools import islice
 from math import isfinite
 from pathlib import Path
 
+from minisft.data.parquet import count_parquet, read_parquet
+from minisft.data.rows import EXCERPT, BadRow, Row, excerpt
 from minisft.errors import DATA, UserError
 from minisft.files import parse_json
+from minisft.hub import is_repository_name
 
 MAX_ROW_BYTES = 64 * 2**20
-EXCERPT = 200  # characters of a bad row that a message shows
 
 SLICE = re.compile(r"\[\s*(-?\d+%?)?\s*:\s*(-?\d+%?)?\s*\]$")
 MAGIC = {  # first bytes of what people name .jsonl by mistake
     b"\x1f\x8b": "gzip data; unpack it first",
     b"\x28\xb5\x2f\xfd": "zstandard data; unpack it first",
     b"PK\x03\x04": "a zip archive; unpack it first",
-    b"PAR1": "a Parquet file; convert it to .jsonl first",
+    b"PAR1": "a Parquet file; name it .parquet",
     b"\xff\xfe": "UTF-16 text; convert it to UTF-8",
     b"\xfe\xff": "UTF-16 text; convert it to UTF-8",
     b"version https://git-lfs": "a Git LFS pointer, not the data; run `git lfs pull`",
@@ -50,49 +53,31 @@ BOM = b"\xef\xbb\xbf"
 class Source:
     """One entry of a data set."""
 
-    path: str  # a file or a glob of .jsonl, .json, .csv, .txt
-    name: str = ""  # for reports; the path where empty
+    path: str  # a file or a glob of .jsonl .json .csv .txt .parquet, or a hub repository: owner/name
+    name: str = ""  # for reports, the path where empty; of a repository: the configuration, as in load_dataset
     weight: float = 1.0  # passes over this source per epoch: 2 = twice, 0.5 = a half drawn once by the seed
-    split: str = ""  # "[:10%]", "[100:200]", "[-5:]", with or without "train" before it
+    split: str = (
+        ""  # "[:10%]", "[100:200]", "[-5:]", with or without "train" before it; of a repository also "test[:9]"
+    )
     format: str = "auto"  # a name of formats.FORMATS
     field_map: dict[str, str] = field(default_factory=dict)  # the user's field -> ours
+    revision: str = ""  # of a repository: branch, tag or commit
+    data_dir: str = ""  # of a repository: the folder in it
+    data_files: tuple[str, ...] = ()  # of a repository: names or globs
+    files: tuple[str, ...] = ()  # of a repository, once repositories.locate has found them: local paths
+    commit: str = ""  # and what they came from
 
     @property
     def label(self) -> str:
         return self.name or self.path + self.split.removeprefix("train")
 
+    @property
+    def split_name(self) -> str:
+        return self.split.partition("[")[0] or "train"
 
-@dataclass(slots=True)  # not frozen: that would cost 0.3 us a row
-class Row:
-    data: dict
-    file: str
-    line: int  # of its first line, from 1; in a .json file the index of the element, from 0
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be used. `reason` is the same text for the same mistake, so that mistakes can be counted."""
-
-    file: str
-    line: int
-    reason: str
-    detail: str = ""
-    excerpt: str = ""
-
-    def __str__(self) -> str:
-        what = f"{self.reason}: {self.detail}" if self.detail else self.reason
-        return f"{place(self.file, self.line)}: {what}" + (f"; it begins {self.excerpt}" if self.excerpt else "")
-
-
-def place(file: str, line: int) -> str:
-    """Where a row is: data.jsonl:12, or data.json[12] for the element of an array."""
-    return f"{file}[{line}]" if file.endswith(".json") else f"{file}:{line}"
-
-
-def excerpt(text: str) -> str:
-    """The first 200 characters, with what cannot be printed escaped."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:EXCERPT])[:EXCERPT]
-    return f"`{shown}`" + ("..." if len(text) > EXCERPT else "")
+    @property
+    def slice(self) -> str:
+        return self.split.removeprefix(self.split.partition("[")[0])
 
 
 # ------------------------------------------------------------------------------------------------- what to read
@@ -108,18 +93,22 @@ def parse_source(value: str | dict | Source) -> Source:
     table = {"path": value} if isinstance(value, str) else value
     if not isinstance(table, dict):
         raise UserError(f"a data source is a path or a table, not {value!r}")
-    known = {f.name: f for f in fields(Source)}
+    known = {f.name: f for f in fields(Source) if f.name not in ("files", "commit")}
     for key, given in table.items():
         if key not in known:
             near = get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise UserError(f"unknown key {key!r} in the data source {table}", hint=f"{hint}keys: {', '.join(known)}")
-        expected = {"weight": (int, float), "field_map": dict}.get(key, str)
+        expected = {"weight": (int, float), "field_map": dict, "data_files": (str, list, tuple)}.get(key, str)
         if not isinstance(given, expected) or isinstance(given, bool):
             raise UserError(f"{key} = {given!r} in a data source: expected {known[key].type}")
     if not table.get("path"):
         raise UserError(f"a data source without a path: {table}", hint='give path = "data.jsonl"')
-    source = Source(**{**table, "weight": float(table.get("weight", 1.0))})
+    files = table.get("data_files", ())
+    files = (files,) if isinstance(files, str) else tuple(files)
+    if not all(isinstance(file, str) and file for file in files):
+        raise UserError(f"data_files = {table['data_files']!r} in a data source: expected names of files")
+    source = Source(**{**table, "weight": float(table.get("weight", 1.0)), "data_files": files})
     if not all(isinstance(name, str) for name in source.field_map.values()):
         raise UserError(f"field_map = {source.field_map} in a data source: names must be text")
     if not isfinite(source.weight) or source.weight <= 0:
@@ -130,16 +119,33 @@ def parse_source(value: str | dict | Source) -> Source:
         if source.split:
             raise UserError(f"{source.path} has a slice and split = {source.split!r} another", hint="keep one of them")
         source = Source(**{**vars(source), "path": source.path[: sliced.start()], "split": sliced[0]})
-    if source.split not in ("", "train") and not SLICE.fullmatch(source.split.removeprefix("train")):
+    if source.slice and not SLICE.fullmatch(source.slice):
         raise UserError(
             f"split = {source.split!r} of {source.path} is not a slice",
-            hint='a local source has one split, "train"; slices look like "[:10%]", "train[100:200]", "[-5:]"',
+            hint='as in "[:10%]", "train[100:200]", "[-5:]"',
         )
+    if not is_repository_name(source.path):
+        wrong = [key for key in ("revision", "data_dir", "data_files") if getattr(source, key)]
+        if source.split_name != "train":
+            raise UserError(
+                f"split = {source.split!r} of {source.path} is not a slice",
+                hint='a local source has one split, "train"; slices look like "[:10%]", "train[100:200]", "[-5:]"',
+            )
+        if wrong:
+            hint = "only a hub repository, as owner/name, has them; name the local files by path"
+            raise UserError(f"{wrong[0]} is given for {source.path}, which is local or no repository", hint=hint)
     return source
 
 
 def list_files(source: Source) -> list[Path]:
-    """The files of a source, sorted by path. Raises UserError where there are none or one cannot be read."""
+    """The files of a source, sorted by path. Raises UserError where there are none or one cannot be read.
+
+    A repository's files are known once repositories.locate has found them.
+    """
+    if source.files:
+        for name in source.files:
+            _check_file(name)
+        return [Path(name) for name in source.files]
     path = os.path.expanduser(source.path)
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder", hint=f'name its files, as in "{path}/*.jsonl"', exit_code=DATA)
@@ -169,6 +175,10 @@ def _check_file(name: str) -> None:
         refuse(error.strerror)
     if not head:
         refuse("empty file (0 bytes)")
+    if Path(name).suffix == ".parquet":
+        if not head.startswith(b"PAR1"):
+            refuse("not a Parquet file: it does not begin with PAR1")
+        return
     for magic, what in MAGIC.items():
         if head.lower().startswith(magic.lower()):
             refuse(what)
@@ -180,17 +190,21 @@ def read_rows(source: Source) -> Iterator[Row | BadRow]:
     One row at a time is in memory (a .json file is read whole). Raises UserError where a whole file cannot be read.
     """
     records = _records(source)
-    sliced = SLICE.fullmatch(source.split.removeprefix("train"))
+    sliced = SLICE.fullmatch(source.slice)
     if sliced:
         # Counting costs a pass over the file, so only bounds that need the number of rows pay for it.
         needs_total = any(bound and bound[-1] == "%" or bound and bound[0] == "-" for bound in sliced.groups())
-        total = sum(1 for _ in _records(source)) if needs_total else None
+        total = sum(map(_count, list_files(source))) if needs_total else None
         first, last = (_row_number(bound, total) for bound in sliced.groups())
         if last is not None and (first or 0) >= last or total is not None and (first or 0) >= total:
             raise UserError(f"{source.label}: the slice holds no row", exit_code=DATA)
         records = islice(records, first, last)
     for file, line, value in records:
         yield _parse(file, line, value) if isinstance(value, bytes) else value
+
+
+def _count(path: Path) -> int:
+    return count_parquet(path) if path.suffix == ".parquet" else sum(1 for _ in READERS[path.suffix](path))
 
 
 def _row_number(bound: str | None, total: int | None) -> int | None:
@@ -326,4 +340,10 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".txt": _read_text}
+READERS = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".txt": _read_text,
+    ".parquet": read_parquet,
+}

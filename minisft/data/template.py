@@ -110,9 +110,11 @@ def _compile(template: ChatTemplate) -> jinja2.Template:
         raise_exception=_raise_exception, strftime_now=now.strftime, dict=_Dict(), namespace=_Namespace
     )
     try:
-        return environment.from_string(template.text)
+        compiled = environment.from_string(template.text)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template, line {error.lineno}: {error.message}", exit_code=MODEL) from None
+    compiled.globals = dict(compiled.globals)  # every rendering copies them, and Jinja's ChainMap is slow to copy
+    return compiled
 
 
 def _clean(messages: list[dict]) -> list[dict]:

@@ -10,13 +10,16 @@ turn, the tools and the answer at the end stay.
 """
 
 import json
+import math
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, groupby
+from operator import attrgetter
 
 import numpy as np
+import tokenizers
 
 from minisft.data.batch import ANSWER, SPECIAL, TERMINATOR, TEXT, TRAINED
 from minisft.data.conversations import RowError
@@ -26,16 +29,19 @@ from minisft.data.encoding import (
     conversation_pieces,
     encode_pieces,
     raw_encodings,
+    text_pieces,
     with_kinds,
 )
 from minisft.data.formats import Example, FormatOptions, Layout, Piece, detect_layout, rename_fields, to_example
-from minisft.data.sources import BadRow, Row, Source, excerpt, place, read_rows
+from minisft.data.rows import BadRow, Row, excerpt, place
+from minisft.data.sources import Source, read_rows
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
 
-BATCH_ROWS, BATCH_CHARACTERS = 256, 8_000_000  # a batch ends at whichever comes first
-BATCHES_AT_WORK = 2  # so that the tokenizer has the next one at hand while Python is with the last
+BATCH_ROWS, BATCH_CHARACTERS = 512, 8_000_000  # a batch ends at whichever comes first
+THREADS, BATCHES_AT_WORK = 2, 3  # a thread waits up to 5 ms for the interpreter at each end of its batch; Rust must not
 SHOWN_BAD_ROWS = 5
+TOO_LONG = "too long even without its earlier turns"
 
 
 @dataclass(slots=True)
@@ -58,12 +64,12 @@ class _Pending:
     example: Example
     pieces: tuple[Piece, ...]
     end: int = 0  # of a conversation: how many of its messages the document holds
-    encoded: list[Encoded] | None = None
+    is_alone: bool = False  # of a conversation: only the last of them is trained, the others have their own documents
 
 
 def new_entry() -> dict:
     """What is counted of a source; `tokenise` fills it."""
-    turns = {"rows": 0, "turns": 0, "tokens": 0}
+    turns = {"rows": 0, "turns": 0, "tokens": 0, "lost_answers": 0}
     counts = {"rows_read": 0, "rows_used": 0, "documents": 0, "dropped": {}, "control_tokens": 0, "straddling": 0}
     return {"layout": "", "prompt": "", **counts, "strategies": {}, "turns_cut": turns}
 
@@ -84,37 +90,41 @@ def tokenise(
     dropped, strategies = Counter(), Counter()
     batch: list[_Pending] = []
     characters = 0
-    last_used = -1
 
     def refuse(bad_row: BadRow) -> None:
-        if on_bad_row == "error":
+        if on_bad_row == "error" and bad_row.reason != TOO_LONG:
             hint = 'mend the row, or set on_bad_row = "skip" to leave such rows out and count them'
             raise UserError(str(bad_row), hint=hint, exit_code=DATA)
         dropped[bad_row.reason] += 1
         if len(bad_rows) < SHOWN_BAD_ROWS:
             bad_rows.append(str(bad_row))
 
-    def finish(pending: list[_Pending], encoding: Future) -> Iterator[list[Document]]:
-        nonlocal last_used
+    def finish(pending: list[_Pending], encodings: Future) -> Iterator[list[Document]]:
+        encoded = iter(encodings.result())
         documents = []
-        encoded = iter(with_kinds(tokenizer, [piece for part in pending for piece in part.pieces], encoding.result()))
-        for part in pending:
-            part.encoded = [next(encoded) for _ in part.pieces]
-        for part in _fitting(pending, layout, tokenizer, options, entry["turns_cut"], refuse):
-            ids, kinds, weights = _join(part.example, part.encoded, tokenizer, options)
-            if len(ids) == 0:
-                refuse(_bad_row(part.row, RowError("no token")))
+        for _, parts in groupby(pending, key=attrgetter("number")):
+            made, too_long, error = [], [], None
+            for part in parts:
+                raw = [next(encoded) for _ in part.pieces]
+                try:
+                    made.append(_document(part, raw, layout, tokenizer, options, entry["turns_cut"]))
+                except RowError as caught:
+                    if caught.reason == TOO_LONG:
+                        too_long.append(caught)
+                    else:
+                        error = caught
+            if error or not made:
+                refuse(_bad_row(part.row, error or too_long[0]))
                 continue
-            entry["rows_used"] += part.number != last_used
-            last_used = part.number
-            straddling = sum(e.straddling for e in part.encoded)
-            documents.append(Document(ids, kinds, weights, straddling, part.number, part.row.file, part.row.line))
+            entry["rows_used"] += 1
+            entry["turns_cut"]["lost_answers"] += len(too_long)
+            documents += made
         entry["documents"] += len(documents)
         entry["straddling"] += sum(document.straddling for document in documents)
         if documents:
             yield documents
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         at_work: deque[tuple[list[_Pending], Future]] = deque()
         for number, row in enumerate(chain(read_rows(source), [None])):
             if row is not None:
@@ -174,11 +184,16 @@ def _parts(
             raise RowError("token id out of range", f"ids must be from 0 to {tokenizer.vocab_size - 1}")
         return [_Pending(number, row, example, ())]
     if example.messages is None:
-        return [_Pending(number, row, example, example.pieces)]
+        pieces, has_control_tokens = text_pieces(tokenizer, example, layout, options)
+        entry["control_tokens"] += has_control_tokens
+        return [_Pending(number, row, example, pieces)]
     rendered = conversation_pieces(tokenizer, example, options, _train_on(layout))
     strategies[rendered.strategy] += 1
     entry["control_tokens"] += rendered.has_control_tokens
-    return [_Pending(number, row, example, (piece,), end) for piece, end in zip(rendered.pieces, rendered.ends)]
+    is_alone = rendered.strategy == "per_turn"
+    return [
+        _Pending(number, row, example, (piece,), end, is_alone) for piece, end in zip(rendered.pieces, rendered.ends)
+    ]
 
 
 def _train_on(layout: Layout) -> str:
@@ -193,67 +208,64 @@ def _bad_row(row: Row, error: RowError) -> BadRow:
 # ------------------------------------------------------------------------------------------------- oldest turns first
 
 
-def _fitting(
-    pending: list[_Pending], layout, tokenizer, options: FormatOptions, turns_cut: dict, refuse
-) -> Iterator[_Pending]:
-    """The documents, those that are too long without their oldest turns where `truncation = "turns"`."""
-    limit = options.turns_max_length
-    for part in pending:
-        length = len(part.encoded[0].ids) if part.encoded else 0
-        if limit is None or part.example.messages is None or length <= limit:
-            yield part
-            continue
-        try:
-            shorter, num_turns = _without_oldest_turns(part, layout, tokenizer, options)
-        except RowError as error:
-            refuse(_bad_row(part.row, error))
-            continue
-        turns_cut["rows"] += 1
-        turns_cut["turns"] += num_turns
-        turns_cut["tokens"] += length - len(shorter.encoded[0].ids)
-        yield shorter
-
-
 def _without_oldest_turns(
-    part: _Pending, layout: Layout, tokenizer: Tokenizer, options: FormatOptions
-) -> tuple[_Pending, int]:
+    part: _Pending, length: int, layout: Layout, tokenizer: Tokenizer, options: FormatOptions
+) -> tuple[Encoded, int]:
     """The same document with as few turns less as fit, and how many. Raises RowError where none fits."""
-    example = part.example
-    messages = example.messages[: part.end]
-    is_alone = (
-        part.end < len(example.messages) or options.multi_turn == "per_turn"
-    )  # one of several documents of its row
+    messages = part.example.messages[: part.end]
     first = next((i for i, m in enumerate(messages) if m["role"] not in ("system", "developer")), 0)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     cuts = [i for i, m in enumerate(messages) if m["role"] == "user" and first < i < answers[-1]]
-    train_on = "last" if is_alone else _train_on(layout)
+    if part.is_alone:  # what a message says of its own training was heard when the documents were made
+        messages = [{k: v for k, v in m.items() if k != "train"} for m in messages]
 
-    def shortened(cut: int) -> _Pending:
+    def shortened(cut: int) -> Encoded:
         fewer = replace(
-            example,
+            part.example,
             messages=messages[:first] + messages[cut:],
-            first_trained=max(0, example.first_trained - (cut - first)),
+            first_trained=max(0, part.example.first_trained - (cut - first)),
         )
+        train_on = "last" if part.is_alone else _train_on(layout)
         pieces = conversation_pieces(tokenizer, fewer, replace(options, multi_turn="joint"), train_on).pieces
-        return replace(part, example=fewer, pieces=tuple(pieces), encoded=encode_pieces(tokenizer, pieces))
+        return encode_pieces(tokenizer, pieces)[0]
 
     low, high, best = 0, len(cuts), None  # the fewest turns cut with which it fits, by bisection
     while low < high:
         middle = (low + high) // 2
         candidate = shortened(cuts[middle])
-        if len(candidate.encoded[0].ids) <= options.turns_max_length:
+        if len(candidate.ids) <= options.turns_max_length:
             best, high = candidate, middle
         else:
             low = middle + 1
     if best is None:
-        length = len(part.encoded[0].ids)
-        raise RowError(
-            "too long even without its earlier turns", f"{length} tokens, at most {options.turns_max_length}"
-        )
+        raise RowError(TOO_LONG, f"{length} tokens, at most {options.turns_max_length}")
     return best, low + 1
 
 
 # ------------------------------------------------------------------------------------------------- a whole document
+
+
+def _document(
+    part: _Pending,
+    raw: list[tokenizers.Encoding],
+    layout: Layout,
+    tokenizer: Tokenizer,
+    options: FormatOptions,
+    turns_cut: dict,
+) -> Document:
+    """The tokens of a document, shortened where it is too long; fills `turns_cut`. Raises RowError."""
+    encoded = [with_kinds(tokenizer, piece, encoding) for piece, encoding in zip(part.pieces, raw)]
+    if part.example.messages is not None and len(encoded[0].ids) > (options.turns_max_length or math.inf):
+        length = len(encoded[0].ids)
+        encoded[0], num_turns = _without_oldest_turns(part, length, layout, tokenizer, options)
+        turns_cut["rows"] += 1
+        turns_cut["turns"] += num_turns
+        turns_cut["tokens"] += length - len(encoded[0].ids)
+    ids, kinds, weights = _join(part.example, encoded, tokenizer, options)
+    if len(ids) == 0:
+        raise RowError("no token")
+    straddling = sum(piece.straddling for piece in encoded)
+    return Document(ids, kinds, weights, straddling, part.number, part.row.file, part.row.line)
 
 
 def _join(

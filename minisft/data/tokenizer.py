@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from minisft.data.conversations import RENDER_NAMES, RowError
 from minisft.data.masks import terminator
@@ -31,6 +31,7 @@ from minisft.errors import MODEL, UserError
 from minisft.files import dump_json
 from minisft.hub import resolve
 
+LITERAL_START = "\U000ffffd"  # private use; rows that are encoded with it contain none
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
@@ -73,7 +74,7 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """The largest id + 1: the model's embedding has at least this many rows."""
+        """The largest id + 1, whatever ids below it are unused: the model's embedding has at least this many rows."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
@@ -83,10 +84,17 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
     @cached_property
+    def special_ids(self) -> set[int]:
+        """The ids of all special tokens."""
+        return {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
     def literal_backend(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, to which the text of a special token is ordinary text."""
+        """The same tokenizer, to which the text of a special token is ordinary text. LITERAL_START is one token: what
+        follows it is encoded as what follows a special token, which some tokenizers treat unlike the start of a text."""
         copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
         copy.encode_special_tokens = True
+        copy.add_tokens([AddedToken(LITERAL_START, normalized=False)])
         return copy
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
@@ -190,7 +198,10 @@ def _tokenizer(parts: Parts, chat_template_kwargs: dict, template_date: str | No
         day = date.fromisoformat(template_date).isoformat() if template_date else date.today().isoformat()
     except ValueError:
         raise UserError(f"template_date = {template_date!r} is not a date", hint="as in 2026-01-31") from None
-    variables = tuple((name, json.dumps(value)) for name, value in sorted(chat_template_kwargs.items()))
+    try:
+        variables = tuple((k, json.dumps(v, allow_nan=False)) for k, v in sorted(chat_template_kwargs.items()))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"chat_template_kwargs = {chat_template_kwargs}: {error}", hint="JSON values only") from None
 
     def template(name: str) -> ChatTemplate | None:
         if name not in parts.templates:

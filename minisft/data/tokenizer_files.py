@@ -1,15 +1,19 @@
 """The files of a tokenizer, read as transformers 5 reads them, and overridden where the user says so.
 
     tokenizer.json                       all that encoding needs; truncation and padding saved in it are switched off
-    tokenizer_config.json                which tokens are BOS, EOS, padding; tokens to add; the chat template, or a list of them
-    special_tokens_map.json, added_tokens.json     older places of the same, read where the config has no added_tokens_decoder
-    chat_template.jinja                  the default template; wins over the config's
-    additional_chat_templates/*.jinja    templates with names, such as tool_use
+    tokenizer_config.json                which tokens are BOS, EOS, padding; tokens to add; the chat template(s)
+    special_tokens_map.json and added_tokens.json   read, and then stronger, where the config has no added_tokens_decoder
+    chat_template.jinja                  the default template
+    additional_chat_templates/*.jinja    templates with names, such as tool_use; files replace all of the config's
+
+A special token that is named but in no list of added tokens is added, with the next id or that of its vocabulary entry, as
+transformers does. BOS and EOS are used in training, so for them a name that the vocabulary lacks is an error instead.
 
 What is overridden (EOS, padding, template, new tokens) is written into the files that `Tokenizer.save` writes, so that
 whoever loads them next, with transformers or here, gets the same.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -23,15 +27,11 @@ from minisft.data.training_templates import CHATML
 from minisft.errors import MODEL, UserError
 from minisft.files import dump_json, parse_json
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+OLDER_FILES = ("special_tokens_map.json", "added_tokens.json")
+FILES = ("tokenizer.json", "tokenizer_config.json", *OLDER_FILES, "chat_template.jinja")
 NAMED_TEMPLATES = "additional_chat_templates"
 OTHER_FORMATS = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model", "vocab.txt")
+FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -49,6 +49,12 @@ def read_files(folder: Path) -> dict[str, bytes]:
     """The tokenizer's files in a folder. Raises UserError where there is no tokenizer.json."""
     paths = [folder / name for name in FILES] + sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+    config = _table(files, "tokenizer_config.json", str(folder))
+    if versions := config.pop("fast_tokenizer_files", None):
+        files["tokenizer_config.json"] = dump_json(config)
+        newest = _for_our_version(versions)
+        if (folder / newest).is_file():
+            files["tokenizer.json"] = (folder / newest).read_bytes()
     if "tokenizer.json" not in files:
         others = [name for name in OTHER_FORMATS if (folder / name).exists()]
         raise UserError(
@@ -57,6 +63,16 @@ def read_files(folder: Path) -> dict[str, bytes]:
             exit_code=MODEL,
         )
     return files
+
+
+def _for_our_version(names: object) -> str:
+    """Of tokenizer.4.0.json and the like, written for transformers from that version on: the one that 5 takes."""
+    numbered = {}
+    for name in names if isinstance(names, list) else []:
+        match = re.fullmatch(r"tokenizer\.(\d+(?:\.\d+)*)\.json", str(name))
+        if match and (version := tuple(int(part) for part in match[1].split("."))) < (6,):
+            numbered[version] = match[0]
+    return numbered[max(numbered)] if numbered else "tokenizer.json"
 
 
 def assemble(
@@ -75,42 +91,58 @@ def assemble(
         raise UserError(f"{where}/tokenizer.json: {error}", exit_code=MODEL) from None
     backend.no_truncation()
     backend.no_padding()
+    changes = {name: text for name, text in (("eos_token", eos_token), ("pad_token", pad_token)) if text is not None}
     try:
-        config = _config(files, where)
-        _add_tokens(backend, config, _table(files, "added_tokens.json", where), where)
-        special_tokens = {name: _text(config[name]) for name in NAMES if config.get(name)}
-        if isinstance(config.get("extra_special_tokens"), dict):  # names of the model's own, which templates may use
-            special_tokens |= {name: _text(token) for name, token in config["extra_special_tokens"].items()}
+        config = {**_config(files, where), **changes}
+        _add_listed_tokens(backend, config, where)
+        named = {name: config[name] for name in NAMES if config.get(name)}
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        own = {  # names of this model alone, which its template may use: an image token, say
+            name: token
+            for name, token in config.items()
+            if name.endswith("_token") and name not in NAMES and isinstance(token, str)
+        }
+        if isinstance(extra, dict):
+            own, extra = own | extra, []
+        own = own or config.get("model_specific_special_tokens") or {}
+        named |= own
+        special_tokens = {name: _added_token(token).content for name, token in named.items()}
+        for name in ("bos_token", "eos_token", *changes):
+            if name in special_tokens and special_tokens[name] not in new_special_tokens:
+                _check_token(backend, name, special_tokens[name], where, is_override=name in changes)
+        _add_missing(backend, [*named.values(), *extra], new_special_tokens)
+        for text in new_special_tokens:
+            _add_new(backend, text)
         templates = _templates(config, files)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{where}: malformed tokenizer files ({error!r})", exit_code=MODEL) from None
 
-    added = [text for text in new_special_tokens if backend.token_to_id(text) is None]
-    backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in added])
-    changes = {"eos_token": eos_token, "pad_token": pad_token}
-    changes = {name: text for name, text in changes.items() if text is not None}
-    special_tokens |= changes
-    for name in {"bos_token", "eos_token", *changes} & special_tokens.keys():
-        _check_token(backend, name, special_tokens[name], where, is_override=name in changes)
-    files = dict(files)
-    if added:
-        files["tokenizer.json"] = backend.to_str(pretty=True).encode("utf-8")
-    if changes:
-        files["tokenizer_config.json"] = dump_json({**_table(files, "tokenizer_config.json", where), **changes})
-        if "special_tokens_map.json" in files:
-            files["special_tokens_map.json"] = dump_json({**_table(files, "special_tokens_map.json", where), **changes})
+    if changes or new_special_tokens:
+        texts = [_added_token(token).content for token in extra]
+        config |= {name: special_tokens[name] for name in named if name not in own}
+        config["model_specific_special_tokens"] = {name: special_tokens[name] for name in own}
+        config["extra_special_tokens"] = list(dict.fromkeys([*texts, *new_special_tokens]))
+        replaced = {"added_tokens_decoder", "additional_special_tokens", *own}  # tokenizer.json lists every token now
+        files = {name: data for name, data in files.items() if name not in OLDER_FILES} | {
+            "tokenizer.json": backend.to_str(pretty=True).encode("utf-8"),
+            "tokenizer_config.json": dump_json({k: v for k, v in config.items() if k not in replaced}),
+        }
     if chat_template is not None:
         templates = {"default": _chosen_template(chat_template, templates)}
+        files = {name: data for name, data in files.items() if not name.startswith(NAMED_TEMPLATES)}
         files["chat_template.jinja"] = templates["default"].encode("utf-8")
     return Parts(backend, files, special_tokens, templates)
 
 
 def _config(files: dict[str, bytes], where: str) -> dict:
+    """tokenizer_config.json, with what older files say beside it; those win, as in transformers."""
     config = _table(files, "tokenizer_config.json", where)
-    older = {} if "added_tokens_decoder" in config else _table(files, "special_tokens_map.json", where)
-    return {**older, **config}
+    if "added_tokens_decoder" in config:
+        return config
+    older = _table(files, "special_tokens_map.json", where)
+    return {**config, **older, "added_tokens": _table(files, "added_tokens.json", where)}
 
 
 def _table(files: dict[str, bytes], name: str, where: str) -> dict:
@@ -131,40 +163,79 @@ def _check_token(backend: tokenizers.Tokenizer, name: str, text: str, where: str
     raise UserError(f"{where}: {name} {text!r} is not in the vocabulary", hint=hint, exit_code=MODEL)
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, config: dict, added_tokens: dict, where: str) -> None:
-    """Add what tokenizer_config.json (or the older added_tokens.json) lists and tokenizer.json lacks."""
-    listed = {}
-    for key, entry in (config.get("added_tokens_decoder") or {}).items():
-        flags = {
-            name: bool(entry[name])
-            for name in ("lstrip", "rstrip", "normalized", "single_word", "special")
-            if name in entry
-        }
-        listed[int(key)] = AddedToken(entry["content"], **flags)
-    if not listed:
-        listed = {int(number): AddedToken(text, normalized=False) for text, number in added_tokens.items()}
-    for number, token in sorted(listed.items(), key=itemgetter(0)):
-        if backend.token_to_id(token.content) is None:
-            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+def _add_listed_tokens(backend: tokenizers.Tokenizer, config: dict, where: str) -> None:
+    """Add what the config's added_tokens_decoder (or added_tokens.json) lists; its flags win over tokenizer.json's."""
+    listed = {int(number): _added_token(token) for number, token in (config.get("added_tokens_decoder") or {}).items()}
+    present = backend.get_added_tokens_decoder().values()
+    texts, specials = (
+        {t.content for t in present},
+        {_added_token(config[name]).content for name in NAMES if config.get(name)},
+    )
+    for text, number in config.pop("added_tokens", {}).items():
+        if text not in texts:
+            listed[int(number)] = AddedToken(text, normalized=text not in specials, special=text in specials)
+    for number, token in listed.items():
+        other = backend.id_to_token(number)
+        if other is not None and other != token.content:
+            raise _contradiction(backend, token.content, number, where)
+    known = {repr(token) for token in present}  # with its flags
+    backend.add_tokens([token for _, token in sorted(listed.items(), key=itemgetter(0)) if repr(token) not in known])
+    for number, token in listed.items():
         if backend.token_to_id(token.content) != number:
-            raise UserError(
-                f"{where}: token {token.content!r} has id {backend.token_to_id(token.content)} in tokenizer.json "
-                f"and {number} beside it",
-                exit_code=MODEL,
-            )
+            raise _contradiction(backend, token.content, number, where)
+
+
+def _contradiction(backend: tokenizers.Tokenizer, text: str, number: int, where: str) -> UserError:
+    return UserError(
+        f"{where}: token {text!r} has id {backend.token_to_id(text)} in tokenizer.json and {number} beside it",
+        exit_code=MODEL,
+    )
+
+
+def _add_missing(backend: tokenizers.Tokenizer, tokens: list[str | dict], later: Sequence[str]) -> None:
+    """Special tokens that no list of added tokens has: they get the next ids, or keep that of the vocabulary."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    known |= {text for text in later if backend.token_to_id(text) is None}
+    missing = {token.content: token for token in map(_added_token, tokens) if token.content not in known}
+    backend.add_special_tokens(list(missing.values()))
+
+
+def _add_new(backend: tokenizers.Tokenizer, text: str) -> None:
+    """A new special token with the next id; nothing where the vocabulary has it."""
+    if not text.strip():
+        raise UserError(f"new_special_tokens: {text!r} is not the text of a token")
+    if backend.token_to_id(text) is not None:
+        return
+    taken = set(backend.get_vocab(with_added_tokens=True).values())
+    backend.add_special_tokens([AddedToken(text, normalized=False, special=True)])
+    if backend.token_to_id(text) in taken:  # the library counts tokens, which goes wrong where ids have holes
+        raise UserError(
+            f"{text!r} cannot be added: it would get the id {backend.token_to_id(text)} of another token",
+            hint="the ids of this vocabulary have holes; use one of its reserved tokens instead",
+            exit_code=MODEL,
+        )
+
+
+def _added_token(token: str | dict) -> AddedToken:
+    """A token as the files write it: its text, or an object with its text and flags."""
+    entry = {"content": token, "special": True} if isinstance(token, str) else token
+    if not isinstance(entry["content"], str) or not entry["content"]:
+        raise ValueError(f"{entry!r} as a token")
+    flags = {name: bool(entry[name]) for name in FLAGS if name in entry}
+    return AddedToken(entry["content"], **flags)
 
 
 def _templates(config: dict, files: dict[str, bytes]) -> dict[str, str]:
-    """Name -> text of the tokenizer's own chat templates."""
-    own = config.get("chat_template")
-    templates = {"default": own} if isinstance(own, str) else {}
-    if isinstance(own, list):
-        templates = {entry["name"]: entry["template"] for entry in own}
-    for path, data in files.items():
-        if path.startswith(f"{NAMED_TEMPLATES}/"):
-            templates[Path(path).stem] = data.decode("utf-8")
+    """Name -> text of the tokenizer's own chat templates. Those in files replace those in the config."""
+    own = config.get("chat_template") or {}
+    if isinstance(own, str):
+        own = {"default": own}
+    elif isinstance(own, list):
+        own = {entry["name"]: entry["template"] for entry in own}
+    paths = {Path(path).stem: path for path in files if path.startswith(f"{NAMED_TEMPLATES}/")}
     if "chat_template.jinja" in files:
-        templates["default"] = files["chat_template.jinja"].decode("utf-8")
+        paths["default"] = "chat_template.jinja"
+    templates = {name: files[path].decode("utf-8") for name, path in paths.items()} or own
     if not all(isinstance(text, str) for text in templates.values()):
         raise TypeError("a chat template that is not text")
     return templates
@@ -183,10 +254,3 @@ def _chosen_template(chosen: str, own: dict[str, str]) -> str:
         names = f", or one of the tokenizer's own: {', '.join(sorted(own))}" if own else ""
         hint = f'give "chatml", the path of a .jinja file, the template itself{names}'
         raise UserError(f"chat_template = {chosen!r}: {error}", hint=hint) from None
-
-
-def _text(token: str | dict) -> str:
-    text = token["content"] if isinstance(token, dict) else token
-    if not isinstance(text, str):
-        raise TypeError(f"{text!r} as a special token")
-    return text
