@@ -256,6 +256,20 @@ def test_parts_that_are_not_trained():
     assert trained_text(encoded) == "Hello,<|im_end|>"
 
 
+def test_parts_keep_their_places_where_control_tokens_are_escaped():
+    parts = [
+        {"type": "text", "text": "a<|im_end|>b", "train": False},
+        {"type": "text", "text": "c<|im_end|>"},
+        {"type": "text", "text": "d", "train": False},
+    ]
+    messages = [turns("q")[0], {"role": "assistant", "content": parts}]
+    _, (encoded,) = encode(messages, control_tokens="escape")
+    assert trained_text(encoded) == "c<|im_end|><|im_end|>" and (encoded.ids == TOKENIZER.eos_token_id).sum() == 2
+    parts[:] = [{"type": "text", "text": "a<|im_"}, {"type": "text", "text": "end|>b", "train": False}]
+    with pytest.raises(RowError, match="control token in a message: it lies in two parts"):
+        encode(messages, control_tokens="escape")
+
+
 # ------------------------------------------------------------------------------------------------- turn by turn
 
 

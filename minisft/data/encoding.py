@@ -113,12 +113,25 @@ def _without_control_tokens(tokenizer: Tokenizer, example: Example) -> tuple[Exa
             return {walk(key, where): walk(inner, where) for key, inner in value.items()}
         return [walk(inner, where) for inner in value] if isinstance(value, list) else value
 
-    messages = [
-        message if _is_clean(tokenizer, message) else walk(message, f"message {i}")
-        for i, message in enumerate(example.messages)
-    ]
+    def escaped(message: dict, where: str) -> dict:
+        if _is_clean(tokenizer, message):
+            return message
+        walked = walk(message, where)
+        if "part_spans" in message:  # places in the content, which became shorter
+            tokens = [match.span() for match in tokenizer.control_tokens.finditer(message["content"])]
+            walked["part_spans"] = [(_moved(a, tokens), _moved(b, tokens), on) for a, b, on in message["part_spans"]]
+        return walked
+
+    messages = [escaped(message, f"message {i}") for i, message in enumerate(example.messages)]
     tools, documents = walk(example.tools, "tools"), walk(example.documents, "documents")
     return (replace(example, messages=messages, tools=tools, documents=documents) if found else example), found
+
+
+def _moved(at: int, tokens: list[tuple[int, int]]) -> int:
+    """A place in a text after each of its control tokens has become one character."""
+    if any(a < at < b for a, b in tokens):
+        raise RowError("control token in a message", "it lies in two parts of a content")
+    return at - sum(b - a - 1 for a, b in tokens if b <= at)
 
 
 def _is_clean(tokenizer: Tokenizer, message: dict) -> bool:

@@ -124,13 +124,10 @@ def render_conversation(
         return _per_turn(row)
     try:
         return [_joint(row)]
-    except RowError as joint:
-        if masking.multi_turn == "joint" or len([i for i in answers if trained[i]]) == 0:
+    except RowError:
+        if masking.multi_turn == "joint" or not any(trained[i] for i in answers):
             raise
-        try:
-            return _per_turn(row)
-        except RowError:
-            raise joint from None
+    return _per_turn(row)
 
 
 def _is_unmarked(message: dict) -> bool:
@@ -238,10 +235,15 @@ def _turns_by_prefix(row: _Conversation, text: str, answers: list[int]) -> list[
 
 
 def _turn(row: _Conversation, text: str, i: int, found: tuple[int, int] | None = None) -> tuple[int, int]:
-    """The span of assistant turn i in `text`, which begins as it would at inference. Raises RowError where it does not,
-    or where the turn that was found by tags is another."""
-    prompt, so_far = row.prompt(i), text if i == len(row.messages) - 1 else row.render(i + 1)
-    for ours, theirs, what in ((prompt, so_far, "before its answer"), (so_far, text, "once other turns follow")):
+    """The span of assistant turn i in `text`. Raises RowError unless what stands before it there is the prompt that
+    inference gives, and the turn what the template renders after that prompt: all of it, or the part found by tags."""
+    prompt, so_far = row.prompt(i), row.render(i + 1)
+    if found is not None and found[0] < len(prompt):
+        raise RowError("the generation tags hold more than the answer", f"message {i}: {text[slice(*found)]!r}")
+    turn = so_far if found is None else text[: found[1]]
+    pairs = ((prompt, so_far, "before its answer"), (prompt, text, "before its answer"))
+    pairs += ((turn, text, "once other turns follow") if found is None else (turn, so_far, "once other turns follow"),)
+    for ours, theirs, what in pairs:
         if not theirs.startswith(ours):
             at = next((n for n, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
             raise RowError(
@@ -250,8 +252,6 @@ def _turn(row: _Conversation, text: str, i: int, found: tuple[int, int] | None =
             )
     # "<|im_end|>\n": generation ends at the token, nobody samples the newline after it.
     end = len(so_far.rstrip()) if so_far[len(prompt) :].strip() else len(so_far)
-    if found is not None and (found[0] < len(prompt) or found[1] > len(so_far)):
-        raise RowError("the generation tags hold more than the answer", f"message {i}: {text[slice(*found)]!r}")
     return found or (len(prompt), end)
 
 
@@ -321,6 +321,10 @@ def _answer_spans(row: _Conversation, text: str, start: int, end: int, message: 
     answer = THINKING.sub("", content).strip() if "</think>" in content else content
     if trained and answer not in turn:
         raise RowError("the chat template changed an answer", f"{answer[:40]!r} is not rendered as it is")
+    for call in (message.get("tool_calls") or []) if trained else []:
+        name = str((call.get("function") or call).get("name"))
+        if name not in turn:
+            raise RowError("the chat template leaves out a tool call", f"of {name!r}")
     spans = [(start, end, (TOOL_CALL if message.get("tool_calls") else ANSWER) | trained)]
     if message.get("tool_calls") and answer in turn:
         at = start + turn.rindex(answer)

@@ -51,11 +51,55 @@ CHATML = """\
 {%- endif %}
 """
 
-# Twins of stock templates, written for conversations without tools; rows with tools differ from the stock rendering and
-# go the other ways.
-TWINS: dict[str, str] = {}
 
-STOCK: dict[str, str] = {}  # sha256 of a stock template -> name of its twin
+def _twin(header: str, content: str, end: str, *, start: str = "", messages: str = "messages", finish: str = "") -> str:
+    """A template of equal turns: header, content, end for each message, what is generated in tags. All are Jinja."""
+    return (
+        f"{{{{- {start or repr('')} }}}}"
+        f"{{%- for m in {messages} %}}"
+        f"{{{{- {header} }}}}"
+        f"{{%- if m.role == 'assistant' %}}{{% generation %}}{{{{- {content} + '{end}' }}}}{{% endgeneration %}}"
+        f"{{%- else %}}{{{{- {content} + '{end}' }}}}{{% endif %}}"
+        f"{finish}"
+        "{%- endfor %}"
+    )
+
+
+NEWLINE = "{{- '\\n' }}"
+GEMMA_HEADER = "'<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n'"
+FIRST_SYSTEM = "messages[0].role == 'system'"
+
+# Twins of stock templates, for conversations without tools: with tools they render something else than the stock template,
+# so those rows go the other ways. Ends of a whole conversation (Phi 3's EOS after the last turn) are not trained.
+TWINS = {
+    "chatml": _twin("'<|im_start|>' + m.role + '\\n'", "m.content", "<|im_end|>", finish=NEWLINE),
+    "llama3": _twin(
+        "'<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n'",
+        "m.content | trim",
+        "<|eot_id|>",
+        start="bos_token",
+    ),
+    "gemma": _twin(GEMMA_HEADER, "m.content | trim", "<end_of_turn>", start="bos_token", finish=NEWLINE),
+    "gemma3": _twin(  # the system text stands at the head of the first question
+        f"{GEMMA_HEADER} + (messages[0].content + '\\n\\n' if loop.first and {FIRST_SYSTEM} else '')",
+        "m.content | trim",
+        "<end_of_turn>",
+        start="bos_token",
+        messages=f"(messages[1:] if {FIRST_SYSTEM} else messages)",
+        finish=NEWLINE,
+    ),
+    "phi3": _twin("'<|' + m.role + '|>\\n'", "m.content", "<|end|>", finish=NEWLINE)
+    + "{%- if not add_generation_prompt %}{{- eos_token }}{% endif %}",
+}
+
+STOCK = {  # sha256 of a stock template -> name of its twin
+    "ba03a121d097859c7b5b9cd03af99aafe95275210d2876f642ad9929a150f122": "llama3",  # llama3
+    "ecd6ae513fe103f0eb62e8ab5bfa8d0fe45c1074fa398b089c93a7e70c15cfd6": "gemma",  # gemma
+    "7de1c58e208eda46e9c7f86397df37ec49883aeece39fb961e0a6b24088dd3c4": "gemma3",  # gemma3
+    "dcaee66df77bfbb789ec541fe713218da30225a526f1db97138fc39ee6dc56aa": "phi3",  # phi3
+    "78d976a442bcde2f0be15aafbb8e3050e1104f86732266f68403251b89982a90": "phi3",  # phi3_5
+    "64f85b198065d0fba2a81f37e10ed68161ce2c19a754c7100e67e0ca2ee9c326": "chatml",  # qwen3_instruct_2507
+}
 
 
 @lru_cache(maxsize=32)

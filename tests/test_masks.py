@@ -1,0 +1,403 @@
+"""What is trained of a conversation: 12 templates x 8 conversations against expectations written by hand.
+
+The templates (tests/templates) are ours, each in the manner of a family that people fine-tune. What is expected of each is
+written a second time here, in Python: what stands before an answer, the answer with its end, what stands after it. A
+document is compared as text with the trained part in [[brackets]].
+"""
+
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from minisft.data import masks
+from minisft.data.batch import ANSWER, KIND_MASK, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
+from minisft.data.conversations import RowError
+from minisft.data.masks import Masking, check_template, render_conversation
+from minisft.data.template import ChatTemplate, render
+from minisft.data.training_templates import STOCK, tagged_twin
+from minisft.errors import UserError
+
+TEMPLATES = {
+    path.stem: ChatTemplate(path.read_text(encoding="utf-8").rstrip("\n"))
+    for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))
+}
+TERMINATORS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>", "<|end_of_text|>")
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": [1, 2]}}}
+
+
+def user(content: str) -> dict:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str, **more) -> dict:
+    return {"role": "assistant", "content": content, **more}
+
+
+CONVERSATIONS = {
+    "system": [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Hello"), user("More"), assistant("Bye")],
+    "turns": [user("1"), assistant("one"), user("2"), assistant("two")],
+    "whitespace": [user(" Hi \n"), assistant("\nHello \n\n")],
+    "empty": [user("Say nothing."), assistant("", train=False), user("And now?"), assistant("Something.")],
+    "reasoning": [
+        user("2+2?"), assistant("4", reasoning_content="easy"), user("3+3?"), assistant("6", reasoning_content="hard"),
+    ],
+    "tools": [user("1+2?"), assistant("", tool_calls=[CALL]), {"role": "tool", "content": "3"}, assistant("It is 3.")],
+    "control": [user("<|im_end|></s><|eot_id|>"), assistant("a <|im_start|>user b</s> c")],
+    "unicode": [user("\u65e5\u672c \U0001f600"), assistant("e\u0301\u2028\U0001f469\u200d\U0001f4bb \u00e4")],
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- written by hand
+
+
+def calls(message: dict, before: str, after: str) -> str:
+    return "".join(before + json.dumps(call["function"]) + after for call in message.get("tool_calls", []))
+
+
+def chatml(m, i, messages):
+    return f"<|im_start|>{m['role']}\n", m["content"] + calls(m, "<call>", "</call>") + "<|im_end|>", "\n"
+
+
+def qwen3(m, i, messages):
+    before, text, after = chatml(m, i, messages)
+    last_question = max(n for n, other in enumerate(messages) if other["role"] == "user")
+    thought = m.get("reasoning_content", "")
+    if m["role"] == "assistant" and i > last_question and (thought or i == len(messages) - 1):
+        text = f"<think>\n{thought}\n</think>\n\n" + text
+    return before, text, after
+
+
+def llama3(m, i, messages):
+    start = "<|begin_of_text|>" if i == 0 else ""
+    return f"{start}<|start_header_id|>{m['role']}<|end_header_id|>\n\n", m["content"].strip() + "<|eot_id|>", ""
+
+
+def llama31_tools(m, i, messages):
+    role = {"tool": "ipython"}.get(m["role"], m["role"])
+    text = m["content"].strip()
+    if m.get("tool_calls"):
+        text = '{"name": "add", "parameters": {"x": [1, 2]}}'
+    start = ""
+    if i == 0:
+        start = "<|begin_of_text|>"
+        tools = json.dumps(TOOLS[0]) + "\n" if any(other.get("tool_calls") for other in messages) else ""
+        if role != "system":
+            start += f"<|start_header_id|>system<|end_header_id|>\n\n{tools}<|eot_id|>"
+    return f"{start}<|start_header_id|>{role}<|end_header_id|>\n\n", text + "<|eot_id|>", ""
+
+
+def gemma(m, i, messages):
+    role = {"assistant": "model"}.get(m["role"], m["role"])
+    return ("<bos>" if i == 0 else "") + f"<start_of_turn>{role}\n", m["content"].strip() + "<end_of_turn>", "\n"
+
+
+def phi3(m, i, messages):
+    # The last answer ends in <|end|>, a newline and <|endoftext|>: the model is to say all three.
+    is_last = i == len(messages) - 1
+    return (
+        f"<|{m['role']}|>\n",
+        m["content"] + "<|end|>" + ("\n<|endoftext|>" if is_last else ""),
+        "" if is_last else "\n",
+    )
+
+
+def mistral(m, i, messages):
+    system = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
+    last_question = max(n for n, other in enumerate(messages) if other["role"] == "user")
+    start = "<s>" if i == 0 else ""
+    if m["role"] == "system":
+        return start, "", ""
+    if m["role"] == "user":
+        return start + "[INST] ", (system if i == last_question else "") + m["content"] + "[/INST]", ""
+    return "", " " + m["content"].strip() + "</s>", ""
+
+
+def tulu(m, i, messages):
+    end = "</s>" if m["role"] == "assistant" else ""
+    return f"<|{m['role']}|>\n", m["content"] + end, "" if i == len(messages) - 1 else "\n"
+
+
+def granite(m, i, messages):
+    return (
+        f"<|start_of_role|>{m['role']}<|end_of_role|>",
+        m["content"] + calls(m, "<|tool_call|>", "") + "<|end_of_text|>",
+        "\n",
+    )
+
+
+def smollm(m, i, messages):
+    start = "<|im_start|>system\nYou are helpful.<|im_end|>\n" if i == 0 and m["role"] != "system" else ""
+    return f"{start}<|im_start|>{m['role']}\n", m["content"] + "<|im_end|>", "\n"
+
+
+def tagged_macro(m, i, messages):
+    start = "<s>" if i == 0 else ""
+    if m["role"] != "assistant":
+        return f"{start}{m['role'][0].upper()}: ", m["content"].strip(), "\n"
+    return (
+        "A: ",
+        m["content"].strip()
+        + calls({**m, "tool_calls": []}, "", "")
+        + "<call>add</call>" * len(m.get("tool_calls", []))
+        + "</s>",
+        "\n",
+    )
+
+
+BY_HAND = {
+    f.__name__: f
+    for f in (chatml, qwen3, llama3, llama31_tools, gemma, phi3, mistral, tulu, granite, smollm, tagged_macro)
+}
+# These leave tool calls out: only the end of the turn would be trained.
+NO_CALLS = ("llama3", "gemma", "phi3", "mistral", "tulu", "smollm")
+# How each row is rendered where it is not one document: "turns" = one for each answer, else why it is refused.
+EXCEPTIONS = {
+    ("qwen3", "system"): "turns",  # an earlier answer loses its empty <think> block
+    ("qwen3", "turns"): "turns",
+    ("qwen3", "reasoning"): "turns",  # ... or its reasoning
+    ("qwen3", "tools"): "turns",
+    ("phi3", "system"): "turns",  # only the last answer is followed by <|endoftext|>
+    ("phi3", "turns"): "turns",
+    ("phi3", "reasoning"): "turns",
+    ("mistral", "system"): "turns",  # the system text moves to the last question
+    ("gemma", "system"): "no system turns",
+}
+
+
+def by_hand(name: str, messages: list[dict], how: str) -> list[str]:
+    """The documents of a conversation, what is trained in [[brackets]]."""
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
+    if how != "turns":
+        return [compose(name, messages, answers)]
+    return [compose(name, messages[: i + 1], [i]) for i in answers]
+
+
+def compose(name: str, messages: list[dict], trained: list[int]) -> str:
+    parts = [BY_HAND[name](m, i, messages) for i, m in enumerate(messages)]
+    return "".join(a + (f"[[{b}]]" if i in trained else b) + c for i, (a, b, c) in enumerate(parts))
+
+
+def bracketed(document) -> str:
+    on = [False] * len(document.text)
+    for start, end, byte in document.spans:
+        on[start:end] = [bool(byte & TRAINED)] * (end - start)
+    shown, before = "", False
+    for character, now in zip(document.text, on):
+        shown += ("[[" if now else "]]") * (now != before) + character
+        before = now
+    return shown + "]]" * before
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("name", BY_HAND)
+def test_masks_are_those_written_by_hand(name, conversation):
+    messages = CONVERSATIONS[conversation]
+    tools = TOOLS if conversation == "tools" else None
+    how = EXCEPTIONS.get((name, conversation), "one")
+    if how not in ("one", "turns"):
+        with pytest.raises(RowError, match=how):
+            render_conversation(TEMPLATES[name], messages, tools=tools)
+        return
+    if conversation == "tools" and name in NO_CALLS:
+        with pytest.raises(RowError, match="the chat template leaves out a tool call"):
+            render_conversation(TEMPLATES[name], messages, tools=tools)
+        return
+    documents = render_conversation(TEMPLATES[name], messages, tools=tools)
+    assert [bracketed(document) for document in documents] == by_hand(name, messages, how)
+    assert {document.strategy for document in documents} == {
+        "per_turn" if how == "turns" else "tags" if name == "tagged_macro" else "prefix"
+    }
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_a_template_that_prompts_otherwise_than_it_renders_is_refused(conversation):
+    """DeepSeek R1's: the prompt ends in <think>, and what it renders has none."""
+    with pytest.raises(RowError, match="differently than at inference: message . before its answer"):
+        render_conversation(TEMPLATES["deepseek_r1"], CONVERSATIONS[conversation])
+
+
+def test_joint_refuses_where_turns_are_needed():
+    for (name, conversation), how in EXCEPTIONS.items():
+        if how == "turns":
+            with pytest.raises(RowError, match="differently than at inference"):
+                render_conversation(TEMPLATES[name], CONVERSATIONS[conversation], masking=Masking(multi_turn="joint"))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_byte_equal_to_transformers(name):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    for messages in CONVERSATIONS.values():
+        clean = [{k: v for k, v in m.items() if k != "train"} for m in messages]
+        for prompt in (False, True):
+            try:
+                ours = render(TEMPLATES[name], clean, tools=TOOLS, add_generation_prompt=prompt)
+            except RowError:
+                continue
+            expected, _ = render_jinja_template(
+                [clean], tools=TOOLS, chat_template=TEMPLATES[name].text, add_generation_prompt=prompt
+            )
+            assert ours == expected[0]
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_good_templates_pass_the_start_up_check(name):
+    check_template(TEMPLATES[name], TERMINATORS)
+
+
+def test_bad_templates_are_told_at_the_start():
+    with pytest.raises(UserError, match="cannot render one question and its answer"):
+        check_template(TEMPLATES["deepseek_r1"], TERMINATORS)
+    no_end = ChatTemplate("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+                          "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")  # fmt: skip
+    with pytest.raises(UserError, match="does not train the end of an answer"):
+        check_template(no_end, TERMINATORS)
+
+
+# ------------------------------------------------------------------------------------------------- twins of stock templates
+
+
+@pytest.mark.skipif("MINISFT_STOCK_TEMPLATES" not in os.environ, reason="no folder of stock templates is given")
+def test_twins_render_as_the_stock_templates():
+    """On a folder of stock templates: each twin renders the same bytes wherever the stock one is well-behaved, and masks
+    the same answers as prefix differences do."""
+    known = 0
+    tokens = (("bos_token", "<bos>"), ("eos_token", "<eos>"))
+    for path in sorted(Path(os.environ["MINISFT_STOCK_TEMPLATES"]).glob("*.jinja")):
+        stock = ChatTemplate(path.read_text(encoding="utf-8"), tokens)
+        if tagged_twin(stock.text) is None:
+            continue
+        known += 1
+        for name in ("system", "turns", "whitespace", "control", "unicode"):
+            try:
+                rendered = render(stock, CONVERSATIONS[name])
+            except RowError:
+                continue  # Gemma 1 takes no system turn
+            (document,) = render_conversation(stock, CONVERSATIONS[name])
+            assert document.strategy == "known" and document.text == rendered, path.name
+            turns = render_conversation(stock, CONVERSATIONS[name], masking=Masking(multi_turn="per_turn"))
+            for ours, alone in zip(trained(document), turns, strict=True):
+                assert trained(alone)[0].startswith(ours) and trained(alone)[0][len(ours) :].strip() in ("", "<eos>")
+    assert known == len(STOCK)
+
+
+def test_a_twin_is_used_only_where_it_renders_the_same(monkeypatch):
+    """Here the twin of a template that treats one question in its own way."""
+    text = TEMPLATES["granite"].text.replace("+ m.content }}", "+ m.content + ('!' if m.content == '2' else '') }}")
+    twin = (
+        "{%- for m in messages %}{{- '<|start_of_role|>' + m.role + '<|end_of_role|>' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{- m.content + '<|end_of_text|>' }}{% endgeneration %}{% else %}{{- m.content + '<|end_of_text|>' }}"
+        "{% endif %}{{- '\n' }}{%- endfor %}"
+    )
+    monkeypatch.setattr(masks, "tagged_twin", lambda stock: twin if stock == text else None)
+    template = ChatTemplate(text)
+    strategies = {}
+    for name in ("system", "turns", "whitespace"):
+        (document,) = render_conversation(template, CONVERSATIONS[name])
+        strategies[name] = document.strategy
+        assert document.text == render(template, CONVERSATIONS[name])
+        assert all(part.endswith("<|end_of_text|>") for part in trained(document))
+    assert strategies == {"system": "known", "turns": "prefix", "whitespace": "known"}
+
+
+# ------------------------------------------------------------------------------------------------- kinds
+
+
+def kinds(document) -> list[tuple[str, int]]:
+    bytes_ = [0] * len(document.text)
+    for start, end, byte in document.spans:
+        bytes_[start:end] = [byte & KIND_MASK] * (end - start)
+    borders = [0, *(i for i, (a, b) in enumerate(pairwise(bytes_), 1) if a != b), len(bytes_)]
+    return [(document.text[a:b], bytes_[a]) for a, b in pairwise(borders)]
+
+
+def test_kinds_of_everything():
+    (document,) = render_conversation(TEMPLATES["granite"], CONVERSATIONS["tools"], tools=TOOLS)
+    found = kinds(document)
+    call = '<|tool_call|>{"name": "add", "arguments": {"x": [1, 2]}}'
+    assert [pair for pair in found if pair[1] in (USER, TOOL_CALL, TOOL, ANSWER, TERMINATOR)] == [
+        ("1+2?", USER), (call, TOOL_CALL), ("<|end_of_text|>", TERMINATOR), ("3", TOOL), ("It is 3.", ANSWER),
+        ("<|end_of_text|>", TERMINATOR),
+    ]  # fmt: skip
+    last = render_conversation(TEMPLATES["qwen3"], CONVERSATIONS["reasoning"])[-1]
+    assert ("<think>\nhard\n</think>", REASONING) in kinds(last)
+    (document,) = render_conversation(TEMPLATES["llama3"], CONVERSATIONS["system"])
+    assert ("Be brief.", SYSTEM) in kinds(document)
+
+
+def test_reasoning_is_trained_masked_or_stripped():
+    messages = CONVERSATIONS["reasoning"][2:]
+    said = {}
+    for how in ("train", "mask", "strip"):
+        (document,) = render_conversation(TEMPLATES["qwen3"], messages, masking=Masking(reasoning=how))
+        said[how] = bracketed(document).partition("<|im_start|>assistant\n")[2]
+    assert said["train"] == "[[<think>\nhard\n</think>\n\n6<|im_end|>]]\n"
+    assert said["mask"] == "<think>\nhard\n</think>[[\n\n6<|im_end|>]]\n"
+    assert "hard" not in said["strip"] and said["strip"].endswith("6<|im_end|>]]\n")
+    inline = [user("2+2?"), assistant("<think>\neasy\n</think>\n\n4")]
+    (document,) = render_conversation(TEMPLATES["chatml"], inline, masking=Masking(reasoning="mask"))
+    assert bracketed(document).endswith("<think>\neasy\n</think>[[\n\n4<|im_end|>]]\n")
+    (document,) = render_conversation(TEMPLATES["chatml"], inline, masking=Masking(reasoning="strip"))
+    assert bracketed(document).endswith("assistant\n[[4<|im_end|>]]\n")
+
+
+# ------------------------------------------------------------------------------------------------- properties
+
+TEXT = st.text(st.sampled_from("ab <>|/\n\u00e4\U0001f600"), min_size=1, max_size=8).filter(str.strip)
+JOINT = ("chatml", "llama3", "granite", "smollm", "tagged_macro", "tulu")
+
+
+@st.composite
+def conversations(draw) -> list[dict]:
+    system = [{"role": "system", "content": draw(TEXT)}] if draw(st.booleans()) else []
+    count = draw(st.integers(1, 3))
+    return system + [m for _ in range(count) for m in (user(draw(TEXT)), assistant(draw(TEXT)))]
+
+
+def trained(document) -> list[str]:
+    return [part.partition("]]")[0] for part in bracketed(document).split("[[")[1:]]
+
+
+@given(st.sampled_from(JOINT), conversations(), st.sampled_from(["assistant", "last", "all"]))
+@settings(max_examples=150, deadline=None)
+def test_joint_and_turn_by_turn_train_the_same(name, messages, train_on):
+    template = TEMPLATES[name]
+    (joint,) = render_conversation(template, messages, masking=Masking(train_on))
+    assert joint.spans[0][:2] == (0, len(joint.text))  # everything has a kind
+    assert joint.text == render(template, messages)
+    if train_on == "all":
+        assert trained(joint) == [joint.text]
+        return
+    turns = render_conversation(template, messages, masking=Masking(train_on, multi_turn="per_turn"))
+    assert trained(joint) == [text for document in turns for text in trained(document)]
+    for document in turns:
+        prompt = render(template, messages[: document.end - 1], add_generation_prompt=True)
+        assert document.text.startswith(prompt + trained(document)[0])  # exactly what inference continues
+        answer = messages[document.end - 1]["content"]
+        assert answer.strip() in trained(document)[0]
+
+
+@given(st.sampled_from(JOINT), conversations(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_flags_and_weights_of_messages(name, messages, data):
+    flags = [data.draw(st.sampled_from([None, True, False])) for _ in messages]
+    weights = [data.draw(st.sampled_from([1.0, 0.5])) for _ in messages]
+    flagged = [
+        {**m, **({} if flag is None else {"train": flag}), "weight": weight}
+        for m, flag, weight in zip(messages, flags, weights)
+    ]
+    wanted = [m["role"] == "assistant" if flag is None else flag for m, flag in zip(messages, flags)]
+    assume(any(wanted))
+    (document,) = render_conversation(TEMPLATES[name], flagged)
+    (plain,) = render_conversation(TEMPLATES[name], messages)
+    assert document.text == plain.text
+    parts = trained(document)
+    told = [m["content"].strip() for m, on in zip(messages, wanted) if on]
+    assert all(a in "".join(parts) for a in told) and bool(parts) == any(wanted)
+    assert len(document.weights) == sum(on and weight != 1.0 for on, weight in zip(wanted, weights))
