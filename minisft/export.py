@@ -13,7 +13,14 @@ from minisft.prepare import Run
 
 
 def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """The model and its tokenizer as Hugging Face files."""
+    """The model and its tokenizer as Hugging Face files.
+
+    Whoever generates with them is to stop where the training data did: the end of an answer is often another token than
+    the EOS that the base model came with, and a model that is served without it never stops.
+    """
+    listed = run.model.generation_config.get("eos_token_id") or []
+    stops = run.tokenizer.stop_ids | set(listed if isinstance(listed, list) else [listed])
+    run.model.generation_config |= {"eos_token_id": sorted(stops)} if stops else {}
     save_model(run.model, folder, dtype=dtype)
     run.tokenizer.save(folder)
 

@@ -133,6 +133,8 @@ def test_generate_asks_as_the_training_data_did(tmp_path, template, layout):
     asked = read_manifest(result.model_dir)["prompt"]
     ids = generate.prompt_ids(load_tokenizer(result.model_dir), row["question"], asked)
     assert asked == layout
+    listed = json.loads((result.model_dir / "generation_config.json").read_text())["eos_token_id"]
+    assert set(listed) == load_tokenizer(result.model_dir).stop_ids  # whoever serves it stops where the answers ended
     assert ids == batch.input_ids[: batch.loss_rows[0] + 1].tolist()
 
 
