@@ -176,14 +176,18 @@ class CheckpointSection:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditSection:
-    """How much of the data may be wrong: largest shares, for `minisft audit` and, the first four, before every run."""
+    """Largest shares of what may be wrong, for `minisft audit` and, but for the last four, before every run; 1 = any."""
 
     max_no_label: float = option(0.05, "documents with nothing to train", at_least=0, at_most=1)
-    max_untrained_end: float = option(0.01, "answers whose end is not trained", at_least=0, at_most=1)
-    max_double_bos: float = option(0.0, "documents that begin with two BOS tokens", at_least=0, at_most=1)
-    max_cut_answer: float = option(0.5, "documents whose trained part is cut by max_length", at_least=0, at_most=1)
-    max_round_trip: float = option(1.0, "documents whose text is encoded to other tokens", at_least=0, at_most=1)
-    max_duplicate: float = option(0.5, "documents that are a copy of an earlier one", at_least=0, at_most=1)
+    max_lost_answer: float = option(0.05, "nothing left to train after the cut at max_length", at_least=0, at_most=1)
+    max_cut_answer: float = option(0.5, "a part of what is trained is lost to that cut", at_least=0, at_most=1)
+    max_too_long: float = option(1.0, "longer than max_length", at_least=0, at_most=1)
+    max_untrained_end: float = option(0.01, "an answer whose end is not trained", at_least=0, at_most=1)
+    max_double_bos: float = option(0.0, "two BOS tokens at the beginning", at_least=0, at_most=1)
+    max_control_token: float = option(1.0, "rows with a control token in a message", at_least=0, at_most=1)
+    max_straddling: float = option(1.0, "trained tokens that are only in part trained text", at_least=0, at_most=1)
+    max_round_trip: float = option(1.0, "text that is encoded to other tokens", at_least=0, at_most=1)
+    max_duplicate: float = option(0.5, "a copy of an earlier document", at_least=0, at_most=1)
     max_eval_overlap: float = option(0.0, "evaluation documents that are trained on too", at_least=0, at_most=1)
     max_eval_prompt_overlap: float = option(1.0, "the same, of their prompts only", at_least=0, at_most=1)
 

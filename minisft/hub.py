@@ -1,17 +1,25 @@
 """Downloads from the Hugging Face hub: the only place that uses the network, and only when a config names a repository.
 
-A download takes the files that are on the list below and nothing else: no code, no pickles, no copies of the weights in
+A download takes the files that are asked for by name and nothing else: no code, no pickles, no copies of the weights in
 other formats. The commit it came from is returned, so that a run can record it and a later one can ask for it.
+
+Nothing in here takes a part for the whole. huggingface_hub moves a file to its place when it has all of it; what is a
+whole model or data set we check ourselves, because a cache that a broken download left looks like a good one:
+
+    model, tokenizer   the files that it cannot do without are there: every shard that the index names
+    data set           the list of all files is kept in the cache, and a run takes all that it chooses from it, or fails
 
 huggingface_hub is imported when it is needed: local work does not wait for it.
 """
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import quote
 
 from minisft.errors import DATA, MODEL, UserError
-from minisft.files import read_json, write_json
+from minisft.files import make_folder, read_json, write_json
 
 # A star also matches slashes, so patterns such as *.safetensors would fetch whole folders of other formats.
 FILES = {
@@ -25,6 +33,7 @@ FILES = {
     "tokenizer": [
         "config.json",
         "tokenizer.json",
+        "tokenizer.[0-9]*.json",
         "tokenizer_config.json",
         "special_tokens_map.json",
         "added_tokens.json",
@@ -32,6 +41,13 @@ FILES = {
         "additional_chat_templates/*.jinja",
     ],
 }
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+DATA_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv", ".txt", ".tsv", ".gz", ".zst", ".zip", ".arrow")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+CONVERTED = "refs/convert/parquet"  # a branch where the hub keeps a data set as Parquet files
+
+
+# ------------------------------------------------------------------------------------------------- models, tokenizers
 
 
 def resolve(
@@ -41,8 +57,8 @@ def resolve(
 
     A folder that exists is returned as it is, with None. Everything else is a hub repository, "owner/name": its files
     at `revision` (branch, tag or commit; None = main) are taken from the local cache or downloaded. HF_HUB_OFFLINE=1 or
-    local_files_only stops downloads, HF_HOME says where the cache is, HF_TOKEN opens private repositories. Raises UserError
-    (exit code MODEL).
+    local_files_only stops downloads, HF_HOME says where the cache is, HF_TOKEN opens private repositories. Raises
+    UserError (exit code MODEL), also where the repository or the cache lacks a file that is needed.
     """
     folder = Path(path_or_repo).expanduser()
     if str(path_or_repo) and folder.is_dir():
@@ -61,100 +77,170 @@ def resolve(
             hint=f"give a folder with {FILES[kind][0]} in it, or a repository as owner/name",
             exit_code=MODEL,
         )
-    return _download(repo, revision, kind, local_files_only)
-
-
-def _download(repo: str, revision: str | None, kind: str, local_files_only: bool) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(
-            snapshot_download(repo, revision=revision, allow_patterns=FILES[kind], local_files_only=local_files_only)
-        )
-        return folder, folder.name  # .../snapshots/<commit sha>
+        options = {"allow_patterns": FILES[kind], "local_files_only": local_files_only}
+        folder = Path(snapshot_download(repo, revision=revision, **options))  # .../snapshots/<commit sha>
     except Exception as error:  # broken connections and full disks: their classes differ by version and transport
-        raise _user_error(error, repo, revision, kind) from None
+        raise _user_error(error, repo, revision, MODEL) from None
+    if missing := _missing(folder, kind):
+        raise _incomplete(repo, folder.name, missing, local_files_only)
+    return folder, folder.name
+
+
+def _missing(folder: Path, kind: str) -> list[str]:
+    """The names of files that a snapshot cannot do without and does not have."""
+    if kind == "tokenizer":
+        needed = ["tokenizer.json"]
+    elif (folder / "model.safetensors").exists() or not (folder / "model.safetensors.index.json").exists():
+        needed = ["config.json", "model.safetensors"]
+    else:
+        index = read_json(folder / "model.safetensors.index.json", exit_code=MODEL)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        shards = weight_map.values() if isinstance(weight_map, dict) else []  # load.py says what is wrong with it
+        needed = ["config.json", *sorted({shard for shard in shards if isinstance(shard, str)})]
+    return [name for name in needed if not (folder / name).exists()]
+
+
+def _incomplete(repo: str, commit: str, missing: list[str], local_files_only: bool) -> UserError:
+    """Whether the repository lacks the files, or only the copy in the cache."""
+    from huggingface_hub import HfApi, constants
+
+    listed = None
+    if not local_files_only and not constants.HF_HUB_OFFLINE:
+        with suppress(Exception):  # then it stays unknown
+            listed = HfApi().list_repo_files(repo, revision=commit)
+    if listed is None or all(name in listed for name in missing):
+        problem = f"{repo} at {commit}: the local cache has only a part of it, without {', '.join(missing)}"
+        return UserError(problem, hint="start once with a connection, to download the rest", exit_code=MODEL)
+    if missing == ["model.safetensors"] and (pickles := [name for name in listed if name.endswith(PICKLES)]):
+        problem = f"{repo} has its weights only as {', '.join(pickles[:3])}: opening such files can run code"
+        hint = (
+            "only safetensors are read; look for a converted copy in the repository's pull requests (revision = "
+            '"refs/pr/1"), or convert it once with transformers: from_pretrained(repo), then save_pretrained(folder)'
+        )
+    elif missing == ["tokenizer.json"]:
+        problem = f"{repo} has no tokenizer.json; it has {_some(listed)}"
+        hint = "name another repository with the same tokenizer, or write one with transformers' save_pretrained"
+    else:
+        problem = f"{repo} has no {', '.join(missing)}; it has {_some(listed)}"
+        hint = "name the repository of a whole model in the safetensors format"
+    return UserError(problem, hint=hint, exit_code=MODEL)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 # ------------------------------------------------------------------------------------------------- data sets
 
 
 def is_repository_name(path: str) -> bool:
-    """Whether a path is shaped like owner/name and nothing local is there."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path, re.ASCII)) and not os.path.exists(path)
+    """Whether a path is shaped like owner/name, is no name of a data file, and nothing local is there."""
+    is_shaped = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path, re.ASCII) and not path.endswith(DATA_SUFFIXES)
+    return bool(is_shaped) and not os.path.exists(path)
 
 
 def list_dataset(repo: str, revision: str | None, *, local_files_only: bool = False) -> tuple[list[str], str]:
-    """(paths of all files, commit sha) of a data set repository at `revision`.
+    """(paths of all files, commit sha) of a data set repository at `revision` (None = main).
 
-    The list of an earlier call is kept in the hub's cache folder. It is taken without asking where `revision` is a commit
-    (whose files never change), with local_files_only, and where the hub is offline. Raises UserError (exit code DATA).
+    The list is kept in the hub's cache folder. It is taken from there where `revision` is a commit, whose files never
+    change, with local_files_only, and with HF_HUB_OFFLINE=1. Without a branch CONVERTED its list is empty. Raises
+    UserError (exit code DATA).
     """
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RevisionNotFoundError
 
-    kept = (
-        Path(constants.HF_HOME)
-        / "minisft"
-        / f"{repo.replace('/', '--')}@{(revision or 'main').replace('/', '--')}.json"
-    )
+    folder = Path(constants.HF_HUB_CACHE) / f"datasets--{repo.replace('/', '--')}" / "minisft"
+    name = quote(revision or "main", safe="")
     is_local = local_files_only or constants.HF_HUB_OFFLINE
-    if kept.exists() and (is_local or re.fullmatch(r"[0-9a-f]{40}", revision or "")):
-        listing = read_json(kept)
+    if (is_local or COMMIT.fullmatch(name)) and (folder / f"{name}.json").exists():
+        listing = read_json(folder / f"{name}.json")
         return listing["files"], listing["commit"]
     if is_local:
         raise UserError(
-            f"{repo}{f' at {revision}' if revision else ''}: no such local path, not in the local cache, and the hub is offline",
-            hint="start once with a connection; or name local files",
+            f"{repo}{f' at {revision}' if revision else ''}: no such local path, not in the local cache, "
+            "and downloads are switched off",
+            hint="start once with a connection, or name local files",
             exit_code=DATA,
         )
     try:
-        info = HfApi().dataset_info(repo, revision=revision)
+        commit = HfApi().dataset_info(repo, revision=revision, expand=["sha"]).sha
+        files = sorted(HfApi().list_repo_files(repo, revision=commit, repo_type="dataset"))
     except Exception as error:
-        raise _user_error(error, repo, revision, "dataset") from None
-    listing = {"files": sorted(file.rfilename for file in info.siblings or []), "commit": info.sha}
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    for name in {revision or "main", info.sha}:
-        write_json(kept.with_name(f"{repo.replace('/', '--')}@{name.replace('/', '--')}.json"), listing)
-    return listing["files"], listing["commit"]
+        if isinstance(error, RevisionNotFoundError) and revision == CONVERTED:
+            return [], ""
+        raise _user_error(error, repo, revision, DATA) from None
+    with suppress(OSError):  # a cache that cannot be written may still be read
+        make_folder(folder)
+        for kept in (folder / f"{name}.json", folder / f"{commit}.json"):
+            temporary = kept.with_suffix(f".{os.getpid()}")
+            write_json(temporary, {"commit": commit, "files": files})
+            os.replace(temporary, kept)  # whole or not at all, also where several processes do it
+    return files, commit
 
 
 def download_dataset(repo: str, commit: str, files: list[str], *, local_files_only: bool = False) -> list[Path]:
-    """Local paths of files of a data set repository, from the cache or downloaded; each is whole or an error.
+    """Local paths of files of a data set repository, from the cache or downloaded; each is whole.
 
     Raises UserError (exit code DATA).
     """
     from huggingface_hub import hf_hub_download
 
-    paths = []
-    for file in files:
-        try:
-            options = {"repo_type": "dataset", "revision": commit, "local_files_only": local_files_only}
-            paths.append(Path(hf_hub_download(repo, file, **options)))
-        except Exception as error:
-            raise _user_error(error, f"{repo}/{file}", commit, "dataset") from None
-    return paths
+    options = {"repo_type": "dataset", "revision": commit, "local_files_only": local_files_only}
+    try:
+        return [Path(hf_hub_download(repo, file, **options)) for file in files]
+    except Exception as error:
+        raise _user_error(error, repo, commit, DATA) from None
 
 
-def _user_error(error: Exception, repo: str, revision: str | None, kind: str) -> UserError:
-    """What went wrong with the hub, for people."""
+def read_card(repo: str, commit: str, *, local_files_only: bool = False) -> dict:
+    """What stands in the YAML at the top of a data set's README.md. Raises UserError (exit code DATA)."""
+    from huggingface_hub import DatasetCard
+
+    (path,) = download_dataset(repo, commit, ["README.md"], local_files_only=local_files_only)
+    text = path.read_text("utf-8", errors="replace").lstrip("\ufeff")
+    if not text.lstrip().startswith("---"):
+        return {}
+    try:
+        return DatasetCard(text, ignore_metadata_errors=True).data.to_dict()
+    except Exception as error:  # of the YAML reader that huggingface_hub brings
+        problem = f"{repo}: the YAML at the top of its README.md cannot be read: {' '.join(str(error).split())[:200]}"
+        raise UserError(problem, hint="name the files by data_files", exit_code=DATA) from None
+
+
+# ------------------------------------------------------------------------------------------------- what went wrong
+
+
+def _user_error(error: Exception, repo: str, revision: str | None, exit_code: int) -> UserError:
     from huggingface_hub import errors
 
+    is_miss = isinstance(error, errors.LocalEntryNotFoundError)
+    if is_miss and error.__cause__ and not isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+        error = error.__cause__  # why the hub could not be asked
     where = f"{repo} at revision {revision}" if revision else repo
-    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    page = f"https://huggingface.co/{'datasets/' if exit_code == DATA else ''}{repo}"
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    is_refused = status == 403 or status == 401 and "credentials" in response.headers.get("X-Error-Message", "")
     if isinstance(error, errors.HFValidationError):
-        problem, hint = f"{repo!r} is not a valid repository name ({error})", "give a local folder or owner/name"
+        problem, hint = f"{repo!r} is not a valid repository name ({error})", "give a local path or owner/name"
     elif isinstance(error, errors.GatedRepoError):
         problem, hint = f"{repo} is gated", f"accept its terms on {page} and set HF_TOKEN"
     elif isinstance(error, errors.RevisionNotFoundError):
         problem, hint = f"{repo} has no revision {revision!r}", "give a branch, a tag or a full commit sha"
-    elif status == 401 and "Invalid" in str(error):
-        problem, hint = f"{where}: the hub refuses the token in HF_TOKEN", "make a new one, or unset it for public data"
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        problem, hint = f"no hub repository {repo!r}, and no such local path", "check the name; private: set HF_TOKEN"
+    elif isinstance(error, errors.RepositoryNotFoundError) or (status == 401 and not is_refused):
+        problem = f"no hub repository {repo!r} that may be seen, and no such local path"
+        hint = "check the name; for a private one set HF_TOKEN"
+    elif is_refused:
+        what = "refuses the token" if status == 401 else "does not let this token read it"
+        problem = f"{where}: the hub {what} (HF_TOKEN, or that of `hf auth login`)"
+        hint = "make a new token with the right to read it; none is needed for what is public: unset HF_TOKEN"
     elif isinstance(error, errors.LocalEntryNotFoundError):
-        problem = f"{where}: no such local path, not in the local cache, and the hub is offline or out of reach"
-        hint = f"check the path; or download it once with a connection: hf download {repo}"
+        problem = f"{where}: no such local path, not all of it in the local cache, and downloads are switched off"
+        hint = "check the path, or start once with a connection, without HF_HUB_OFFLINE and local_files_only"
     else:
-        problem, hint = f"{where} could not be downloaded: {str(error)[:300]}", "try again; what has arrived is kept"
-    return UserError(problem, hint=hint, exit_code=DATA if kind == "dataset" else MODEL)
+        problem = f"{where} could not be downloaded: {' '.join(str(error).split())[:300] or type(error).__name__}"
+        hint = "try again: files that have arrived are kept; local_files_only takes what is there and asks nobody"
+    return UserError(problem, hint=hint, exit_code=exit_code)

@@ -33,13 +33,8 @@ from minisft.optim import LossScale, build_optimizer
 from minisft.schedule import num_warmup_steps, total_steps
 
 OBJECTIVES = {"sft": sft}
-TOLD_ELSEWHERE = (
-    "no_label",
-    "too_long",
-    "cut_answer",
-    "control_token",
-    "straddling",
-)  # in the account or the description
+# Findings whose numbers are in the account of the rows or the description of the cache.
+TOLD_ELSEWHERE = ("no_label", "lost_answer", "too_long", "control_token", "straddling")
 ROUND_TO = (
     64  # tokens and targets of a batch are filled up to a multiple: few shapes, so few kernels to set up and keep
 )
@@ -217,7 +212,7 @@ def read_documents(
     cache = documents.cache
     lines = [*cache.describe(), *account.lines(), f"tokens {cache.note} in {cache.folder}"]
     limits = asdict(config.audit)
-    for finding in quick_findings(documents, tokenizer, config.data.max_length):
+    for finding in quick_findings(cache, tokenizer, cut_length(config.data, packing), config.data.truncation):
         if finding.exceeds(limits):
             raise UserError(
                 f"{title}: {finding}",
@@ -248,14 +243,23 @@ def open_documents(sources: list, config: Config, tokenizer: Tokenizer, packing:
         options=format_options(data),
         local_files_only=config.model.local_files_only,
     )
-    strategy = data.packing_strategy if packing else "none"
     return select_documents(
         cache,
-        max_length=None if strategy in ("bfd_split", "wrapped") else data.max_length,  # these two cut nothing off
-        split_at=data.max_length if strategy == "bfd_split" else None,
+        max_length=cut_length(data, packing),
+        split_at=split_length(data, packing),
         truncation=data.truncation,
         seed=config.train.seed,
     )
+
+
+def cut_length(data: DataSection, packing: bool) -> int | None:
+    """Where longer documents are cut; None where packing takes all of them, in pieces."""
+    return None if packing and data.packing_strategy in ("bfd_split", "wrapped") else data.max_length
+
+
+def split_length(data: DataSection, packing: bool) -> int | None:
+    """Of what length these pieces are, where it is the same in every epoch."""
+    return data.max_length if packing and data.packing_strategy == "bfd_split" else None
 
 
 def titled(title: str, lines: list[str]) -> list[str]:

@@ -1,124 +1,189 @@
-"""A small server that speaks the hub's API as huggingface_hub calls it, over the files of a folder.
+"""A hub for tests: serves folders as repositories, with the part of the Hugging Face hub's API that downloads use.
 
-    <root>/models/<owner>/<name>/<revision>/...      <root>/datasets/<owner>/<name>/<revision>/...
+    GET  /api/models/owner/name[/revision/REV]            the commit of a revision        (datasets likewise)
+    GET  /api/models/owner/name/tree/REV?recursive=True   its files, PAGE entries a page, the next page in a Link header
+    HEAD, GET /owner/name/resolve/REV/PATH                one file; /datasets/owner/name/... ; large ones by a redirect
 
-A revision's commit is the sha1 of its name. Repositories named private-... need the token "good", gated-... are gated. A
-file in `cut_once` is cut off in the middle the first time that it is asked for.
+It checks tokens, hides private repositories, can break off a file in the middle, and keeps a log of every request.
 """
 
 import json
-import threading
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
+from threading import Thread
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+PAGE = 3  # entries a page; the hub has 1000
+LARGE = 4096  # files from this size on are redirected to another address, as the hub does
+TOKEN = "hf_right"
+ROUTE = re.compile(
+    r"/(?P<api>api/)?(?:(?P<type>models|datasets)/)?(?P<name>[^/]+/[^/]+)"
+    r"(?:/(?P<what>revision|tree|resolve|large)/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?"
+)
 
 
-def commit_of(repository: str, revision: str) -> str:
-    return sha1(f"{repository}@{revision}".encode()).hexdigest()
+@dataclass
+class Repository:
+    """Commits are folders; a revision is the name of one."""
+
+    revisions: dict[str, Path] = field(default_factory=dict)
+    access: str = "public"  # "private", "gated", "forbidden"
+
+    def commit(self, revision: str) -> tuple[str, Path] | None:
+        """(sha, folder): the sha is made from the names and bytes of the files."""
+        for name, folder in self.revisions.items():
+            files = [
+                (p.relative_to(folder).as_posix(), p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()
+            ]
+            sha = sha1(repr(files).encode()).hexdigest()
+            if revision in (name, sha):
+                return sha, folder
+        return None
 
 
-class HubServer:
-    """Serves until `close`. `log` holds (method, path) of every request."""
+@dataclass
+class Hub:
+    repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)  # (type, owner/name)
+    log: list[str] = field(default_factory=list)  # "GET /path"
+    break_off: dict[str, int] = field(default_factory=dict)  # path of a file -> how many times it breaks in the middle
+    fail: set[str] = field(default_factory=set)  # paths of files that answer 500 after they have broken off
+    endpoint: str = ""
 
-    def __init__(self, root: Path):
-        self.root, self.log, self.cut_once = root, [], set()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.server.daemon_threads = True
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
-        self.thread.start()
+    def add(self, type: str, name: str, folder: Path, revision: str = "main", access: str = "public") -> str:
+        """Serve a folder; returns its commit."""
+        repository = self.repositories.setdefault((type, name), Repository())
+        repository.revisions[revision], repository.access = folder, access
+        return repository.commit(revision)[0]
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}"
+    def downloads(self) -> list[str]:
+        """Names of the files that were fetched, in order of the requests."""
+        return [line.rpartition("/")[2] for line in self.log if re.match("GET .*/(resolve|large)/", line)]
 
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
 
-    def _handler(self):
-        hub = self
+@contextmanager
+def serve():
+    """A Hub that listens on a free port of this machine."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = False  # they are joined, so that no socket outlives the server
+    server.hub = hub
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
 
-            def log_message(self, *args):
-                pass
+class Handler(BaseHTTPRequestHandler):
+    """One request a connection (HTTP/1.0)."""
 
-            def do_HEAD(self):
-                self._answer(with_body=False)
+    def log_message(self, *arguments) -> None:  # not on stderr
+        pass
 
-            def do_GET(self):
-                self._answer(with_body=True)
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
-            def _answer(self, with_body: bool) -> None:
-                path = unquote(self.path.partition("?")[0]).strip("/")
-                hub.log.append((self.command, path))
-                is_api = path.startswith("api/")
-                parts = path.removeprefix("api/").split("/")
-                kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
-                repository, rest = "/".join(parts[:2]), parts[2:]
-                folder = hub.root / kind / repository
-                token = self.headers.get("Authorization")
-                if token not in (None, "Bearer good"):
-                    return self._fail(401, "Invalid credentials in Authorization header", None)
-                if not folder.is_dir() or "/private-" in f"/{parts[1]}" and token is None:
-                    return self._fail(401, "Repository not found", "RepoNotFound")
-                if parts[1].startswith("gated-"):
-                    return self._fail(403, "Access to this repository is restricted", "GatedRepo")
-                revision, files = self._revision(folder, repository, "/".join(rest[1:]) if rest else "main")
-                if revision is None:
-                    return self._fail(404, "Revision not found", "RevisionNotFound")
-                commit = commit_of(repository, revision)
-                if is_api:
-                    names = sorted(p.relative_to(files).as_posix() for p in files.rglob("*") if p.is_file())
-                    if rest[:1] == ["tree"]:
-                        sizes = {name: (files / name).stat().st_size for name in names}
-                        tree = [{"type": "file", "path": n, "size": size, "oid": "0" * 40} for n, size in sizes.items()]
-                        return self._send(json.dumps(tree).encode(), "application/json", {}, with_body)
-                    info = {"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in names]}
-                    return self._send(json.dumps(info).encode(), "application/json", {}, with_body)
-                file = files / self.path_in_repository
-                if not file.is_file():
-                    return self._fail(404, "Entry not found", "EntryNotFound")
-                data = file.read_bytes()
-                headers = {"X-Repo-Commit": commit, "ETag": f'"{sha1(data).hexdigest()}"', "Accept-Ranges": "bytes"}
-                start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
-                if with_body and file.name in hub.cut_once:
-                    hub.cut_once.discard(file.name)
-                    self._send(data[start:], "application/octet-stream", headers, with_body, cut=True)
-                    return None
-                return self._send(
-                    data[start:], "application/octet-stream", headers, with_body, status=206 if start else 200
-                )
+    def do_GET(self) -> None:
+        hub: Hub = self.server.hub
+        url = urlsplit(self.path)
+        hub.log.append(f"{self.command} {unquote(url.path)}")
+        route = ROUTE.fullmatch(url.path)
+        if not route:
+            return self.refuse(404, "EntryNotFound", f"no route {url.path}")
+        type, revision = route["type"] or "models", unquote(route["revision"] or "main")
+        repository = hub.repositories.get((type, route["name"]))
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token and token != TOKEN:
+            return self.refuse(401, None, "Invalid credentials in Authorization header")
+        if not token and (repository is None or repository.access == "private"):
+            return self.refuse(401, None, "Invalid username or password.")
+        if repository is None:
+            return self.refuse(404, "RepoNotFound", "Repository not found")
+        if repository.access == "gated" and route["what"] != "revision" and route["what"] is not None:
+            return self.refuse(403, "GatedRepo", "Access to this repository is restricted")
+        if repository.access == "forbidden":
+            return self.refuse(403, None, "You do not have permission")
+        found = repository.commit(revision)
+        if found is None:
+            return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        commit, folder = found
+        if route["what"] in (None, "revision"):
+            return self.answer({"id": route["name"], "sha": commit, "private": False, "siblings": []})
+        if route["what"] == "tree":
+            return self.tree(folder, url)
+        path = folder / unquote(route["path"])
+        if not path.is_file():
+            return self.refuse(404, "EntryNotFound", "Entry not found")
+        prefix = "" if type == "models" else "/datasets"
+        place = f"{hub.endpoint}{prefix}/{route['name']}/large/{commit}/{quote(route['path'])}"
+        self.file(path, commit, place if route["what"] == "resolve" and path.stat().st_size >= LARGE else None)
 
-            def _revision(self, folder: Path, repository: str, wanted: str):
-                """The revision that the words after the repository begin with: a name, or a commit; then its folder."""
-                self.path_in_repository = ""
-                for revision in sorted(
-                    p.relative_to(folder).as_posix() for p in folder.rglob("*") if (p / ".revision").exists()
-                ):
-                    for name in (revision, commit_of(repository, revision)):
-                        if wanted == name or wanted.startswith(name + "/"):
-                            self.path_in_repository = wanted[len(name) + 1 :]
-                            return revision, folder / revision
-                return None, None
+    def answer(self, value: object, **headers: str) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        for name, text in headers.items():
+            self.send_header(name, text)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
-            def _send(self, data, kind, headers, with_body, status=200, cut=False) -> None:
-                self.send_response(status)
-                for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if with_body:
-                    self.wfile.write(data[: len(data) // 2] if cut else data)
-                if cut:
-                    self.close_connection = True
+    def refuse(self, status: int, code: str | None, message: str) -> None:
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", message)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
-            def _fail(self, status: int, message: str, code: str | None) -> None:
-                headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-                self._send(
-                    json.dumps({"error": message}).encode(), "application/json", headers, self.command == "GET", status
-                )
+    def tree(self, folder: Path, url) -> None:
+        entries = []
+        for path in sorted(folder.rglob("*")):
+            entry = {"path": path.relative_to(folder).as_posix(), "type": "directory", "oid": "0" * 40, "size": 0}
+            if path.is_file():
+                size, digest = path.stat().st_size, sha1(path.read_bytes()).hexdigest()
+                entry |= {"type": "file", "oid": digest, "size": size}
+                if size >= LARGE:
+                    entry["lfs"] = {"oid": digest, "size": size, "pointerSize": 130}
+            entries.append(entry)
+        first = int(parse_qs(url.query).get("cursor", ["0"])[0])
+        headers = {}
+        if first + PAGE < len(entries):
+            address = f"{self.server.hub.endpoint}{url.path}?recursive=True&cursor={first + PAGE}"
+            headers["Link"] = f'<{address}>; rel="next"'
+        self.answer(entries[first : first + PAGE], **headers)
 
-        return Handler
+    def file(self, path: Path, commit: str, place: str | None) -> None:
+        """The bytes of a file, from the byte on that Range asks for; or where they are."""
+        hub, data = self.server.hub, path.read_bytes()
+        digest, name = f'"{sha1(data).hexdigest()}"', str(path)
+        headers = {"X-Repo-Commit": commit, "ETag": digest, "Accept-Ranges": "bytes"}
+        if place:
+            headers |= {"Location": place, "X-Linked-Size": str(len(data)), "X-Linked-ETag": digest}
+            status, data = 302, b""
+        else:
+            asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            first, status = (int(asked[1]), 206) if asked else (0, 200)
+            headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+            data = data[first:]
+        if self.command == "GET" and not place and not hub.break_off.get(name) and name in hub.fail:
+            return self.refuse(500, None, "Internal error")
+        self.send_response(status)
+        for key, text in headers.items():
+            self.send_header(key, text)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "HEAD" or place:
+            return
+        if hub.break_off.get(name):
+            hub.break_off[name] -= 1
+            data = data[: len(data) // 2]
+        self.wfile.write(data)

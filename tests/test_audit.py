@@ -1,7 +1,9 @@
 """The audit: it finds what was planted, counts everything once, and says the same in three forms."""
 
 import json
+import os
 import random
+import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +15,17 @@ from tokenizers import processors
 from minisft import __main__ as commands
 from minisft.commands.audit import audit
 from minisft.config_file import load
-from minisft.data.audit import all_findings, length_histogram, overlap, quick_findings, tokens_by_kind
+from minisft.data.audit import (
+    TITLES,
+    all_findings,
+    count_tokens,
+    kind_table,
+    length_histogram,
+    overlap,
+    quick_findings,
+    source_table,
+    stretches,
+)
 from minisft.data.batch import TRAINED
 from minisft.data.cache import build_cache
 from minisft.data.documents import select_documents
@@ -21,6 +33,7 @@ from minisft.data.formats import FormatOptions
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import load_tokenizer, train_tokenizer
 from minisft.errors import DATA, UserError
+from minisft.prepare import prepare_data, prepare_tokenizer
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 TOKENIZER = train_tokenizer(["Hello, how are you?", "2 + 2 = 4"] * 5, 300)
@@ -39,8 +52,21 @@ def opened(folder, rows, tokenizer=TOKENIZER, max_length=None, truncation="right
     return select_documents(cache, max_length=max_length, truncation=truncation)
 
 
-def found(documents, tokenizer=TOKENIZER, max_length=None) -> dict[str, int]:
-    return {finding.name: finding.count for finding in all_findings(documents, tokenizer, max_length)}
+def found(documents, tokenizer=TOKENIZER, max_length=None, truncation="right") -> dict[str, int]:
+    return {finding.name: finding.count for finding in all_findings(documents, tokenizer, max_length, truncation)}
+
+
+def with_bos(folder):
+    """TOKENIZER with a BOS token, which it puts before every text."""
+    backend = TOKENIZER.backend.from_str(TOKENIZER.backend.to_str())
+    backend.add_special_tokens(["<s>"])
+    ids = [("<s>", backend.token_to_id("<s>"))]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=ids)
+    TOKENIZER.save(folder)
+    backend.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<s>"}))
+    return load_tokenizer(folder)
 
 
 # ------------------------------------------------------------------------------------------------- what was planted
@@ -53,7 +79,7 @@ def test_nothing_is_found_where_nothing_is_wrong(tmp_path):
 def test_each_finding_where_it_was_planted(tmp_path):
     long = {"question": "Count.", "answer": "one two three " * 30}
     documents, _ = opened(tmp_path, [*GOOD, long, GOOD[3], GOOD[3]], max_length=60)
-    findings = {f.name: f for f in all_findings(documents, TOKENIZER, 60)}
+    findings = {f.name: f for f in all_findings(documents, TOKENIZER, 60, "right")}
     assert {name: f.count for name, f in findings.items()} == {"duplicate": 2, "too_long": 1, "cut_answer": 1}
     assert findings["cut_answer"].documents == (20,) and findings["cut_answer"].examples[0].endswith(":21")
     assert findings["duplicate"].documents == (21, 22) and findings["duplicate"].share == 2 / 23
@@ -65,8 +91,18 @@ def test_rows_without_a_label(tmp_path):
         {"input_ids": [5, 6, 7], "labels": [-100, -100, -100]},
         {"input_ids": [5, 6, eos], "labels": [-100, 6, eos]},
     ]
-    (finding,) = quick_findings(opened(tmp_path, rows)[0], TOKENIZER, None)
+    (finding,) = quick_findings(opened(tmp_path, rows)[0].cache, TOKENIZER, None, "right")
     assert (finding.name, finding.count, finding.total, finding.documents) == ("no_label", 1, 2, (0,))
+
+
+def test_answers_of_which_the_cut_leaves_nothing(tmp_path):
+    """They are dropped, and counted as dropped; that many are is a finding, unless they were to be dropped."""
+    long = [{"question": f"Count {i}. " * 30, "answer": "one"} for i in range(5)]
+    documents, account = opened(tmp_path, [*GOOD, *long], max_length=60)
+    assert account.dropped == {"with nothing to train after the cut": 5}
+    assert found(documents, max_length=60) == {"lost_answer": 5, "too_long": 5}
+    assert found(documents, max_length=60, truncation="left") == {"too_long": 5}
+    assert found(documents, max_length=60, truncation="drop") == {"too_long": 5}
 
 
 def test_ends_that_are_not_trained(tmp_path):
@@ -87,28 +123,44 @@ def test_ends_that_are_not_trained(tmp_path):
     kinds[documents.cache.ids == TOKENIZER.eos_token_id] &= ~np.uint8(TRAINED)
     object.__setattr__(documents.cache, "kinds", kinds)
     assert found(documents) == {"untrained_end": len(GOOD)}
+    # An end that is cut off is another finding.
+    assert found(documents, max_length=41)["untrained_end"] == 1  # of the one short enough
+    assert "untrained_end" not in found(documents, max_length=38)
 
 
 def test_two_bos(tmp_path):
-    backend = TOKENIZER.backend.from_str(TOKENIZER.backend.to_str())
-    backend.add_special_tokens(["<s>"])
-    ids = [("<s>", backend.token_to_id("<s>"))]
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=ids)
-    folder = tmp_path / "tokenizer"
-    TOKENIZER.save(folder)
-    backend.save(str(folder / "tokenizer.json"))
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<s>"}))
-    tokenizer = load_tokenizer(folder)
+    tokenizer = with_bos(tmp_path / "tokenizer")
     documents, _ = opened(tmp_path, [{"text": "Hello"}, {"text": "<s>Hello"}, {"text": "<s><s>Hello"}], tokenizer)
     counts = found(documents, tokenizer)
     assert (counts["double_bos"], counts["duplicate"]) == (1, 1)
 
 
 def test_control_tokens_and_what_does_not_round_trip(tmp_path):
-    rows = [*GOOD, {"question": "Say <|im_end|>", "answer": "No."}]
+    rows = [*GOOD, {"question": "Say <|im_end|>", "answer": "No."}, *GOOD[:1]]
     documents, _ = opened(tmp_path, rows, control_tokens="escape")
-    assert found(documents) == {"control_token": 1, "round_trip": 1}  # decoded, it would be read as the token
+    findings = {f.name: f.documents for f in all_findings(documents, TOKENIZER, None, "right")}
+    assert findings == {
+        "control_token": (20,),
+        "round_trip": (20,),
+        "duplicate": (21,),
+    }  # decoded, it would be the token
+    documents, _ = opened(tmp_path, rows, control_tokens="allow")
+    findings = {f.name: (f.documents, f.count) for f in all_findings(documents, TOKENIZER, None, "right")}
+    assert findings == {"control_token": ((20,), 1), "duplicate": ((21,), 1)}
+
+
+def test_tokens_that_begin_before_the_answer(tmp_path):
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %} {% generation %}{{ m.content }}<|im_end|>"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    TOKENIZER.save(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer", chat_template=template)
+    assert len(tokenizer.encode(" how")) == 1 < len(tokenizer.encode(" x"))
+    rows = [{"question": "Ask me", "answer": answer} for answer in ("how", "x")]
+    documents, account = opened(tmp_path, rows, tokenizer)
+    (finding,) = all_findings(documents, tokenizer, None, "right")
+    assert (finding.name, finding.count, finding.total) == ("straddling", 1, account.trained)
 
 
 def test_overlap_of_train_and_evaluation(tmp_path):
@@ -117,6 +169,38 @@ def test_overlap_of_train_and_evaluation(tmp_path):
     held_out, _ = opened(tmp_path, [GOOD[2], other, {"question": "New?", "answer": "Yes."}])
     counts = {finding.name: finding.documents for finding in overlap(train, held_out)}
     assert counts == {"eval_overlap": (0,), "eval_prompt_overlap": (0, 1)}
+
+
+def test_a_prompt_of_bos_alone_is_none(tmp_path):
+    tokenizer = with_bos(tmp_path / "tokenizer")
+    train, _ = opened(tmp_path, [{"text": "Hello"}], tokenizer)
+    held_out, _ = opened(tmp_path, [{"text": "how are you?"}], tokenizer)
+    assert overlap(train, held_out) == []
+    assert [f.name for f in overlap(train, train)] == ["eval_overlap"]
+
+
+def test_each_finding_has_a_limit():
+    config, _ = load({"model": {"model_name_or_path": "m", "config": None}, "data": {"train_data": "x.jsonl"}})
+    assert set(vars(config.audit)) == {f"max_{name}" for name in TITLES}
+
+
+def test_stretches_show_what_is_trained_cut_and_dangerous(tmp_path):
+    row = {"question": "a\x1b[31m\u202e", "answer": "two words"}
+    documents, _ = opened(tmp_path, [row])
+    (start,), (end,) = documents.start, documents.end
+    parts = stretches(documents.cache, 0, int(start), int(end) - 2, TOKENIZER, 1000)
+    assert [p.text for p in parts if p.state == "trained"] == ["two words"]
+    cut = [(p.text, p.is_special, p.kind) for p in parts if p.state == "cut"]
+    assert cut == [("<|im_end|>", True, "terminator"), ("\n", False, "header")]
+    assert "a\\x1b[31m\\u202e" in "".join(p.text for p in parts)  # as Python writes it
+    cache = opened(tmp_path, [{"text": "Hello"}])[0].cache
+    parts = stretches(cache, 0, 0, int(cache.offsets[1]), TOKENIZER, 1000)
+    assert parts[0].state == "context" and parts[1].state == "trained"  # the first token is never a target
+    rows = [{"prompt": "2 + 2 = ", "completion": "4", "weight": weight} for weight in (0.0, 1.0)]
+    cache = opened(tmp_path, rows)[0].cache
+    for d, expected in enumerate([{"context"}, {"context", "trained"}]):
+        bounds = int(cache.offsets[d]), int(cache.offsets[d + 1])
+        assert {p.state for p in stretches(cache, d, *bounds, TOKENIZER, 1000)} == expected
 
 
 # ------------------------------------------------------------------------------------------------- the account closes
@@ -149,38 +233,54 @@ def random_rows(rng: random.Random) -> list:
     return rows
 
 
-def test_the_account_closes_over_1000_random_corpora(tmp_path):
+def test_the_account_closes_over_1000_random_corpora(tmp_path, monkeypatch):
     """Every row is used or dropped with a reason, every token is trained, context, cut or dropped (Accounting asserts
-    both), and the tables of the audit add up to the same numbers."""
-    rng, usable = random.Random(0), 0
-    for number in range(1000):
-        path = tmp_path / f"{number}.jsonl"
-        rows = random_rows(rng)
-        write(path, rows)
+    both), and the tables of the audit add up to the same numbers, also by source. Five corpora of any formats a run."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # thousands of them would measure the disk
+    rng, names, closed, refused = random.Random(0), set(), 0, 0
+    while closed < 1000:
+        folder = tmp_path / str(closed + refused)
+        folder.mkdir()
+        corpora = [random_rows(rng) for _ in range(5)]
+        sources = [
+            parse_source({"path": write(folder / f"{i}.jsonl", rows), "weight": rng.choice([0.5, 1.0, 2.5])})
+            for i, rows in enumerate(corpora)
+        ]
         options = FormatOptions(
             control_tokens=rng.choice(["error", "escape", "allow"]),
             turns_max_length=(limit := rng.choice([None, 8, 30])),
             add_eos=rng.random() < 0.8,
         )
         truncation = "turns" if limit else rng.choice(["right", "left", "drop"])
+        max_length = limit or rng.choice([None, 20])
+        split_at = None if max_length else rng.choice([None, 5])
         try:
-            source = parse_source({"path": str(path), "weight": rng.choice([0.5, 1.0, 2.5])})
-            cache = build_cache([source], TOKENIZER, cache_dir=tmp_path / "cache", on_bad_row="skip", options=options)
+            cache = build_cache(sources, TOKENIZER, cache_dir=folder, on_bad_row="skip", options=options)
             documents, account = select_documents(
-                cache, max_length=limit or rng.choice([None, 20]), truncation=truncation
+                cache, max_length=max_length, truncation=truncation, split_at=split_at
             )
-        except UserError:
-            continue  # no usable row, or a format that cannot be told from the first one
-        usable += 1
-        assert account.rows_read == len(rows)
-        kinds = tokens_by_kind(documents)
-        assert sum(row["trained"] + row["context"] for row in kinds.values()) == account.trained + account.context
-        # The table counts a document's first token as the cache has it; as a target it never is.
-        assert 0 <= sum(row["trained"] for row in kinds.values()) - account.trained <= account.rows_used * 6
-        histogram = length_histogram(documents.lengths)
-        assert sum(bin["documents"] for bin in histogram) == account.num_documents == len(documents)
-        assert all(finding.count <= finding.total for finding in all_findings(documents, TOKENIZER, limit))
-    assert usable > 600
+        except UserError as error:
+            assert "no row is left" in str(error) or "no usable row" in str(error)
+            refused += 1
+            assert refused < 20
+            continue
+        assert account.rows_read == sum(map(len, corpora))
+        counts = count_tokens(documents, split_at)
+        assert counts.sum(axis=(0, 1)).tolist() == [account.context, account.trained]
+        assert sum(row["trained"] for row in kind_table(counts).values()) == account.trained
+        table = source_table(documents, counts)
+        assert [row["rows_read"] for row in table] == [len(rows) for rows in corpora]
+        assert all(row["rows_used"] + sum(row["bad_rows"].values()) <= row["rows_read"] for row in table)
+        assert sum(row["rows_used"] for row in table) == account.rows_used
+        assert sum(row["trained"] for row in table) == account.trained
+        assert sum(row["context"] for row in table) == account.context
+        assert sum(row["documents_per_epoch"] for row in table) == account.num_documents == len(documents)
+        assert sum(bin["documents"] for bin in length_histogram(documents.lengths)) == len(documents)
+        findings = {f.name: f for f in all_findings(documents, TOKENIZER, max_length, truncation)}
+        assert all(0 < finding.count <= finding.total for finding in findings.values())
+        names |= findings.keys()
+        closed += len(corpora)
+    assert names > {"no_label", "lost_answer", "untrained_end", "cut_answer", "too_long", "control_token", "duplicate"}
 
 
 # ------------------------------------------------------------------------------------------------- the command
@@ -211,16 +311,56 @@ def test_text_and_json_say_the_same(config, capsys):
     train = report["sets"]["train"]
     assert f"{train['rows']['read']} read = {train['rows']['used']} used + 0 dropped" in text
     assert f"{train['tokens']['trained']:,} trained + {train['tokens']['context']:,} context" in text
-    assert report["exceeded"] == [] and "ok: no limit of [audit] is exceeded" in text
+    assert report["exceeded"] == [] and text.startswith("ok ")
     assert "[It is 0.<|im_end|>]" in text and "\x1b" not in text  # brackets where nobody sees colours
     assert report["sets"].keys() == {"train", "eval"}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"packing": True, "max_length": 80},
+        {"packing": True, "max_length": 40, "packing_strategy": "bfd_split"},
+        {"packing": True, "max_length": 40, "packing_strategy": "wrapped"},
+        {"eval_data": None, "eval_fraction": 0.3},
+    ],
+)
+def test_its_steps_and_documents_are_those_of_the_run(config, keys):
+    keys = {f"data.{name}": value for name, value in keys.items()} | {"train.per_device_train_batch_size": 2}
+    settings, _ = load(str(config), keys)
+    loader, evals, _ = prepare_data(settings, prepare_tokenizer(settings)[0])
+    report = audit(settings)[0]["sets"]
+    train, packing = report["train"], report["train"]["packing"]
+    assert train["epoch"] == {"documents": len(loader.documents), "tokens": int(loader.documents.lengths.sum())}
+    plan = packing["packed" if packing["is_on"] else "unpacked"]
+    assert plan["packs"] == loader.plan.num_packs and plan["steps_per_epoch"] == loader.steps_per_epoch
+    assert plan["steps"] == 3 * loader.steps_per_epoch
+    assert train["held_out"] == (len(evals[""].documents) if settings.data.eval_fraction else 0)
+
+
+def test_one_row_by_its_place(config, capsys, monkeypatch):
+    assert run(config, "--row", "train.jsonl:3") == 0
+    text = capsys.readouterr().out
+    assert text.startswith("-- train, ") and "How much is 2 + 2?" in text and "[It is 4.<|im_end|>]" in text
+    assert run(config, "--row", "train.jsonl:3", "--max_length", 41) == 0
+    assert "[It is 4.]{<|im_end|>" in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run(config, "--row", "train.jsonl:3") == 0
+    text = capsys.readouterr().out
+    assert "\x1b[34m<|im_start|>\x1b[0massistant\n\x1b[32mIt is 4.\x1b[0m\x1b[1;32m<|im_end|>\x1b[0m" in text
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert run(config, "--row", "train.jsonl:3") == 0 and "\x1b" not in capsys.readouterr().out
+    assert run(config, "--row", "train.jsonl:99") == DATA
+    assert "no document comes from there" in capsys.readouterr().err
+    assert run(config, "--row", "3") == 2
 
 
 def test_a_limit_that_is_exceeded(config, capsys):
     write(config.parent / "test.jsonl", GOOD[:1])
     assert run(config) == DATA
     text = capsys.readouterr().out
-    assert "EXCEEDED  eval: 100.00% is above audit.max_eval_overlap = 0" in text
+    assert "EXCEEDED   eval: 100.00% is above audit.max_eval_overlap = 0" in text
     assert run(config, "--audit.max_eval_overlap", 1) == 0
 
 
@@ -267,6 +407,7 @@ def test_the_page_is_whole_and_safe(config, tmp_path, capsys):
     page = Checked()
     page.feed((tmp_path / "a.html").read_text(encoding="utf-8"))
     assert page.open == [] and page.links == [] and page.scripts == 1
+    assert re.findall(r'data-findings="eval_overlap[^"]*"', (tmp_path / "a.html").read_text())
     assert "<script>alert(1)</script>" in page.text  # as text, not as an element
     assert (
         "url(" not in (tmp_path / "a.html").read_text() and "evaluation documents that are trained on too" in page.text
@@ -279,6 +420,7 @@ def test_the_page_is_whole_and_safe(config, tmp_path, capsys):
         ([], 2, "usage: minisft audit"),
         (["--show"], 2, "--show needs a value"),
         (["--show", "many"], 2, "--show many"),
+        (["CONFIG", "--json", "--show", "2"], 2, "--json prints nothing but the report"),
         (["nothing.toml"], 2, "there is no such file"),
         (["CONFIG", "--train_date", "x"], 2, "train_data"),
         (["CONFIG", "--html", "no/such/folder/a.html"], 2, "--html no/such/folder/a.html"),
@@ -310,8 +452,8 @@ def test_real_data_has_no_unexplained_drop(tmp_path, name, rows):
     config, _ = load(
         given | {"output_dir": str(tmp_path / "out"), "data": {"train_data": str(path), "max_length": "none"}}
     )
-    report, _ = audit(config)
+    report, *_ = audit(config)
     train = report["sets"]["train"]
-    assert train["rows"] == {"read": rows, "used": rows, "dropped": {}}
+    assert train["rows"] == {"read": rows, "used": rows, "dropped": {}, "cut": 0}
     assert {f["name"] for f in train["findings"]} <= {"duplicate"} and report["exceeded"] == []
     assert train["tokens"]["cut"] == train["tokens"]["in_dropped"] == 0

@@ -338,7 +338,7 @@ def test_resolve_bad_names(name):
 
 @pytest.mark.parametrize("revision", [None, "v1.0", "0" * 40])
 def test_resolve_offline(revision):
-    with pytest.raises(UserError, match="offline or out of reach") as caught:
+    with pytest.raises(UserError, match="in the local cache") as caught:
         hub.resolve("minisft-tests/not-in-any-cache", revision, "model")
     assert caught.value.exit_code == MODEL
 
@@ -350,7 +350,11 @@ def test_download_asks_for_named_files_only(monkeypatch, tmp_path):
 
     def snapshot_download(repo, **options):
         asked.update(options, repo=repo)
-        return str(tmp_path / "snapshots" / "abc123")
+        folder = tmp_path / "snapshots" / "abc123"
+        folder.mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).touch()
+        return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert hub.resolve("owner/name", "v1", "model") == (tmp_path / "snapshots" / "abc123", "abc123")

@@ -65,7 +65,7 @@ def test_what_is_large_but_ordinary_renders():
 
 def test_limits_are_those_of_one_rendering(monkeypatch):
     """A template that uses most of what it may does so again and again."""
-    monkeypatch.setattr(sandbox, "MAX_TICKS", 1000)
+    monkeypatch.setattr(sandbox, "MAX_STEPS", 1000)
     template = ChatTemplate("{% for i in range(900) %}{% endfor %}x")
     assert [render(template, []) for _ in range(5)] == ["x"] * 5
 

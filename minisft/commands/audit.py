@@ -6,123 +6,188 @@ It reads the data as the run would, through the same cache, masks and cuts, but 
 
 import json
 import os
+import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minisft.config import AuditSection
 from minisft.errors import DATA, UserError
 
 if TYPE_CHECKING:
     from minisft.config import Config
+    from minisft.data.audit import Finding
+    from minisft.data.cache import Documents
+    from minisft.data.documents import Accounting
+    from minisft.data.tokenizer import Tokenizer
 
 USAGE = """\
-usage: minisft audit CONFIG.toml [--show N] [--html FILE] [--json] [--KEY VALUE ...]
+usage: minisft audit CONFIG.toml [--show N] [--row PLACE] [--html FILE] [--json] [--KEY VALUE ...]
 
 Read the whole data set as the run of CONFIG.toml would, and tell what is trained and what is wrong.
 
   --show N      print N rows of each set, what is trained in colour (in [brackets] where the output is no terminal)
+  --row PLACE   print this row only, whole; PLACE as in the report: data.jsonl:12, or data.json[12] of an array
   --html FILE   write one page with charts and rows to browse; it needs no network
   --json        print the report as JSON, and nothing else, on stdout
 
-Other options are keys of the configuration, as for `python -m minisft.train`; [audit] holds the limits. The exit code is
-65 where one is exceeded.
+Other options are keys of the configuration, as for `minisft train`. The exit code is 65 where the share of a finding
+exceeds its limit:
+
 """
 BAR = 40  # characters of the longest bar
+TOKENS_SHOWN = 4000  # of a row of --show
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The training data or one evaluation set, as a run reads it."""
+
+    documents: "Documents"
+    account: "Accounting"
+    packing: bool
 
 
 def main(argv: list[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
-        print(USAGE, file=sys.stdout if argv else sys.stderr)
+        limits = (f"  --audit.{f.name:<25}{f.default:<6g}{f.metadata['help']}" for f in fields(AuditSection))
+        print(USAGE + "\n".join(limits), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
-    show, html, as_json, rest = _own_options(argv)
+    options, rest = _own_options(argv)
     from minisft.command_line import parse_arguments
     from minisft.config_file import load
 
     config, _ = load(*parse_arguments(rest))
-    report, sets = audit(config)
-    if as_json:
-        print(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False))
+    html = options.get("html")
+    if html and not Path(html).absolute().parent.is_dir():
+        raise UserError(f"--html {html}: there is no such folder")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character of the data
+    if place := options.get("row"):
+        _show_row(config, place)
+        return 0
+    report, tokenizer, sets, findings = audit(config)
+    if "json" in options:
+        print(json.dumps(report, indent=2, allow_nan=False))
     else:
         print("\n".join(text_report(report)))
-        for name, (documents, tokenizer) in sets.items():
-            _show_rows(name, documents, tokenizer, show)
+        for name, data_set in sets.items():
+            _show_rows(name, data_set.documents, tokenizer, options.get("show", 0))
     if html:
         from minisft.data.audit_page import write_page
 
-        write_page(Path(html), report, sets)
-        print(f"\nwritten: {html}", file=sys.stderr if as_json else sys.stdout)
+        documents = {name: data_set.documents for name, data_set in sets.items()}
+        write_page(Path(html), report, documents, findings, tokenizer)
+        print(f"\nwritten: {html}", file=sys.stderr if "json" in options else sys.stdout)
     return DATA if report["exceeded"] else 0
 
 
-def _own_options(argv: list[str]) -> tuple[int, str | None, bool, list[str]]:
-    show, html, as_json, rest, words = 0, None, False, [], list(argv)
+def _own_options(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The options of this command, by name, and the rest of the command line."""
+    options, rest, words = {}, [], list(argv)
     while words:
         word = words.pop(0)
         name, has_value, value = word.partition("=")
         if name == "--json" and not has_value:
-            as_json = True
-        elif name in ("--show", "--html"):
+            options["json"] = True
+        elif name in ("--show", "--row", "--html"):
             if not has_value and not words:
                 raise UserError(f"command line: {name} needs a value", hint="see minisft audit --help")
-            value = value if has_value else words.pop(0)
-            if name == "--html":
-                html = value
-            elif value.isdecimal():
-                show = int(value)
-            else:
-                raise UserError(f"command line: --show {value}: expected a number of rows")
+            options[name[2:]] = value if has_value else words.pop(0)
         else:
             rest.append(word)
-    return show, html, as_json, rest
+    if "show" in options:
+        if not options["show"].isdecimal():
+            raise UserError(f"command line: --show {options['show']}: expected a number of rows")
+        options["show"] = int(options["show"])
+    if "json" in options and ("show" in options or "row" in options):
+        raise UserError("command line: --json prints nothing but the report", hint="leave --show and --row out")
+    return options, rest
 
 
 # ------------------------------------------------------------------------------------------------- the report
 
 
-def audit(config: "Config") -> tuple[dict[str, Any], dict[str, tuple]]:
-    """(report for JSON, {set: (its documents, tokenizer)}). Raises UserError for data that cannot be read at all."""
+def open_sets(config: "Config") -> tuple["Tokenizer", str, dict[str, DataSet]]:
+    """The tokenizer, a line about it, and the sets by name: "train", "eval" or "eval NAME"."""
     from minisft.config import eval_sets, source_list
-    from minisft.data.audit import overlap
-    from minisft.data.documents import split_documents
     from minisft.prepare import open_documents, prepare_tokenizer
 
     data = config.data
-    tokenizer, tokenizer_line = prepare_tokenizer(config)
+    tokenizer, line = prepare_tokenizer(config)
     eval_packing = data.packing if data.eval_packing is None else data.eval_packing
-    opened = {"train": (*open_documents(source_list(data.train_data), config, tokenizer, data.packing), data.packing)}
+    train = source_list(data.train_data)
+    sets = {"train": DataSet(*open_documents(train, config, tokenizer, data.packing), data.packing)}
     for name, sources in eval_sets(data.eval_data).items():
-        documents, account = open_documents(sources, config, tokenizer, eval_packing)
-        opened[f"eval {name}".strip()] = documents, account, eval_packing
-    limits = asdict(config.audit)
-    report: dict[str, Any] = {"tokenizer": tokenizer_line.split(maxsplit=1)[1], "limits": limits, "sets": {}}
-    train = opened["train"][0]
-    for name, (documents, account, packing) in opened.items():
-        entry = report["sets"][name] = _describe(documents, account, packing, config, tokenizer)
-        if name != "train":
-            entry["findings"] += [_table(finding, limits) for finding in overlap(train, documents)]
+        opened = open_documents(sources, config, tokenizer, eval_packing)
+        sets[f"eval {name}".strip()] = DataSet(*opened, eval_packing)
+    return tokenizer, line.removeprefix("tokenizer").strip(), sets
+
+
+def audit(config: "Config") -> tuple[dict[str, Any], "Tokenizer", dict[str, DataSet], dict[str, list["Finding"]]]:
+    """(report for JSON, tokenizer, the sets, their findings). Raises UserError for data that cannot be read at all."""
+    from minisft.data.audit import TITLES, all_findings, overlap
+    from minisft.data.documents import split_documents
+    from minisft.prepare import cut_length
+
+    data, limits = config.data, asdict(config.audit)
+    tokenizer, tokenizer_line, sets = open_sets(config)
+    trained, held_out = sets["train"].documents, None
     if data.eval_fraction:
-        train, held_out = split_documents(train, data.eval_fraction, config.train.seed)
-        findings = [_table(finding, limits) for finding in overlap(train, held_out)]
-        report["sets"]["train"]["held_out"] = len(held_out)
-        report["sets"]["train"]["findings"] += findings
-    report["exceeded"] = [
-        {"set": name, "limit": f"audit.max_{finding['name']}", "share": finding["share"], "at_most": finding["at_most"]}
-        for name, entry in report["sets"].items()
-        for finding in entry["findings"]
-        if finding["exceeded"]
+        trained, held_out = split_documents(trained, data.eval_fraction, config.train.seed)
+    findings, described = {}, {}
+    for name, data_set in sets.items():
+        documents = data_set.documents
+        found = all_findings(documents, tokenizer, cut_length(data, data_set.packing), data.truncation)
+        if name != "train":
+            found += overlap(trained, documents)
+        elif held_out is not None:
+            found += overlap(trained, held_out)
+        findings[name] = found
+        described[name] = {
+            "findings": [
+                {
+                    "name": f.name,
+                    "title": TITLES[f.name],
+                    "count": f.count,
+                    "of": f.total,
+                    "share": round(f.share, 6),
+                    "at_most": limits[f"max_{f.name}"],
+                    "exceeded": f.exceeds(limits),
+                    "examples": list(f.examples),
+                }
+                for f in sorted(found, key=lambda f: (not f.exceeds(limits), -f.share))
+            ],
+            "held_out": 0 if name != "train" or held_out is None else len(held_out),
+            **_tables(data_set, trained if name == "train" else documents, name == "train", config),
+        }
+    exceeded = [
+        {"set": name, "limit": f"audit.max_{f.name}", "share": f.share, "at_most": limits[f"max_{f.name}"]}
+        for name, found in findings.items()
+        for f in found
+        if f.exceeds(limits)
     ]
-    return report, {name: (documents, tokenizer) for name, (documents, _, _) in opened.items()}
+    report = {"exceeded": exceeded, "tokenizer": tokenizer_line, "limits": limits, "sets": described}
+    return report, tokenizer, sets, findings
 
 
-def _describe(documents, account, packing: bool, config: "Config", tokenizer) -> dict[str, Any]:
-    from minisft.data.audit import all_findings, length_histogram, length_summary, rows_by_source, tokens_by_kind
-    from minisft.data.packing import plan
+def _tables(data_set: DataSet, in_epoch: "Documents", is_train: bool, config: "Config") -> dict[str, Any]:
+    """The account and the tables of a set. in_epoch: its documents without those that are held out."""
+    from minisft.data.audit import count_tokens, kind_table, length_histogram, length_summary, source_table
+    from minisft.prepare import split_length
 
-    data, lengths = config.data, documents.lengths
-    findings = all_findings(documents, tokenizer, data.max_length)
-    entry = {
-        "rows": {"read": account.rows_read, "used": account.rows_used, "dropped": account.dropped},
+    account, documents, lengths = data_set.account, data_set.documents, in_epoch.lengths
+    counts = count_tokens(documents, split_length(config.data, data_set.packing))
+    assert counts.sum(axis=(0, 1)).tolist() == [account.context, account.trained]
+    return {
+        "rows": {
+            "read": account.rows_read,
+            "used": account.rows_used,
+            "dropped": account.dropped,
+            "cut": account.rows_cut,
+        },
         "tokens": {
             "all": account.tokens,
             "trained": account.trained,
@@ -130,37 +195,42 @@ def _describe(documents, account, packing: bool, config: "Config", tokenizer) ->
             "cut": account.cut,
             "in_dropped": account.in_dropped,
         },
-        "documents": len(documents),
-        "tokens_per_epoch": int(lengths.sum()),
-        "sources": rows_by_source(documents),
-        "kinds": tokens_by_kind(documents),
+        "dropped_answers": account.dropped_answers,
+        "epoch": {"documents": len(in_epoch), "tokens": int(lengths.sum())},
+        "packing": _packing(lengths, data_set.packing, is_train, config),
+        "sources": source_table(documents, counts),
+        "kinds": kind_table(counts),
         "lengths": length_summary(lengths),
         "histogram": length_histogram(lengths),
-        "packing": None,
-        "findings": [_table(finding, asdict(config.audit)) for finding in findings],
         "bad_rows": documents.cache.manifest["bad_rows"],
     }
-    if data.max_length:
-        packs = plan(lengths, data.max_length, data.packing_strategy)
-        fill = float(lengths.sum() / (packs.num_packs * data.max_length))
-        strategy = {"on": packing, "strategy": data.packing_strategy, "max_length": data.max_length}
-        entry["packing"] = strategy | {"packs": packs.num_packs, "fill": round(fill, 6)}
-    return entry
 
 
-def _table(finding, limits: dict[str, float]) -> dict[str, Any]:
-    from minisft.data.audit import TITLES
+def _packing(lengths, is_on: bool, is_train: bool, config: "Config") -> dict[str, Any]:
+    """How full packs are, and how many steps an epoch has, with packing and without; on one device."""
+    from minisft.data.packing import plan
+    from minisft.schedule import total_steps
+
+    data, train, batch_size = config.data, config.train, config.evaluate.per_device_eval_batch_size
+    packs_a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+
+    def with_strategy(strategy: str) -> dict[str, Any]:
+        planned = plan(lengths, data.max_length or int(lengths.max()), strategy)
+        table = {"packs": planned.num_packs, "fill": round(planned.fill, 6) if data.max_length else None}
+        if not is_train:
+            return table | {"batches": -(-planned.num_packs // batch_size)}
+        steps = -(-planned.num_packs // packs_a_step)
+        return table | {
+            "steps_per_epoch": steps,
+            "steps": total_steps(steps, train.num_train_epochs, train.max_steps),
+        }
 
     return {
-        "name": finding.name,
-        "title": TITLES[finding.name],
-        "count": finding.count,
-        "of": finding.total,
-        "share": round(finding.share, 6),
-        "at_most": limits.get(f"max_{finding.name}", 1.0),
-        "exceeded": finding.exceeds(limits),
-        "examples": list(finding.examples),
-        "documents": list(finding.documents),
+        "is_on": is_on,
+        "strategy": data.packing_strategy,
+        "max_length": data.max_length,
+        "packed": with_strategy(data.packing_strategy) if data.max_length else None,
+        "unpacked": with_strategy("none"),
     }
 
 
@@ -169,25 +239,25 @@ def _table(finding, limits: dict[str, float]) -> dict[str, Any]:
 
 def text_report(report: dict[str, Any]) -> list[str]:
     """The report for people, the most important first."""
-    lines = [f"tokenizer  {report['tokenizer']}"]
+    lines = verdict(report)
     for name, entry in report["sets"].items():
         lines += ["", f"== {name} ".ljust(80, "="), *_findings_text(entry), "", *_account_text(entry), ""]
-        lines += [*_kinds_text(entry), "", *_lengths_text(entry)]
-    lines += ["", *_verdict(report)]
-    return lines
+        lines += [*_sources_text(entry), "", *_kinds_text(entry), "", *_lengths_text(entry)]
+    return [*lines, "", f"tokenizer  {report['tokenizer']}"]
 
 
-def _verdict(report: dict[str, Any]) -> list[str]:
+def verdict(report: dict[str, Any]) -> list[str]:
+    """A line for each limit that is exceeded."""
     if not report["exceeded"]:
-        return ["ok: no limit of [audit] is exceeded"]
+        return ["ok         no limit of [audit] is exceeded"]
     return [
-        f"EXCEEDED  {e['set']}: {e['share']:.2%} is above {e['limit']} = {e['at_most']:g}" for e in report["exceeded"]
+        f"EXCEEDED   {e['set']}: {e['share']:.2%} is above {e['limit']} = {e['at_most']:g}" for e in report["exceeded"]
     ]
 
 
 def _findings_text(entry: dict[str, Any]) -> list[str]:
     lines = []
-    for f in sorted(entry["findings"], key=lambda f: (-f["exceeded"], -f["share"])):
+    for f in entry["findings"]:
         mark = "!!" if f["exceeded"] else "  "
         lines.append(f"{mark} {f['count']:>9,}  {f['share']:>7.2%}  {f['title']}")
         if f["examples"]:
@@ -197,25 +267,51 @@ def _findings_text(entry: dict[str, Any]) -> list[str]:
 
 
 def _account_text(entry: dict[str, Any]) -> list[str]:
-    rows, tokens = entry["rows"], entry["tokens"]
+    rows, tokens, packing = entry["rows"], entry["tokens"], entry["packing"]
     dropped = sum(rows["dropped"].values())
     lines = [
         f"rows       {rows['read']:>12,} read = {rows['used']:,} used + {dropped:,} dropped",
         *(f"           {count:>12,} dropped: {reason}" for reason, count in rows["dropped"].items()),
-        f"tokens     {tokens['all']:>12,} = {tokens['trained']:,} trained + {tokens['context']:,} context"
-        f" + {tokens['cut']:,} cut + {tokens['in_dropped']:,} in dropped documents",
-        f"an epoch   {entry['tokens_per_epoch']:>12,} tokens in {entry['documents']:,} documents"
-        + (f", {entry['held_out']:,} more held out of them" if "held_out" in entry else ""),
     ]
-    if entry["packing"]:
-        p = entry["packing"]
-        state = "packing" if p["on"] else "if packed"
-        lines.append(f"{state:<10} {p['packs']:>12,} packs of {p['max_length']:,} tokens, {p['fill']:.2%} full")
-    for source in entry["sources"]:
-        found = f", turns found by {', '.join(source['found_by'])}" if source["found_by"] else ""
-        lines.append(
-            f"source     {source['tokens']:>12,} tokens of {Path(source['source']).name}: {source['layout']}{found}"
-        )
+    if entry["dropped_answers"]:
+        lines.append(f"           {entry['dropped_answers']:>12,} answers of used rows dropped")
+    lines.append(
+        f"tokens     {tokens['all']:>12,} = {tokens['trained']:,} trained + {tokens['context']:,} context"
+        f" + {tokens['cut']:,} cut + {tokens['in_dropped']:,} in dropped documents"
+    )
+    if rows["cut"]:
+        lines.append(f"cut        {rows['cut']:>12,} rows, as longer than max_length")
+    if entry["held_out"]:
+        lines.append(f"held out   {entry['held_out']:>12,} documents, for evaluation")
+    lines.append(f"an epoch   {entry['epoch']['tokens']:>12,} tokens in {entry['epoch']['documents']:,} documents")
+    for title, plan, is_on in (
+        ("packed", packing["packed"], packing["is_on"]),
+        ("unpacked", packing["unpacked"], not packing["is_on"]),
+    ):
+        if plan:
+            unit = "packs" if title == "packed" else "rows"
+            fill = f", {plan['fill']:.2%} of {packing['max_length']:,} tokens full" if plan["fill"] else ""
+            mark = "  <- as configured" if is_on else ""
+            lines.append(f"{title:<10} {plan['packs']:>12,} {unit}{fill}: {_steps_text(plan)}{mark}")
+    return lines
+
+
+def _steps_text(plan: dict[str, Any]) -> str:
+    if "batches" in plan:
+        return f"{plan['batches']:,} batches"
+    return f"{plan['steps_per_epoch']:,} steps an epoch, {plan['steps']:,} in all"
+
+
+def _sources_text(entry: dict[str, Any]) -> list[str]:
+    names = [Path(source["source"]).name for source in entry["sources"]]
+    width = min(40, max(map(len, names)))
+    lines = [f"{'source':<{width}}{'rows read':>12}{'used':>12}{'trained':>14}{'context':>14}{'of trained':>12}"]
+    for name, s in zip(names, entry["sources"]):
+        share = s["trained"] / max(1, entry["tokens"]["trained"])
+        numbers = f"{s['rows_read']:>12,}{s['rows_used']:>12,}{s['trained']:>14,}{s['context']:>14,}{share:>12.1%}"
+        lines.append(f"{name[-width:]:<{width}}{numbers}")
+        ways = ", ".join(f"{ways} ({rows:,} rows)" for ways, rows in s["found_by"].items())
+        lines.append(f"  {s['layout']}" + (f"; turns found by {ways}" if ways else ""))
     return lines
 
 
@@ -233,14 +329,57 @@ def _lengths_text(entry: dict[str, Any]) -> list[str]:
     tallest = max(bin["documents"] for bin in entry["histogram"])
     for bin in entry["histogram"]:
         bar = "#" * round(BAR * bin["documents"] / tallest)
-        lines.append(f"{bin['from']:>6,} to {bin['to'] - 1:<6,}{bin['documents']:>10,}  {bar}".rstrip())
+        lines.append(f"{bin['from']:>7,} to {bin['to'] - 1:<7,}{bin['documents']:>10,}  {bar}".rstrip())
     return lines
 
 
-def _show_rows(name: str, documents, tokenizer, count: int) -> None:
-    from minisft.data.documents import show_document
+# ------------------------------------------------------------------------------------------------- rows
+
+
+def _show_rows(name: str, documents: "Documents", tokenizer: "Tokenizer", count: int) -> None:
+    for number in range(min(count, len(documents))):
+        d, start, end = int(documents.index[number]), int(documents.start[number]), int(documents.end[number])
+        print(
+            f"\n-- {name}, {documents.cache.place(d)}\n{_row_text(documents, d, start, end, tokenizer, TOKENS_SHOWN)}"
+        )
+
+
+def _show_row(config: "Config", place: str) -> None:
+    """The documents of one row, used or not. Raises UserError where there is none."""
+    match = re.fullmatch(r"(.+?)(?::(\d+)|\[(\d+)\])", place)
+    if not match:
+        raise UserError(f"command line: --row {place}", hint="as in data.jsonl:12, or data.json[12]")
+    tokenizer, _, sets = open_sets(config)
+    shown = 0
+    for name, data_set in sets.items():
+        documents, cache = data_set.documents, data_set.documents.cache
+        files = [i for i, path in enumerate(cache.manifest["paths"]) if f"/{path}".endswith(f"/{match[1].lstrip('/')}")]
+        at_line = cache.line == int(match[2] or match[3])
+        for d in [d for d in at_line.nonzero()[0] if cache.file[d] in files]:
+            used = (documents.index == d).nonzero()[0]
+            start, end = (int(documents.start[used[0]]), int(documents.end[used[0]])) if len(used) else (0, 0)
+            state = "" if len(used) else ", not used"
+            print(f"-- {name}, {cache.place(d)}{state}\n{_row_text(documents, int(d), start, end, tokenizer, 2**40)}")
+            shown += 1
+    if not shown:
+        hint = "a row that cannot be read is among the bad rows of the report"
+        raise UserError(f"--row {place}: no document comes from there", hint=hint, exit_code=DATA)
+
+
+def _row_text(documents: "Documents", d: int, start: int, end: int, tokenizer: "Tokenizer", limit: int) -> str:
+    """The text of a document: what is trained green, special tokens bold or blue, what is cut grey and struck out; where
+    there are no colours [trained] and {cut}."""
+    from minisft.data.audit import stretches
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for number in range(min(count, len(documents))):
-        print(f"\n-- {name}, {documents.cache.place(int(documents.index[number]))}")
-        print(show_document(documents, number, tokenizer, colour=colour))
+    brackets = {"trained": ("[", "]"), "context": ("", ""), "cut": ("{", "}")}
+    colours = {"trained": ("32", "1;32"), "context": ("", "34"), "cut": ("9;90", "9;90")}
+    shown = ""
+    for state, alike in groupby(stretches(documents.cache, d, start, end, tokenizer, limit), key=lambda s: s.state):
+        if colour:
+            parts = ((s.text, colours[state][s.is_special]) for s in alike)
+            shown += "".join(f"\x1b[{code}m{text}\x1b[0m" if code else text for text, code in parts)
+        else:
+            shown += brackets[state][0] + "".join(s.text for s in alike) + brackets[state][1]
+    left_out = int(documents.cache.offsets[d + 1] - documents.cache.offsets[d]) - limit
+    return shown + (f" ... {left_out:,} more tokens" if left_out > 0 else "")

@@ -2,34 +2,49 @@
 
 Most lost runs are lost in the data: answers cut off, an end of turn that is never trained, a mask that is empty, rows that
 are in the evaluation too. All of it can be read from the token cache. `quick_findings` looks at kinds and bounds only (a
-fraction of a second for millions of tokens) and is part of every run; `all_findings` also decodes, encodes and hashes
+fraction of a second for ten million tokens) and is part of every run; `all_findings` also decodes, encodes and hashes
 every document.
 
 A finding is a count of documents, its share of those looked at, and where the first ones are. Which share is too much is
 told by the limits (the configuration's [audit] section).
 """
 
-from collections import Counter
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import numpy as np
 
-from minisft.data.batch import ANSWER, KIND_MASK, KINDS, REASONING, TOOL_CALL, TRAINED
+from minisft.data.batch import (
+    ANSWER,
+    HEADER,
+    KIND_MASK,
+    KINDS,
+    REASONING,
+    SPECIAL,
+    SYSTEM,
+    TERMINATOR,
+    TOOL_CALL,
+    TRAINED,
+)
 from minisft.data.cache import Documents, TokenCache
-from minisft.data.documents import BLOCK_TOKENS, count_targets
+from minisft.data.documents import BLOCK_TOKENS, count_targets, cut, rows_of
+from minisft.data.packing import ragged_arange
 from minisft.data.tokenizer import Tokenizer
 
 NUM_EXAMPLES = 3
 ROUND_TRIP_ROWS = 512  # documents that are decoded and encoded together
 OF_ANSWER = (ANSWER, REASONING, TOOL_CALL)
+NO_PROMPT = (SPECIAL, HEADER, SYSTEM)  # a document that shares only these with another does not share its prompt
+BY_THE_TEMPLATE = (SPECIAL, HEADER, TERMINATOR)  # here special tokens belong
 
 TITLES = {  # name of a finding, and of its limit: max_<name>
     "no_label": "documents with nothing to train",
-    "untrained_end": "answers whose end is not trained, so that the model would not learn to stop",
+    "lost_answer": "documents with nothing left to train after the cut at max_length",
+    "untrained_end": "documents with an answer whose end is not trained: the model would not learn to stop",
     "double_bos": "documents that begin with two BOS tokens",
-    "cut_answer": "documents whose trained part is cut by max_length",
+    "cut_answer": "documents that lose a part of what is trained to the cut at max_length",
     "too_long": "documents longer than max_length",
     "control_token": "rows with the text of a control token in a message",
     "straddling": "trained tokens that begin before or end after what is trained",
@@ -53,39 +68,39 @@ class Finding:
         return self.count / self.total if self.total else 0.0
 
     def exceeds(self, limits: dict[str, float]) -> bool:
-        """limits: {"max_<name>": largest share}; a name without one has no limit."""
-        return self.share > limits.get(f"max_{self.name}", 1.0)
+        """limits: {"max_<name>": largest share}, of every name in TITLES."""
+        return self.share > limits[f"max_{self.name}"]
 
     def __str__(self) -> str:
         where = f": {', '.join(self.examples)}" if self.examples else ""
         return f"{self.count:,} of {self.total:,} ({self.share:.2%}) {TITLES[self.name]}{where}"
 
 
-def quick_findings(documents: Documents, tokenizer: Tokenizer, max_length: int | None) -> list[Finding]:
-    """What kinds and bounds tell, of the documents as they will be trained; those that were dropped for having no label
-    are looked at too. Findings with a count of 0 are left out."""
-    cache = documents.cache
-    first, last = cache.offsets[:-1], cache.offsets[1:]
-    start, end = np.array(first), np.array(last)
-    used = np.unique(documents.index)
-    place = np.searchsorted(documents.index, used)
-    start[used], end[used] = documents.start[place], documents.end[place]
+# ------------------------------------------------------------------------------------------------- findings
+
+
+def quick_findings(cache: TokenCache, tokenizer: Tokenizer, max_length: int | None, truncation: str) -> list[Finding]:
+    """What kinds and bounds tell of all documents of the cache, also those that selection drops.
+
+    max_length, truncation: how `select_documents` cuts them. Findings with a count of 0 are left out.
+    """
+    first, last = np.array(cache.offsets[:-1]), np.array(cache.offsets[1:])
+    start, end = cut(cache, max_length, truncation)
     whole, kept = count_targets(cache, first, last), count_targets(cache, start, end)
 
     bos = -1 if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     second = np.minimum(first + 1, last - 1)
-    double_bos = (last - first > 1) & (cache.ids[first] == bos) & (cache.ids[second] == bos)
     # The stop token of rows that came as ids is not known as a terminator, but it is one.
     stops = list(tokenizer.stop_ids)
     final = cache.kinds[last - 1]
     ends_open = (end == last) & (final >= TRAINED) & np.isin(final & KIND_MASK, OF_ANSWER)
     ends_open &= ~np.isin(cache.ids[last - 1], stops)
-    untrained_end = (_count_open_ends(cache, first, last - 1, stops) > 0) | ends_open
     found = {
         "no_label": count_targets(replace(cache, weights=None), first, last) == 0,  # a weight of 0 is somebody's choice
-        "untrained_end": untrained_end,
-        "double_bos": double_bos,
-        "cut_answer": kept < whole,
+        "lost_answer": (whole > 0) & (kept == 0),
+        "untrained_end": (_count_open_ends(cache, start, np.minimum(end, last - 1), stops) > 0) | ends_open,
+        "double_bos": (last - first > 1) & (cache.ids[first] == bos) & (cache.ids[second] == bos),
+        "cut_answer": (kept > 0) & (kept < whole),
         "too_long": last - first > (max_length or last[-1]),
     }
     findings = [_finding(name, cache, np.flatnonzero(mask), len(first)) for name, mask in found.items()]
@@ -96,27 +111,32 @@ def quick_findings(documents: Documents, tokenizer: Tokenizer, max_length: int |
     return [finding for finding in findings if finding.count]
 
 
-def all_findings(documents: Documents, tokenizer: Tokenizer, max_length: int | None) -> list[Finding]:
-    """The quick ones, and those that need every document decoded or hashed."""
+def all_findings(documents: Documents, tokenizer: Tokenizer, max_length: int | None, truncation: str) -> list[Finding]:
+    """The quick ones, and those that need every used document decoded or hashed."""
     cache, used = documents.cache, np.unique(documents.index)
+    changed, with_control_token = _read_again(cache, used, tokenizer)
+    findings = quick_findings(cache, tokenizer, max_length, truncation)
+    for i, finding in enumerate(findings):
+        if finding.name == "control_token":  # counted when the rows were read, row by row; here is where
+            places = tuple(cache.place(d) for d in with_control_token[:NUM_EXAMPLES])
+            findings[i] = replace(finding, examples=places, documents=tuple(with_control_token))
     seen, copies = set(), []
     for d, digest in zip(used, _digests(cache, used)):
         copies += [d] if digest in seen else []
         seen.add(digest)
-    more = [
-        _finding("round_trip", cache, np.array(list(_changed_by_a_round_trip(cache, used, tokenizer)), int), len(used)),
-        _finding("duplicate", cache, np.array(copies, dtype=int), len(used)),
-    ]
-    return quick_findings(documents, tokenizer, max_length) + [finding for finding in more if finding.count]
+    for name, found in (("round_trip", changed), ("duplicate", copies)):
+        findings += [_finding(name, cache, np.array(found, dtype=int), len(used))] if found else []
+    return findings
 
 
 def overlap(train: Documents, held_out: Documents) -> list[Finding]:
     """Evaluation documents that are trained on: whole, and by their prompt (the tokens before the first trained one)."""
     findings = []
-    for name, cut in (("eval_overlap", False), ("eval_prompt_overlap", True)):
-        trained = set(_digests(train.cache, np.unique(train.index), cut)) - {None}
+    for name, prompt_only in (("eval_overlap", False), ("eval_prompt_overlap", True)):
+        trained = set(_digests(train.cache, np.unique(train.index), prompt_only)) - {None}
         looked_at = np.unique(held_out.index)
-        both = [d for d, digest in zip(looked_at, _digests(held_out.cache, looked_at, cut)) if digest in trained]
+        digests = _digests(held_out.cache, looked_at, prompt_only)
+        both = [d for d, digest in zip(looked_at, digests) if digest in trained]
         findings.append(_finding(name, held_out.cache, np.array(both, dtype=int), len(looked_at)))
     return [finding for finding in findings if finding.count]
 
@@ -151,61 +171,100 @@ def _digests(cache: TokenCache, documents: np.ndarray, prompt_only: bool = False
     for d in documents:
         ids = cache.ids[cache.offsets[d] : cache.offsets[d + 1]]
         if prompt_only:
-            trained = cache.kinds[cache.offsets[d] : cache.offsets[d + 1]] >= TRAINED
-            ids = ids[: trained.argmax()] if trained.any() else ids[:0]
+            kinds = cache.kinds[cache.offsets[d] : cache.offsets[d + 1]]
+            trained = kinds >= TRAINED
+            length = trained.argmax() if trained.any() else 0
+            ids = ids[:length] if not np.isin(kinds[:length], NO_PROMPT).all() else ids[:0]
         yield blake2b(ids.tobytes(), digest_size=16).digest() if len(ids) else None
 
 
-def _changed_by_a_round_trip(cache: TokenCache, documents: np.ndarray, tokenizer: Tokenizer) -> Iterator[int]:
-    """Documents d with encode(decode(ids)) != ids: text that was encoded in parts, or that the tokenizer cannot hold."""
+def _read_again(cache: TokenCache, documents: np.ndarray, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Documents with encode(decode(ids)) != ids: text that was encoded in parts, or that the tokenizer cannot hold. And
+    those with a control token in a content, as ordinary text or as the token."""
+    changed, with_control_token = [], []
+    look_for_them = any(entry["control_tokens"] for entry in cache.manifest["sources"])
+    special = list(tokenizer.special_ids)
     for at in range(0, len(documents), ROUND_TRIP_ROWS):
         chunk = documents[at : at + ROUND_TRIP_ROWS]
-        ids = [cache.ids[cache.offsets[d] : cache.offsets[d + 1]].tolist() for d in chunk]
-        texts = tokenizer.backend.decode_batch(ids, skip_special_tokens=False)
-        for d, before, after in zip(chunk, ids, tokenizer.encode_batch(texts)):
-            if before != after:
-                yield int(d)
+        ids = [cache.ids[cache.offsets[d] : cache.offsets[d + 1]] for d in chunk]
+        texts = tokenizer.backend.decode_batch([i.tolist() for i in ids], skip_special_tokens=False)
+        for d, before, text, after in zip(chunk.tolist(), ids, texts, tokenizer.encode_batch(texts)):
+            if before.tolist() != after:
+                changed.append(d)
+            if not look_for_them:
+                continue
+            kinds = cache.kinds[cache.offsets[d] : cache.offsets[d + 1]] & KIND_MASK
+            is_special = np.isin(before, special)
+            written = sum(1 for _ in tokenizer.control_tokens.finditer(text))
+            if written > is_special.sum() or (is_special & ~np.isin(kinds, BY_THE_TEMPLATE)).any():
+                with_control_token.append(d)
+    return changed, with_control_token
 
 
 # ------------------------------------------------------------------------------------------------- tables
 
 
-def tokens_by_kind(documents: Documents) -> dict[str, dict[str, int]]:
-    """{kind: {"trained": tokens, "context": tokens}} of the documents as they are trained, once each."""
-    counts = np.zeros(256, dtype=np.int64)
-    used, place = np.unique(documents.index, return_index=True)
-    for start, end in zip(documents.start[place], documents.end[place]):
-        counts += np.bincount(documents.cache.kinds[start:end], minlength=256)
-    table = {name: {"trained": int(counts[i | TRAINED]), "context": int(counts[i])} for i, name in enumerate(KINDS)}
-    return {name: row for name, row in table.items() if row["trained"] or row["context"]}
-
-
-def rows_by_source(documents: Documents) -> list[dict]:
-    """What became of the rows of each source, and how many tokens of it are in an epoch."""
+def count_tokens(documents: Documents, split_at: int | None = None) -> np.ndarray:
+    """Tokens of the documents, once each, int64 [sources, kinds, 2]: [..., 0] context, [..., 1] targets. What is counted
+    as a target is what `select_documents` counts, so that the sums are those of its account."""
     cache = documents.cache
-    tokens = np.bincount(cache.source[documents.index], weights=documents.lengths, minlength=len(cache.sources))
-    used = np.bincount(cache.source[documents.index], minlength=len(cache.sources))
+    shape = (len(cache.sources), len(KINDS), 2)
+    counts = np.zeros(shape, dtype=np.int64).ravel()
+    used, place = np.unique(documents.index, return_index=True)
+    starts, lengths = documents.start[place], documents.lengths[place]
+    block_of = np.cumsum(lengths) // 2**20  # to bound memory
+    for block in np.split(np.arange(len(used)), np.flatnonzero(np.diff(block_of)) + 1):
+        token = ragged_arange(starts[block], lengths[block])
+        position = token - np.repeat(starts[block], lengths[block])
+        kinds = cache.kinds[token]
+        target = (kinds >= TRAINED) & (position % (split_at or 2**40) > 0)
+        if cache.weights is not None:
+            target &= cache.weights[token] > 0
+        source = np.repeat(cache.source[used[block]], lengths[block]).astype(np.int64)
+        counts += np.bincount((source * len(KINDS) + (kinds & KIND_MASK)) * 2 + target, minlength=counts.size)
+    return counts.reshape(shape)
+
+
+def kind_table(counts: np.ndarray) -> dict[str, dict[str, int]]:
+    """{kind: {"trained": tokens, "context": tokens}} of count_tokens."""
+    sums = counts.sum(axis=0).tolist()
+    return {name: {"trained": sums[i][1], "context": sums[i][0]} for i, name in enumerate(KINDS) if any(sums[i])}
+
+
+def source_table(documents: Documents, counts: np.ndarray) -> list[dict]:
+    """What became of the rows and tokens of each source. rows_read = rows_used + the rest, which is dropped."""
+    cache = documents.cache
+    rows = rows_of(cache)
+    _, first = np.unique(rows[documents.index], return_index=True)  # a document of each row that is used
+    rows_used = np.bincount(cache.source[documents.index[first]], minlength=len(cache.sources))
+    in_epoch = np.bincount(cache.source[documents.index], minlength=len(cache.sources))
     return [
         {
             "source": source.label,
             "layout": entry["layout"],
             "rows_read": entry["rows_read"],
-            "dropped": entry["dropped"],
+            "rows_used": int(rows_used[number]),
+            "bad_rows": entry["dropped"],
             "found_by": entry["strategies"],
-            "documents": int(used[number]),
-            "tokens": int(tokens[number]),
+            "documents_per_epoch": int(in_epoch[number]),
+            "trained": int(counts[number, :, 1].sum()),
+            "context": int(counts[number, :, 0].sum()),
         }
         for number, (source, entry) in enumerate(zip(cache.sources, cache.manifest["sources"]))
     ]
 
 
 def length_histogram(lengths: np.ndarray, bins: int = 16) -> list[dict[str, int]]:
-    """Documents by length: [{"from", "to", "documents"}] with `to` excluded, in steps of a round number of tokens."""
-    step = max(1, -(-int(lengths.max() + 1) // bins))
-    magnitude = 10 ** (len(str(step)) - 1)
-    step = -(-step // magnitude) * magnitude
-    counts = Counter((lengths // step).tolist())
-    return [{"from": i * step, "to": (i + 1) * step, "documents": counts[i]} for i in range(int(max(counts)) + 1)]
+    """Documents by length: [{"from", "to", "documents"}] with `to` excluded, in steps of 1, 2 or 5 times a power of ten
+    that divide the lengths up to the 99th percentile; the last bin holds all that are longer."""
+    high, low = int(np.percentile(lengths, 99, method="higher")), int(lengths.min())
+    wanted = (high - low + 1) / bins
+    step = next(m * 10**e for e in range(12) for m in (1, 2, 5) if m * 10**e >= wanted)
+    first, last = low // step, high // step
+    counts = np.bincount(np.minimum(lengths // step, last) - first, minlength=last - first + 1).tolist()
+    table = [{"from": (first + i) * step, "to": (first + i + 1) * step, "documents": n} for i, n in enumerate(counts)]
+    table[-1]["to"] = max(table[-1]["to"], int(lengths.max()) + 1)
+    return table
 
 
 def length_summary(lengths: np.ndarray) -> dict[str, float]:
@@ -213,3 +272,41 @@ def length_summary(lengths: np.ndarray) -> dict[str, float]:
     summary = {"shortest": int(lengths.min()), "mean": round(float(lengths.mean()), 1)}
     summary |= {name: int(np.percentile(lengths, q, method="higher")) for name, q in quantiles.items()}
     return summary | {"longest": int(lengths.max())}
+
+
+# ------------------------------------------------------------------------------------------------- one document
+
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # could repaint a terminal
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring tokens of a document that are alike."""
+
+    text: str
+    kind: str  # of KINDS
+    state: str  # "trained" | "context" | "cut"
+    is_special: bool
+
+
+def stretches(cache: TokenCache, d: int, start: int, end: int, tokenizer: Tokenizer, limit: int) -> list[Stretch]:
+    """Document d, at most its first `limit` tokens, of which start : end are used. Special tokens are written out, and
+    what could repaint a terminal or reorder a line is escaped."""
+    span = slice(int(cache.offsets[d]), min(int(cache.offsets[d + 1]), int(cache.offsets[d]) + limit))
+    ids, kinds, at = cache.ids[span], cache.kinds[span], np.arange(span.start, span.stop)
+    state = ((kinds >= TRAINED) & (at > start)).astype(int)
+    if cache.weights is not None:
+        state &= cache.weights[span] > 0
+    state[(at < start) | (at >= end)] = 2
+    special = np.isin(ids, list(tokenizer.special_ids))
+    look = np.stack([kinds & KIND_MASK, state, special])
+    borders = [0, *(np.flatnonzero(np.diff(look).any(axis=0)) + 1).tolist(), len(ids)]
+    return [
+        Stretch(
+            UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], tokenizer.decode(ids[a:b])),
+            KINDS[look[0, a]],
+            ("context", "trained", "cut")[look[1, a]],
+            bool(look[2, a]),
+        )
+        for a, b in zip(borders, borders[1:])
+    ]

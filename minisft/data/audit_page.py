@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from minisft.data.batch import KIND_MASK, KINDS, TRAINED
+from minisft.data.audit import TITLES, Finding, stretches
+from minisft.data.cache import Documents
+from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 
 ROWS_SHOWN = 200  # of each set, besides those with a finding
@@ -30,7 +32,8 @@ td.n { text-align: right; font-variant-numeric: tabular-nums } .bad { color: var
 .bar { fill: var(--bar) } .context { fill: var(--context) }
 .row { border: 1px solid var(--line); border-radius: .4rem; margin: .6rem 0; padding: .5rem .8rem }
 .row pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.45 ui-monospace, monospace; margin: .3rem 0 0 }
-mark { background: var(--trained); color: inherit } mark.terminator { color: var(--mark); font-weight: 600 }
+mark { background: var(--trained); color: inherit } .special { color: var(--mark); font-weight: 600 }
+s { color: var(--soft) } mark.reasoning { border-bottom: 1px dashed } mark.tool_call { border-bottom: 1px solid }
 select { font: inherit; margin-right: 1rem } [hidden] { display: none }
 """
 SCRIPT = """
@@ -47,16 +50,23 @@ function filterRows() {
 """
 
 
-def write_page(path: Path, report: dict[str, Any], sets: dict[str, tuple]) -> None:
-    """Write the page. report, sets: as commands/audit.py makes them. Raises UserError."""
+def write_page(
+    path: Path,
+    report: dict[str, Any],
+    sets: dict[str, Documents],
+    findings: dict[str, list[Finding]],
+    tokenizer: Tokenizer,
+) -> None:
+    """Write the page. report: as commands/audit.py makes it; sets, findings: by the name of the set. Raises UserError."""
     body = ["<h1>Audit of the data</h1>", f'<p class="soft">{escape(report["tokenizer"])}</p>', _verdict(report)]
     for name, entry in report["sets"].items():
         body += [f"<h2>{escape(name)}</h2>", _findings(entry), _account(entry)]
         body += ["<h3>Tokens by kind</h3>", _kind_chart(entry["kinds"])]
         body += ["<h3>Documents by number of tokens</h3>", _length_chart(entry["histogram"]), _lengths(entry)]
         body += ["<h3>Tokens by source</h3>", _source_chart(entry["sources"])]
-    rows = [row for name, (documents, tokenizer) in sets.items() for row in _rows(name, report, documents, tokenizer)]
-    body += ["<h2>Rows</h2>", _filters(report, rows), *(row for _, row in rows)]
+        body += ["<h3>Packing</h3>", _packing_chart(entry["packing"])]
+    rows = [row for name in sets for row in _rows(name, sets[name], findings[name], tokenizer)]
+    body += ["<h2>Rows</h2>", _filters(findings, rows), *(row for _, row in rows)]
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Audit</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n<body>'
@@ -85,7 +95,7 @@ def _findings(entry: dict[str, Any]) -> str:
     rows = [
         f'<tr class="{"bad" if f["exceeded"] else ""}"><td class="n">{f["count"]:,}</td><td class="n">{f["share"]:.2%}</td>'
         f'<td>{escape(f["title"])}</td><td class="soft">{escape(", ".join(Path(e).name for e in f["examples"]))}</td></tr>'
-        for f in sorted(entry["findings"], key=lambda f: -f["share"])
+        for f in entry["findings"]
     ]
     return f"<table>{''.join(rows)}</table>"
 
@@ -95,13 +105,11 @@ def _account(entry: dict[str, Any]) -> str:
     lines = [("rows read", rows["read"]), ("rows used", rows["used"])]
     lines += [(f"rows dropped: {reason}", count) for reason, count in rows["dropped"].items()]
     lines += [(f"tokens {name.replace('_', ' ')}", count) for name, count in tokens.items()]
-    lines += [("documents of an epoch", entry["documents"]), ("tokens of an epoch", entry["tokens_per_epoch"])]
+    lines += [("documents held out for evaluation", entry["held_out"])] if entry["held_out"] else []
+    lines += [(f"{name} of an epoch", count) for name, count in entry["epoch"].items()]
     table = "".join(f'<tr><td>{escape(name)}</td><td class="n">{count:,}</td></tr>' for name, count in lines)
-    if entry["packing"]:
-        p = entry["packing"]
-        packs = f"{p['packs']:,} packs of {p['max_length']:,}, {p['fill']:.2%} full"
-        table += f"<tr><td>{'packing' if p['on'] else 'if packed'}</td><td>{packs}</td></tr>"
-    return f"<table>{table}</table>"
+    bad_rows = "".join(f"<li>{escape(bad_row)}</li>" for bad_row in entry["bad_rows"])
+    return f"<table>{table}</table>" + (f'<ul class="soft">{bad_rows}</ul>' if bad_rows else "")
 
 
 def _lengths(entry: dict[str, Any]) -> str:
@@ -152,8 +160,26 @@ def _length_chart(histogram: list[dict[str, int]]) -> str:
 def _source_chart(sources: list[dict]) -> str:
     return _bars(
         [
-            (Path(s["source"]).name[:26], [(s["tokens"], "bar")], f"{s['tokens']:,} in {s['documents']:,}")
+            (
+                Path(s["source"]).name[-26:],
+                [(s["trained"], "bar"), (s["context"], "context")],
+                f"{s['trained']:,} trained, {s['rows_used']:,} rows",
+            )
             for s in sources
+        ]
+    )
+
+
+def _packing_chart(packing: dict[str, Any]) -> str:
+    plans = [(name, packing[name]) for name in ("packed", "unpacked") if packing[name]]
+    return _bars(
+        [
+            (
+                name + (" (as configured)" if packing["is_on"] == (name == "packed") else ""),
+                [(plan["fill"] or 0, "bar"), (1 - (plan["fill"] or 0), "context")],
+                f"{plan['fill']:.1%} full" if plan["fill"] else f"{plan['packs']:,} rows",
+            )
+            for name, plan in plans
         ]
     )
 
@@ -161,9 +187,9 @@ def _source_chart(sources: list[dict]) -> str:
 # ------------------------------------------------------------------------------------------------- rows
 
 
-def _filters(report: dict[str, Any], rows: list[tuple[str, str]]) -> str:
+def _filters(findings: dict[str, list[Finding]], rows: list[tuple[str, str]]) -> str:
     sources = sorted({source for source, _ in rows})
-    names = {f["name"]: f["title"] for entry in report["sets"].values() for f in entry["findings"] if f["documents"]}
+    names = {f.name: TITLES[f.name] for found in findings.values() for f in found if f.documents}
 
     def options(values: dict[str, str]) -> str:
         return "".join(f'<option value="{escape(value)}">{escape(text)}</option>' for value, text in values.items())
@@ -173,43 +199,44 @@ def _filters(report: dict[str, Any], rows: list[tuple[str, str]]) -> str:
         f"{options({s: s for s in sources})}</select></label>"
         '<label>finding <select id="finding" onchange="filterRows()"><option value="">any or none</option>'
         f'{options(names)}</select></label><span id="shown">{len(rows)}</span> rows shown; what is trained is '
-        "<mark>marked</mark>.</p>"
+        "<mark>marked</mark>, what is cut off <s>struck out</s>.</p>"
     )
 
 
-def _rows(name: str, report: dict[str, Any], documents, tokenizer) -> list[tuple[str, str]]:
+def _rows(name: str, documents: Documents, findings: list[Finding], tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """(source, HTML) of an even sample of the documents and of some with each finding."""
-    cache, findings = documents.cache, report["sets"][name]["findings"]
-    chosen = set(
-        documents.index[np.linspace(0, len(documents) - 1, min(ROWS_SHOWN, len(documents))).astype(int)].tolist()
-    )
+    cache = documents.cache
+    sample = np.linspace(0, len(documents) - 1, min(ROWS_SHOWN, len(documents))).astype(int)
+    chosen = set(documents.index[sample].tolist())
     for finding in findings:
-        chosen |= set(finding["documents"][:ROWS_OF_A_FINDING])
-    found = {finding["name"]: set(finding["documents"]) for finding in findings}
+        chosen |= set(finding.documents[:ROWS_OF_A_FINDING])
+    found = {finding.name: set(finding.documents) for finding in findings}
     rows = []
     for d in sorted(chosen):
         source = f"{name}: {Path(cache.sources[cache.source[d]].label).name}"
         names = [finding for finding, listed in found.items() if d in listed]
-        notes = ", ".join(names)
         rows.append(
             (
                 source,
                 f'<div class="row" data-source="{escape(source)}" data-findings="{escape(" ".join(names))}">'
-                f'<span class="soft">{escape(Path(cache.place(d)).name)}</span> <span class="bad">{escape(notes)}</span>'
-                f"<pre>{_coloured(cache, d, tokenizer)}</pre></div>",
+                f'<span class="soft">{escape(Path(cache.place(d)).name)}</span>'
+                f' <span class="bad">{escape("; ".join(TITLES[n] for n in names))}</span>'
+                f"<pre>{_coloured(documents, d, tokenizer)}</pre></div>",
             )
         )
     return rows
 
 
-def _coloured(cache, d: int, tokenizer) -> str:
-    """The text of a document, its trained stretches marked, with the kind as a tooltip."""
-    start, end = int(cache.offsets[d]), int(cache.offsets[d + 1])
-    stop = min(end, start + TOKENS_SHOWN)
-    ids, kinds = cache.ids[start:stop], cache.kinds[start:stop]
-    borders = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(ids)]
+def _coloured(documents: Documents, d: int, tokenizer: Tokenizer) -> str:
+    """The text of a document: what is trained marked, what is cut struck out, with the kind as a tooltip."""
+    cache = documents.cache
+    place = int(np.searchsorted(documents.index, d))  # index is sorted
+    is_used = place < len(documents) and documents.index[place] == d
+    start, end = (int(documents.start[place]), int(documents.end[place])) if is_used else (0, 0)
     html = []
-    for a, b in zip(borders, borders[1:]):
-        kind, text = KINDS[kinds[a] & KIND_MASK], escape(tokenizer.decode(ids[a:b]))
-        html.append(f'<mark class="{kind}" title="{kind}">{text}</mark>' if kinds[a] & TRAINED else text)
-    return "".join(html) + (f' <span class="soft">... {end - stop:,} more tokens</span>' if stop < end else "")
+    for part in stretches(cache, d, start, end, tokenizer, TOKENS_SHOWN):
+        tag = {"trained": "mark", "cut": "s"}.get(part.state, "span")
+        special = " special" if part.is_special else ""
+        html.append(f'<{tag} class="{part.kind}{special}" title="{part.kind}">{escape(part.text)}</{tag}>')
+    left_out = int(cache.offsets[d + 1] - cache.offsets[d]) - TOKENS_SHOWN
+    return "".join(html) + (f' <span class="soft">... {left_out:,} more tokens</span>' if left_out > 0 else "")

@@ -76,7 +76,7 @@ class TokenCache:
     def describe(self) -> list[str]:
         """What was detected and dropped, for the start of a run."""
         lines = [
-            f"{source.label}{f' at {source.commit}' if source.commit else ''}: {entry['layout']}"
+            f"{source.label}{f' at {source.origin}' if source.commit else ''}: {entry['layout']}"
             for source, entry in zip(self.sources, self.manifest["sources"])
         ]
         dropped = sum(sum(entry["dropped"].values()) for entry in self.manifest["sources"])

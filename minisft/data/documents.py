@@ -81,8 +81,7 @@ def select_documents(
         raise UserError(f"truncation = {truncation!r}", hint=f"one of {', '.join(TRUNCATIONS)}")
     if max_length is not None and max_length < 2:
         raise UserError(f"max_length = {max_length}: the first token of a document is never a target")
-    start, end = np.array(cache.offsets[:-1]), np.array(cache.offsets[1:])
-    lengths = end - start
+    lengths = np.diff(cache.offsets)
     longer = lengths > (max_length or lengths.max())
     if longer.any() and truncation == "error":
         longest = int(lengths.argmax())
@@ -92,10 +91,7 @@ def select_documents(
             hint='raise max_length, or set truncation = "right", "left" or "drop"',
             exit_code=DATA,
         )
-    if max_length and truncation in ("right", "turns"):
-        end = np.minimum(end, start + max_length)
-    if max_length and truncation == "left":
-        start = np.maximum(start, end - max_length)
+    start, end = cut(cache, max_length, truncation)
     targets = count_targets(cache, start, end)
     if split_at:
         cuts = np.maximum(end - start - 1, 0) // split_at  # the pieces of each document after its first
@@ -146,6 +142,16 @@ def select_documents(
         raise UserError("no row is left to train on\n  " + "\n  ".join(accounting.lines()), exit_code=DATA)
     index = np.repeat(np.arange(len(lengths)), copies)
     return Documents(cache, index, start[index], end[index]), accounting
+
+
+def cut(cache: TokenCache, max_length: int | None, truncation: str) -> tuple[np.ndarray, np.ndarray]:
+    """(start, end), int64 [D]: what is left of each document of the cache. "drop" and "error" cut nothing."""
+    start, end = np.array(cache.offsets[:-1]), np.array(cache.offsets[1:])
+    if max_length and truncation in ("right", "turns"):
+        end = np.minimum(end, start + max_length)
+    if max_length and truncation == "left":
+        start = np.maximum(start, end - max_length)
+    return start, end
 
 
 def rows_of(cache: TokenCache) -> np.ndarray:

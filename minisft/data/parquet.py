@@ -1,70 +1,118 @@
 """Parquet files as rows of plain JSON values, through the optional package pyarrow.
 
-A file is read in batches of BATCH_ROWS rows, so memory holds one batch of one row group. Numbers, texts, truths, lists and
-structs (maps as objects, where their keys are texts) become what JSON has; dates and times become ISO text, which loses
-nothing. Bytes and decimals have no exact JSON form: a row that holds one is a bad row that names the column.
+Parquet stores columns, cut into row groups of some thousand rows. A file is decoded BATCH_ROWS rows at a time, so memory
+holds one batch and the compressed bytes of one row group, whatever the size of the file. The number of rows stands in the
+footer, so that counting them decodes nothing.
+
+    text, numbers, truth values, null    as they are
+    lists, structs, maps with text keys  arrays and objects
+    dates, times, timestamps             text as in ISO 8601
+    decimals                             text with all their digits
+
+Everything else (bytes, durations, NaN) has no exact JSON form: a row that holds one is a bad row that names the column.
 """
 
 import datetime
 from collections.abc import Iterator
+from decimal import Decimal
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minisft.data.rows import BadRow, Row, excerpt
 from minisft.errors import DATA, UserError
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+    from pyarrow.parquet import ParquetFile
 
 BATCH_ROWS = 512
 
 
 def read_parquet(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
     """(row number from 1, row). Raises UserError where pyarrow is missing or the file is damaged."""
+    number = 0
     with _opened(path) as file:
-        number = 0
-        try:
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield number, _row(values, path, number)
-        except (OSError, ValueError) as error:  # pyarrow's errors are of these
-            raise UserError(f"{path}: damaged after row {number}: {error}", exit_code=DATA) from None
+        batches = file.iter_batches(batch_size=BATCH_ROWS)
+        while (batch := _next_batch(batches, path, number)) is not None:
+            for values in _values(batch):
+                number += 1
+                yield number, _row(values, path, number)
 
 
 def count_parquet(path: Path) -> int:
-    """The number of rows, from the file's own footer."""
+    """The number of rows, from the file's footer. Raises UserError as read_parquet does."""
     with _opened(path) as file:
         return file.metadata.num_rows
 
 
-def _opened(path: Path):
+def _opened(path: Path) -> "ParquetFile":
     try:
-        from pyarrow import parquet
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
     except ImportError:
         hint = 'pip install "minisft[parquet]", or convert the file to .jsonl'
         raise UserError(f"{path}: Parquet files need the package pyarrow", hint=hint, exit_code=DATA) from None
     try:
-        return parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:
+        file = ParquetFile(path)
+    except (OSError, ValueError, ArrowException) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}", exit_code=DATA) from None
+    names = file.schema_arrow.names
+    if len(set(names)) < len(names):
+        file.close()
+        raise UserError(f"{path}: a column name occurs twice: {', '.join(names)}", exit_code=DATA)
+    return file
 
 
-def _row(values: dict[str, Any], path: Path, number: int) -> Row | BadRow:
+def _next_batch(batches: Iterator["RecordBatch"], path: Path, number: int) -> "RecordBatch | None":
+    from pyarrow import ArrowException
+
+    try:
+        return next(batches, None)
+    except (OSError, ValueError, ArrowException) as error:
+        raise UserError(f"{path}: damaged after row {number}: {error}", exit_code=DATA) from None
+
+
+def _values(batch: "RecordBatch") -> Iterator[dict | Exception]:
+    """The rows of a batch; an exception in place of one that Python cannot hold: a text that is not UTF-8, nanoseconds."""
+    try:
+        yield from batch.to_pylist(maps_as_pydicts="strict")
+    except (ValueError, KeyError):  # some row of the batch: find out which
+        for index in range(batch.num_rows):
+            try:
+                yield from batch.slice(index, 1).to_pylist(maps_as_pydicts="strict")
+            except (ValueError, KeyError) as error:
+                yield error
+
+
+def _row(values: dict[str, Any] | Exception, path: Path, number: int) -> Row | BadRow:
+    if isinstance(values, Exception):
+        return BadRow(str(path), number, "not a JSON value", str(values))
     row = {}
     for name, value in values.items():
         try:
             row[name] = _plain(value)
         except TypeError as error:
-            return BadRow(str(path), number, "not a JSON value", f"column {name!r}: {error}", excerpt(str(value)))
+            shown = excerpt(str(value)[:1000])
+            return BadRow(str(path), number, "not a JSON value", f"column {name!r}: {error}", shown)
     return Row(row, str(path), number)
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, (str, bool, int)):
         return value
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, float):
+        if not isfinite(value):
+            raise TypeError(f"{value} is not JSON")
+        return value
     if isinstance(value, list):
-        pairs = bool(value) and all(isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) for v in value)
-        return {key: _plain(inner) for key, inner in value} if pairs else [_plain(inner) for inner in value]
+        return [_plain(inner) for inner in value]
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError("a map whose keys are not texts has no JSON form")
+        return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, (datetime.date, datetime.time)):  # a datetime is a date too
         return value.isoformat()
-    raise TypeError(f"a {type(value).__name__} has no exact JSON form")
+    if isinstance(value, Decimal):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no exact JSON form")

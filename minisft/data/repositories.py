@@ -1,16 +1,22 @@
 """Data sets of the hub by their name: which files of a repository are the rows, and where they are once downloaded.
 
-No library reads a data set's own description here (that would need YAML, and sometimes its code): files are chosen by
-their names, by rules that are few enough to say, and where they do not decide, the error lists what there is.
+The rules, the first that applies. Where they do not decide, the error lists what there is; nothing is guessed.
 
-1. `data_files` of the source: globs or names, inside `data_dir` where that is given. Nothing else is looked at.
-2. Else the files in `data_dir` (or anywhere) whose path names the split: train.jsonl, data/train-00000-of-00002.parquet,
-   main/train-00000-of-00001.parquet, train/0000.parquet. Of several formats the first of FORMATS that has any is taken.
-   `name` picks one of several configurations: the folder main/ there, as in load_dataset(path, name).
-3. Else, for the split "train", the one readable file of the repository that names no split.
-4. Else the same rules in the branch refs/convert/parquet, where the hub keeps converted copies: name/train/0000.parquet.
+1. `data_files` of the source: names or globs (* stays in its folder, ** does not), inside `data_dir`. All is "train".
+2. Without data_dir: what the YAML at the top of README.md declares under `configs`: each configuration's files by split.
+3. The names of the files. The file, or the nearest folder whose name tells it, is called like the split; what is left
+   of the folders (not data/) is the configuration:
 
-Code in a repository is never run, and files that are not chosen are not downloaded.
+       train.jsonl   data/train-00000-of-00002.parquet   main/test-00000-of-00001.parquet   default/train/0000.parquet
+
+   Exactly that name wins (train before train_extra), else the only one that has it as a word (gsm8k_train). valid, val
+   and dev are validation, eval is test. Of several formats of the same split the first of FORMATS is taken. Where all
+   files have one name, and no split in it (alpaca_data.json), they are "train".
+4. Where nothing in it can be read, or a script of its own made the data set: the files that the hub has converted, in
+   the branch refs/convert/parquet, by rule 3. Not with a `revision` of yours: the branch would not follow it.
+
+`name` picks one of several configurations, as in load_dataset(path, name); without it the only one, or "default".
+Code in a repository is never run, and only the chosen files and README.md are downloaded.
 """
 
 import re
@@ -23,12 +29,16 @@ from minisft import hub
 from minisft.data.sources import Source
 from minisft.errors import DATA, UserError
 
-FORMATS = (".parquet", ".jsonl", ".json", ".csv", ".txt")
-CONVERTED = "refs/convert/parquet"
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"} | dict.fromkeys(
-    ("validation", "valid", "val", "dev"), "validation"
-)
-NOT_DATA = ("dataset_infos.json", "dataset_info.json", "README.txt", "LICENSE.txt", "requirements.txt", "state.json")
+FORMATS = (".jsonl", ".parquet", ".json", ".csv", ".txt")
+SPLITS = {  # words in names of files and folders -> the split that they mean
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+SHARD = re.compile(r"(^|[-_.])\d+(-of-\d+)?(-[0-9a-f]{16})?$")  # the end of train-00000-of-00002-a3ecf92756993583
+NOT_ROWS = ("README.txt", "LICENSE.txt", "requirements.txt", "config.json", "state.json", "dataset_dict.json")
+NOT_ROWS += ("dataset_info.json", "dataset_infos.json")
+DECLARED_KEYS = {"config_name", "data_files", "data_dir", "default", "description", "version", "features"}
 
 
 def locate(source: Source, *, local_files_only: bool = False) -> Source:
@@ -38,91 +48,184 @@ def locate(source: Source, *, local_files_only: bool = False) -> Source:
     """
     if source.files or not hub.is_repository_name(source.path):
         return source
-    revision = source.revision or None
-    listed, commit = hub.list_dataset(source.path, revision, local_files_only=local_files_only)
-    files, why = choose_files(listed, source)
-    if not files and revision is None and not source.data_files:
-        converted, converted_commit = _converted(source.path, local_files_only)
-        if converted:
-            files, why = choose_files(converted, source)
-            commit = converted_commit
+    repo, options = source.path, {"local_files_only": local_files_only}
+    listed, commit = hub.list_dataset(repo, source.revision or None, **options)
+    configs = None
+    if "README.md" in listed and not source.data_files and not source.data_dir:
+        configs = hub.read_card(repo, commit, **options).get("configs")
+    files = choose_files(listed, source, configs)
     if not files:
-        raise UserError(f"{source.path}: {why}", hint=_hint(listed), exit_code=DATA)
-    paths = hub.download_dataset(source.path, commit, files, local_files_only=local_files_only)
-    return replace(source, files=tuple(str(path) for path in paths), commit=commit)
+        problem = "a script made it (scripts are not run)" if _script(listed, repo) else "it has no file of rows"
+        if source.data_dir:
+            raise _error(source, f"{problem} in {source.data_dir}", listed)
+        if source.revision:
+            raise _error(source, f"{problem}; the hub's converted copy is read only where no revision is given", listed)
+        converted, commit = hub.list_dataset(repo, hub.CONVERTED, **options)
+        if not (files := choose_files(converted, source)):
+            raise _error(source, f"{problem}, and the hub has no converted copy", listed)
+    paths = hub.download_dataset(repo, commit, files, **options)
+    return replace(source, files=tuple(map(str, paths)), commit=commit)
 
 
-def _converted(repo: str, local_files_only: bool) -> tuple[list[str], str]:
-    try:
-        return hub.list_dataset(repo, CONVERTED, local_files_only=local_files_only)
-    except UserError:
-        return [], ""
+def choose_files(listed: Iterable[str], source: Source, configs: object = None) -> list[str]:
+    """The files of a repository that hold the rows of `source`, by rules 1 to 3 above; none where rule 4 applies.
 
-
-def _hint(listed: list[str]) -> str:
-    shown = ", ".join(listed[:12]) + (f" and {len(listed) - 12} more" if len(listed) > 12 else "")
-    return (
-        f"name files by data_files, a configuration by name, a split by split; the repository has {shown or 'no file'}"
-    )
-
-
-def choose_files(listed: Iterable[str], source: Source) -> tuple[list[str], str]:
-    """(the files of a repository that hold the rows of `source`, what is wrong where there are none).
-
-    Raises UserError where several configurations or nothing but another split fit.
+    listed: paths of all its files. configs: what its README.md declares. Raises UserError.
     """
-    folder = f"{source.data_dir.strip('/')}/" if source.data_dir else ""
-    inside = [file for file in sorted(listed) if file.startswith(folder)]
+    listed = sorted(listed)
     if source.data_files:
-        patterns = [folder + pattern for pattern in source.data_files]
-        for pattern in patterns:
-            if not any(fnmatchcase(file, pattern) for file in inside):
-                return [], f"no file matches {pattern!r}"
-        return [file for file in inside if any(fnmatchcase(file, pattern) for pattern in patterns)], ""
+        return _by_pattern(listed, source)
+    if configs and not source.data_dir:
+        return _declared(listed, source, configs)
+    if _script(listed, source.path) and not source.data_dir:
+        return []
+    return _by_name(listed, source)
 
-    readable = [
-        f for f in inside if f.endswith(FORMATS) and PurePosixPath(f).name not in NOT_DATA and not f.startswith(".")
-    ]
-    if not readable:
-        return [], f"no file of a format that can be read ({' '.join(FORMATS)})"
-    splits = {file: split_of(file) for file in readable}
+
+# ------------------------------------------------------------------------------------------------- the three rules
+
+
+def _by_pattern(listed: list[str], source: Source) -> list[str]:
+    if source.split_name != "train":
+        raise _error(source, f"split = {source.split!r}, but data_files have no other split than train", listed)
+    folder = f"{source.data_dir.strip('/')}/" if source.data_dir else ""
+    return _matching(listed, [folder + pattern for pattern in source.data_files], source)
+
+
+def _declared(listed: list[str], source: Source, configs: object) -> list[str]:
+    """Files by the `configs` of a README.md: a list of tables with config_name, data_files, perhaps data_dir, default."""
+    try:
+        default = next((c["config_name"] for c in configs if c.get("default")), "default")
+        by_name = {c["config_name"]: c for c in configs}
+        config = by_name[_pick(source, by_name, listed, default)]
+        folder = f"{config['data_dir'].strip('/')}/" if config.get("data_dir") else ""
+        splits: dict[str, list[str]] = {}
+        for entry in _as_list(config.get("data_files", "**")):
+            entry = entry if isinstance(entry, dict) else {"split": "train", "path": entry}
+            splits.setdefault(entry["split"], []).extend(folder + path for path in _as_list(entry["path"]))
+    except (AttributeError, KeyError, TypeError):
+        raise _error(
+            source, f"its README.md declares configs in a way unknown here: {configs!r:.200}", listed
+        ) from None
+    if unknown := config.keys() - DECLARED_KEYS:
+        what = ", ".join(f"{key} = {config[key]!r:.40}" for key in sorted(unknown))
+        raise _error(source, f"its README.md asks for a special way of reading ({what})", listed)
+    if "data_files" not in config:
+        return _by_name([file for file in listed if file.startswith(folder)], replace(source, data_dir=folder))
+    if source.split_name not in splits:
+        raise _error(source, f"no split {source.split_name!r}; there are {', '.join(sorted(splits))}", listed)
+    patterns = splits[source.split_name]
+    if not any(_is_readable(file) for pattern in patterns for file in _glob(listed, pattern)):
+        return []
+    return _matching(listed, patterns, source)
+
+
+def _by_name(listed: list[str], source: Source) -> list[str]:
+    folder = f"{source.data_dir.strip('/')}/" if source.data_dir else ""
+    found: dict[str, dict[str, list[str]]] = {}  # configuration -> split -> files
+    for file in listed:
+        if file.startswith(folder) and _is_readable(file):
+            configuration, split = _configuration_and_split(file.removeprefix(folder))
+            found.setdefault(configuration, {}).setdefault(split, []).append(file)
+    if not found:
+        return []
+    if source.name and source.name in found:
+        found = {source.name: found[source.name]}
     wanted = SPLITS.get(source.split_name, source.split_name)
-    files = [file for file, split in splits.items() if split == wanted]
-    if not files and wanted == "train" and len(readable) == 1 and splits[readable[0]] is None:
-        files = readable
-    if not files:
-        there = sorted({split for split in splits.values() if split})
-        return [], f"no file of the split {source.split_name!r}" + (f"; there are {', '.join(there)}" if there else "")
-    kind = next(kind for kind in FORMATS if any(file.endswith(kind) for file in files))
-    files = [file for file in files if file.endswith(kind)]
-
-    configurations: dict[str, list[str]] = {}
-    for file in files:
-        configurations.setdefault(_configuration(file, folder), []).append(file)
-    if len(configurations) == 1 and (not source.name or "" in configurations or source.name in configurations):
-        return files, ""
-    if source.name in configurations:
-        return configurations[source.name], ""
-    names = ", ".join(sorted(name for name in configurations if name)) or "none"
-    raise UserError(
-        f"{source.path}: {f'no configuration {source.name!r}' if source.name else 'several configurations'}; there are {names}",
-        hint='pick one, as in {path = "owner/name", name = "main"}',
-        exit_code=DATA,
-    )
+    holding = {name: files for name, splits in found.items() if (files := _of_split(splits, wanted))}
+    names = sorted({split for splits in found.values() for split in splits})
+    if not holding and wanted == "train" and len(found) == len(names) == 1 and not _splits_in(names[0]):
+        holding = {name: splits[names[0]] for name, splits in found.items()}
+    if not holding:
+        raise _error(source, f"no split {source.split_name!r}; by their names, files are of {', '.join(names)}", listed)
+    files = holding[_pick(source, holding, listed, "default")]
+    suffix = next(suffix for suffix in FORMATS if any(file.endswith(suffix) for file in files))
+    return [file for file in files if file.endswith(suffix)]
 
 
-def split_of(file: str) -> str | None:
-    """The split that a path names, by its file or its nearest folder: "train" for data/train-00000-of-00002.parquet."""
+# ------------------------------------------------------------------------------------------------- names and patterns
+
+
+def _configuration_and_split(file: str) -> tuple[str, str]:
+    """("main", "train") for main/train-00000-of-00001.parquet; a name of the file where no split is named."""
+    *folders, name = PurePosixPath(file).parts
+    stem = SHARD.sub("", name[: name.rindex(".")])
+    named = next((part for part in (stem, *reversed(folders)) if _splits_in(part)), None)
+    if not stem and len(folders) >= 2:  # configuration/split/0000.parquet, whatever the split is called
+        named = folders[-1]
+    configuration = "/".join(part for part in folders if part not in (named, "data") and part not in SPLITS)
+    label = named or stem or (folders[-1] if folders else "")
+    return configuration, SPLITS.get(label, label)
+
+
+def _splits_in(name: str) -> set[str]:
+    """The splits that are a word of a name: {"train"} for gsm8k_train."""
+    return {SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS}
+
+
+def _of_split(splits: dict[str, list[str]], wanted: str) -> list[str]:
+    if wanted in splits:
+        return splits[wanted]
+    near = [name for name in splits if wanted in _splits_in(name) and not name.startswith("partial-")]
+    return splits[near[0]] if len(near) == 1 else []
+
+
+def _pick(source: Source, names: Iterable[str], listed: list[str], default: str) -> str:
+    """The configuration that the source means. A name that a repository without configurations lacks is only a label."""
+    names = list(names)
+    if source.name and source.name in names:
+        return source.name
+    if len(names) == 1 and (not source.name or names[0] in ("", "default")):
+        return names[0]
+    if not source.name and default in names:
+        return default
+    problem = f"no configuration {source.name!r}" if source.name else "several configurations and no name"
+    shown = ", ".join(sorted(name or "one outside of folders" for name in names))
+    raise _error(source, f"{problem}; there are {shown}", listed)
+
+
+def _matching(listed: list[str], patterns: list[str], source: Source) -> list[str]:
+    """The files of each pattern in turn, each file once. A glob passes over files of other formats; a name may not."""
+    files: dict[str, None] = {}
+    for pattern in patterns:
+        found = _glob(listed, pattern)
+        readable = [file for file in found if _is_readable(file)]
+        if not readable:
+            what = f"{', '.join(found[:3])}: not a file of rows" if found else f"no file matches {pattern!r}"
+            raise _error(source, f"{what}; what can be read ends in {' '.join(FORMATS)}", listed)
+        files |= dict.fromkeys(readable)
+    return list(files)
+
+
+def _is_readable(file: str) -> bool:
     path = PurePosixPath(file)
-    for part in (path.name.removesuffix(path.suffix), *reversed(path.parts[:-1])):
-        words = re.split(r"[-_.]", part)
-        for word in (part, words[0], words[-1]):
-            if word.lower() in SPLITS:
-                return SPLITS[word.lower()]
-    return None
+    is_hidden = any(part.startswith(".") for part in path.parts)
+    return path.suffix in FORMATS and path.name not in NOT_ROWS and not is_hidden
 
 
-def _configuration(file: str, folder: str) -> str:
-    """The folder that holds a file, without those that name a split or mean nothing."""
-    parts = [part for part in PurePosixPath(file.removeprefix(folder)).parts[:-1]]
-    return "/".join(part for part in parts if part not in SPLITS and part != "data")
+def _glob(listed: list[str], pattern: str) -> list[str]:
+    parts = pattern.removeprefix("./").split("/")
+    return [file for file in listed if file == pattern or _matches(file.split("/"), parts)]
+
+
+def _matches(parts: list[str], pattern: list[str]) -> bool:
+    if not pattern or not parts:
+        return not parts and not pattern
+    if pattern[0] == "**":
+        return _matches(parts, pattern[1:] or ["*"]) or _matches(parts[1:], pattern)
+    return fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def _script(listed: Iterable[str], repo: str) -> bool:
+    return f"{repo.partition('/')[2]}.py" in listed
+
+
+def _as_list(value: object) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def _error(source: Source, problem: str, listed: list[str]) -> UserError:
+    shown = [file for file in listed if not file.startswith(".")]
+    files = ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
+    hint = f"set name (the configuration), split, data_dir or data_files; its files: {files or 'none'}"
+    return UserError(f"{source.path}: {problem}", hint=hint, exit_code=DATA)

@@ -1,47 +1,55 @@
 """The environment in which chat templates run: Jinja's sandbox, with limits on time, memory and output.
 
 A chat template is a program that came with somebody's tokenizer. Jinja's sandbox keeps it away from Python's internals,
-but not from `'a' * 10**10` or two nested loops. So every loop body, macro and assignment ticks: a call that is put into
-the syntax tree before it is compiled. A tick counts, looks at the clock, and looks at how far the process has grown since
-the rendering began. What can take gigabytes in one operation (`*`, `**`, `%`, padding, replace, join, format) is measured
-before it runs. Whoever exceeds a limit gets a LimitError, which render() turns into a bad row.
+but not from `'a' * 10**10`, from two nested loops, or from forty lists that each hold the one before twice. Nothing can
+stop one long operation of Python from outside, so every operation is kept short:
 
-Cost: a fifth of a microsecond a tick, a few a message.
+- What makes much out of little (`*`, `**`, `%`, padding, replace, join, format ...) is measured before it runs.
+- What puts values together (`+`, `~`, lists, dicts, the text inside a macro or a block) is measured when it has run. All
+  that a rendering makes in these two ways is added up, and the sum has a limit.
+- Every loop step and macro call ticks: steps are counted, and now and then so are the seconds and how far
+  the process has grown.
+
+Measures and ticks are filters that are put into the syntax tree before it is compiled. What only flows into the output or
+into a variable is not measured: the output is counted by render(), a variable by its tick. So ordinary templates pay
+for a few ticks a message, a tenth of a microsecond each. Who exceeds a limit gets a LimitError, which render() turns
+into a bad row.
 """
 
 import re
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 try:
     import resource
-except ImportError:  # Windows: no limit on memory but that of single operations
+except ImportError:  # Windows: no limit on memory but those on what is made
     resource = None
 
 MAX_SECONDS = 10.0  # of one rendering
-MAX_TICKS = 2_000_000  # loop steps, macro calls and assignments of one rendering
+MAX_STEPS = 2_000_000  # loop steps and macro calls of one rendering
 MAX_GROWTH = 2**30  # bytes of memory
-MAX_SIZE = 2**26  # characters of the output and of what one operation makes; elements of a list
+MAX_SIZE = 2**24  # characters of the output; characters of one value, with ELEMENT for each thing in a list or dict
+MAX_MADE = 2**27  # the same of all values that are measured, and of one rendering
+MAX_BITS = 2**12  # of a whole number that a template makes
 
+ELEMENT = 64  # a thing in a list counts as so many characters: about its bytes
+MAX_OPERANDS = 64  # of one sum whose steps are not measured
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-PADDING = (
-    "center",
-    "ljust",
-    "rjust",
-    "zfill",
-    "expandtabs",
-    "indent",
-    "wordwrap",
-    "batch",
-    "slice",
-    "format",
-    "pprint",
-)
+
+PADDING = ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice")
+QUADRATIC = ("wordwrap", "striptags", "urlize", "pprint")
+MEASURED = (
+    *PADDING, *QUADRATIC, "format", "format_map", "replace", "join", "tojson", "urlencode", "sum", "round", "int"
+)  # fmt: skip
+REFUSED = ("encode", "to_bytes", "translate", "maketrans")  # methods that templates do not need
 
 
 class LimitError(jinja2.exceptions.SecurityError):
@@ -56,69 +64,213 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any):
         super().__init__(**options)
         self.start()
-        self.filters["_tick"] = self.tick  # a filter costs less than a call, which is checked
-        for name in (*PADDING, "replace", "join"):
-            if name in self.filters:
-                self.filters[name] = _checked(name, self.filters[name])
+        # A filter costs less than a call, which is checked.
+        self.filters |= {"_steps": self.loop, "_tick": self.tick, "_made": self.made}
+        del self.globals["lipsum"]  # as much random text as one asks for
 
     def start(self) -> None:
-        self.ticks = 0
+        self.steps = self.spent = 0
         self.deadline = time.monotonic() + MAX_SECONDS
         self.memory = None  # measured at the first check: asking takes 20 us, as long as a short rendering
 
+    def add_measures(self) -> None:
+        """To be called when all filters are there."""
+        for name in MEASURED:
+            if name in self.filters:
+                self.filters[name] = self._measured(name, self.filters[name])
+
+    @jinja2.pass_context  # so that Jinja does not compute it when it compiles
+    def loop(self, context: Any, things: Any) -> Iterator:
+        """What a loop runs over."""
+        for thing in things:
+            self.steps += 1
+            if self.steps % 64 == 0:
+                self._look()
+            yield thing
+
     @jinja2.pass_context
     def tick(self, context: Any, value: Any) -> None:
-        """One step of a template; `value` is what it has just assigned, or None."""
-        self.ticks += 1
+        """One step; `value` is what has just been assigned, or None."""
+        self.steps += 1
         size = len(value) if isinstance(value, (str, list)) else 0
+        if size > 16 and isinstance(value, list):
+            size = weight(value)
         if size > MAX_SIZE:
-            raise LimitError(f"a value of {size:,} characters or elements; at most {MAX_SIZE:,}")
-        if size < 2**16 and self.ticks % 64:
-            return
-        if self.ticks > MAX_TICKS:
-            raise LimitError(f"more than {MAX_TICKS:,} steps")
+            raise LimitError(f"a value of more than {MAX_SIZE:,} characters")
+        if size >= 2**16 or self.steps % 64 == 0:
+            self._look()
+
+    def _look(self) -> None:
+        if self.steps > MAX_STEPS:
+            raise LimitError(f"more than {MAX_STEPS:,} steps")
         if time.monotonic() > self.deadline:
             raise LimitError(f"more than {MAX_SECONDS:g} seconds")
-        memory = _memory()
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT if resource else 0  # never falls
         self.memory = memory if self.memory is None else self.memory
         if memory - self.memory > MAX_GROWTH:
             raise LimitError(f"more than {MAX_GROWTH:,} bytes of memory")
 
+    @jinja2.pass_context
+    def made(self, context: Any, value: Any) -> Any:
+        """Measure a value, and give it back."""
+        self.spend(len(value) if isinstance(value, str) else weight(value))
+        return value
+
+    def spend(self, size: int) -> None:
+        """Something of that size is made."""
+        self.spent += size
+        if size > MAX_SIZE or self.spent > MAX_MADE:
+            what = f"{size:,} characters" if size > MAX_SIZE else f"{self.spent:,} characters in all"
+            raise LimitError(f"would make {what}; at most {MAX_SIZE:,}, and {MAX_MADE:,} in all")
+
+    # --------------------------------------------------------------------------------------------- what Jinja asks
+
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for node in [tree, *tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.If))]:
-            for branch in ("body", "else_"):
-                if getattr(node, branch, None):
-                    setattr(
-                        node, branch, _with_ticks(getattr(node, branch), isinstance(node, (nodes.For, nodes.Macro)))
-                    )
-        return tree
+        return _Measure().visit(super()._parse(source, name, filename))
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return attr not in REFUSED and super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
-            _check_size(max(_length(left) * _number(right), _length(right) * _number(left)))
-        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            _check_size(left.bit_length() * abs(right))
-        elif operator == "%" and isinstance(left, str):
-            _check_format(left, right if isinstance(right, tuple) else (right,))
+        if operator == "%" and isinstance(left, str):
+            self.spend(_format_size(left, right if isinstance(right, tuple) else (right,)))
+        elif isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length(), right.bit_length()
+            if {"*": sum(bits), "**": bits[0] * abs(right)}.get(operator, 0) > MAX_BITS:
+                raise LimitError(f"a whole number of more than {MAX_BITS:,} bits")
+        elif operator == "*":
+            times, value = (left, right) if isinstance(left, int) else (right, left)
+            if isinstance(times, int):
+                self.spend(weight(value) * max(times, 0))
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if isinstance(owner, str) and name in (*PADDING, "replace", "join"):
-            _check_call(name, (owner, *args), kwargs)
-        return super().call(__context, __obj, *args, **kwargs)
+        if name in MEASURED and isinstance(owner, str):
+            args = _without_iterators(args)
+            __self.spend(_size(name, (owner, *args), kwargs))
+        elif isinstance(__obj, Macro) and (__obj.catch_varargs or __obj.catch_kwargs):
+            __self.spend(weight([args, kwargs]))
+        result = super().call(__context, __obj, *args, **kwargs)
+        if isinstance(result, (list, dict)):
+            __self.spend(weight(result))
+        return result
+
+    def call_filter(self, name: str, value: Any, args: Any = None, *rest: Any, **more: Any) -> Any:
+        self._inner_step(value, args)
+        return super().call_filter(name, value, args, *rest, **more)
+
+    def call_test(self, name: str, value: Any, args: Any = None, *rest: Any, **more: Any) -> Any:
+        self._inner_step(value, args)
+        return super().call_test(name, value, args, *rest, **more)
+
+    def _inner_step(self, value: Any, args: Any) -> None:
+        """A step of map, select or reject, which loop inside one operation: ('a' * 10**7) may be searched every time."""
+        self.steps += 1
+        self.spend(weight([value, args]) // 16)
+        if self.steps % 64 == 0:
+            self._look()
+
+    def _measured(self, name: str, function: Any) -> Any:
+        """A filter that is measured first. Filters that ask for the context get it as their first argument."""
+
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            args = _without_iterators(args)
+            self.spend(_size(name, args[1:] if passed else args, kwargs))
+            return function(*args, **kwargs)
+
+        passed = getattr(function, "jinja_pass_arg", None)
+        if passed is not None:
+            measured.jinja_pass_arg = passed
+        return measured
 
 
-def _with_ticks(statements: list[nodes.Node], is_repeated: bool) -> list[nodes.Node]:
-    """The same statements; a tick before them where they may run again, and one after every assignment."""
-    ticked = [_tick(nodes.Const(None), statements[0].lineno)] if is_repeated else []
-    for statement in statements:
-        ticked.append(statement)
-        if isinstance(statement, (nodes.Assign, nodes.AssignBlock)):
-            ticked.append(_tick(_assigned(statement.target), statement.lineno))
-    return ticked
+# ------------------------------------------------------------------------------------------------- the syntax tree
+
+
+class _Measure(NodeTransformer):
+    """Puts ticks and measures into a template."""
+
+    def __init__(self) -> None:
+        self.free: set[int] = set()  # ids of sums that flow into the output or a variable
+        self.is_buffered = False  # inside of what gathers text before it is placed
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:
+        self._free(node.nodes)
+        self.generic_visit(node)
+        if self.is_buffered:
+            node.nodes = [_filter(expr, "_made") for expr in node.nodes]
+        return node
+
+    def visit_Assign(self, node: nodes.Assign) -> list[nodes.Node]:
+        grows = self._free([node.node])
+        self.generic_visit(node)
+        return [node, _tick(_assigned(node.target), node.lineno)] if grows else node
+
+    def visit_AssignBlock(self, node: nodes.AssignBlock) -> list[nodes.Node]:
+        return [self._buffered(node), _tick(_assigned(node.target), node.lineno)]
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        if node.recursive:  # loop(...) brings other things to run over
+            node.body.insert(0, _tick(nodes.Const(None), node.lineno))
+        else:
+            node.iter = _filter(node.iter, "_steps")
+        return node
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+        self._buffered(node)
+        node.body.insert(0, _tick(nodes.Const(None), node.lineno))
+        return node
+
+    def _buffered(self, node: nodes.Node) -> nodes.Node:
+        before, self.is_buffered = self.is_buffered, True
+        self.generic_visit(node)
+        self.is_buffered = before
+        return node
+
+    visit_CallBlock = visit_FilterBlock = _buffered
+
+    def visit_Add(self, node: nodes.Add) -> nodes.Node:
+        is_free = id(node) in self.free
+        self.generic_visit(node)
+        return node if is_free else _filter(node, "_made")
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        is_free = id(node) in self.free
+        self.generic_visit(node)
+        if is_free:
+            return node
+        whole = node.nodes[0]
+        for part in node.nodes[1:]:
+            whole = _filter(nodes.Concat([whole, part]).set_lineno(node.lineno), "_made")
+        return whole
+
+    def _display(self, node: nodes.Node) -> nodes.Node:
+        self.generic_visit(node)
+        is_target = getattr(node, "ctx", "load") != "load"
+        return node if is_target or node.find(nodes.Name) is None else _filter(node, "_made")
+
+    visit_List = visit_Tuple = visit_Dict = _display
+
+    def _free(self, exprs: list[nodes.Node]) -> bool:
+        """Whether these values are sums that now are free."""
+        sums = list(_sums(exprs))
+        if sum(len(getattr(node, "nodes", "ab")) for node in sums) <= MAX_OPERANDS:
+            self.free.update(map(id, sums))
+            return bool(sums)
+        return False
+
+
+def _sums(exprs: list[nodes.Node]) -> Iterator[nodes.Node]:
+    """The sums that make these values, not those inside of calls and the like."""
+    for node in exprs:
+        if isinstance(node, (nodes.Add, nodes.Concat)):
+            yield node
+            yield from _sums([node.left, node.right] if isinstance(node, nodes.Add) else node.nodes)
+        elif isinstance(node, nodes.CondExpr):
+            yield from _sums([node.expr1, node.expr2])
 
 
 def _assigned(target: nodes.Node) -> nodes.Expr:
@@ -126,65 +278,74 @@ def _assigned(target: nodes.Node) -> nodes.Expr:
         return nodes.Name(target.name, "load")
     if isinstance(target, nodes.NSRef):
         return nodes.Getattr(nodes.Name(target.name, "load"), target.attr, "load")
-    return nodes.Const(None)  # several names at once
+    return nodes.Const(None)  # several names at once, from a tuple, which was measured
 
 
 def _tick(value: nodes.Expr, line: int) -> nodes.Node:
-    return nodes.ExprStmt(nodes.Filter(value, "_tick", [], [], None, None)).set_lineno(line, override=True)
+    return nodes.ExprStmt(_filter(value, "_tick")).set_lineno(line, override=True)
 
 
-def _memory() -> int:
-    """The most that this process has held, in bytes. It never falls, so only new heights count."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT if resource else 0
+def _filter(value: nodes.Expr, name: str) -> nodes.Expr:
+    return nodes.Filter(value, name, [], [], None, None).set_lineno(value.lineno)
 
 
-def _length(value: Any) -> int:
-    return len(value) if isinstance(value, (str, bytes, list, tuple)) else 0
+# ------------------------------------------------------------------------------------------------- sizes
 
 
-def _number(value: Any) -> int:
-    return value if isinstance(value, int) else 0
+def weight(value: Any) -> int:
+    """Characters of a value, ELEMENT for each thing inside of it, counted as often as it is there; no further than just
+    above MAX_SIZE."""
+    total, inner = 0, [value]
+    while inner and total <= MAX_SIZE:
+        value = inner.pop()
+        total += len(value) if isinstance(value, (str, bytes)) else ELEMENT
+        if isinstance(value, (list, tuple)):
+            inner += value[: MAX_SIZE // ELEMENT + 1]
+        elif isinstance(value, dict):
+            inner += [*value.keys(), *value.values()]
+    return total
 
 
-def _check_size(size: int) -> None:
-    if size > MAX_SIZE:
-        raise LimitError(f"one operation would make {size:,} characters, elements or bits; at most {MAX_SIZE:,}")
+def _without_iterators(args: tuple) -> tuple:
+    """The same arguments, with lists for what map, select and the like give, which has no size."""
+    return tuple(list(arg) if isinstance(arg, Iterator) else arg for arg in args)
 
 
-def _check_format(text: str, values: tuple) -> None:
-    """Widths and precisions stand in the format, or as * or {} among the values."""
+def _format_size(text: str, values: Any) -> int:
+    """Widths and precisions stand in the format, or as * or {} among the values; a value may be named many times."""
+    fields = text.count("%") + text.count("{") + 1
     widths = [int(digits[:20]) for digits in re.findall(r"\d+", text)]
-    if "*" in text or "{" in text:
+    if "*" in text or text.count("{") > 1:
         widths += [abs(value) for value in values if isinstance(value, int)]
-    _check_size(sum(widths))
+    return sum(widths) + fields * weight(list(values))
 
 
-def _checked(name: str, function: Any) -> Any:
-    """A filter that is measured first. Filters that ask for the context get it as their first argument."""
-
-    def measured(*args: Any, **kwargs: Any) -> Any:
-        _check_call(name, args[1:] if passed else args, kwargs)
-        return function(*args, **kwargs)
-
-    passed = getattr(function, "jinja_pass_arg", None)
-    if passed is not None:
-        measured.jinja_pass_arg = passed
-    return measured
-
-
-def _check_call(name: str, args: tuple, kwargs: dict) -> None:
-    """args: the string and what the method or filter is given."""
-    values = (*args[1:], *kwargs.values())
+def _size(name: str, args: tuple, kwargs: dict) -> int:
+    """What a filter or a method of strings would make at most. args: the value, and what it is called with."""
+    value, *others = args
+    others += kwargs.values()
+    numbers = [abs(other) for other in others if isinstance(other, int)]
     if name == "replace":
-        old, new = (str(value) for value in (*values, "", "")[:2])
-        _check_size((_length(args[0]) // max(len(old), 1) + 1) * len(new) + _length(args[0]))
-    elif name == "join":
-        lists = [value for value in args if isinstance(value, (list, tuple))]
-        separators = [value for value in (*args, *kwargs.values()) if isinstance(value, str)]
-        _check_size(max(map(len, lists), default=0) * max(map(len, separators), default=0))
-    elif name == "format":
-        _check_format(str(args[0]), values)
-    else:  # the width multiplies the lines of an indentation, the tabs of a text, or stands alone
-        widths = [abs(value) for value in values if isinstance(value, int)] + [_length(v) for v in values]
-        pieces = str(args[0]).count("\n") + str(args[0]).count("\t") + 1 if name in ("indent", "expandtabs") else 1
-        _check_size(max(widths, default=0) * pieces)
+        old, new = (str(other) for other in (*others, "", "")[:2])
+        text = str(value)
+        return (len(text) // max(len(old), 1) + 1) * len(new) + len(text)
+    if name == "join":  # as a method, the separator comes first
+        parts = next((part for part in (*others, value) if isinstance(part, (list, tuple))), [])
+        return weight(parts) + len(parts) * max((len(s) for s in (value, *others) if isinstance(s, str)), default=0)
+    if name in ("format", "format_map"):
+        return _format_size(str(value), others)
+    if name in ("round", "int"):  # 10 to the power of the precision; the digits of a number
+        return MAX_SIZE + 1 if max(numbers, default=0) > 300 or len(str(value)) > MAX_BITS // 5 else 0
+    if name == "sum":  # of lists, it copies all that came before for each
+        return MAX_SIZE + 1 if any(isinstance(other, (list, tuple)) for other in others) else 0
+    size = weight(value)
+    if name == "urlencode":  # 4 bytes of 3 characters each
+        return 12 * size
+    if name in QUADRATIC:
+        return size**2 // ELEMENT**2
+    if name == "tojson":  # an indentation for each level of each thing
+        levels = size // ELEMENT + 1 if numbers or any(isinstance(other, str) for other in others) else 0
+        return size + levels * (sum(numbers) * 8 + weight(others))
+    # A width stands alone, or is repeated for each line or tab.
+    times = str(value).count("\n") + str(value).count("\t") + 1 if name in ("indent", "expandtabs") else 1
+    return size + max(numbers, default=0) * times + weight(others) * times

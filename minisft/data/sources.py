@@ -53,23 +53,27 @@ BOM = b"\xef\xbb\xbf"
 class Source:
     """One entry of a data set."""
 
-    path: str  # a file or a glob of .jsonl .json .csv .txt .parquet, or a hub repository: owner/name
+    path: str  # a file or a glob of .jsonl .json .csv .txt .parquet; or a hub repository: owner/name
     name: str = ""  # for reports, the path where empty; of a repository: the configuration, as in load_dataset
     weight: float = 1.0  # passes over this source per epoch: 2 = twice, 0.5 = a half drawn once by the seed
-    split: str = (
-        ""  # "[:10%]", "[100:200]", "[-5:]", with or without "train" before it; of a repository also "test[:9]"
-    )
+    split: str = ""  # "[:10%]", "[100:200]", "[-5:]", "train[:10%]"; of a repository also another split: "test[:10%]"
     format: str = "auto"  # a name of formats.FORMATS
     field_map: dict[str, str] = field(default_factory=dict)  # the user's field -> ours
     revision: str = ""  # of a repository: branch, tag or commit
     data_dir: str = ""  # of a repository: the folder in it
     data_files: tuple[str, ...] = ()  # of a repository: names or globs
-    files: tuple[str, ...] = ()  # of a repository, once repositories.locate has found them: local paths
-    commit: str = ""  # and what they came from
+    files: tuple[str, ...] = ()  # of a repository, once repositories.locate has downloaded them: local paths
+    commit: str = ""  # and where they came from
 
     @property
     def label(self) -> str:
         return self.name or self.path + self.split.removeprefix("train")
+
+    @property
+    def origin(self) -> str:
+        """Of a repository: the commit, and the files that were chosen."""
+        names = [file.partition(f"/{self.commit}/")[2] for file in self.files]
+        return f"{self.commit}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
     @property
     def split_name(self) -> str:

@@ -81,6 +81,9 @@ class _Namespace(Namespace):
             raise jinja2.exceptions.SecurityError(f"a template may not set namespace attribute {name!r}")
         Namespace.__setitem__(self, name, value)
 
+    def __repr__(self) -> str:  # Jinja writes out the values: a chain of namespaces doubles at every step
+        return "<Namespace>"
+
 
 def _raise_exception(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
@@ -106,6 +109,7 @@ def _compile(template: ChatTemplate) -> jinja2.Template:
     )
     now = datetime.fromisoformat(template.date) if template.date else datetime.now()
     environment.filters["tojson"] = _tojson
+    environment.add_measures()
     environment.globals.update(
         raise_exception=_raise_exception, strftime_now=now.strftime, dict=_Dict(), namespace=_Namespace
     )
@@ -113,6 +117,8 @@ def _compile(template: ChatTemplate) -> jinja2.Template:
         compiled = environment.from_string(template.text)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template, line {error.lineno}: {error.message}", exit_code=MODEL) from None
+    except (RecursionError, SyntaxError, MemoryError, ValueError) as error:  # nested deeper than Python compiles
+        raise UserError(f"the chat template cannot be compiled: {error}", exit_code=MODEL) from None
     compiled.globals = dict(compiled.globals)  # every rendering copies them, and Jinja's ChainMap is slow to copy
     return compiled
 
