@@ -128,6 +128,22 @@ def test_ends_that_are_not_trained(tmp_path):
     assert "untrained_end" not in found(documents, max_length=38)
 
 
+def test_a_document_of_max_length_is_not_too_long(tmp_path):
+    documents, _ = opened(tmp_path, GOOD[:1])
+    length = int(documents.lengths[0])
+    assert found(documents, max_length=length) == {}
+    assert found(documents, max_length=length - 1)["too_long"] == 1
+
+
+def test_stop_tokens_within_rows_of_ids_are_ends(tmp_path):
+    """They have no kind of their own there; an answer that goes over into context without one is open."""
+    eos = TOKENIZER.eos_token_id
+    closed = {"input_ids": [5, 6, eos, 7, 8, eos], "labels": [-100, 6, eos, -100, 8, eos]}
+    still_open = {"input_ids": [5, 6, 7, 7, 8, eos], "labels": [-100, 6, 7, -100, 8, eos]}
+    findings = quick_findings(opened(tmp_path, [closed, still_open])[0].cache, TOKENIZER, None, "right")
+    assert [(f.name, f.documents) for f in findings] == [("untrained_end", (1,))]
+
+
 def test_two_bos(tmp_path):
     tokenizer = with_bos(tmp_path / "tokenizer")
     documents, _ = opened(tmp_path, [{"text": "Hello"}, {"text": "<s>Hello"}, {"text": "<s><s>Hello"}], tokenizer)
@@ -360,7 +376,10 @@ def test_a_limit_that_is_exceeded(config, capsys):
     write(config.parent / "test.jsonl", GOOD[:1])
     assert run(config) == DATA
     text = capsys.readouterr().out
-    assert "EXCEEDED   eval: 100.00% is above audit.max_eval_overlap = 0" in text
+    assert (
+        "EXCEEDED   eval: 1 of 1 (100.00%) evaluation documents that are trained on too; audit.max_eval_overlap = 0"
+        in text
+    )
     assert run(config, "--audit.max_eval_overlap", 1) == 0
 
 
@@ -375,6 +394,22 @@ def test_a_run_stops_before_its_first_step(config, tmp_path, capsys):
         train(config, precision="fp32", report_to=[])
     assert e.value.exit_code == DATA and "audit.max_no_label = 0.05" in e.value.hint
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_names_of_fields_cannot_repaint_the_terminal(config, capsys):
+    write(config.parent / "train.jsonl", [row | {"\x1b[31mfield\x07": 1} for row in GOOD])
+    assert run(config, "--show", 1) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text and "\x07" not in text and "\\x1b[31mfield\\x07" in text
+
+
+def test_the_page_escapes_bad_rows_and_names(config, tmp_path, capsys):
+    rows = [*GOOD, {"<img src=x>": "<img src=y>"}]
+    path = write(config.parent / "<i>.jsonl", rows)
+    assert run(config, "--train_data", path, "--on_bad_row", "skip", "--html", tmp_path / "a.html") == 0
+    page = Checked()
+    page.feed((tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert page.open == [] and page.links == [] and "<img src=x>" in page.text and "<i>.jsonl" in page.text
 
 
 class Checked(HTMLParser):
@@ -420,6 +455,7 @@ def test_the_page_is_whole_and_safe(config, tmp_path, capsys):
         ([], 2, "usage: minisft audit"),
         (["--show"], 2, "--show needs a value"),
         (["--show", "many"], 2, "--show many"),
+        (["CONFIG", "--html="], 2, "--html needs a value"),
         (["CONFIG", "--json", "--show", "2"], 2, "--json prints nothing but the report"),
         (["nothing.toml"], 2, "there is no such file"),
         (["CONFIG", "--train_date", "x"], 2, "train_data"),

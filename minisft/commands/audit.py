@@ -68,11 +68,13 @@ def main(argv: list[str]) -> int:
     if place := options.get("row"):
         _show_row(config, place)
         return 0
+    from minisft.data.audit import printable
+
     report, tokenizer, sets, findings = audit(config)
     if "json" in options:
         print(json.dumps(report, indent=2, allow_nan=False))
     else:
-        print("\n".join(text_report(report)))
+        print(printable("\n".join(text_report(report))))  # names of fields and files are as untrusted as the rows
         for name, data_set in sets.items():
             _show_rows(name, data_set.documents, tokenizer, options.get("show", 0))
     if html:
@@ -96,6 +98,8 @@ def _own_options(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
             if not has_value and not words:
                 raise UserError(f"command line: {name} needs a value", hint="see minisft audit --help")
             options[name[2:]] = value if has_value else words.pop(0)
+            if not options[name[2:]]:
+                raise UserError(f"command line: {name} needs a value", hint="see minisft audit --help")
         else:
             rest.append(word)
     if "show" in options:
@@ -164,7 +168,15 @@ def audit(config: "Config") -> tuple[dict[str, Any], "Tokenizer", dict[str, Data
             **_tables(data_set, trained if name == "train" else documents, name == "train", config),
         }
     exceeded = [
-        {"set": name, "limit": f"audit.max_{f.name}", "share": f.share, "at_most": limits[f"max_{f.name}"]}
+        {
+            "set": name,
+            "title": TITLES[f.name],
+            "count": f.count,
+            "of": f.total,
+            "share": f.share,
+            "limit": f"audit.max_{f.name}",
+            "at_most": limits[f"max_{f.name}"],
+        }
         for name, found in findings.items()
         for f in found
         if f.exceeds(limits)
@@ -246,13 +258,17 @@ def text_report(report: dict[str, Any]) -> list[str]:
     return [*lines, "", f"tokenizer  {report['tokenizer']}"]
 
 
+def exceeded_text(e: dict[str, Any]) -> str:
+    """One limit that is exceeded. The count is told, as one of 25,000 is 0.00 %."""
+    share = f"{e['count']:,} of {e['of']:,} ({e['share']:.2%}) {e['title']}"
+    return f"{e['set']}: {share}; {e['limit']} = {e['at_most']:g} is the limit"
+
+
 def verdict(report: dict[str, Any]) -> list[str]:
     """A line for each limit that is exceeded."""
     if not report["exceeded"]:
         return ["ok         no limit of [audit] is exceeded"]
-    return [
-        f"EXCEEDED   {e['set']}: {e['share']:.2%} is above {e['limit']} = {e['at_most']:g}" for e in report["exceeded"]
-    ]
+    return [f"EXCEEDED   {exceeded_text(e)}" for e in report["exceeded"]]
 
 
 def _findings_text(entry: dict[str, Any]) -> list[str]:
@@ -337,15 +353,19 @@ def _lengths_text(entry: dict[str, Any]) -> list[str]:
 
 
 def _show_rows(name: str, documents: "Documents", tokenizer: "Tokenizer", count: int) -> None:
+    from minisft.data.audit import printable
+
     for number in range(min(count, len(documents))):
         d, start, end = int(documents.index[number]), int(documents.start[number]), int(documents.end[number])
         print(
-            f"\n-- {name}, {documents.cache.place(d)}\n{_row_text(documents, d, start, end, tokenizer, TOKENS_SHOWN)}"
+            f"\n-- {name}, {printable(documents.cache.place(d))}\n{_row_text(documents, d, start, end, tokenizer, TOKENS_SHOWN)}"
         )
 
 
 def _show_row(config: "Config", place: str) -> None:
     """The documents of one row, used or not. Raises UserError where there is none."""
+    from minisft.data.audit import printable
+
     match = re.fullmatch(r"(.+?)(?::(\d+)|\[(\d+)\])", place)
     if not match:
         raise UserError(f"command line: --row {place}", hint="as in data.jsonl:12, or data.json[12]")
@@ -359,7 +379,9 @@ def _show_row(config: "Config", place: str) -> None:
             used = (documents.index == d).nonzero()[0]
             start, end = (int(documents.start[used[0]]), int(documents.end[used[0]])) if len(used) else (0, 0)
             state = "" if len(used) else ", not used"
-            print(f"-- {name}, {cache.place(d)}{state}\n{_row_text(documents, int(d), start, end, tokenizer, 2**40)}")
+            print(
+                f"-- {name}, {printable(cache.place(d))}{state}\n{_row_text(documents, int(d), start, end, tokenizer, 2**40)}"
+            )
             shown += 1
     if not shown:
         hint = "a row that cannot be read is among the bad rows of the report"

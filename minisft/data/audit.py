@@ -279,6 +279,11 @@ def length_summary(lengths: np.ndarray) -> dict[str, float]:
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # could repaint a terminal
 
 
+def printable(text: str) -> str:
+    """The text with what could repaint a terminal or reorder a line written as Python writes it."""
+    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
 @dataclass(frozen=True)
 class Stretch:
     """Neighbouring tokens of a document that are alike."""
@@ -303,7 +308,7 @@ def stretches(cache: TokenCache, d: int, start: int, end: int, tokenizer: Tokeni
     borders = [0, *(np.flatnonzero(np.diff(look).any(axis=0)) + 1).tolist(), len(ids)]
     return [
         Stretch(
-            UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], tokenizer.decode(ids[a:b])),
+            printable(tokenizer.decode(ids[a:b])),
             KINDS[look[0, a]],
             ("context", "trained", "cut")[look[1, a]],
             bool(look[2, a]),

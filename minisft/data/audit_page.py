@@ -83,7 +83,8 @@ def _verdict(report: dict[str, Any]) -> str:
     if not report["exceeded"]:
         return "<p>No limit is exceeded.</p>"
     lines = [
-        f"<li>{escape(e['set'])}: {e['share']:.2%} is above {escape(e['limit'])} = {e['at_most']:g}</li>"
+        f"<li>{escape(e['set'])}: {e['count']:,} of {e['of']:,} ({e['share']:.2%}) {escape(e['title'])}; "
+        f"{escape(e['limit'])} = {e['at_most']:g} is the limit</li>"
         for e in report["exceeded"]
     ]
     return f'<ul class="bad">{"".join(lines)}</ul>'
