@@ -21,7 +21,13 @@ What is saved
 
 Bytes moved, per element in bf16
     Fused: 4 forward (read x, write y), 6 backward (read x and dy, write dx); the formula op by op: about 44 and twice
-    that. Fusing the residual, s = x + residual, y = norm(s), saves reading s once more.
+    that. Fusing the residual, s = x + residual, y = norm(s): 8 each way, against 10 and 12 with an addition of its own.
+
+The kernels
+    Forward, a program takes a few whole rows and keeps them in registers between the sum of squares and the product.
+    Backward, dweight is a sum over all rows. A small grid (a few programs a multiprocessor) walks over the rows, each
+    program adds up its own in fp32 registers and writes one row of partial sums; torch adds those up. No atomics, so
+    the result repeats bitwise. Rows longer than 16,384 would not fit the registers: the torch path has them.
 
 fp32 (fp64 for fp64 inputs): the sum of squares, rstd, both reductions of the backward pass. The weight may be kept in
 fp32 beside bf16 activations; y always has the dtype of x, dweight the dtype of the weight.
@@ -32,7 +38,9 @@ Paper: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 import torch
 from torch import Tensor
 
-from minisft.kernels.common import backend_for
+from minisft.kernels.common import as_rows, backend_for, cdiv, jit, next_power_of_2, num_sms, smallest_fit, tl
+
+MAX_FEATURES = 16384  # of the Triton kernels
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, upcast_weight: bool = False) -> Tensor:
@@ -48,6 +56,104 @@ def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float, **
     """The formula. Arguments as in `add_rms_norm`."""
     total = x + residual
     return rms_norm_ref(total, weight, eps, **options), total
+
+
+@jit
+def _rms_norm_fwd_kernel(
+    x_ptr,  # [T, D], rows stride_x apart
+    residual_ptr,  # [T, D] or None
+    weight_ptr,  # [D]
+    y_ptr,  # [T, D]
+    sum_ptr,  # [T, D]: x + residual, or None
+    rstd_ptr,  # fp32 [T]
+    T,
+    stride_x,
+    stride_residual,
+    eps,
+    offset,
+    D: tl.constexpr,
+    UPCAST_WEIGHT: tl.constexpr,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """ROWS rows a program."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    mask = (row < T) & (column < D)
+    x = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(residual_ptr + row * stride_residual + column, mask=mask, other=0.0).to(tl.float32)
+        x = x.to(sum_ptr.dtype.element_ty)  # the norm is that of the sum as the next residual has it
+        tl.store(sum_ptr + row * D + column, x, mask=mask)
+        x = x.to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1, keep_dims=True) / D + eps)
+    tl.store(rstd_ptr + row, rstd, mask=row < T)
+    normed = x * rstd
+    if not UPCAST_WEIGHT:
+        normed = normed.to(y_ptr.dtype.element_ty).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32) + offset
+    tl.store(y_ptr + row * D + column, (normed * weight).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _rms_norm_bwd_kernel(
+    x_ptr,  # [T, D], rows stride_x apart
+    weight_ptr,  # [D]
+    rstd_ptr,  # fp32 [T]
+    dy_ptr,  # [T, D]
+    dsum_ptr,  # [T, D]: what else flows back into x, or None
+    dx_ptr,  # [T, D]
+    dweight_ptr,  # fp32 [programs, D]: each program's share, or None
+    T,
+    stride_x,
+    offset,
+    D: tl.constexpr,
+    ADD: tl.constexpr,
+    WEIGHT_GRADIENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Every program takes ROWS rows at a time, as many times as there are rows left."""
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)[None, :]
+    dweight = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for first in range(program * ROWS, T, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        mask = (row < T) & (column < D)
+        x = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * D + column, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
+        # Read in every round, from the cache: kept over all rounds it would take the registers of a whole row.
+        g = dy * (tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32) + offset)
+        normed = x * rstd
+        dx = rstd * (g - normed * (tl.sum(g * normed, 1, keep_dims=True) / D))
+        if ADD:
+            dx += tl.load(dsum_ptr + row * D + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row * D + column, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if WEIGHT_GRADIENT:
+            dweight += dy * normed
+    if WEIGHT_GRADIENT:
+        column = tl.arange(0, BLOCK_D)
+        tl.store(dweight_ptr + program * D + column, tl.sum(dweight, 0), mask=column < D)
+
+
+# By the number of features: the first entry that is large enough. A thread holds 16 to 32 elements.
+CONFIGS = {
+    "_rms_norm_fwd_kernel": {
+        256: dict(ROWS=16, num_warps=4),
+        1024: dict(ROWS=4, num_warps=4),
+        8192: dict(ROWS=1, num_warps=8),
+        MAX_FEATURES: dict(ROWS=1, num_warps=16),
+    },
+    "_rms_norm_bwd_kernel": {
+        256: dict(ROWS=8, num_warps=4),
+        1024: dict(ROWS=2, num_warps=4),
+        4096: dict(ROWS=1, num_warps=8),
+        MAX_FEATURES: dict(ROWS=1, num_warps=16),
+    },
+}
+WARPS_PER_SM = 16  # of the backward's grid: enough loads in flight, few rows of partial sums
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -81,6 +187,62 @@ class _RMSNorm(torch.autograd.Function):
         return dx.to(x.dtype).view(x.shape), dweight, None, None, None
 
 
+class _RMSNormTriton(torch.autograd.Function):
+    """x [T, D] and a residual [T, D] or None -> y, and the sum [T, D] where there is a residual."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, offset, upcast_weight):
+        T, D = x.shape
+        total = None if residual is None else x.new_empty(T, D, dtype=torch.promote_types(x.dtype, residual.dtype))
+        y = torch.empty_like(x if total is None else total, memory_format=torch.contiguous_format)
+        rstd = x.new_empty(T, dtype=torch.float32)
+        config = smallest_fit(CONFIGS["_rms_norm_fwd_kernel"], D)
+        _rms_norm_fwd_kernel[(cdiv(T, config["ROWS"]),)](
+            *(x, residual, weight, y, total, rstd, T, x.stride(0), 0 if residual is None else residual.stride(0)),
+            *(eps, offset, D, upcast_weight, residual is not None),
+            BLOCK_D=next_power_of_2(D),
+            **config,
+        )
+        ctx.save_for_backward(x if total is None else total, weight, rstd)
+        ctx.offset = offset
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        ctx.set_materialize_grads(False)
+        return y if total is None else (y, total)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dsum=None):
+        x, weight, rstd = ctx.saved_tensors
+        T, D = x.shape
+        if dy is None:  # nobody used y
+            dx, dweight = dsum, None
+        else:
+            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+            config = smallest_fit(CONFIGS["_rms_norm_bwd_kernel"], D)
+            programs = min(cdiv(T, config["ROWS"]), num_sms(x) * (WARPS_PER_SM // config["num_warps"]))
+            partial = x.new_empty(programs, D, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+            _rms_norm_bwd_kernel[(programs,)](
+                *(x, weight, rstd, dy.contiguous(), None if dsum is None else dsum.contiguous(), dx, partial),
+                *(T, x.stride(0), ctx.offset, D, dsum is not None, partial is not None),
+                BLOCK_D=next_power_of_2(D),
+                **config,
+            )
+            dweight = None if partial is None else partial.sum(0).to(weight.dtype)
+        gradients = [None if dtype is None else dx.to(dtype) for dtype in ctx.dtypes]
+        return *gradients, dweight, None, None, None
+
+
+def _rms_norm_triton(x, residual, weight, eps, offset, upcast_weight):
+    """Any number of dimensions -> rows -> the kernels -> the shape of x."""
+    rows = [None if t is None else as_rows(t) for t in (x, residual)]
+    y = _RMSNormTriton.apply(*rows, weight, eps, offset, upcast_weight)
+    return y.view(x.shape) if residual is None else tuple(t.view(x.shape) for t in y)
+
+
+def _cannot(x: Tensor) -> str:
+    return f"{x.shape[-1]} features, and the kernels take at most {MAX_FEATURES}" if x.shape[-1] > MAX_FEATURES else ""
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, upcast_weight: bool = False) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension.
 
@@ -93,8 +255,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, upca
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
     with torch.autocast(x.device.type, enabled=False):
-        if backend_for("rms_norm", x) == "reference":
+        backend = backend_for("rms_norm", x, _cannot(x))
+        if backend == "reference":
             return rms_norm_ref(x, weight, eps, offset=offset, upcast_weight=upcast_weight)
+        if backend == "triton":
+            return _rms_norm_triton(x, None, weight, eps, offset, upcast_weight)
         return _RMSNorm.apply(x, weight, eps, offset, upcast_weight)
 
 
@@ -110,5 +275,8 @@ def add_rms_norm(
     """
     if x.shape != residual.shape:
         raise ValueError(f"add_rms_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} differ")
+    if weight.shape == x.shape[-1:] and backend_for("rms_norm", x, _cannot(x)) == "triton":
+        with torch.autocast(x.device.type, enabled=False):
+            return _rms_norm_triton(x, residual, weight, eps, offset, upcast_weight)
     total = x + residual
     return rms_norm(total, weight, eps, offset=offset, upcast_weight=upcast_weight), total

@@ -23,12 +23,12 @@ from minisft.data.loader import Loader
 from minisft.data.packing import plan
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import Tokenizer, load_tokenizer
-from minisft.errors import DATA, MODEL, UserError
+from minisft.errors import CONFIG, DATA, MODEL, UserError
 from minisft.evaluate import Prompt, read_prompts
-from minisft.kernels.common import OPS, backend_for, use_backend
+from minisft.kernels.common import backend_for, use_backend
 from minisft.model.families import from_hf
 from minisft.model.load import build_model, init_weights, load_weights, read_config
-from minisft.model.model_config import with_vocab_size
+from minisft.model.model_config import ModelConfig, with_vocab_size
 from minisft.optim import LossScale, build_optimizer
 from minisft.schedule import num_warmup_steps, total_steps
 
@@ -77,7 +77,7 @@ def prepare(config: Config, device: torch.device) -> Run:
     precision = runtime.pick_precision(train.precision, device)
     if train.deterministic:
         runtime.use_deterministic_algorithms()
-    use_backend(config.model.kernels)
+    pick_kernels(config.model.kernels, device)
 
     tokenizer, tokenizer_line = prepare_tokenizer(config)
     loader, evals, data_lines = prepare_data(config, tokenizer)
@@ -107,8 +107,6 @@ def prepare(config: Config, device: torch.device) -> Run:
         "min_factor": train.min_lr / train.learning_rate if train.learning_rate else 0.0,
     }
     where = f"{device.type}, {precision}" + (f", {runtime.world_size()} ranks" if runtime.world_size() > 1 else "")
-    probe = torch.empty(0, device=device)
-    backends = {op: backend_for(op, probe) for op in OPS}
     return Run(
         device=device,
         precision=precision,
@@ -126,7 +124,7 @@ def prepare(config: Config, device: torch.device) -> Run:
             tokenizer_line,
             *data_lines,
             *model_lines,
-            f"kernels    {', '.join(f'{op} {backend}' for op, backend in backends.items())}",
+            f"kernels    {describe_kernels(model.config, device)}",
             f"steps      {describe_steps(config, loader, schedule)}",
         ],
         prompting={
@@ -158,6 +156,32 @@ def prepare_tokenizer(config: Config) -> tuple[Tokenizer, str]:
         tokenizer,
         f"tokenizer  {path}: {tokenizer.vocab_size:,} tokens, EOS {tokenizer.special_tokens.get('eos_token')!r}",
     )
+
+
+def pick_kernels(name: str, device: torch.device) -> None:
+    """Set the backend of all ops. Raises UserError where Triton is asked for and cannot run."""
+    use_backend(name)
+    try:
+        backend_for("rms_norm", torch.empty(0, device=device))
+    except ValueError as error:
+        raise UserError(f"kernels: {error}", hint='"auto" takes Triton where it can run', exit_code=CONFIG) from error
+
+
+def describe_kernels(config: ModelConfig, device: torch.device) -> str:
+    """The backend of the model's ops: "triton", or "triton, but torch for layer_norm". Warns where a GPU has no kernel."""
+    gate = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu"}[config.activation]
+    uses = {
+        "flash_attention": True,
+        "linear_cross_entropy": True,
+        f"{config.norm}_norm": True,
+        "rope": any(config.ropes),
+        gate: config.mlp == "glu",
+    }
+    probe = torch.empty(0, device=device)
+    backends = {op: backend_for(op, probe) for op, used in uses.items() if used}
+    most = max(backends.values(), key=list(backends.values()).count)
+    others = [f"{backend} for {op}" for op, backend in backends.items() if backend != most]
+    return most + (f", but {', '.join(others)}" if others else "")
 
 
 # ---- data -------------------------------------------------------------------------------------------------------

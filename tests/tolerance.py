@@ -40,6 +40,16 @@ def bounds_of(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     return cu[:-1].repeat_interleave(counts), cu[1:].repeat_interleave(counts)
 
 
+def padded_with_nan(x: Tensor) -> Tensor:
+    """x as a view into a larger buffer of NaN: a read beyond its end, or over the end of a row, shows.
+
+    The last dimension stays contiguous, the strides of the others grow.
+    """
+    buffer = x.new_full([n + 3 for n in x.shape[:-1]] + [x.shape[-1] + 8], float("nan"))
+    view = buffer[tuple(slice(1, n + 1) for n in x.shape[:-1]) + (slice(0, x.shape[-1]),)]
+    return view.copy_(x)
+
+
 def relative_error(a: Tensor, b: Tensor) -> float:
     """norm(a - b) / norm(b) in fp64; norm(a) where b is zero; inf where a is not finite."""
     a, b = a.detach().double(), b.detach().double()
@@ -96,7 +106,16 @@ def assert_close_to_truth(
 
     def cast(x, to):
         floating = isinstance(x, Tensor) and x.is_floating_point()
-        return x.detach().to(to).requires_grad_(x.requires_grad) if floating else x
+        if not floating:
+            return x
+        cast = x.detach().to(to)
+        if cast.stride() != x.stride():  # a view into NaN stays one in another dtype
+            cast = (
+                torch.full((x.untyped_storage().nbytes() // x.element_size(),), float("nan"), dtype=to)
+                .as_strided(x.shape, x.stride(), x.storage_offset())
+                .copy_(cast)
+            )
+        return cast.requires_grad_(x.requires_grad)
 
     rounded = [cast(x, d) for x, d in zip(inputs, dtypes)]
     plain = run_with_gradients(reference, rounded)

@@ -1,0 +1,150 @@
+"""Compiles every launch configuration of the kernels ahead of time, for the cards that people own, without a GPU.
+
+    python tests/compile_gate.py TABLE.csv
+
+The functions `*_cases(arch)` of tests/compile_cases_*.py call the public ops, forward and backward, on small CPU tensors.
+Here a launch does not run: a stand-in for the driver says which architecture the machine has, and Triton's own binder
+turns the arguments into what would be compiled on such a machine, specialised as at run time. The recorded kernels are
+then compiled to machine code in as many processes as there are cores, and cuobjdump reads what the code needs.
+
+Triton's interpreter cannot be on in this process, so tests/test_compile.py starts it as one of its own.
+"""
+
+import argparse
+import csv
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import triton  # before the kernels are imported: they use Triton where the program has imported it
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from minisft.kernels import common
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTIONS = {  # what is counted in the machine code
+    "wgmma": "HGMMA",  # Hopper's matrix product
+    "mma": "HMMA|IMMA",  # that of Ampere and Ada, the slow path on Hopper
+    "tcgen05": "UTC[A-Z]*MMA",  # Blackwell's (sm_100)
+    "load_16_bytes": r"LDG\.E(?:\.[A-Z]+)*\.128|LDGSTS\.E(?:\.[A-Z]+)*\.128|UTMALDG",
+    "spill": "LDL|STL",
+}
+
+
+class Driver:
+    """What Triton asks of a driver in order to compile."""
+
+    arch = 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self):
+        return self.arch  # Triton keeps its compiled kernels by device
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def record() -> list[dict]:
+    """Calls all cases for all architectures; a dict for each different kernel that would be compiled."""
+    driver, kernels = Driver(), []
+    triton.runtime.driver.set_active(driver)
+
+    def compile(source, target, options, **_):
+        kernels.append(dict(source=source, target=target, options=options))
+
+    triton.compiler.compile = compile
+    run = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: run(self, *args, grid=grid, warmup=True, **kwargs)
+    for arch in common.SHARED_MEMORY:
+        common.compile_for = driver.arch = arch
+        for name, cases in all_cases().items():
+            first = len(kernels)
+            with common.use_backend("triton"):
+                cases(arch)
+            for kernel in kernels[first:]:
+                kernel.update(arch=arch, op=name)
+    return kernels
+
+
+def all_cases() -> dict:
+    """{"rms_norm": function, ...}"""
+    sys.path.insert(0, str(Path(__file__).parent))
+    cases = {}
+    for file in sorted(Path(__file__).parent.glob("compile_cases_*.py")):
+        for name, function in vars(importlib.import_module(file.stem)).items():
+            if name.endswith("_cases"):
+                cases[name.removesuffix("_cases")] = function
+    return cases
+
+
+def compile_one(kernel: dict) -> dict:
+    """A row of the table."""
+    from triton.compiler.compiler import compile
+
+    started = time.perf_counter()
+    source, options = kernel["source"], kernel["options"]
+    names = source.fn.arg_names
+    constants = {names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
+    compiled = compile(source, target=kernel["target"], options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        resources = _tool("cuobjdump", "-res-usage", file.name)
+        code = _tool("cuobjdump", "-sass", file.name)
+    return {
+        "op": kernel["op"],
+        "kernel": source.fn.__name__,
+        "arch": kernel["arch"],
+        "constants": " ".join(f"{k}={v}" for k, v in constants.items() if k.isupper() and v is not None),
+        "num_warps": options["num_warps"],
+        "num_stages": options["num_stages"],
+        "registers": int(re.search(r"REG:(\d+)", resources)[1]),
+        "stack_bytes": int(re.search(r"STACK:(\d+)", resources)[1]),
+        "shared_kb": round(compiled.metadata.shared / 1024, 1),
+        **{name: len(re.findall(rf"\b(?:{pattern})\b", code)) for name, pattern in INSTRUCTIONS.items()},
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def compile_all(kernels: list[dict]) -> list[dict]:
+    global _kernels
+    _kernels = kernels  # the processes are forked and find the sources here
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        return pool.map(_compile_nth, range(len(kernels)), chunksize=1)
+
+
+def _compile_nth(n: int) -> dict:
+    return compile_one(_kernels[n])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", type=Path)
+    table = parser.parse_args().table
+    torch.manual_seed(0)
+    rows = compile_all(record())
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Triton's interpreter made faithful for bf16, so that the kernels can be tested without a GPU.
+
+With TRITON_INTERPRET=1 Triton runs kernels with numpy on CPU tensors. Up to version 3.9 it does not know bf16, which
+numpy does not have: it stores the 16 bits in uint16, computes on those integers as if they were the numbers, and
+truncates where a GPU rounds to nearest even. `install` makes products, elementwise operations and casts widen to fp32
+and round back. Reductions (tl.sum, tl.max) of bf16 stay wrong; the kernels widen before they reduce, as they must for
+precision anyway.
+
+The interpreter runs one program after the other: it shows wrong arithmetic, wrong indices and unwritten outputs, but
+neither races nor reads out of bounds. So the tests poison outputs with NaN and cut inputs out of NaN-padded buffers.
+"""
+
+import numpy as np
+import triton.experimental.gluon  # noqa: F401  Triton imports it at the first launch and then asks for the variable again
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def _widen(bits: np.ndarray) -> np.ndarray:
+    """uint16 bits of bf16 -> fp32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _round(x: np.ndarray) -> np.ndarray:
+    """fp32 -> uint16 bits of the nearest bf16, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
+
+
+def install() -> None:
+    """Patches the interpreter of this process; once."""
+    builder = InterpreterBuilder
+    if hasattr(builder, "faithful_bf16"):
+        return
+    dot, cast, binary, unary = builder.create_dot, builder.cast_impl, builder.binary_op, builder.unary_op
+
+    def is_bf16(x):
+        return x.dtype.scalar == tl.bfloat16
+
+    def wide(x):
+        return TensorHandle(_widen(x.data), tl.float32) if is_bf16(x) else x
+
+    def new_dot(self, a, b, accumulator, precision, max_imprecise):
+        return dot(self, wide(a), wide(b), accumulator, precision, max_imprecise)
+
+    def new_cast(self, x, to):
+        if to.scalar == tl.bfloat16 and not is_bf16(x) and x.dtype.scalar.is_floating():
+            return TensorHandle(_round(x.data.astype(np.float32)), tl.bfloat16)
+        if is_bf16(x) and to.scalar != tl.bfloat16:
+            return TensorHandle(_widen(x.data).astype(interpreter._get_np_dtype(to)), to.scalar)
+        return cast(self, x, to)
+
+    def new_binary(self, a, b, op):
+        if not (is_bf16(a) and is_bf16(b)):
+            return binary(self, a, b, op)
+        result = op(_widen(a.data), _widen(b.data))
+        return TensorHandle(result, tl.int1) if result.dtype == bool else TensorHandle(_round(result), tl.bfloat16)
+
+    def new_unary(self, x, op):
+        return TensorHandle(_round(op(_widen(x.data))), tl.bfloat16) if is_bf16(x) else unary(self, x, op)
+
+    builder.create_dot, builder.cast_impl = new_dot, new_cast
+    builder.binary_op, builder.unary_op = new_binary, new_unary
+    builder.faithful_bf16 = True

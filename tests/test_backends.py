@@ -1,0 +1,117 @@
+"""Which implementation an op runs, and what a user hears when it is not the one they hoped for."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from minisft.errors import UserError
+from minisft.kernels import common
+from minisft.kernels.common import backend_for, use_backend
+from minisft.kernels.rms_norm import rms_norm
+from minisft.prepare import pick_kernels
+
+X = torch.ones(2, 16)
+
+
+class OnGPU:
+    """Stands for a tensor on the current GPU."""
+
+    is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that gives this process one GPU of a compute capability."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def set_capability(*capability):
+        common._arch.cache_clear()
+        common._warn.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    yield set_capability
+    common._arch.cache_clear()
+    common._warn.cache_clear()
+
+
+def in_new_process(code: str) -> str:
+    root = Path(__file__).resolve().parents[1]
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
+    ).stdout.strip()
+
+
+def test_a_block_ends_where_it_began():
+    with use_backend("reference"):
+        with use_backend("torch"):
+            assert backend_for("rms_norm", X) == "torch"
+        assert backend_for("rms_norm", X) == "reference"
+    with pytest.raises(ValueError, match="'cuda': expected one of auto, triton, torch, reference"):
+        use_backend("cuda")
+
+
+def test_auto_never_takes_triton_on_a_cpu_whatever_the_interpreter_says():
+    with use_backend("auto"):
+        assert backend_for("rms_norm", X) == "torch"
+
+
+def test_the_kernels_import_without_triton_and_do_not_load_it_for_a_cpu():
+    code = "import sys, minisft.kernels.rms_norm; print('triton' in sys.modules)"
+    assert torch.cuda.is_available() or in_new_process(code) == "False"
+    without = "from importlib import util; find = util.find_spec; util.find_spec = lambda name: None; "
+    check = "import torch; from minisft.kernels.rms_norm import rms_norm; print(rms_norm(torch.ones(2), torch.ones(2), 0).round())"
+    assert in_new_process(without + check) == "tensor([1., 1.])"
+
+
+@pytest.mark.parametrize(
+    "capability, arch",
+    {(8, 0): 80, (8, 6): 86, (8, 7): 80, (8, 9): 89, (9, 0): 90, (10, 0): 100, (10, 3): 100, (12, 1): 120}.items(),
+    ids=str,
+)
+def test_every_card_takes_the_configurations_of_its_architecture(gpu, capability, arch):
+    gpu(*capability)
+    assert common.arch_of(OnGPU) == arch
+    with warnings.catch_warnings(), use_backend("auto"):
+        warnings.simplefilter("error")
+        assert backend_for("rms_norm", OnGPU) == "triton"
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (11, 0)], ids=str)
+def test_a_card_without_configurations_falls_back_with_one_warning(gpu, capability):
+    gpu(*capability)
+    with use_backend("auto"), pytest.warns(UserWarning, match=r"torch path .*capability \d+\.\d") as heard:
+        backends = {backend_for(op, OnGPU) for op in common.TRITON_OPS for _ in range(2)}
+    assert backends == {"torch"} and len(heard) == 1
+    with use_backend("triton"), pytest.raises(ValueError, match="capability .*: the kernels need 8.0; use 'auto'"):
+        backend_for("rms_norm", OnGPU)
+
+
+def test_arguments_without_a_kernel_fall_back_with_one_warning_each(gpu):
+    gpu(9, 0)
+    with use_backend("auto"), pytest.warns(UserWarning, match="rms_norm: 9 legs") as heard:
+        assert {backend_for("rms_norm", OnGPU, "9 legs") for _ in range(3)} == {"torch"}
+    assert len(heard) == 1
+
+
+def test_tensors_on_another_gpu_than_the_current_one_are_not_launched_on(gpu, monkeypatch):
+    gpu(9, 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with use_backend("auto"), pytest.warns(UserWarning, match="on cuda:0, the current device is cuda:1"):
+        assert backend_for("rms_norm", OnGPU) == "torch"
+
+
+@pytest.mark.usefixtures("triton_kernels")
+def test_float64_is_for_the_other_backends():
+    with pytest.raises(ValueError, match="the kernels do not know float64"):
+        rms_norm(X.double(), X[0].double(), 1e-5)
+
+
+def test_asking_for_triton_without_a_gpu_is_a_users_mistake(monkeypatch):
+    monkeypatch.setattr(common, "INTERPRET", False)
+    with use_backend("auto"), pytest.raises(UserError, match="the kernels need a GPU") as mistake:
+        pick_kernels("triton", torch.device("cpu"))
+    assert "auto" in mistake.value.hint and mistake.value.exit_code == 2

@@ -1,0 +1,90 @@
+"""Every launch configuration compiles for the cards that people own, fits their shared memory and does not spill."""
+
+import csv
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minisft.kernels import common
+
+HERE = Path(__file__).parent
+KERNEL_FILES = [file.stem for file in sorted((HERE.parent / "kernels").glob("*.py"))]
+MOST_COMPILES = 150  # what fits 90 seconds on two cores
+MATRIX_OPS: set[str] = set()  # whose kernels multiply matrices themselves
+SPILLS = {  # kernel and the start of its constants -> why it may spill on sm_90
+    "_rms_norm_bwd_kernel D=16384": "x, dy and the sums of a whole row in the registers of 512 threads: few models are as wide",
+}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> list[dict]:
+    """A row a compiled kernel; see compile_gate.py."""
+    if not common.HAS_TRITON:
+        pytest.skip("needs Triton")
+    folder = tmp_path_factory.mktemp("compile")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    command = [sys.executable, str(HERE / "compile_gate.py"), str(folder / "table.csv")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    with (folder / "table.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def leaves(table: dict, path: tuple = ()):
+    """(keys that lead to it, launch configuration) of everything in a CONFIGS table."""
+    for key, value in table.items():
+        if "num_warps" in value:
+            yield (*path, key), value
+        else:
+            yield from leaves(value, (*path, key))
+
+
+def launched_with(row: dict) -> dict:
+    options = dict(pair.split("=") for pair in row["constants"].split() if "=" in pair)
+    return {**options, "num_warps": row["num_warps"], "num_stages": row["num_stages"]}
+
+
+def test_every_configuration_is_compiled(table):
+    compiled = {}
+    for row in table:
+        compiled.setdefault(row["kernel"], []).append(launched_with(row))
+    missing = []
+    for name in KERNEL_FILES:
+        configs = getattr(importlib.import_module(f"minisft.kernels.{name}"), "CONFIGS", {})
+        for path, config in leaves(configs):
+            if path[1] == common.INTERPRETER and len(path) > 2:
+                continue
+            kernel, wanted = path[0], {k: str(v) for k, v in config.items()}
+            if not any(wanted.items() <= launch.items() for launch in compiled.get(kernel, [])):
+                missing.append((name, path, config))
+    assert not missing
+
+
+def test_every_kernel_is_compiled_for_several_architectures(table):
+    archs = {}
+    for row in table:
+        archs.setdefault(row["kernel"], set()).add(int(row["arch"]))
+    assert all({80, 90, 120} <= found for found in archs.values()), archs
+    assert len(table) <= MOST_COMPILES
+
+
+def test_programs_fit_their_shared_memory(table):
+    over = [row for row in table if float(row["shared_kb"]) > common.SHARED_MEMORY[int(row["arch"])]]
+    assert not over
+
+
+def test_hopper_multiplies_with_wgmma(table):
+    matrix_kernels = [row for row in table if row["arch"] == "90" and int(row["wgmma"]) + int(row["mma"])]
+    assert all(row["mma"] == "0" for row in matrix_kernels), matrix_kernels
+    assert {row["op"] for row in matrix_kernels} == MATRIX_OPS
+
+
+def test_hopper_does_not_spill(table):
+    for row in table:
+        may_spill = any(f"{row['kernel']} {row['constants']}".startswith(start) for start in SPILLS)
+        assert row["arch"] != "90" or may_spill or row["stack_bytes"] == row["spill"] == "0", row

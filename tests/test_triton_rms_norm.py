@@ -1,0 +1,92 @@
+"""The Triton kernels of RMSNorm, in the interpreter: against the formula, in poisoned memory, repeated."""
+
+import pytest
+import torch
+from compile_cases_rms_norm import FAMILIES
+from tolerance import assert_close_to_truth, padded_with_nan, run_with_gradients
+
+from minisft.kernels import rms_norm as module
+from minisft.kernels.common import use_backend
+from minisft.kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+
+pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
+DTYPES = {
+    "fp32": [torch.float32] * 3,
+    "fp16": [torch.float16] * 3,
+    "bf16": [torch.bfloat16] * 3,
+    "bf16, weights fp32": [torch.bfloat16, torch.bfloat16, torch.float32],
+}
+# One row; rows that do not fill the last program; more rows than the backward's programs take at once; each of CONFIGS.
+SHAPES = [(1, 16), (37, 48), (7, 4, 64), (150, 257), (9, 1500), (3, 8200)]
+
+
+def leaf(*shape):
+    return padded_with_nan(torch.randn(*shape)).requires_grad_()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_the_formula(shape, family, dtypes):
+    assert_close_to_truth(
+        lambda x, w: rms_norm(x, w, 1e-5, **FAMILIES[family]),
+        lambda x, w: rms_norm_ref(x, w, 1e-5, **FAMILIES[family]),
+        [leaf(*shape), leaf(shape[-1])],
+        DTYPES[dtypes][1:],
+    )
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_the_residual(family, dtypes):
+    assert_close_to_truth(
+        lambda x, r, w: add_rms_norm(x, r, w, 1e-5, **FAMILIES[family]),
+        lambda x, r, w: add_rms_norm_ref(x, r, w, 1e-5, **FAMILIES[family]),
+        [leaf(65, 300), leaf(65, 300), leaf(300)],
+        DTYPES[dtypes],
+    )
+
+
+def test_a_bf16_branch_joins_an_fp32_residual():
+    x, residual, weight = leaf(5, 80).detach().bfloat16().requires_grad_(), leaf(5, 80), leaf(80)
+    ours = run_with_gradients(lambda *inputs: add_rms_norm(*inputs, 1e-5), [x, residual, weight])
+    with use_backend("torch"):
+        torchs = run_with_gradients(lambda *inputs: add_rms_norm(*inputs, 1e-5), [x, residual, weight])
+    assert torch.equal(ours["output 1"], x + residual)
+    for name in ours:
+        assert ours[name].dtype == torchs[name].dtype
+        torch.testing.assert_close(ours[name], torchs[name])  # torch's own tolerance of each dtype
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["only y", "only the sum"])
+def test_one_output_unused(used):
+    x, residual, weight = leaf(6, 40), leaf(6, 40), leaf(40)
+    ours = run_with_gradients(lambda x, r: add_rms_norm(x, r, weight, 1e-5)[used], [x, residual])
+    formula = run_with_gradients(lambda x, r: add_rms_norm_ref(x, r, weight, 1e-5)[used], [x, residual])
+    for name in ours:
+        torch.testing.assert_close(ours[name], formula[name])
+
+
+def test_a_frozen_weight_gets_no_gradient_and_changes_nothing():
+    x, weight = leaf(40, 48), leaf(48)
+    both, alone = (run_with_gradients(lambda x, w: rms_norm(x, w, 1e-5), [x, w]) for w in (weight, weight.detach()))
+    assert torch.equal(both["gradient of input 0"], alone["gradient of input 0"])
+    assert set(both) - set(alone) == {"gradient of input 1"}
+
+
+def test_repeats_bitwise_and_strides_change_nothing():
+    x, weight = leaf(100, 2, 96), leaf(96)
+    first, again = (run_with_gradients(lambda x, w: rms_norm(x, w, 1e-5), [x, weight]) for _ in range(2))
+    copy = run_with_gradients(lambda x, w: rms_norm(x, w, 1e-5), [x.detach().clone().requires_grad_(), weight])
+    assert all(torch.equal(first[name], again[name]) and torch.equal(first[name], copy[name]) for name in first)
+
+
+def test_no_rows():
+    x, weight = torch.empty(0, 32).requires_grad_(), leaf(32)
+    result = run_with_gradients(lambda x, w: rms_norm(x, w, 1e-5), [x, weight])
+    assert result["output 0"].shape == (0, 32) and torch.equal(result["gradient of input 1"], torch.zeros(32))
+
+
+def test_rows_too_long_for_the_kernels_are_refused_by_name():
+    with pytest.raises(ValueError, match=f"16385 features, .* at most {module.MAX_FEATURES}"):
+        rms_norm(torch.ones(1, 16385), torch.ones(16385), 1e-5)
