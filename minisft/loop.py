@@ -68,8 +68,7 @@ def train_step(run: Run, train: TrainSection, batches: list[Batch], stop_asked: 
     # ---- 4. N of the whole step, over all ranks, known before the first forward pass
     weights = [run.weight(batch) for batch in batches]
     totals = [sum(weights), len(batches), sum(batch.num_tokens for batch in batches)]
-    totals = torch.tensor(totals, dtype=torch.float64, device=run.device)
-    total_weight, num_batches, num_tokens = runtime.sum_over_ranks(totals).tolist()
+    total_weight, num_batches, num_tokens = runtime.sum_numbers_over_ranks(totals, run.device)
 
     # ---- 5. forward, loss, backward: the gradients of the micro-batches add up in fp32
     runtime.seed_step(train.seed, run.step)
