@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from minisft.config_values import as_toml
 from minisft.errors import UserError
+from minisft.schedule import HAVE_NO_FLOOR, SCHEDULES, wrong_option
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
@@ -119,8 +120,9 @@ class TrainSection:
     """The optimizer, the schedule and the arithmetic of a step."""
 
     learning_rate: float = option(2e-5, "peak learning rate", above=0)
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = option("linear", "learning rate after the warm-up")
-    min_lr: float = option(0.0, "learning rate at the end (linear, cosine)", at_least=0)
+    lr_scheduler_type: Literal[tuple(SCHEDULES)] = option("linear", "learning rate after the warm-up; see schedule.py")
+    lr_scheduler_kwargs: dict = option({}, "options of the schedule, as in {num_cycles = 3} or {decay_ratio = 0.2}")
+    min_lr: float = option(0.0, "learning rate at the end; inverse_sqrt and constant have no end", at_least=0)
     warmup_steps: int = option(0, "steps from 0 to the peak", at_least=0)
     warmup_ratio: float = option(0.0, "the same as a part of all steps", at_least=0, at_most=1)
     num_train_epochs: float = option(3.0, "passes over the training data", above=0)
@@ -287,7 +289,11 @@ ALIASES: dict[str, str | tuple[str, dict]] = {
 VALUE_ALIASES: dict[str, dict[str, Any]] = {
     "data.packing_strategy": {"bfd-requeue": "bfd_split"},
     "data.truncation": {"keep_start": "right", "keep_end": "left"},
-    "train.lr_scheduler_type": {"cosine_with_min_lr": "cosine", "constant_with_warmup": "constant"},
+    "train.lr_scheduler_type": {
+        "cosine_with_min_lr": "cosine",
+        "constant_with_warmup": "constant",
+        "wsd": "warmup_stable_decay",
+    },
     "train.optim": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw"},
     "log.report_to": {"none": []},
 }
@@ -376,8 +382,12 @@ def check(config: Config, origins: dict[str, str], where: str) -> None:
         refuse("train.warmup_steps train.warmup_ratio", "two lengths of one warm-up", "set one of them to 0")
     if train.min_lr > train.learning_rate:
         refuse("train.min_lr train.learning_rate", "the end is above the peak", "lower min_lr")
-    if train.min_lr and train.lr_scheduler_type == "constant":
-        refuse("train.min_lr train.lr_scheduler_type", "a constant rate stays at its peak", "use linear or cosine")
+    if train.min_lr and train.lr_scheduler_type in HAVE_NO_FLOOR:
+        keys = "train.min_lr train.lr_scheduler_type"
+        refuse(keys, f"{train.lr_scheduler_type} does not fall to an end", "use linear or cosine")
+    for key, value in train.lr_scheduler_kwargs.items():
+        if expected := wrong_option(train.lr_scheduler_type, key, value):
+            refuse("train.lr_scheduler_kwargs", f"{key} = {as_toml(value)}", expected)
     if train.max_steps == 0:
         refuse("train.max_steps", "no step trains nothing", "-1 = as num_train_epochs says; otherwise at least 1")
     if evaluate.generate_group_field and not evaluate.generate_data:

@@ -105,6 +105,7 @@ def prepare(config: Config, device: torch.device) -> Run:
         "total_steps": steps,
         "warmup_steps": num_warmup_steps(steps, train.warmup_steps, train.warmup_ratio),
         "min_factor": train.min_lr / train.learning_rate if train.learning_rate else 0.0,
+        **train.lr_scheduler_kwargs,
     }
     where = f"{device.type}, {precision}" + (f", {runtime.world_size()} ranks" if runtime.world_size() > 1 else "")
     return Run(

@@ -1,31 +1,91 @@
 """Learning-rate schedules: the factor that multiplies the peak learning rate at a step.
 
 Steps count from 0: the first update of a run takes step = 0, the last one step = total_steps - 1. The formulas are
-those of Hugging Face transformers (linear, cosine_with_min_lr, constant_with_warmup), so that a run here and a run
-there take the same learning rates:
+those of Hugging Face transformers, so that a run here and a run there take the same learning rates. All of them warm up
+alike, and then fall in a way of their own, from 1 to the floor:
 
     warm-up    step < W     f = step / W                                  (the first update has learning rate 0)
     after it   p = (step - W) / (S - W), from 0 towards 1
-               linear       f = min_factor + (1 - min_factor) (1 - p)
-               cosine       f = min_factor + (1 - min_factor) (1 + cos(pi p)) / 2      (SGDR, arXiv 1608.03983)
-               constant     f = 1
+               f = min_factor + (1 - min_factor) fall(p)
 
-with W = warmup_steps, S = total_steps and min_factor = min_lr / learning_rate. After step S the factor stays put.
+    linear                  fall = 1 - p
+    cosine                  fall = (1 + cos(pi p)) / 2                                (SGDR, arXiv 1608.03983)
+    cosine_with_restarts    fall = (1 + cos(pi (num_cycles p mod 1))) / 2             (the same, with its restarts)
+    polynomial              fall = (1 - p)^power
+    warmup_stable_decay     fall = 1 until the last decay_ratio of the steps (MiniCPM, arXiv 2404.06395), then with q from
+                            0 to 1 over these: 1 - q (linear), (1 + cos(pi q)) / 2 (cosine), 1 - sqrt(q) (1-sqrt,
+                            arXiv 2405.18392)
+    inverse_sqrt            f = sqrt(t / (step - W + t)), t = timescale, or W, or 10,000   (T5; arXiv 2106.04560)
+    constant                f = 1
+
+with W = warmup_steps, S = total_steps and min_factor = min_lr / learning_rate. After step S the factor stays put. The last
+two know no floor. A constant rate after the warm-up suits runs whose end is not known, and so do the stable steps of the
+third: a run can be taken up there and decayed later.
 """
 
 import math
 
+# Every schedule, with what it takes besides the number of steps and of warm-up steps.
+SCHEDULES: dict[str, dict] = {
+    "linear": {},
+    "cosine": {},
+    "cosine_with_restarts": {"num_cycles": 1},
+    "polynomial": {"power": 1.0},
+    "warmup_stable_decay": {"decay_ratio": 0.1, "decay_type": "linear"},
+    "inverse_sqrt": {"timescale": None},
+    "constant": {},
+}
+HAVE_NO_FLOOR = ("inverse_sqrt", "constant")
+DECAYS = {
+    "linear": lambda q: 1.0 - q,
+    "cosine": lambda q: 0.5 * (1.0 + math.cos(math.pi * q)),
+    "1-sqrt": lambda q: 1.0 - math.sqrt(q),
+}
 
-def lr_factor(name: str, step: int, total_steps: int, warmup_steps: int = 0, min_factor: float = 0.0) -> float:
-    """Learning rate of update `step` (0 = the first) divided by the peak; `name` is linear, cosine or constant."""
-    assert name in ("linear", "cosine", "constant"), name
+
+def wrong_option(name: str, key: str, value: object) -> str:
+    """What schedule `name` would take instead of this option; empty if the option is right."""
+    if key not in SCHEDULES[name]:
+        return f"{name} takes {', '.join(SCHEDULES[name]) or 'no options'}"
+    if key == "decay_type":
+        return "" if value in DECAYS else f"decay_type is one of {', '.join(DECAYS)}"
+    if key == "timescale" and value is None:
+        return ""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key == "num_cycles":
+        return "" if is_number and value >= 1 and value == int(value) else "num_cycles is a whole number from 1 on"
+    if key == "decay_ratio":
+        return "" if is_number and 0 < value <= 1 else "decay_ratio is above 0 and at most 1"
+    return "" if is_number and 0 < value < math.inf else f"{key} is a number above 0"
+
+
+def lr_factor(
+    name: str, step: int, total_steps: int, warmup_steps: int = 0, min_factor: float = 0.0, **options: object
+) -> float:
+    """Learning rate of update `step` (0 = the first) divided by the peak; `name` and `options` as in SCHEDULES."""
+    assert name in SCHEDULES, name
+    assert options.keys() <= SCHEDULES[name].keys(), options
+    options = SCHEDULES[name] | options
     if step < warmup_steps:
         return step / warmup_steps
     if name == "constant":
         return 1.0
+    if name == "inverse_sqrt":
+        timescale = options["timescale"] or warmup_steps or 10_000
+        return math.sqrt(timescale / (step - warmup_steps + timescale))
+
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    falling = 1.0 - progress if name == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return min_factor + (1.0 - min_factor) * falling
+    if name == "polynomial":
+        fall = (1.0 - progress) ** options["power"]
+    elif name == "cosine_with_restarts":
+        fall = DECAYS["cosine"](options["num_cycles"] * progress % 1.0) if progress < 1 else 0.0
+    elif name == "warmup_stable_decay":
+        decay_steps = math.ceil(total_steps * options["decay_ratio"])
+        decayed = min(1.0, max(0.0, (step - (total_steps - decay_steps)) / decay_steps))
+        fall = DECAYS[options["decay_type"]](decayed)
+    else:
+        fall = DECAYS[name](progress)
+    return min_factor + (1.0 - min_factor) * fall
 
 
 def total_steps(steps_per_epoch: int, num_train_epochs: float, max_steps: int = -1) -> int:

@@ -304,7 +304,7 @@ def test_malformed_command_lines(minimal, words, told):
         ("data.eval_fraction = 1", "at least 0 and below 1", ""),
         ("train.adam_beta1 = 1.0", "below 1", ""),
         ("checkpoint.save_total_limit = 0", "at least 1", ""),
-        ("train.lr_scheduler_type = 'cosin'", '"linear", "cosine", "constant"', '"cosine"'),
+        ("train.lr_scheduler_type = 'cosin'", '"linear", "cosine", "cosine_with_restarts"', '"cosine"'),
         ("trainer_type = 'spo'", 'expected one of "sft"', ""),
         ("log.report_to = ['tensorbord']", 'a list of "tensorboard"', ""),
         ("data.train_data = 3", "expected a string or a list or a table", ""),

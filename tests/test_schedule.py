@@ -4,12 +4,10 @@ import math
 
 import pytest
 
-from minisft.schedule import lr_factor, num_warmup_steps, total_steps
-
-NAMES = ("linear", "cosine", "constant")
+from minisft.schedule import HAVE_NO_FLOOR, SCHEDULES, lr_factor, num_warmup_steps, total_steps, wrong_option
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("warmup", [0, 1, 7, 100])
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 def test_warms_up_to_the_peak_then_never_rises(name, warmup, floor):
@@ -18,7 +16,7 @@ def test_warms_up_to_the_peak_then_never_rises(name, warmup, floor):
     after = factors[warmup:]
     assert after[0] == 1.0 or warmup == 100
     assert all(a >= b for a, b in zip(after, after[1:]))
-    assert min(after) >= floor
+    assert min(after) >= floor or name in HAVE_NO_FLOOR
 
 
 def test_hand_values():
@@ -31,10 +29,49 @@ def test_hand_values():
     assert [lr_factor("constant", s, 10, 2) for s in (0, 1, 2, 9)] == [0.0, 0.5, 1.0, 1.0]
 
 
-def test_ends_and_stays_at_the_floor():
-    for step in (10, 11, 1000):
-        assert lr_factor("linear", step, 10, 2, 0.25) == 0.25
-        assert lr_factor("cosine", step, 10, 2, 0.25) == 0.25
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name not in HAVE_NO_FLOOR])
+def test_ends_and_stays_at_the_floor(name):
+    assert [lr_factor(name, step, 10, 2, 0.25) for step in (10, 11, 1000)] == [0.25] * 3
+
+
+def test_options():
+    assert [lr_factor("polynomial", s, 10, 2, power=2.0) for s in (2, 6, 10)] == [1.0, 0.25, 0.0]
+    restarts = [lr_factor("cosine_with_restarts", s, 12, 0, num_cycles=3) for s in range(13)]
+    assert restarts[0] == restarts[4] == restarts[8] == 1.0 and restarts[12] == 0.0
+    assert restarts[2] == pytest.approx(0.5, abs=1e-15) and restarts[1:4] == pytest.approx(restarts[5:8], abs=1e-15)
+    assert [lr_factor("inverse_sqrt", s, 100, 4) for s in (4, 16)] == [1.0, 0.5]
+    assert lr_factor("inverse_sqrt", 28, 100, 4, timescale=8) == 0.5
+    for kind, half in {"linear": 0.5, "cosine": 0.5, "1-sqrt": 1 - math.sqrt(0.5)}.items():
+        decay = dict(decay_ratio=0.4, decay_type=kind)
+        stable = [lr_factor("warmup_stable_decay", s, 20, 4, **decay) for s in range(4, 13)]
+        assert stable == [1.0] * 9 and lr_factor("warmup_stable_decay", 16, 20, 4, **decay) == pytest.approx(half)
+
+
+def test_a_stable_run_can_be_prolonged():
+    """Until the decay begins, its learning rates do not depend on when the run will end."""
+    short, long = ([lr_factor("warmup_stable_decay", s, total, 5) for s in range(90)] for total in (100, 1000))
+    assert short == long
+
+
+@pytest.mark.parametrize(
+    "name, key, value, expected",
+    [
+        ("linear", "power", 2, "linear takes no options"),
+        ("polynomial", "num_cycles", 2, "polynomial takes power"),
+        ("polynomial", "power", 0, "power is a number above 0"),
+        ("polynomial", "power", "2", "power is a number above 0"),
+        ("cosine_with_restarts", "num_cycles", 1.5, "num_cycles is a whole number from 1 on"),
+        ("cosine_with_restarts", "num_cycles", True, "num_cycles is a whole number from 1 on"),
+        ("warmup_stable_decay", "decay_ratio", 1.2, "decay_ratio is above 0 and at most 1"),
+        ("warmup_stable_decay", "decay_type", "sqrt", "decay_type is one of linear, cosine, 1-sqrt"),
+        ("inverse_sqrt", "timescale", -1, "timescale is a number above 0"),
+        ("inverse_sqrt", "timescale", None, ""),
+        ("cosine_with_restarts", "num_cycles", 3, ""),
+        ("warmup_stable_decay", "decay_type", "1-sqrt", ""),
+    ],
+)
+def test_wrong_options_are_told(name, key, value, expected):
+    assert wrong_option(name, key, value) == expected
 
 
 def test_unknown_name_is_our_mistake():
@@ -52,12 +89,30 @@ def test_equals_transformers(warmup):
         "linear": lambda o: optimization.get_linear_schedule_with_warmup(o, warmup, 20),
         "cosine": lambda o: optimization.get_cosine_with_min_lr_schedule_with_warmup(o, warmup, 20, min_lr_rate=0.1),
         "constant": lambda o: optimization.get_constant_schedule_with_warmup(o, warmup),
+        "cosine_with_restarts": lambda o: optimization.get_cosine_with_hard_restarts_schedule_with_warmup(
+            o, warmup, 20, num_cycles=3
+        ),
+        "polynomial": lambda o: optimization.get_polynomial_decay_schedule_with_warmup(
+            o, warmup, 20, lr_end=0.1, power=2.0
+        ),
+        "inverse_sqrt": lambda o: optimization.get_inverse_sqrt_schedule(o, warmup, timescale=7),
+        "warmup_stable_decay": lambda o: optimization.get_wsd_schedule(
+            o, warmup, 5, num_stable_steps=15 - warmup, decay_type="1-sqrt"
+        ),
     }
+    options = {
+        "cosine": dict(min_factor=0.1),
+        "cosine_with_restarts": dict(num_cycles=3),
+        "polynomial": dict(min_factor=0.1, power=2.0),
+        "inverse_sqrt": dict(timescale=7),
+        "warmup_stable_decay": dict(decay_ratio=0.25, decay_type="1-sqrt"),
+    }
+    assert peers.keys() == SCHEDULES.keys()
     for name, make in peers.items():
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         peer = make(optimizer)
         for step in range(20):
-            ours = lr_factor(name, step, 20, warmup, 0.1 if name == "cosine" else 0.0)
+            ours = lr_factor(name, step, 20, warmup, **options.get(name, {}))
             # the same formula in another order of operations: a few units in the last place of fp64
             assert ours == pytest.approx(peer.get_last_lr()[0], abs=1e-15)
             optimizer.step()
