@@ -27,7 +27,7 @@ setup(
         "wandb": ["wandb"],
         "trackio": ["trackio"],
         "mlflow": ["mlflow"],
-        "test": ["pytest", "hypothesis", "ruff", "transformers", "pyarrow"],
+        "test": ["pytest", "hypothesis", "ruff", "transformers", "peft", "pyarrow"],
         "bench": ["transformers", "trl", "datasets"],
     },
     entry_points={"console_scripts": ["minisft = minisft.__main__:main"]},

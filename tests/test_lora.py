@@ -1,0 +1,211 @@
+"""Adapters: the base untouched, PEFT's files in both directions, merging."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import CONFIGS, stream, tiny
+from tolerance import relative_error
+
+from minisft.errors import UserError
+from minisft.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from minisft.model.lora import LoraLinear, LoraOptions, adapter_disabled, adapters, apply_lora, merge_adapter
+from minisft.model.save import save_model
+
+# Plain, windows with norms of heads, stacked, stacked head by head, stacked and transposed.
+FAMILIES = ("llama", "gemma3_text", "phi3", "gpt_neox", "gpt2")
+KINDS = {"lora": {}, "rslora": dict(use_rslora=True), "dora": dict(use_dora=True)}
+LENGTHS = [7, 1, 12]
+
+
+def forward(model):
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(53, (sum(LENGTHS),), generator=generator)
+    return model.logits(model(input_ids, *stream(LENGTHS)))
+
+
+def randomise(model, seed=3):
+    """As if it had been trained: B is no longer zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def adapted(family="llama", **options):
+    model = tiny(family).eval()
+    apply_lora(model, LoraOptions(**({"r": 4, "lora_alpha": 6.0} | options)), seed=5)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_an_untrained_adapter_changes_nothing(family, kind):
+    base, model = tiny(family).eval(), adapted(family, **KINDS[kind])
+    # DoRA divides by the norm that it multiplies by: rounded, not exact
+    assert relative_error(forward(model), forward(base)) <= (1e-6 if kind == "dora" else 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_adapter_trains_and_the_base_stays_as_it_is(family):
+    base, model = tiny(family).eval(), adapted(family)
+    randomise(model)
+    forward(model).square().sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in base.named_parameters())
+    assert not torch.allclose(forward(model), forward(base))
+    with adapter_disabled(model):
+        assert torch.equal(forward(model), forward(base))
+    assert not torch.allclose(forward(model), forward(base))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_equals_unmerged(family, kind):
+    model = adapted(family, **KINDS[kind])
+    randomise(model)
+    with torch.no_grad():
+        unmerged, merged = forward(model), forward(merge_adapter(model))
+    assert relative_error(merged, unmerged) <= 1e-5  # the product W + s B A is rounded once more
+    assert not adapters(model) and all(p.requires_grad for p in model.parameters())
+    assert {n for n, _ in model.named_parameters()} == {n for n, _ in tiny(family).named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_reads_ours(family, kind, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = adapted(family, **KINDS[kind])
+    save_model(model_without_adapter(family), tmp_path / "base")
+    randomise(model)
+    save_adapter(model, tmp_path / "adapter", base=str(tmp_path / "base"))
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", attn_implementation="eager", pad_token_id=0
+    )
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert relative_error(theirs_of(theirs), forward(model)) <= 1e-5  # attention sums in another order
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ours_reads_peft(family, kind, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = model_without_adapter(family)
+    save_model(base, tmp_path / "base")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", attn_implementation="eager", pad_token_id=0
+    )
+    patterns = dict(rank_pattern={r".*\.1\..*": 2}, alpha_pattern={r"layers\.0.*": 3.0})
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", **patterns, **KINDS[kind]
+    )
+    theirs = peft.get_peft_model(hf, config).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = load_adapter(base, tmp_path / "adapter")
+    assert relative_error(forward(ours), theirs_of(theirs)) <= 1e-5
+    save_adapter(ours, tmp_path / "again", base=str(tmp_path / "base"))
+    assert (tmp_path / "again" / WEIGHTS_FILE).stat().st_size == (tmp_path / "adapter" / WEIGHTS_FILE).stat().st_size
+
+
+def model_without_adapter(family):
+    return tiny(family).eval()
+
+
+def theirs_of(model):
+    """The logits of a transformers model, document by document."""
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(53, (sum(LENGTHS),), generator=generator)
+    with torch.no_grad():
+        return torch.cat([model(document[None]).logits[0] for document in input_ids.split(LENGTHS)])
+
+
+def test_modules_to_save_train_whole_and_come_back(tmp_path):
+    options = dict(target_modules=("q_proj", "v_proj"), modules_to_save=("embed_tokens", "lm_head"))
+    base, model = tiny("llama").eval(), adapted(**options)
+    randomise(model)
+    assert model.embed_tokens.weight.requires_grad and model.lm_head.weight.requires_grad
+    with adapter_disabled(model):
+        assert torch.equal(forward(model), forward(base))
+    save_adapter(model, tmp_path)
+    again = load_adapter(tiny("llama").eval(), tmp_path)
+    assert torch.equal(forward(again), forward(model))
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["modules_to_save"] == ["embed_tokens", "lm_head"]
+
+
+def test_targets_ranks_and_layers():
+    model = adapted(
+        target_modules=("q_proj", "mlp.up_proj"),
+        layers_to_transform=(1,),
+        rank_pattern={"up_proj": 2},
+        r=8,
+        lora_alpha=4.0,
+    )
+    found = {n: (len(m.lora_A), m.scale) for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+    assert found == {"layers.1.self_attn.q_proj": (8, 0.5), "layers.1.mlp.up_proj": (2, 2.0)}
+    by_expression = adapted(target_modules=r"model\.layers\.0\..*(k|v)_proj")
+    names = [n for n, m in by_expression.named_modules() if isinstance(m, LoraLinear)]
+    assert names == ["layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj"]
+
+
+def test_the_parts_of_a_stack_share_what_reads_the_input():
+    attention = adapted("phi3").layers[0].self_attn
+    assert attention.q_proj.lora_A is attention.k_proj.lora_A is attention.v_proj.lora_A
+    assert adapted("llama").layers[0].self_attn.q_proj.lora_A is not adapted("llama").layers[0].self_attn.k_proj.lora_A
+
+
+def test_dropout_only_reaches_the_adapter():
+    model = adapted(lora_dropout=0.5)
+    randomise(model)
+    model.train()
+    assert not torch.equal(forward(model), forward(model))
+    with adapter_disabled(model):
+        assert torch.equal(forward(model), forward(model))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(target_modules=("q_proj", "c_attn")), "no linear layer is named c_attn"),
+        (dict(target_modules="nothing"), "no linear layer is named nothing"),
+        (dict(target_modules=("q_proj",), layers_to_transform=(7,)), r"named .*q_proj.* in layers \[7\]"),
+        (dict(modules_to_save=("wte",)), "no module is named wte"),
+        (dict(init_lora_weights="zeros"), "init_lora_weights = 'zeros'"),
+    ],
+)
+def test_names_that_fit_nothing_are_refused(options, message):
+    with pytest.raises(UserError, match=message) as mistake:
+        adapted(**options)
+    assert mistake.value.hint
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"bias": "all"}, "bias = 'all' is not supported"),
+        ({"lora_bias": True}, "lora_bias = True is not supported"),
+        ({"r": None}, "TypeError"),
+        ({"r": 3}, "not the tensors that this model's adapter has"),
+        ({"target_modules": ["q_proj"]}, "not the tensors that this model's adapter has: base_model"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(change, message, tmp_path):
+    save_adapter(adapted(), tmp_path)
+    path = tmp_path / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message) as mistake:
+        load_adapter(tiny("llama"), tmp_path)
+    assert mistake.value.exit_code == 66
+
+
+def test_a_damaged_adapter_is_a_users_mistake(tmp_path):
+    save_adapter(adapted(), tmp_path)
+    (tmp_path / WEIGHTS_FILE).write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        load_adapter(tiny("llama"), tmp_path)
