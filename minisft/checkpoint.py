@@ -2,6 +2,7 @@
 
     <output_dir>/checkpoints/step-00000010/
         model.safetensors, config.json, tokenizer files   what `write_model` writes; transformers loads this folder
+                                 (with LoRA adapter_model.safetensors and adapter_config.json, and PEFT loads it)
         optimizer.safetensors    every state tensor as "<parameter name>.<state key>", in its own dtype, bit for bit
         trainer_state.json       the step and what the loop adds: epoch, position in the data, loss scale, ...
         manifest.json            every file with size and sha256
@@ -104,7 +105,8 @@ def try_save(failures: int, folder: Path, step: int, **arguments) -> int:
 
 def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of one checkpoint: the weights, and the optimizer's state or, before its first step, two moments."""
-    weights = sum(p.nbytes for p in model.parameters())
+    adapter_only = getattr(model, "lora", None) is not None  # the frozen weights stay where they came from
+    weights = sum(p.nbytes for p in model.parameters() if p.requires_grad or not adapter_only)
     state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor))
     return weights + (state or sum(2 * p.nbytes for p in model.parameters() if p.requires_grad))
 

@@ -63,6 +63,25 @@ class ModelSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraSection:
+    """Train thin matrices beside the frozen ones instead of the weights themselves; on where r is set."""
+
+    r: int | None = option(None, "rank of the adapters; none = train all weights", at_least=1)
+    lora_alpha: float = option(32.0, "adapters are scaled by lora_alpha / r", above=0)
+    lora_dropout: float = option(0.0, "dropout of what the adapters read", at_least=0, below=1)
+    target_modules: str | tuple[str, ...] = option(
+        "all-linear", "ends of module names, as in the model's files; or one regular expression of whole names"
+    )
+    layers_to_transform: tuple[int, ...] | None = option(None, "numbers of the layers with adapters; none = all")
+    rank_pattern: dict = option({}, "other ranks, as in {down_proj = 4}; the keys are regular expressions")
+    alpha_pattern: dict = option({}, "other lora_alpha, likewise")
+    use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) (rank-stabilised LoRA)")
+    use_dora: bool = option(False, "train the length of each row of a weight apart (DoRA)")
+    init_lora_weights: Literal["kaiming", "gaussian"] = option("kaiming", "how A starts; B starts at zero")
+    modules_to_save: tuple[str, ...] = option((), 'trained whole and saved with the adapter, as in ["lm_head"]')
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSection:
     """The rows, what is trained in them, and how they are packed."""
 
@@ -212,6 +231,7 @@ class Config:
     output_dir: str = option("output", "folder of the run, relative to the working directory")
     verbose: bool = option(False, "show the first example with its trained tokens marked, and more")
     model: ModelSection = field(default_factory=ModelSection)
+    lora: LoraSection = field(default_factory=LoraSection)
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
@@ -236,6 +256,11 @@ ALIASES: dict[str, str | tuple[str, dict]] = {
     "chat_template_path": "model.chat_template",
     "add_tokens": "model.new_special_tokens",
     "mask_history": "data.train_on_last_turn_only",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_target": "lora.target_modules",
+    "lora_target_modules": "lora.target_modules",
+    "lora_modules_to_save": "lora.modules_to_save",
     "use_gradient_checkpointing": "model.gradient_checkpointing",
     "use_flash_attention": ("model.kernels", {True: "auto", False: "torch"}),
     "use_liger_kernel": ("model.kernels", {True: "auto", False: "torch"}),
@@ -312,9 +337,7 @@ UNSUPPORTED: dict[str, str] = {
     "load_in_4bit": "4-bit weights are not supported yet",
     "use_8bit": "8-bit weights are not supported yet",
     "load_in_8bit": "8-bit weights are not supported yet",
-    "use_peft": "adapters (LoRA) are not supported yet",
-    "lora_r": "adapters (LoRA) are not supported yet",
-    "lora_alpha": "adapters (LoRA) are not supported yet",
+    "use_peft": "adapters are switched on by a rank: lora.r = 16",
     "trackio_url": "a remote Trackio server is not supported yet",
     "deepspeed": "training on several devices is not supported yet",
     "fsdp": "training on several devices is not supported yet",
@@ -369,6 +392,8 @@ def check(config: Config, origins: dict[str, str], where: str) -> None:
     if model.model_name_or_path is not None and model.config is not None:
         keys = "model.model_name_or_path model.config"
         refuse(keys, "the model can come from one of them only", 'set the other one to "none"')
+    if model.config is not None and config.lora.r is not None:
+        refuse("lora.r", "an adapter belongs to a trained model, not to random weights", "set model_name_or_path")
     if data.eval_data and data.eval_fraction:
         refuse("data.eval_data data.eval_fraction", "evaluation rows come from one of them", "set eval_fraction = 0")
     for key, packs in (("data.packing", data.packing), ("data.eval_packing", data.eval_packing)):

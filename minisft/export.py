@@ -4,16 +4,19 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from minisft.checkpoint import name_aside
 from minisft.errors import SAVE, UserError
-from minisft.files import atomic_folder, read_manifest, verify_folder
+from minisft.files import atomic_folder, read_manifest, verify_folder, write_json
+from minisft.model.adapter_files import load_adapter_weights, save_adapter
+from minisft.model.load import load_weights
 from minisft.model.save import save_model
 from minisft.prepare import Run
 
 
 def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """The model and its tokenizer as Hugging Face files.
+    """The model, or its adapter where it has one, and its tokenizer, as Hugging Face and PEFT files.
 
     Whoever generates with them is to stop where the training data did: the end of an answer is often another token than
     the EOS that the base model came with, and a model that is served without it never stops.
@@ -21,8 +24,20 @@ def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None) -> Non
     listed = run.model.generation_config.get("eos_token_id") or []
     stops = run.tokenizer.stop_ids | set(listed if isinstance(listed, list) else [listed])
     run.model.generation_config |= {"eos_token_id": sorted(stops)} if stops else {}
-    save_model(run.model, folder, dtype=dtype)
+    if run.model.lora is None:
+        save_model(run.model, folder, dtype=dtype)
+    else:
+        save_adapter(run.model, folder, base=run.base[0], revision=run.base[1])
+        write_json(folder / "generation_config.json", run.model.generation_config)
     run.tokenizer.save(folder)
+
+
+def read_model(model: nn.Module, folder: Path) -> None:
+    """Fill the model, or its adapter where it has one, from what `write_model` wrote."""
+    if model.lora is None:
+        load_weights(model, folder)
+    else:
+        load_adapter_weights(model, folder)
 
 
 def export_model(run: Run, folder: Path, dtype: torch.dtype) -> None:

@@ -29,11 +29,10 @@ from minisft.config_file import write_resolved
 from minisft.data.batch import Batch
 from minisft.errors import NONFINITE, STOPPED, UserError
 from minisft.evaluate import complete, evaluate
-from minisft.export import export_model, is_exported, write_model
+from minisft.export import export_model, is_exported, read_model, write_model
 from minisft.files import lock_folder, read_json, remove_leftovers, write_json
 from minisft.loggers import Loggers
 from minisft.metrics import Sums, peak_memory
-from minisft.model.load import load_weights
 from minisft.optim import LossScale, clip_gradients, gradients
 from minisft.parallel import sum_gradients
 from minisft.prepare import Run, prepare
@@ -233,7 +232,7 @@ def resume(config: Config, run: Run, sums: Sums, folder: Path) -> dict | None:
             f"{path} cannot be resumed: tokens would be repeated and missed ({changed})",
             hint="go back to the data and the settings of that run, choose a new output_dir, or set resume = 'never'",
         )
-    state = load_checkpoint(path, run.model, run.optimizer, load_weights)
+    state = load_checkpoint(path, run.model, run.optimizer, read_model)
     run.step, run.num_tokens, run.nonfinite_steps = state["step"], state["num_tokens"], state["nonfinite_steps"]
     if state["precision"] == run.precision:
         run.loss_scale = LossScale(**state["loss_scale"])

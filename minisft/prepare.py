@@ -28,6 +28,7 @@ from minisft.evaluate import Prompt, read_prompts
 from minisft.kernels.common import backend_for, use_backend
 from minisft.model.families import from_hf
 from minisft.model.load import build_model, init_weights, load_weights, read_config
+from minisft.model.lora import LoraOptions, apply_lora
 from minisft.model.model_config import ModelConfig, with_vocab_size
 from minisft.optim import LossScale, build_optimizer
 from minisft.schedule import num_warmup_steps, total_steps
@@ -57,6 +58,7 @@ class Run:
     schedule: dict  # arguments of lr_factor
     summary: list[str]  # printed before the first step
     prompting: dict  # how the model is to be asked later, for the exported folder
+    base: tuple[str | None, str | None]  # path or repository of the model that it started from, and the revision
     loss_scale: LossScale
     step: int = 0
     num_tokens: int = 0  # seen so far, over all ranks
@@ -134,6 +136,7 @@ def prepare(config: Config, device: torch.device) -> Run:
             "chat_template_kwargs": config.model.chat_template_kwargs,
             "max_length": config.data.max_length,  # some rotary tables depend on it
         },
+        base=(config.model.model_name_or_path, config.model.revision),
         loss_scale=LossScale(scale=2.0**16 if precision == "fp16" else 1.0),
     )
 
@@ -351,7 +354,24 @@ def prepare_model(config: Config, tokenizer: Tokenizer, device: torch.device) ->
     model.neftune_alpha = config.train.neftune_noise_alpha or 0.0
     size = sum(p.numel() for p in model.parameters())
     lines.insert(0, f"{model_config.model_type}, {size / 1e6:,.1f} M parameters, {origin}")
+    if config.lora.r is not None:
+        lines += add_adapters(model, config)
     return model.train(), titled("model", lines)
+
+
+def add_adapters(model: nn.Module, config: Config) -> list[str]:
+    """Freeze the model and put the adapters of [lora] beside its layers; what trains, in lines."""
+    options = LoraOptions(**asdict(config.lora))
+    sites = apply_lora(model, options, seed=config.train.seed)
+    kinds = ", ".join(sorted({site.rpartition(".")[2] for site in sites}))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    size, all_sizes = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
+    name = "DoRA" if options.use_dora else "rsLoRA" if options.use_rslora else "LoRA"
+    return [
+        f"{name} r {options.r}, alpha {options.lora_alpha:g}, beside {len(sites)} layers ({kinds})",
+        f"trains {size / 1e6:,.2f} M of {all_sizes / 1e6:,.1f} M parameters ({size / all_sizes:.2%}); "
+        f"the adapter will have {sum(p.nbytes for p in trained) / 1e6:,.1f} MB",
+    ]
 
 
 # ---- arithmetic -------------------------------------------------------------------------------------------------

@@ -385,7 +385,7 @@ def test_every_alias_is_translated_in_a_file_and_told(tmp_path, capsys, name):
     default = config_to_dict(Config())[key]
     value = next(iter(theirs), {"train.gradient_accumulation_steps": 8, "train.optim": "adamw_torch"}.get(key, default))
     if value is None:
-        value = "x"
+        value = 8 if key == "lora.r" else "x"
     table = {"model.model_name_or_path": "m/m", "data.train_data": "r"} | {name: value}
     table.pop(key, None)
     run = write(tmp_path / "run.toml", "\n".join(f"{k} = {as_toml(v)}" for k, v in table.items()))

@@ -29,20 +29,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int)
     arguments = parser.parse_args(argv)
 
-    folder = Path(arguments.folder)
-    folder = folder / "model" if (folder / "model" / "config.json").exists() else folder
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds no model (no config.json)", hint="name <output_dir>/model", exit_code=MODEL)
+    folder = model_folder(Path(arguments.folder))
 
     import torch
 
     from minisft.data.tokenizer import load_tokenizer
     from minisft.generate import generate
+    from minisft.model.adapter_files import load_adapted
     from minisft.model.load import load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}  # by the run that exported it
-    model = load_model(folder, device=device, max_length=trained.get("max_length"))
+    load = load_model if (folder / "config.json").exists() else load_adapted
+    model = load(folder, device=device, max_length=trained.get("max_length"))
     tokenizer = load_tokenizer(folder, chat_template_kwargs=trained.get("chat_template_kwargs"))
     listed = model.generation_config.get("eos_token_id") or []  # the model's own list: one id or several
     stop_ids = tokenizer.stop_ids | set(listed if isinstance(listed, list) else [listed])
@@ -63,6 +62,15 @@ def main(argv: list[str]) -> int:
         )
         print(tokenizer.decode(output), flush=True)
     return 0
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder itself or, of a run's output folder, the model in it. Raises UserError where there is none."""
+    files = ("config.json", "adapter_config.json")
+    for path in (folder / "model", folder):
+        if any((path / file).exists() for file in files):
+            return path
+    raise UserError(f"{folder} holds no model (no {files[0]})", hint="name <output_dir>/model", exit_code=MODEL)
 
 
 def prompt_ids(tokenizer: "Tokenizer", prompt: str, layout: str) -> list[int]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from minisft.errors import MODEL, UserError
 from minisft.files import read_json, write_json
 from minisft.model.decoder import Decoder
+from minisft.model.load import load_model
 from minisft.model.lora import (
     ALL_LINEAR,
     LoraLinear,
@@ -90,6 +91,20 @@ def load_adapter(model: Decoder, folder: Path | str, *, dtype: torch.dtype = tor
     apply_lora(model, options, dtype=dtype)
     load_adapter_weights(model, folder)
     return model
+
+
+def load_adapted(folder: Path | str, *, device: torch.device | str = "cpu", max_length: int | None = None) -> Decoder:
+    """The base model that an adapter folder names, with the adapter, in eval mode.
+
+    Raises UserError (exit code MODEL) where the folder names no base, or as load_model and load_adapter.
+    """
+    path = Path(folder) / CONFIG_FILE
+    config = read_json(path, exit_code=MODEL)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not base:
+        raise UserError(f"{path} names no base model", hint="set base_model_name_or_path in it", exit_code=MODEL)
+    model = load_model(base, revision=config.get("revision"), device=device, max_length=max_length)
+    return load_adapter(model, folder).eval()
 
 
 def load_adapter_weights(model: Decoder, folder: Path | str) -> None:

@@ -65,6 +65,7 @@ class Decoder(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.neftune_alpha = 0.0
+        self.lora = None  # the LoraOptions of a model with adapters (lora.py)
         self.generation_config: dict = {}  # generation_config.json of the folder it was loaded from, kept for saving
         # Without transformers' padding_idx: it keeps one row, often that of EOS, from being trained.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

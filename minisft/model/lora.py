@@ -21,7 +21,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -229,10 +229,5 @@ def merge_adapter(model: Decoder) -> Decoder:
                 setattr(model.get_submodule(parent), child, plain)
         for name in model.lora.modules_to_save:
             del model.get_submodule(name).base
-    del model.lora
+    model.lora = None
     return model.requires_grad_(True)
-
-
-def describe(options: LoraOptions) -> dict:
-    """The options as JSON values."""
-    return asdict(options)

@@ -1,0 +1,116 @@
+"""`python -m minisft export RUN OUT --merge`: a trained adapter and its base as one plain model.
+
+RUN is a run's output folder or an adapter folder, ours or PEFT's; OUT a new folder that transformers, vLLM and the rest
+load. Each adapted matrix becomes W + s B A, added in fp32 and rounded once to the dtype that is written.
+
+A merge can go wrong without a sound: the wrong base, an adapter that was never trained, a narrow dtype that rounds the
+adapter away. So both models read the same tokens first, and the largest difference of their logits is reported. It is
+refused where it is too large, and where merging changed nothing.
+"""
+
+import argparse
+from pathlib import Path
+
+from minisft.errors import MODEL, UserError
+
+# Of the merged model's logits in fp32, as a part of their norm: the same sums in another order.
+TOLERANCE = 1e-5
+PROBE_TOKENS = 512
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="minisft export", description="Merge a trained adapter into its base model.")
+    parser.add_argument("run", help="the output folder of a run, or an adapter folder")
+    parser.add_argument("out", help="a new folder for the model")
+    parser.add_argument("--merge", action="store_true", required=True, help="write base and adapter as one model")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16", help="of the written weights")
+    arguments = parser.parse_args(argv)
+
+    from minisft.commands.generate import model_folder
+    from minisft.files import atomic_folder, read_manifest
+    from minisft.model.adapter_files import CONFIG_FILE
+
+    folder, out = model_folder(Path(arguments.run)), Path(arguments.out)
+    if not (folder / CONFIG_FILE).exists():
+        hint = "a run without [lora] wrote a whole model: use it as it is"
+        raise UserError(f"{folder} holds no adapter (no {CONFIG_FILE})", hint=hint, exit_code=MODEL)
+    if out.exists():
+        raise UserError(f"{out} exists", hint="name a new folder")
+
+    from minisft.data.tokenizer import load_tokenizer
+    from minisft.model.adapter_files import load_adapted
+    from minisft.model.save import save_model
+    from minisft.runtime import DTYPES
+
+    manifest = read_manifest(folder) if (folder / "manifest.json").exists() else {}
+    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    model = load_adapted(folder, max_length=manifest.get("max_length"))
+    for line in merge(model, DTYPES[arguments.dtype], folder):
+        print(line)
+    if (folder / "generation_config.json").exists():
+        from minisft.files import read_json
+
+        model.generation_config = read_json(folder / "generation_config.json")
+    asked = {key: manifest[key] for key in ("prompt", "chat_template_kwargs", "max_length") if key in manifest}
+    with atomic_folder(out, asked) as temporary:
+        save_model(model, temporary, dtype=DTYPES[arguments.dtype])
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+    print(f"written to {out}")
+    return 0
+
+
+def merge(model, dtype, folder: Path) -> list[str]:
+    """Merge in place, and say what it did to the logits. Raises UserError where it is not what it should be."""
+    import torch
+
+    from minisft.model.lora import adapter_disabled, merge_adapter
+
+    length = min(PROBE_TOKENS, model.config.max_position_embeddings)
+    tokens = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(length, dtype=torch.int32)
+    bounds = torch.zeros_like(positions), torch.full_like(positions, length)
+
+    def logits():
+        with torch.no_grad():
+            return model.logits(model(tokens, positions, *bounds)).float()
+
+    adapted = logits()
+    with adapter_disabled(model):
+        base = logits()
+    changed = relative(adapted, base)
+    if changed == 0:
+        hint = "the adapter was never trained, or it belongs to another model"
+        raise UserError(f"{folder}: the adapter changes nothing", hint=hint, exit_code=MODEL)
+    merge_adapter(model)
+    merged = logits()
+    error = relative(merged, adapted)
+    if not error <= TOLERANCE:
+        raise UserError(
+            f"{folder}: the merged model is not the adapted one: its logits differ by {error:.1e} (at most {TOLERANCE:g})",
+            hint="please report this; the adapter itself is untouched",
+            exit_code=MODEL,
+        )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+    rounded = logits()
+    lines = [
+        f"merged     logits of adapter and merged model differ by at most {(merged - adapted).abs().max():.1e} "
+        f"({error:.1e} of their norm); the adapter moves them by {changed:.1e}"
+    ]
+    if dtype != torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        lines.append(f"rounded    to {name} they differ by {relative(rounded, adapted):.1e} of their norm")
+    if relative(rounded, adapted) >= changed:
+        raise UserError(
+            f"{folder}: rounded to {dtype}, the merged weights lose what the adapter learnt: {lines[-1]}",
+            hint="--dtype fp32, or keep the adapter apart",
+            exit_code=MODEL,
+        )
+    return lines
+
+
+def relative(a, b) -> float:
+    """norm(a - b) / norm(b)"""
+    return ((a - b).norm() / b.norm()).item()
