@@ -8,6 +8,7 @@ engine below the loop sees the whole `Config`: a component takes plain arguments
 """
 
 import importlib.util
+import math
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
@@ -78,6 +79,7 @@ class LoraSection:
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) (rank-stabilised LoRA)")
     use_dora: bool = option(False, "train the length of each row of a weight apart (DoRA)")
     init_lora_weights: Literal["kaiming", "gaussian"] = option("kaiming", "how A starts; B starts at zero")
+    loraplus_lr_ratio: float = option(1.0, "learning rate of B over that of A (LoRA+; 16 is usual)", above=0)
     modules_to_save: tuple[str, ...] = option((), 'trained whole and saved with the adapter, as in ["lm_head"]')
 
 
@@ -148,8 +150,13 @@ class TrainSection:
     max_steps: int = option(-1, "number of optimizer steps; -1 = as num_train_epochs says", at_least=-1)
     per_device_train_batch_size: int = option(8, "rows, or packs, of a micro-batch", at_least=1)
     gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step", at_least=1)
-    optim: Literal["adamw"] = option("adamw", "optimizer")
-    weight_decay: float = option(0.0, "for matrices; biases and norms never decay", at_least=0)
+    optim: Literal["sgd", "lion", "adamw", "stable_adamw", "schedule_free_adamw", "adafactor", "muon"] = option(
+        "adamw", "optimizer; optim.py has the update rule of each"
+    )
+    optim_args: dict = option({}, "options of the optimizer, as in {momentum = 0.9} for sgd and muon")
+    learning_rates: dict = option({}, 'peaks of their own, as in {"embed_tokens|lm_head" = 1e-5}: name -> rate')
+    weight_decay: float = option(0.0, "for matrices; biases and norms do not decay", at_least=0)
+    weight_decays: dict = option({}, "weight decays of their own, likewise")
     adam_beta1: float = option(0.9, "decay of the mean of the gradients", at_least=0, below=1)
     adam_beta2: float = option(0.999, "decay of the mean of their squares", at_least=0, below=1)
     adam_epsilon: float = option(1e-8, "added to the denominator", above=0)
@@ -410,6 +417,13 @@ def check(config: Config, origins: dict[str, str], where: str) -> None:
     if train.min_lr and train.lr_scheduler_type in HAVE_NO_FLOOR:
         keys = "train.min_lr train.lr_scheduler_type"
         refuse(keys, f"{train.lr_scheduler_type} does not fall to an end", "use linear or cosine")
+    if train.optim == "schedule_free_adamw" and train.lr_scheduler_type != "constant":
+        keys = "train.optim train.lr_scheduler_type"
+        refuse(keys, "it averages the weights instead of lowering the rate", "set lr_scheduler_type to constant")
+    for key, rates in (("train.learning_rates", train.learning_rates), ("train.weight_decays", train.weight_decays)):
+        for value in rates.values():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                refuse(key, f"{as_toml(value)} is not a rate", "give numbers from 0 on")
     for key, value in train.lr_scheduler_kwargs.items():
         if expected := wrong_option(train.lr_scheduler_type, key, value):
             refuse("train.lr_scheduler_kwargs", f"{key} = {as_toml(value)}", expected)

@@ -33,7 +33,7 @@ from minisft.export import export_model, is_exported, read_model, write_model
 from minisft.files import lock_folder, read_json, remove_leftovers, write_json
 from minisft.loggers import Loggers
 from minisft.metrics import Sums, peak_memory
-from minisft.optim import LossScale, clip_gradients, gradients
+from minisft.optim import LossScale, clip_gradients, evaluation_weights, gradients
 from minisft.parallel import sum_gradients
 from minisft.prepare import Run, prepare
 from minisft.schedule import lr_factor
@@ -94,7 +94,7 @@ def train_step(run: Run, train: TrainSection, batches: list[Batch], stop_asked: 
 
     # ---- 7. clip, learning rate, update
     for group in run.optimizer.param_groups:
-        group["lr"] = train.learning_rate * lr_factor(step=run.step, **run.schedule)
+        group["lr"] = group["peak_lr"] * lr_factor(step=run.step, **run.schedule)
     if not num_bad:
         clip_gradients(grads, norm, train.max_grad_norm)
         run.optimizer.step()
@@ -143,7 +143,8 @@ def run(config: Config, origins: dict[str, str]) -> Result:
             if run.evals and (due and run.step > evaluated_at or config.evaluate.eval_on_start and run.step == 0):
                 scores, evaluated_at = {}, run.step
                 for name, loader in run.evals.items():
-                    means = evaluate(run.model, loader, run.loss, run.device, run.precision)
+                    with evaluation_weights(run.optimizer):
+                        means = evaluate(run.model, loader, run.loss, run.device, run.precision)
                     scores |= {f"eval_{name}_{key}" if name else f"eval_{key}": mean for key, mean in means.items()}
                 values |= scores
                 if is_main:
@@ -316,13 +317,16 @@ def finish(config: Config, run: Run, folder: Path, values: dict, signal: runtime
             print(console.stopped(folder, run.step, run.total_steps, signal.received))
         return Result(folder, None, run.step, values, exit_code=STOPPED)
     if is_main:
-        export_model(run, folder, runtime.DTYPES[config.checkpoint.save_dtype])
-        if run.prompts:
-            length = config.evaluate.max_new_tokens
-            samples = complete(run.model, run.tokenizer, run.prompts, max_new_tokens=length, precision=run.precision)
-            console.write_samples(folder / "samples.jsonl", samples)
-            print(console.sample_report(samples, config.evaluate.generate_samples_shown))
-            values["exact_match"] = sum(sample.correct for sample in samples) / len(samples)
+        with evaluation_weights(run.optimizer):
+            export_model(run, folder, runtime.DTYPES[config.checkpoint.save_dtype])
+            if run.prompts:
+                length = config.evaluate.max_new_tokens
+                samples = complete(
+                    run.model, run.tokenizer, run.prompts, max_new_tokens=length, precision=run.precision
+                )
+                console.write_samples(folder / "samples.jsonl", samples)
+                print(console.sample_report(samples, config.evaluate.generate_samples_shown))
+                values["exact_match"] = sum(sample.correct for sample in samples) / len(samples)
         prompt = run.prompts[0].text if run.prompts and run.prompt_layout == "plain" else "..."
         print(console.closing(folder, config.log.report_to, prompt))
     return Result(folder, folder / "model", run.step, values)

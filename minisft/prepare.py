@@ -6,7 +6,7 @@ be trained, and the arithmetic of the steps.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from minisft.model.families import from_hf
 from minisft.model.load import build_model, init_weights, load_weights, read_config
 from minisft.model.lora import LoraOptions, apply_lora
 from minisft.model.model_config import ModelConfig, with_vocab_size
-from minisft.optim import LossScale, build_optimizer
+from minisft.optim import LossScale, build_optimizer, parameter_groups
 from minisft.schedule import num_warmup_steps, total_steps
 
 OBJECTIVES = {"sft": sft}
@@ -93,13 +93,16 @@ def prepare(config: Config, device: torch.device) -> Run:
             group_field=config.evaluate.generate_group_field,
         )
     model, model_lines = prepare_model(config, tokenizer, device)
-    optimizer = build_optimizer(
+    groups = parameter_groups(
         model,
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
-        betas=(train.adam_beta1, train.adam_beta2),
-        eps=train.adam_epsilon,
+        learning_rates=train.learning_rates,
+        weight_decays=train.weight_decays,
+        lora_plus_ratio=config.lora.loraplus_lr_ratio,
     )
+    betas = train.adam_beta1, train.adam_beta2
+    optimizer = build_optimizer(train.optim, groups, betas=betas, eps=train.adam_epsilon, **train.optim_args)
     objective = OBJECTIVES[config.trainer_type]
     steps = total_steps(loader.steps_per_epoch, train.num_train_epochs, train.max_steps)
     schedule = {
@@ -361,7 +364,8 @@ def prepare_model(config: Config, tokenizer: Tokenizer, device: torch.device) ->
 
 def add_adapters(model: nn.Module, config: Config) -> list[str]:
     """Freeze the model and put the adapters of [lora] beside its layers; what trains, in lines."""
-    options = LoraOptions(**asdict(config.lora))
+    keys = {f.name for f in fields(LoraOptions)}
+    options = LoraOptions(**{key: value for key, value in asdict(config.lora).items() if key in keys})
     sites = apply_lora(model, options, seed=config.train.seed)
     kinds = ", ".join(sorted({site.rpartition(".")[2] for site in sites}))
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -26,9 +26,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16", help="of the written weights")
     arguments = parser.parse_args(argv)
 
-    from minisft.commands.generate import model_folder
-    from minisft.files import atomic_folder, read_manifest
-    from minisft.model.adapter_files import CONFIG_FILE
+    from minisft.data.tokenizer import load_tokenizer
+    from minisft.files import MANIFEST, atomic_folder, read_json, read_manifest
+    from minisft.model.adapter_files import CONFIG_FILE, load_adapted, model_folder
+    from minisft.model.save import save_model
+    from minisft.runtime import DTYPES
 
     folder, out = model_folder(Path(arguments.run)), Path(arguments.out)
     if not (folder / CONFIG_FILE).exists():
@@ -37,19 +39,12 @@ def main(argv: list[str]) -> int:
     if out.exists():
         raise UserError(f"{out} exists", hint="name a new folder")
 
-    from minisft.data.tokenizer import load_tokenizer
-    from minisft.model.adapter_files import load_adapted
-    from minisft.model.save import save_model
-    from minisft.runtime import DTYPES
-
-    manifest = read_manifest(folder) if (folder / "manifest.json").exists() else {}
+    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     model = load_adapted(folder, max_length=manifest.get("max_length"))
     for line in merge(model, DTYPES[arguments.dtype], folder):
         print(line)
     if (folder / "generation_config.json").exists():
-        from minisft.files import read_json
-
         model.generation_config = read_json(folder / "generation_config.json")
     asked = {key: manifest[key] for key in ("prompt", "chat_template_kwargs", "max_length") if key in manifest}
     with atomic_folder(out, asked) as temporary:

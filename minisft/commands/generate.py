@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisft.errors import MODEL, UserError
 from minisft.files import MANIFEST, read_json
 
 if TYPE_CHECKING:
@@ -29,15 +28,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int)
     arguments = parser.parse_args(argv)
 
-    folder = model_folder(Path(arguments.folder))
-
     import torch
 
     from minisft.data.tokenizer import load_tokenizer
     from minisft.generate import generate
-    from minisft.model.adapter_files import load_adapted
+    from minisft.model.adapter_files import load_adapted, model_folder
     from minisft.model.load import load_model
 
+    folder = model_folder(Path(arguments.folder))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}  # by the run that exported it
     load = load_model if (folder / "config.json").exists() else load_adapted
@@ -62,15 +60,6 @@ def main(argv: list[str]) -> int:
         )
         print(tokenizer.decode(output), flush=True)
     return 0
-
-
-def model_folder(folder: Path) -> Path:
-    """The folder itself or, of a run's output folder, the model in it. Raises UserError where there is none."""
-    files = ("config.json", "adapter_config.json")
-    for path in (folder / "model", folder):
-        if any((path / file).exists() for file in files):
-            return path
-    raise UserError(f"{folder} holds no model (no {files[0]})", hint="name <output_dir>/model", exit_code=MODEL)
 
 
 def prompt_ids(tokenizer: "Tokenizer", prompt: str, layout: str) -> list[int]:

@@ -46,6 +46,15 @@ NOT_COMPUTED = {
 }
 
 
+def model_folder(folder: Path) -> Path:
+    """The folder itself or, of a run's output folder, the model in it. Raises UserError where there is none."""
+    files = ("config.json", CONFIG_FILE)
+    for path in (folder / "model", folder):
+        if any((path / file).exists() for file in files):
+            return path
+    raise UserError(f"{folder} holds no model (no {files[0]})", hint="name <output_dir>/model", exit_code=MODEL)
+
+
 def save_adapter(model: Decoder, folder: Path | str, *, base: str | None = None, revision: str | None = None) -> None:
     """Write the adapter of `model` (apply_lora) into `folder`, made if need be. base: path or repository of the model
     that it was trained on. Not atomic: the caller writes into an atomic folder. Raises OSError when the disk does."""
