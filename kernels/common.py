@@ -28,7 +28,26 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch", "reference")
-TRITON_OPS: frozenset[str] = frozenset({"rms_norm"})  # ops that have a Triton kernel
+# Ops that have a Triton kernel.
+TRITON_OPS: frozenset[str] = frozenset(
+    {
+        "adamw",
+        "cross_entropy",
+        "dequantize_fp4",
+        "dequantize_int8",
+        "dequantize_nf4",
+        "flash_attention",
+        "geglu",
+        "layer_norm",
+        "linear_cross_entropy",
+        "quantize_fp4",
+        "quantize_int8",
+        "quantize_nf4",
+        "rms_norm",
+        "rope",
+        "swiglu",
+    }
+)
 
 # Architectures with configurations (compute capability x 10), and the KB of shared memory that one program may use.
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -41,7 +60,9 @@ compile_for: int | None = None  # the compile test's: kernels "run" on CPU tenso
 if HAS_TRITON and (INTERPRET or "triton" in sys.modules or torch.cuda.is_available()):
     import triton.language as tl
     from triton import jit
+    from triton.tools.tensor_descriptor import TensorDescriptor
 else:
+    TensorDescriptor = None
 
     class tl:
         @staticmethod

@@ -1,38 +1,56 @@
-"""Cross-entropy of logits that already exist, with the shift done by index.
+"""Cross-entropy of logits that already exist, with the shift done by index; and the kernel that every loss here runs on.
 
 For the row of logits x that is scored against target t:
 
-    z = c tanh(x / c) under a softcap c, else x
+    z = scale (x + bias), then c tanh(z / c) under a softcap c
     lse = log sum_v exp(z_v)                         nll = lse - z_t
     loss = (1 - e) nll + e (lse - mean_v z_v) + z_loss * lse^2            e = label_smoothing
 
 and backward, with p = exp(z - lse) and g the gradient of the row's loss:
 
-    dz = g ((1 + 2 z_loss lse) p - e / V - (1 - e) onehot_t)              dx = dz (1 - (z / c)^2)
+    dz = g ((1 + 2 z_loss lse) p - e / V - (1 - e) onehot_t)              dx = scale (1 - (z / c)^2) dz
+
+(bias and scale are `linear_cross_entropy`'s.)
 
 The shift. A causal language model's row t predicts token t + 1, so the labels, which sit at their own token, are one off.
 Most code copies the logits to shift them ([T, V], the largest tensor there is). Here the targets are shifted instead,
 T integers; and where documents lie side by side, the last row of each is scored against nothing.
 
-Saved for the backward: the logits (they exist anyway) and the targets. Naively the op moves the logits through memory
-some ten times (to fp32, log-softmax, its gradient, back), with two fp32 copies alive. Here a few rows at a time are
-widened into a buffer that stays in the cache: one read forward; one read and one write, of the gradient, backward.
-fp32 inside whatever the dtype: the soft-max, lse, the losses, (p - 1) of the target.
+Saved for the backward: the logits (they exist anyway), the targets, and from the kernel two numbers a row. Naively the op
+moves the logits through memory some ten times (to fp32, log-softmax, its gradient, back), with two fp32 copies alive.
+Here: one read forward; one read and one write, of the gradient, backward. fp32 inside whatever the dtype: the soft-max,
+lse, the losses, (p - 1) of the target, which is p - 1 before anything is rounded.
 
-`linear_cross_entropy` never has the logits at all and is what training uses; this op is for models that return logits.
-Limits: targets are checked on the CPU only (a check on a GPU would wait for it); no second derivative.
+The kernel. One program a row, in two passes that can be switched on separately:
 
-Label smoothing: Szegedy et al. 2015, arXiv:1512.00567. z-loss: PaLM, Chowdhery et al. 2022, arXiv:2204.02311.
-Softcap: Gemma 2, arXiv:2408.00118.
+- score: the soft-max's largest logit m and sum s = sum_v exp(z_v - m) in one read, although m is not known before the
+  end: a sum that was begun with m_old is multiplied by exp(m_old - m_new) when a larger logit comes. Each thread does so
+  for its own groups of 8 logits (16 bytes of bf16, one load), so the loop has one exponential a logit, one more a group,
+  and never waits for other threads; the groups meet once, at the end. The entropy log s - sum_v p_v (z_v - m) and the
+  statistics are sums of the same loop.
+- gradient: needs m and s and nothing else of the row. It goes from right to left, as what was read last is the likeliest
+  to be in the cache still, and may write over the logits, which is how `linear_cross_entropy` runs both passes at once:
+  a row of 128,256 is 257 KB, and one on each multiprocessor of an H200 is 34 MB, where 50 MB stay in the L2 cache.
+
+m and s rather than lse: at lse = 20 its rounding in fp32 is 1e-6, and would be the relative error of every p.
+
+Limits: targets are checked on the CPU only (a check on a GPU would wait for it; in the kernel a target outside the
+vocabulary makes the loss NaN); no second derivative. Rows that do not begin at a multiple of 16 bytes (odd vocabularies)
+are read and written one logit at a time.
+
+Online soft-max: Milakov and Gimelshein 2018, arXiv:1805.02867. Label smoothing: Szegedy et al. 2015, arXiv:1512.00567.
+z-loss: PaLM, Chowdhery et al. 2022, arXiv:2204.02311. Softcap: Gemma 2, arXiv:2408.00118.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisft.kernels.common import backend_for
+from minisft.kernels.common import INTERPRETER, arch_of, as_rows, backend_for, jit, smallest_fit, tl
 
-GPU_ROWS = 1024  # rows that are widened at once on a GPU; a CPU takes 8 a thread
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1e30)  # stands for minus infinity, whose difference from itself would be NaN
+GPU_ROWS = 1024  # the torch path: rows that are widened at once on a GPU; a CPU takes 8 a thread
 
 
 def cross_entropy_ref(
@@ -64,6 +82,186 @@ def cross_entropy_ref(
         return losses
     num_targets = (_targets(labels, cu_seqlens, shift, ignore_index) != ignore_index).sum()
     return losses.sum() / (num_targets.clamp(min=1) if reduction == "mean" else 1)
+
+
+@jit
+def _tanh(x):
+    """tanh x and its slope 1 - tanh^2, each to a few roundings: also where they are small differences of large numbers."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    square = x * x  # near 0: the beginning of the continued fraction x / (1 + x^2 / (3 + x^2 / (5 + ...)))
+    near = x * (945.0 + square * (105.0 + square)) / (945.0 + square * (420.0 + square * 15.0))
+    return tl.where(tl.abs(x) < 0.75, near, tl.where(x < 0, -far, far)), 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@jit
+def _load_logits(row_ptr, bias_ptr, column, mask, bias_mask, scale, softcap, POLICY: tl.constexpr):
+    """Logits of one row as they are scored, fp32, and their softcap's slope. bias_ptr, scale, softcap: or None."""
+    z = tl.load(row_ptr + column, mask=mask, other=float("nan"), eviction_policy=POLICY).to(tl.float32)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + column, mask=bias_mask, other=0.0).to(tl.float32)
+    if scale is not None:
+        z *= scale
+    slope = 1.0
+    if softcap is not None:
+        z, slope = _tanh(z / softcap)
+        z *= softcap
+    return z, slope
+
+
+@jit
+def _cross_entropy_kernel(
+    logits_ptr,  # [R, V], rows stride_logits apart
+    gradient_ptr,  # [R, V], rows stride_gradient apart; the logits themselves, another tensor, or None
+    bias_ptr,  # [V] or None
+    targets_ptr,  # int64 [R]
+    upstream_ptr,  # fp32 [R]: the gradient of each row's loss, or None
+    results_ptr,  # fp32 [6, R], see `score_rows`
+    V,
+    width,  # V, or more where rows are padded with memory that may be read and written
+    stride_logits,
+    stride_gradient,
+    stride_results,
+    ignore_index,
+    scale,  # the floats: None where they change nothing
+    softcap,
+    label_smoothing,
+    z_loss,
+    SCORE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row a program. SCORE writes the results; with a gradient_ptr the gradient follows."""
+    KEEP: tl.constexpr = "evict_last" if SCORE and gradient_ptr is not None else "evict_first"
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride_logits
+    results_ptr += row
+    block = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    target = tl.load(targets_ptr + row)
+    scored = target != ignore_index
+
+    if SCORE:
+        highest = tl.full((BLOCK // 8,), LOWEST, tl.float32)  # of each group of 8 columns, over all blocks
+        total = tl.zeros((BLOCK // 8,), tl.float32)  # of exp(z - highest)
+        spread = tl.zeros((BLOCK // 8,), tl.float32)  # of exp(z - highest) (z - highest)
+        plain = tl.zeros((BLOCK // 8,), tl.float32)  # of z
+        for first in range(0, tl.where(scored, V, 0), BLOCK):
+            column = first + block
+            z, _ = _load_logits(logits_ptr, bias_ptr, column, column < width, column < V, scale, softcap, KEEP)
+            if label_smoothing is not None:
+                plain += tl.sum(tl.where(column < V, z, 0.0), 1)
+            z = tl.where(column < V, z, LOWEST)
+            new = tl.maximum(highest, tl.max(z, 1))
+            shrink = tl.exp2((highest - new) * LOG2E)
+            z -= new[:, None]
+            e = tl.exp2(z * LOG2E)
+            if ENTROPY:
+                spread = shrink * (spread + (highest - new) * total) + tl.sum(e * z, 1)
+            total = shrink * total + tl.sum(e, 1)
+            highest = new
+        m = tl.max(highest, 0)
+        shrink = tl.exp2((highest - m) * LOG2E)
+        s = tl.sum(shrink * total, 0)
+        known = (target >= 0) & (target < V)
+        z_target, _ = _load_logits(logits_ptr, bias_ptr, target, known, known, scale, softcap, KEEP)
+        log_s = tl.log(s)
+        nll = (m - z_target) + log_s
+        loss = nll
+        if label_smoothing is not None:
+            loss += label_smoothing * (z_target - tl.sum(plain, 0) / V)
+        if z_loss is not None:
+            loss += z_loss * (m + log_s) * (m + log_s)
+        entropy = 0.0
+        if ENTROPY:
+            entropy = log_s - tl.sum(shrink * (spread + (highest - m) * total), 0) / s
+        tl.store(results_ptr, tl.where(scored, loss, 0.0))
+        tl.store(results_ptr + stride_results, tl.where(scored, nll, 0.0))
+        tl.store(results_ptr + 2 * stride_results, tl.where(scored & (z_target >= m), 1.0, 0.0))
+        tl.store(results_ptr + 3 * stride_results, tl.where(scored, entropy, 0.0))
+        tl.store(results_ptr + 4 * stride_results, m)
+        tl.store(results_ptr + 5 * stride_results, s)
+
+    if gradient_ptr is not None:
+        gradient_ptr += row * stride_gradient
+        if SCORE:
+            tl.debug_barrier()  # in place, nobody writes before everybody has read
+        else:
+            m = tl.load(results_ptr + 4 * stride_results)
+            s = tl.load(results_ptr + 5 * stride_results)
+        g = tl.where(scored, tl.load(upstream_ptr + row), 0.0)
+        if scale is not None:
+            g *= scale
+        of_p = g / s
+        of_target = g
+        if z_loss is not None:
+            of_p *= 1.0 + 2.0 * z_loss * (m + tl.log(s))
+        if label_smoothing is not None:
+            of_target -= g * label_smoothing
+        last = (tl.cdiv(V, BLOCK) - 1) * BLOCK
+        if g == 0.0:  # whatever the logits hold
+            for first in range(0, last + BLOCK, BLOCK):
+                zeros = tl.zeros((BLOCK // 8, 8), gradient_ptr.dtype.element_ty)
+                tl.store(gradient_ptr + first + block, zeros, mask=first + block < width)
+        else:
+            for first in range(0, last + BLOCK, BLOCK):
+                column = last - first + block
+                mask = column < width
+                z, slope = _load_logits(logits_ptr, bias_ptr, column, mask, column < V, scale, softcap, "evict_first")
+                d = tl.exp2((z - m) * LOG2E) * of_p
+                if label_smoothing is not None:
+                    d -= g * label_smoothing / V
+                d = tl.where(column == target, d - of_target, d)
+                if softcap is not None:
+                    d *= slope
+                tl.store(gradient_ptr + column, d.to(gradient_ptr.dtype.element_ty), mask=mask)
+
+
+# By the passes that run and by the vocabulary: always 16 logits a thread, two loads of 16 bytes. Both passes of a long row
+# have 32 warps, so that one or two rows are on each multiprocessor and what is in flight fits the L2 cache.
+CONFIGS = {
+    "_cross_entropy_kernel": {
+        INTERPRETER: {2048: dict(BLOCK=64, num_warps=4), 2**31: dict(BLOCK=16384, num_warps=4)},
+        "one pass": {2**31: dict(BLOCK=4096, num_warps=8)},
+        "both passes": {32768: dict(BLOCK=4096, num_warps=8), 2**31: dict(BLOCK=16384, num_warps=32)},
+    },
+}
+
+
+def score_rows(
+    logits: Tensor,
+    targets: Tensor,
+    results: Tensor,
+    *,
+    upstream: Tensor | None = None,
+    gradient: Tensor | None = None,
+    score: bool = True,
+    padding: int = 0,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    entropy: bool = False,
+) -> None:
+    """Runs the kernel on the rows of logits [R, V], neighbours in a row side by side.
+
+    results:  fp32 [6, R]: loss, nll, correct, entropy (0 if not asked for), largest logit, sum of exp(logit - largest);
+              written, or with score=False read (the last two). Where the target is ignore_index, the first four are 0.
+    gradient: [R, V], may be logits; gets the gradient of the logits from upstream fp32 [R], the gradient of each loss.
+    padding:  elements behind each row, of logits and gradient alike, that may be read and overwritten.
+    """
+    R, V = logits.shape
+    passes = "both passes" if score and gradient is not None else "one pass"
+    table = CONFIGS["_cross_entropy_kernel"][INTERPRETER if arch_of(logits) == INTERPRETER else passes]
+    _cross_entropy_kernel[(R,)](
+        *(logits, gradient, bias, targets, upstream, results, V, V + padding),
+        *(logits.stride(0), 0 if gradient is None else gradient.stride(0), results.stride(0), ignore_index),
+        *(None if scale == 1 else scale, softcap, label_smoothing or None, z_loss or None),
+        SCORE=score,
+        ENTROPY=entropy,
+        **smallest_fit(table, V),
+    )
 
 
 def _targets(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Tensor:
@@ -114,6 +312,27 @@ class _CrossEntropy(torch.autograd.Function):
         return d_logits, None, None, None, None, None
 
 
+class _CrossEntropyTriton(torch.autograd.Function):
+    """logits [T, V], targets [T] -> losses fp32 [T]."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, ignore_index, softcap, label_smoothing, z_loss):
+        results = logits.new_empty(6, len(logits), dtype=torch.float32)
+        ctx.options = dict(ignore_index=ignore_index, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss)
+        score_rows(logits, targets, results, **ctx.options)
+        ctx.save_for_backward(logits, targets, results)
+        return results[0].clone()  # the results are not the caller's to change
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_losses):
+        logits, targets, results = ctx.saved_tensors
+        d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        upstream = d_losses.contiguous()
+        score_rows(logits, targets, results, upstream=upstream, gradient=d_logits, score=False, **ctx.options)
+        return d_logits, None, None, None, None, None
+
+
 def _wide(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
@@ -155,10 +374,12 @@ def cross_entropy(
     reduction:  "mean" over the scored rows, "sum", or "none": [T], 0 where a row is not scored.
 
     Returns fp32 (fp64 for fp64 logits). Where no row is scored, mean and sum are 0 and the gradient is zero, not NaN.
-    Raises ValueError for shapes that do not fit, options out of range and, on the CPU, labels outside the vocabulary.
+    Raises ValueError for shapes that do not fit, options out of range and, on the CPU, labels outside the vocabulary (on a
+    GPU the kernel makes their loss NaN).
     """
     _check(logits, labels, cu_seqlens, ignore_index, softcap, label_smoothing, reduction)
-    if backend_for("cross_entropy", logits) == "reference":
+    backend = backend_for("cross_entropy", logits)
+    if backend == "reference":
         return cross_entropy_ref(
             logits,
             labels,
@@ -171,7 +392,12 @@ def cross_entropy(
             reduction=reduction,
         )
     targets = _targets(labels, cu_seqlens, shift, ignore_index)
-    losses = _CrossEntropy.apply(logits, targets, ignore_index, softcap, label_smoothing, z_loss)
+    if backend == "triton":
+        losses = _CrossEntropyTriton.apply(
+            as_rows(logits), targets.contiguous(), ignore_index, softcap, label_smoothing, z_loss
+        )
+    else:
+        losses = _CrossEntropy.apply(logits, targets, ignore_index, softcap, label_smoothing, z_loss)
     if reduction == "none":
         return losses
     if reduction == "sum":

@@ -17,25 +17,25 @@ Backward
 
     A softcap multiplies ds by 1 - tanh(s / c)^2. The gradients of a key head add up over its query heads.
 
-What is saved
-    q, k, v only; p is computed again in the backward pass. The full score matrix of a row of T = 16,384 tokens with 9
-    heads would take 4.8 GB in bf16 and as much again for every intermediate. Here a block of at most 128 queries is
-    worked on at a time against the keys of its own document: documents of 200 tokens cost T x 200 scores and not T x T,
-    and nothing after the diagonal block is ever multiplied (half of the work in a long document).
+Blocks
+    The full score matrix of a row of T = 16,384 tokens with 9 heads would take 4.8 GB in bf16 and as much again for every
+    intermediate. Both fast paths work on a block of queries at a time against the keys of its own document: documents of
+    200 tokens cost T x 200 scores and not T x T, and nothing after the diagonal is ever multiplied (half of the work in a
+    long document). p is computed again in the backward pass.
 
-The torch path
-    Blocks never mix long documents; short neighbours share a block and a mask hides them from each other. Blocks of
-    short documents are many, small and of one shape, so up to 64 of them are multiplied at once: 100 documents of 20
-    tokens went from 29 to 24 ms on one thread, and from 44 to 31 ms on two of a busy machine. The query heads of one
-    key head are stacked as rows, [Hkv, G n, Dh] x [Hkv, Dh, m], so keys are never repeated. Every product is one
-    batched matrix multiplication in the dtype of q, softmax and all sums run in fp32 inside the op, the gradients of k
-    and v are added up over blocks in fp32. In bf16 the scores are rounded to bf16 before the softmax, as in any eager
-    implementation; a fused GPU kernel keeps them in fp32.
+On a GPU (flash_attention_kernels.py, flash_attention_tiles.py)
+    Forward: a program keeps BLOCK_M queries and walks over tiles of BLOCK_N keys with the running maximum and sum of
+    their scores (the online softmax). It saves the output and the logarithm, base 2, of each row's sum:
+    p = exp2(s - lse) in the backward pass, and rowsum(p * dp) = rowsum(out * dout).
+    Backward, one pass: a program keeps BLOCK_N keys and walks over the queries; dk and dv stay in registers, dq is added
+    to an fp32 buffer in memory. Five matrix products, but the additions come in any order: dq differs in its last bits
+    from run to run. Where that is not wanted, or the card cannot add tiles to memory (before Hopper), two kernels, the
+    second one for dq: seven products, bitwise repeatable.
+    The host knows T and nothing of the documents, so that nobody waits for the GPU and one captured CUDA graph serves
+    every batch.
 
-    One thread with AVX512-bf16, T = 2,048 in 12 documents of 44-297 tokens, 9 query and 3 key heads of 64, forward and
-    backward: 33 ms in bf16 and 47 ms in fp32, against 69 and 52 ms for scaled_dot_product_attention once per document.
-
-    Which keys a block sees is read on the host (a copy from the device on a GPU).
+On a CPU (flash_attention_torch.py)
+    The same blocks by torch's own products, and only q, k and v are saved.
 
 Papers
     Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Rabe and Staats 2021, "Self-attention Does
@@ -48,11 +48,22 @@ import math
 import torch
 from torch import Tensor
 
-from minisft.kernels.common import backend_for
-
-BLOCK = 128  # queries in a block of a long document
-SQUARE = 64  # tokens in a block of short documents
-SQUARES = 64  # blocks of short documents that are multiplied together
+from minisft.kernels.common import (
+    INTERPRETER,
+    TensorDescriptor,
+    arch_of,
+    backend_for,
+    cdiv,
+    next_power_of_2,
+    smallest_fit,
+)
+from minisft.kernels.flash_attention_kernels import (
+    _flash_attention_bwd_kv_kernel,
+    _flash_attention_bwd_q_kernel,
+    _flash_attention_delta_kernel,
+    _flash_attention_fwd_kernel,
+)
+from minisft.kernels.flash_attention_torch import FlashAttentionTorch, one_token
 
 
 def flash_attention_ref(
@@ -87,176 +98,221 @@ def flash_attention_ref(
     return torch.einsum("hqk,khd->qhd", probabilities, v)
 
 
-def _visible(start: Tensor, end: Tensor, first_query: int, first_key: int, window: int | None) -> Tensor:
-    """bool [n, m]: which of the keys from first_key on does each of the queries from first_query on see?"""
-    i = torch.arange(first_query, first_query + len(start), device=start.device)[:, None]
-    key = torch.arange(first_key, first_key + len(end), device=start.device)
-    visible = (key >= start[:, None]) & (key <= i) & (i < end)
-    return visible if window is None else visible & (key > i - window)
+# By architecture (86 is that of 99 KB, INTERPRETER has tiles so small that small tests have many), then by head dim: the
+# first entry that is large enough. Hopper has two sizes of tiles. Short documents waste less in small ones; a softcap and
+# dropout need the registers that these leave free.
+CONFIGS = {
+    "_flash_attention_fwd_kernel": {
+        INTERPRETER: {
+            64: dict(BLOCK_M=32, BLOCK_N=16, TMA=False),
+            128: dict(BLOCK_M=16, BLOCK_N=32, TMA=True),
+            256: dict(BLOCK_M=16, BLOCK_N=16, TMA=False),
+        },
+        80: {
+            64: dict(BLOCK_M=128, BLOCK_N=64, TMA=False, num_warps=4, num_stages=3),
+            128: dict(BLOCK_M=128, BLOCK_N=64, TMA=False, num_warps=8, num_stages=3),
+            256: dict(BLOCK_M=64, BLOCK_N=32, TMA=False, num_warps=4, num_stages=2),
+        },
+        86: {
+            64: dict(BLOCK_M=128, BLOCK_N=64, TMA=False, num_warps=4, num_stages=2),
+            128: dict(BLOCK_M=128, BLOCK_N=32, TMA=False, num_warps=4, num_stages=2),
+            256: dict(BLOCK_M=64, BLOCK_N=32, TMA=False, num_warps=4, num_stages=1),
+        },
+        90: {
+            64: {
+                "small": dict(BLOCK_M=64, BLOCK_N=64, TMA=True, num_warps=4, num_stages=3),
+                "large": dict(BLOCK_M=128, BLOCK_N=64, TMA=True, num_warps=4, num_stages=3),
+            },
+            96: dict(BLOCK_M=128, BLOCK_N=64, TMA=False, num_warps=8, num_stages=3),
+            128: {
+                "small": dict(BLOCK_M=64, BLOCK_N=64, TMA=True, num_warps=4, num_stages=3),
+                "large": dict(BLOCK_M=128, BLOCK_N=64, TMA=True, num_warps=8, num_stages=3),
+            },
+            256: dict(BLOCK_M=128, BLOCK_N=64, TMA=True, num_warps=8, num_stages=2),
+        },
+        "fp32": dict(BLOCK_M=32, BLOCK_N=32, TMA=False, num_warps=4, num_stages=1),
+    },
+    "_flash_attention_delta_kernel": dict(BLOCK_M=32, num_warps=4),
+    "_flash_attention_bwd_kv_kernel": {
+        "one pass": {
+            INTERPRETER: {
+                64: dict(BLOCK_M=16, BLOCK_N=32, TMA=False),
+                128: dict(BLOCK_M=32, BLOCK_N=16, TMA=False),
+            },
+            90: {
+                64: {
+                    "small": dict(BLOCK_M=64, BLOCK_N=64, TMA=True, num_warps=4, num_stages=2),
+                    "large": dict(BLOCK_M=64, BLOCK_N=128, TMA=True, num_warps=8, num_stages=2),
+                },
+                128: {
+                    "small": dict(BLOCK_M=64, BLOCK_N=64, TMA=True, num_warps=8, num_stages=2),
+                    "large": dict(BLOCK_M=64, BLOCK_N=128, TMA=True, num_warps=8, num_stages=2),
+                },
+            },
+            100: {  # its accumulators lie in a memory of their own, of 512 columns, and not in registers
+                64: dict(BLOCK_M=64, BLOCK_N=128, TMA=True, num_warps=8, num_stages=2),
+                128: dict(BLOCK_M=64, BLOCK_N=64, TMA=True, num_warps=8, num_stages=2),
+            },
+        },
+        "split": {
+            INTERPRETER: {
+                64: dict(BLOCK_M=32, BLOCK_N=16, TMA=False),
+                128: dict(BLOCK_M=16, BLOCK_N=32, TMA=True),
+                256: dict(BLOCK_M=16, BLOCK_N=16, TMA=False),
+            },
+            80: {
+                64: dict(BLOCK_M=64, BLOCK_N=64, TMA=False, num_warps=4, num_stages=2),
+                128: dict(BLOCK_M=32, BLOCK_N=64, TMA=False, num_warps=8, num_stages=2),
+                256: dict(BLOCK_M=32, BLOCK_N=32, TMA=False, num_warps=8, num_stages=1),
+            },
+            86: {
+                64: dict(BLOCK_M=64, BLOCK_N=64, TMA=False, num_warps=4, num_stages=2),
+                128: dict(BLOCK_M=32, BLOCK_N=64, TMA=False, num_warps=8, num_stages=1),
+                256: dict(BLOCK_M=32, BLOCK_N=32, TMA=False, num_warps=8, num_stages=1),
+            },
+            90: {
+                64: dict(BLOCK_M=64, BLOCK_N=128, TMA=True, num_warps=8, num_stages=2),
+                96: dict(BLOCK_M=64, BLOCK_N=64, TMA=False, num_warps=8, num_stages=2),
+                128: dict(BLOCK_M=64, BLOCK_N=64, TMA=True, num_warps=8, num_stages=2),
+                256: dict(BLOCK_M=64, BLOCK_N=64, TMA=True, num_warps=8, num_stages=1),
+            },
+            "fp32": dict(BLOCK_M=32, BLOCK_N=32, TMA=False, num_warps=4, num_stages=1),
+        },
+    },
+    "_flash_attention_bwd_q_kernel": {
+        INTERPRETER: {
+            64: dict(BLOCK_M=16, BLOCK_N=32, TMA=False),
+            128: dict(BLOCK_M=32, BLOCK_N=16, TMA=True),
+            256: dict(BLOCK_M=16, BLOCK_N=16, TMA=False),
+        },
+        80: {
+            64: dict(BLOCK_M=64, BLOCK_N=64, TMA=False, num_warps=4, num_stages=2),
+            128: dict(BLOCK_M=64, BLOCK_N=64, TMA=False, num_warps=8, num_stages=2),
+            256: dict(BLOCK_M=32, BLOCK_N=32, TMA=False, num_warps=4, num_stages=1),
+        },
+        86: {
+            64: dict(BLOCK_M=64, BLOCK_N=64, TMA=False, num_warps=4, num_stages=2),
+            128: dict(BLOCK_M=64, BLOCK_N=32, TMA=False, num_warps=4, num_stages=2),
+            256: dict(BLOCK_M=32, BLOCK_N=32, TMA=False, num_warps=4, num_stages=1),
+        },
+        90: {
+            64: dict(BLOCK_M=128, BLOCK_N=64, TMA=True, num_warps=8, num_stages=2),
+            96: dict(BLOCK_M=128, BLOCK_N=64, TMA=False, num_warps=8, num_stages=2),
+            128: dict(BLOCK_M=128, BLOCK_N=64, TMA=True, num_warps=8, num_stages=2),
+            256: dict(BLOCK_M=64, BLOCK_N=32, TMA=True, num_warps=4, num_stages=2),
+        },
+        "fp32": dict(BLOCK_M=32, BLOCK_N=32, TMA=False, num_warps=4, num_stages=1),
+    },
+}
+SAME_AS = {89: 86, 100: 90, 120: 86}  # architectures without entries of their own
+SHORT = 400  # tokens: documents of a smaller mean length get the small tiles
 
 
-def _blocks(start: Tensor, end: Tensor, q_offset: int, window: int | None) -> tuple[list, bool]:
-    """Cuts the queries into blocks [(a, b, lo, hi, causal)]: queries a:b see keys in lo:hi and no others. The flag says
-    that the packing is plain: whole documents side by side.
-
-    causal: queries a:b are rows of one document that starts at lo, so only the corner above the diagonal is hidden.
-    """
-    starts, counts = torch.unique_consecutive(start, return_counts=True)
-    stops = counts.cumsum(0)
-    # Plain packing: every run of equal `start` is one whole document, and no window bites.
-    plain = q_offset == 0 and len(start) == len(end) and (window is None or window >= max(counts.tolist(), default=0))
-    plain = plain and bool((starts == stops - counts).all() & (end >= stops.repeat_interleave(counts)).all())
-
-    blocks, a, joinable = [], 0, False
-    for lo, b in zip(starts.tolist(), stops.tolist()):
-        if joinable and b - blocks[-1][0] <= SQUARE:  # a short document joins its short neighbours
-            blocks[-1] = (blocks[-1][0], b, min(blocks[-1][2], lo), False)
-        else:
-            size = math.ceil((b - a) / math.ceil((b - a) / BLOCK))
-            blocks += [(x, min(x + size, b), lo, plain) for x in range(a, b, size)]
-            joinable = b - a <= SQUARE
-        a = b
-
-    cut = []
-    for a, b, lo, causal in blocks:
-        if window is not None and not causal:
-            lo = max(lo, a + q_offset - window + 1)
-        cut.append((a, b, lo, max(lo, min(b + q_offset, len(end))), causal))
-    return cut, plain
+def _parts(head_dim: int) -> tuple[int, int]:
+    """A block's sides are powers of two: 80 = 64 + 16, 96 = 64 + 32, 128 = 128 + 0."""
+    left = 1 << (head_dim.bit_length() - 1)
+    return left, head_dim - left
 
 
-def _squares(blocks: list, start: Tensor, device: torch.device) -> tuple[list, list[tuple[Tensor, Tensor, Tensor]]]:
-    """Takes the blocks of whole short documents out of a plain packing: (the other blocks, batches of them).
-
-    These blocks are many and small, so they are multiplied together: a batch of nb blocks is (rows, own, hidden). rows
-    [nb, SQUARE] are the tokens of each, queries and keys alike, a window that may reach into the neighbours; own [nb, SQUARE]
-    says which of them are the block's, hidden [nb, SQUARE, SQUARE] which keys a query does not see.
-    """
-    bounds = [(a, b) for a, b, lo, hi, causal in blocks if (a, b) == (lo, hi) and not causal]
-    if len(bounds) < 2 or len(start) < SQUARE:
-        return blocks, []
-    batches = []
-    for some in torch.tensor(bounds).split(SQUARES):
-        rows = some[:, :1].clamp(max=len(start) - SQUARE) + torch.arange(SQUARE)
-        own = (rows >= some[:, :1]) & (rows < some[:, 1:])
-        hidden = (rows[:, None, :] < start[rows][:, :, None]) | (rows[:, None, :] > rows[:, :, None])
-        batches.append((rows.to(device), own.to(device), hidden.to(device)))
-    taken = set(bounds)
-    return [block for block in blocks if block[:2] not in taken], batches
+def _config(table: dict, q: Tensor, small: bool) -> dict | None:
+    """The launch configuration for q, None where there is none."""
+    arch = arch_of(q)
+    if q.dtype == torch.float32 and arch != INTERPRETER:
+        return table.get("fp32")
+    by_head_dim = table.get(arch) or table.get(SAME_AS.get(arch), {})
+    if max(by_head_dim, default=0) < q.shape[-1]:
+        return None
+    entry = smallest_fit(by_head_dim, q.shape[-1])
+    return entry if "BLOCK_M" in entry else entry["small" if small else "large"]
 
 
-def _stack(x: Tensor, num_kv_heads: int) -> Tensor:
-    """[nb, n, H, Dh] -> [nb Hkv, G n, Dh]: the G query heads of one key head become rows (keys themselves: G = 1)."""
-    nb, n, heads, head_dim = x.shape
-    x = x.view(nb, n, num_kv_heads, heads // num_kv_heads, head_dim)
-    return x.permute(0, 2, 3, 1, 4).reshape(nb * num_kv_heads, -1, head_dim)
+def _launch(kernel, grid: tuple, config: dict, arguments: dict) -> None:
+    """Launches a kernel, its tensors of tiles as TMA descriptors where the configuration wants and the strides allow."""
+    rows = dict(q="BLOCK_M", dout="BLOCK_M", dq="BLOCK_M", k="BLOCK_N", v="BLOCK_N")
+    tiled = {name: arguments[name] for name in rows if arguments.get(name) is not None}
+    tma = config["TMA"] and arguments["D2"] == 0 and all(map(_has_descriptor, tiled.values()))
+    if tma:
+        for name, x in tiled.items():
+            shape, strides = (x.shape[1], x.shape[0], x.shape[2]), (x.stride(1), x.stride(0), 1)
+            tiled[name] = TensorDescriptor(x, shape, strides, [1, config[rows[name]], x.shape[2]])
+    kernel[grid](**{**arguments, **tiled, **config, "TMA": tma})
 
 
-def _unstack(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[nb Hkv, G n, Dh] -> [nb, n, H, Dh], which is `shape`."""
-    nb, n, heads, head_dim = shape
-    group = rows.shape[1] // n
-    return rows.view(nb, heads // group, group, n, head_dim).permute(0, 3, 1, 2, 4).reshape(shape)
+def _has_descriptor(x: Tensor) -> bool:
+    """TMA wants 16-byte steps."""
+    steps = [stride * x.element_size() for stride in x.stride()[:2]]
+    return x.numel() > 0 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
-def _probabilities(q, k, start, end, blocks, q_offset, scale, window, softcap, dropout, seed):
-    """For every block: (block, scaled query rows [Hkv, G n, Dh], p [Hkv, G n, m], p after dropout, d softcap)."""
-    generator = torch.Generator(q.device).manual_seed(seed) if dropout else None
-    keys = k.transpose(0, 1).contiguous()  # [Hkv, Tk, Dh]
-    triangle = torch.full((BLOCK, BLOCK), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
-    for block in blocks:
-        a, b, lo, hi, causal = block
-        n, m = b - a, hi - lo
-        q_rows = _stack(q[None, a:b], len(keys)) * scale
-        scores = torch.bmm(q_rows, keys[:, lo:hi].transpose(1, 2))
-        slope = None
-        if softcap is not None:
-            tanh = torch.tanh(scores.to(torch.promote_types(q.dtype, torch.float32)) / softcap)
-            scores, slope = softcap * tanh, 1 - tanh * tanh
-        by_head = scores.view(q.shape[1], n, m)
-        if causal:
-            by_head[..., m - n :] += triangle[:n, :n]
-            p = scores.softmax(-1).to(q.dtype)
-        else:
-            visible = _visible(start[a:b], end[lo:hi], a + q_offset, lo, window)
-            sees_any = visible.any(-1, keepdim=True)  # a row of nothing but -inf would turn into NaN
-            by_head += scores.new_zeros(visible.shape).masked_fill_(~visible & sees_any, -math.inf)
-            p = scores.softmax(-1).to(q.dtype)
-            p.view(by_head.shape).mul_(sees_any)
-        dropped = None
-        if dropout:
-            keep = torch.rand(p.shape, generator=generator, device=p.device) >= dropout
-            dropped = torch.where(keep, p / (1 - dropout), 0)
-        yield block, q_rows, p, dropped, slope
-
-
-def _square_probabilities(q, k, rows, hidden, scale):
-    """Of a batch of square blocks: scaled query rows [nb Hkv, G n, Dh], key rows [nb Hkv, n, Dh], p [nb Hkv, G n, n]."""
-    nb, n = rows.shape
-    q_rows, k_rows = _stack(q[rows], k.shape[1]).mul_(scale), _stack(k[rows], k.shape[1])
-    scores = torch.bmm(q_rows, k_rows.transpose(1, 2))
-    scores.view(nb, -1, n, n).masked_fill_(hidden[:, None], -math.inf)
-    return q_rows, k_rows, scores.softmax(-1)
-
-
-class _FlashAttention(torch.autograd.Function):
-    """One block of queries at a time: forward and backward compute the block's probabilities by the same function."""
+class _FlashAttentionTriton(torch.autograd.Function):
+    """Saves q, k, v, out and the log-sum-exp of every row."""
 
     @staticmethod
-    def forward(ctx, q, k, v, start, end, q_offset, scale, window, softcap, dropout):
-        seed = int(torch.randint(2**62, ())) if dropout else None
-        ctx.save_for_backward(q, k, v, start, end)
-        on_host = start.cpu()
-        ctx.blocks, plain = _blocks(on_host, end.cpu(), q_offset, window)
-        ctx.squares = []
-        if plain and softcap is None and not dropout:
-            ctx.blocks, ctx.squares = _squares(ctx.blocks, on_host, q.device)
-        ctx.options = q_offset, scale, window, softcap, dropout, seed
-
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        values = v.transpose(0, 1).contiguous()
-        for block, _, p, dropped, _ in _probabilities(q, k, start, end, ctx.blocks, *ctx.options):
-            a, b, lo, hi, _ = block
-            out[a:b] = _unstack(torch.bmm(p if dropped is None else dropped, values[:, lo:hi]), (1, *q[a:b].shape))[0]
-        for rows, own, hidden in ctx.squares:
-            _, _, p = _square_probabilities(q, k, rows, hidden, scale)
-            mixed = torch.bmm(p, _stack(v[rows], v.shape[1]))
-            out[rows[own]] = _unstack(mixed, (*rows.shape, *q.shape[1:]))[own]
+    def forward(ctx, q, k, v, start, end, q_offset, scale, window, softcap, dropout, deterministic, mean_length):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        (Tq, Hq, Dh), (Tk, Hkv, _) = q.shape, k.shape
+        D1, D2 = _parts(Dh)
+        out, lse = q.new_empty(Tq, Hq, Dh), q.new_empty(Hq, Tq, dtype=torch.float32)
+        seed = torch.randint(2**62, (1,), device=q.device) if dropout else None
+        tensors = dict(
+            q=q, k=k, v=v, start_ptr=start.contiguous(), end_ptr=end.contiguous(), seed_ptr=seed, lse_ptr=lse
+        )
+        ctx.save_for_backward(out, *tensors.values())
+        ctx.names, ctx.scale = list(tensors), scale
+        ctx.small = bool(softcap or dropout) or (mean_length is not None and mean_length < SHORT)
+        ctx.deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        ctx.options = dict(  # of all kernels
+            **dict(Tq=Tq, Tk=Tk, q_offset=q_offset, window=window or 0, group=Hq // Hkv),
+            **dict(stride_q=q.stride(0), stride_q_head=q.stride(1), stride_k=k.stride(0), stride_k_head=k.stride(1)),
+            **dict(stride_v=v.stride(0), stride_v_head=v.stride(1), dropout=dropout),
+            **dict(inner=scale / softcap if softcap else 0.0, outer=(softcap or scale) * math.log2(math.e)),
+            **dict(D1=D1, D2=D2, WINDOW=window is not None, SOFTCAP=softcap is not None, DROPOUT=dropout > 0),
+        )
+        config = _config(CONFIGS["_flash_attention_fwd_kernel"], q, ctx.small)
+        grid = cdiv(Tq, config["BLOCK_M"]), Hq
+        _launch(_flash_attention_fwd_kernel, grid, config, {**tensors, **ctx.options, "out_ptr": out})
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        q, k, v, start, end = ctx.saved_tensors
-        scale, dropout = ctx.options[1], ctx.options[4]
-        accumulate = torch.promote_types(q.dtype, torch.float32)
-        keys, values = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()  # [Hkv, Tk, Dh]
-        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-        dk = torch.zeros(keys.shape, dtype=accumulate, device=k.device)
-        dv = torch.zeros_like(dk)
-        with torch.autocast(q.device.type, enabled=False):
-            for block, q_rows, p, dropped, slope in _probabilities(q, k, start, end, ctx.blocks, *ctx.options):
-                a, b, lo, hi, _ = block
-                do_rows = _stack(dout[None, a:b], len(keys))
-                dv[:, lo:hi] += torch.bmm((p if dropped is None else dropped).transpose(1, 2), do_rows)
-                dp = torch.bmm(do_rows, values[:, lo:hi].transpose(1, 2))
-                if dropped is not None:
-                    dp = torch.where(dropped != 0, dp / (1 - dropout), 0)
-                ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-                if slope is not None:
-                    ds = (ds * slope).to(q.dtype)
-                dq[a:b] = _unstack(torch.bmm(ds, keys[:, lo:hi]).mul_(scale), (1, *q[a:b].shape))[0]
-                dk[:, lo:hi] += torch.bmm(ds.transpose(1, 2), q_rows)
-            for rows, own, hidden in ctx.squares:  # no other block touches their keys
-                shape, kv_shape, index = (*rows.shape, *q.shape[1:]), (*rows.shape, *k.shape[1:]), rows[own]
-                q_rows, k_rows, p = _square_probabilities(q, k, rows, hidden, scale)
-                do_rows = _stack(dout[rows].mul_(own[:, :, None, None]), len(keys))
-                dv.transpose(0, 1)[index] = _unstack(torch.bmm(p.transpose(1, 2), do_rows), kv_shape)[own].to(dv.dtype)
-                dp = torch.bmm(do_rows, _stack(v[rows], len(keys)).transpose(1, 2))
-                ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-                dq[index] = _unstack(torch.bmm(ds, k_rows).mul_(scale), shape)[own]
-                dk.transpose(0, 1)[index] = _unstack(torch.bmm(ds.transpose(1, 2), q_rows), kv_shape)[own].to(dk.dtype)
-        dk, dv = (x.transpose(0, 1).to(q.dtype, memory_format=torch.contiguous_format) for x in (dk, dv))
-        return dq, dk, dv, *[None] * 7
+        out, *tensors = ctx.saved_tensors
+        tensors = dict(zip(ctx.names, tensors))
+        q, k, v, lse = (tensors[name] for name in ("q", "k", "v", "lse_ptr"))
+        (Tq, Hq, Dh), (Tk, Hkv, _) = q.shape, k.shape
+        kv_tables = CONFIGS["_flash_attention_bwd_kv_kernel"]
+        one_pass = None
+        if not (ctx.deterministic or ctx.options["D2"]):
+            one_pass = _config(kv_tables["one pass"], q, ctx.small)
+        dout, delta = dout.contiguous(), torch.empty_like(lse)
+        dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        dq_sum = q.new_empty(q.shape, dtype=torch.float32) if one_pass else None
+
+        config = CONFIGS["_flash_attention_delta_kernel"]
+        _flash_attention_delta_kernel[(cdiv(Tq, config["BLOCK_M"]), Hq)](
+            *(out, dout, delta, dq_sum, Tq), D=Dh, BLOCK_D=next_power_of_2(Dh), **config
+        )
+        arguments = dict(**tensors, **ctx.options, delta_ptr=delta, dout=dout, scale=ctx.scale)
+        config = one_pass or _config(kv_tables["split"], q, ctx.small)
+        grads = dict(dq=dq_sum, dk_ptr=dk, dv_ptr=dv, ADD_DQ=bool(one_pass))
+        grid = cdiv(Tk, config["BLOCK_N"]), Hkv
+        _launch(_flash_attention_bwd_kv_kernel, grid, config, {**arguments, **grads})
+        if one_pass:
+            torch.mul(dq_sum, ctx.scale, out=dq)
+        else:
+            config = _config(CONFIGS["_flash_attention_bwd_q_kernel"], q, ctx.small)
+            grid = cdiv(Tq, config["BLOCK_M"]), Hq
+            _launch(_flash_attention_bwd_q_kernel, grid, config, {**arguments, "dq_ptr": dq})
+        return dq, dk, dv, *[None] * 9
+
+
+def _cannot(q: Tensor, scale: float) -> str:
+    """Why the kernels do not serve these arguments; empty if they do."""
+    head_dim = q.shape[-1]
+    left, right = _parts(head_dim)
+    if not 16 <= head_dim <= 256 or (right and (right < 16 or right & (right - 1))):
+        return f"head dim {head_dim}"
+    return "" if scale > 0 else f"scale {scale}"
 
 
 def flash_attention(
@@ -272,6 +328,7 @@ def flash_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
     deterministic: bool = False,
+    mean_length: float | None = None,
 ) -> Tensor:
     """Causal attention inside the documents of a flat stream.
 
@@ -284,7 +341,10 @@ def flash_attention(
     window: a query sees its newest `window` keys only, itself included; None = all.
     softcap: scores become softcap * tanh(scores / softcap); None = no cap.
     dropout: rate at which probabilities are dropped, drawn from torch's global random state; 0 in evaluation.
-    deterministic: bitwise repeatable gradients. The torch and reference paths always are.
+    deterministic: bitwise repeatable gradients, as under torch.use_deterministic_algorithms. The torch and reference
+        paths always are; the Triton kernels then compute the scores once more.
+    mean_length: of the documents, as far as the host knows it, best as the mean over tokens, sum(length^2) /
+        sum(length): the kernels take smaller tiles for short documents. It changes nothing but the speed.
 
     Returns [Tq, Hq, Dh], contiguous, in the dtype of q; zeros for a query that sees no key. A document's output and
     gradients do not depend on the content of other documents, not even in the last bit.
@@ -300,10 +360,14 @@ def flash_attention(
         raise ValueError(f"flash_attention: q_offset {q_offset} must be >= 0 and dropout {dropout} in [0, 1)")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
-        if backend_for("flash_attention", q) == "reference":
+        backend = backend_for("flash_attention", q, _cannot(q, scale))
+        if backend == "reference":
             options = dict(q_offset=q_offset, scale=scale, window=window, softcap=softcap, dropout=dropout)
             return flash_attention_ref(q, k, v, start, end, **options)
-        return _FlashAttention.apply(q, k, v, start, end, q_offset, scale, window, softcap, dropout)
+        arguments = q, k, v, start, end, q_offset, scale, window, softcap, dropout
+        if backend == "triton":
+            return _FlashAttentionTriton.apply(*arguments, deterministic, mean_length)
+        return FlashAttentionTorch.apply(*arguments)
 
 
 def flash_attention_varlen(
@@ -312,15 +376,18 @@ def flash_attention_varlen(
     """`flash_attention` with the field's usual arguments.
 
     q, k, v: [T, H, Dh]. cu_seqlens: int [N + 1], 0 first, T last: document n is tokens cu_seqlens[n]:cu_seqlens[n + 1].
-    max_seqlen: accepted and not needed. options: the keywords of `flash_attention`.
+    max_seqlen: accepted and not needed. options: the keywords of `flash_attention`; mean_length is T / N if not given.
 
-    Returns [T, Hq, Dh]. Raises ValueError as `flash_attention` and where cu_seqlens does not end at T.
+    Returns [T, Hq, Dh]. Raises ValueError as `flash_attention` and where cu_seqlens is on the CPU and does not run from 0
+    to T. On a GPU that is not checked, as it would have to wait for the GPU: tokens beyond the last document see nothing.
     """
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != len(q):
+    fits = cu_seqlens.ndim == 1 and len(cu_seqlens) > 1
+    if not fits or not cu_seqlens.is_cuda and (int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != len(q)):
         raise ValueError(f"flash_attention_varlen: cu_seqlens {cu_seqlens.tolist()} must run from 0 to {len(q)}")
-    lengths = cu_seqlens.diff().long()
-    start, end = (bound.repeat_interleave(lengths) for bound in (cu_seqlens[:-1], cu_seqlens[1:]))
-    return flash_attention(q, k, v, start, end, **options)
+    tokens = torch.arange(len(q), device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    document = torch.searchsorted(cu_seqlens, tokens, right=True).clamp_(max=len(cu_seqlens) - 1)
+    options.setdefault("mean_length", len(q) / (len(cu_seqlens) - 1))
+    return flash_attention(q, k, v, cu_seqlens[document - 1], cu_seqlens[document], **options)
 
 
 def flash_attention_with_kvcache(
@@ -356,22 +423,7 @@ def flash_attention_with_kvcache(
                 options = dict(q_offset=max(n - 1, 0), scale=scale, window=window, softcap=softcap)
                 rows.append(flash_attention_ref(row[None], keys[:n], values[:n], start, end, **options))
             return torch.cat(rows)
-        return _one_token(q, k_cache, v_cache, cache_seqlens[:, None], scale, window, softcap)
-
-
-def _one_token(q, k_cache, v_cache, filled, scale, window, softcap):
-    batch, length, num_kv_heads, head_dim = k_cache.shape
-    q_rows = q.reshape(batch, num_kv_heads, -1, head_dim) * scale  # [B, Hkv, G, Dh]
-    scores = q_rows @ k_cache.permute(0, 2, 3, 1)  # [B, Hkv, G, L]
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    key = torch.arange(length, device=q.device)
-    visible = (key < filled) if window is None else (key < filled) & (key >= filled - window)
-    visible = visible[:, None, None]  # [B, 1, 1, L]
-    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-    p = scores.softmax(-1).masked_fill(~visible, 0).to(q.dtype)
-    return (p @ v_cache.transpose(1, 2)).view(q.shape)
+        return one_token(q, k_cache, v_cache, cache_seqlens[:, None], scale, window, softcap)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None) -> None:

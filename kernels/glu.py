@@ -5,10 +5,13 @@ What it computes
         swiglu: act(x) = silu(x) = x * sigmoid(x)
         geglu:  act(x) = gelu(x) = x * Phi(x), exact ("none"), or its tanh approximation ("tanh")
 
+    In each of them a share of x passes, act(x) = x * s(x). That of the approximation is a sigmoid as well, because
+    (1 + tanh(u)) / 2 = sigmoid(2 u).
+
 Backward
 
-        dup = dy * act(gate)        dgate = dy * up * act'(gate)
-        silu'(x) = sigmoid(x) * (1 + x * (1 - sigmoid(x)))
+        dup = dy * act(gate)        dgate = dy * up * act'(gate)        act'(x) = s(x) + x * s'(x)
+        silu: s' = s * (1 - s)        gelu: s' = the normal density
 
 What is saved
     gate and up only; act(gate) is computed again in the backward pass. Autograd through the formula saves act(gate)
@@ -18,10 +21,16 @@ What is saved
 
 Bytes moved, per element in bf16: fused 6 forward (read gate and up, write y) and 10 backward; op by op 10 and 18.
 
-fp32: inside every op (PyTorch's and ours compute in fp32 and round what they write); act(gate) is rounded to the dtype
-of the inputs before the product, as Hugging Face models do.
+The kernels
+    Nothing is summed, so rows mean nothing: a program takes a tile of BLOCK neighbouring elements, several times 16
+    bytes a thread, and where all tensors are contiguous the tiles run on over the ends of the rows. A program for each
+    row would hold too many registers where rows are long, and wait for its last bytes before it writes the first.
 
-gate and up may be strided views, such as the two halves of one fused [T, 2 F] projection.
+fp32: the kernels compute in fp32 from the first read to the write. PyTorch's ops and the formula do so inside each op
+and round act(gate) to the dtype of the inputs before the product, as Hugging Face models do.
+
+gate and up may be strided views, such as the two halves of one fused [T, 2 F] projection. Autograd would put their two
+gradients together with a copy; so the fused tensor may also be given as a whole, and its gradient is written as one.
 
 Paper: Shazeer 2020, "GLU Variants Improve Transformer".
 """
@@ -30,17 +39,94 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisft.kernels.common import backend_for
+from minisft.kernels.common import as_rows, backend_for, cdiv, jit, tl
 
 
-def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu_ref(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """The formula. Arguments as in `swiglu`."""
+    gate, up = _halves(gate, up)
     return F.silu(gate) * up
 
 
-def geglu_ref(gate: Tensor, up: Tensor, approximate: str = "tanh") -> Tensor:
+def geglu_ref(gate: Tensor, up: Tensor | None = None, approximate: str = "tanh") -> Tensor:
     """The formula. Arguments as in `geglu`."""
+    gate, up = _halves(gate, up)
     return F.gelu(gate, approximate=approximate) * up
+
+
+def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    return gate.chunk(2, dim=-1) if up is None else (gate, up)
+
+
+@jit
+def _share(x, APPROXIMATE: tl.constexpr):
+    """s and s' of act(x) = x * s(x); APPROXIMATE is None for silu."""
+    if APPROXIMATE is None:
+        share = tl.sigmoid(x)
+        slope = share * (1 - share)
+    elif APPROXIMATE == "tanh":  # sigmoid(2 u) of u = sqrt(2 / pi) * (x + 0.044715 x^3)
+        share = tl.sigmoid(x * (1.5957691216057308 + 0.07135481282553542 * x * x))
+        slope = share * (1 - share) * (1.5957691216057308 + 3 * 0.07135481282553542 * x * x)
+    else:
+        share = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        slope = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    return share, slope
+
+
+@jit
+def _glu_fwd_kernel(
+    gate_ptr,  # [rows, F], rows stride_gate apart
+    up_ptr,  # [rows, F]
+    y_ptr,  # [rows, F], contiguous
+    F,
+    stride_gate,
+    stride_up,
+    APPROXIMATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program a tile of BLOCK elements of a row."""
+    program, tiles = tl.program_id(0), tl.cdiv(F, BLOCK)
+    row = (program // tiles).to(tl.int64)
+    column = (program % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_ptr + row * stride_gate + column, mask=column < F, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * stride_up + column, mask=column < F, other=0.0).to(tl.float32)
+    share, _ = _share(gate, APPROXIMATE)
+    tl.store(y_ptr + row * F + column, (gate * share * up).to(y_ptr.dtype.element_ty), mask=column < F)
+
+
+@jit
+def _glu_bwd_kernel(
+    gate_ptr,  # [rows, F], rows stride_gate apart
+    up_ptr,  # [rows, F]
+    dy_ptr,  # [rows, F]
+    dgate_ptr,  # [rows, F], rows stride_dx apart
+    dup_ptr,  # [rows, F], rows stride_dx apart
+    F,
+    stride_gate,
+    stride_up,
+    stride_dy,
+    stride_dx,
+    APPROXIMATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program a tile of BLOCK elements of a row."""
+    program, tiles = tl.program_id(0), tl.cdiv(F, BLOCK)
+    row = (program // tiles).to(tl.int64)
+    column = (program % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_ptr + row * stride_gate + column, mask=column < F, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * stride_up + column, mask=column < F, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + row * stride_dy + column, mask=column < F, other=0.0).to(tl.float32)
+    share, slope = _share(gate, APPROXIMATE)
+    dgate, dup = dy * up * (share + gate * slope), dy * gate * share
+    at = row * stride_dx + column
+    tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=column < F)
+    tl.store(dup_ptr + at, dup.to(dup_ptr.dtype.element_ty), mask=column < F)
+
+
+CONFIGS = {  # 16 elements a thread
+    "_glu_fwd_kernel": dict(BLOCK=2048, num_warps=4),
+    "_glu_bwd_kernel": dict(BLOCK=2048, num_warps=4),
+}
 
 
 class _GLU(torch.autograd.Function):
@@ -68,37 +154,77 @@ def _activate(x: Tensor, approximate: str | None) -> Tensor:
     return F.silu(x) if approximate is None else F.gelu(x, approximate=approximate)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+class _GLUTriton(torch.autograd.Function):
+    """As `_GLU`; `up` is None where `gate` holds both."""
+
+    @staticmethod
+    def forward(ctx, gate, up, approximate):
+        ctx.save_for_backward(gate, up)
+        ctx.approximate = approximate
+        gate, up = _halves(gate, up)
+        y = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        (gate, up), config = _rows(gate, up), CONFIGS["_glu_fwd_kernel"]
+        rows, features = gate.shape
+        _glu_fwd_kernel[(rows * cdiv(features, config["BLOCK"]),)](
+            *(gate, up, y, features, gate.stride(0), up.stride(0), approximate), **config
+        )
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up) if x is not None]
+        dgate, dup = _halves(*gradients, *[None] * (2 - len(gradients)))
+        gate, up, dy, dgate, dup = _rows(*_halves(gate, up), dy, dgate, dup)
+        (rows, features), config = gate.shape, CONFIGS["_glu_bwd_kernel"]
+        _glu_bwd_kernel[(rows * cdiv(features, config["BLOCK"]),)](
+            *(gate, up, dy, dgate, dup, features, gate.stride(0), up.stride(0), dy.stride(0), dgate.stride(0)),
+            *(ctx.approximate,),
+            **config,
+        )
+        return *gradients, *[None] * (3 - len(gradients))
+
+
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """[..., F] -> [rows, F]; one long row where all are contiguous."""
+    if all(x.is_contiguous() for x in tensors):
+        return [x.view(1, -1) for x in tensors]
+    return [as_rows(x) for x in tensors]
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """silu(gate) * up, the unit of the Llama family.
 
-    gate, up: [..., F], same shape and dtype, contiguous or strided views.
+    gate, up: [..., F], same shape and dtype, contiguous or strided views; or one tensor [..., 2 F] of both side by side.
 
-    Returns [..., F] in the dtype of the inputs. Raises ValueError where shapes or dtypes differ.
+    Returns [..., F] in the dtype of the inputs. Raises ValueError where shapes or dtypes do not fit.
     """
-    _check("swiglu", gate, up)
-    with torch.autocast(gate.device.type, enabled=False):
-        if backend_for("swiglu", gate) == "reference":
-            return swiglu_ref(gate, up)
-        return _GLU.apply(gate, up, None)
+    return _glu("swiglu", gate, up, None)
 
 
-def geglu(gate: Tensor, up: Tensor, approximate: str = "tanh") -> Tensor:
+def geglu(gate: Tensor, up: Tensor | None = None, approximate: str = "tanh") -> Tensor:
     """gelu(gate) * up, the unit of the Gemma family.
 
-    gate, up: [..., F], same shape and dtype, contiguous or strided views.
+    gate, up: as in `swiglu`.
     approximate: "tanh" for the tanh approximation, "none" for the exact form with erf, as in torch.nn.functional.gelu.
 
-    Returns [..., F] in the dtype of the inputs. Raises ValueError where shapes or dtypes differ.
+    Returns [..., F] in the dtype of the inputs. Raises ValueError where shapes or dtypes do not fit.
     """
-    _check("geglu", gate, up)
     if approximate not in ("tanh", "none"):
         raise ValueError(f"geglu: approximate {approximate!r}: expected 'tanh' or 'none'")
-    with torch.autocast(gate.device.type, enabled=False):
-        if backend_for("geglu", gate) == "reference":
-            return geglu_ref(gate, up, approximate)
-        return _GLU.apply(gate, up, approximate)
+    return _glu("geglu", gate, up, approximate)
 
 
-def _check(op: str, gate: Tensor, up: Tensor) -> None:
-    if gate.shape != up.shape or gate.dtype != up.dtype:
+def _glu(op: str, gate: Tensor, up: Tensor | None, approximate: str | None) -> Tensor:
+    if up is None and gate.shape[-1] % 2:
+        raise ValueError(f"{op}: {tuple(gate.shape)} has no two halves of the same size")
+    if up is not None and (gate.shape != up.shape or gate.dtype != up.dtype):
         raise ValueError(f"{op}: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} differ")
+    with torch.autocast(gate.device.type, enabled=False):
+        backend = backend_for(op, gate)
+        if backend == "reference":
+            return swiglu_ref(gate, up) if approximate is None else geglu_ref(gate, up, approximate)
+        if backend == "triton":
+            return _GLUTriton.apply(gate, up, approximate)
+        return _GLU.apply(*_halves(gate, up), approximate)

@@ -22,40 +22,54 @@ reduction="none" every row has a gradient of its own which is unknown yet: there
 
 What makes it fast:
 
-- rows that train nothing are never multiplied (of a chat data set that is often two thirds of them);
-- chunks are large. Each one, of R rows, reads and writes all of dW: 8 V D bytes against 6 R V D FLOPs. With 128 rows
-  that traffic takes a GPU longer than the matmuls (an H200 does some 180 FLOPs in the time of a byte);
-- the exponentials are computed once, in fp32, a few rows at a time so that they stay in the cache; the result goes back
-  over the logits in their own dtype, ready for the two matmuls of the backward;
-- a CPU maps fresh memory page by page (60 ms for 113 MB was measured), so there the chunk of logits and the copy of W in
-  the matmul's dtype are kept from call to call.
+- rows that train nothing are never multiplied (of a chat data set that is often two thirds of them): `rows` lists the
+  others, and the host, which makes the list, has nothing to wait for;
+- chunks are large. Each one, of R rows, reads and writes all of dW: 8 V D bytes against 6 R V D FLOPs. An H200 does some
+  180 FLOPs in the time of a byte: with 4096 rows that traffic adds 6 % to the matmuls, with 128 rows it doubles and
+  triples them;
+- the matrix products are cuBLAS's, written where they are wanted. Rows of logits are padded to a multiple of 128 bytes, so
+  that an odd vocabulary (50,257) reads and writes as fast as an even one;
+- between them one kernel (`score_rows` of cross_entropy.py) reads a chunk of logits and writes its gradient in its place.
+
+Bytes moved beside the matmuls, M 4096, D 4096, V 128,256 in bf16: one read and one write of the logits, 2.1 GB, half a
+millisecond at 4.3 TB/s where the three matmuls take 16.4 ms at 788 TFLOP/s. Losses that keep the logits move them ten times.
+
+dW. A single chunk is multiplied straight into the gradient's dtype. Several are added up in fp32 by the matmuls
+themselves; that sum is the gradient of an fp32 master weight, and is cast once for another.
+dh. A row of hidden may be scored several times and most are not scored at all. Each scored row's share is a row of one
+product; sorted by owner, the shares of one row are neighbours, and a kernel adds them in fp32 and writes every row of dh
+once: no atomics, so the result repeats bitwise, and no fp32 buffer. Without `rows` the product is dh.
+The gradient that comes from above is nearly always 1, but only the GPU knows. A kernel looks, and multiplies dh and dW
+where they lie only if it must.
 
 What is fp32 whatever the dtype: the soft-max, lse, the loss, the statistics, (p - 1) of the target, the scaling by
-grad_scale, and the sums over chunks of dW, dh and dbias. A GPU also keeps each chunk's product in fp32. PyTorch's CPU
-matmul has no fp32 output for bf16 inputs: there each chunk's share of dW is rounded to bf16 once before it is added.
+grad_scale, and the sums over chunks of dW, dh and dbias (dbias adds up dz as rounded for the matmuls).
 
-Memory besides inputs and gradients: one chunk of logits [R, V], W in the matmul's dtype if it is not so already.
-Limits: targets and rows are checked on the CPU only (a check on a GPU would wait for it); no second derivative.
+Memory besides inputs and gradients: one chunk of logits, 1.25 GB or 4096 rows whichever is more; the fp32 sum of dW where
+the weight is not fp32 and there are several chunks; the shares of dh [M, D] with `rows`; W in the matmul's dtype if it is
+not so already. CPUs, and GPUs without Triton, run linear_cross_entropy_torch.py.
+Limits: targets and rows are checked where they are on the CPU (a check on a GPU would wait for it); no second derivative.
 
 After "Cut Your Losses in Large-Vocabulary Language Models" (Wijmans et al. 2024, arXiv:2411.09009), which recomputes
 instead; gradients in the forward as in "Liger Kernel" (Hsu et al. 2024, arXiv:2410.10989); label smoothing of Szegedy et
 al. (2015, arXiv:1512.00567); z-loss of PaLM (Chowdhery et al. 2022, arXiv:2204.02311).
 """
 
-import math
-import threading
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisft.kernels.common import backend_for
+from minisft.kernels.common import backend_for, cdiv, jit, num_sms, tl
+from minisft.kernels.cross_entropy import score_rows
+from minisft.kernels.linear_cross_entropy_torch import Options
+from minisft.kernels.linear_cross_entropy_torch import run as run_torch
 
 IGNORE_INDEX = -100
-CPU_CHUNK_ROWS, GPU_CHUNK_ROWS = 512, 4096  # rows of logits that exist at once
-WEIGHT_BLOCK = 2048  # rows of dW that a CPU multiplies and adds while they are in its cache
+LEAST_CHUNK_ROWS, CHUNK_BYTES = 4096, 1_250_000_000  # the logits that exist at once: whichever is more
+ROW_TILE = 128  # chunks are multiples of the matmul's tiles
+ROW_ALIGNMENT = 64  # every row of logits begins at a multiple of 128 bytes, whatever the vocabulary
 
 
 class Stats(NamedTuple):
@@ -111,163 +125,157 @@ def linear_cross_entropy_ref(
         return loss, Stats(*(s.detach().where(scored, 0).float() for s in (nll, correct, entropy)))
 
 
-@dataclass(frozen=True)
-class _Options:
-    dtype: torch.dtype  # of the matmuls
-    softcap: float | None
-    logit_scale: float
-    label_smoothing: float
-    z_loss: float
-    entropy: bool
-
-    @property
-    def wide(self) -> torch.dtype:
-        """The dtype of everything that is summed."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-
-_kept = threading.local()
-
-
-def _buffer(name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory, on the CPU kept for this thread's next call; a GPU's allocator does so by itself."""
-    if like.device.type != "cpu":
-        return like.new_empty(shape, dtype=dtype)
-    size = math.prod(shape) * dtype.itemsize
-    memory = getattr(_kept, name, None)
-    if memory is None or memory.numel() < size:
-        with torch.inference_mode(False):  # usable in training, even if the first call is an evaluation
-            memory = torch.empty(size, dtype=torch.uint8)
-        setattr(_kept, name, memory)
-    return memory[:size].view(dtype).view(shape)
+@jit
+def _sum_rows_kernel(
+    parts_ptr,  # [M, D]
+    order_ptr,  # int64 [M]: the parts, sorted by the row that they belong to
+    first_ptr,  # int64 [T + 1]: row t owns order[first[t] : first[t + 1]]
+    sums_ptr,  # [T, D]
+    D,
+    BLOCK: tl.constexpr,
+):
+    """sums[t] = the sum of the parts of row t, always in the same order. A block of columns of one row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(tl.load(first_ptr + row), tl.load(first_ptr + row + 1)):
+        part_ptr = parts_ptr + tl.load(order_ptr + i) * D
+        total += tl.load(part_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    tl.store(sums_ptr + row * D + column, total.to(sums_ptr.dtype.element_ty), mask=column < D)
 
 
-def _score(logits: Tensor, targets: Tensor, upstream: Tensor | None, bias: Tensor | None, o: _Options, z, p):
-    """Scores a few rows of logits [R, V] against targets [R]; z and p are wide buffers [R, V].
-
-    upstream [R]: the gradient of each row's loss; the logits are then overwritten by the gradient of (W h + bias).
-    Returns (loss, nll, correct, entropy) [4, R] and the gradient of the bias [V].
-    """
-    z.copy_(logits)
-    if bias is not None:
-        z.add_(bias)
-    if o.logit_scale != 1:
-        z.mul_(o.logit_scale)
-    if o.softcap is not None:
-        z.div_(o.softcap).tanh_().mul_(o.softcap)
-
-    torch.softmax(z, -1, out=p)
-    total = p.sum(-1)  # 1 but for the rounding of softmax's plain sum over the vocabulary, which this puts right
-    highest = z.amax(-1)
-    lse = highest - (p.amax(-1) / total).log()  # the largest probability is exp(highest - lse)
-    target_logit = z.gather(1, targets[:, None])[:, 0]
-    nll = lse - target_logit
-    loss = nll
-    if o.label_smoothing:
-        loss = (1 - o.label_smoothing) * nll + o.label_smoothing * (lse - z.mean(-1))
-    if o.z_loss:
-        loss = loss + o.z_loss * lse.square()
-    entropy = lse - torch.linalg.vecdot(p, z) / total if o.entropy else torch.zeros_like(lse)
-    results = torch.stack([loss, nll, (target_logit >= highest).to(lse.dtype), entropy])
-    if upstream is None:
-        return results, None
-
-    g = upstream * o.logit_scale
-    p.mul_((g * (1 + 2 * o.z_loss * lse) / total)[:, None])
-    if o.label_smoothing:
-        p.sub_((g * (o.label_smoothing / p.shape[1]))[:, None])
-    p.scatter_add_(1, targets[:, None], (g * (o.label_smoothing - 1))[:, None])
-    if o.softcap is not None:
-        p.mul_(z.div_(o.softcap).square_().neg_().add_(1))
-    logits.copy_(p)
-    return results, None if bias is None else p.sum(0)
+@jit
+def _scale_kernel(
+    x_ptr,  # [n], scaled in place
+    factor_ptr,  # a number on the device, which the host does not know
+    n,
+    BLOCK: tl.constexpr,
+):
+    """x *= factor. A few programs walk over all of x; where the factor is 1, as it nearly always is, they end at once."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:
+        for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
+            i = first + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32) * factor
+            tl.store(x_ptr + i, x.to(x_ptr.dtype.element_ty), mask=i < n)
 
 
-def _add_weight_gradient(d_weight: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
-    """d_weight [V, D] += dz [R, V]^T x [R, D]; the first chunk finds d_weight uninitialised."""
-    if dz.dtype == d_weight.dtype:
-        d_weight.addmm_(dz.T, x, beta=0 if first else 1)
-    elif dz.is_cuda:
-        if first:
-            d_weight.zero_()
-        torch.addmm(d_weight, dz.T, x, out_dtype=d_weight.dtype, out=d_weight)
-    else:  # in blocks of the vocabulary: faster than one large matmul, and the sum is done in the cache
-        for v in range(0, len(d_weight), WEIGHT_BLOCK):
-            block = d_weight[v : v + WEIGHT_BLOCK]
-            product = torch.mm(dz[:, v : v + WEIGHT_BLOCK].T, x)
-            if first:
-                block.copy_(product)
-            else:
-                block.add_(product.to(d_weight.dtype))
+CONFIGS = {
+    "_sum_rows_kernel": dict(BLOCK=1024, num_warps=4),
+    "_scale_kernel": dict(BLOCK=4096, num_warps=8),
+}
 
 
-def _run(hidden, weight, bias, rows, targets, upstream, needs, o: _Options):
-    """All rows, chunk by chunk.
+def _matmul(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """out = a b, or out += a b, summed in fp32 and rounded once to the dtype of out, that of a and b or fp32."""
+    options = {}
+    if a.is_cuda and out.dtype != a.dtype:
+        options = dict(out_dtype=out.dtype)
+    else:  # a CPU, where the tests run this, has no product with an output wider than its inputs
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    if add:
+        torch.addmm(out, a, b, out=out, **options)
+    else:
+        torch.mm(a, b, out=out, **options)
 
-    upstream [M]: the gradient of each row's loss, or None for no gradients. needs: which of (hidden, weight, bias) want one.
-    Returns results [4, M] as `_score`, and the three gradients (None where not needed) in the dtypes of their inputs.
-    """
-    M, V = len(rows), len(weight)
-    d_hidden = torch.zeros_like(hidden, dtype=o.wide) if needs[0] else None
-    d_weight = torch.empty_like(weight, dtype=o.wide) if needs[1] else None
-    d_bias = torch.zeros_like(bias, dtype=o.wide) if needs[2] else None
-    results = hidden.new_empty(4, M, dtype=o.wide)
+
+def _run(hidden, weight, bias, rows, targets, upstream, needs, o: Options):
+    """All rows, chunk by chunk. Arguments and gradients as those of the torch path's `run`, results [6, M] of `score_rows`."""
+    (T, D), M, V = hidden.shape, len(targets), len(weight)
+    width = cdiv(V, ROW_ALIGNMENT) * ROW_ALIGNMENT
+    most = max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (width * o.dtype.itemsize) // ROW_TILE * ROW_TILE)
+    num_chunks = max(1, cdiv(M, most))
+    R = max(1, min(M, cdiv(cdiv(M, num_chunks), ROW_TILE) * ROW_TILE))  # all chunks alike
+    chunk = hidden.new_empty(R, width, dtype=o.dtype)
+    results = hidden.new_empty(6, M, dtype=torch.float32)
+    d_rows = hidden.new_empty(M, D, dtype=o.product(hidden)) if needs[0] else None
+    d_weight = weight.new_empty(V, D, dtype=o.product(weight) if num_chunks == 1 else o.wide) if needs[1] else None
+    d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
     if M == 0 and d_weight is not None:
         d_weight.zero_()
-    W = weight if weight.dtype == o.dtype else _buffer("weight", weight.shape, weight, o.dtype).copy_(weight)
-
-    on_cpu = hidden.device.type == "cpu"
-    num_chunks = max(1, math.ceil(M / (CPU_CHUNK_ROWS if on_cpu else GPU_CHUNK_ROWS)))
-    R = max(1, math.ceil(M / num_chunks))  # all chunks alike
-    r = min(R, 16 * torch.get_num_threads() if on_cpu else 1024)  # rows whose exponentials exist at once
-    chunk = _buffer("logits", (R, V), hidden, o.dtype)
-    z, p = _buffer("z", (r, V), hidden, o.wide), _buffer("p", (r, V), hidden, o.wide)
+    W = weight.to(o.dtype)
 
     for a in range(0, M, R):
-        x = hidden.index_select(0, rows[a : a + R]).to(o.dtype)
-        logits = torch.mm(x, W.T, out=chunk[: len(x)])
-        for b in range(0, len(x), r):
-            n = min(r, len(x) - b)
-            some = slice(a + b, a + b + n)
-            g = None if upstream is None else upstream[some]
-            results[:, some], db = _score(logits[b : b + n], targets[some], g, bias, o, z[:n], p[:n])
-            if d_bias is not None:
-                d_bias += db
-        if d_hidden is not None:
-            d_hidden.index_add_(0, rows[a : a + R], torch.mm(logits, W).to(o.wide))
+        some = slice(a, a + R)
+        x = (hidden[some] if rows is None else hidden.index_select(0, rows[some])).to(o.dtype)
+        logits = chunk[: len(x), :V]
+        torch.mm(x, W.T, out=logits)
+        score_rows(
+            *(logits, targets[some], results[:, some]),
+            upstream=None if upstream is None else upstream[some],
+            gradient=None if upstream is None else logits,
+            padding=width - V,
+            bias=bias,
+            ignore_index=IGNORE_INDEX,
+            scale=o.logit_scale,
+            softcap=o.softcap,
+            label_smoothing=o.label_smoothing,
+            z_loss=o.z_loss,
+            entropy=o.entropy,
+        )
+        if d_rows is not None:
+            _matmul(d_rows[some], logits, W)
         if d_weight is not None:
-            _add_weight_gradient(d_weight, logits, x, first=a == 0)
+            _matmul(d_weight, logits.T, x, add=a > 0)
+        if d_bias is not None:
+            d_bias += logits.sum(0, dtype=torch.float32)
 
+    d_hidden = d_rows
+    if d_rows is not None and rows is not None:
+        d_hidden = hidden.new_empty(T, D)
+        owner, order = rows.masked_fill(targets == IGNORE_INDEX, T).sort(stable=True)  # ignored rows belong to nobody
+        first = torch.searchsorted(owner, torch.arange(T + 1, dtype=rows.dtype, device=rows.device))
+        config = CONFIGS["_sum_rows_kernel"]
+        _sum_rows_kernel[(T, cdiv(D, config["BLOCK"]))](d_rows, order, first, d_hidden, D, **config)
     gradients = zip((d_hidden, d_weight, d_bias), (hidden, weight, bias))
     return results, [None if d is None else d.to(like.dtype) for d, like in gradients]
 
 
+def _scaled(gradients, d_loss: Tensor, o: Options) -> list[Tensor | None]:
+    """The gradients times d_loss, which is nearly always 1, without waiting for a GPU to say so.
+
+    They are the largest tensors of the op and become .grad as they are, so they are scaled where they lie; unless the
+    graph is kept for another backward, which will need them as they were.
+    """
+    if not o.triton:
+        known_to_be_1 = d_loss.device.type == "cpu" and d_loss == 1
+        return list(gradients) if known_to_be_1 else [None if d is None else d * d_loss for d in gradients]
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return [None if d is None else d * d_loss for d in gradients]
+    config = CONFIGS["_scale_kernel"]
+    for d in gradients:
+        if d is not None:
+            programs = min(cdiv(d.numel(), config["BLOCK"]), 8 * num_sms(d))
+            _scale_kernel[(programs,)](d, d_loss, d.numel(), **config)
+    return list(gradients)
+
+
 class _LinearCrossEntropySum(torch.autograd.Function):
-    """-> weighted sum of the losses, results [4, M]. The gradients are ready when the forward ends."""
+    """-> weighted sum of the losses, results [4 or 6, M]. The gradients are ready when the forward ends."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, targets, row_weights, grad_scale, needs, o):
         upstream = (row_weights * grad_scale).to(o.wide) if any(needs) else None
-        results, gradients = _run(hidden, weight, bias, rows, targets, upstream, needs, o)
+        results, gradients = (_run if o.triton else run_torch)(hidden, weight, bias, rows, targets, upstream, needs, o)
         ctx.save_for_backward(*gradients)
+        ctx.options = o
         ctx.mark_non_differentiable(results)
         return (results[0] * row_weights).sum(), results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss, _):
-        gradients = ctx.saved_tensors  # autograd lets go of them after this, and .grad takes the memory over
-        if not (d_loss.device.type == "cpu" and d_loss == 1):  # a GPU multiplies rather than wait for the value
-            gradients = [None if d is None else d * d_loss for d in gradients]
+        gradients = _scaled(ctx.saved_tensors, d_loss, ctx.options)  # autograd lets go of them, .grad takes them over
         return *gradients, None, None, None, None, None, None
 
 
 class _LinearCrossEntropyRows(torch.autograd.Function):
-    """-> weighted losses [M], results [4, M]. Each row's gradient comes later: the backward computes the logits again."""
+    """-> weighted losses [M], results [4 or 6, M]. Each row's gradient comes later: the backward computes the logits again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, targets, row_weights, grad_scale, needs, o):
-        results, _ = _run(hidden, weight, bias, rows, targets, None, (False, False, False), o)
+        run = _run if o.triton else run_torch
+        results, _ = run(hidden, weight, bias, rows, targets, None, (False, False, False), o)
         ctx.save_for_backward(hidden, weight, bias, rows, targets, row_weights)
         ctx.grad_scale, ctx.needs, ctx.options = grad_scale, needs, o
         ctx.mark_non_differentiable(results)
@@ -277,9 +285,10 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_losses, _):
         *tensors, row_weights = ctx.saved_tensors
-        upstream = d_losses * (row_weights * ctx.grad_scale)
+        upstream = d_losses * (row_weights * ctx.grad_scale).to(ctx.options.wide)
+        run = _run if ctx.options.triton else run_torch
         with torch.autocast(d_losses.device.type, enabled=False):
-            _, gradients = _run(*tensors, upstream, ctx.needs, ctx.options)
+            _, gradients = run(*tensors, upstream, ctx.needs, ctx.options)
         return *gradients, None, None, None, None, None, None
 
 
@@ -304,7 +313,9 @@ def linear_cross_entropy(
     hidden:       [T, D] floating.
     weight:       [V, D] floating. It may be wider than hidden (fp32 master weights); the matmuls run in the dtype of hidden,
                   or of autocast where that is on, the gradient is summed in fp32 and comes back in the dtype of weight.
-    targets:      int64 [M] in [0, V), or -100: the row is ignored.
+    targets:      int64 [M] in [0, V), or -100: the row is ignored. Targets that are on the CPU beside hidden on a GPU may be
+                  checked and their ignored rows dropped for free; on the GPU ignored rows are multiplied like others and
+                  weigh 0 (they must be finite).
     rows:         int64 [M] in [0, T): targets[i] is scored against hidden[rows[i]]; a row may occur more than once.
                   None: M = T, all rows in order.
     row_weights:  [M], constants that multiply the rows' losses. None: 1.
@@ -322,7 +333,8 @@ def linear_cross_entropy(
     Raises ValueError for shapes that do not fit, options out of range and, on the CPU, targets or rows out of range.
     """
     _check(hidden, weight, targets, rows, row_weights, bias, softcap, label_smoothing, reduction)
-    if backend_for("linear_cross_entropy", hidden) == "reference":
+    backend = backend_for("linear_cross_entropy", hidden)
+    if backend == "reference":
         return linear_cross_entropy_ref(
             hidden,
             weight,
@@ -339,37 +351,48 @@ def linear_cross_entropy(
             return_stats=return_stats,
         )
 
-    device, M = hidden.device.type, len(targets)
+    device, M = hidden.device, len(targets)
     dtype = hidden.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    o = _Options(dtype, softcap, logit_scale, label_smoothing, z_loss, entropy=return_stats)
-    if rows is None:
-        rows = torch.arange(M, device=hidden.device)
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    o = Options(dtype, softcap, logit_scale, label_smoothing, z_loss, entropy=return_stats, triton=backend == "triton")
     if row_weights is None:
-        row_weights = torch.ones(M, device=hidden.device)
+        row_weights = torch.ones(M, device=targets.device)
     row_weights = row_weights.detach().to(o.wide)
 
-    scored, keep = targets != IGNORE_INDEX, None
-    if device != "cpu":  # to drop rows here would wait for the GPU: their weight becomes 0
-        targets, row_weights = targets.clamp(min=0), row_weights.where(scored, 0)
-    elif not scored.all():
-        keep = scored.nonzero()[:, 0]
-        rows, targets, row_weights = rows[keep], targets[keep], row_weights[keep]
+    keep = None
+    if targets.device.type == "cpu" and not (o.triton and device.type == "cpu"):  # where the host knows the targets, it
+        scored = targets != IGNORE_INDEX  # drops rows that train nothing; elsewhere, to ask would wait for the GPU
+        if not scored.all():
+            keep = scored.nonzero()[:, 0]
+            rows = keep if rows is None else _pick(rows, keep)
+            targets, row_weights = targets[keep], _pick(row_weights, keep)
+    rows = None if rows is None else _send(rows, device)
+    targets, row_weights = _send(targets.contiguous(), device), _send(row_weights, device)
 
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     function = _LinearCrossEntropySum if reduction == "sum" else _LinearCrossEntropyRows
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device.type, enabled=False):
         scale = 1.0 if grad_scale is None else grad_scale
         loss, results = function.apply(hidden, weight, bias, rows, targets, row_weights, scale, needs, o)
 
+    stats = results[1:4]
     if keep is not None:  # back to [M]
-        results = results.new_zeros(4, M).index_copy(1, keep, results)
+        keep = _send(keep, device)
+        stats = stats.new_zeros(3, M).index_copy(1, keep, stats)
         if reduction == "none":
             loss = loss.new_zeros(M).index_copy(0, keep, loss)
-    if not return_stats:
-        return loss
-    return loss, Stats(*results[1:].where(scored, 0).float())
+    return (loss, Stats(*stats.float())) if return_stats else loss
+
+
+def _send(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device, without waiting for the device."""
+    return x if x.device == device else x.pin_memory().to(device, non_blocking=True)
+
+
+def _pick(x: Tensor, keep: Tensor) -> Tensor:
+    """x[keep], where x may be on a GPU and keep is on the host."""
+    return x[_send(keep, x.device)]
 
 
 def shifted_linear_cross_entropy(
@@ -380,6 +403,8 @@ def shifted_linear_cross_entropy(
     labels: int64 [T], -100 = not trained. cu_seqlens: int [N + 1], 0 first, T last; None: all T tokens are one document.
     options: as `linear_cross_entropy` but for rows; row_weights, a loss with reduction="none" and the statistics are [T],
     indexed by the row that predicts. The last row of a document predicts nothing.
+    Labels (and with them cu_seqlens) may stay on the CPU while hidden is on a GPU: the host then picks the rows that are
+    trained and sends the list along without waiting. With labels on the GPU, rows that train nothing are computed at weight 0.
     Raises ValueError as `linear_cross_entropy`, and for labels or cu_seqlens that do not cover the T rows of hidden.
     """
     T = len(hidden)
@@ -414,9 +439,9 @@ def _check(hidden, weight, targets, rows, row_weights, bias, softcap, label_smoo
         raise ValueError(f"label_smoothing {label_smoothing}: expected at least 0 and less than 1")
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction {reduction!r}: expected 'sum' or 'none'")
-    if hidden.device.type == "cpu" and M > 0:
+    if M > 0 and targets.device.type == "cpu":
         bad = targets[((targets < 0) & (targets != IGNORE_INDEX)) | (targets >= V)]
         if len(bad):
             raise ValueError(f"target {bad[0]} is outside the vocabulary of {V} (and is not {IGNORE_INDEX})")
-        if rows is not None and (rows.min() < 0 or rows.max() >= T):
-            raise ValueError(f"rows from {rows.min()} to {rows.max()}: hidden has {T} rows")
+    if M > 0 and rows is not None and rows.device.type == "cpu" and (rows.min() < 0 or rows.max() >= T):
+        raise ValueError(f"rows from {rows.min()} to {rows.max()}: hidden has {T} rows")

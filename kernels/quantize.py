@@ -16,11 +16,23 @@ blocks of 256, to 8 bits of a "dynamic" table: a decimal exponent from 1e-6 to 1
 8 bits (LLM.int8). One scale a row: q = round(127 w / absmax of the row), w' = q absmax / 127. (The outlier columns of that
 paper belong to the activations, and so to the matmul, not to the weight.)
 
-Everything is computed in fp32 and rounded to the wanted dtype last. Dequantising reads 0.52 bytes and writes 2 (bf16) per
-weight: bound by memory. It looks a whole byte up in a table of 256 pairs instead of splitting it into nibbles. There is no
-gradient through quantisation: a quantised weight is frozen. Two choices where implementations differ: a tie between two
-values goes down in NF4 and towards zero in FP4, and a negative number that FP4 rounds to zero keeps its sign bit, both as
-the CUDA kernels of bitsandbytes do it.
+Everything is computed in fp32 and rounded to the wanted dtype last. There is no gradient through quantisation: a quantised
+weight is frozen. Two choices where implementations differ: a tie between two values goes down in NF4 and towards zero in
+FP4, and a negative number that FP4 rounds to zero keeps its sign bit, both as the CUDA kernels of bitsandbytes do it.
+
+Bytes moved, per weight in bf16
+    4 bits: quantising reads 2 and writes 0.56, dequantising reads 0.52 and writes 2. 8 bits: 4 and 3 (quantising reads the
+    row twice, the second time from the cache).
+
+The kernels
+    Dequantising is bound by memory as long as little is asked of a thread: it reads 4 bytes, which hold 8 weights of one
+    block and so share one scale, looks 8 nibbles up in a table of 64 bytes that stays in the first cache, and writes 16
+    bytes of bf16. Quantising keeps a block in registers between its absmax and its indices: 15 comparisons a number. The
+    second quantisation touches 1 number in 64 and is left to torch.
+    All three backends agree to the bit. So a kernel divides by the correctly rounded division, its multiplications and
+    additions are not contracted into one rounding (enable_fp_fusion=False), and it rounds to an integer by adding and
+    taking off 1.5 * 2^23, above which fp32 has no fractions. On a CPU, torch looks a whole byte up in a table of 256 pairs.
+    A block with a NaN becomes NaN, all of it: a broken weight is to be seen.
 
 QLoRA: Dettmers et al. 2023, arXiv:2305.14314. Dynamic table: Dettmers 2015, arXiv:1511.04561. LLM.int8: Dettmers et al.
 2022, arXiv:2208.07339.
@@ -34,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisft.kernels.common import backend_for
+from minisft.kernels.common import backend_for, cdiv, jit, tl
 
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -46,7 +58,7 @@ FP4 = tuple(sign * x / 12 for sign in (1, -1) for x in (0, 0.0625, 8, 12, 4, 6, 
 TABLES = {"nf4": NF4, "fp4": FP4}
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
-TINY = 1e-38  # the absmax of a block of zeros is divided by
+TINY = 1e-36  # the least that is divided by: the absmax of zeros is 0, and 127 / TINY has to be finite
 
 
 @dataclass(frozen=True)
@@ -74,16 +86,17 @@ class Int8Tensor:
 
 
 @cache
-def dynamic_table() -> Tensor:
-    """The 256 values of the signed dynamic 8-bit type, ascending, fp32.
+def dynamic_table(signed: bool = True) -> Tensor:
+    """The 256 values of the dynamic 8-bit type, ascending, fp32.
 
-    Decade i = 0..6 covers 10^(i - 7) to 10^(i - 6) with the centres of 2^i equal intervals, of both signs; plus 0 and 1.
+    Decade i = 0..6 covers 10^(i - 7) to 10^(i - 6) with the centres of 2^i equal intervals, of both signs, or of 2^(i + 1)
+    intervals where all values are positive; plus 0 and 1.
     """
     values = [torch.tensor([0.0, 1.0])]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
         centres = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += [centres, -centres]
+        values += [centres, -centres] if signed else [centres]
     return torch.cat(values).sort().values
 
 
@@ -150,6 +163,194 @@ def dequantize_int8_ref(q: Int8Tensor, dtype: torch.dtype | None = None) -> Tens
     return torch.stack([row * a * (1 / 127) for row, a in zip(q.values, q.absmax)]).to(dtype or q.dtype)
 
 
+@jit
+def _absmax(x):
+    """fp32 [R, C] -> [R, 1], NaN where there is a NaN, which tl.max may ignore.
+
+    As integers, the bits of magnitudes are in the order of the magnitudes, and NaN is above infinity.
+    """
+    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1, keep_dims=True).to(tl.float32, bitcast=True)
+
+
+@jit
+def _reciprocal(absmax):
+    """1 / absmax, correctly rounded; finite where absmax is 0."""
+    return tl.div_rn(1.0, tl.maximum(absmax, 1e-36))  # TINY
+
+
+@jit
+def _quantize_4bit_kernel(
+    w_ptr,  # [n]
+    packed_ptr,  # uint8 [n_bytes]
+    absmax_ptr,  # fp32 [blocks]
+    midpoints_ptr,  # fp32 [15], for FP4 those of the magnitudes [7]
+    n,
+    n_bytes,
+    FP4: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """TILE weights a program, which are whole blocks."""
+    first = tl.program_id(0).to(tl.int64) * TILE
+    start = tl.arange(0, TILE // BLOCKSIZE)[:, None] * BLOCKSIZE  # of each block
+    element = start + tl.arange(0, BLOCKSIZE)[None, :]
+    w = tl.load(w_ptr + first + element, mask=first + element < n, other=0.0).to(tl.float32)
+    absmax = _absmax(w)
+    tl.store(absmax_ptr + (first + start) // BLOCKSIZE, absmax, mask=first + start < n)
+    scaled = w * _reciprocal(absmax)
+    index = tl.zeros((TILE // BLOCKSIZE, BLOCKSIZE), tl.int32)
+    if FP4:
+        for i in tl.static_range(7):
+            index = tl.where(tl.abs(scaled) > tl.load(midpoints_ptr + i), index + 1, index)
+        index ^= (index & 2) << 1  # ascending -> the place in the table: 0 1 6 7 4 5 2 3
+        index = tl.where(scaled < 0, index + 8, index)
+    else:
+        for i in tl.static_range(15):
+            index = tl.where(scaled > tl.load(midpoints_ptr + i), index + 1, index)
+    even, odd = tl.split(index.reshape(TILE // BLOCKSIZE, BLOCKSIZE // 2, 2))
+    byte = start // 2 + tl.arange(0, BLOCKSIZE // 2)[None, :]
+    tl.store(packed_ptr + first // 2 + byte, (even * 16 + odd).to(tl.uint8), mask=first // 2 + byte < n_bytes)
+
+
+@jit
+def _dequantize_4bit_kernel(
+    packed_ptr,  # uint8 [n_bytes]
+    absmax_ptr,  # fp32 [blocks], or uint8 where NESTED
+    nested_absmax_ptr,  # fp32 [ceil(blocks / 256)] or None
+    nested_table_ptr,  # fp32 [256] or None
+    offset_ptr,  # fp32 [] or None
+    table_ptr,  # fp32 [16]
+    w_ptr,  # [n]
+    n,
+    n_bytes,
+    NESTED: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    """BYTES bytes a program; for the scales, as rows that lie in one block each, so that a scale is read once a row."""
+    ROW: tl.constexpr = BLOCKSIZE // 2 if BLOCKSIZE // 2 < BYTES else BYTES
+    first = tl.program_id(0).to(tl.int64) * BYTES
+    byte = tl.arange(0, BYTES)
+    packed = tl.load(packed_ptr + first + byte, mask=first + byte < n_bytes, other=0).to(tl.int32)
+    start = first + tl.arange(0, BYTES // ROW) * ROW
+    block = start // (BLOCKSIZE // 2)
+    absmax = tl.load(absmax_ptr + block, mask=start < n_bytes, other=0)
+    if NESTED:
+        scale = tl.load(nested_absmax_ptr + block // 256, mask=start < n_bytes, other=0.0)
+        absmax = tl.load(nested_table_ptr + absmax.to(tl.int32)) * scale + tl.load(offset_ptr)
+    # Looked up in one dimension: for a matrix of unordered addresses Triton 3.6 would take the columns first, and move
+    # everything through shared memory.
+    even = tl.load(table_ptr + (packed >> 4)).reshape(BYTES // ROW, ROW) * absmax[:, None]
+    odd = tl.load(table_ptr + (packed & 15)).reshape(BYTES // ROW, ROW) * absmax[:, None]
+    w = tl.interleave(even, odd).reshape(2 * BYTES).to(w_ptr.dtype.element_ty)
+    element = tl.arange(0, 2 * BYTES)
+    tl.store(w_ptr + 2 * first + element, w, mask=2 * first + element < n)
+
+
+@jit
+def _quantize_int8_kernel(
+    w_ptr,  # [rows, columns]
+    values_ptr,  # int8 [rows, columns]
+    absmax_ptr,  # fp32 [rows]
+    columns,
+    BLOCK: tl.constexpr,
+):
+    """A row a program: once for its absmax, and once more, from the cache, for the values."""
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros((1, BLOCK), tl.int32)  # as in _absmax
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)[None, :]
+        w = tl.load(w_ptr + row * columns + column, mask=column < columns, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(w).to(tl.int32, bitcast=True))
+    absmax = _absmax(largest.to(tl.float32, bitcast=True))
+    tl.store(absmax_ptr + row + tl.zeros((1, 1), tl.int32), absmax)
+    scale = _reciprocal(absmax) * 127.0  # in this order, as torch computes 127 / x
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)[None, :]
+        w = tl.load(w_ptr + row * columns + column, mask=column < columns, other=0.0).to(tl.float32)
+        rounded = (w * scale + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest integer, a tie to the even one
+        tl.store(values_ptr + row * columns + column, rounded.to(tl.int8), mask=column < columns)
+
+
+@jit
+def _dequantize_int8_kernel(
+    values_ptr,  # int8 [rows, columns]
+    absmax_ptr,  # fp32 [rows]
+    w_ptr,  # [rows, columns]
+    columns,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK columns of a row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(values_ptr + row * columns + column, mask=column < columns, other=0).to(tl.float32)
+    w = values * tl.load(absmax_ptr + row) * (1 / 127)
+    tl.store(w_ptr + row * columns + column, w.to(w_ptr.dtype.element_ty), mask=column < columns)
+
+
+CONFIGS = {
+    "_quantize_4bit_kernel": dict(TILE=4096, num_warps=16),  # TILE: not below the largest blocksize
+    "_dequantize_4bit_kernel": dict(BYTES=1024, num_warps=8),  # 4 bytes a thread
+    "_quantize_int8_kernel": dict(BLOCK=2048, num_warps=8),
+    "_dequantize_int8_kernel": dict(BLOCK=1024, num_warps=4),  # 16 bytes of bf16 a thread
+}
+
+
+@cache
+def _table(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 16 values, and the midpoints that quantising compares with [15], for FP4 those of the magnitudes [7].
+
+    They stay on the device: a copy to a GPU at every call would wait for it.
+    """
+    table = torch.tensor(TABLES[quant_type])
+    ascending = table if quant_type == "nf4" else table[:8].sort().values
+    return table.to(device), ((ascending[1:] + ascending[:-1]) / 2).to(device)
+
+
+def _quantize_blocks_triton(w: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    """[n] -> packed uint8 [(n + 1) // 2, 1], absmax fp32 [blocks]."""
+    n = w.numel()
+    packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(cdiv(n, blocksize), device=w.device)
+    config = CONFIGS["_quantize_4bit_kernel"]
+    _quantize_4bit_kernel[(cdiv(n, config["TILE"]),)](
+        *(w.contiguous(), packed, absmax, _table(quant_type, w.device)[1], n, len(packed)),
+        *(quant_type == "fp4", blocksize),
+        **config,
+    )
+    return packed, absmax
+
+
+def _dequantize_4bit_triton(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
+    n, packed = math.prod(q.shape), q.packed.contiguous()
+    w = torch.empty(q.shape, dtype=dtype, device=packed.device)
+    config = CONFIGS["_dequantize_4bit_kernel"]
+    _dequantize_4bit_kernel[(cdiv(packed.numel(), config["BYTES"]),)](
+        *(packed, q.absmax, q.nested_absmax, q.nested_table, q.offset, _table(q.quant_type, packed.device)[0], w),
+        *(n, packed.numel(), q.offset is not None, q.blocksize),
+        enable_fp_fusion=False,  # table * scale + offset is rounded twice, as in torch
+        **config,
+    )
+    return w
+
+
+def _quantize_int8_triton(w: Tensor) -> Int8Tensor:
+    w = w.detach().contiguous()
+    values, absmax = torch.empty_like(w, dtype=torch.int8), torch.empty(len(w), device=w.device)
+    config = CONFIGS["_quantize_int8_kernel"]
+    _quantize_int8_kernel[(len(w),)](w, values, absmax, w.shape[1], enable_fp_fusion=False, **config)
+    return Int8Tensor(values, absmax, w.dtype)
+
+
+def _dequantize_int8_triton(q: Int8Tensor, dtype: torch.dtype) -> Tensor:
+    rows, columns = q.values.shape
+    w = torch.empty(rows, columns, dtype=dtype, device=q.values.device)
+    config = CONFIGS["_dequantize_int8_kernel"]
+    grid = rows, cdiv(columns, config["BLOCK"])
+    _dequantize_int8_kernel[grid](q.values.contiguous(), q.absmax, w, columns, **config)
+    return w
+
+
 def _blocks(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """fp32 [n] -> (divided by the absmax of its block, padded to whole blocks [blocks, blocksize]; absmax [blocks])."""
     blocks = F.pad(flat, (0, -len(flat) % blocksize)).view(-1, blocksize)
@@ -163,23 +364,29 @@ def _nearest(x: Tensor, ascending: Tensor) -> Tensor:
     return torch.bucketize(x, midpoints, out_int32=True).to(torch.uint8)
 
 
-def _quantize_4bit(w: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> NF4Tensor:
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize {blocksize}: expected one of {', '.join(map(str, BLOCKSIZES))}")
-    if not w.is_floating_point() or w.numel() == 0:
-        raise ValueError(f"weight {w.dtype} {tuple(w.shape)}: expected floating numbers, at least one")
-    if backend_for(f"quantize_{quant_type}", w) == "reference":
-        return quantize_4bit_ref(w, quant_type, blocksize, double_quant)
-
+def _quantize_blocks_torch(w: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    """[n] -> packed uint8 [(n + 1) // 2, 1], absmax fp32 [blocks]."""
     table = torch.tensor(TABLES[quant_type], device=w.device)
-    scaled, absmax = _blocks(w.detach().flatten().float(), blocksize)
+    scaled, absmax = _blocks(w.float(), blocksize)
     if quant_type == "nf4":
         index = _nearest(scaled, table)
     else:
         magnitudes, order = table[:8].sort()
         index = order.to(torch.uint8)[_nearest(scaled.abs(), magnitudes).int()] + 8 * (scaled < 0)
     index = index.flatten()[: w.numel() + w.numel() % 2].to(torch.uint8)  # blocks are padded with zeros
-    packed = ((index[0::2] << 4) | index[1::2])[:, None]
+    return ((index[0::2] << 4) | index[1::2])[:, None], absmax
+
+
+def _quantize_4bit(w: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> NF4Tensor:
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize {blocksize}: expected one of {', '.join(map(str, BLOCKSIZES))}")
+    if not w.is_floating_point() or w.numel() == 0:
+        raise ValueError(f"weight {w.dtype} {tuple(w.shape)}: expected floating numbers, at least one")
+    backend = backend_for(f"quantize_{quant_type}", w)
+    if backend == "reference":
+        return quantize_4bit_ref(w, quant_type, blocksize, double_quant)
+    quantize_blocks = _quantize_blocks_triton if backend == "triton" else _quantize_blocks_torch
+    packed, absmax = quantize_blocks(w.detach().flatten(), quant_type, blocksize)
     q = dict(packed=packed, shape=tuple(w.shape), dtype=w.dtype, blocksize=blocksize, quant_type=quant_type)
     if not double_quant:
         return NF4Tensor(absmax=absmax, **q)
@@ -190,9 +397,16 @@ def _quantize_4bit(w: Tensor, quant_type: str, blocksize: int, double_quant: boo
     return NF4Tensor(absmax=nested, offset=offset, nested_absmax=nested_absmax, nested_table=nested_table, **q)
 
 
+def _cannot(dtype: torch.dtype) -> str:
+    return "a result in float64" if dtype == torch.float64 else ""
+
+
 def _dequantize_4bit(q: NF4Tensor, dtype: torch.dtype | None) -> Tensor:
-    if backend_for(f"dequantize_{q.quant_type}", q.packed) == "reference":
+    backend = backend_for(f"dequantize_{q.quant_type}", q.packed, _cannot(dtype or q.dtype))
+    if backend == "reference":
         return dequantize_4bit_ref(q, dtype)
+    if backend == "triton":
+        return _dequantize_4bit_triton(q, dtype or q.dtype)
     absmax = q.absmax
     if q.offset is not None:
         scales = q.nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: len(absmax)]
@@ -241,8 +455,11 @@ def quantize_int8(w: Tensor) -> Int8Tensor:
     """
     if w.ndim != 2 or w.numel() == 0 or not w.is_floating_point():
         raise ValueError(f"weight {w.dtype} {tuple(w.shape)}: expected floating numbers [rows, columns]")
-    if backend_for("quantize_int8", w) == "reference":
+    backend = backend_for("quantize_int8", w)
+    if backend == "reference":
         return quantize_int8_ref(w)
+    if backend == "triton":
+        return _quantize_int8_triton(w)
     x = w.detach().float()
     absmax = x.abs().amax(-1)
     return Int8Tensor(torch.round(x * (127 / absmax.clamp(min=TINY))[:, None]).to(torch.int8), absmax, w.dtype)
@@ -250,6 +467,9 @@ def quantize_int8(w: Tensor) -> Int8Tensor:
 
 def dequantize_int8(q: Int8Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The weight [rows, columns] back; dtype: None = the dtype it had."""
-    if backend_for("dequantize_int8", q.values) == "reference":
+    backend = backend_for("dequantize_int8", q.values, _cannot(dtype or q.dtype))
+    if backend == "reference":
         return dequantize_int8_ref(q, dtype)
+    if backend == "triton":
+        return _dequantize_int8_triton(q, dtype or q.dtype)
     return (q.values * q.absmax[:, None] * (1 / 127)).to(dtype or q.dtype)

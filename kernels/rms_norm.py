@@ -113,20 +113,22 @@ def _rms_norm_bwd_kernel(
     WEIGHT_GRADIENT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Every program takes ROWS rows at a time, as many times as there are rows left."""
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)[None, :]
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32) + offset
     dweight = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for first in range(program * ROWS, T, tl.num_programs(0) * ROWS):
+    # With num_stages the next rows are fetched while these are worked on.
+    for first in tl.range(program * ROWS, T, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None]
         mask = (row < T) & (column < D)
         x = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + row * D + column, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
-        # Read in every round, from the cache: kept over all rounds it would take the registers of a whole row.
-        g = dy * (tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32) + offset)
         normed = x * rstd
+        g = dy * weight
         dx = rstd * (g - normed * (tl.sum(g * normed, 1, keep_dims=True) / D))
         if ADD:
             dx += tl.load(dsum_ptr + row * D + column, mask=mask, other=0.0).to(tl.float32)
@@ -138,7 +140,8 @@ def _rms_norm_bwd_kernel(
         tl.store(dweight_ptr + program * D + column, tl.sum(dweight, 0), mask=column < D)
 
 
-# By the number of features: the first entry that is large enough. A thread holds 16 to 32 elements.
+# The first entry that is large enough: forward for the features of a row, backward for its bytes, as rows wait in shared
+# memory there, STAGES - 1 of x, dy and dsum each. A thread holds 16 to 32 elements.
 CONFIGS = {
     "_rms_norm_fwd_kernel": {
         256: dict(ROWS=16, num_warps=4),
@@ -147,10 +150,11 @@ CONFIGS = {
         MAX_FEATURES: dict(ROWS=1, num_warps=16),
     },
     "_rms_norm_bwd_kernel": {
-        256: dict(ROWS=8, num_warps=4),
-        1024: dict(ROWS=2, num_warps=4),
-        4096: dict(ROWS=1, num_warps=8),
-        MAX_FEATURES: dict(ROWS=1, num_warps=16),
+        512: dict(ROWS=8, STAGES=3, num_warps=4),
+        2048: dict(ROWS=2, STAGES=3, num_warps=4),
+        8192: dict(ROWS=1, STAGES=3, num_warps=8),
+        16384: dict(ROWS=1, STAGES=2, num_warps=16),
+        4 * MAX_FEATURES: dict(ROWS=1, STAGES=1, num_warps=16),
     },
 }
 WARPS_PER_SM = 16  # of the backward's grid: enough loads in flight, few rows of partial sums
@@ -218,7 +222,7 @@ class _RMSNormTriton(torch.autograd.Function):
             dx, dweight = dsum, None
         else:
             dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-            config = smallest_fit(CONFIGS["_rms_norm_bwd_kernel"], D)
+            config = smallest_fit(CONFIGS["_rms_norm_bwd_kernel"], D * x.element_size())
             programs = min(cdiv(T, config["ROWS"]), num_sms(x) * (WARPS_PER_SM // config["num_warps"]))
             partial = x.new_empty(programs, D, dtype=torch.float32) if ctx.needs_input_grad[2] else None
             _rms_norm_bwd_kernel[(programs,)](

@@ -59,11 +59,14 @@ class Driver:
 
 def record() -> list[dict]:
     """Calls all cases for all architectures; a dict for each different kernel that would be compiled."""
-    driver, kernels = Driver(), []
+    driver, kernels, seen = Driver(), [], set()
     triton.runtime.driver.set_active(driver)
 
     def compile(source, target, options, **_):
-        kernels.append(dict(source=source, target=target, options=options))
+        key = driver.arch, source.hash(), str(options)
+        if key not in seen:
+            kernels.append(dict(source=source, target=target, options=options))
+            seen.add(key)
 
     triton.compiler.compile = compile
     run = JITFunction.run
@@ -114,6 +117,7 @@ def compile_one(kernel: dict) -> dict:
         "registers": int(re.search(r"REG:(\d+)", resources)[1]),
         "stack_bytes": int(re.search(r"STACK:(\d+)", resources)[1]),
         "shared_kb": round(compiled.metadata.shared / 1024, 1),
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", 0) or 0,
         **{name: len(re.findall(rf"\b(?:{pattern})\b", code)) for name, pattern in INSTRUCTIONS.items()},
         "seconds": round(time.perf_counter() - started, 1),
     }

@@ -7,12 +7,12 @@ from tolerance import LAYOUTS, assert_close_to_truth, bounds_of, cu_seqlens_of, 
 
 from minisft.kernels.common import use_backend
 from minisft.kernels.flash_attention import (
-    BLOCK,
     flash_attention,
     flash_attention_ref,
     flash_attention_varlen,
     flash_attention_with_kvcache,
 )
+from minisft.kernels.flash_attention_torch import BLOCK
 
 
 def qkv(num_q, num_k=None, heads=4, kv_heads=2, head_dim=16, dtype=torch.float32):

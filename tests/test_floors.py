@@ -38,8 +38,15 @@ PACKAGES = {  # what each floor may import from outside
     4: {"numpy", "torch", "safetensors", "tqdm"},
 }
 EXTRA_PACKAGES = {"hub": {"huggingface_hub"}}  # every download goes through it, and only there
-# The one kernel that is made of another: rope norms the heads of q and k first, where a model does.
-EXTRA_ROOMS = {"kernels/rope": {"kernels/rms_norm"}}
+# Kernels made of others: rope norms the heads of q and k first, where a model does; both losses score rows of logits; 8-bit
+# states are quantised. And ops whose file is split.
+EXTRA_ROOMS = {
+    "kernels/rope": {"kernels/rms_norm"},
+    "kernels/linear_cross_entropy": {"kernels/cross_entropy", "kernels/linear_cross_entropy_torch"},
+    "kernels/flash_attention": {"kernels/flash_attention_kernels", "kernels/flash_attention_torch"},
+    "kernels/flash_attention_kernels": {"kernels/flash_attention_tiles"},
+    "kernels/adamw": {"kernels/quantize"},
+}
 EXTRAS = ("install_requires", "extras_require")
 FORBIDDEN_MODULES = {"pickle", "cPickle", "shelve", "marshal", "dill", "joblib", "cloudpickle"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "torch.load", "torch.save", "torch.hub.load", "os.system"}

@@ -10,7 +10,7 @@ from minisft.kernels.glu import geglu, geglu_ref, swiglu, swiglu_ref
 UNITS = {
     "swiglu": (swiglu, swiglu_ref),
     "geglu tanh": (geglu, geglu_ref),
-    "geglu erf": (lambda g, u: geglu(g, u, "none"), lambda g, u: geglu_ref(g, u, "none")),
+    "geglu erf": (lambda g, u=None: geglu(g, u, "none"), lambda g, u=None: geglu_ref(g, u, "none")),
 }
 
 
@@ -42,6 +42,17 @@ def test_halves_of_a_fused_projection(unit):
 
 
 @pytest.mark.parametrize("unit", UNITS)
+def test_a_fused_projection_as_a_whole(unit):
+    fused = torch.randn(40, 64)
+    halves = run_with_gradients(UNITS[unit][0], [x.requires_grad_() for x in fused.chunk(2, dim=-1)])
+    for op in UNITS[unit]:
+        whole = run_with_gradients(op, [fused.clone().requires_grad_()])
+        gradients = torch.cat([halves["gradient of input 0"], halves["gradient of input 1"]], dim=-1)
+        assert relative_error(whole["output 0"], halves["output 0"]) < 3e-7
+        assert relative_error(whole["gradient of input 0"], gradients) < 3e-7
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_gradcheck(unit):
     inputs = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     for backend in ("torch", "reference"):
@@ -64,5 +75,7 @@ def test_bad_arguments():
         swiglu(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="torch.bfloat16"):
         geglu(torch.zeros(2, 3), torch.zeros(2, 3).bfloat16())
+    with pytest.raises(ValueError, match=r"geglu: \(2, 3\) has no two halves"):
+        geglu(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="'exact'"):
         geglu(torch.zeros(2, 3), torch.zeros(2, 3), approximate="exact")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tolerance import assert_close_to_truth, cu_seqlens_of, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minisft.kernels import linear_cross_entropy as module
+from minisft.kernels import linear_cross_entropy_torch as module
 from minisft.kernels.common import use_backend
 from minisft.kernels.linear_cross_entropy import (
     linear_cross_entropy,

@@ -169,6 +169,7 @@ def test_strided_inputs_and_autocast():
         (dict(sin=torch.zeros(36, 8)), r"sin \(36, 8\)"),
         (dict(k=torch.zeros(36, 2, 16)), r"k \(36, 2, 16\)"),
         (dict(k=torch.zeros(37, 2, 16).bfloat16()), "torch.bfloat16"),
+        (dict(q_norm=(torch.zeros(8), 1e-6, 0.0)), r"q_norm \(8,\)"),
     ],
 )
 def test_bad_arguments(change, words):

@@ -77,7 +77,7 @@ def run_with_gradients(op: Callable, inputs: Sequence, seed: int = 1, like: dict
     for name, out in zip(list(result), outputs):
         if out.requires_grad:
             gradient = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-            upstream[out] = gradient.to((like or result)[name].dtype).to(out.dtype)
+            upstream[out] = gradient.to((like or result)[name].dtype).to(out)
     torch.autograd.backward(list(upstream), list(upstream.values()))
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -111,7 +111,7 @@ def assert_close_to_truth(
         cast = x.detach().to(to)
         if cast.stride() != x.stride():  # a view into NaN stays one in another dtype
             cast = (
-                torch.full((x.untyped_storage().nbytes() // x.element_size(),), float("nan"), dtype=to)
+                torch.full((x.untyped_storage().nbytes() // x.element_size(),), float("nan"), dtype=to, device=x.device)
                 .as_strided(x.shape, x.stride(), x.storage_offset())
                 .copy_(cast)
             )

@@ -1,0 +1,460 @@
+"""AdamW: the optimizer step of all parameters in one launch, with clipping, weight decay and rounding folded in.
+
+What it computes, for every number w of a parameter, with its gradient g and two moments, at step t = 1, 2, ...
+
+        g = c g                                    c: the clip factor, min(1, max_norm / norm)
+        m = b1 m + (1 - b1) g                      a running mean of the gradient
+        v = b2 v + (1 - b2) g^2                    ... and of its square
+        w -= lr (wd w + m^ / (sqrt(v^) + eps))     m^ = m / (1 - b1^t), v^ = v / (1 - b2^t)
+
+    The moments start at zero, which m^ and v^ correct. The decay wd is decoupled: it is no part of g, so v does not
+    scale it. c is read on the device, so that the host does not wait for the norm of the gradients.
+
+bf16 weights with stochastic rounding
+    A weight in bf16 has 8 bits: an update below 1/512 of it rounds to nothing, each time. Rounded up with the
+    probability of what is cut off, E[round(w)] = w, and small updates add up on average. In bits: add 16 random bits
+    below the mantissa of bf16 and cut them off. The random number is a hash of (seed, step, tensor, element), no state:
+    a resumed run draws the same ones, and so do all backends.
+
+8-bit moments
+    A moment is one byte an element, the index of the nearest value of a dynamic table (see quantize.py: 1e-7 to 1, finer
+    the larger), times an fp32 absmax for every 256 elements: the formats of bitsandbytes, signed for m, positive for v.
+    Unlike there, a v that is not zero never becomes zero. Its root is a divisor, and m, in the same place, may well not be
+    zero: in a test of 30 steps with gradients from 1 down to 1e-8 in a block, some weights moved by 4,000 learning
+    rates with v rounded to zero, and none by more than 21, as many as with exact moments, with this rule.
+
+Bytes moved, per parameter
+    fp32 weights 28 (read w, g, m, v; write w, m, v); bf16 weights and gradients 22; with 8-bit moments 10. Clipping in
+    a pass of its own would add 4 to 8, weight decay as much.
+
+The kernels
+    The tensors are many, and most of them small, so one launch serves all of one kind. A table on the device holds the
+    addresses of each tensor, and a list what each program works on: a tensor, and which stretch of it. The table goes to
+    the device in one asynchronous copy, for gradients move every step; the list only depends on the sizes and is kept. Where a
+    tensor's address or size is no multiple of 16 its accesses cannot be wide: those tensors have a launch of their own.
+    A byte is not searched among 256 values: the table is a straight line between powers of ten, so a logarithm gives its
+    place to within one, and two comparisons with midpoints settle it. The codes are those of the reference to the bit.
+
+fp32 throughout (fp64 where the moments are), whatever the dtype of w and g; rounded once, when w is written.
+
+Papers: Kingma and Ba 2015, arXiv:1412.6980; decoupled decay: Loshchilov and Hutter 2019, arXiv:1711.05101; 8-bit states:
+Dettmers et al. 2022, arXiv:2110.02861. The hash is the finaliser of MurmurHash3 (Appleby, public domain).
+"""
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minisft.kernels.common import backend_for, cdiv, jit, tl
+from minisft.kernels.quantize import TINY, _absmax, _reciprocal, dynamic_table
+
+STATE_BLOCKSIZE = 256  # numbers that share an absmax in an 8-bit moment
+State = Tensor | tuple[Tensor, Tensor]  # a moment: a float tensor, or (codes uint8 [n], absmax fp32 [ceil(n / 256)])
+
+
+def _mix(x):
+    """A hash of 32 bits, for Python integers and for int64 tensors."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _step_key(seed: int, step: int) -> int:
+    """Odd and of 31 bits, so that Triton sees the same kind of integer in every step."""
+    return _mix(_mix(seed ^ _mix(seed >> 32)) ^ step) >> 1 | 1
+
+
+def round_stochastically(x: Tensor, seed: int, step: int, tensor: int) -> Tensor:
+    """fp32 -> bf16: up or down by chance, so that the mean over seeds is x. tensor: its place in the list of parameters."""
+    element = torch.arange(x.numel(), device=x.device).view(x.shape)
+    random = _mix(_mix(element) ^ _mix(_step_key(seed, step) ^ tensor))
+    bits = (x.view(torch.int32).long() + (random & 0xFFFF)) & 0xFFFF0000
+    rounded = (bits >> 16).to(torch.int16, copy=True).view(torch.bfloat16)
+    return torch.where(x.isnan(), x.bfloat16(), rounded)
+
+
+def quantize_state(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """A moment -> its 8-bit form (codes uint8, in the shape of x; absmax fp32 [ceil(n / 256)])."""
+    table = dynamic_table(signed).to(x.device)
+    blocks = F.pad(x.flatten(), (0, -x.numel() % STATE_BLOCKSIZE)).view(-1, STATE_BLOCKSIZE)
+    absmax = blocks.abs().amax(-1)
+    scaled = blocks * (1 / absmax.clamp(min=TINY))[:, None]
+    codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2, out_int32=True)
+    if not signed:
+        codes = torch.maximum(codes, (blocks > 0).int())
+    return codes.to(torch.uint8).flatten()[: x.numel()].view(x.shape), absmax
+
+
+def dequantize_state(state: tuple[Tensor, Tensor], signed: bool) -> Tensor:
+    """The moment, fp32, in the shape of its codes."""
+    codes, absmax = state
+    values = dynamic_table(signed).to(codes.device)[codes.int()].flatten()
+    return (values * absmax.repeat_interleave(STATE_BLOCKSIZE)[: len(values)]).view(codes.shape)
+
+
+def adamw_ref(
+    params, grads, exp_avgs, exp_avg_sqs, *, step, lr, beta1, beta2, eps, weight_decay, clip=1.0, stochastic_rounding_seed=None
+):  # fmt: skip
+    """The formulas, one tensor after the other. Arguments as in `adamw_`."""
+    for i, (w, g, m_state, v_state) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
+        m, v = (
+            state if isinstance(state, Tensor) else dequantize_state(state, signed).view(w.shape)
+            for state, signed in ((m_state, True), (v_state, False))
+        )
+        g = g.to(m.dtype) * clip
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * (g * g)
+        m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
+        new = w.to(m.dtype)
+        new = new - lr * (weight_decay * new + m_hat / (v_hat.sqrt() + eps))
+        if stochastic_rounding_seed is not None and w.dtype == torch.bfloat16:
+            new = round_stochastically(new, stochastic_rounding_seed, step, i)
+        w.copy_(new)
+        for state, moment, signed in ((m_state, m, True), (v_state, v, False)):
+            if isinstance(state, Tensor):
+                state.copy_(moment)
+            else:
+                codes, absmax = quantize_state(moment, signed)
+                state[0].copy_(codes.view(state[0].shape))
+                state[1].copy_(absmax)
+
+
+@jit
+def _mix_bits(x):
+    """_mix, for uint32."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@jit
+def _store_weight(w_ptr, offset, w, first, tensor, step_key, mask, STOCHASTIC: tl.constexpr):
+    """w, fp32, rounded to the dtype of w_ptr, by chance if STOCHASTIC. offset: from w_ptr, which is at element `first`."""
+    if STOCHASTIC:
+        key = _mix_bits((step_key ^ tensor).to(tl.uint32))
+        random = _mix_bits(_mix_bits((first + offset).to(tl.uint32)) ^ key) & 0xFFFF
+        rounded = ((w.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        w = tl.where(w == w, rounded, w)
+    tl.store(w_ptr + offset, w.to(w_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _update(w, g, m, v, clip, beta1, one_minus_beta1, beta2, one_minus_beta2, rate, root_correction, eps, decay):
+    """The formulas, fp32. rate = lr / (1 - b1^t), root_correction = 1 / sqrt(1 - b2^t), decay = lr wd."""
+    g = g * clip
+    m = beta1 * m + one_minus_beta1 * g
+    v = beta2 * v + one_minus_beta2 * (g * g)
+    w = w - (decay * w + rate * tl.div_rn(m, tl.sqrt_rn(v) * root_correction + eps))
+    return w, m, v
+
+
+@jit
+def _tensor_of_program(tensors_ptr, programs_ptr, STRETCH: tl.constexpr, WIDE: tl.constexpr):
+    """-> (its row in the table of tensors, the first element of this program, how many there are up to the tensor's end)."""
+    program = programs_ptr + tl.program_id(0).to(tl.int64) * 2
+    row = tensors_ptr + tl.load(program) * 8
+    first = tl.load(program + 1) * STRETCH
+    left = tl.load(row + 6) - first
+    if WIDE:
+        left = tl.multiple_of(left, 16)
+    return row, first, left
+
+
+@jit
+def _pointer(row, column: tl.constexpr, first, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    """To element `first` of one of a tensor's arrays; its address is in the table."""
+    pointer = tl.load(row + column).to(tl.pointer_type(DTYPE)) + first
+    if WIDE:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@jit
+def _adamw_kernel(
+    tensors_ptr,  # int64 [tensors, 8]: addresses of w, g, m, v, two unused, number of elements, place in the list of parameters
+    programs_ptr,  # int64 [programs, 2]: row of tensors_ptr, which stretch of that tensor
+    clip_ptr,  # fp32 []
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    rate,
+    root_correction,
+    eps,
+    decay,
+    step_key,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    WIDE: tl.constexpr,
+    STRETCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A stretch of one tensor a program, BLOCK elements at a time."""
+    row, first, left = _tensor_of_program(tensors_ptr, programs_ptr, STRETCH, WIDE)
+    w_ptr = _pointer(row, 0, first, PARAM, WIDE)
+    g_ptr = _pointer(row, 1, first, GRAD, WIDE)
+    m_ptr = _pointer(row, 2, first, tl.float32, WIDE)
+    v_ptr = _pointer(row, 3, first, tl.float32, WIDE)
+    tensor = tl.load(row + 7)
+    clip = tl.load(clip_ptr).to(tl.float32)
+    for start in range(0, tl.minimum(left, STRETCH).to(tl.int32), BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        mask = offset < left
+        w = tl.load(w_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(g_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        m = tl.load(m_ptr + offset, mask=mask, other=0.0)
+        v = tl.load(v_ptr + offset, mask=mask, other=0.0)
+        w, m, v = _update(
+            w, g, m, v, clip, beta1, one_minus_beta1, beta2, one_minus_beta2, rate, root_correction, eps, decay
+        )
+        tl.store(m_ptr + offset, m, mask=mask)
+        tl.store(v_ptr + offset, v, mask=mask)
+        _store_weight(w_ptr, offset, w, first, tensor, step_key, mask, STOCHASTIC)
+
+
+@jit
+def _nearest_code(scaled, midpoints_ptr, SIGNED: tl.constexpr):
+    """The index of the nearest value of the dynamic table; a tie goes down. midpoints_ptr: fp32 [255]"""
+    # Decade d holds the 2^d (SIGNED; else 2^(d+1)) centres of equal intervals of [0.1, 1] * 10^(d - 6), and all decades
+    # before it one less than that. So a number's place among the positive ones is
+    magnitude = tl.abs(scaled)
+    decade = tl.floor(tl.log2(tl.maximum(magnitude, 1e-9)) * 0.30102999566) + 7  # log10(2)
+    decade = tl.minimum(tl.maximum(decade, 0.0), 6.0)
+    place = tl.exp2(decade) * ((magnitude * tl.exp2((6 - decade) * 3.32192809489) + 0.8) / 0.9)  # log2(10)
+    if SIGNED:
+        place = place.to(tl.int32)
+        code = 127 + tl.where(scaled < 0, -place, place)
+    else:
+        code = (2 * place).to(tl.int32) - 1
+    # That is exact but for rounding, and for what lies between a decade's last centre and the next decade's first.
+    code = tl.minimum(tl.maximum(code, 1), 254)
+    below = tl.load(midpoints_ptr + code - 1)
+    above = tl.load(midpoints_ptr + code)
+    return tl.where(scaled > above, code + 1, tl.where(scaled > below, code, code - 1))
+
+
+@jit
+def _adamw_8bit_kernel(
+    tensors_ptr,  # int64 [tensors, 8]: addresses of w, g, codes of m and v, absmax of m and v; elements; place in the list
+    programs_ptr,  # int64 [programs, 2]: row of tensors_ptr, which stretch of that tensor
+    tables_ptr,  # fp32 [4, 256]: values and midpoints of the signed table, values and midpoints of the positive one
+    clip_ptr,  # fp32 []
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    rate,
+    root_correction,
+    eps,
+    decay,
+    step_key,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    WIDE: tl.constexpr,
+    STRETCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As _adamw_kernel. A BLOCK is several blocks of 256, whose absmax is found on the way."""
+    ROWS: tl.constexpr = BLOCK // 256
+    row, first, left = _tensor_of_program(tensors_ptr, programs_ptr, STRETCH, WIDE)
+    w_ptr = _pointer(row, 0, first, PARAM, WIDE)
+    g_ptr = _pointer(row, 1, first, GRAD, WIDE)
+    m_ptr = _pointer(row, 2, first, tl.uint8, WIDE)
+    v_ptr = _pointer(row, 3, first, tl.uint8, WIDE)
+    m_absmax_ptr = _pointer(row, 4, first // 256, tl.float32, False)
+    v_absmax_ptr = _pointer(row, 5, first // 256, tl.float32, False)
+    tensor = tl.load(row + 7)
+    clip = tl.load(clip_ptr).to(tl.float32)
+    for start in range(0, tl.minimum(left, STRETCH).to(tl.int32), BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        mask = offset < left
+        block = start // 256 + tl.arange(0, ROWS)
+        exists = block * 256 < left
+        w = tl.load(w_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(g_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        m_code = tl.load(m_ptr + offset, mask=mask, other=127).to(tl.int32)  # 127 and 0 are the codes of 0.0
+        v_code = tl.load(v_ptr + offset, mask=mask, other=0).to(tl.int32)
+        m = tl.load(tables_ptr + m_code).reshape(ROWS, 256)
+        v = tl.load(tables_ptr + 512 + v_code).reshape(ROWS, 256)
+        m = (m * tl.load(m_absmax_ptr + block, mask=exists, other=0.0)[:, None]).reshape(BLOCK)
+        v = (v * tl.load(v_absmax_ptr + block, mask=exists, other=0.0)[:, None]).reshape(BLOCK)
+        w, m, v = _update(
+            w, g, m, v, clip, beta1, one_minus_beta1, beta2, one_minus_beta2, rate, root_correction, eps, decay
+        )
+        _store_weight(w_ptr, offset, w, first, tensor, step_key, mask, STOCHASTIC)
+        m, v = m.reshape(ROWS, 256), v.reshape(ROWS, 256)
+        m_absmax, v_absmax = _absmax(m), _absmax(v)
+        tl.store(m_absmax_ptr + block, m_absmax.reshape(ROWS), mask=exists)
+        tl.store(v_absmax_ptr + block, v_absmax.reshape(ROWS), mask=exists)
+        m_code = _nearest_code((m * _reciprocal(m_absmax)).reshape(BLOCK), tables_ptr + 256, True)
+        v_code = _nearest_code((v * _reciprocal(v_absmax)).reshape(BLOCK), tables_ptr + 768, False)
+        v_code = tl.maximum(v_code, tl.where(v.reshape(BLOCK) > 0, 1, 0))
+        tl.store(m_ptr + offset, m_code.to(tl.uint8), mask=mask)
+        tl.store(v_ptr + offset, v_code.to(tl.uint8), mask=mask)
+
+
+CONFIGS = {
+    "_adamw_kernel": dict(STRETCH=16384, BLOCK=1024, num_warps=8),  # 16 bytes of fp32 a thread
+    "_adamw_8bit_kernel": dict(STRETCH=16384, BLOCK=2048, num_warps=8),  # a warp for each 256 numbers
+}
+
+
+def _adamw_torch(
+    params, grads, exp_avgs, exp_avg_sqs, *, step, lr, beta1, beta2, eps, weight_decay, clip, stochastic_rounding_seed
+):  # fmt: skip
+    """torch's fused kernel where all is fp32; else the formulas, with few temporaries of one tensor."""
+    clip = clip.item() if isinstance(clip, Tensor) and clip.device.type == "cpu" else clip  # a GPU would be waited for
+    for i, (w, g, m_state, v_state) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
+        is_8bit = not isinstance(m_state, Tensor)
+        g = g.to(torch.float32 if is_8bit else m_state.dtype).contiguous()
+        if isinstance(clip, Tensor) or clip != 1:
+            g = g * clip
+        if not is_8bit and w.dtype == m_state.dtype and w.is_contiguous():
+            steps = torch.full((), step, dtype=torch.float32, device=w.device)
+            options = dict(lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps)
+            torch._fused_adamw_([w], [g], [m_state], [v_state], [], [steps], amsgrad=False, maximize=False, **options)
+            continue
+        m = dequantize_state(m_state, True).view(w.shape) if is_8bit else m_state
+        v = dequantize_state(v_state, False).view(w.shape) if is_8bit else v_state
+        m.mul_(beta1).add_(g * (1 - beta1))
+        v.mul_(beta2).add_((g * g).mul_(1 - beta2))
+        update = (v / (1 - beta2**step)).sqrt_().add_(eps)
+        update = torch.div(m, update, out=update).mul_(lr / (1 - beta1**step))
+        wide = w.to(m.dtype)
+        new = wide - update.add_(wide * (lr * weight_decay))
+        if stochastic_rounding_seed is not None and w.dtype == torch.bfloat16:
+            new = round_stochastically(new, stochastic_rounding_seed, step, i)
+        w.copy_(new)
+        if is_8bit:
+            for state, moment, signed in ((m_state, m, True), (v_state, v, False)):
+                codes, absmax = quantize_state(moment, signed)
+                state[0].copy_(codes.view(state[0].shape))
+                state[1].copy_(absmax)
+
+
+@cache
+def _tables(device: torch.device) -> Tensor:
+    """fp32 [4, 256], as _adamw_8bit_kernel takes it."""
+    rows = []
+    for signed in (True, False):
+        table = dynamic_table(signed)
+        rows += [table, F.pad((table[1:] + table[:-1]) / 2, (0, 1))]
+    return torch.stack(rows).to(device)
+
+
+@lru_cache(16)
+def _programs(sizes: tuple[int, ...], stretch: int, device: torch.device) -> Tensor:
+    """int64 [programs, 2]: for each program a tensor, and which stretch of it. Kept: 16 bytes in 16,384 elements."""
+    counts = torch.tensor([cdiv(size, stretch) for size in sizes])
+    tensor = torch.arange(len(sizes)).repeat_interleave(counts)
+    stretches = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+    return torch.stack([tensor, stretches], 1).to(device)
+
+
+def _adamw_triton(
+    params, grads, exp_avgs, exp_avg_sqs, *, step, lr, beta1, beta2, eps, weight_decay, clip, stochastic_rounding_seed
+):  # fmt: skip
+    device = params[0].device
+    clip = clip.to(device) if isinstance(clip, Tensor) else torch.full((), clip, device=device)
+    launches: dict[
+        tuple, list[list[int]]
+    ] = {}  # (8-bit moments?, dtype of w, of g, wide accesses?) -> rows of the table
+    alive = []  # contiguous copies of gradients, until the launch
+    for i, (w, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
+        if not w.numel():
+            continue
+        is_8bit = not isinstance(m, Tensor)
+        alive.append(g := g.contiguous())
+        arrays = (w, g, m[0], v[0], m[1], v[1]) if is_8bit else (w, g, m, v)
+        row = [t.data_ptr() for t in arrays] + [0] * (6 - len(arrays)) + [w.numel(), i]
+        is_wide = not any(x % 16 for x in (*row[:4], w.numel()))
+        launches.setdefault((is_8bit, w.dtype, g.dtype, is_wide), []).append(row)
+
+    scalars = [beta1, 1 - beta1, beta2, 1 - beta2]  # 1 - beta in fp64: in fp32 it would be off by 1e-5 for 0.999
+    scalars += [lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps, lr * weight_decay]
+    scalars = [float(x) for x in scalars]
+    for (is_8bit, param_dtype, grad_dtype, is_wide), rows in launches.items():
+        kernel = _adamw_8bit_kernel if is_8bit else _adamw_kernel
+        config = CONFIGS[kernel.__name__]
+        # From pinned memory the copy does not wait, and torch keeps that memory until it is done.
+        tensors = torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        programs = _programs(tuple(row[6] for row in rows), config["STRETCH"], device)
+        rounds = stochastic_rounding_seed is not None and param_dtype == torch.bfloat16
+        kernel[(len(programs),)](
+            *(tensors, programs, *([_tables(device)] if is_8bit else []), clip, *scalars),
+            *(_step_key(stochastic_rounding_seed, step) if rounds else 1, *map(_tl_dtype, (param_dtype, grad_dtype))),
+            *(rounds, is_wide),
+            enable_fp_fusion=False,  # the same codes as the reference
+            **config,
+        )
+
+
+def _tl_dtype(dtype: torch.dtype):
+    """torch.bfloat16 -> tl.bfloat16"""
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+@torch.no_grad()
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[State],
+    exp_avg_sqs: Sequence[State],
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    clip: Tensor | float = 1.0,
+    stochastic_rounding_seed: int | None = None,
+) -> None:
+    """One AdamW step on a list of parameters, in place.
+
+    params: fp32 or bf16, contiguous, any shapes, on one device. grads: one for each, in its shape, fp32, bf16 or fp16;
+    not changed.
+    exp_avgs, exp_avg_sqs: the moments, zeros before the first step. Each is an fp32 tensor in the shape of its parameter, or
+    in 8 bits the pair (codes uint8 in that shape, absmax fp32 [ceil(n / 256)]); both moments of a parameter alike.
+    step: 1 in the first step. clip: what the gradients are multiplied by; a 0-d fp32 tensor is not waited for.
+    stochastic_rounding_seed: round bf16 parameters by chance, as a function of this seed, the step, the place in
+    `params` and the element. Several calls in one step take a seed each. None: round to nearest.
+
+    fp64 parameters with fp64 moments go through torch. Raises ValueError where lengths or shapes differ.
+    """
+    if not len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs):
+        counts = [len(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
+        raise ValueError(f"adamw_: {counts} parameters, gradients, first and second moments")
+    for i, (w, g, *states) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
+        _check(i, w, g, *states)
+    if not params:
+        return
+    options = dict(step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, clip=clip)
+    options["stochastic_rounding_seed"] = stochastic_rounding_seed
+    strided = "" if all(w.is_contiguous() for w in params) else "a parameter that is not contiguous"
+    backend = backend_for("adamw", params[0], strided)
+    run = {"reference": adamw_ref, "torch": _adamw_torch, "triton": _adamw_triton}[backend]
+    run(params, grads, exp_avgs, exp_avg_sqs, **options)
+    torch.autograd.graph.increment_version(params)  # neither our kernels nor torch's fused one tell autograd
+
+
+def _check(i: int, w: Tensor, g: Tensor, m: State, v: State) -> None:
+    """Raises ValueError where the tensors of parameter i do not fit each other: the kernel would write beyond them."""
+    if g.shape != w.shape:
+        raise ValueError(f"adamw_: parameter {i}: gradient {tuple(g.shape)} for {tuple(w.shape)}")
+    for state in (m, v):
+        if isinstance(state, Tensor):
+            wanted = torch.promote_types(w.dtype, torch.float32)
+            fits = state.shape == w.shape and state.dtype == wanted and state.is_contiguous() == w.is_contiguous()
+        else:
+            codes, absmax = state
+            fits = codes.shape == w.shape and codes.dtype == torch.uint8 and absmax.dtype == torch.float32
+            fits = fits and len(absmax) == cdiv(w.numel(), STATE_BLOCKSIZE) and codes.is_contiguous()
+        if not fits or type(m) is not type(v):
+            raise ValueError(f"adamw_: parameter {i}: its moments do not fit {w.dtype} {tuple(w.shape)}")

@@ -1,0 +1,130 @@
+"""What the Triton kernels of flash_attention share: which keys and queries belong to a tile, and how tiles are moved.
+
+A tile is a few neighbouring tokens of one head. A kernel keeps one tile (of queries, or of keys) and walks over the tiles
+of the other kind that it needs. Most of a long document's tiles are visible as a whole and are computed without a mask;
+the two functions `keys_of` and `queries_of` find out which, on the GPU, from `start` and `end` alone: the host neither
+waits for them nor shapes the grid by them, so that one captured CUDA graph serves every batch.
+"""
+
+from minisft.kernels.common import jit, tl
+
+SCAN = tl.constexpr(2048)  # tokens whose bounds are looked at together
+FAR = tl.constexpr(2**31 - 1)
+
+
+@jit
+def keys_of(
+    start_ptr,  # int [Tq]
+    end_ptr,  # int [Tk]
+    first_query,
+    Tq,
+    Tk,
+    q_offset,
+    window,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Which keys the BLOCK_M queries from first_query on see.
+
+    Returns the first visible key of each query, int32 [BLOCK_M]; the keys first:stop that any of them sees, first a
+    multiple of BLOCK_N; and full, right: all of them see every key of every block that lies within full:right.
+    """
+    query = first_query + tl.arange(0, BLOCK_M)
+    lowest = tl.load(start_ptr + query, mask=query < Tq, other=Tk).to(tl.int32)
+    if WINDOW:
+        lowest = tl.maximum(lowest, query + q_offset - window + 1)
+    lowest = tl.minimum(tl.maximum(lowest, 0), Tk)
+    first = tl.min(lowest, 0) // BLOCK_N * BLOCK_N
+    i_last = tl.minimum(first_query + BLOCK_M, Tq) - 1 + q_offset
+    stop = tl.minimum(i_last + 1, Tk)
+    right = tl.minimum(first_query + q_offset + 1, Tk)
+    # In plain packing every query sees all keys from here to the diagonal. With shared prefixes some may end earlier.
+    full = tl.max(tl.where(query < Tq, lowest, 0), 0)
+    for first_key in range(full, right, SCAN):
+        key = first_key + tl.arange(0, SCAN)
+        ended = tl.load(end_ptr + key, mask=key < right, other=FAR) <= i_last
+        full = tl.maximum(full, tl.max(tl.where(ended, key + 1, 0), 0))
+    return lowest, first, stop, full, right
+
+
+@jit
+def queries_of(
+    start_ptr,  # int [Tq]
+    end_ptr,  # int [Tk]
+    first_key,
+    Tq,
+    Tk,
+    q_offset,
+    window,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Which queries see the BLOCK_N keys from first_key on: the mirror of `keys_of`.
+
+    Returns the position before which each key ends, int32 [BLOCK_N]; the queries first:stop that see any of them, first a
+    multiple of BLOCK_M; and left, full: every query of every block that lies within left:full sees all of them.
+    """
+    key = first_key + tl.arange(0, BLOCK_N)
+    end = tl.load(end_ptr + key, mask=key < Tk, other=0).to(tl.int32)
+    if WINDOW:
+        end = tl.minimum(end, key + window)
+    first = tl.maximum(first_key - q_offset, 0) // BLOCK_M * BLOCK_M
+    stop = tl.minimum(tl.max(end, 0) - q_offset, Tq)
+    left = tl.maximum(first_key + BLOCK_N - 1 - q_offset, 0)
+    full = tl.minimum(tl.min(end, 0) - q_offset, Tq)
+    for first_query in range(left, full, SCAN):
+        query = first_query + tl.arange(0, SCAN)
+        later = tl.load(start_ptr + query, mask=query < full, other=0) > first_key
+        full = tl.minimum(full, tl.min(tl.where(later, query, FAR), 0))
+    return end, first, stop, left, full
+
+
+@jit
+def load_tile(
+    x,  # one head of x, [count, Dh] with rows `stride` apart; with TMA the descriptor of all heads, [H, count, Dh]
+    head,
+    first,
+    column: tl.constexpr,
+    count,
+    stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Rows first:first+ROWS and columns column:column+COLUMNS of one head; zeros beyond the last row."""
+    if TMA:
+        tile = x.load([head, first, column]).reshape([ROWS, COLUMNS])
+    else:
+        # 64 bits once for the tile: inside it 32 are enough, and take half the registers.
+        row = tl.arange(0, ROWS)[:, None]
+        pointers = x + (tl.cast(first, tl.int64) * stride + column) + (row * stride + tl.arange(0, COLUMNS)[None, :])
+        tile = tl.load(pointers, mask=first + row < count, other=0.0)
+    return tile
+
+
+@jit
+def store_tile(x_ptr, values, first, column: tl.constexpr, count, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """values [ROWS, COLUMNS] to where `load_tile` would find them, in the dtype of x."""
+    row = tl.arange(0, ROWS)[:, None]
+    pointers = x_ptr + (tl.cast(first, tl.int64) * stride + column) + (row * stride + tl.arange(0, COLUMNS)[None, :])
+    tl.store(pointers, values.to(x_ptr.dtype.element_ty), mask=first + row < count)
+
+
+@jit
+def tanh(x):
+    """By the exponential function; near 0, where that would cancel, by the series."""
+    e = tl.exp2(-2.8853900817779268 * tl.abs(x))  # exp(-2 |x|)
+    t = (1.0 - e) / (1.0 + e)
+    y = x * x
+    small = x * (1.0 + y * (-0.33333333 + y * (0.13333333 + y * (-0.053968254 + y * 0.021869488))))
+    return tl.where(y < 0.0625, small, tl.where(x < 0, -t, t))
+
+
+@jit
+def kept(seed_ptr, head, i, key, dropout):
+    """Which probabilities dropout keeps: a function of seed, head, query and key, so that every kernel draws the same."""
+    zeros = i * 0 + key * 0
+    bits, _, _, _ = tl.philox(tl.load(seed_ptr), key + zeros, i + zeros, head + zeros, zeros)
+    return tl.uint_to_uniform_float(bits) >= dropout

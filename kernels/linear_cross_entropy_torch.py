@@ -1,0 +1,165 @@
+"""linear_cross_entropy in plain PyTorch: what CPUs run, and GPUs without Triton.
+
+The maths is in linear_cross_entropy.py. What makes it fast here:
+
+- chunks are large. Each one, of R rows, reads and writes all of dW: 8 V D bytes against 6 R V D FLOPs;
+- the exponentials are computed once, in fp32, a few rows at a time so that they stay in the cache; the result goes back
+  over the logits in their own dtype, ready for the two matmuls of the backward;
+- a CPU maps fresh memory page by page (60 ms for 113 MB was measured), so there the chunk of logits and the copy of W in
+  the matmul's dtype are kept from call to call.
+
+PyTorch's CPU matmul has no fp32 output for bf16 inputs: each chunk's share of dW is rounded to bf16 once before it is
+added to the fp32 sum. A GPU keeps it in fp32.
+"""
+
+import math
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CPU_CHUNK_ROWS, GPU_CHUNK_ROWS = 512, 4096  # rows of logits that exist at once
+WEIGHT_BLOCK = 2048  # rows of dW that a CPU multiplies and adds while they are in its cache
+
+
+@dataclass(frozen=True)
+class Options:
+    dtype: torch.dtype  # of the matmuls
+    softcap: float | None
+    logit_scale: float
+    label_smoothing: float
+    z_loss: float
+    entropy: bool
+    triton: bool
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of everything that is summed."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def product(self, x: Tensor) -> torch.dtype:
+        """What a GPU's matmul puts out for the gradient of x: its own dtype, or fp32 which is cast later."""
+        return x.dtype if x.dtype == self.dtype else self.wide
+
+
+_kept = threading.local()
+
+
+def _buffer(name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory, on the CPU kept for this thread's next call; a GPU's allocator does so by itself."""
+    if like.device.type != "cpu":
+        return like.new_empty(shape, dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = getattr(_kept, name, None)
+    if memory is None or memory.numel() < size:
+        with torch.inference_mode(False):  # usable in training, even if the first call is an evaluation
+            memory = torch.empty(size, dtype=torch.uint8)
+        setattr(_kept, name, memory)
+    return memory[:size].view(dtype).view(shape)
+
+
+def _score(logits: Tensor, targets: Tensor, upstream: Tensor | None, bias: Tensor | None, o: Options, z, p):
+    """Scores a few rows of logits [R, V] against targets [R]; z and p are wide buffers [R, V].
+
+    upstream [R]: the gradient of each row's loss; the logits are then overwritten by the gradient of (W h + bias).
+    Returns (loss, nll, correct, entropy) [4, R] and the gradient of the bias [V].
+    """
+    z.copy_(logits)
+    if bias is not None:
+        z.add_(bias)
+    if o.logit_scale != 1:
+        z.mul_(o.logit_scale)
+    if o.softcap is not None:
+        z.div_(o.softcap).tanh_().mul_(o.softcap)
+
+    torch.softmax(z, -1, out=p)
+    total = p.sum(-1)  # 1 but for the rounding of softmax's plain sum over the vocabulary, which this puts right
+    highest = z.amax(-1)
+    lse = highest - (p.amax(-1) / total).log()  # the largest probability is exp(highest - lse)
+    target_logit = z.gather(1, targets[:, None])[:, 0]
+    nll = lse - target_logit
+    loss = nll
+    if o.label_smoothing:
+        loss = (1 - o.label_smoothing) * nll + o.label_smoothing * (lse - z.mean(-1))
+    if o.z_loss:
+        loss = loss + o.z_loss * lse.square()
+    entropy = lse - torch.linalg.vecdot(p, z) / total if o.entropy else torch.zeros_like(lse)
+    results = torch.stack([loss, nll, (target_logit >= highest).to(lse.dtype), entropy])
+    if upstream is None:
+        return results, None
+
+    g = upstream * o.logit_scale
+    p.mul_((g * (1 + 2 * o.z_loss * lse) / total)[:, None])
+    if o.label_smoothing:
+        p.sub_((g * (o.label_smoothing / p.shape[1]))[:, None])
+    p.scatter_add_(1, targets[:, None], (g * (o.label_smoothing - 1))[:, None])
+    if o.softcap is not None:
+        p.mul_(z.div_(o.softcap).square_().neg_().add_(1))
+    logits.copy_(p)
+    return results, None if bias is None else p.sum(0)
+
+
+def _add_weight_gradient(d_weight: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
+    """d_weight [V, D] += dz [R, V]^T x [R, D]; the first chunk finds d_weight uninitialised."""
+    if dz.dtype == d_weight.dtype:
+        d_weight.addmm_(dz.T, x, beta=0 if first else 1)
+    elif dz.is_cuda:
+        if first:
+            d_weight.zero_()
+        torch.addmm(d_weight, dz.T, x, out_dtype=d_weight.dtype, out=d_weight)
+    else:  # in blocks of the vocabulary: faster than one large matmul, and the sum is done in the cache
+        for v in range(0, len(d_weight), WEIGHT_BLOCK):
+            block = d_weight[v : v + WEIGHT_BLOCK]
+            product = torch.mm(dz[:, v : v + WEIGHT_BLOCK].T, x)
+            if first:
+                block.copy_(product)
+            else:
+                block.add_(product.to(d_weight.dtype))
+
+
+def run(hidden, weight, bias, rows, targets, upstream, needs, o: Options):
+    """All rows, chunk by chunk.
+
+    rows int64 [M], or None for all; targets int64 [M], where one below 0 makes the row count for nothing.
+    upstream [M]: the gradient of each row's loss, or None for no gradients. needs: which of (hidden, weight, bias) want one.
+    Returns results [4, M] as `_score`, and the three gradients (None where not needed) in the dtypes of their inputs.
+    """
+    M, V = len(targets), len(weight)
+    if rows is None:
+        rows = torch.arange(M, device=hidden.device)
+    ignored, targets = targets < 0, targets.clamp(min=0)
+    if upstream is not None:
+        upstream = upstream.masked_fill(ignored, 0)
+    d_hidden = torch.zeros_like(hidden, dtype=o.wide) if needs[0] else None
+    d_weight = torch.empty_like(weight, dtype=o.wide) if needs[1] else None
+    d_bias = torch.zeros_like(bias, dtype=o.wide) if needs[2] else None
+    results = hidden.new_empty(4, M, dtype=o.wide)
+    if M == 0 and d_weight is not None:
+        d_weight.zero_()
+    W = weight if weight.dtype == o.dtype else _buffer("weight", weight.shape, weight, o.dtype).copy_(weight)
+
+    on_cpu = hidden.device.type == "cpu"
+    num_chunks = max(1, math.ceil(M / (CPU_CHUNK_ROWS if on_cpu else GPU_CHUNK_ROWS)))
+    R = max(1, math.ceil(M / num_chunks))  # all chunks alike
+    r = min(R, 16 * torch.get_num_threads() if on_cpu else 1024)  # rows whose exponentials exist at once
+    chunk = _buffer("logits", (R, V), hidden, o.dtype)
+    z, p = _buffer("z", (r, V), hidden, o.wide), _buffer("p", (r, V), hidden, o.wide)
+
+    for a in range(0, M, R):
+        x = hidden.index_select(0, rows[a : a + R]).to(o.dtype)
+        logits = torch.mm(x, W.T, out=chunk[: len(x)])
+        for b in range(0, len(x), r):
+            n = min(r, len(x) - b)
+            some = slice(a + b, a + b + n)
+            g = None if upstream is None else upstream[some]
+            results[:, some], db = _score(logits[b : b + n], targets[some], g, bias, o, z[:n], p[:n])
+            if d_bias is not None:
+                d_bias += db
+        if d_hidden is not None:
+            d_hidden.index_add_(0, rows[a : a + R], torch.mm(logits, W).to(o.wide))
+        if d_weight is not None:
+            _add_weight_gradient(d_weight, logits, x, first=a == 0)
+
+    gradients = zip((d_hidden, d_weight, d_bias), (hidden, weight, bias))
+    return results.masked_fill_(ignored, 0), [None if d is None else d.to(like.dtype) for d, like in gradients]

@@ -1,0 +1,331 @@
+"""The Triton paths of cross_entropy and linear_cross_entropy, in the interpreter: against the formula, in poisoned memory."""
+
+import pytest
+import torch
+from tolerance import assert_close_to_truth, cu_seqlens_of, padded_with_nan, run_with_gradients
+
+from minisft.kernels import linear_cross_entropy as module
+from minisft.kernels.common import use_backend
+from minisft.kernels.cross_entropy import cross_entropy, cross_entropy_ref, score_rows
+from minisft.kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_ref,
+    shifted_linear_cross_entropy,
+)
+
+pytestmark = [
+    pytest.mark.usefixtures("triton_kernels", "poisoned_memory"),
+    # A program computes whole blocks and keeps what lies in the row; beyond it numpy meets NaN and overflows aloud.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = {"fp32": (FP32, FP32), "fp16": (FP16, FP16), "bf16": (BF16, BF16), "bf16 over fp32": (BF16, FP32)}
+ALL = dict(softcap=3.0, logit_scale=1.5, label_smoothing=0.2, z_loss=0.02)
+OPTIONS = {"plain": {}, **{name: {name: value} for name, value in ALL.items()}, "all": ALL}
+CE_ALL = dict(softcap=2.0, label_smoothing=0.2, z_loss=0.02)
+CE_OPTIONS = {"plain": {}, **{name: {name: value} for name, value in CE_ALL.items()}, "all": CE_ALL}
+V = 257  # five blocks of the interpreter's configuration, the last of one word
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of at most 6 rows."""
+    monkeypatch.setattr(module, "LEAST_CHUNK_ROWS", 6)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(module, "ROW_TILE", 2)
+
+
+def leaf(*shape):
+    return padded_with_nan(torch.randn(*shape)).requires_grad_()
+
+
+def example(T=13, D=24, V=V, ignored=3):
+    targets = torch.randint(V, (T,))
+    targets[torch.randperm(T)[:ignored]] = -100
+    return leaf(T, D), leaf(V, D), targets
+
+
+# ---- linear_cross_entropy ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_each_option_of_the_linear_loss(options, dtype):
+    hidden, weight, targets = example(T=7)
+    assert_close_to_truth(
+        lambda h, w: linear_cross_entropy(h, w, targets, **options),
+        lambda h, w: linear_cross_entropy_ref(h, w, targets, **options),
+        [hidden, weight],
+        dtype,
+        floor=2e-3
+        if dtype == BF16
+        else None,  # the sum is one number: errors of its rows, 2^-9 each, may cancel or not
+    )
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+def test_all_options_in_several_chunks(small_chunks, dtypes, reduction):
+    hidden, weight, targets = example()
+    rows = torch.randint(13, (13,))  # some repeat, some never occur
+    options = dict(ALL, rows=rows, row_weights=torch.rand(13) * (torch.arange(13) % 4 != 0), reduction=reduction)
+    errors = assert_close_to_truth(
+        lambda h, w, b: linear_cross_entropy(h, w, targets, bias=b, grad_scale=torch.tensor(1 / 37), **options),
+        lambda h, w, b: linear_cross_entropy_ref(h, w, targets, bias=b, grad_scale=1 / 37, **options),
+        [hidden, weight, torch.randn(V, requires_grad=True)],
+        [*dtypes, dtypes[1]],
+        floor=2e-3 if reduction == "sum" and FP32 not in dtypes[:1] else None,
+    )
+    assert len(errors) == 4
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("V", [50257, 151936])
+def test_real_vocabularies(V, dtype):
+    hidden, weight, targets = example(T=3, D=8, V=V, ignored=1)
+    assert_close_to_truth(
+        lambda h, w: linear_cross_entropy(h, w, targets, reduction="none"),
+        lambda h, w: linear_cross_entropy_ref(h, w, targets, reduction="none"),
+        [hidden, weight],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("M", [0, 1, 5])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_nothing_to_train(reduction, M):
+    hidden, weight, _ = example()
+    with torch.no_grad():
+        hidden[4] = float("nan")  # of logits that are NaN, too, an ignored row has no loss and no gradient of them
+    bias = torch.randn(V, requires_grad=True)
+    rows, targets = torch.full((M,), 4), torch.full((M,), -100)
+    weight_of_nan = (
+        weight if M == 0 else weight.detach()
+    )  # 0 x NaN: an ignored row must be finite for the weight's sake
+    loss, stats = linear_cross_entropy(
+        hidden, weight_of_nan, targets, rows=rows, bias=bias, reduction=reduction, return_stats=True
+    )
+    assert loss.shape == (() if reduction == "sum" else (M,)) and (loss == 0).all()
+    assert all(s.shape == (M,) and (s == 0).all() for s in stats)
+    for d in torch.autograd.grad(loss.sum(), [x for x in (hidden, weight_of_nan, bias) if x.requires_grad]):
+        assert (d == 0).all()
+
+
+def test_rows_of_weight_0_train_nothing():
+    hidden, weight, targets = example()
+    row_weights = torch.ones(13)
+    row_weights[::2] = 0
+    loss = linear_cross_entropy(hidden, weight, targets, row_weights=row_weights)
+    others = linear_cross_entropy(hidden, weight, targets.where(row_weights > 0, -100))
+    assert torch.equal(loss, others)
+    for d, e in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (loss, others))):
+        assert torch.equal(d, e)
+
+
+@pytest.mark.parametrize("rows", [torch.arange(13), torch.arange(13).int()], ids=["int64", "int32"])
+def test_rows_in_order_are_no_rows(rows):
+    hidden, weight, targets = example()
+    ours = run_with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, rows=rows), [hidden, weight])
+    plain = run_with_gradients(lambda h, w: linear_cross_entropy(h, w, targets), [hidden, weight])
+    assert all(torch.equal(ours[name], plain[name]) for name in ours)
+
+
+def test_a_row_twice_counts_twice():
+    hidden, weight, targets = example(T=2, ignored=0)
+    twice = linear_cross_entropy(hidden, weight, targets[[1, 1]], rows=torch.tensor([1, 1]))
+    weighted = linear_cross_entropy(hidden, weight, targets, row_weights=torch.tensor([0.0, 2.0]))
+    # A sum of two equal fp32 numbers is exact, a matmul over two rows instead of one may round once more.
+    torch.testing.assert_close(twice, weighted, rtol=1e-6, atol=0)
+    for d, e in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (twice, weighted))):
+        torch.testing.assert_close(d, e)
+
+
+@pytest.mark.parametrize("frozen", [0, 1], ids=["hidden", "weight"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_frozen_input_changes_nothing(frozen, reduction):
+    hidden, weight, targets = example(T=5)
+    inputs = [hidden, weight]
+    both = run_with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, reduction=reduction), inputs)
+    inputs[frozen] = inputs[frozen].detach()
+    alone = run_with_gradients(lambda h, w: linear_cross_entropy(h, w, targets, reduction=reduction), inputs)
+    assert set(both) - set(alone) == {f"gradient of input {frozen}"}
+    assert all(torch.equal(alone[name], both[name]) for name in alone)
+
+
+def test_repeats_bitwise_and_strides_change_nothing(small_chunks):
+    hidden, weight, targets = example()
+    options = dict(rows=torch.randint(13, (13,)), return_stats=True)
+    first, again, copy = (
+        run_with_gradients(lambda h, w: [linear_cross_entropy(h, w, targets, **options)[0]], inputs)
+        for inputs in (
+            [hidden, weight],
+            [hidden, weight],
+            [x.detach().clone().requires_grad_() for x in (hidden, weight)],
+        )
+    )
+    assert all(torch.equal(first[name], again[name]) and torch.equal(first[name], copy[name]) for name in first)
+
+
+@pytest.mark.parametrize("options", [{}, {**ALL, "softcap": 1e4}], ids=["plain", "all"])
+def test_stats(small_chunks, options):
+    hidden, weight, targets = example()
+    logits = (hidden @ weight.T).detach()
+    targets[:6] = logits[:6].argmax(-1)  # some are right
+    targets[3] = -100
+    plain = linear_cross_entropy(hidden, weight, targets, **options)
+    loss, stats = linear_cross_entropy(hidden, weight, targets, return_stats=True, **options)
+    _, expected = linear_cross_entropy_ref(hidden.double(), weight.double(), targets, return_stats=True, **options)
+    assert torch.equal(loss, plain)
+    assert torch.equal(stats.correct, expected.correct) and stats.correct[:6].sum() == 5
+    for ours, theirs in zip(stats, expected):
+        assert ours.dtype == FP32 and not ours.requires_grad and ours[3] == 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # logits of +-15, summed in fp32
+
+
+def test_gradient_that_comes_from_above():
+    """Whatever it is, whether the graph is kept or not; nothing that was handed out changes afterwards."""
+    hidden, weight, targets = example()
+    expected = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight))
+    loss = linear_cross_entropy(hidden, weight, targets)
+    one = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    four = torch.autograd.grad(loss * 4, (hidden, weight), retain_graph=True)
+    half = torch.autograd.grad(loss / 2, (hidden, weight), retain_graph=True)
+    last = torch.autograd.grad(loss * 8, (hidden, weight))
+    for gradients, factor in ((one, 1), (four, 4), (half, 0.5), (last, 8)):
+        assert all(torch.equal(d, e * factor) for d, e in zip(gradients, expected))
+
+
+def test_gradients_become_grad_without_a_copy():
+    hidden, weight, targets = (x.detach().contiguous().requires_grad_(x.requires_grad) for x in example())
+    loss = linear_cross_entropy(hidden, weight, targets)
+    pointers = [x.data_ptr() for x in loss.grad_fn.saved_tensors[:2]]
+    (loss * 2).backward()
+    assert [hidden.grad.data_ptr(), weight.grad.data_ptr()] == pointers
+
+
+def test_one_chunk_has_no_fp32_sum_and_several_do(small_chunks):
+    """And the sum is the gradient of an fp32 weight: several chunks of a bf16 step are not rounded to bf16."""
+    hidden, weight, targets = example()
+    linear_cross_entropy(hidden.detach().bfloat16(), weight, targets).backward()
+    assert weight.grad.dtype == FP32 and not torch.equal(weight.grad, weight.grad.bfloat16().float())
+
+
+def test_autocast():
+    hidden, weight, targets = example()
+    rounded = hidden.detach().bfloat16().requires_grad_()
+    expected = linear_cross_entropy(rounded, weight, targets)
+    with torch.autocast("cpu", dtype=BF16):
+        loss = linear_cross_entropy(hidden, weight, targets)
+    assert loss.dtype == FP32 and torch.equal(loss, expected)
+    d_hidden, d_weight = torch.autograd.grad(loss, (hidden, weight))
+    e_hidden, e_weight = torch.autograd.grad(expected, (rounded, weight))
+    assert d_hidden.dtype == d_weight.dtype == FP32 and torch.equal(d_weight, e_weight)
+    assert torch.equal(d_hidden.bfloat16(), e_hidden)  # an fp32 product is kept as it is, that for bf16 rounded once
+
+
+def test_same_as_the_torch_path():
+    hidden, weight, targets = example()
+    cu_seqlens, bias = cu_seqlens_of([1, 5, 6, 1]), torch.randn(V, requires_grad=True)
+
+    def run(h, w, b):
+        loss, stats = shifted_linear_cross_entropy(h, w, targets, cu_seqlens, bias=b, return_stats=True, **ALL)
+        return [loss, *stats]
+
+    ours = run_with_gradients(run, [hidden, weight, bias])
+    with use_backend("torch"):
+        torchs = run_with_gradients(run, [hidden, weight, bias])
+    for name in ours:
+        torch.testing.assert_close(ours[name], torchs[name])
+
+
+def test_documents_do_not_leak():
+    """Other words and states in one document change nothing, to the bit, in another."""
+    hidden, weight, labels = example(ignored=0)
+    weight = weight.detach()
+    cu_seqlens = cu_seqlens_of([6, 7])
+    (before,) = torch.autograd.grad(shifted_linear_cross_entropy(hidden, weight, labels, cu_seqlens), hidden)
+    other = hidden.detach().clone()
+    other[6:], labels[6:] = 3.0, 5
+    other.requires_grad_()
+    (after,) = torch.autograd.grad(shifted_linear_cross_entropy(other, weight, labels, cu_seqlens), other)
+    assert torch.equal(before[:6], after[:6])
+
+
+# ---- cross_entropy -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("options", CE_OPTIONS.values(), ids=CE_OPTIONS)
+def test_the_loss_of_logits(options, dtype, reduction):
+    logits, labels = leaf(9, V), torch.randint(V, (9,))
+    labels[[2, 6]] = -100
+    options = {**options, "reduction": reduction, "cu_seqlens": cu_seqlens_of([1, 7, 1])}
+    assert_close_to_truth(
+        lambda x: cross_entropy(x, labels, **options),
+        lambda x: cross_entropy_ref(x, labels, **options),
+        [logits],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("V", [50257, 151936])
+def test_logits_of_real_vocabularies(V, dtype):
+    logits, labels = leaf(3, V), torch.tensor([-100, V - 1, 0])
+    assert_close_to_truth(lambda x: cross_entropy(x, labels), lambda x: cross_entropy_ref(x, labels), [logits], dtype)
+
+
+def test_logits_with_an_offset_keep_their_precision():
+    """lse is near 1000 there, where fp32 numbers are 6e-5 apart; the soft-max does not see the offset."""
+    logits, labels = leaf(4, V), torch.randint(V, (4,))
+    raised = (logits.detach() + 1024).requires_grad_()
+    moved = (raised.detach() - 1024).requires_grad_()  # the same numbers as in `raised`, rounded as they are there
+    ours, plain = (run_with_gradients(lambda x: cross_entropy(x, labels, shift=False), [x]) for x in (raised, moved))
+    assert all(torch.equal(ours[name], plain[name]) for name in ours)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("T", [0, 1, 3])
+def test_no_row_to_score(T, reduction):
+    logits = torch.full((T, V), float("nan"), requires_grad=True)
+    loss = cross_entropy(logits, torch.full((T,), -100), reduction=reduction, label_smoothing=0.1, z_loss=0.1)
+    assert (loss == 0).all()
+    assert (torch.autograd.grad(loss.sum(), logits)[0] == 0).all()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_another_ignore_index(index):
+    """Inside the vocabulary; Triton's compiler makes a constant of 1."""
+    logits, labels = leaf(5, V), torch.tensor([3, 0, 1, 0, 256])
+    ours = run_with_gradients(lambda x: cross_entropy(x, labels, ignore_index=index), [logits])
+    formula = run_with_gradients(lambda x: cross_entropy_ref(x, labels, ignore_index=index), [logits])
+    for name in ours:
+        torch.testing.assert_close(ours[name], formula[name])
+
+
+def test_confident_predictions():
+    """A probability of 0 in fp32 has a large, finite loss, words of probability 0 are allowed, NaN is not hidden."""
+    logits = torch.full((4, V), -float("inf"))
+    logits[:, 0], logits[:3, 200] = 0, 500
+    logits[3, 7] = float("nan")
+    logits.requires_grad_()
+    loss = cross_entropy(logits, torch.tensor([0, 200, -100, 0]), shift=False, reduction="none")
+    assert loss[:3].tolist() == [500, 0, 0] and loss[3].isnan()
+    (gradient,) = torch.autograd.grad(loss[:2].sum(), logits)
+    assert gradient[0, 0] == -1 and gradient[0, 200] == 1 and gradient.abs().sum() == 2
+
+
+def test_a_target_outside_the_vocabulary_makes_the_loss_nan():
+    """On a GPU nobody checks them: the kernel reads nothing there."""
+    results, logits = torch.empty(6, 3), torch.randn(3, V)
+    score_rows(logits, torch.tensor([-1, V, V - 1]), results)
+    assert results[0].isnan().tolist() == [True, True, False]
+
+
+def test_logits_are_left_as_they_are():
+    logits, labels = leaf(3, V).detach().bfloat16().requires_grad_(), torch.randint(V, (3,))
+    before = logits.detach().clone()
+    loss = cross_entropy(logits, labels, shift=False, reduction="none")
+    once, twice = (torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(logits, before) and torch.equal(once, twice) and once.dtype == BF16

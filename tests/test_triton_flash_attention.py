@@ -1,0 +1,288 @@
+"""flash_attention by its Triton kernels, in the interpreter: against the formula, in poisoned memory, and what packing must
+never change."""
+
+import pytest
+import torch
+from tolerance import (
+    LAYOUTS,
+    assert_close_to_truth,
+    bounds_of,
+    padded_with_nan,
+    relative_error,
+    run_with_gradients,
+)
+
+from minisft.kernels import common
+from minisft.kernels import flash_attention as module
+from minisft.kernels.common import use_backend
+from minisft.kernels.flash_attention import flash_attention, flash_attention_ref, flash_attention_varlen
+
+pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# A query with one key has no dq. Plain torch gets 0 - 0; here rowsum(p * dp) comes by way of the output, as sum(out * dout),
+# and the difference of two sums that are equal but for their order remains.
+ONE_KEY = 1e-5
+ONE_PASS_AND_SPLIT = pytest.mark.parametrize("deterministic", [False, True], ids=["one pass", "split"])
+
+
+def qkv(num_q, num_k=None, heads=2, kv_heads=1, head_dim=16):
+    shapes = (num_q, heads, head_dim), *[(num_k or num_q, kv_heads, head_dim)] * 2
+    return [padded_with_nan(torch.randn(shape)).requires_grad_() for shape in shapes]
+
+
+def hold_to_truth(inputs, start, end, dtype, deterministic=False, floor=None, **options):
+    assert_close_to_truth(
+        lambda q, k, v: flash_attention(q, k, v, start, end, deterministic=deterministic, **options),
+        lambda q, k, v: flash_attention_ref(q, k, v, start, end, **options),
+        inputs,
+        dtype,
+        floor=floor,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@ONE_PASS_AND_SPLIT
+@pytest.mark.parametrize("layout", ["one_token", "one_63", "ones", "on_tile_edges", "filler_tail"])
+def test_layouts(layout, deterministic, dtype):
+    start, end = bounds_of(LAYOUTS[layout])
+    one_key = ONE_KEY if layout in ("one_token", "ones") else None
+    hold_to_truth(qkv(len(start)), start, end, dtype, deterministic, one_key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@ONE_PASS_AND_SPLIT
+@pytest.mark.parametrize("options", [{}, dict(window=50, softcap=4.0)], ids=str)
+@pytest.mark.parametrize("layout", ["one_1000", "inside_tiles", "long_then_short"])
+def test_longer_layouts(layout, options, deterministic, dtype):
+    start, end = bounds_of(LAYOUTS[layout])
+    hold_to_truth(qkv(len(start), heads=2, kv_heads=1), start, end, dtype, deterministic, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@ONE_PASS_AND_SPLIT
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(window=1),
+        dict(window=20),
+        dict(window=500),
+        dict(softcap=1.5),
+        dict(scale=0.3),
+        dict(softcap=30.0, window=33),
+    ],
+    ids=str,
+)
+def test_window_softcap_scale(options, deterministic, dtype):
+    start, end = bounds_of([70, 1, 33, 2])
+    one_key = ONE_KEY if options.get("window") == 1 else None
+    hold_to_truth(qkv(len(start)), start, end, dtype, deterministic, one_key, **options)
+
+
+@ONE_PASS_AND_SPLIT
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim", [(1, 1, 64), (3, 1, 32), (4, 2, 80), (2, 2, 96), (6, 2, 128), (2, 1, 256)]
+)
+def test_heads_and_head_dims(heads, kv_heads, head_dim, deterministic):
+    start, end = bounds_of([20, 1, 49])
+    inputs = qkv(len(start), None, heads, kv_heads, head_dim)
+    hold_to_truth(inputs, start, end, torch.bfloat16, deterministic, window=30, softcap=20.0)
+
+
+@ONE_PASS_AND_SPLIT
+@pytest.mark.parametrize("seed", range(4))
+def test_random_layouts_of_documents_and_shared_prefixes(seed, deterministic):
+    """Documents, some of which are a prompt and several answers that see the prompt and not each other."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def length(most):
+        return int(torch.randint(1, most, (1,), generator=generator))
+
+    start, end = [], []
+    for document in range(4):
+        first, prompt = len(start), length(50)
+        answers = [length(40) for _ in range(document)]
+        whole = prompt + sum(answers)
+        start += [first] * whole
+        end += [first + whole] * prompt
+        for answer in answers:
+            end += [len(end) + answer] * answer
+    start, end = torch.tensor(start, dtype=torch.int32), torch.tensor(end, dtype=torch.int32)
+    inputs = qkv(len(start))
+    hold_to_truth(inputs, start, end, torch.float32, deterministic, window=None if seed % 2 else 37)
+
+
+@ONE_PASS_AND_SPLIT
+@pytest.mark.parametrize("window", [None, 30])
+def test_queries_that_continue_a_cache(window, deterministic):
+    """Queries at positions 71..110 against 111 keys: a prompt read in pieces."""
+    start, end = torch.zeros(40, dtype=torch.int32), torch.full((111,), 111, dtype=torch.int32)
+    hold_to_truth(qkv(40, 111), start, end, torch.float32, deterministic, q_offset=71, window=window)
+
+
+@ONE_PASS_AND_SPLIT
+@pytest.mark.parametrize("num_k", [30, 90], ids=["fewer keys", "more keys"])
+def test_other_numbers_of_keys(num_k, deterministic):
+    start, end = torch.zeros(60, dtype=torch.int32), torch.full((num_k,), 99, dtype=torch.int32)
+    hold_to_truth(qkv(60, num_k), start, end, torch.float32, deterministic)
+
+
+@ONE_PASS_AND_SPLIT
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_a_query_without_keys_gets_zeros(dtype, deterministic):
+    start = torch.tensor([0, 1, 9, 3] + [70] * 60, dtype=torch.int32)  # queries from 2 on start after themselves
+    end = torch.tensor([1, 4, 4, 0] + [64] * 60, dtype=torch.int32)  # key 3 ends before anybody
+    inputs = qkv(64)
+    hold_to_truth(inputs, start, end, dtype, deterministic, ONE_KEY)
+    out = flash_attention(*inputs, start, end, deterministic=deterministic)
+    assert torch.equal(out[2:], torch.zeros(62, 2, 16))
+    for gradient in torch.autograd.grad(out.sum(), inputs):
+        assert gradient.isfinite().all() and not gradient[4:].any()
+
+
+@ONE_PASS_AND_SPLIT
+def test_packed_equals_one_by_one(deterministic):
+    lengths = [40, 1, 33, 70]
+    inputs = qkv(sum(lengths))
+    options = dict(deterministic=deterministic, window=50)
+    packed = run_with_gradients(lambda *x: flash_attention(*x, *bounds_of(lengths), **options), inputs)
+
+    def one_by_one(q, k, v):
+        documents = zip(*(x.split(lengths) for x in (q, k, v)))
+        return torch.cat([flash_attention(*d, *bounds_of([len(d[0])]), **options) for d in documents])
+
+    alone = run_with_gradients(one_by_one, inputs)
+    for name, tensor in packed.items():
+        assert relative_error(tensor, alone[name]) < 1e-6, name  # fp32: a document's sums fall into other tiles
+
+
+@ONE_PASS_AND_SPLIT
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{}, dict(window=10, softcap=3.0)], ids=str)
+def test_neighbours_change_nothing_bitwise(options, dtype, deterministic):
+    lengths = [21, 45, 30]
+    start, end = bounds_of(lengths)
+    middle = slice(lengths[0], lengths[0] + lengths[1])
+    inputs = [x.detach().to(dtype).requires_grad_() for x in qkv(sum(lengths))]
+    others = [torch.randn_like(x).mul_(5).requires_grad_() for x in inputs]
+    for x, y in zip(others, inputs):
+        x.data[middle] = y.data[middle]
+    options = dict(options, deterministic=deterministic)
+    a, b = (run_with_gradients(lambda *x: flash_attention(*x, start, end, **options), x) for x in (inputs, others))
+    for name in a:
+        assert torch.equal(a[name][middle], b[name][middle]), name
+        assert not torch.equal(a[name], b[name])
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_repeats_bitwise_and_strides_change_nothing(window):
+    """q, k and v as views of one fused projection, and as tensors of their own."""
+    start, end = bounds_of([30, 50])
+    fused = torch.randn(80, 4, 64, requires_grad=True).split([2, 1, 1], dim=1)
+    own = [x.detach().contiguous().requires_grad_() for x in fused]
+    results = [
+        run_with_gradients(lambda *x: flash_attention(*x, start, end, deterministic=True, window=window), inputs)
+        for inputs in (fused, fused, own)
+    ]
+    assert all(torch.equal(results[0][name], other[name]) for other in results for name in other)
+
+
+def launches_of(call, monkeypatch) -> list[tuple[str, tuple]]:
+    """(kernel, grid) of every launch of a tile kernel in call()."""
+    launches, launch = [], module._launch
+
+    def spy(kernel, grid, config, arguments):
+        launches.append((kernel.fn.__name__, grid))
+        launch(kernel, grid, config, arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_launch", spy)
+        call()
+    return launches
+
+
+def test_grids_depend_on_the_number_of_tokens_alone(monkeypatch):
+    """So one CUDA graph serves every batch."""
+    inputs = qkv(90)
+
+    def step(lengths):
+        start, end = bounds_of(lengths)
+        return lambda: flash_attention(*inputs, start, end).sum().backward()
+
+    assert launches_of(step([90]), monkeypatch) == launches_of(step([1, 2, 3, 4, 80]), monkeypatch)
+
+
+def test_torch_chooses_the_kernels_that_repeat(monkeypatch):
+    inputs, bounds = qkv(20), bounds_of([20])
+
+    def names(**options):
+        launches = launches_of(lambda: flash_attention(*inputs, *bounds, **options).sum().backward(), monkeypatch)
+        return [name.removeprefix("_flash_attention_").removesuffix("_kernel") for name, _ in launches]
+
+    assert names() == ["fwd", "bwd_kv"]
+    assert names(deterministic=True) == ["fwd", "bwd_kv", "bwd_q"]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert names() == ["fwd", "bwd_kv", "bwd_q"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@ONE_PASS_AND_SPLIT
+def test_dropout_draws_the_same_in_every_kernel(deterministic):
+    """With v the identity the output is the matrix of the kept probabilities: it tells which were kept."""
+    T, rate = 60, 0.4
+    q, k, _ = qkv(T, heads=2, kv_heads=1, head_dim=64)
+    v = torch.eye(T, 64)[:, None].requires_grad_()
+    start, end = bounds_of([25, 35])
+    kept = []
+
+    def ours(q, k, v):
+        torch.manual_seed(3)
+        out = flash_attention(q, k, v, start, end, dropout=rate, deterministic=deterministic)
+        kept.append(out.detach()[:, :, :T].transpose(0, 1) != 0)
+        return out
+
+    def exact(q, k, v):
+        kept_and_v = torch.eye(T, 64, dtype=q.dtype)[:, None]
+        p = flash_attention_ref(q, k, kept_and_v, start, end)[:, :, :T].transpose(0, 1)
+        return torch.einsum("hqk,kd->qhd", p * kept[0] / (1 - rate), v[:, 0])
+
+    result = run_with_gradients(ours, [q, k, v])
+    truth = run_with_gradients(exact, [x.detach().double().requires_grad_() for x in (q, k, v)])
+    for name, tensor in result.items():
+        assert relative_error(tensor, truth[name]) < 1e-6, name  # fp32 against fp64
+    visible = flash_attention_ref(q, k, v, start, end)[:, :, :T].transpose(0, 1) != 0
+    share = kept[0].sum() / visible.sum()  # of some 1,900 draws: a standard deviation is 0.011
+    assert abs(share - (1 - rate)) < 0.05 and not torch.equal(kept[0][0], kept[0][1])
+
+
+def test_varlen_is_the_same_op():
+    lengths = [30, 1, 50]
+    inputs, cu_seqlens = qkv(sum(lengths)), torch.tensor([0, 30, 31, 81])
+    expected = flash_attention(*inputs, *bounds_of(lengths), window=40)
+    assert torch.equal(flash_attention_varlen(*inputs, cu_seqlens, 50, window=40), expected)
+
+
+@pytest.mark.parametrize(
+    "head_dim, scale, words", [(8, 1.0, "head dim 8"), (100, 1.0, "head dim 100"), (16, -1.0, "scale -1")]
+)
+def test_what_the_kernels_do_not_serve(head_dim, scale, words):
+    inputs, bounds = qkv(5, head_dim=head_dim), bounds_of([5])
+    with pytest.raises(ValueError, match=words):
+        flash_attention(*inputs, *bounds, scale=scale)
+    with use_backend("torch"):
+        assert flash_attention(*inputs, *bounds, scale=scale).isfinite().all()
+
+
+def test_the_size_of_the_tiles_follows_the_documents(monkeypatch):
+    monkeypatch.setattr(common, "INTERPRET", False)
+    monkeypatch.setattr(common, "compile_for", 90)
+    table, q = module.CONFIGS["_flash_attention_fwd_kernel"], torch.zeros(1, 1, 64, dtype=torch.bfloat16)
+    small, large = table[90][64]["small"], table[90][64]["large"]
+    assert module._config(table, q, True) == small and module._config(table, q, False) == large
+    monkeypatch.setattr(common, "compile_for", 120)
+    assert module._config(table, q, True) == table[86][64]
+    one_pass = module.CONFIGS["_flash_attention_bwd_kv_kernel"]["one pass"]
+    assert module._config(one_pass, q, True) is None  # a card without reduce-add into global memory by TMA
+    assert module._config(table, q.float(), True) == table["fp32"]
