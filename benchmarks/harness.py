@@ -41,12 +41,17 @@ def time_interleaved(
                 seconds[name].append(time.perf_counter() - started)
     rows = []
     for name, times in seconds.items():
-        q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive") if repeats > 1 else times * 3
+        q1, median, q3 = quartiles(times)
         row = {"name": name, "seconds": median, "q1": q1, "q3": q3}
         if baseline is not None:
             row["speedup"] = statistics.median(b / t for b, t in zip(seconds[baseline], times))
         rows.append(row)
     return rows
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """(first quartile, median, third quartile)."""
+    return tuple(statistics.quantiles(values, n=4, method="inclusive")) if len(values) > 1 else tuple(values) * 3
 
 
 def in_fresh_process(target: str, **arguments) -> dict:
@@ -102,8 +107,16 @@ def stamp() -> dict:
 
 
 def _commit() -> str:
+    """Of the checkout; where it came without its history, MINISFT_COMMIT may say it."""
+    if os.environ.get("MINISFT_COMMIT"):
+        return os.environ["MINISFT_COMMIT"]
+
     def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        except FileNotFoundError:  # no git on this machine
+            return ""
+        return done.stdout.strip()
 
     commit = git("rev-parse", "--short=12", "--verify", "--quiet", "HEAD")
     # The results that this very run writes do not make the code another one.
@@ -125,21 +138,27 @@ def _version(name: str) -> str:
         return ""
 
 
-def write_csv(name: str, rows: list[dict]) -> Path:
-    """Append the rows, stamped, to benchmarks/results/<name>.csv. Columns keep their order; new ones go to the end."""
-    path = RESULTS / f"{name}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    old = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            old = list(csv.DictReader(file))
+def read_csv(path: Path) -> list[dict]:
+    """The rows, as text; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(name: str, rows: list[dict], folder: Path = RESULTS) -> Path:
+    """Append the rows, stamped, to <name>.csv in the folder. Columns keep their order; new ones go to the end."""
+    path = folder / f"{name}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
     where = stamp()
-    everything = old + [{**row, **where} for row in rows]
+    everything = read_csv(path) + [{**row, **where} for row in rows]
     columns = list(dict.fromkeys(column for row in everything for column in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: _text(v) for k, v in row.items()} for row in everything)
+    unfinished.replace(path)  # whoever is killed meanwhile leaves the rows of before
     return path
 
 

@@ -1,0 +1,62 @@
+"""How near is RMSNorm, alone and with the residual addition, to the speed of memory?
+
+    python -m benchmarks.bench_rms_norm [--device cpu|cuda] [--quick] [--out DIR]
+
+At least it must read x and write y; backward, read x and dy and write dx. With the residual added: read two and write two
+each way.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.compare import Case, main, normal, ours
+from minisft.kernels.rms_norm import add_rms_norm, rms_norm
+
+EPS = 1e-5
+
+
+def bytes_moved(T: int, D: int, itemsize: int, residual: bool) -> dict:
+    forward, backward = (4, 4) if residual else (2, 3)
+    return {"forward": (forward * T * D * itemsize, 0), "backward": (backward * T * D * itemsize, 0)}
+
+
+def liger():
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    return lambda x, w: LigerRMSNormFunction.apply(x, w, EPS)
+
+
+def liger_add():
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+    return lambda x, residual, w: LigerFusedAddRMSNormFunction.apply(x, residual, w, EPS)
+
+
+def torch_nn():
+    return lambda x, w: F.rms_norm(x, w.shape, w, EPS)
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    gpu, bf16, fp32 = device == "cuda", torch.bfloat16, torch.float32
+    sizes = [(16384, 4096, bf16), (16384, 2048, bf16)] if gpu else [(4096, 2048, bf16), (4096, 2048, fp32)]
+    found = []
+    for T, D, dtype in [(64, 256, dtype) for *_, dtype in sizes] if quick else sizes:
+        name = f"{T} x {D} {'bf16' if dtype == bf16 else 'fp32'}"
+
+        def alone(T=T, D=D, dtype=dtype):
+            return [normal(T, D, dtype=dtype), normal(D, dtype=dtype)]
+
+        def added(T=T, D=D, dtype=dtype):
+            return [normal(T, D, dtype=dtype), normal(T, D, dtype=dtype), normal(D, dtype=dtype)]
+
+        contenders = ours(device, lambda x, w: rms_norm(x, w, EPS))
+        contenders |= {"F.rms_norm": torch_nn, "liger": liger} if gpu else {}
+        found.append(Case("rms_norm", name, alone, contenders, bytes_moved(T, D, dtype.itemsize, False)))
+        contenders = ours(device, lambda x, residual, w: add_rms_norm(x, residual, w, EPS))
+        contenders |= {"liger": liger_add} if gpu else {}
+        found.append(Case("add_rms_norm", name, added, contenders, bytes_moved(T, D, dtype.itemsize, True)))
+    return found
+
+
+if __name__ == "__main__":
+    main(__doc__, cases)

@@ -1,0 +1,310 @@
+"""Writes the README's benchmark tables and charts from benchmarks/results/*.csv; nothing else writes them.
+
+    python -m benchmarks.report                             the tables between the README's markers, and the charts
+    python -m benchmarks.report --suite gpu --out DIR       first measure on this GPU, as suite.py says; CSVs and tables in DIR
+
+A table takes the newest row of each thing that was measured. What has no CSV is "not yet measured".
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.harness import RESULTS, ROOT, read_csv
+from benchmarks.suite import suite
+
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+VARLEN = "times torch varlen"
+
+# What the kernels are to reach on one H200 in bf16, in order of weight: the beginning of "op case" -> (pass, column, at
+# least or at most, value); `beside` is what else is known of such hardware.
+TARGETS = {
+    "linear_cross_entropy 4096 x 4096 x 128256": [
+        ("both", "ms", "<=", 18, "floor 16.4; best peer 17.3; Liger 141"),
+        ("both", "beside_gb", "<=", 1.3, "memory beside the gradients and one fp32 gradient of the weight"),
+    ],
+    "flash_attention packed": [("both", VARLEN, ">=", 1.3, "FA3 causal backward: 182 TFLOP/s at 1k, 316 at 2k")],
+    "flash_attention one document, head dim 128": [
+        ("forward", "tflops", ">=", 450, "FA3 648"),
+        ("backward", "tflops", ">=", 380, "FA3 561"),
+    ],
+    "flash_attention one document, head dim 64": [
+        ("forward", "tflops", ">=", 400, "FA3 497"),
+        ("backward", "tflops", ">=", 330, "FA3 474"),
+    ],
+    **{
+        op: [("forward", "percent", ">=", 90, "of the copy"), ("backward", "percent", ">=", 90, beside)]
+        for op, beside in [
+            ("rms_norm", "of the copy"),
+            ("rope", "of the copy"),
+            ("swiglu", "of the copy; Liger 58"),
+            ("cross_entropy", "of the copy"),
+        ]
+    },
+    "dequantize_nf4": [("forward", "percent", ">=", 90, "of the copy")],
+    "quantize_nf4": [("forward", "percent", ">=", 90, "of the copy")],
+}
+UNITS = {"ms": "ms", "beside_gb": "GB", "tflops": "TFLOP/s", "percent": "%", VARLEN: "x torch varlen"}
+
+
+def newest(rows: list[dict], *key: str) -> list[dict]:
+    """The last row with each key, in the order in which the keys came first."""
+    return list({tuple(row.get(column, "") for column in key): row for row in rows}.values())
+
+
+def number(value: float) -> str:
+    """1234.5 -> 1,234; 12.34 -> 12.3; 0.1234 -> 0.123."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+def source(rows: list[dict]) -> str:
+    """Where the rows were measured; if in several places, the newest."""
+    row = max(rows, key=lambda row: row["date"])
+    machine = row["gpu"] or f"{row['cores']} cores of {row['cpu']}"
+    triton = f", Triton {row['triton']}" if row["gpu"] else ""
+    return f"{row['date'][:10]}, {machine}, PyTorch {row['torch']}{triton}, commit {row['commit']}"
+
+
+def section(title: str, command: str, results: Path, name: str, make: Callable[[list[dict]], str]) -> str:
+    """The heading, where its numbers are from, and the table that `make` builds of the CSV's rows."""
+    rows = read_csv(results / f"{name}.csv")
+    if not rows:
+        return f"**{title}** (`python -m {command}`): not yet measured."
+    return f"**{title}** (`python -m {command}`; {source(rows)})\n\n{make(rows)}"
+
+
+def step_table(rows: list[dict]) -> str:
+    rows = newest(rows, "engine", "trained")
+    lines = []
+    for mine in [row for row in rows if row["engine"] == "minisft"]:
+        peer = next((r for r in rows if r["engine"] != "minisft" and r["trained"] == mine["trained"]), None)
+        ours = float(mine["tokens_per_second"])
+        line = [mine["trained"], f"{ours:,.0f} tokens/s", "-", "-", f"{float(mine['peak_gb']):.2f} GB"]
+        if peer:
+            theirs = float(peer["tokens_per_second"])
+            line[2:] = [
+                f"{theirs:,.0f} tokens/s",
+                f"{ours / theirs:.1f} x",
+                line[4][:-3] + f" / {float(peer['peak_gb']):.2f} GB",
+            ]
+        lines.append(line)
+    return table(["trained", "minisft", "TRL", "speed", "memory minisft / TRL"], lines)
+
+
+def packing_table(rows: list[dict]) -> str:
+    lines = []
+    for row in newest(rows, "case", "strategy"):
+        seconds = [f"{number(1e3 * float(row[column]))} ms" for column in ("plan_s", "deal_s")]
+        above = int(row["packs"]) - int(row["bound"])
+        lines.append([row["case"].replace("_", " "), row["strategy"], f"{int(row['documents']):,}", *seconds])
+        lines[-1] += [f"{float(row['fill_percent']):.2f} %", f"{above:,}", f"{float(row['extra_mb']):.0f} MB"]
+    return table(
+        ["lengths", "strategy", "documents", "plan", "deal an epoch", "full", "packs above bound", "memory"], lines
+    )
+
+
+def tokenize_table(rows: list[dict]) -> str:
+    lines = []
+    for row in newest(rows, "name", "data"):
+        lines.append(
+            [
+                row["name"],
+                f"{float(row['rows_per_s']):,.0f}",
+                f"{float(row['tokens_per_s']):,.0f}",
+                f"{float(row['speedup']):.2f}",
+            ]
+        )
+    return table(["", "rows/s", "tokens/s", "of encode_batch alone"], lines)
+
+
+def validate_table(rows: list[dict]) -> str:
+    lines = []
+    for row in newest(rows, "shape"):
+        lines.append(
+            [row["shape"].replace("_", " and "), f"{int(row['rows']):,}", f"{float(row['bytes_per_row']):.0f}"]
+        )
+        lines[-1] += [f"{float(row['seconds']):.1f} s", f"{float(row['peak_mb']):.0f} MB"]
+    return table(["rows", "number", "bytes a row", "time", "memory"], lines)
+
+
+def by_case(rows: list[dict]) -> dict[tuple[str, str], dict]:
+    """{(op, case): {contender: {pass: row}}} of the newest rows; a failure stands under the pass ""."""
+    found: dict = {}
+    for row in newest(rows, "op", "case", "contender", "pass"):
+        found.setdefault((row["op"], row["case"]), {}).setdefault(row["contender"], {})[row["pass"]] = row
+    return found
+
+
+def whole(by_pass: dict) -> dict:
+    """The row of forward and backward together, or of the forward where there is no backward; {} after a failure."""
+    return by_pass.get("both") or by_pass.get("forward") or {}
+
+
+def cpu_table(rows: list[dict]) -> str:
+    lines = []
+    for (op, case), contenders in by_case(rows).items():
+        ours, eager = (whole(contenders.get(name, {})) for name in ("torch", "eager"))
+        if not ours or not eager:
+            continue
+        memory = [f"{float(row['extra_mb']):.0f}" if row.get("extra_mb") else "?" for row in (ours, eager)]
+        times = [number(float(row["ms"])) for row in (ours, eager)]
+        lines.append(
+            [op, case, f"{' / '.join(times)} ms", f"{float(ours['speedup']):.2f} x", f"{' / '.join(memory)} MB"]
+        )
+    return table(["op, forward and backward", "size", "ours / naive", "speed", "memory ours / naive"], lines)
+
+
+def judged(rows: list[dict]) -> list[dict]:
+    """Every target with what was measured: dict(op, case, pass, column, value, relation, target, met, beside)."""
+    cases, found = by_case(rows), []
+    for prefix, targets in TARGETS.items():
+        matching = [key for key in cases if " ".join(key).startswith(prefix) and key[0] == prefix.split()[0]]
+        for at, column, relation, target, beside in targets:
+            for op, case in matching or [(prefix.partition(" ")[0], prefix.partition(" ")[2])]:
+                value = _measured(cases.get((op, case), {}), at, column)
+                met = None if value is None else (value <= target if relation == "<=" else value >= target)
+                row = dict(op=op, case=case, column=column, value=value, relation=relation, target=target, met=met)
+                found.append({**row, "pass": at, "beside": beside})
+    return found
+
+
+def _measured(contenders: dict, at: str, column: str) -> float | None:
+    row = contenders.get("triton", {}).get(at, {})
+    if column == VARLEN:
+        theirs = contenders.get("torch varlen", {}).get(at, {})
+        return float(theirs["ms"]) / float(row["ms"]) if row and theirs else None
+    return float(row[column]) if row.get(column) else None
+
+
+def target_table(rows: list[dict]) -> str:
+    lines = []
+    for row in judged(rows):
+        unit = UNITS[row["column"]]
+        value = "not yet measured" if row["value"] is None else f"{number(row['value'])} {unit}"
+        met = {None: "", True: "yes", False: "**no**"}[row["met"]]
+        at = {"both": "forward + backward"}.get(row["pass"], row["pass"])
+        sign = {"<=": "at most", ">=": "at least"}[row["relation"]]
+        lines.append([row["op"], row["case"], at, value, f"{sign} {number(row['target'])} {unit}", met, row["beside"]])
+    return table(["op", "size", "pass", "measured", "target", "met", "beside"], lines)
+
+
+def gpu_table(rows: list[dict]) -> str:
+    lines = []
+    for (op, case), contenders in by_case(rows).items():
+        first = next(iter(contenders))
+        name = "triton" if "triton" in contenders else first
+        ours, total = contenders[name], whole(contenders[name])
+        times = " + ".join(number(float(ours[at]["ms"])) for at in ("forward", "backward") if at in ours) or "failed"
+        percent = " / ".join(f"{float(ours[at]['percent']):.0f} %" for at in ours if ours[at].get("percent"))
+        others = []
+        for other, by_pass in contenders.items():
+            row = whole(by_pass)
+            if other == name:
+                continue
+            ratio = f" ({float(row['ms']) / float(total['ms']):.2f} x)" if row and total else ""
+            others.append(f"{other} {number(float(row['ms']))}{ratio}" if row else f"{other} failed")
+        memory = f"{float(total['extra_mb']):,.0f}" if total.get("extra_mb") else ""
+        lines.append([op, case, times, percent, memory, ", ".join(others)])
+    head = [
+        "op",
+        "size",
+        "ours, ms: forward + backward",
+        "of the ceiling, by pass",
+        "memory, MB",
+        "others, ms in all (times ours)",
+    ]
+    return table(head, lines)
+
+
+def block(results: Path = RESULTS) -> str:
+    """What stands between the README's markers."""
+    gpu, suite = read_csv(results / "kernels_cuda.csv"), "benchmarks.report --suite gpu --out DIR"
+    targets = "**The kernels on a GPU against their targets**" + (f" ({source(gpu)})" if gpu else "")
+    parts = [
+        section("A whole optimizer step", "benchmarks.train_step", results, "train_step", step_table),
+        section("Packing", "benchmarks.bench_packing", results, "packing", packing_table),
+        section("From the file to the token cache", "benchmarks.bench_tokenize", results, "tokenize", tokenize_table),
+        section("Validation", "benchmarks.bench_validate", results, "validate", validate_table),
+        section("The kernels' torch paths on a CPU", "benchmarks.bench_<op>", results, "kernels_cpu", cpu_table),
+        f"{targets}\n\n{target_table(gpu)}",
+        section("The kernels on a GPU beside others", suite, results, "kernels_cuda", gpu_table),
+    ]
+    parts += [f"![{path.stem}](benchmarks/results/{path.name})" for path in sorted(results.glob("kernels_*.png"))]
+    return "\n\n".join(parts)
+
+
+def write_block(readme: Path, text: str) -> None:
+    """Raises ValueError where the README does not have the two markers, once and in order."""
+    old = readme.read_text(encoding="utf-8")
+    before, begin, rest = old.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise ValueError(f"{readme}: expected the lines {BEGIN} and {END}, once each and in this order")
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def charts(results: Path, folder: Path) -> list[Path]:
+    """A PNG of bars for each CSV of kernels: the time of every contender on the first case of each op."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print("no charts: matplotlib is not installed (pip install -e '.[bench]')")
+        return []
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    written = []
+    for path in sorted(results.glob("kernels_*.csv")):
+        cases = by_case(read_csv(path))
+        first = {op: case for op, case in reversed(cases)}
+        keys = [key for key in cases if first[key[0]] == key[1]]
+        figure, axes = pyplot.subplots(-(-len(keys) // 3), 3, figsize=(15, 2.4 * -(-len(keys) // 3)), squeeze=False)
+        for axis in axes.flat[len(keys) :]:
+            axis.set_axis_off()
+        for axis, key in zip(axes.flat, keys):
+            bars = {name: float(whole(by_pass)["ms"]) for name, by_pass in cases[key].items() if whole(by_pass)}
+            names = list(bars)[::-1]
+            colors = ["tab:blue" if name.startswith("triton") else "tab:gray" for name in names]
+            axis.bar_label(axis.barh(names, [bars[name] for name in names], color=colors), fmt="%.3g", padding=2)
+            axis.set_title(f"{key[0]}\n{key[1]}", fontsize=8)
+            axis.set_xlabel("ms", fontsize=8)
+            axis.margins(x=0.15)
+        figure.tight_layout()
+        written.append(folder / f"{path.stem}.png")
+        figure.savefig(written[-1], dpi=100, metadata={"Software": None})
+        pyplot.close(figure)
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=["gpu"], help="measure first, on this machine's GPU")
+    parser.add_argument("--out", type=Path, help="with --suite: where the CSV, the logs and the tables go")
+    parser.add_argument("--commit", help="with --suite: stamp the rows with it, where the checkout has no history")
+    arguments = parser.parse_args()
+    if not arguments.suite:
+        charts(RESULTS, RESULTS)
+        write_block(ROOT / "README.md", block(RESULTS))
+        print(f"written: {ROOT / 'README.md'}")
+        return
+    if arguments.out is None:
+        parser.error("--suite needs --out")
+    if arguments.commit:
+        os.environ["MINISFT_COMMIT"] = arguments.commit
+    good = suite(arguments.out)
+    rows = read_csv(arguments.out / "kernels_cuda.csv")
+    text = "\n\n".join([target_table(rows), gpu_table(rows)])
+    (arguments.out / "report.md").write_text(text + "\n", encoding="utf-8")
+    print(f"{text}\n\n{sum(row['met'] is True for row in judged(rows))} of {len(judged(rows))} targets met")
+    charts(arguments.out, arguments.out)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""The benchmarks' own arithmetic: clocks, formulas of bytes and FLOPs, tables from CSVs, markers; and that each case runs."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import report, suite
+from benchmarks.compare import Case, CpuClock, backend, difference, first_calls, lapses, rates, rows_of, time_rounds
+from benchmarks.harness import quartiles, read_csv, write_csv
+from minisft.kernels.rms_norm import rms_norm
+
+PEAKS = {"copy": 4e12, "matmul": 8e14}
+OPS = [
+    "rms_norm",
+    "layer_norm",
+    "rope",
+    "glu",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "flash_attention",
+    "quantize",
+    "adamw",
+]
+
+
+class FakeClock(CpuClock):
+    """Every look at it costs a second."""
+
+    time = 0.0
+
+    def now(self):
+        self.time += 1.0
+        return self.time
+
+
+def norm_case(**contenders):
+    inputs = [torch.randn(4, 8, requires_grad=True), torch.ones(8, requires_grad=True)]
+    ours = {name: backend(name, lambda x, w: rms_norm(x, w, 1e-5)) for name in ("torch", "reference")}
+    costs = {"forward": (4e12, 0), "backward": (2e12, 8e14)}
+    return Case(
+        "rms_norm",
+        "4 x 8 fp32",
+        lambda: inputs,
+        {"torch": ours["torch"], "eager": ours["reference"]} | contenders,
+        costs,
+    )
+
+
+def broken():
+    def run(*inputs):
+        raise RuntimeError("out of luck\nand more")
+
+    return run
+
+
+def absent():
+    import not_installed_anywhere  # noqa: F401
+
+
+def wrong():
+    return lambda x, w: x * w
+
+
+def measured(case):
+    clock, inputs = FakeClock(), case.inputs()
+    runs, errors, differs = first_calls(case, inputs, clock)
+    times = time_rounds(runs, case, inputs, clock, seconds=0)
+    return rows_of(case, times, dict.fromkeys(runs, 1.0), errors, differs, PEAKS)
+
+
+def test_a_case_becomes_rows():
+    rows = measured(norm_case())
+    assert [(row["contender"], row["pass"]) for row in rows] == [
+        (name, label) for name in ("torch", "eager") for label in ("forward", "backward", "both")
+    ]
+    for row in rows:
+        assert row["ms"] == (2000 if row["pass"] == "both" else 1000) and row["rounds"] == 5 and row["speedup"] == 1
+        # 1 s at 4 TB/s; the backward is bound by its FLOPs; in all 1.5 s of bytes against 1 s of FLOPs in 2 s.
+        assert row["percent"] == pytest.approx({"forward": 100, "backward": 100, "both": 75}[row["pass"]])
+        assert row["differs"] < 1e-6 and ("extra_mb" in row) == (row["pass"] == "both")
+    assert not lapses(rows)
+    assert lapses([{**row, "speedup_q3": 0.9} if row["contender"] == "torch" else row for row in rows])
+
+
+def test_a_contender_that_fails_or_is_absent_or_wrong_does_not_end_the_others(capsys):
+    rows = measured(norm_case(broken=broken, absent=absent, wrong=wrong))
+    errors = [row for row in rows if "error" in row]
+    assert [(row["contender"], row["error"]) for row in errors] == [("broken", "RuntimeError: out of luck")]
+    assert "absent is left out" in capsys.readouterr().out
+    assert min(row["differs"] for row in rows if row["contender"] == "wrong") > 0.1
+    runs, errors, _ = first_calls(norm_case(), norm_case().inputs(), CpuClock(), without=["torch"])
+    assert list(runs) == ["eager"] and list(errors) == ["torch"]
+
+
+def test_what_a_contender_does_to_its_inputs_is_not_seen():
+    case = norm_case(greedy=lambda: lambda x, w: x.detach().zero_() * 0 + x * w)
+    before = case.inputs()[0].detach().clone()
+    measured(case)
+    assert torch.equal(case.inputs()[0].detach(), before)
+
+
+def test_differences():
+    a, b = [torch.tensor([3.0, 4.0])], [torch.tensor([3.0, 4.5])]
+    assert difference(a, a) == 0 and difference(b, a) == pytest.approx(0.1)
+    assert difference([torch.tensor([float("nan"), 0.0])], a) == difference([], a) == float("inf")
+
+
+def test_rates_and_quartiles():
+    assert rates((0, 0), 1.0, PEAKS) == {}
+    assert rates((2e12, 0), 1.0, PEAKS) == {"percent": 50, "gb": 2000, "gb_s": 2000}
+    assert rates((0, 2e14), 0.5, PEAKS) == {"percent": 50, "tflop": 200, "tflops": 400}
+    assert quartiles([1.0]) == (1, 1, 1) and quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2, 3, 4)
+
+
+def test_bytes_and_flops():
+    """Of numbers that reference/kernels.md gives for an H200 at 4.3 TB/s and 788 TFLOP/s, in ms."""
+    ms = {"copy": 4.3e9, "matmul": 7.88e11}
+
+    def of(op, *arguments):
+        module = importlib.import_module(f"benchmarks.bench_{op}")
+        function = next(getattr(module, name) for name in ("bytes_moved", "cost", "flops") if hasattr(module, name))
+        return {at: max(b / ms["copy"], f / ms["matmul"]) for at, (b, f) in function(*arguments).items()}
+
+    assert of("rms_norm", 16384, 2048, 2, False) == pytest.approx({"forward": 0.031, "backward": 0.047}, rel=0.02)
+    assert of("rms_norm", 16384, 2048, 2, True) == pytest.approx({"forward": 0.062, "backward": 0.062}, rel=0.02)
+    assert of("glu", 16384, 8192, 2) == pytest.approx({"forward": 0.187, "backward": 0.312}, rel=0.01)
+    assert of("rope", 16384, 40, 64, 2, False) == pytest.approx({"forward": 0.039, "backward": 0.039}, rel=0.01)
+    assert of("linear_cross_entropy", 4096, 4096, 128256) == pytest.approx({"both": 16.4}, rel=0.01)
+    assert of("cross_entropy", 16384, 128256, 2) == pytest.approx({"forward": 0.98, "backward": 1.95}, rel=0.01)
+    # Llama-3.2-1B, 16 layers, one document of 16,384 tokens: 22.3 and 55.8 ms
+    assert of("flash_attention", [16384], 32, 64) == pytest.approx(
+        {"forward": 22.3 / 16, "backward": 55.8 / 16}, rel=0.01
+    )
+    assert of("adamw", 10**9, 4, 32) == pytest.approx({"forward": 28 / 4.3})
+    assert of("adamw", 10**9, 2, 8) == pytest.approx({"forward": 10 / 4.3}, rel=0.01)
+    assert of("quantize", 10**9, 2, 4) == pytest.approx({"forward": 2.516e9 / 4.3e9}, rel=0.001)
+
+
+def test_documents_have_the_length_that_was_asked_for():
+    from benchmarks.bench_flash_attention import document_lengths
+
+    for mean in (300, 1024, 2048):
+        lengths = document_lengths(16384, mean)
+        assert sum(lengths) == 16384 and min(lengths) > 0 and 16384 / len(lengths) == pytest.approx(mean, rel=0.05)
+    assert document_lengths(100, 100) == [100]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("op", OPS)
+def test_every_case_runs(op, device):
+    """The cases for a GPU too, with their tensors on the CPU: only what needs a GPU or another package may fail."""
+    for case in importlib.import_module(f"benchmarks.bench_{op}").cases(device, True):
+        plain = {name: make for name, make in case.contenders.items() if name in ("torch", "eager")}
+        if device == "cuda":  # peers that need no GPU
+            plain |= {name: make for name, make in case.contenders.items() if name.startswith("F.")}
+        case = Case(case.op, case.name, case.inputs, plain, case.costs, case.returned_bytes)
+        runs, errors, differs = first_calls(case, case.inputs(), CpuClock())
+        assert runs.keys() == plain.keys() and not errors
+        assert all(value < 0.02 for value in differs.values()), differs  # bf16 through a sum or two
+
+
+# ---- the report ----------------------------------------------------------------------------------------------------
+
+LOSS, ATTENTION = "4096 x 4096 x 128256 bf16", "packed, head dim 128, mean length 300, 16384 tokens, 32 + 8 heads, bf16"
+
+
+def gpu_rows():
+    def row(op, case, contender, at, ms, **more):
+        return {"op": op, "case": case, "contender": contender, "pass": at, "ms": ms, **more}
+
+    return [
+        row("linear_cross_entropy", LOSS, "triton", "both", 17.5, beside_gb=1.4, extra_mb=5000.0, percent=93.0),
+        row("linear_cross_entropy", LOSS, "liger", "both", 141.0, extra_mb=3000.0),
+        row("flash_attention", ATTENTION, "triton", "both", 2.0),
+        row("flash_attention", ATTENTION, "torch varlen", "both", 3.0),
+        row("rms_norm", "16384 x 4096 bf16", "triton", "forward", 0.07, percent=89.9),
+        row("add_rms_norm", "16384 x 4096 bf16", "triton", "forward", 0.07, percent=50.0),
+        {"op": "rope", "case": "small", "contender": "triton", "error": "RuntimeError: no"},
+    ]
+
+
+def test_targets_are_judged(tmp_path):
+    write_csv("kernels_cuda", gpu_rows(), tmp_path)
+    rows = read_csv(tmp_path / "kernels_cuda.csv")
+    found = {(row["op"], row["pass"], row["column"]): row for row in report.judged(rows)}
+    assert found["linear_cross_entropy", "both", "ms"]["met"] is True
+    assert found["linear_cross_entropy", "both", "beside_gb"]["met"] is False
+    assert found["flash_attention", "both", report.VARLEN]["value"] == 1.5
+    assert found["rms_norm", "forward", "percent"]["met"] is False
+    assert (
+        found["rms_norm", "backward", "percent"]["met"] is None and found["rope", "forward", "percent"]["met"] is None
+    )
+    text = report.target_table(rows)
+    assert f"| linear_cross_entropy | {LOSS} | forward + backward | 17.5 ms | at most 18 ms | yes |" in text
+    assert "| 89.9 % | at least 90 % | **no** |" in text
+    assert "liger 141 (8.06 x)" in report.gpu_table(rows) and "| rope | small | failed |" in report.gpu_table(rows)
+
+
+def test_the_newest_row_counts_and_columns_may_be_added(tmp_path):
+    for ms in (2.0, 1.0):
+        write_csv(
+            "kernels_cpu",
+            [
+                {"op": "a", "case": "b", "contender": n, "pass": "both", "ms": ms, "speedup": 1.0}
+                for n in ("torch", "eager")
+            ],
+            tmp_path,
+        )
+    write_csv("kernels_cpu", [{"op": "c", "case": "d", "contender": "torch", "error": "no"}], tmp_path)
+    rows = read_csv(tmp_path / "kernels_cpu.csv")
+    assert len(rows) == 5 and rows[0]["error"] == "" and rows[0]["commit"] and not list(tmp_path.glob("*.tmp"))
+    assert report.cpu_table(rows).splitlines()[2:] == ["| a | b | 1 / 1 ms | 1.00 x | ? / ? MB |"]
+
+
+def test_what_was_not_measured_is_said_to_be_so(tmp_path):
+    text = report.block(tmp_path)
+    assert text.count("not yet measured") == 6 + sum(len(targets) for targets in report.TARGETS.values())
+
+
+def test_the_block_stands_between_its_markers(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        report.write_block(readme, "new")
+        assert readme.read_text() == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    for bad in ("no markers", f"{report.END}\n{report.BEGIN}", f"{report.BEGIN}\n{report.BEGIN}\n{report.END}"):
+        readme.write_text(bad)
+        with pytest.raises(ValueError, match="once each"):
+            report.write_block(readme, "new")
+        assert readme.read_text() == bad
+
+
+def test_the_readme_says_what_the_csvs_say():
+    """`python -m benchmarks.report` writes the tables; by hand they would grow old."""
+    text = (Path(report.ROOT) / "README.md").read_text(encoding="utf-8")
+    if report.BEGIN not in text:
+        pytest.skip("README.md has no block of benchmarks")
+    assert text.partition(report.BEGIN)[2].partition(report.END)[0].strip() == report.block()
+
+
+# ---- the suite -----------------------------------------------------------------------------------------------------
+
+
+def test_who_died_is_left_out_the_next_time():
+    assert suite._died_of("", 2) == (2, "")
+    assert suite._died_of("# 0 triton\n# 0 torch\n# 0 all\n# 1 triton\nsegfault", 0) == (1, "triton")
+    assert suite._died_of("# 0 triton\n# 0 all\nhang", 0) == (0, "")
+
+
+def test_a_process_that_hangs_is_ended_with_what_it_printed():
+    import sys
+    import time
+
+    code, text = suite._Process([sys.executable, "-c", "print('# 0 triton'); import time; time.sleep(60)"]).end(
+        time.monotonic() + 0.5
+    )
+    assert code == -1 and text == "# 0 triton\n"
