@@ -28,7 +28,7 @@ setup(
         "trackio": ["trackio"],
         "mlflow": ["mlflow"],
         "test": ["pytest", "hypothesis", "ruff", "transformers", "peft", "pyarrow"],
-        "bench": ["transformers", "trl", "datasets"],
+        "bench": ["transformers", "trl", "datasets", "matplotlib"],
     },
     entry_points={"console_scripts": ["minisft = minisft.__main__:main"]},
 )

@@ -296,13 +296,15 @@ def rows_of(case: Case, times: dict, extra: dict, errors: dict, differs: dict, p
 def lapses(rows: list[dict]) -> list[str]:
     """Where the torch path is slower than the reference, or takes more memory.
 
-    Slower: in three of four rounds, by the third quartile of the ratios. More memory: beyond the noise of the measurement.
+    Slower: in three of four rounds, by the third quartile of the ratios, in the forward or in both passes together; the
+    backward alone may compute what the forward did not save. More memory: beyond the noise of the measurement.
     """
     eager = {(row["op"], row["case"], row.get("pass")): row for row in rows if row["contender"] == "eager"}
     found = []
     for row in rows:
         other = eager.get((row["op"], row["case"], row.get("pass")))
-        if row["contender"] != "torch" or other is None or "percent" not in row:  # no cost: says nothing by itself
+        costless = "percent" not in row  # says nothing by itself, as where gradients are made in the forward
+        if row["contender"] != "torch" or other is None or costless or row["pass"] == "backward":
             continue
         where = f"{row['op']} {row['case']} {row['pass']}"
         if float(row["speedup_q3"]) < 1:

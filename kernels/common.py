@@ -93,6 +93,11 @@ class use_backend:
         _backend = self.previous
 
 
+def chosen_backend() -> str:
+    """One of BACKENDS, as `use_backend` set it."""
+    return _backend
+
+
 def backend_for(op: str, x: Tensor, cannot: str = "") -> str:
     """The implementation that `op` runs on a tensor like `x`: "triton", "torch" or "reference".
 

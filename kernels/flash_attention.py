@@ -54,6 +54,7 @@ from minisft.kernels.common import (
     arch_of,
     backend_for,
     cdiv,
+    chosen_backend,
     next_power_of_2,
     smallest_fit,
 )
@@ -306,9 +307,8 @@ class _FlashAttentionTriton(torch.autograd.Function):
         return dq, dk, dv, *[None] * 9
 
 
-def _cannot(q: Tensor, scale: float) -> str:
-    """Why the kernels do not serve these arguments; empty if they do."""
-    head_dim = q.shape[-1]
+def unsupported(head_dim: int, scale: float = 1.0) -> str:
+    """Why the Triton kernels do not serve these arguments; empty if they do."""
     left, right = _parts(head_dim)
     if not 16 <= head_dim <= 256 or (right and (right < 16 or right & (right - 1))):
         return f"head dim {head_dim}"
@@ -360,7 +360,7 @@ def flash_attention(
         raise ValueError(f"flash_attention: q_offset {q_offset} must be >= 0 and dropout {dropout} in [0, 1)")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
-        backend = backend_for("flash_attention", q, _cannot(q, scale))
+        backend = backend_for("flash_attention", q, unsupported(q.shape[-1], scale))
         if backend == "reference":
             options = dict(q_offset=q_offset, scale=scale, window=window, softcap=softcap, dropout=dropout)
             return flash_attention_ref(q, k, v, start, end, **options)
@@ -416,7 +416,7 @@ def flash_attention_with_kvcache(
     _check(q, k_cache.flatten(0, 1), v_cache.flatten(0, 1), window, softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        if backend_for("flash_attention_with_kvcache", q) == "reference":
+        if chosen_backend() == "reference":
             rows = []
             for row, keys, values, n in zip(q, k_cache, v_cache, cache_seqlens.tolist()):
                 start, end = cache_seqlens.new_zeros(1), cache_seqlens.new_full((n,), n)

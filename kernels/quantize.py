@@ -58,6 +58,7 @@ FP4 = tuple(sign * x / 12 for sign in (1, -1) for x in (0, 0.0625, 8, 12, 4, 6, 
 TABLES = {"nf4": NF4, "fp4": FP4}
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
+STRETCH = 2**18  # elements that the torch path of int8 widens at a time
 TINY = 1e-36  # the least that is divided by: the absmax of zeros is 0, and 127 / TINY has to be finite
 
 
@@ -460,9 +461,12 @@ def quantize_int8(w: Tensor) -> Int8Tensor:
         return quantize_int8_ref(w)
     if backend == "triton":
         return _quantize_int8_triton(w)
-    x = w.detach().float()
-    absmax = x.abs().amax(-1)
-    return Int8Tensor(torch.round(x * (127 / absmax.clamp(min=TINY))[:, None]).to(torch.int8), absmax, w.dtype)
+    values, absmax = torch.empty_like(w, dtype=torch.int8), torch.empty(len(w), device=w.device)
+    for first in range(0, len(w), rows := max(1, STRETCH // w.shape[1])):
+        x = w[first : first + rows].detach().float()
+        scales = torch.amax(x.abs(), -1, out=absmax[first : first + rows])
+        values[first : first + rows] = torch.round(x * (127 / scales.clamp(min=TINY))[:, None])
+    return Int8Tensor(values, absmax, w.dtype)
 
 
 def dequantize_int8(q: Int8Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -26,6 +26,7 @@ from minisft.data.tokenizer import Tokenizer, load_tokenizer
 from minisft.errors import CONFIG, DATA, MODEL, UserError
 from minisft.evaluate import Prompt, read_prompts
 from minisft.kernels.common import backend_for, use_backend
+from minisft.kernels.flash_attention import unsupported
 from minisft.model.families import from_hf
 from minisft.model.load import build_model, init_weights, load_weights, read_config
 from minisft.model.lora import LoraOptions, apply_lora
@@ -93,6 +94,8 @@ def prepare(config: Config, device: torch.device) -> Run:
             group_field=config.evaluate.generate_group_field,
         )
     model, model_lines = prepare_model(config, tokenizer, device)
+    lengths = loader.documents.lengths.astype(float)
+    model.mean_length = (lengths**2).sum() / lengths.sum()  # over tokens, not over documents
     groups = parameter_groups(
         model,
         learning_rate=train.learning_rate,
@@ -168,14 +171,22 @@ def prepare_tokenizer(config: Config) -> tuple[Tokenizer, str]:
 def pick_kernels(name: str, device: torch.device) -> None:
     """Set the backend of all ops. Raises UserError where Triton is asked for and cannot run."""
     use_backend(name)
+    backend_of("rms_norm", device)
+
+
+def backend_of(op: str, device: torch.device, cannot: str = "") -> str:
+    """`backend_for`, with a UserError where Triton is asked for and cannot run."""
     try:
-        backend_for("rms_norm", torch.empty(0, device=device))
+        return backend_for(op, torch.empty(0, device=device), cannot)
     except ValueError as error:
         raise UserError(f"kernels: {error}", hint='"auto" takes Triton where it can run', exit_code=CONFIG) from error
 
 
 def describe_kernels(config: ModelConfig, device: torch.device) -> str:
-    """The backend of the model's ops: "triton", or "triton, but torch for layer_norm". Warns where a GPU has no kernel."""
+    """The backend of the model's ops: "triton", or "triton, but torch for layer_norm". Warns where a GPU has no kernel.
+
+    Raises UserError where Triton is asked for and has none for this model.
+    """
     gate = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu"}[config.activation]
     uses = {
         "flash_attention": True,
@@ -184,8 +195,8 @@ def describe_kernels(config: ModelConfig, device: torch.device) -> str:
         "rope": any(config.ropes),
         gate: config.mlp == "glu",
     }
-    probe = torch.empty(0, device=device)
-    backends = {op: backend_for(op, probe) for op, used in uses.items() if used}
+    cannot = {"flash_attention": unsupported(config.head_dim)}
+    backends = {op: backend_of(op, device, cannot.get(op, "")) for op, used in uses.items() if used}
     most = max(backends.values(), key=list(backends.values()).count)
     others = [f"{backend} for {op}" for op, backend in backends.items() if backend != most]
     return most + (f", but {', '.join(others)}" if others else "")

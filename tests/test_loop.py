@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import logged, parts, relative_error, settings, train, weights, write_rows
+from tiny import MODEL, logged, parts, relative_error, settings, train, weights, write_rows
 
 from minisft.errors import UserError
 from minisft.loop import train_step
@@ -82,6 +82,25 @@ def test_packed_equals_unpacked(tmp_path):
 
 def test_the_reference_kernels_give_the_same_step(tmp_path):
     assert_same(gradients_of_step(tmp_path), gradients_of_step(tmp_path, **{"model.kernels": "reference"}))
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, about what the kernels compute for ignored rows
+@pytest.mark.parametrize("packing", [False, True], ids=["unpacked", "packed"])
+def test_the_triton_kernels_give_the_same_step(tmp_path, packing):
+    model = {**MODEL, "head_dim": 16}  # the least that a tensor core multiplies
+
+    def step(kernels):
+        keys = {"model.config": model, "model.kernels": kernels, "data.packing": packing}
+        return gradients_of_step(tmp_path, **keys)
+
+    assert_same(step("triton"), step("reference"))
+
+
+@pytest.mark.usefixtures("triton_kernels")
+def test_a_model_that_triton_cannot_run_is_a_users_mistake_where_triton_is_asked_for(tmp_path):
+    with pytest.raises(UserError, match="flash_attention: head dim 8"):
+        parts(tmp_path, **{"model.kernels": "triton"})
 
 
 def test_gradient_checkpointing_gives_the_same_step_bitwise(tmp_path):

@@ -15,7 +15,12 @@ from tolerance import (
 from minisft.kernels import common
 from minisft.kernels import flash_attention as module
 from minisft.kernels.common import use_backend
-from minisft.kernels.flash_attention import flash_attention, flash_attention_ref, flash_attention_varlen
+from minisft.kernels.flash_attention import (
+    flash_attention,
+    flash_attention_ref,
+    flash_attention_varlen,
+    flash_attention_with_kvcache,
+)
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -262,6 +267,11 @@ def test_varlen_is_the_same_op():
     inputs, cu_seqlens = qkv(sum(lengths)), torch.tensor([0, 30, 31, 81])
     expected = flash_attention(*inputs, *bounds_of(lengths), window=40)
     assert torch.equal(flash_attention_varlen(*inputs, cu_seqlens, 50, window=40), expected)
+
+
+def test_generation_needs_no_kernel():
+    q, caches = torch.randn(2, 4, 16), torch.randn(2, 2, 5, 2, 16)
+    assert flash_attention_with_kvcache(q, *caches, torch.tensor([3, 5])).isfinite().all()
 
 
 @pytest.mark.parametrize(

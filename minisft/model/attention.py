@@ -75,6 +75,7 @@ class Attention(nn.Module):
         end: Tensor,
         cos_sin: tuple[Tensor, Tensor] | None,  # None: this layer turns nothing
         kv_cache: KVCache | None = None,
+        mean_length: float | None = None,
     ) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.clip_qkv is not None:
@@ -92,7 +93,7 @@ class Attention(nn.Module):
             out = flash_attention_with_kvcache(q, keys, values, kv_cache.lengths, **self.options)
         else:
             dropout = self.dropout if self.training else 0.0
-            out = flash_attention(q, k, v, start, end, dropout=dropout, **self.options)
+            out = flash_attention(q, k, v, start, end, dropout=dropout, mean_length=mean_length, **self.options)
         return self.o_proj(out.flatten(-2))  # [T, D]
 
     def _turn(self, q: Tensor, k: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
