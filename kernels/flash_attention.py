@@ -240,9 +240,10 @@ def _launch(kernel, grid: tuple, config: dict, arguments: dict) -> None:
 
 
 def _has_descriptor(x: Tensor) -> bool:
-    """TMA wants 16-byte steps."""
+    """Whether rows begin at multiples of 16 bytes, as TMA wants it."""
     steps = [stride * x.element_size() for stride in x.stride()[:2]]
-    return x.numel() > 0 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+    aligned = x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+    return x.numel() > 0 and x.stride(-1) == 1 and aligned
 
 
 class _FlashAttentionTriton(torch.autograd.Function):
@@ -250,7 +251,7 @@ class _FlashAttentionTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, start, end, q_offset, scale, window, softcap, dropout, deterministic, mean_length):
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        q, k, v = (x if _has_descriptor(x) else x.contiguous() for x in (q, k, v))  # rather than load number by number
         (Tq, Hq, Dh), (Tk, Hkv, _) = q.shape, k.shape
         D1, D2 = _parts(Dh)
         out, lse = q.new_empty(Tq, Hq, Dh), q.new_empty(Hq, Tq, dtype=torch.float32)

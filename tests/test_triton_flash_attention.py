@@ -181,13 +181,14 @@ def test_neighbours_change_nothing_bitwise(options, dtype, deterministic):
 
 @pytest.mark.parametrize("window", [None, 16])
 def test_repeats_bitwise_and_strides_change_nothing(window):
-    """q, k and v as views of one fused projection, and as tensors of their own."""
+    """q, k and v as views of one fused projection, as tensors of their own, and with rows that no wide load fits."""
     start, end = bounds_of([30, 50])
     fused = torch.randn(80, 4, 64, requires_grad=True).split([2, 1, 1], dim=1)
     own = [x.detach().contiguous().requires_grad_() for x in fused]
+    odd = [torch.randn(80, 4, 65)[:, : x.shape[1], :64].copy_(x.detach()).requires_grad_() for x in own]
     results = [
         run_with_gradients(lambda *x: flash_attention(*x, start, end, deterministic=True, window=window), inputs)
-        for inputs in (fused, fused, own)
+        for inputs in (fused, fused, own, odd)
     ]
     assert all(torch.equal(results[0][name], other[name]) for other in results for name in other)
 
