@@ -27,7 +27,7 @@ setup(
         "wandb": ["wandb"],
         "trackio": ["trackio"],
         "mlflow": ["mlflow"],
-        "test": ["pytest", "hypothesis", "ruff", "transformers", "peft", "pyarrow"],
+        "test": ["pytest", "hypothesis", "ruff", "transformers", "peft", "bitsandbytes", "pyarrow"],
         "bench": ["transformers", "trl", "datasets", "matplotlib"],
     },
     entry_points={"console_scripts": ["minisft = minisft.__main__:main"]},

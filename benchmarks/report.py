@@ -123,6 +123,14 @@ def tokenize_table(rows: list[dict]) -> str:
     return table(["", "rows/s", "tokens/s", "of encode_batch alone"], lines)
 
 
+def memory_table(rows: list[dict]) -> str:
+    lines = []
+    for row in newest(rows, "case"):
+        sizes = [f"{float(row[column]):,.0f} MB" for column in ("above_base_mb", "weights_mb", "state_mb")]
+        lines.append([row["case"], *sizes])
+    return table(["trained", "peak", "of it weights", "moments"], lines)
+
+
 def validate_table(rows: list[dict]) -> str:
     lines = []
     for row in newest(rows, "shape"):
@@ -228,6 +236,7 @@ def block(results: Path = RESULTS) -> str:
     targets = "**The kernels on a GPU against their targets**" + (f" ({source(gpu)})" if gpu else "")
     parts = [
         section("A whole optimizer step", "benchmarks.train_step", results, "train_step", step_table),
+        section("Memory of a fine-tuning", "benchmarks.bench_memory", results, "memory", memory_table),
         section("Packing", "benchmarks.bench_packing", results, "packing", packing_table),
         section("From the file to the token cache", "benchmarks.bench_tokenize", results, "tokenize", tokenize_table),
         section("Validation", "benchmarks.bench_validate", results, "validate", validate_table),

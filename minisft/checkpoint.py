@@ -106,9 +106,11 @@ def try_save(failures: int, folder: Path, step: int, **arguments) -> int:
 def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of one checkpoint: the weights, and the optimizer's state or, before its first step, two moments."""
     adapter_only = getattr(model, "lora", None) is not None  # the frozen weights stay where they came from
-    weights = sum(p.nbytes for p in model.parameters() if p.requires_grad or not adapter_only)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    weights = sum(p.nbytes for p in (trained if adapter_only else model.parameters()))
     state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor))
-    return weights + (state or sum(2 * p.nbytes for p in model.parameters() if p.requires_grad))
+    moments = sum(2 * max(p.nbytes, 4 * p.numel()) for p in trained)  # fp32 of weights in bf16 too
+    return weights + (state or moments)
 
 
 def require_space_for_checkpoints(
@@ -217,7 +219,10 @@ def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             value = file.get_tensor(full_name)
             # torch's convention: a step counter lives on the CPU unless the optimizer is fused or capturable
             counter = value.ndim == 0 and not (group.get("fused") or group.get("capturable"))
-            optimizer.state[parameter][key] = value.to("cpu" if counter else parameter.device, copy=True)
+            at_home = counter or group.get("offload")
+            value = value.to("cpu" if at_home else parameter.device, copy=True)
+            pinned = group.get("offload") and not counter and parameter.is_cuda
+            optimizer.state[parameter][key] = value.pin_memory() if pinned else value
 
 
 def _step_folders(folder: Path) -> list[Path]:

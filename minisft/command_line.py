@@ -31,7 +31,8 @@ HELP_COLUMN, HELP_WIDTH = 44, 120
 def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
     """(path of the configuration or None, {name: value}). Raises UserError.
 
-    A key that is true or false may stand alone: it takes the next word only if that is true, false or none.
+    A key that is true or false may stand alone: it takes the next word only if that is true, false, none or a
+    word of its own.
     """
     path, overrides, rest = None, {}, list(argv)
     while rest:
@@ -50,7 +51,8 @@ def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
         if not has_value:
             follows = bool(rest) and not rest[0].startswith("--")
             if bool in kinds and str not in kinds:
-                follows = follows and rest[0].lower() in ("true", "false", "none")
+                words = [word for kind in kinds for word in choices(kind)]
+                follows = follows and rest[0].lower() in ("true", "false", "none", *words)
             if not follows and bool not in kinds:
                 raise UserError(f"command line: --{name} needs a value", hint=f"--{name} VALUE")
             text = rest.pop(0) if follows else "true"

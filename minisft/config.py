@@ -37,6 +37,7 @@ Format = Literal[
     "input_ids",
 ]
 Sources = str | list | dict | None  # a path, a table with the fields of data/sources.py's Source, or a list of these
+ADAMW = ("adamw", "adamw_minisft", "adamw_8bit")  # what kernels/adamw.py serves
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
@@ -60,7 +61,19 @@ class ModelSection:
     kernels: Literal["auto", "triton", "torch", "reference"] = option(
         "auto", "auto = Triton on a GPU that has the kernel, torch elsewhere; reference = the naive formulas"
     )
-    gradient_checkpointing: bool = option(False, "recompute each block in the backward: less memory, about 30 % slower")
+    load_in_4bit: bool = option(False, "QLoRA: keep the frozen matrices of the layers in 4 bits; needs lora.r")
+    load_in_8bit: bool = option(False, "the same in 8 bits, with one scale a row")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "the 16 values of 4 bits: normal quantiles, or a float")
+    bnb_4bit_use_double_quant: bool = option(True, "keep the scales in 8 bits too: 0.516 bytes a parameter, not 0.563")
+    gradient_checkpointing: bool | Literal["selective"] = option(
+        False,
+        "run each block again in the backward: least memory, 15 to 35 % slower; selective = only norms and gated units, "
+        "which saves a quarter of what that saves and takes a few percent longer",
+    )
+    gradient_checkpointing_every: int = option(1, "with true: each n-th block only", at_least=1)
+    offload_activations: bool = option(
+        False, "with true: keep the blocks' inputs in CPU memory; only useful on a GPU that is too small otherwise"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +91,15 @@ class LoraSection:
     alpha_pattern: dict = option({}, "other lora_alpha, likewise")
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) (rank-stabilised LoRA)")
     use_dora: bool = option(False, "train the length of each row of a weight apart (DoRA)")
-    init_lora_weights: Literal["kaiming", "gaussian"] = option("kaiming", "how A starts; B starts at zero")
+    init_lora_weights: Literal["kaiming", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16"] = option(
+        "kaiming",
+        "how A starts, B at zero; or pissa: both at the matrix's largest singular directions, niter = about, and fast",
+    )
     loraplus_lr_ratio: float = option(1.0, "learning rate of B over that of A (LoRA+; 16 is usual)", above=0)
     modules_to_save: tuple[str, ...] = option((), 'trained whole and saved with the adapter, as in ["lm_head"]')
+    trainable_token_indices: tuple[int, ...] = option(
+        (), "ids of tokens whose rows train, in the embedding and in the head; those of new_special_tokens do always"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +169,35 @@ class TrainSection:
     max_steps: int = option(-1, "number of optimizer steps; -1 = as num_train_epochs says", at_least=-1)
     per_device_train_batch_size: int = option(8, "rows, or packs, of a micro-batch", at_least=1)
     gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step", at_least=1)
-    optim: Literal["sgd", "lion", "adamw", "stable_adamw", "schedule_free_adamw", "adafactor", "muon"] = option(
-        "adamw", "optimizer; optim.py has the update rule of each"
+    optim: Literal[
+        "sgd",
+        "lion",
+        "adamw",
+        "adamw_minisft",
+        "adamw_8bit",
+        "stable_adamw",
+        "schedule_free_adamw",
+        "adafactor",
+        "muon",
+    ] = option(
+        "adamw",
+        "optimizer; optimizers.py has the update rule of each. adamw = torch's fused one; adamw_minisft = that of "
+        "kernels/adamw.py, clipping included; adamw_8bit = the same with moments of 8 bits",
     )
     optim_args: dict = option({}, "options of the optimizer, as in {momentum = 0.9} for sgd and muon")
+    trainable: tuple[str, ...] = option((), "train these parameters only: regular expressions of names; [] = all")
+    frozen: tuple[str, ...] = option((), "do not train these; wins over trainable")
+    unfreeze: dict = option(
+        {}, 'not in the first steps, as in {"embed_tokens" = 100}: expression of a name -> how many'
+    )
+    offload_optimizer: bool = option(
+        False, "moments of adamw and adamw_8bit in CPU memory: less on the GPU, slower steps"
+    )
+    optimizer_in_backward: bool = option(
+        False,
+        "update each weight as soon as its gradient is there, and free that: gradients are never in memory together. No "
+        "accumulation, no clipping; a gradient that is not finite stops the run, and the steps since the last save are lost",
+    )
     learning_rates: dict = option({}, 'peaks of their own, as in {"embed_tokens|lm_head" = 1e-5}: name -> rate')
     weight_decay: float = option(0.0, "for matrices; biases and norms do not decay", at_least=0)
     weight_decays: dict = option({}, "weight decays of their own, likewise")
@@ -164,6 +208,14 @@ class TrainSection:
     precision: Literal["bf16", "fp32", "fp16", "auto"] = option(
         "bf16",
         "of the matrix products; master weights are fp32; auto = bf16 where the device computes in it, else fp32",
+    )
+    weights_dtype: Literal["fp32", "bf16"] = option(
+        "fp32",
+        "bf16 = no master weights: weights, the residual stream and gradients in bf16; micro-batches and ranks still add "
+        "up in fp32. With adamw, adamw_minisft, adamw_8bit; beside adapters, which stay fp32, with any optimizer",
+    )
+    stochastic_rounding: bool = option(
+        True, "round weights of bf16 up or down by chance, so that small updates add up; false = to the nearest"
     )
     loss_normalization: Literal["tokens", "micro_batch"] = option(
         "tokens", "mean over the trained tokens of the whole step, or mean of the micro-batches' means (classic)"
@@ -199,7 +251,9 @@ class CheckpointSection:
     save_steps: int = option(500, "save every so many steps, and at the end", at_least=1)
     save_total_limit: int = option(3, "verified checkpoints kept", at_least=1)
     resume: str = option("auto", '"auto" = the newest checkpoint that verifies; "never"; or a checkpoint folder')
-    save_dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "of the final model folder; checkpoints are exact")
+    save_dtype: Literal["fp32", "bf16", "fp16"] | None = option(
+        None, "of the final model folder; none = weights_dtype. Checkpoints are exact"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +279,9 @@ class LogSection:
     """What is shown and recorded; metrics always go to output_dir as JSONL."""
 
     logging_steps: int = option(10, "log every so many steps", at_least=1)
+    zero_update_fraction: bool | None = option(
+        None, "log the part of the weights that a step's update left as they were; none = where they are bf16"
+    )
     report_to: tuple[Tracker, ...] = option(("tensorboard",), "trackers; [] = none")
     run_name: str | None = option(None, "name of the run in the trackers; none = the output folder's")
     progress_bar: bool = option(True, "one tqdm bar")
@@ -268,7 +325,15 @@ ALIASES: dict[str, str | tuple[str, dict]] = {
     "lora_target": "lora.target_modules",
     "lora_target_modules": "lora.target_modules",
     "lora_modules_to_save": "lora.modules_to_save",
+    "use_4bit": "model.load_in_4bit",
+    "use_8bit": "model.load_in_8bit",
+    "quantization_type": "model.bnb_4bit_quant_type",
+    "use_bnb_nested_quant": "model.bnb_4bit_use_double_quant",
+    "double_quantization": "model.bnb_4bit_use_double_quant",
     "use_gradient_checkpointing": "model.gradient_checkpointing",
+    "activation_checkpointing": "model.gradient_checkpointing",
+    "activation_offloading": "model.offload_activations",
+    "enable_activation_offloading": "model.offload_activations",
     "use_flash_attention": ("model.kernels", {True: "auto", False: "torch"}),
     "use_liger_kernel": ("model.kernels", {True: "auto", False: "torch"}),
     "attn_mechanism": ("model.kernels", {"flash_attention_2": "auto", "sdpa": "torch", "eager": "reference"}),
@@ -291,6 +356,7 @@ ALIASES: dict[str, str | tuple[str, dict]] = {
     "sample_packing": "data.packing",
     "train_on_inputs": ("data.completion_only_loss", {True: False, False: True}),
     "shuffle_dataset": "data.shuffle",
+    "unfrozen_parameters": "train.trainable",
     "lr": "train.learning_rate",
     "learning_rate_end": "train.min_lr",
     "scheduler": "train.lr_scheduler_type",
@@ -302,6 +368,8 @@ ALIASES: dict[str, str | tuple[str, dict]] = {
     "micro_batch_size": "train.per_device_train_batch_size",
     "total_batch_size": "train.gradient_accumulation_steps",  # divided by the rows of a micro-batch: see config_file.py
     "optimizer": "train.optim",
+    "pure_bf16": ("train.weights_dtype", {True: "bf16", False: "fp32"}),
+    "optimizer_in_bwd": "train.optimizer_in_backward",
     "beta1": "train.adam_beta1",
     "beta2": "train.adam_beta2",
     "eps": "train.adam_epsilon",
@@ -325,25 +393,37 @@ VALUE_ALIASES: dict[str, dict[str, Any]] = {
         "cosine_with_min_lr": "cosine",
         "constant_with_warmup": "constant",
         "wsd": "warmup_stable_decay",
+        "reduce_lr_on_plateau": "reduce_on_plateau",
     },
-    "train.optim": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw"},
+    "train.optim": {
+        "adamw_torch": "adamw",
+        "adamw_torch_fused": "adamw",
+        "adamw8bit": "adamw_8bit",
+        "adamw_bnb_8bit": "adamw_8bit",
+        "paged_adamw": "adamw",
+        "paged_adamw_32bit": "adamw",
+        "paged_adamw_8bit": "adamw_8bit",
+    },
     "log.report_to": {"none": []},
 }
+
+# Their values of which ours say only a part: what the user is told besides.
+VALUE_NOTES: dict[str, str] = dict.fromkeys(
+    ("paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit"),
+    "train.offload_optimizer = true keeps its moments in CPU memory",
+)
 
 # Keys that nothing here needs: accepted with a notice that says why.
 NOT_NEEDED: dict[str, str] = {
     "dataset_num_proc": "the tokenizer uses every core by itself",
     "dataloader_num_workers": "batches are cut from a memory-mapped cache, which takes no workers",
+    "bnb_4bit_compute_dtype": "quantised weights are multiplied in train.precision like all others",
     "remove_unused_columns": "fields that no format names are never read",
     "do_last_save": "the last step is always saved",
 }
 
 # Keys that ask for something which minisft does not do: refused, unless they are false.
 UNSUPPORTED: dict[str, str] = {
-    "use_4bit": "4-bit weights are not supported yet",
-    "load_in_4bit": "4-bit weights are not supported yet",
-    "use_8bit": "8-bit weights are not supported yet",
-    "load_in_8bit": "8-bit weights are not supported yet",
     "use_peft": "adapters are switched on by a rank: lora.r = 16",
     "trackio_url": "a remote Trackio server is not supported yet",
     "deepspeed": "training on several devices is not supported yet",
@@ -401,6 +481,21 @@ def check(config: Config, origins: dict[str, str], where: str) -> None:
         refuse(keys, "the model can come from one of them only", 'set the other one to "none"')
     if model.config is not None and config.lora.r is not None:
         refuse("lora.r", "an adapter belongs to a trained model, not to random weights", "set model_name_or_path")
+    if model.load_in_4bit and model.load_in_8bit:
+        refuse("model.load_in_4bit model.load_in_8bit", "the weights have one of these widths", "choose one")
+    for key, asked in (("model.load_in_4bit", model.load_in_4bit), ("model.load_in_8bit", model.load_in_8bit)):
+        if asked and config.lora.r is None:
+            refuse(key, "quantised weights cannot be trained, adapters beside them can", "set lora.r, as in r = 16")
+    for key in ("model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"):
+        if values[key] != KEYS[key].default and not model.load_in_4bit:
+            refuse(key, "nothing is kept in 4 bits", "set model.load_in_4bit = true")
+    for key, on in (
+        ("gradient_checkpointing_every", model.gradient_checkpointing_every > 1),
+        ("offload_activations", model.offload_activations),
+    ):
+        if on and model.gradient_checkpointing is not True:
+            problem = "it is about the blocks that are run again in the backward"
+            refuse(f"model.{key} model.gradient_checkpointing", problem, "set gradient_checkpointing = true")
     if data.eval_data and data.eval_fraction:
         refuse("data.eval_data data.eval_fraction", "evaluation rows come from one of them", "set eval_fraction = 0")
     for key, packs in (("data.packing", data.packing), ("data.eval_packing", data.eval_packing)):
@@ -420,10 +515,40 @@ def check(config: Config, origins: dict[str, str], where: str) -> None:
     if train.optim == "schedule_free_adamw" and train.lr_scheduler_type != "constant":
         keys = "train.optim train.lr_scheduler_type"
         refuse(keys, "it averages the weights instead of lowering the rate", "set lr_scheduler_type to constant")
+    if train.lr_scheduler_type == "reduce_on_plateau" and not (data.eval_data or data.eval_fraction):
+        refuse("train.lr_scheduler_type", "there is nothing to evaluate", "set data.eval_data or data.eval_fraction")
+    if train.optim not in ADAMW and train.offload_optimizer:
+        refuse("train.offload_optimizer train.optim", f"{train.optim} has no offloaded form", f"use {ADAMW[0]}")
+    if train.weights_dtype == "bf16":
+        all_adapters = config.lora.r is not None and not config.lora.modules_to_save  # these are fp32
+        if train.optim not in ADAMW and not all_adapters:
+            keys = "train.weights_dtype train.optim"
+            refuse(keys, f"{train.optim} would keep its state in bf16 too", f"use one of {', '.join(ADAMW)}")
+        if train.precision not in ("bf16", "auto"):
+            keys = "train.weights_dtype train.precision"
+            refuse(keys, "weights in bf16 are multiplied in bf16", "set precision to bf16, or weights_dtype to fp32")
+    if train.optimizer_in_backward:
+        for key, wanted, problem in (
+            ("gradient_accumulation_steps", 1, "there is an update for every micro-batch"),
+            ("max_grad_norm", None, "the norm is known when all weights are updated already, too late to clip"),
+            ("on_nonfinite", "stop", "an update in the backward pass cannot be left out"),
+        ):
+            if getattr(train, key) != wanted:
+                refuse(f"train.optimizer_in_backward train.{key}", problem, f"set {key} = {as_toml(wanted)}")
+        if train.precision == "fp16":
+            keys = "train.optimizer_in_backward train.precision"
+            refuse(keys, "steps that overflow could not be left out", "set precision to bf16 or fp32")
     for key, rates in (("train.learning_rates", train.learning_rates), ("train.weight_decays", train.weight_decays)):
         for value in rates.values():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 refuse(key, f"{as_toml(value)} is not a rate", "give numbers from 0 on")
+    for step in train.unfreeze.values():
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            refuse("train.unfreeze", f"{as_toml(step)} is not a number of steps", "give whole numbers from 0 on")
+    for key in ("train.trainable", "train.frozen"):
+        if config.lora.r is not None and values[key]:
+            hint = "choose adapters by lora.target_modules, and whole modules by lora.modules_to_save"
+            refuse(f"{key} lora.r", "with [lora] the adapters train, and the model is frozen", hint)
     for key, value in train.lr_scheduler_kwargs.items():
         if expected := wrong_option(train.lr_scheduler_type, key, value):
             refuse("train.lr_scheduler_kwargs", f"{key} = {as_toml(value)}", expected)

@@ -30,6 +30,7 @@ from minisft.config import (
     SECTIONS,
     UNSUPPORTED,
     VALUE_ALIASES,
+    VALUE_NOTES,
     Config,
     check,
     config_to_dict,
@@ -230,7 +231,8 @@ def _translate(written: str, value: Any, origin: str, by_last_part: bool) -> tup
         _tell(f"{origin}: {before} has no effect")
         return None
     if last != key.rpartition(".")[2] or new is not value:
-        _tell(f"{origin}: {before} is read as {key} = {as_toml(new)}")
+        note = f" ({VALUE_NOTES[value]})" if isinstance(value, str) and value in VALUE_NOTES else ""
+        _tell(f"{origin}: {before} is read as {key} = {as_toml(new)}{note}")
     return key, new
 
 

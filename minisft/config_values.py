@@ -81,7 +81,7 @@ def choices(kind: Any) -> tuple[str, ...]:
     """The words that a key chooses from, () where it takes anything else."""
     if get_origin(kind) is tuple:
         kind = get_args(kind)[0]
-    return get_args(kind) if get_origin(kind) is Literal else ()
+    return next((get_args(one) for one in (kind, *get_args(kind)) if get_origin(one) is Literal), ())
 
 
 def nearest_choice(value: Any, f: Field) -> str:

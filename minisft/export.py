@@ -11,6 +11,7 @@ from minisft.errors import SAVE, UserError
 from minisft.files import atomic_folder, read_manifest, verify_folder, write_json
 from minisft.model.adapter_files import load_adapter_weights, save_adapter
 from minisft.model.load import load_weights
+from minisft.model.quantized import quantization_of, read_record
 from minisft.model.save import save_model
 from minisft.prepare import Run
 
@@ -37,6 +38,12 @@ def read_model(model: nn.Module, folder: Path) -> None:
     if model.lora is None:
         load_weights(model, folder)
     else:
+        was, now = read_record(folder), quantization_of(model)
+        if was != now:
+            raise UserError(
+                f"{folder} belongs to a base that was {was or 'not quantised'}; now it is {now or 'not quantised'}",
+                hint="go back to the load_in_4bit and load_in_8bit of that run, or choose a new output_dir",
+            )
         load_adapter_weights(model, folder)
 
 

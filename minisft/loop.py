@@ -8,7 +8,7 @@ exactly where its last checkpoint was: nothing is replayed, and there is no gene
 """
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,10 +33,19 @@ from minisft.export import export_model, is_exported, read_model, write_model
 from minisft.files import lock_folder, read_json, remove_leftovers, write_json
 from minisft.loggers import Loggers
 from minisft.metrics import Sums, peak_memory
-from minisft.optim import LossScale, clip_gradients, evaluation_weights, gradients
+from minisft.optim import (
+    LossScale,
+    clip_and_update,
+    copies,
+    evaluation_weights,
+    gradient_norms,
+    gradients,
+    update_in_backward,
+    zero_updates,
+)
 from minisft.parallel import sum_gradients
 from minisft.prepare import Run, prepare
-from minisft.schedule import lr_factor
+from minisft.schedule import Plateau, after_evaluation, lr_factor
 
 
 @dataclass(frozen=True)
@@ -58,46 +67,59 @@ class StepResult:
     stats: Sums  # what there is to log
 
 
-def train_step(run: Run, train: TrainSection, batches: list[Batch], stop_asked: bool = False) -> StepResult:
-    """One optimizer step over this rank's micro-batches.
+def train_step(
+    run: Run, train: TrainSection, batches: list[Batch], stop_asked: bool = False, is_logged: bool = False
+) -> StepResult:
+    """One optimizer step over this rank's micro-batches. is_logged: count the zero updates too.
 
     The loss of the step is the sum of weight x nll over all micro-batches and ranks, divided by N, the sum of their
     weights over the same.
     """
-    # ---- 4. N of the whole step, over all ranks, known before the first forward pass
+    # ---- 4. the learning rate, and N of the whole step, over all ranks, known before the first forward pass
+    factor = lr_factor(step=run.step, **run.schedule) * run.plateau.factor
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    measured = run.measured if is_logged and factor else set()
     weights = [run.weight(batch) for batch in batches]
     totals = [sum(weights), len(batches), sum(batch.num_tokens for batch in batches)]
     total_weight, num_batches, num_tokens = runtime.sum_numbers_over_ranks(totals, run.device)
 
     # ---- 5. forward, loss, backward: the gradients of the micro-batches add up in fp32
+    for name, first_step in run.first_steps.items():  # what trains from a later step on
+        run.model.get_parameter(name).requires_grad_(run.step >= first_step)
     runtime.seed_step(train.seed, run.step)
     stats, losses = Sums(run.device), []
-    for batch, weight in zip(batches, weights):
-        # "micro_batch" is the mean of the micro-batches' means, as older trainers have it
-        n = total_weight if train.loss_normalization == "tokens" else weight * num_batches
-        with runtime.autocast(run.device, run.precision):
-            loss, pairs = run.loss(run.model, batch.to(run.device), run.loss_scale.scale / max(n, 1e-12))
-        loss.backward()
-        losses.append(loss.detach())
-        stats.add(pairs)
+    in_backward = train.optimizer_in_backward
+    with update_in_backward(run.optimizer, measured) if in_backward else nullcontext(({}, [])) as (norms, zeros):
+        for batch, weight in zip(batches, weights):
+            # "micro_batch" is the mean of the micro-batches' means, as older trainers have it
+            n = total_weight if train.loss_normalization == "tokens" else weight * num_batches
+            with runtime.autocast(run.device, run.precision):
+                loss, pairs = run.loss(run.model, batch.to(run.device), run.loss_scale.scale / max(n, 1e-12))
+            loss.backward()
+            losses.append(loss.detach())
+            stats.add(pairs)
 
     # ---- 6. the gradient's norm, and the finite check that all ranks agree on before any of them updates
     grads = gradients(run.model)
     sum_gradients(grads)
     if run.loss_scale.scale != 1.0:
         torch._foreach_mul_(grads, 1.0 / run.loss_scale.scale)
-    norm = torch.nn.utils.get_total_norm(grads)
+    norms = [norms[p] for p in run.model.parameters() if p in norms] if in_backward else gradient_norms(grads)
+    norm = torch.nn.utils.get_total_norm(norms)
     stats.add({"grad_norm": (norm, 1.0)})
     is_bad = ~torch.isfinite(norm + torch.stack(losses).sum())
     verdict = torch.stack([is_bad.double(), torch.full_like(norm, stop_asked, dtype=torch.float64)])
     num_bad, num_stops = runtime.sum_over_ranks(verdict).tolist()
 
-    # ---- 7. clip, learning rate, update
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * lr_factor(step=run.step, **run.schedule)
-    if not num_bad:
-        clip_gradients(grads, norm, train.max_grad_norm)
-        run.optimizer.step()
+    # ---- 7. clip, update
+    if not num_bad and not in_backward:
+        before = copies(measured)
+        clip_and_update(run.optimizer, grads, norm, train.max_grad_norm)
+        zeros = zero_updates(before)
+    if zeros:
+        num_zeros, num_updates = torch.stack(zeros).sum(0).tolist()
+        stats.add({"zero_update_fraction": (num_zeros, num_updates)} if num_updates else {})
     if run.precision == "fp16":
         run.loss_scale.update(overflow=num_bad > 0)
     run.optimizer.zero_grad(set_to_none=True)
@@ -141,11 +163,14 @@ def run(config: Config, origins: dict[str, str]) -> Result:
             # ---- 1. evaluate if due
             due = run.step % config.evaluate.eval_steps == 0 or run.step == run.total_steps
             if run.evals and (due and run.step > evaluated_at or config.evaluate.eval_on_start and run.step == 0):
-                scores, evaluated_at = {}, run.step
+                scores, losses, evaluated_at = {}, [], run.step
                 for name, loader in run.evals.items():
                     with evaluation_weights(run.optimizer):
                         means = evaluate(run.model, loader, run.loss, run.device, run.precision)
+                    losses.append(means["loss"])
                     scores |= {f"eval_{name}_{key}" if name else f"eval_{key}": mean for key, mean in means.items()}
+                if run.step % config.evaluate.eval_steps == 0:  # not at the end of a run that may be prolonged
+                    run.plateau = after_evaluation(run.plateau, losses[0], run.step, **run.schedule)
                 values |= scores
                 if is_main:
                     loggers.log(run.step, scores)
@@ -174,9 +199,12 @@ def run(config: Config, origins: dict[str, str]) -> Result:
             batches = run.train.step(epoch, step)
 
             # ---- 4 to 7. N, forward and backward, finite check, update
-            result = train_step(run, config.train, batches, stop_asked=signal.received is not None)
+            is_logged = (run.step + 1) % config.log.logging_steps == 0 or run.step + 1 == run.total_steps
+            result = train_step(run, config.train, batches, signal.received is not None, is_logged)
             stop = result.stop
             if not result.updated and (failure := handle_nonfinite(run, config.train, batches, folder)):
+                if config.train.optimizer_in_backward:
+                    raise failure  # before the weights, some of which are spoiled, are saved
                 stop = True  # after a save of the step before this one
                 continue
             run.step += 1
@@ -187,7 +215,7 @@ def run(config: Config, origins: dict[str, str]) -> Result:
 
             # ---- 8. log the window: one division, one device sync
             seconds, tokens = seconds + time.perf_counter() - began, tokens + result.num_tokens
-            if run.step % config.log.logging_steps == 0 or run.step == run.total_steps:
+            if is_logged:
                 window = sums.means() | progress(run)
                 timings = {"tokens_per_second": tokens / seconds, "peak_memory_gib": peak_memory(device)}
                 values, seconds, tokens = values | window, 0.0, 0
@@ -233,10 +261,15 @@ def resume(config: Config, run: Run, sums: Sums, folder: Path) -> dict | None:
             f"{path} cannot be resumed: tokens would be repeated and missed ({changed})",
             hint="go back to the data and the settings of that run, choose a new output_dir, or set resume = 'never'",
         )
+    optim, used = config.train.optim, read_json(path / "trainer_state.json").get("optim", config.train.optim)
+    if optim != used and {optim, used} != {"adamw", "adamw_minisft"}:  # these two keep the same state
+        hint = f"set optim = '{used}', or start a new run from the model of this one"
+        raise UserError(f"{path} holds the state of {used}, but train.optim = '{optim}'", hint=hint)
     state = load_checkpoint(path, run.model, run.optimizer, read_model)
     run.step, run.num_tokens, run.nonfinite_steps = state["step"], state["num_tokens"], state["nonfinite_steps"]
     if state["precision"] == run.precision:
         run.loss_scale = LossScale(**state["loss_scale"])
+    run.plateau = Plateau(**state.get("plateau", {}))
     sums.restore(state["sums"])
     run.summary.append(f"resumed    from {path}")
     return state
@@ -249,6 +282,8 @@ def training_state(config: Config, run: Run, sums: Sums) -> dict:
         "nonfinite_steps": run.nonfinite_steps,
         "precision": run.precision,
         "loss_scale": asdict(run.loss_scale),
+        "plateau": asdict(run.plateau),
+        "optim": config.train.optim,
         "sums": sums.state(),
         "order": data_order(config, run),
     }
@@ -301,8 +336,11 @@ def handle_nonfinite(run: Run, train: TrainSection, batches: list[Batch], folder
     path = folder / f"nonfinite-step-{run.step:08d}-rank-{runtime.rank()}.json"
     write_json(path, {"step": run.step, "rows": rows})
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+    result = "the update was refused"
+    if train.optimizer_in_backward:
+        result = "its updates were made in the backward pass, so the run stops without saving them"
     return UserError(
-        f"step {run.step}: the loss or a gradient is not finite; the update was refused. Its rows: {', '.join(rows[:8])}{more}",
+        f"step {run.step}: the loss or a gradient is not finite; {result}. Its rows: {', '.join(rows[:8])}{more}",
         hint=f"all of them are in {path}. Look at these rows; try a lower learning_rate or precision = 'fp32'; "
         "on_nonfinite = 'skip' leaves such steps out and counts them",
         exit_code=NONFINITE,
@@ -318,7 +356,7 @@ def finish(config: Config, run: Run, folder: Path, values: dict, signal: runtime
         return Result(folder, None, run.step, values, exit_code=STOPPED)
     if is_main:
         with evaluation_weights(run.optimizer):
-            export_model(run, folder, runtime.DTYPES[config.checkpoint.save_dtype])
+            export_model(run, folder, runtime.DTYPES[config.checkpoint.save_dtype or config.train.weights_dtype])
             if run.prompts:
                 length = config.evaluate.max_new_tokens
                 samples = complete(

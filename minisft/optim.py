@@ -1,20 +1,16 @@
-"""Parameter groups, the optimizers sorted by complexity, clipping, and the loss scale of fp16.
-
-Every optimizer is a torch.optim.Optimizer: groups of parameters with their learning rates, and a state of tensors, which
-checkpoints keep bit for bit. g is the gradient, w the weight, wd the weight decay; all decay is decoupled, w -= lr wd w
-(Loshchilov & Hutter 2019, arXiv 1711.05101). The schedule sets group["lr"] before every step.
-"""
+"""Parameter groups, building an optimizer (optimizers.py has the rules), gradients and updates, the loss scale of fp16."""
 
 import contextlib
-import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from minisft.errors import UserError
+from minisft.optimizers import OPTIMIZERS, AdamW, ScheduleFreeAdamW
+from minisft.trainable import first_found, require_found
 
 # ---- what trains, and how fast ------------------------------------------------------------------------------------
 
@@ -28,44 +24,46 @@ def parameter_groups(
     weight_decays: dict[str, float] | None = None,
     lora_plus_ratio: float = 1.0,
 ) -> list[dict]:
-    """The parameters that train, those with the same peak_lr and weight_decay together; matrices inside the layers apart
-    from embeddings, head and vectors ("matrices", for Muon).
+    """The parameters that train, those with the same peak_lr and weight_decay together; matrices inside the layers
+    ("matrices", for Muon) and embeddings ("embedding", for AdamW in 8 bits) apart from head and vectors.
 
     Matrices decay; norms and biases, which set scales and offsets, do not. learning_rates, weight_decays: regular
     expression of a parameter's name -> its own value; the first that is found in the name counts. lora_plus_ratio: the
     B of every adapter learns so many times as fast as its A (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
     Raises UserError for an expression that is none, or is found in no name.
     """
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    for key, patterns in (("learning_rates", learning_rates), ("weight_decays", weight_decays)):
-        for pattern in patterns or {}:
-            try:
-                found = any(re.search(pattern, name) for name in names)
-            except re.error as error:
-                raise UserError(f"train.{key}: {pattern!r} is not a regular expression: {error}") from error
-            if not found:
-                hint = f"some names: {', '.join(names[:3])}, ..., {names[-1]}"
-                raise UserError(f"train.{key}: {pattern!r} is found in no parameter that trains", hint=hint)
+    require_found("learning_rates", learning_rates or {}, model)
+    require_found("weight_decays", weight_decays or {}, model)
     groups: dict[tuple, dict] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         rate = learning_rate * (lora_plus_ratio if name.endswith("lora_B") else 1.0)
-        rate = _of(learning_rates, name, rate)
-        decay = _of(weight_decays, name, weight_decay if p.ndim >= 2 else 0.0)
+        rate = first_found(learning_rates, name, rate)
+        decay = first_found(weight_decays, name, weight_decay if p.ndim >= 2 else 0.0)
         kind = {"peak_lr": rate, "weight_decay": decay, "matrices": p.ndim == 2 and name.startswith("layers.")}
+        kind["embedding"] = name.startswith("embed_")
         groups.setdefault(tuple(kind.values()), {"params": [], **kind})["params"].append(p)
     return list(groups.values())
 
 
-def _of(patterns: dict[str, float] | None, name: str, default: float) -> float:
-    return next((value for pattern, value in (patterns or {}).items() if re.search(pattern, name)), default)
-
-
 def build_optimizer(
-    name: str, groups: list[dict], *, betas: tuple[float, float], eps: float, **options: float
+    name: str,
+    groups: list[dict],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    offload: bool = False,
+    rounding_seed: int | None = None,
+    **options: float,
 ) -> torch.optim.Optimizer:
-    """An optimizer of OPTIMIZERS over groups of `parameter_groups`; options as there."""
+    """An optimizer of OPTIMIZERS over groups of `parameter_groups`; options as there.
+
+    offload and rounding_seed are those of `AdamW`, which also takes the place of torch's for them and for bf16 weights.
+    """
+    is_bf16 = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
+    if name == "adamw" and (offload or is_bf16):
+        name = "adamw_minisft"
     make, defaults = OPTIMIZERS[name]
     for key, value in options.items():
         if key not in defaults or isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
@@ -73,227 +71,9 @@ def build_optimizer(
             raise UserError(f"train.optim_args: {key} = {value!r}", hint=f"{name} takes {known}")
     for group in groups:
         group["lr"] = group["peak_lr"]
+    if offload or is_bf16:  # config.py has seen to it that this is one of ours
+        options = {"offload": offload, "rounding_seed": rounding_seed}
     return make(groups, betas, eps, **(defaults | options))
-
-
-# ---- optimizers ---------------------------------------------------------------------------------------------------
-
-
-class SGD(torch.optim.Optimizer):
-    """m = momentum m + g; w -= lr (m + wd w). One state tensor, none without momentum."""
-
-    def __init__(self, groups: list[dict], momentum: float):
-        super().__init__(groups, {"momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group, _, params, grads in _trained(self):
-            if group["momentum"]:
-                m = _state(self, params, "momentum")
-                torch._foreach_mul_(m, group["momentum"])
-                torch._foreach_add_(m, grads)
-                grads = m
-            _decay(group, params)
-            torch._foreach_add_(params, grads, alpha=-group["lr"])
-
-
-class Lion(torch.optim.Optimizer):
-    """u = sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g; w -= lr (u + wd w).
-
-    Every weight moves by lr, whatever its gradient: a third to a tenth of AdamW's learning rate is usual, and betas of
-    0.9 and 0.99. One state tensor. Chen et al. 2023, arXiv 2302.06675.
-    """
-
-    def __init__(self, groups: list[dict], betas: tuple[float, float]):
-        super().__init__(groups, {"betas": betas})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group, _, params, grads in _trained(self):
-            (b1, b2), m = group["betas"], _state(self, params, "exp_avg")
-            update = torch._foreach_mul(m, b1)
-            torch._foreach_add_(update, grads, alpha=1 - b1)
-            torch._foreach_sign_(update)
-            torch._foreach_lerp_(m, grads, 1 - b2)
-            _decay(group, params)
-            torch._foreach_add_(params, update, alpha=-group["lr"])
-
-
-def adamw(groups: list[dict], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
-    """m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; w -= lr (m^ / (sqrt(v^) + eps) + wd w), with m^ and v^ divided by
-    1 - b^t. torch's fused form: one pass over weights, gradients and moments. Kingma & Ba 2015, arXiv 1412.6980."""
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
-
-
-class StableAdamW(torch.optim.Optimizer):
-    """AdamW that slows down a tensor whose gradients v does not expect: with r = rms(g / max(sqrt(v), eps)),
-
-        w -= lr / max(1, r) * m / (sqrt(v) + eps) + lr wd w
-
-    Instead of dividing the moments by 1 - b^t, the betas start at 0: b(t) = b (1 - b^(t-1)) / (1 - b^t), which is the
-    same. Takes the place of clipping the gradient's norm. Wortsman et al. 2023, arXiv 2304.13013.
-    """
-
-    def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float):
-        super().__init__(groups, {"betas": betas, "eps": eps})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group, t, params, grads in _trained(self):
-            eps = group["eps"]
-            b1, b2 = (b * (1 - b ** (t - 1)) / (1 - b**t) for b in group["betas"])
-            m, v = _state(self, params, "exp_avg"), _state(self, params, "exp_avg_sq")
-            torch._foreach_lerp_(m, grads, 1 - b1)
-            torch._foreach_mul_(v, b2)
-            torch._foreach_addcmul_(v, grads, grads, 1 - b2)
-            _decay(group, params)
-            for w, g, mean, square in zip(params, grads, m, v):
-                r = (g.square() / square.clamp(min=eps**2)).mean().sqrt()
-                w -= (group["lr"] / r.clamp(min=1.0)) * mean / (square.sqrt() + eps)
-
-
-class ScheduleFreeAdamW(torch.optim.Optimizer):
-    """AdamW without a schedule: the gradient is taken at y, between the AdamW iterate z and its running mean x:
-
-        y = b1 x + (1 - b1) z        z -= lr (g^ + wd y)        x = (1 - c) x + c z,   c = lr_t^2 / sum of lr^2
-
-    with g^ = g / (sqrt(v^) + eps). The parameters hold y while training; evaluation and export want x, which
-    `evaluation_weights` puts in their place. Needs a constant learning rate (after a warm-up), about that of AdamW or
-    higher. Two state tensors, as AdamW. Defazio et al. 2024, arXiv 2405.15682.
-    """
-
-    def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float):
-        super().__init__(groups, {"betas": betas, "eps": eps})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group, t, params, grads in _trained(self):
-            (b1, b2), lr = group["betas"], group["lr"]
-            z, v = _state(self, params, "z", torch.clone), _state(self, params, "exp_avg_sq")
-            sums = _state(self, params, "weight_sum", lambda p: torch.zeros((), dtype=torch.float64))
-            torch._foreach_add_(sums, lr**2)
-            c = lr**2 / max(sums[0].item(), 1e-30)  # on the CPU, which knows it
-            torch._foreach_mul_(v, b2)
-            torch._foreach_addcmul_(v, grads, grads, 1 - b2)
-            scale = torch._foreach_sqrt(v)
-            torch._foreach_div_(scale, math.sqrt(1 - b2**t))
-            torch._foreach_add_(scale, group["eps"])
-            update = torch._foreach_div(grads, scale)
-            torch._foreach_add_(update, params, alpha=group["weight_decay"])
-            # y = b1 x + (1 - b1) z with the new x and z, written in terms of the old y
-            torch._foreach_lerp_(params, z, c)
-            torch._foreach_add_(params, update, alpha=lr * (b1 * (1 - c) - 1))
-            torch._foreach_add_(z, update, alpha=-lr)
-
-    def mean_weights(self, p: Tensor) -> Tensor:
-        """x of the parameter, of which y and z are known."""
-        z = self.state[p].get("z")
-        return p.data if z is None else p.data.lerp(z, 1 - 1 / self.defaults["betas"][0])
-
-
-def adafactor(groups: list[dict], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
-    """v of a matrix is kept as the outer product of its row and column means, so that the state is a vector or two; no m.
-    Updates are clipped to an rms of 1 and scaled by max(1e-3, rms(w)). Shazeer & Stern 2018, arXiv 1804.04235; torch's
-    own. With that scale a learning rate of 1e-2 is usual."""
-    return torch.optim.Adafactor(groups)
-
-
-class Muon(torch.optim.Optimizer):
-    """For the matrices inside the layers: momentum, then the nearest orthogonal matrix, so that every direction of the
-    update is as long as every other:
-
-        m = momentum m + g        u = g + momentum m        w -= lr (0.2 sqrt(max(rows, columns)) orthogonal(u) + wd w)
-
-    The factor gives updates of the size of AdamW's, so its learning rates serve. Embeddings, head, norms and biases take
-    AdamW. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; the factor from Liu et al. 2025, arXiv 2502.16982.
-    """
-
-    def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float, momentum: float):
-        super().__init__(groups, {"betas": betas, "eps": eps, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group, t, params, grads in _trained(self):
-            if not group["matrices"]:
-                self._adamw(group, t, params, grads)
-                continue
-            m = _state(self, params, "momentum")
-            torch._foreach_mul_(m, group["momentum"])
-            torch._foreach_add_(m, grads)
-            update = torch._foreach_add(grads, m, alpha=group["momentum"])
-            _decay(group, params)
-            for w, u in zip(params, update):
-                w.add_(orthogonal(u), alpha=-group["lr"] * 0.2 * math.sqrt(max(w.shape)))
-
-    def _adamw(self, group: dict, t: int, params: list[Tensor], grads: list[Tensor]) -> None:
-        b1, b2 = group["betas"]
-        m, v = _state(self, params, "exp_avg"), _state(self, params, "exp_avg_sq")
-        torch._foreach_lerp_(m, grads, 1 - b1)
-        torch._foreach_mul_(v, b2)
-        torch._foreach_addcmul_(v, grads, grads, 1 - b2)
-        scale = torch._foreach_sqrt(v)
-        torch._foreach_div_(scale, math.sqrt(1 - b2**t))
-        torch._foreach_add_(scale, group["eps"])
-        _decay(group, params)
-        torch._foreach_addcdiv_(params, m, scale, -group["lr"] / (1 - b1**t))
-
-
-def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
-    """About the nearest matrix with orthogonal rows or columns: its singular values become 0.7 to 1.2.
-
-    Newton-Schulz with a quintic polynomial that is steep at 0, in bf16, where a product is exact enough for a direction.
-    """
-    y = (x / (x.norm() + 1e-7)).bfloat16()
-    y = y.T if len(y) > y.shape[1] else y
-    for _ in range(steps):
-        gram = y @ y.T
-        y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
-    return (y.T if len(x) > x.shape[1] else y).to(x.dtype)
-
-
-def _trained(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, int, list[Tensor], list[Tensor]]]:
-    """(group, t, its parameters with a gradient, their gradients), where t = 1 at a parameter's first update. Those that
-    began to train later have an earlier t and come apart."""
-    for group in optimizer.param_groups:
-        by_step: dict[int, list[Tensor]] = {}
-        for p in group["params"]:
-            if p.grad is not None:
-                step = optimizer.state[p].setdefault("step", torch.zeros(()))
-                step += 1
-                by_step.setdefault(int(step), []).append(p)
-        for t, params in by_step.items():
-            yield group, t, params, [p.grad for p in params]
-
-
-def _state(
-    optimizer: torch.optim.Optimizer,
-    params: list[Tensor],
-    key: str,
-    first: Callable[[Tensor], Tensor] = torch.zeros_like,
-) -> list[Tensor]:
-    """One state tensor of each parameter, `first` of the parameter at its first update."""
-    states = [optimizer.state[p] for p in params]
-    for p, state in zip(params, states):
-        if key not in state:
-            state[key] = first(p.detach())
-    return [state[key] for state in states]
-
-
-def _decay(group: dict, params: list[Tensor]) -> None:
-    if group["weight_decay"]:
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-
-
-# name -> (makes the optimizer from groups, betas, eps and options; options with their defaults)
-OPTIMIZERS: dict[str, tuple[Callable, dict]] = {
-    "sgd": (lambda groups, betas, eps, **options: SGD(groups, **options), {"momentum": 0.0}),
-    "lion": (lambda groups, betas, eps: Lion(groups, betas), {}),
-    "adamw": (adamw, {}),
-    "stable_adamw": (StableAdamW, {}),
-    "schedule_free_adamw": (ScheduleFreeAdamW, {}),
-    "adafactor": (adafactor, {}),
-    "muon": (Muon, {"momentum": 0.95}),
-}
 
 
 @contextlib.contextmanager
@@ -313,19 +93,87 @@ def evaluation_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             p.data = data
 
 
-# ---- gradients ----------------------------------------------------------------------------------------------------
+# ---- gradients and updates -----------------------------------------------------------------------------------------
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def clip_gradients(grads: list[Tensor], norm: Tensor, max_norm: float | None) -> None:
-    """Scale all gradients by min(1, max_norm / norm), in place. max_norm None or 0: leave them."""
-    if max_norm:
-        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        if factor < 1.0:
-            torch._foreach_mul_(grads, factor)
+def sum_gradients_in_fp32(params: Iterable[Tensor]) -> None:
+    """The gradients of weights in bf16 are fp32 from now on, so that those of micro-batches and ranks add up in fp32."""
+    for p in params:
+        if p.dtype == torch.bfloat16:
+            p.grad_dtype = torch.float32
+
+
+def gradient_norms(grads: list[Tensor]) -> list[Tensor]:
+    """The norm of each, in fp32 (fp64 of fp64)."""
+    return list(torch._foreach_norm(grads, 2, torch.promote_types(grads[0].dtype, torch.float32))) if grads else []
+
+
+def clip_and_update(
+    optimizer: torch.optim.Optimizer, grads: list[Tensor], norm: Tensor, max_norm: float | None
+) -> None:
+    """Scale all gradients by min(1, max_norm / norm), then update. max_norm None or 0: leave them.
+
+    `AdamW` reads the factor on the device, where it reads the gradients; for all others they are scaled in place.
+    """
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0) if max_norm else torch.ones_like(norm)
+    if isinstance(optimizer, AdamW):
+        optimizer.step(clip=factor)
+        return
+    if max_norm and factor < 1.0:
+        torch._foreach_mul_(grads, factor)
+    optimizer.step()
+
+
+@contextlib.contextmanager
+def update_in_backward(
+    optimizer: torch.optim.Optimizer, measured: Set[Tensor]
+) -> Iterator[tuple[dict[Tensor, Tensor], list[Tensor]]]:
+    """Inside the block a backward pass updates every parameter as soon as its gradient is complete, and frees the gradient.
+
+    At no time do the gradients stand in memory together. Nothing that needs all of them can come before the update: no
+    clipping by their norm, no refusal of a step that is not finite. Yields the norm of each parameter's gradient, and the
+    `zero_updates` of those that are measured; both fill as the backward pass goes. Lv et al. 2023, arXiv 2306.09782.
+    """
+    norms: dict[Tensor, Tensor] = {}
+    zeros: list[Tensor] = []
+
+    def update(p: Tensor, group: dict) -> None:
+        norms[p] = gradient_norms([p.grad])[0]
+        before = copies(measured & {p})
+        everything, optimizer.param_groups = optimizer.param_groups, [group | {"params": [p]}]
+        optimizer.step()
+        optimizer.param_groups = everything
+        zeros.extend(zero_updates(before))
+        p.grad = None
+
+    hooks = [
+        p.register_post_accumulate_grad_hook(partial(update, group=group))
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.requires_grad
+    ]
+    try:
+        yield norms, zeros
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def copies(params: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(parameter, a copy of it), of those that have a gradient."""
+    return [(p, p.detach().clone()) for p in params if p.grad is not None]
+
+
+def zero_updates(before: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """For each parameter, after its update: int64 (numbers with a gradient that are what they were, numbers with a gradient).
+
+    In bf16 an update below 1/512 of a weight rounds to nothing, and training stands still where most do.
+    """
+    return [torch.stack([((p == old) & (p.grad != 0)).sum(), (p.grad != 0).sum()]) for p, old in before]
 
 
 @dataclass

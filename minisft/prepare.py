@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from minisft import hub, runtime, sft
-from minisft.config import Config, DataSection, eval_sets, source_list
+from minisft.config import Config, DataSection, ModelSection, TrainSection, eval_sets, source_list
 from minisft.data.audit import quick_findings
 from minisft.data.cache import Documents, build_cache
 from minisft.data.documents import Accounting, select_documents, show_document, split_documents
@@ -27,12 +27,15 @@ from minisft.errors import CONFIG, DATA, MODEL, UserError
 from minisft.evaluate import Prompt, read_prompts
 from minisft.kernels.common import backend_for, use_backend
 from minisft.kernels.flash_attention import unsupported
+from minisft.model.adapter_files import adapter_tensors
 from minisft.model.families import from_hf
-from minisft.model.load import build_model, init_weights, load_weights, read_config
+from minisft.model.load import build_model, init_weights, load_weights, place_quantized, read_config
 from minisft.model.lora import LoraOptions, apply_lora
-from minisft.model.model_config import ModelConfig, with_vocab_size
-from minisft.optim import LossScale, build_optimizer, parameter_groups
-from minisft.schedule import num_warmup_steps, total_steps
+from minisft.model.model_config import with_vocab_size
+from minisft.model.quantized import Quantization, describe_quantized, named_weights, quantization_of
+from minisft.optim import LossScale, build_optimizer, parameter_groups, sum_gradients_in_fp32
+from minisft.schedule import Plateau, num_warmup_steps, total_steps
+from minisft.trainable import choose_trainable, describe_trained
 
 OBJECTIVES = {"sft": sft}
 # Findings whose numbers are in the account of the rows or the description of the cache.
@@ -44,7 +47,7 @@ ROUND_TO = (
 
 @dataclass
 class Run:
-    """The parts of a run. The last four fields change while it trains, and the weights and moments."""
+    """The parts of a run. The last five fields change while it trains, and the weights and moments."""
 
     device: torch.device
     precision: str
@@ -60,7 +63,10 @@ class Run:
     summary: list[str]  # printed before the first step
     prompting: dict  # how the model is to be asked later, for the exported folder
     base: tuple[str | None, str | None]  # path or repository of the model that it started from, and the revision
+    measured: set[nn.Parameter]  # parameters whose zero updates are counted
     loss_scale: LossScale
+    first_steps: dict[str, int]  # of the parameters that do not train from the start
+    plateau: Plateau = Plateau()
     step: int = 0
     num_tokens: int = 0  # seen so far, over all ranks
     nonfinite_steps: int = 0
@@ -77,7 +83,7 @@ class Run:
 def prepare(config: Config, device: torch.device) -> Run:
     """Everything that a run needs. Raises UserError for whatever the user can mend."""
     train = config.train
-    precision = runtime.pick_precision(train.precision, device)
+    precision = "bf16" if train.weights_dtype == "bf16" else runtime.pick_precision(train.precision, device)
     if train.deterministic:
         runtime.use_deterministic_algorithms()
     pick_kernels(config.model.kernels, device)
@@ -96,6 +102,7 @@ def prepare(config: Config, device: torch.device) -> Run:
     model, model_lines = prepare_model(config, tokenizer, device)
     lengths = loader.documents.lengths.astype(float)
     model.mean_length = (lengths**2).sum() / lengths.sum()  # over tokens, not over documents
+    first_steps = choose_trainable(model, trainable=train.trainable, frozen=train.frozen, unfreeze=train.unfreeze)
     groups = parameter_groups(
         model,
         learning_rate=train.learning_rate,
@@ -105,7 +112,25 @@ def prepare(config: Config, device: torch.device) -> Run:
         lora_plus_ratio=config.lora.loraplus_lr_ratio,
     )
     betas = train.adam_beta1, train.adam_beta2
-    optimizer = build_optimizer(train.optim, groups, betas=betas, eps=train.adam_epsilon, **train.optim_args)
+    optimizer = build_optimizer(
+        train.optim,
+        groups,
+        betas=betas,
+        eps=train.adam_epsilon,
+        offload=train.offload_optimizer,
+        rounding_seed=train.seed if train.stochastic_rounding else None,
+        **train.optim_args,
+    )
+    if train.optimizer_in_backward and runtime.world_size() > 1:
+        hint = "the ranks sum their gradients once all are there; set optimizer_in_backward = false"
+        raise UserError(f"train.optimizer_in_backward on {runtime.world_size()} ranks", hint=hint)
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
+    if train.gradient_accumulation_steps > 1 or runtime.world_size() > 1:
+        sum_gradients_in_fp32(trained)
+    if (wanted := config.log.zero_update_fraction) is None:
+        measured = {p for p in trained if p.dtype == torch.bfloat16}
+    else:
+        measured = trained if wanted else set()
     objective = OBJECTIVES[config.trainer_type]
     steps = total_steps(loader.steps_per_epoch, train.num_train_epochs, train.max_steps)
     schedule = {
@@ -115,6 +140,7 @@ def prepare(config: Config, device: torch.device) -> Run:
         "min_factor": train.min_lr / train.learning_rate if train.learning_rate else 0.0,
         **train.lr_scheduler_kwargs,
     }
+    show_trained = config.verbose or first_steps or not all(p.requires_grad for p in model.parameters())
     where = f"{device.type}, {precision}" + (f", {runtime.world_size()} ranks" if runtime.world_size() > 1 else "")
     return Run(
         device=device,
@@ -133,7 +159,9 @@ def prepare(config: Config, device: torch.device) -> Run:
             tokenizer_line,
             *data_lines,
             *model_lines,
-            f"kernels    {describe_kernels(model.config, device)}",
+            f"optimizer  {describe_optimizer(train, trained)}",
+            *(titled("trains", describe_trained(named_weights(model), train.unfreeze, steps)) if show_trained else []),
+            f"kernels    {describe_kernels(model, device)}",
             f"steps      {describe_steps(config, loader, schedule)}",
         ],
         prompting={
@@ -143,7 +171,9 @@ def prepare(config: Config, device: torch.device) -> Run:
             "max_length": config.data.max_length,  # some rotary tables depend on it
         },
         base=(config.model.model_name_or_path, config.model.revision),
+        measured=measured,
         loss_scale=LossScale(scale=2.0**16 if precision == "fp16" else 1.0),
+        first_steps=first_steps,
     )
 
 
@@ -182,11 +212,12 @@ def backend_of(op: str, device: torch.device, cannot: str = "") -> str:
         raise UserError(f"kernels: {error}", hint='"auto" takes Triton where it can run', exit_code=CONFIG) from error
 
 
-def describe_kernels(config: ModelConfig, device: torch.device) -> str:
+def describe_kernels(model: nn.Module, device: torch.device) -> str:
     """The backend of the model's ops: "triton", or "triton, but torch for layer_norm". Warns where a GPU has no kernel.
 
     Raises UserError where Triton is asked for and has none for this model.
     """
+    config, quantization = model.config, quantization_of(model)
     gate = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu"}[config.activation]
     uses = {
         "flash_attention": True,
@@ -195,6 +226,8 @@ def describe_kernels(config: ModelConfig, device: torch.device) -> str:
         "rope": any(config.ropes),
         gate: config.mlp == "glu",
     }
+    if quantization is not None:
+        uses[f"dequantize_{quantization.quant_type}"] = True
     cannot = {"flash_attention": unsupported(config.head_dim)}
     backends = {op: backend_of(op, device, cannot.get(op, "")) for op, used in uses.items() if used}
     most = max(backends.values(), key=list(backends.values()).count)
@@ -331,7 +364,7 @@ def format_options(data: DataSection) -> FormatOptions:
 
 
 def prepare_model(config: Config, tokenizer: Tokenizer, device: torch.device) -> tuple[nn.Module, list[str]]:
-    """The model in fp32 on its device, with random weights or loaded ones, and its lines of the summary."""
+    """The model in train.weights_dtype on its device, with random weights or loaded ones, and its lines of the summary."""
     section, max_length = config.model, config.data.max_length
     if section.config is not None:
         # what the folder's readers need to know about its tokenizer, unless the user says it
@@ -358,35 +391,76 @@ def prepare_model(config: Config, tokenizer: Tokenizer, device: torch.device) ->
             hint="lower max_length",
             exit_code=MODEL,
         )
-    model = build_model(model_config, device=device)
-    lines = list(model_config.notes)
+    model, lines = build_model(model_config), list(model_config.notes)
+    model.to(runtime.DTYPES[config.train.weights_dtype])
     if folder is None:
-        init_weights(model, config.train.seed)
+        init_weights(model.to_empty(device=device), config.train.seed)
     else:
-        lines += load_weights(model, folder)
-    model.gradient_checkpointing = section.gradient_checkpointing
+        place_quantized(model, folder, asked_quantization(section))
+        lines += load_weights(model.to_empty(device=device), folder)
+    if quantization_of(model) is not None:
+        lines.append(describe_quantized(model))
+        if config.lora.r is None:
+            raise UserError(
+                f"{section.model_name_or_path} is quantised: such weights cannot be trained, adapters beside them can",
+                hint="set lora.r, as in r = 16",
+                exit_code=MODEL,
+            )
+    model.gradient_checkpointing = section.gradient_checkpointing is True
+    model.gradient_checkpointing_every = section.gradient_checkpointing_every
+    model.offload_activations = section.offload_activations
+    model.recompute_cheap_ops(section.gradient_checkpointing == "selective")
     model.neftune_alpha = config.train.neftune_noise_alpha or 0.0
-    size = sum(p.numel() for p in model.parameters())
+    size = sum(weight.numel() for weight in named_weights(model).values())
     lines.insert(0, f"{model_config.model_type}, {size / 1e6:,.1f} M parameters, {origin}")
     if config.lora.r is not None:
-        lines += add_adapters(model, config)
+        lines += add_adapters(model, config, tokenizer)
     return model.train(), titled("model", lines)
 
 
-def add_adapters(model: nn.Module, config: Config) -> list[str]:
+def asked_quantization(section: ModelSection) -> Quantization | None:
+    if section.load_in_8bit:
+        return Quantization("int8")
+    if section.load_in_4bit:
+        return Quantization(section.bnb_4bit_quant_type, section.bnb_4bit_use_double_quant)
+    return None
+
+
+def add_adapters(model: nn.Module, config: Config, tokenizer: Tokenizer) -> list[str]:
     """Freeze the model and put the adapters of [lora] beside its layers; what trains, in lines."""
-    keys = {f.name for f in fields(LoraOptions)}
-    options = LoraOptions(**{key: value for key, value in asdict(config.lora).items() if key in keys})
+    keys = {f.name for f in fields(LoraOptions)} - {"trainable_token_indices"}
+    new = [tokenizer.backend.token_to_id(token) for token in config.model.new_special_tokens]
+    ids = tuple(sorted({*config.lora.trainable_token_indices, *new}))
+    matrices = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
+    rows = {name: ids for name in matrices if ids and name not in config.lora.modules_to_save}
+    chosen = {key: value for key, value in asdict(config.lora).items() if key in keys}
+    options = LoraOptions(**chosen, trainable_token_indices=rows)
     sites = apply_lora(model, options, seed=config.train.seed)
     kinds = ", ".join(sorted({site.rpartition(".")[2] for site in sites}))
     trained = [p for p in model.parameters() if p.requires_grad]
-    size, all_sizes = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
+    size, all_sizes = (sum(w.numel() for w in weights) for weights in (trained, named_weights(model).values()))
     name = "DoRA" if options.use_dora else "rsLoRA" if options.use_rslora else "LoRA"
+    name += " from PiSSA" if options.is_pissa else ""
+    also = "".join(f", and {len(ids)} rows of {name}" for name in rows)
     return [
-        f"{name} r {options.r}, alpha {options.lora_alpha:g}, beside {len(sites)} layers ({kinds})",
+        f"{name} r {options.r}, alpha {options.lora_alpha:g}, beside {len(sites)} layers ({kinds}){also}",
         f"trains {size / 1e6:,.2f} M of {all_sizes / 1e6:,.1f} M parameters ({size / all_sizes:.2%}); "
-        f"the adapter will have {sum(p.nbytes for p in trained) / 1e6:,.1f} MB",
+        f"the adapter will have {sum(t.nbytes for t in adapter_tensors(model).values()) / 1e6:,.1f} MB",
     ]
+
+
+def describe_optimizer(train: TrainSection, trained: set[nn.Parameter]) -> str:
+    """Its name, and what is special about it."""
+    notes = [train.optim]
+    if train.offload_optimizer:
+        notes.append("moments in CPU memory")
+    if train.optimizer_in_backward:
+        notes.append("updates in the backward pass")
+    if any(p.dtype == torch.bfloat16 for p in trained):
+        how = "by chance" if train.stochastic_rounding else "to the nearest"
+        grads = {"bf16" if p.grad_dtype == torch.bfloat16 else "fp32" for p in trained if p.dtype == torch.bfloat16}
+        notes.append(f"weights in bf16, rounded {how}, their gradients in {grads.pop()}")
+    return ", ".join(notes)
 
 
 # ---- arithmetic -------------------------------------------------------------------------------------------------

@@ -17,13 +17,15 @@ alike, and then fall in a way of their own, from 1 to the floor:
                             arXiv 2405.18392)
     inverse_sqrt            f = sqrt(t / (step - W + t)), t = timescale, or W, or 10,000   (T5; arXiv 2106.04560)
     constant                f = 1
+    reduce_on_plateau       f = 1, lowered step by step by the evaluation loss, see `after_evaluation`
 
-with W = warmup_steps, S = total_steps and min_factor = min_lr / learning_rate. After step S the factor stays put. The last
-two know no floor. A constant rate after the warm-up suits runs whose end is not known, and so do the stable steps of the
-third: a run can be taken up there and decayed later.
+with W = warmup_steps, S = total_steps and min_factor = min_lr / learning_rate. After step S the factor stays put. The
+square root and the constant know no floor. A constant rate after the warm-up suits runs whose end is not known, and so do
+the stable steps of warmup_stable_decay: a run can be taken up there and decayed later.
 """
 
 import math
+from dataclasses import dataclass
 
 # Every schedule, with what it takes besides the number of steps and of warm-up steps.
 SCHEDULES: dict[str, dict] = {
@@ -34,6 +36,7 @@ SCHEDULES: dict[str, dict] = {
     "warmup_stable_decay": {"decay_ratio": 0.1, "decay_type": "linear"},
     "inverse_sqrt": {"timescale": None},
     "constant": {},
+    "reduce_on_plateau": {"factor": 0.1, "patience": 10, "threshold": 1e-4, "cooldown": 0},
 }
 HAVE_NO_FLOOR = ("inverse_sqrt", "constant")
 DECAYS = {
@@ -45,6 +48,8 @@ DECAYS = {
 
 def wrong_option(name: str, key: str, value: object) -> str:
     """What schedule `name` would take instead of this option; empty if the option is right."""
+    if key == "min_lr":
+        return "it has a key of its own, train.min_lr"
     if key not in SCHEDULES[name]:
         return f"{name} takes {', '.join(SCHEDULES[name]) or 'no options'}"
     if key == "decay_type":
@@ -52,6 +57,10 @@ def wrong_option(name: str, key: str, value: object) -> str:
     if key == "timescale" and value is None:
         return ""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key in ("patience", "cooldown"):
+        return "" if is_number and value >= 0 and value == int(value) else f"{key} is a whole number from 0 on"
+    if key in ("factor", "threshold"):
+        return "" if is_number and 0 <= value < 1 and (value or key == "threshold") else f"{key} is between 0 and 1"
     if key == "num_cycles":
         return "" if is_number and value >= 1 and value == int(value) else "num_cycles is a whole number from 1 on"
     if key == "decay_ratio":
@@ -68,7 +77,7 @@ def lr_factor(
     options = SCHEDULES[name] | options
     if step < warmup_steps:
         return step / warmup_steps
-    if name == "constant":
+    if name in ("constant", "reduce_on_plateau"):
         return 1.0
     if name == "inverse_sqrt":
         timescale = options["timescale"] or warmup_steps or 10_000
@@ -86,6 +95,47 @@ def lr_factor(
     else:
         fall = DECAYS[name](progress)
     return min_factor + (1.0 - min_factor) * fall
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """What the evaluations so far have told: the best loss, how many since then brought nothing, and the factor."""
+
+    best: float | None = None
+    num_bad: int = 0
+    cooling: int = 0  # evaluations for which nothing counts as bad, after a reduction
+    factor: float = 1.0
+
+
+def after_evaluation(
+    plateau: Plateau,
+    loss: float,
+    step: int,
+    *,
+    name: str,
+    total_steps: int = 0,
+    warmup_steps: int = 0,
+    min_factor: float = 0.0,
+    **options: object,
+) -> Plateau:
+    """What an evaluation after `step` updates changes: nothing, but for reduce_on_plateau after its warm-up.
+
+    Once more than `patience` evaluations in a row have not brought the loss below (1 - threshold) x the best one, the
+    learning rate is multiplied by `factor`, down to min_factor x the peak; then `cooldown` evaluations do not count. The
+    rule of torch's ReduceLROnPlateau; a NaN brings nothing. The arguments behind the step are those of `lr_factor`.
+    """
+    if name != "reduce_on_plateau" or step < warmup_steps:
+        return plateau
+    options = SCHEDULES[name] | options
+    is_best = loss < (math.inf if plateau.best is None else plateau.best * (1.0 - options["threshold"]))
+    num_bad = 0 if is_best or plateau.cooling else plateau.num_bad + 1
+    reduced = num_bad > options["patience"]
+    return Plateau(
+        best=loss if is_best else plateau.best,
+        num_bad=0 if reduced else num_bad,
+        cooling=options["cooldown"] if reduced else max(0, plateau.cooling - 1),
+        factor=max(plateau.factor * options["factor"], min_factor) if reduced else plateau.factor,
+    )
 
 
 def total_steps(steps_per_epoch: int, num_train_epochs: float, max_steps: int = -1) -> int:

@@ -131,6 +131,14 @@ def test_a_tensor_for_several_programs(triton_kernels, is_8bit):
     assert (flat(ours[0]) != flat(naive[0])).double().mean() <= 1e-3
 
 
+@pytest.mark.parametrize("is_8bit", [False, True], ids=["fp32 moments", "8-bit moments"])
+def test_the_stretches_of_the_torch_path_change_nothing(monkeypatch, is_8bit):
+    params, options = [torch.randn(10, 257).bfloat16()], dict(is_8bit=is_8bit, stochastic_rounding_seed=5)
+    whole = train(params, **options)
+    monkeypatch.setattr(module, "CPU_STRETCH", 512)
+    assert_same(train(params, **options), whole)
+
+
 def test_what_lies_around_a_tensor_is_neither_read_nor_written(backend):
     """All four cut out of buffers of NaN, at odd addresses: the same bits as tensors of their own."""
     clean = [torch.randn(n) for n in (300, 300)] + [torch.zeros(300), torch.zeros(300)]
@@ -211,6 +219,16 @@ def test_tensors_that_do_not_fit_are_refused():
 # ---------------------------------------------------------------------------------------------- rounding by chance
 
 
+def test_places_make_calls_of_their_own_round_like_one(backend):
+    params, grads = [torch.randn(300).bfloat16() for _ in range(3)], [torch.randn(300).bfloat16() for _ in range(3)]
+    together, alone = [w.clone() for w in params], [w.clone() for w in params]
+    options = OPTIONS | {"step": 1, "stochastic_rounding_seed": 3}
+    adamw_(together, grads, *([zeros(w) for w in params] for _ in range(2)), **options)
+    for i in (2, 0, 1):
+        adamw_([alone[i]], [grads[i]], [zeros(params[i])], [zeros(params[i])], places=[i], **options)
+    assert_same((together,), (alone,))
+
+
 def outcomes(seed, step=1, tensor=0, n=20000):
     """Which of n equal weights an update by a quarter of bf16's step moved."""
     params = [torch.ones(1).bfloat16() for _ in range(tensor)] + [torch.ones(n).bfloat16()]
@@ -271,6 +289,16 @@ def test_the_codes_of_all_sizes_of_numbers_and_of_every_tie(triton_kernels):
         for (codes, absmax), moment, of_m in ((m, g, True), (v, g * g, False)):
             expected = quantize_state(moment, of_m)
             assert torch.equal(codes, expected[0]) and torch.equal(absmax, expected[1])
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_fast_search_finds_what_bisection_finds(signed):
+    table = dynamic_table(signed)
+    midpoints = (table[1:] + table[:-1]) / 2
+    edges = [torch.nextafter(midpoints, torch.tensor(end)) for end in (-2.0, 2.0)]
+    sizes = 10 ** (-10 * torch.rand(10_000)) * torch.randn(10_000).sign()
+    x = torch.cat([table, midpoints, *edges, sizes, torch.tensor([0.0, -0.0, 1e-44, -1e-44, float("nan")])])
+    assert torch.equal(module._search(x, midpoints), torch.bucketize(x, midpoints, out_int32=True))
 
 
 @pytest.mark.parametrize("signed", [True, False])

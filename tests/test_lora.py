@@ -9,7 +9,15 @@ from tolerance import relative_error
 
 from minisft.errors import UserError
 from minisft.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
-from minisft.model.lora import LoraLinear, LoraOptions, adapter_disabled, adapters, apply_lora, merge_adapter
+from minisft.model.lora import (
+    LoraLinear,
+    LoraOptions,
+    adapter_disabled,
+    adapter_sites,
+    adapters,
+    apply_lora,
+    merge_adapter,
+)
 from minisft.model.save import save_model
 
 # Plain, windows with norms of heads, stacked, stacked head by head, stacked and transposed.
@@ -209,3 +217,106 @@ def test_a_damaged_adapter_is_a_users_mistake(tmp_path):
     (tmp_path / WEIGHTS_FILE).write_bytes(b"no tensors")
     with pytest.raises(UserError, match="not a readable safetensors file"):
         load_adapter(tiny("llama"), tmp_path)
+
+
+# ---- PiSSA, and rows of new tokens -------------------------------------------------------------------------------------
+
+PISSA = {
+    "exact": dict(init_lora_weights="pissa"),
+    "about, rsLoRA": dict(init_lora_weights="pissa_niter_4", use_rslora=True),
+}
+IDS = (2, 50)
+
+
+def rows_of(family):
+    """trainable_token_indices of the embedding and, where it is another matrix, of the head."""
+    tied = tiny(family).config.tie_word_embeddings
+    return {name: IDS for name in (["embed_tokens"] if tied else ["embed_tokens", "lm_head"])}
+
+
+@pytest.mark.parametrize("kind", PISSA)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pissa_begins_as_the_base_at_its_largest_directions(family, kind):
+    base, model = tiny(family).eval(), adapted(family, **PISSA[kind])
+    assert torch.equal(forward(model), forward(base))
+    for site, stored in adapter_sites(model).items():
+        parts = [model.get_submodule(name.removesuffix(".weight")) for name in stored.names]
+        weight = torch.cat([part.weight for part in parts]).double()
+        largest = torch.cat([part.scale * part.lora_B @ part.lora_A for part in parts]).double()
+        U, S, Vh = torch.linalg.svd(weight)
+        # The approximate decomposition mixes directions of like values, as all of a random matrix are: little is lost.
+        expected, left = (U[:, :4] * S[:4]) @ Vh[:4], (weight - largest).norm()
+        assert left <= S[4:].norm() * (1 + (1e-5 if kind == "exact" else 0.05)), site
+        assert kind != "exact" or relative_error(largest, expected) < 1e-4  # 1e-7 over a gap of a thousandth
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", [*PISSA, "token rows"])
+def test_peft_reads_pissa_and_token_rows(family, kind, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = adapted(family, **PISSA.get(kind, dict(trainable_token_indices=rows_of(family))))
+    save_model(model_without_adapter(family), tmp_path / "base")
+    randomise(model)
+    save_adapter(model, tmp_path / "adapter", base=str(tmp_path / "base"))
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", attn_implementation="eager", pad_token_id=0
+    )
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert relative_error(theirs_of(theirs), forward(model)) <= 1e-5
+    again = load_adapter(model_without_adapter(family), tmp_path / "adapter").eval()
+    assert relative_error(forward(again), forward(model)) <= 1e-6  # of PiSSA one product where there were two
+    with torch.no_grad():
+        assert relative_error(forward(merge_adapter(again)), forward(model)) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", ["list", "dict"])
+def test_ours_reads_pefts_token_rows(family, form, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = model_without_adapter(family)
+    save_model(base, tmp_path / "base")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", attn_implementation="eager", pad_token_id=0
+    )
+    names = {"gpt_neox": ("embed_in", "lm_head"), "gpt2": ("wte", "lm_head")}.get(family, ("embed_tokens", "lm_head"))
+    indices = list(IDS) if form == "list" else {name: list(IDS) for name in names[: len(rows_of(family))]}
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", trainable_token_indices=indices)
+    theirs = peft.get_peft_model(hf, config).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert relative_error(forward(load_adapter(base, tmp_path / "adapter")), theirs_of(theirs)) <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_rows_of_these_tokens_change(family):
+    base, model = tiny(family).eval(), adapted(family, trainable_token_indices=rows_of(family))
+    assert torch.equal(forward(model), forward(base))
+    forward(model).square().sum().backward()
+    for name in rows_of(family):
+        assert model.get_submodule(name).rows.grad.shape == (2, base.config.hidden_size)
+        assert model.get_submodule(name).weight.grad is None
+    randomise(model)
+    with adapter_disabled(model):
+        assert torch.equal(forward(model), forward(base))
+    merged = merge_adapter(model)
+    for name in rows_of(family):
+        changed = (merged.get_submodule(name).weight != base.get_submodule(name).weight).any(1).nonzero()[:, 0]
+        assert changed.tolist() == list(IDS)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(r=17, init_lora_weights="pissa"), "r = 17, but a matrix is"),
+        (dict(trainable_token_indices={"embed_tokens": (2, 2)}), "each id"),
+        (dict(trainable_token_indices={"embed_tokens": (53,)}), "53 rows"),
+        (dict(trainable_token_indices={"norm": (1,)}), "norm is no module"),
+        (dict(trainable_token_indices={"lm_head": (1,)}, modules_to_save=("lm_head",)), "lm_head is no module"),
+    ],
+)
+def test_bad_pissa_and_token_rows(options, words):
+    with pytest.raises(UserError) as mistake:
+        adapted("llama", **options)
+    assert words in f"{mistake.value} {mistake.value.hint}"

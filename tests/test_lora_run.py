@@ -78,6 +78,29 @@ def test_a_stopped_run_ends_in_the_same_bytes(go, trained, tmp_path, monkeypatch
     assert logged(tmp_path / "out") == logged(trained)
 
 
+def test_pissa_and_rows_of_new_tokens_in_a_stopped_run(go, home, tmp_path, monkeypatch):
+    more = {
+        "lora.init_lora_weights": "pissa",
+        "lora.lora_dropout": 0.0,
+        "model.new_special_tokens": ["<think>", "<|done|>"],
+    }
+    whole = partial(go, **more)
+    assert whole(output_dir=str(tmp_path / "whole")).exit_code == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6, signal.SIGTERM)
+        assert whole().exit_code == 75
+    assert whole().exit_code == 0
+    assert adapter(tmp_path / "out") == adapter(tmp_path / "whole")
+    config = json.loads((tmp_path / "out" / "model" / "adapter_config.json").read_text())
+    size = load_model(home / "first" / "model").config.vocab_size
+    assert config["r"] == 2 * LORA["lora.r"] and size in config["trainable_token_indices"]["lm_head"]
+    adapted = load_adapted(tmp_path / "out" / "model")  # whose base has no such rows
+    assert adapted.config.vocab_size == size + 2
+    assert export.main([str(tmp_path / "out"), str(tmp_path / "merged"), "--merge", "--dtype", "fp32"]) == 0
+    merged = load_model(tmp_path / "merged")
+    assert torch.equal(merged.embed_tokens.weight[size:], adapted.embed_tokens.rows)
+
+
 def test_generate_reads_base_and_adapter(trained):
     command = [sys.executable, "-m", "minisft", "generate", str(trained), "--prompt", "abc", "--max_new_tokens", "3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

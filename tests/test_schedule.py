@@ -3,8 +3,21 @@
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from minisft.schedule import HAVE_NO_FLOOR, SCHEDULES, lr_factor, num_warmup_steps, total_steps, wrong_option
+from minisft.schedule import (
+    HAVE_NO_FLOOR,
+    SCHEDULES,
+    Plateau,
+    after_evaluation,
+    lr_factor,
+    num_warmup_steps,
+    total_steps,
+    wrong_option,
+)
+
+FALLS = [name for name in SCHEDULES if name not in HAVE_NO_FLOOR and name != "reduce_on_plateau"]  # by the step alone
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -29,7 +42,7 @@ def test_hand_values():
     assert [lr_factor("constant", s, 10, 2) for s in (0, 1, 2, 9)] == [0.0, 0.5, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULES if name not in HAVE_NO_FLOOR])
+@pytest.mark.parametrize("name", FALLS)
 def test_ends_and_stays_at_the_floor(name):
     assert [lr_factor(name, step, 10, 2, 0.25) for step in (10, 11, 1000)] == [0.25] * 3
 
@@ -66,6 +79,12 @@ def test_a_stable_run_can_be_prolonged():
         ("warmup_stable_decay", "decay_type", "sqrt", "decay_type is one of linear, cosine, 1-sqrt"),
         ("inverse_sqrt", "timescale", -1, "timescale is a number above 0"),
         ("inverse_sqrt", "timescale", None, ""),
+        ("reduce_on_plateau", "min_lr", 1e-6, "it has a key of its own, train.min_lr"),
+        ("reduce_on_plateau", "factor", 1, "factor is between 0 and 1"),
+        ("reduce_on_plateau", "factor", 0, "factor is between 0 and 1"),
+        ("reduce_on_plateau", "patience", 1.5, "patience is a whole number from 0 on"),
+        ("reduce_on_plateau", "cooldown", -1, "cooldown is a whole number from 0 on"),
+        ("reduce_on_plateau", "threshold", 0, ""),
         ("cosine_with_restarts", "num_cycles", 3, ""),
         ("warmup_stable_decay", "decay_type", "1-sqrt", ""),
     ],
@@ -107,7 +126,7 @@ def test_equals_transformers(warmup):
         "inverse_sqrt": dict(timescale=7),
         "warmup_stable_decay": dict(decay_ratio=0.25, decay_type="1-sqrt"),
     }
-    assert peers.keys() == SCHEDULES.keys()
+    assert peers.keys() | {"reduce_on_plateau"} == SCHEDULES.keys()
     for name, make in peers.items():
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         peer = make(optimizer)
@@ -117,6 +136,55 @@ def test_equals_transformers(warmup):
             assert ours == pytest.approx(peer.get_last_lr()[0], abs=1e-15)
             optimizer.step()
             peer.step()
+
+
+# ---- reduce_on_plateau --------------------------------------------------------------------------------------------
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "factor": st.floats(0.1, 0.9),
+        "patience": st.integers(0, 3),
+        "threshold": st.sampled_from([0.0, 1e-4, 0.1]),
+        "cooldown": st.integers(0, 3),
+    }
+)
+
+
+def plateaus(losses, **options) -> list[Plateau]:
+    """After each evaluation."""
+    plateau, seen = Plateau(), []
+    for loss in losses:
+        plateau = after_evaluation(plateau, loss, 0, name="reduce_on_plateau", **options)
+        seen.append(plateau)
+    return seen
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0.1, 10) | st.just(math.nan), max_size=30), OPTIONS, st.sampled_from([0.0, 0.3]))
+def test_plateau_is_torchs(losses, options, floor):
+    import torch
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, min_lr=floor, eps=0.0, **options)
+    for loss, plateau in zip(losses, plateaus(losses, min_factor=floor, **options)):
+        theirs.step(loss)
+        assert plateau.factor == optimizer.param_groups[0]["lr"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=30), OPTIONS)
+def test_plateau_never_rises_and_a_falling_loss_never_reduces(losses, options):
+    factors = [p.factor for p in plateaus(losses, **options)]
+    assert all(a >= b for a, b in zip([1.0, *factors], factors))
+    falling = [0.8**i for i in range(len(losses))]
+    assert plateaus(falling, **options)[-1].factor == 1.0
+
+
+def test_evaluations_in_the_warm_up_and_of_other_schedules_change_nothing():
+    plateau = Plateau(best=1.0, num_bad=10)
+    assert after_evaluation(plateau, 2.0, 9, name="reduce_on_plateau", warmup_steps=10) == plateau
+    assert after_evaluation(plateau, 2.0, 9, name="linear") == plateau
+    assert after_evaluation(plateau, 2.0, 10, name="reduce_on_plateau", warmup_steps=10).factor == 0.1
 
 
 def test_total_and_warmup_steps():

@@ -107,7 +107,7 @@ def logged(output_dir: Path, name: str = "loss") -> list[float]:
 def weights(output_dir: Path) -> dict[str, bytes]:
     """The final weights as bytes, to compare exactly."""
     tensors = load_file(output_dir / "model" / "model.safetensors")
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+    return {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -1,7 +1,9 @@
 """`python -m minisft export RUN OUT --merge`: a trained adapter and its base as one plain model.
 
 RUN is a run's output folder or an adapter folder, ours or PEFT's; OUT a new folder that transformers, vLLM and the rest
-load. Each adapted matrix becomes W + s B A, added in fp32 and rounded once to the dtype that is written.
+load. Each adapted matrix becomes W + s B A, added in fp32 and rounded once to the dtype that is written. Where the run kept its
+base in 4 or 8 bits (quantization_config.json beside the adapter says so), W is the dequantised matrix, the one that the adapter
+was trained beside, and not that of the base's files.
 
 A merge can go wrong without a sound: the wrong base, an adapter that was never trained, a narrow dtype that rounds the
 adapter away. So both models read the same tokens first, and the largest difference of their logits is reported. It is

@@ -4,10 +4,17 @@
                                                      .lora_B.weight      [out, r]
                                                      .lora_magnitude_vector   [out]        (DoRA)
     base_model.model.<module>.weight                                     of modules_to_save
+                             .token_adapter.trainable_tokens_delta       [n, D], the rows of trainable_token_indices
 
-The adapter is exact only beside the base that it was trained on; the config says which that was.
+PiSSA's is an adapter of rank 2 r, A over A0 and B beside -B0, whose scale is the same because lora_alpha grows with it.
+
+The adapter is exact only beside the base that it was trained on; the config says which that was. Where that base was
+quantised, quantization_config.json says how; PEFT has no place for it, and an adapter without that file belongs to its base as
+the base is stored.
 """
 
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,17 +35,18 @@ from minisft.model.lora import (
     apply_lora,
     is_target,
 )
+from minisft.model.quantized import read_record, write_record
 from minisft.model.tensor_names import LLAMA, NAMES, Stored, stored_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+A_LEAF, B_LEAF, M_LEAF = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 # What PEFT can write and we do not compute; other values than these are refused by name.
 NOT_COMPUTED = {
     "bias": ("none", None),
     "lora_bias": (False, None),
     "layer_replication": (None,),
     "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
     "layers_pattern": (None, "", []),
     "exclude_modules": (None, []),
     "alora_invocation_tokens": (None,),
@@ -60,33 +68,37 @@ def save_adapter(model: Decoder, folder: Path | str, *, base: str | None = None,
     that it was trained on. Not atomic: the caller writes into an atomic folder. Raises OSError when the disk does."""
     folder, options = Path(folder), model.lora
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.contiguous().cpu() for key, tensor in _adapter_tensors(model).items()}
+    tensors = {key: tensor.contiguous().cpu() for key, tensor in adapter_tensors(model).items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     targets = options.target_modules
     if targets == ALL_LINEAR:
         targets = {site.rpartition(".")[2] for site in adapter_sites(model)}
+    ranks = 2 if options.is_pissa else 1
+    alphas = math.sqrt(ranks) if options.use_rslora else ranks
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": revision,
-        "r": options.r,
-        "lora_alpha": options.lora_alpha,
+        "r": ranks * options.r,
+        "lora_alpha": alphas * options.lora_alpha,
         "lora_dropout": options.lora_dropout,
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "layers_to_transform": None if options.layers_to_transform is None else list(options.layers_to_transform),
         "layers_pattern": None,
-        "rank_pattern": options.rank_pattern,
-        "alpha_pattern": options.alpha_pattern,
+        "rank_pattern": {key: ranks * r for key, r in options.rank_pattern.items()},
+        "alpha_pattern": {key: alphas * alpha for key, alpha in options.alpha_pattern.items()},
         "use_rslora": options.use_rslora,
         "use_dora": options.use_dora,
         "modules_to_save": sorted(_file_names(model)[name] for name in options.modules_to_save) or None,
+        "trainable_token_indices": _token_indices(model),
         "bias": "none",
         "fan_in_fan_out": NAMES.get(model.config.model_type, LLAMA).transposed,
         "inference_mode": True,
         "init_lora_weights": True,
     }
     write_json(folder / CONFIG_FILE, dict(sorted(config.items())))
+    write_record(model, folder)
 
 
 def load_adapter(model: Decoder, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -103,7 +115,7 @@ def load_adapter(model: Decoder, folder: Path | str, *, dtype: torch.dtype = tor
 
 
 def load_adapted(folder: Path | str, *, device: torch.device | str = "cpu", max_length: int | None = None) -> Decoder:
-    """The base model that an adapter folder names, with the adapter, in eval mode.
+    """The base model that an adapter folder names, quantised as its record says, with the adapter, in eval mode.
 
     Raises UserError (exit code MODEL) where the folder names no base, or as load_model and load_adapter.
     """
@@ -112,13 +124,21 @@ def load_adapted(folder: Path | str, *, device: torch.device | str = "cpu", max_
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not base:
         raise UserError(f"{path} names no base model", hint="set base_model_name_or_path in it", exit_code=MODEL)
-    model = load_model(base, revision=config.get("revision"), device=device, max_length=max_length)
+    highest = max((i for ids in _by_module(config).values() for i in ids), default=-1)
+    model = load_model(
+        base,
+        revision=config.get("revision"),
+        device=device,
+        max_length=max_length,
+        quantization=read_record(Path(folder)),
+        least_vocab_size=highest + 1,
+    )
     return load_adapter(model, folder).eval()
 
 
 def load_adapter_weights(model: Decoder, folder: Path | str) -> None:
     """Fill the adapter that `model` has already. Raises UserError (exit code MODEL) where names or shapes differ."""
-    path, wanted = Path(folder) / WEIGHTS_FILE, _adapter_tensors(model)
+    path, wanted = Path(folder) / WEIGHTS_FILE, adapter_tensors(model)
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}
@@ -133,12 +153,15 @@ def load_adapter_weights(model: Decoder, folder: Path | str) -> None:
     with torch.no_grad():
         for site, stored in _targets(model).items():
             parts = _linears(model, stored)
-            parts[0].lora_A.copy_(found[f"{PREFIX}{site}.lora_A.weight"])
-            for leaf, attribute in LEAVES.items():
-                if f"{PREFIX}{site}.{leaf}" in found:
-                    rows = [len(part.weight) for part in parts]
-                    for part, values in zip(parts, stored.split(found[f"{PREFIX}{site}.{leaf}"], rows)):
-                        getattr(part, attribute).copy_(values)
+            rows = [part.weight.shape[0] for part in parts]
+            A, B = (found[f"{PREFIX}{site}.{leaf}"] for leaf in (A_LEAF, B_LEAF))
+            for part, values in zip(parts, stored.split(B, rows)):
+                part.set_factors(A, values)
+            if model.lora.use_dora:
+                for part, values in zip(parts, stored.split(found[f"{PREFIX}{site}.{M_LEAF}"], rows)):
+                    part.magnitude.copy_(values)
+        for name, key in _token_rows(model).items():
+            model.get_submodule(name).rows.copy_(found[key])
         for name, stored in _saved_modules(model).items():
             parameters = [model.get_parameter(part) for part in stored.names]
             for parameter, values in zip(parameters, stored.split(found[PREFIX + name], [len(p) for p in parameters])):
@@ -170,29 +193,42 @@ def read_options(model: Decoder, folder: Path) -> LoraOptions:
             use_rslora=bool(config.get("use_rslora")),
             use_dora=bool(config.get("use_dora")),
             modules_to_save=tuple(ours.get(name, name) for name in config.get("modules_to_save") or ()),
+            trainable_token_indices={ours.get(k, k): tuple(map(int, ids)) for k, ids in _by_module(config).items()},
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}", hint="is it PEFT's?", exit_code=MODEL) from error
+
+
+def _by_module(config: dict) -> dict[str, list[int]]:
+    """trainable_token_indices of a PEFT config: a list means the embedding."""
+    value = config.get("trainable_token_indices") or {}
+    return value if isinstance(value, dict) else {"embed_tokens": value}
+
+
+def _token_indices(model: Decoder) -> dict[str, list[int]] | list[int] | None:
+    """The same for writing: by PEFT's names, or of a tied embedding a list, which the head follows."""
+    indices = {name: list(ids) for name, ids in model.lora.trainable_token_indices.items()}
+    if model.config.tie_word_embeddings and indices:
+        return indices["embed_tokens"]
+    return {_file_names(model)[name]: ids for name, ids in indices.items()} or None
 
 
 def _layers(value: int | list | None) -> tuple[int, ...] | None:
     return None if value is None else (value,) if isinstance(value, int) else tuple(value)
 
 
-# Parameters of an adapter that have a row for every output feature: leaf in the file -> attribute of LoraLinear.
-LEAVES = {"lora_B.weight": "lora_B", "lora_magnitude_vector": "magnitude"}
-
-
-def _adapter_tensors(model: Decoder) -> dict[str, Tensor]:
+def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
     """Every tensor of the adapter file, by its name there."""
     tensors = {}
     for site, stored in _targets(model).items():
         parts = _linears(model, stored)
-        tensors[f"{PREFIX}{site}.lora_A.weight"] = parts[0].lora_A.detach()
-        for leaf, attribute in LEAVES.items():
-            values = [getattr(part, attribute) for part in parts]
-            if values[0] is not None:
-                tensors[f"{PREFIX}{site}.{leaf}"] = stored.join([value.detach() for value in values])
+        factors = [part.factors() for part in parts]
+        tensors[f"{PREFIX}{site}.{A_LEAF}"] = factors[0][0].detach()
+        tensors[f"{PREFIX}{site}.{B_LEAF}"] = stored.join([B.detach() for _, B in factors])
+        if model.lora.use_dora:
+            tensors[f"{PREFIX}{site}.{M_LEAF}"] = stored.join([part.magnitude.detach() for part in parts])
+    for name, key in _token_rows(model).items():
+        tensors[key] = model.get_submodule(name).rows.detach()
     for name, stored in _saved_modules(model).items():
         tensors[PREFIX + name] = stored.join([model.get_parameter(part).detach() for part in stored.names])
     return tensors
@@ -208,13 +244,25 @@ def _linears(model: Decoder, stored: Stored) -> list[LoraLinear]:
     return [model.get_submodule(name.removesuffix(".weight")) for name in stored.names]
 
 
+def _token_rows(model: Decoder) -> dict[str, str]:
+    """Our name of a module of which rows train -> where they are in the file."""
+    stored = _stored(model, [f"{name}.weight" for name in model.lora.trainable_token_indices])
+    modules = {s.names[0].removesuffix(".weight"): name.removesuffix(".weight") for name, s in stored.items()}
+    return {name: f"{PREFIX}{theirs}.token_adapter.trainable_tokens_delta" for name, theirs in modules.items()}
+
+
 def _saved_modules(model: Decoder) -> dict[str, Stored]:
     names = [name for name, _ in model.named_parameters() if name.partition(".")[0] in model.lora.modules_to_save]
-    return stored_tensors(model.config, names)
+    return _stored(model, names)
+
+
+def _stored(model: Decoder, names: list[str]) -> dict[str, Stored]:
+    """`stored_tensors` by the names of transformers' modules: those of its files, but for GPT-NeoX's head."""
+    stored = stored_tensors(model.config, names)
+    return {re.sub(r"^embed_out\.", "lm_head.", name): parts for name, parts in stored.items()}
 
 
 def _file_names(model: Decoder) -> dict[str, str]:
     """Our names of the modules outside the layers -> those in the family's files."""
     names = [name for name, _ in model.named_parameters() if not name.startswith("layers.")]
-    stored = stored_tensors(model.config, names)
-    return {s.names[0].partition(".")[0]: name.split(".")[-2] for name, s in stored.items()}
+    return {s.names[0].partition(".")[0]: name.split(".")[-2] for name, s in _stored(model, names).items()}

@@ -16,6 +16,7 @@ from minisft.kernels.flash_attention import flash_attention, flash_attention_wit
 from minisft.kernels.rope import rope
 from minisft.model.layers import RMSNorm
 from minisft.model.model_config import ModelConfig
+from minisft.model.recompute import dropped
 
 
 class KVCache:
@@ -77,7 +78,8 @@ class Attention(nn.Module):
         kv_cache: KVCache | None = None,
         mean_length: float | None = None,
     ) -> Tensor:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        with dropped(x):
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.clip_qkv is not None:
             q, k, v = (t.clamp(-self.clip_qkv, self.clip_qkv) for t in (q, k, v))
         if self.qk_norm == "full":

@@ -106,6 +106,9 @@ def is_number(value: object) -> bool:
 
 def refuse_other_maths(values: dict, known: dict) -> None:
     """Refuses keys of OTHER_MATHS that are set and that the family, whose class has the keys `known`, does not have."""
+    quantization = values.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes":
+        values = values | {"quantization_config": None}  # load.py reads such weights
     wrong = [
         f"{key} = {str(values[key])[:40]}"
         for key, neutral in OTHER_MATHS.items()
@@ -113,7 +116,8 @@ def refuse_other_maths(values: dict, known: dict) -> None:
     ]
     hint = "the model would load and compute something else, so it is refused"
     if values.get("quantization_config"):
-        hint = "quantised weights are not read: use the model that it was made from, in bf16, fp16 or fp32"
+        hint = "quantised weights are read as bitsandbytes stores them, and else in bf16, fp16 or fp32: use the model that "
+        hint += "these were made from"
     elif any(part in setting for part in ("expert", "moe") for setting in wrong):
         hint = "mixtures of experts are not supported: use a dense model"
     check(not wrong, f"{values['model_type']} with {', '.join(wrong)} is not implemented", hint)

@@ -14,6 +14,8 @@ Measured against fp32 with 8 layers of hidden size 576: the hidden states are of
 which would save 5 % of the time.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +25,9 @@ from minisft.model.attention import Attention, KVCache
 from minisft.model.blocks import OTHER_BLOCKS
 from minisft.model.layers import MLPS, NORMS, compute_dtype
 from minisft.model.model_config import ModelConfig
+from minisft.model.recompute import offloaded
 from minisft.model.rope import rope_table
+from minisft.model.token_rows import TokenRows
 
 
 class Block(nn.Module):
@@ -56,8 +60,9 @@ BLOCKS = {"pre": Block} | OTHER_BLOCKS
 class Decoder(nn.Module):
     """A causal language model without its head.
 
-    Attributes to set from outside: `gradient_checkpointing` recomputes each block in the backward pass instead of
-    keeping its activations (Chen et al. 2016, arXiv:1604.06174; a third more compute, memory of one block).
+    Attributes to set from outside: `gradient_checkpointing` runs blocks again in the backward pass instead of keeping
+    their activations, each `gradient_checkpointing_every`-th; `offload_activations` keeps the inputs of these blocks in the
+    CPU's memory; `recompute_cheap_ops` is the selective form (recompute.py has all three).
     `neftune_alpha` adds noise to the embeddings in training (Jain et al. 2023, arXiv:2310.05914). `mean_length` of the
     documents, as far as it is known, tells the attention kernel the size of its tiles; it changes nothing but the speed.
     """
@@ -65,7 +70,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.gradient_checkpointing_every = False, 1
+        self.offload_activations = False
         self.neftune_alpha = 0.0
         self.mean_length: float | None = None
         self.lora = None  # the LoraOptions of a model with adapters (lora.py)
@@ -100,13 +106,20 @@ class Decoder(nn.Module):
         tables = {rope: rope_table(rope, position_ids, dtype) for rope in set(self.config.ropes) if rope is not None}
         if kv_cache is not None:
             kv_cache.place(position_ids, start, end)
-        for layer, rope in zip(self.layers, self.config.ropes):
+        for number, (layer, rope) in enumerate(zip(self.layers, self.config.ropes)):
             where = start, end, tables.get(rope), kv_cache, self.mean_length
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, *where, use_reentrant=False)  # keeps the RNG: the same dropout
+            if self.gradient_checkpointing and self.training and number % self.gradient_checkpointing_every == 0:
+                with offloaded(x.shape) if self.offload_activations else nullcontext():
+                    x = checkpoint(layer, x, *where, use_reentrant=False)  # keeps the RNG: the same dropout
             else:
                 x = layer(x, *where)
         return self.norm(x)
+
+    def recompute_cheap_ops(self, enabled: bool) -> None:
+        """Keep the outputs of norms and gated units for the backward, or compute them again."""
+        for module in self.layers.modules():
+            if hasattr(module, "recompute"):
+                module.recompute = enabled
 
     def _neftune_noise(self, x: Tensor, lengths: Tensor) -> Tensor:
         """Uniform in +-alpha / sqrt(L * D), L the length of the token's document: its expected norm is the same for
@@ -117,7 +130,8 @@ class Decoder(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """[V, D], the embedding itself where they are tied."""
-        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return head.whole() if isinstance(head, TokenRows) else head.weight
 
     @property
     def head_bias(self) -> Tensor | None:

@@ -65,6 +65,7 @@ def to_hf(config: ModelConfig, dtype: str) -> dict:
     if config.hf.get("rope_parameters"):  # the newer dialect has them in that table
         defaults = {key: value for key, value in defaults.items() if key not in FLAT_ROPE_KEYS}
     hf = _complete(config.hf, defaults)
+    hf.pop("quantization_config", None)  # of the files that were read; save_model says how it writes
     hf["architectures"] = hf.get("architectures") or [family.architecture]
     hf["vocab_size"] = config.vocab_size
     hf["torch_dtype" if "torch_dtype" in hf else "dtype"] = dtype

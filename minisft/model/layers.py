@@ -8,6 +8,7 @@ from minisft.kernels.glu import geglu, swiglu
 from minisft.kernels.layer_norm import layer_norm
 from minisft.kernels.rms_norm import add_rms_norm, rms_norm
 from minisft.model.model_config import ModelConfig
+from minisft.model.recompute import droppable, dropped
 
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # our names of the activation -> PyTorch's of its approximation
 
@@ -15,21 +16,30 @@ GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # our names of the activation -> P
 class RMSNorm(nn.Module):
     """x / rms(x) * weight. Gemma's files hold weight - 1 (offset 1); Gemma and OLMo 2 round once, after the weight."""
 
+    recompute = False  # in the backward: see recompute.py
+
     def __init__(self, config: ModelConfig, size: int | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size or config.hidden_size))
         self.eps, self.offset, self.in_fp32 = config.norm_eps, config.norm_offset, config.norm_in_fp32
 
     def forward(self, x: Tensor) -> Tensor:
+        return droppable(self._norm(x), self._norm, x) if self.recompute else self._norm(x)
+
+    def _norm(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, offset=self.offset, upcast_weight=self.in_fp32)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """norm(x + residual) and x + residual, in one pass where there is a kernel for it."""
-        return add_rms_norm(x, residual, self.weight, self.eps, offset=self.offset, upcast_weight=self.in_fp32)
+        options = {"offset": self.offset, "upcast_weight": self.in_fp32}
+        y, total = add_rms_norm(x, residual, self.weight, self.eps, **options)
+        return droppable(y, self._norm, total) if self.recompute else y, total
 
 
 class LayerNorm(nn.Module):
     """(x - mean(x)) / std(x) * weight + bias. Cohere has no bias, OLMo 1 neither of the two."""
+
+    recompute = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -38,6 +48,9 @@ class LayerNorm(nn.Module):
         self.eps = config.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
+        return droppable(self._norm(x), self._norm, x) if self.recompute else self._norm(x)
+
+    def _norm(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,6 +61,8 @@ class LayerNorm(nn.Module):
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)): SwiGLU or GeGLU (Shazeer 2020, arXiv:2002.05202)."""
 
+    recompute = False
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -56,12 +71,20 @@ class GatedMLP(nn.Module):
         self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(swiglu(gate, up) if self.activation == "silu" else geglu(gate, up, GELU[self.activation]))
+        with dropped(x):
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        y = self._unit(gate, up)
+        with dropped(droppable(y, self._unit, gate, up) if self.recompute else y):
+            return self.down_proj(y)
+
+    def _unit(self, gate: Tensor, up: Tensor) -> Tensor:
+        return swiglu(gate, up) if self.activation == "silu" else geglu(gate, up, GELU[self.activation])
 
 
 class PlainMLP(nn.Module):
     """down(gelu(up(x)))."""
+
+    recompute = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -70,7 +93,14 @@ class PlainMLP(nn.Module):
         self.approximate = GELU[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x), approximate=self.approximate))
+        with dropped(x):
+            up = self.up_proj(x)
+        y = self._unit(up)
+        with dropped(droppable(y, self._unit, up) if self.recompute else y):
+            return self.down_proj(y)
+
+    def _unit(self, up: Tensor) -> Tensor:
+        return F.gelu(up, approximate=self.approximate)
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
@@ -81,4 +111,7 @@ def compute_dtype(x: Tensor) -> Tensor:
     """x in autocast's dtype, where that is on: one copy for the two or three linear layers that read it, each of which
     would otherwise make its own and keep it for the backward."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    if not torch.is_autocast_enabled(kind):
+        return x
+    dtype, recipe = torch.get_autocast_dtype(kind), getattr(x, "recipe", None)
+    return x.to(dtype) if recipe is None else droppable(x.to(dtype), lambda: recipe().to(dtype))

@@ -1,7 +1,9 @@
 """A decoder from a config, with random weights or with those of a Hugging Face folder.
 
 A model is built on the meta device first, where tensors have shapes and no memory, and filled afterwards, tensor by
-tensor through a memory map: loading needs the model plus its largest tensor, never two models.
+tensor through a memory map: loading needs the model plus its largest tensor, never two models. Between the two comes
+place_quantized, where layers are to be quantised (quantized.py): each tensor is then quantised as soon as it is read, and
+the model in full precision never stands in memory.
 
 Weights come as safetensors (a JSON header with names, dtypes and shapes, then raw bytes), in model.safetensors or in
 shards listed by model.safetensors.index.json. All headers are checked before the first byte is copied, because most
@@ -12,6 +14,7 @@ mistakes (another model's folder, half a download) show there; every tensor is t
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -22,8 +25,11 @@ from minisft.errors import MODEL, UserError
 from minisft.files import read_json
 from minisft.model.decoder import Decoder
 from minisft.model.families import from_hf
-from minisft.model.model_config import ModelConfig
-from minisft.model.tensor_names import stored_tensors
+from minisft.model.lora import adapter_sites
+from minisft.model.model_config import ModelConfig, with_vocab_size
+from minisft.model.quantized import Quantization, QuantLinear, QuantWeight, named_weights
+from minisft.model.quantized_files import quant_type_of, split, take_parts, unpack
+from minisft.model.tensor_names import Stored, stored_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")
@@ -74,17 +80,51 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     max_length: int | None = None,
+    quantization: Quantization | None = None,
+    least_vocab_size: int = 0,
 ) -> Decoder:
     """The model of a local folder or a hub repository, in eval mode; max_length as in from_hf, for texts longer than
-    those it was first trained with. Raises UserError (exit code MODEL)."""
+    those it was first trained with; quantization as in place_quantized; rows of new tokens as load_weights makes them, up
+    to least_vocab_size. Raises UserError (exit code MODEL)."""
     folder, _ = hub.resolve(path_or_repo, revision, "model")
-    model = build_model(read_config(folder, max_length=max_length)).to(dtype).to_empty(device=device)
+    config = read_config(folder, max_length=max_length)
+    model = build_model(with_vocab_size(config, max(config.vocab_size, least_vocab_size))).to(dtype)
+    place_quantized(model, folder, quantization)
+    model.to_empty(device=device)
     load_weights(model, folder)
     return model.eval()
 
 
+def place_quantized(model: Decoder, source: Path | str, quantization: Quantization | None = None) -> None:
+    """Replaces linear layers of a model on meta by quantised ones, for load_weights to fill: those that the folder stores
+    quantised or, where it stores none so, all of them as `quantization` says (None: none).
+
+    The head stays as it is. Raises UserError (exit code MODEL) where the folder stores another kind than is asked for.
+    """
+    folder = Path(source)
+    packed = take_parts(_read_headers(folder))
+    for site, stored in adapter_sites(model).items():
+        leaves, wanted = packed.get(_bare(f"{site}.weight")), None if packed else quantization
+        if leaves is not None:
+            try:
+                wanted = Quantization(quant_type_of(leaves))
+            except ValueError as error:
+                raise UserError(f"{folder}: {site}.weight: {error}", exit_code=MODEL) from error
+            if quantization is not None and quantization.quant_type != wanted.quant_type:
+                raise UserError(
+                    f"{folder} is quantised already, as {wanted.quant_type}; {quantization.quant_type} is asked for",
+                    hint="leave load_in_4bit and load_in_8bit out: the weights are taken as they are stored",
+                    exit_code=MODEL,
+                )
+        for name in stored.names if wanted is not None else ():
+            parent, _, child = name.removesuffix(".weight").rpartition(".")
+            layers = model.get_submodule(parent)
+            setattr(layers, child, QuantLinear(getattr(layers, child), wanted))
+
+
 def load_weights(model: Decoder, source: Path | str) -> list[str]:
-    """Fills `model` (not on meta) from the safetensors of a folder, converted to the dtype of each parameter.
+    """Fills `model` (not on meta) from the safetensors of a folder, converted to the dtype of each parameter, or
+    quantised where the model has a quantised matrix (place_quantized).
 
     Where the config asks for more tokens than the files have (with_vocab_size), the new rows of the embedding and of
     the head are the mean of the old ones, so that no new token begins as the likeliest (Hewitt 2021).
@@ -94,15 +134,16 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
     config asks for, a value is not finite, a tied head differs from the embedding, or a file is not what it should be.
     """
     folder, config = Path(source), model.config
-    parameters = dict(model.named_parameters())
-    assert not any(parameter.is_meta for parameter in parameters.values()), "give the model memory first: to_empty()"
+    parameters, device = named_weights(model), model.head_weight.device
+    assert not any(p.is_meta for p in model.parameters()), "give the model memory first: to_empty()"
     wanted = {_bare(name): stored for name, stored in stored_tensors(config, parameters).items()}
     found = _read_headers(folder)
+    packed = take_parts(found)
     left_out = [name for name in found if name.startswith(config.left_out)] if config.left_out else []
     for name in left_out:
         found.pop(name)
     head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-    _compare(folder, wanted, found, parameters, config)
+    _compare(folder, wanted, found, parameters, config, packed)
 
     nonfinite, added = [], 0
     with torch.no_grad():
@@ -110,11 +151,18 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
             path, name, _, _ = found[bare]
             tensor = _read_tensor(path, name)
             parts = [parameters[part] for part in stored.names]
-            for part, values in zip(parts, stored.split(tensor, [len(part) for part in parts])):
-                part[: len(values)].copy_(values)
-                if len(values) < len(part):
-                    part[len(values) :] = values.float().mean(0)
-                    added = len(part) - len(values)
+            if bare in packed:
+                leaves = {leaf: _read_tensor(*where[:2]) for leaf, where in packed[bare].items()}
+                _set_packed(f"{folder}: {name}", parts, stored, tensor, leaves, device)
+            else:
+                for part, values in zip(parts, stored.split(tensor, [part.shape[0] for part in parts])):
+                    if isinstance(part, QuantWeight):
+                        part.fill(values.to(device))
+                        continue
+                    part[: len(values)].copy_(values)
+                    if len(values) < len(part):
+                        part[len(values) :] = values.float().mean(0)
+                        added = len(part) - len(values)
             if not all(part.isfinite().all() for part in parts):  # after the conversion: fp16 ends at 65504
                 nonfinite.append(name)
             if head is not None and stored.names == ("embed_tokens.weight",):
@@ -132,14 +180,31 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
     return lines + ([f"{len(left_out)} tensors left out: those of {_list(config.left_out)}"] if left_out else [])
 
 
-def _compare(folder: Path, wanted: dict, found: dict, parameters: dict, config: ModelConfig) -> None:
-    """Names, shapes and dtypes of the files against those of the model."""
+def _set_packed(
+    where: str, parts: list[QuantWeight], stored: Stored, tensor: torch.Tensor, leaves: dict, device: torch.device
+) -> None:
+    """Give matrices what the file has quantised already."""
+    rows = [part.shape[0] for part in parts]
+    try:
+        quantized = split(unpack(tensor, leaves, [sum(rows), parts[0].shape[1]]), stored, rows)
+    except ValueError as error:
+        hint = "download the model again, or use the one that it was made from, in bf16, fp16 or fp32"
+        raise UserError(f"{where}: {error}", hint=hint, exit_code=MODEL) from error
+    for part, q in zip(parts, quantized):
+        tensors = {f.name: getattr(q, f.name) for f in fields(q)}  # copies: the file may change or go
+        part.set(replace(q, **{k: v.to(device, copy=True) for k, v in tensors.items() if torch.is_tensor(v)}))
+
+
+def _compare(folder: Path, wanted: dict, found: dict, parameters: dict, config: ModelConfig, packed: dict) -> None:
+    """Names, shapes and dtypes of the files against those of the model; of quantised weights the names only."""
     problems = []
     for title, names in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
         if names:
             problems.append(f"{len(names)} {title}: {_list(sorted(names))}")
     for bare in sorted(wanted.keys() & found.keys()):
         parts = [parameters[part] for part in wanted[bare].names]
+        if bare in packed and isinstance(parts[0], QuantWeight):
+            continue
         shape = wanted[bare].shape(parts)
         _, name, stored_shape, stored_dtype = found[bare]
         if wanted[bare].names[0] in VOCABULARY and stored_shape == [config.stored_vocab_size, *shape[1:]]:

@@ -10,11 +10,16 @@ row of the adapted matrix, m [out], apart from its direction:
 
     y = m (W x + s B A x) / ||W + s B A||        the norm of each row, a constant for the gradient
 
+PiSSA starts where the matrix is largest instead of beside it: A0 and B0 are its r largest singular directions, each with the
+root of its value, and what they are made of is taken off W, so that the model begins as the base. W stays as it is here:
+
+    y = W x + s (B A - B0 A0) x        which is an adapter of rank 2 r, and is saved as one
+
 Sites and files are those of PEFT, so that adapters go both ways. Where a family's files stack several of our matrices into
 one (Phi-3's qkv_proj), PEFT has one adapter for the stack. So have we: the parts share A, and each has its rows of B.
 
 Papers: LoRA, Hu et al. 2021, arXiv:2106.09685. rsLoRA, Kalajdzievski 2023, arXiv:2312.03732. DoRA, Liu et al. 2024,
-arXiv:2402.09353.
+arXiv:2402.09353. PiSSA, Meng et al. 2024, arXiv:2404.02948.
 """
 
 import contextlib
@@ -29,10 +34,12 @@ from torch import Tensor, nn
 
 from minisft.errors import UserError
 from minisft.model.decoder import Decoder
+from minisft.model.quantized import QuantLinear, QuantWeight, dense, linear
 from minisft.model.tensor_names import Stored, stored_tensors
+from minisft.model.token_rows import TokenRows
 
 ALL_LINEAR = "all-linear"  # every linear layer but the head
-INITIALISATIONS = ("kaiming", "gaussian")
+INITIALISATIONS = ("kaiming", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,47 +55,80 @@ class LoraOptions:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
-    init_lora_weights: str = "kaiming"  # of A: uniform in +-1 / sqrt(in), or "gaussian": N(0, 1 / r^2)
+    # Of A: uniform in +-1 / sqrt(in), or "gaussian": N(0, 1 / r^2); of both: "pissa", by the exact decomposition or by
+    # an approximate one with so many iterations, which takes seconds where the exact one takes minutes.
+    init_lora_weights: str = "kaiming"
     modules_to_save: tuple[str, ...] = ()  # trained whole, and saved with the adapter
+    # "embed_tokens" or "lm_head" -> ids of the tokens whose rows there train
+    trainable_token_indices: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def is_pissa(self) -> bool:
+        return self.init_lora_weights.startswith("pissa")
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with an adapter. weight [out, in] and bias are the base's own parameters, under their old names."""
+    """A linear layer with an adapter. weight [out, in] and bias are the base's own, under their old names; the weight may
+    be quantised."""
 
-    def __init__(self, base: nn.Linear, lora_A: nn.Parameter, scale: float, dropout: float, use_dora: bool):
+    def __init__(
+        self, base: nn.Linear | QuantLinear, lora_A: nn.Parameter, scale: float, dropout: float, use_dora: bool
+    ):
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
         self.scale, self.dropout, self.enabled = scale, dropout, True
         self.lora_A = lora_A  # [r, in]; of a stack of layers, the same parameter in all of them
-        zeros = torch.zeros(len(base.weight), len(lora_A), dtype=lora_A.dtype, device=lora_A.device)
+        zeros = torch.zeros(base.weight.shape[0], len(lora_A), dtype=lora_A.dtype, device=lora_A.device)
         self.lora_B = nn.Parameter(zeros)  # [out, r]
-        self.magnitude = nn.Parameter(base.weight.detach().to(lora_A.dtype).norm(dim=1)) if use_dora else None  # [out]
+        self.magnitude = nn.Parameter(dense(base.weight, lora_A.dtype).norm(dim=1)) if use_dora else None  # [out]
+        self.register_buffer("start_A", None)  # PiSSA's A0 [r, in] and B0 [out, r]
+        self.register_buffer("start_B", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = linear(x, self.weight)
         if self.enabled:
             dropped = F.dropout(x, self.dropout, self.training)
-            added = F.linear(F.linear(dropped, self.lora_A), self.lora_B) * self.scale
+            added = F.linear(F.linear(dropped, self.lora_A), self.lora_B)
+            if self.start_A is not None:
+                added = added - F.linear(F.linear(dropped, self.start_A), self.start_B)
+            added = added * self.scale
             if self.magnitude is None:
                 y = y + added
             else:
                 factor = (self.magnitude / self._row_norms()).to(y.dtype)
-                base = y if dropped is x else F.linear(dropped, self.weight)
+                base = y if dropped is x else linear(dropped, self.weight)
                 y = y + (factor - 1) * base + factor * added
         return y if self.bias is None else y + self.bias
 
     def delta(self) -> Tensor:
-        """s B A [out, in], in the dtype of the adapter."""
-        return self.scale * (self.lora_B @ self.lora_A)
+        """s B A [out, in], for PiSSA s (B A - B0 A0), in the dtype of the adapter."""
+        A, B = self.factors()
+        return self.scale * (B @ A)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the plain adapter that this one is: PiSSA's, A over A0 and B beside -B0, have rank 2 r."""
+        if self.start_A is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], 1)
+
+    def set_factors(self, A: Tensor, B: Tensor) -> None:
+        """What `factors` gave."""
+        r = len(self.lora_A)
+        with torch.no_grad():
+            self.lora_A.copy_(A[:r])
+            self.lora_B.copy_(B[:, :r])
+            if self.start_A is not None:
+                self.start_A.copy_(A[r:])
+                self.start_B.copy_(-B[:, r:])
 
     def merged(self) -> Tensor:
         """The matrix [out, in] that does what weight and adapter do together, in the dtype of the adapter."""
-        weight = self.weight.to(self.lora_A.dtype) + self.delta()
+        weight = dense(self.weight, self.lora_A.dtype) + self.delta()
         return weight if self.magnitude is None else weight * (self.magnitude / weight.norm(dim=1))[:, None]
 
     def _row_norms(self) -> Tensor:
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
-            return (self.weight.to(self.lora_A.dtype) + self.delta()).norm(dim=1)
+            return (dense(self.weight, self.lora_A.dtype) + self.delta()).norm(dim=1)
 
 
 # ---- where adapters go --------------------------------------------------------------------------------------------
@@ -97,7 +137,8 @@ class LoraLinear(nn.Module):
 def adapter_sites(model: Decoder) -> dict[str, Stored]:
     """Name of a linear module in Hugging Face's files -> how its weight is made of ours. The head is not among them: the
     loss multiplies by its weight without a module."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | LoraLinear)]
+    kinds = nn.Linear | QuantLinear | LoraLinear
+    linears = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     stored = stored_tensors(model.config, [f"{name}.weight" for name in linears if name != "lm_head"])
     return {name.removesuffix(".weight"): parts for name, parts in stored.items()}
 
@@ -147,10 +188,16 @@ def apply_lora(model: Decoder, options: LoraOptions, *, seed: int = 0, dtype: to
         linears = [model.get_submodule(name.removesuffix(".weight")) for name in sites[site].names]
         first = linears[0].weight
         lora_A = nn.Parameter(_random(r, first.shape[1], options, generator).to(first.device, dtype))
-        for name, linear in zip(sites[site].names, linears):
+        for name, layer in zip(sites[site].names, linears):
             parent, _, child = name.removesuffix(".weight").rpartition(".")
-            adapted = LoraLinear(linear, lora_A, scale, options.lora_dropout, options.use_dora)
+            adapted = LoraLinear(layer, lora_A, scale, options.lora_dropout, options.use_dora)
             setattr(model.get_submodule(parent), child, adapted)
+        if options.is_pissa:
+            _start_at_singular_vectors(
+                [model.get_submodule(n.removesuffix(".weight")) for n in sites[site].names], options, seed
+            )
+    for name, ids in options.trainable_token_indices.items():
+        setattr(model, name, TokenRows(model.get_submodule(name), ids, dtype))
     for name in options.modules_to_save:
         module = model.get_submodule(name)
         module.requires_grad_(True)
@@ -163,6 +210,27 @@ def _random(r: int, size: int, options: LoraOptions, generator: torch.Generator)
     if options.init_lora_weights == "gaussian":
         return torch.empty(r, size).normal_(0.0, 1.0 / r, generator=generator)
     return torch.empty(r, size).uniform_(-1.0, 1.0, generator=generator) / math.sqrt(size)
+
+
+def _start_at_singular_vectors(parts: list[LoraLinear], options: LoraOptions, seed: int) -> None:
+    """A = sqrt(S / s) V^T and B = U sqrt(S / s) of the r largest singular values of the stacked matrices; A0, B0 the same."""
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)  # the approximate decomposition begins with random directions
+        weight, r = torch.cat([dense(part.weight, torch.float32) for part in parts]), len(parts[0].lora_A)
+        if r > min(weight.shape):
+            problem = f"lora.init_lora_weights = {options.init_lora_weights!r}: r = {r}, but a matrix is {tuple(weight.shape)}"
+            raise UserError(problem, hint="lower r, or set another one for such matrices in lora.rank_pattern")
+        if options.init_lora_weights == "pissa":
+            U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        else:
+            U, S, V = torch.svd_lowrank(weight, q=r, niter=int(options.init_lora_weights.rpartition("_")[2]))
+            Vh = V.T
+        root = (S[:r] / parts[0].scale).sqrt()
+        parts[0].lora_A.copy_(root[:, None] * Vh[:r])
+        start_A = parts[0].lora_A.detach().clone()
+        for part, B in zip(parts, (U[:, :r] * root).split([part.weight.shape[0] for part in parts])):
+            part.lora_B.copy_(B)
+            part.start_A, part.start_B = start_A, part.lora_B.detach().clone()
 
 
 def _refuse_names_without_module(model, sites: list[str], targets: list[str], options: LoraOptions) -> None:
@@ -186,6 +254,13 @@ def _refuse_names_without_module(model, sites: list[str], targets: list[str], op
         raise UserError(
             f"lora.modules_to_save: no module is named {', '.join(unknown)}", hint=f"this model has {known}"
         )
+    for name, ids in options.trainable_token_indices.items():
+        if name not in ("embed_tokens", "lm_head") or name not in modules or name in options.modules_to_save:
+            problem = f"lora.trainable_token_indices: {name} is no module of this model with rows of its own to train"
+            raise UserError(problem, hint="leave it out, of this key or of modules_to_save")
+        if not ids or not all(0 <= i < model.config.vocab_size for i in ids) or len(set(ids)) < len(ids):
+            problem = f"lora.trainable_token_indices: {list(ids)} for {model.config.vocab_size} rows"
+            raise UserError(problem, hint="give each id of a token once")
     if model.config.tie_word_embeddings and "embed_tokens" in options.modules_to_save:
         raise UserError(
             "lora.modules_to_save: the embedding and the head of this model are one matrix",
@@ -193,8 +268,9 @@ def _refuse_names_without_module(model, sites: list[str], targets: list[str], op
         )
 
 
-def adapters(model: nn.Module) -> list[LoraLinear]:
-    return [module for module in model.modules() if isinstance(module, LoraLinear)]
+def adapters(model: nn.Module) -> list[LoraLinear | TokenRows]:
+    """Everything that can be switched off by its `enabled`."""
+    return [module for module in model.modules() if isinstance(module, LoraLinear | TokenRows)]
 
 
 @contextlib.contextmanager
@@ -218,16 +294,23 @@ def adapter_disabled(model: Decoder) -> Iterator[Decoder]:
 
 def merge_adapter(model: Decoder) -> Decoder:
     """Replace every adapted layer by a plain one that does the same: W + s B A, added in the adapter's dtype and rounded
-    once to that of W. In place; returns the model, without adapters, its parameters trainable again."""
+    once to that of W. Where W was quantised, it is the dequantised W that the adapter was trained beside, in the dtype of
+    the head; quantised layers without adapter become plain too. In place; returns the model, without adapters, its
+    parameters trainable again."""
     with torch.no_grad():
         for name, module in list(model.named_modules()):
-            if isinstance(module, LoraLinear):
-                plain = nn.Linear(*module.weight.shape[::-1], bias=module.bias is not None, device="meta")
-                plain.weight, plain.bias = module.weight, module.bias
-                plain.weight.copy_(module.merged())
+            if isinstance(module, LoraLinear | QuantLinear):
+                weight, dtype = module.weight, model.head_weight.dtype
+                merged = module.merged() if isinstance(module, LoraLinear) else dense(weight, dtype)
+                plain = nn.Linear(*weight.shape[::-1], bias=module.bias is not None, device="meta")
+                plain.weight = nn.Parameter(merged.to(dtype)) if isinstance(weight, QuantWeight) else weight
+                plain.weight.copy_(merged)
+                plain.bias = module.bias
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, plain)
         for name in model.lora.modules_to_save:
             del model.get_submodule(name).base
+        for name in model.lora.trainable_token_indices:
+            setattr(model, name, model.get_submodule(name).merged())
     model.lora = None
     return model.requires_grad_(True)

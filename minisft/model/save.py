@@ -2,7 +2,8 @@
 model.safetensors or in shards with an index, and generation_config.json where the model came with one.
 
 The names and shapes are those that the family's class in transformers has, a tied head is left out, and what was
-converted on loading (stacked and transposed matrices) is converted back.
+converted on loading (stacked and transposed matrices) is converted back. Quantised matrices are written as they are, in the
+form of bitsandbytes (quantized_files.py), with the `quantization_config` that makes others read them so.
 """
 
 import re
@@ -12,9 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minisft.errors import UserError
 from minisft.files import write_json
 from minisft.model.decoder import Decoder
 from minisft.model.families import to_hf
+from minisft.model.quantized import QuantWeight, named_weights, quantization_of
+from minisft.model.quantized_files import join, pack
 from minisft.model.tensor_names import Stored, stored_tensors
 
 
@@ -23,24 +27,27 @@ def save_model(
 ) -> None:
     """Writes the model into `folder`, made if need be; older weight files there are replaced.
 
-    dtype: of the stored weights, None for the model's own. Shards hold at most max_shard_bytes each (one tensor may be
-    larger). At any time one shard is in memory besides the model. Not atomic: checkpoint.py calls it inside an atomic
-    folder. Raises OSError when the disk does.
+    dtype: of the stored weights but the quantised ones, None for the model's own. Shards hold at most max_shard_bytes each
+    (one tensor may be larger). At any time one shard is in memory besides the model. Not atomic: checkpoint.py calls it
+    inside an atomic folder. Raises OSError when the disk does, UserError where quantised rows cannot be stacked as the
+    family's files have them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    parameters = named_weights(model)
     dtype = dtype or model.head_weight.dtype
     tensors = stored_tensors(model.config, parameters)
-    sizes = {name: dtype.itemsize * sum(parameters[p].numel() for p in s.names) for name, s in tensors.items()}
+    sizes = {name: sum(_num_bytes(parameters[p], dtype) for p in s.names) for name, s in tensors.items()}
     shards = _shards(sizes, max_shard_bytes)
 
     weight_map = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        shard = {name: _stored_tensor(tensors[name], parameters, dtype) for name in names}
+        shard = {}
+        for name in names:
+            shard |= _file_tensors(name, tensors[name], parameters, dtype)
         save_file(shard, folder / file, metadata={"format": "pt"})  # transformers refuses files without this entry
-        weight_map |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(shard, file)
 
     written = set(weight_map.values())
     if len(shards) > 1:
@@ -52,7 +59,11 @@ def save_model(
         if path.name not in written and re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name):
             path.unlink()
 
-    write_json(folder / "config.json", to_hf(model.config, str(dtype).removeprefix("torch.")))
+    config = to_hf(model.config, str(dtype).removeprefix("torch."))
+    if (quantization := quantization_of(model)) is not None:
+        kept = sorted(n.removesuffix(".weight") for n, s in tensors.items() if _is_plain_matrix(s, parameters))
+        config["quantization_config"] = quantization.to_config() | {"llm_int8_skip_modules": kept or ["lm_head"]}
+    write_json(folder / "config.json", config)
     if model.generation_config:
         write_json(folder / "generation_config.json", model.generation_config)
 
@@ -69,5 +80,22 @@ def _shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _stored_tensor(stored: Stored, parameters: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    return stored.join([parameters[name] for name in stored.names]).to("cpu", dtype).contiguous()
+def _num_bytes(weight: Tensor | QuantWeight, dtype: torch.dtype) -> int:
+    return weight.nbytes if isinstance(weight, QuantWeight) else weight.numel() * dtype.itemsize
+
+
+def _file_tensors(name: str, stored: Stored, parameters: dict, dtype: torch.dtype) -> dict[str, Tensor]:
+    parts = [parameters[part] for part in stored.names]
+    if isinstance(parts[0], QuantWeight):
+        try:
+            tensors = pack(name, join([part.get() for part in parts], stored))
+        except ValueError as error:
+            raise UserError(f"{name} cannot be written in 4 bits: {error}", hint="write it in 8 bits") from error
+        return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    return {name: stored.join([part.detach() for part in parts]).to("cpu", dtype).contiguous()}
+
+
+def _is_plain_matrix(stored: Stored, parameters: dict) -> bool:
+    """Whether it is the matrix of a linear layer that is not quantised."""
+    weight, name = parameters[stored.names[0]], stored.names[0]
+    return isinstance(weight, Tensor) and weight.dim() == 2 and not name.startswith("embed_")

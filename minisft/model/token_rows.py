@@ -1,0 +1,48 @@
+"""A frozen embedding or head of which a few rows train: those of tokens that the base model does not know yet.
+
+With adapters everything else of the model is frozen, and a new token would stay what it was made from, the mean of all
+others. Its row is D numbers; the matrix is V x D, and training it whole would cost its size again for the gradient and twice
+for the moments. In PEFT's files the rows are `trainable_tokens_delta`, which holds the rows themselves and no differences.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TokenRows(nn.Module):
+    """Stands for an nn.Embedding or for the head; weight [V, D] is the frozen matrix, under its old name."""
+
+    def __init__(self, base: nn.Embedding | nn.Linear, ids: tuple[int, ...], dtype: torch.dtype):
+        super().__init__()
+        self.weight, self.bias, self.enabled = base.weight, getattr(base, "bias", None), True
+        self.kind = type(base)
+        index = torch.tensor(ids, device=base.weight.device)
+        place = torch.full((len(base.weight),), -1, device=index.device)
+        place[index] = torch.arange(len(ids), device=index.device)
+        self.register_buffer("index", index)  # [n], ids
+        self.register_buffer("place", place)  # [V], where a token's row is in `rows`; -1: it does not train
+        self.rows = nn.Parameter(base.weight.detach()[index].to(dtype))  # [n, D]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int [T] -> [T, D]"""
+        x = F.embedding(ids, self.weight)
+        if not self.enabled:
+            return x
+        place = self.place[ids]
+        return torch.where((place >= 0)[:, None], self.rows[place.clamp(min=0)].to(x.dtype), x)
+
+    def whole(self) -> Tensor:
+        """[V, D] with the trained rows in their places, for the product of the head."""
+        return self.weight.index_copy(0, self.index, self.rows.to(self.weight.dtype)) if self.enabled else self.weight
+
+    def merged(self) -> nn.Embedding | nn.Linear:
+        """What it stood for, with the trained rows; the same weight, changed in place."""
+        is_head = self.kind is nn.Linear
+        module = self.kind(*(self.weight.shape[::-1] if is_head else self.weight.shape), device="meta")
+        with torch.no_grad():
+            self.weight[self.index] = self.rows.to(self.weight.dtype)
+        module.weight = self.weight
+        if is_head:
+            module.bias = self.bias
+        return module

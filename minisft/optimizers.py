@@ -1,0 +1,306 @@
+"""The optimizers, sorted by complexity, each with its update rule and its paper.
+
+Every one is a torch.optim.Optimizer: groups of parameters with their learning rates, and a state of tensors, which
+checkpoints keep bit for bit. g is the gradient, w the weight, wd the weight decay; all decay is decoupled, w -= lr wd w
+(Loshchilov & Hutter 2019, arXiv 1711.05101). The loop sets group["lr"] before every step.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from minisft.kernels.adamw import STATE_BLOCKSIZE, State, adamw_
+
+SMALLEST_IN_8_BITS = 4096  # numbers; smaller tensors save nothing, and are often the sensitive ones
+
+
+class SGD(torch.optim.Optimizer):
+    """m = momentum m + g; w -= lr (m + wd w). One state tensor, none without momentum."""
+
+    def __init__(self, groups: list[dict], momentum: float):
+        super().__init__(groups, {"momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group, _, params, grads in _trained(self):
+            if group["momentum"]:
+                m = _state(self, params, "momentum")
+                torch._foreach_mul_(m, group["momentum"])
+                torch._foreach_add_(m, grads)
+                grads = m
+            _decay(group, params)
+            torch._foreach_add_(params, grads, alpha=-group["lr"])
+
+
+class Lion(torch.optim.Optimizer):
+    """u = sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g; w -= lr (u + wd w).
+
+    Every weight moves by lr, whatever its gradient: a third to a tenth of AdamW's learning rate is usual, and betas of
+    0.9 and 0.99. One state tensor. Chen et al. 2023, arXiv 2302.06675.
+    """
+
+    def __init__(self, groups: list[dict], betas: tuple[float, float]):
+        super().__init__(groups, {"betas": betas})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group, _, params, grads in _trained(self):
+            (b1, b2), m = group["betas"], _state(self, params, "exp_avg")
+            update = torch._foreach_mul(m, b1)
+            torch._foreach_add_(update, grads, alpha=1 - b1)
+            torch._foreach_sign_(update)
+            torch._foreach_lerp_(m, grads, 1 - b2)
+            _decay(group, params)
+            torch._foreach_add_(params, update, alpha=-group["lr"])
+
+
+def torch_adamw(groups: list[dict], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+    """m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; w -= lr (m^ / (sqrt(v^) + eps) + wd w), with m^ and v^ divided by
+    1 - b^t. torch's fused form: one pass over weights, gradients and moments. Kingma & Ba 2015, arXiv 1412.6980."""
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+
+
+class AdamW(torch.optim.Optimizer):
+    """The same by our own kernel (kernels/adamw.py): one launch for all tensors of a group, in which the gradients are
+    clipped too, without a pass of their own. It also does what torch's does not:
+
+    is_8bit: the moments of tensors of 4,096 numbers or more have a byte a number, and an absmax for every 256: 2 bytes a
+    parameter instead of 8. Those of embeddings stay in fp32: a row learns from few batches, so that its block's absmax
+    is another row's. Dettmers et al. 2022, arXiv 2110.02861.
+    offload: the moments are in the memory of the CPU, pinned for a GPU, which they visit one tensor after the other.
+    rounding_seed: of weights in bf16, which are rounded up or down by chance; None: to the nearest. The random numbers are a
+    function of the seed, t, the parameter's place in the groups, and the element.
+
+    Moments are fp32 where the weights are bf16.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict],
+        betas: tuple[float, float],
+        eps: float,
+        *,
+        is_8bit: bool = False,
+        offload: bool = False,
+        rounding_seed: int | None = None,
+    ):
+        super().__init__(groups, {"betas": betas, "eps": eps, "is_8bit": is_8bit, "offload": offload})
+        self.rounding_seed = rounding_seed
+        params = [p for group in self.param_groups for p in group["params"]]
+        self.places = {p: place for place, p in enumerate(params)}
+
+    @torch.no_grad()
+    def step(self, *, clip: Tensor | float = 1.0) -> None:
+        """clip: what the gradients are multiplied by on the way; .grad stays as it is."""
+        for group, t, params, grads in _trained(self):
+            beta1, beta2 = group["betas"]
+            options = {key: group[key] for key in ("lr", "eps", "weight_decay")}
+            options |= dict(step=t, beta1=beta1, beta2=beta2, clip=clip, stochastic_rounding_seed=self.rounding_seed)
+            homes = [self._moments(p, group) for p in params]
+            size = 1 if group["offload"] else len(params)
+            for part in (slice(i, i + size) for i in range(0, len(params), size)):
+                device = params[0].device  # where nothing is offloaded, `to` and `copy_` have nothing to do
+                here = [{key: x.to(device, non_blocking=True) for key, x in home.items()} for home in homes[part]]
+                moments = ([_kernel_state(h, key) for h in here] for key in ("exp_avg", "exp_avg_sq"))
+                places = [self.places[p] for p in params[part]]
+                adamw_(params[part], grads[part], *moments, places=places, **options)
+                for home, visitors in zip(homes[part], here):
+                    for key, visitor in visitors.items():
+                        home[key].copy_(visitor, non_blocking=True)
+            if group["offload"] and params[0].is_cuda:
+                torch.cuda.current_stream().synchronize()  # a checkpoint reads what is at home
+
+    def _moments(self, p: Tensor, group: dict) -> dict[str, Tensor]:
+        """The state of a parameter without its step: exp_avg and exp_avg_sq, or codes and absmax of both."""
+        state = self.state[p]
+        if len(state) == 1:  # the step
+            like = {"device": "cpu" if group["offload"] else p.device}
+            like["pin_memory"] = group["offload"] and p.is_cuda
+            in_8_bits = group["is_8bit"] and p.numel() >= SMALLEST_IN_8_BITS and not group["embedding"]
+            for key in ("exp_avg", "exp_avg_sq"):
+                if in_8_bits:
+                    state[f"{key}_codes"] = torch.zeros(p.shape, dtype=torch.uint8, **like)
+                    state[f"{key}_absmax"] = torch.zeros(math.ceil(p.numel() / STATE_BLOCKSIZE), **like)
+                else:
+                    state[key] = torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), **like)
+        return {key: moment for key, moment in state.items() if key != "step"}
+
+
+def _kernel_state(moments: dict[str, Tensor], key: str) -> State:
+    return moments[key] if key in moments else (moments[f"{key}_codes"], moments[f"{key}_absmax"])
+
+
+class StableAdamW(torch.optim.Optimizer):
+    """AdamW that slows down a tensor whose gradients v does not expect: with r = rms(g / max(sqrt(v), eps)),
+
+        w -= lr / max(1, r) * m / (sqrt(v) + eps) + lr wd w
+
+    Instead of dividing the moments by 1 - b^t, the betas start at 0: b(t) = b (1 - b^(t-1)) / (1 - b^t), which is the
+    same. Takes the place of clipping the gradient's norm. Wortsman et al. 2023, arXiv 2304.13013.
+    """
+
+    def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float):
+        super().__init__(groups, {"betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group, t, params, grads in _trained(self):
+            eps = group["eps"]
+            b1, b2 = (b * (1 - b ** (t - 1)) / (1 - b**t) for b in group["betas"])
+            m, v = _state(self, params, "exp_avg"), _state(self, params, "exp_avg_sq")
+            torch._foreach_lerp_(m, grads, 1 - b1)
+            torch._foreach_mul_(v, b2)
+            torch._foreach_addcmul_(v, grads, grads, 1 - b2)
+            _decay(group, params)
+            for w, g, mean, square in zip(params, grads, m, v):
+                r = (g.square() / square.clamp(min=eps**2)).mean().sqrt()
+                w -= (group["lr"] / r.clamp(min=1.0)) * mean / (square.sqrt() + eps)
+
+
+class ScheduleFreeAdamW(torch.optim.Optimizer):
+    """AdamW without a schedule: the gradient is taken at y, between the AdamW iterate z and its running mean x:
+
+        y = b1 x + (1 - b1) z        z -= lr (g^ + wd y)        x = (1 - c) x + c z,   c = lr_t^2 / sum of lr^2
+
+    with g^ = g / (sqrt(v^) + eps). The parameters hold y while training; evaluation and export want x, which
+    `evaluation_weights` puts in their place. Needs a constant learning rate (after a warm-up), about that of AdamW or
+    higher. Two state tensors, as AdamW. Defazio et al. 2024, arXiv 2405.15682.
+    """
+
+    def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float):
+        super().__init__(groups, {"betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group, t, params, grads in _trained(self):
+            (b1, b2), lr = group["betas"], group["lr"]
+            z, v = _state(self, params, "z", torch.clone), _state(self, params, "exp_avg_sq")
+            sums = _state(self, params, "weight_sum", lambda p: torch.zeros((), dtype=torch.float64))
+            torch._foreach_add_(sums, lr**2)
+            c = lr**2 / max(sums[0].item(), 1e-30)  # on the CPU, which knows it
+            torch._foreach_mul_(v, b2)
+            torch._foreach_addcmul_(v, grads, grads, 1 - b2)
+            scale = torch._foreach_sqrt(v)
+            torch._foreach_div_(scale, math.sqrt(1 - b2**t))
+            torch._foreach_add_(scale, group["eps"])
+            update = torch._foreach_div(grads, scale)
+            torch._foreach_add_(update, params, alpha=group["weight_decay"])
+            # y = b1 x + (1 - b1) z with the new x and z, written in terms of the old y
+            torch._foreach_lerp_(params, z, c)
+            torch._foreach_add_(params, update, alpha=lr * (b1 * (1 - c) - 1))
+            torch._foreach_add_(z, update, alpha=-lr)
+
+    def mean_weights(self, p: Tensor) -> Tensor:
+        """x of the parameter, of which y and z are known."""
+        z = self.state[p].get("z")
+        return p.data if z is None else p.data.lerp(z, 1 - 1 / self.defaults["betas"][0])
+
+
+def adafactor(groups: list[dict], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+    """v of a matrix is kept as the outer product of its row and column means, so that the state is a vector or two; no m.
+    Updates are clipped to an rms of 1 and scaled by max(1e-3, rms(w)). Shazeer & Stern 2018, arXiv 1804.04235; torch's
+    own. With that scale a learning rate of 1e-2 is usual."""
+    return torch.optim.Adafactor(groups)
+
+
+class Muon(torch.optim.Optimizer):
+    """For the matrices inside the layers: momentum, then the nearest orthogonal matrix, so that every direction of the
+    update is as long as every other:
+
+        m = momentum m + g        u = g + momentum m        w -= lr (0.2 sqrt(max(rows, columns)) orthogonal(u) + wd w)
+
+    The factor gives updates of the size of AdamW's, so its learning rates serve. Embeddings, head, norms and biases take
+    AdamW. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; the factor from Liu et al. 2025, arXiv 2502.16982.
+    """
+
+    def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float, momentum: float):
+        super().__init__(groups, {"betas": betas, "eps": eps, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group, t, params, grads in _trained(self):
+            if not group["matrices"]:
+                self._adamw(group, t, params, grads)
+                continue
+            m = _state(self, params, "momentum")
+            torch._foreach_mul_(m, group["momentum"])
+            torch._foreach_add_(m, grads)
+            update = torch._foreach_add(grads, m, alpha=group["momentum"])
+            _decay(group, params)
+            for w, u in zip(params, update):
+                w.add_(orthogonal(u), alpha=-group["lr"] * 0.2 * math.sqrt(max(w.shape)))
+
+    def _adamw(self, group: dict, t: int, params: list[Tensor], grads: list[Tensor]) -> None:
+        b1, b2 = group["betas"]
+        m, v = _state(self, params, "exp_avg"), _state(self, params, "exp_avg_sq")
+        torch._foreach_lerp_(m, grads, 1 - b1)
+        torch._foreach_mul_(v, b2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - b2)
+        scale = torch._foreach_sqrt(v)
+        torch._foreach_div_(scale, math.sqrt(1 - b2**t))
+        torch._foreach_add_(scale, group["eps"])
+        _decay(group, params)
+        torch._foreach_addcdiv_(params, m, scale, -group["lr"] / (1 - b1**t))
+
+
+def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
+    """About the nearest matrix with orthogonal rows or columns: its singular values become 0.7 to 1.2.
+
+    Newton-Schulz with a quintic polynomial that is steep at 0, in bf16, where a product is exact enough for a direction.
+    """
+    y = (x / (x.norm() + 1e-7)).bfloat16()
+    y = y.T if len(y) > y.shape[1] else y
+    for _ in range(steps):
+        gram = y @ y.T
+        y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
+    return (y.T if len(x) > x.shape[1] else y).to(x.dtype)
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, int, list[Tensor], list[Tensor]]]:
+    """(group, t, its parameters with a gradient, their gradients), where t = 1 at a parameter's first update. Those that
+    began to train later have an earlier t and come apart."""
+    for group in optimizer.param_groups:
+        by_step: dict[int, list[Tensor]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                step = optimizer.state[p].setdefault("step", torch.zeros(()))
+                step += 1
+                by_step.setdefault(int(step), []).append(p)
+        for t, params in by_step.items():
+            yield group, t, params, [p.grad for p in params]
+
+
+def _state(
+    optimizer: torch.optim.Optimizer,
+    params: list[Tensor],
+    key: str,
+    first: Callable[[Tensor], Tensor] = torch.zeros_like,
+) -> list[Tensor]:
+    """One state tensor of each parameter, `first` of the parameter at its first update."""
+    states = [optimizer.state[p] for p in params]
+    for p, state in zip(params, states):
+        if key not in state:
+            state[key] = first(p.detach())
+    return [state[key] for state in states]
+
+
+def _decay(group: dict, params: list[Tensor]) -> None:
+    if group["weight_decay"]:
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+
+
+# name -> (makes the optimizer from groups, betas, eps and options; options with their defaults)
+OPTIMIZERS: dict[str, tuple[Callable, dict]] = {
+    "sgd": (lambda groups, betas, eps, **options: SGD(groups, **options), {"momentum": 0.0}),
+    "lion": (lambda groups, betas, eps: Lion(groups, betas), {}),
+    "adamw": (torch_adamw, {}),
+    "adamw_minisft": (AdamW, {}),
+    "adamw_8bit": (partial(AdamW, is_8bit=True), {}),
+    "stable_adamw": (StableAdamW, {}),
+    "schedule_free_adamw": (ScheduleFreeAdamW, {}),
+    "adafactor": (adafactor, {}),
+    "muon": (Muon, {"momentum": 0.95}),
+}

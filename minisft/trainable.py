@@ -1,0 +1,129 @@
+"""What trains, and from which step on: parameters chosen by regular expressions of their names.
+
+    train.trainable = ["layers\\.2[0-9]\\.", "^norm"]   these and no others; [] = all
+    train.frozen = ["embed_tokens"]                     not these, whatever `trainable` says
+    train.unfreeze = {"layers\\.1[0-9]\\." = 200}       of those that train, these after the first 200 steps only
+
+An expression may be found anywhere in a name, as in `learning_rates`. A frozen parameter has no gradient and no optimizer
+state; below the lowest layer that trains nothing is kept for the backward and nothing is sent back. So the top half of a
+model trains in half the memory for gradients and moments, and faster.
+
+Gradual unfreezing (ULMFiT: Howard & Ruder 2018, arXiv:1801.06146) goes from the head down: the layers near the text,
+which know the most general things, move last. A parameter that starts at step s has no moments before s and its own count
+of updates from there, so Adam's bias correction begins at 1 for it; the learning rate is the schedule's, as for all others.
+Which parameters train is a pure function of the configuration and the step: a checkpoint holds nothing about it.
+
+Tied embedding and head are one parameter, embed_tokens.weight.
+"""
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from torch import nn
+
+from minisft.errors import UserError
+
+# Kind of a parameter: the first expression that is found in its name.
+KINDS = {
+    "adapters": r"lora_|magnitude$",
+    "embed_tokens": r"^embed_",
+    "norms": r"norm\.",
+    "attention": r"\.self_attn\.",
+    "mlp": r"\.mlp\.",
+    "lm_head": r"^lm_head\.",
+    "other": "",
+}
+
+
+def choose_trainable(
+    model: nn.Module,
+    *,
+    trainable: Iterable[str] = (),
+    frozen: Iterable[str] = (),
+    unfreeze: dict[str, int] | None = None,
+) -> dict[str, int]:
+    """Freeze the parameters that never train (requires_grad = False). Returns, for those that train but not from the
+    start, name -> first step (0 is the first of a run).
+
+    The choice is among the parameters that require a gradient now: all, or the adapters of a model with LoRA.
+    Raises UserError for an expression that is none or is found in no such name, and where nothing trains at step 0.
+    """
+    require_found("trainable", trainable, model)
+    require_found("frozen", frozen, model)
+    for name, p in model.named_parameters():
+        chosen = not trainable or any(re.search(pattern, name) for pattern in trainable)
+        if not chosen or any(re.search(pattern, name) for pattern in frozen):
+            p.requires_grad_(False)
+    names = trained_names(model)
+    if not names:
+        raise UserError("train.frozen: nothing is left that trains", hint="frozen wins over trainable")
+    require_found("unfreeze", unfreeze or {}, model)
+    first_steps = {name: first_found(unfreeze, name, 0) for name in names}
+    if min(first_steps.values()) > 0:
+        hint = "give the value 0 to what is to train first"
+        raise UserError(f"train.unfreeze: nothing trains before step {min(first_steps.values())}", hint=hint)
+    return {name: step for name, step in first_steps.items() if step > 0}
+
+
+def trained_names(model: nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def first_found(patterns: dict | None, name: str, default: float) -> float:
+    """The value of the first expression that is found in the name."""
+    return next((value for pattern, value in (patterns or {}).items() if re.search(pattern, name)), default)
+
+
+def require_found(key: str, patterns: Iterable[str], model: nn.Module) -> None:
+    """UserError where an expression of `train.<key>` is none, or is found in no name of a parameter that trains."""
+    names = trained_names(model)
+    for pattern in patterns:
+        try:
+            found = any(re.search(pattern, name) for name in names)
+        except re.error as error:
+            raise UserError(f"train.{key}: {pattern!r} is not a regular expression: {error}") from error
+        if not found:
+            hint = near_names(pattern, names)
+            if "lm_head" in pattern and not hasattr(model, "lm_head"):
+                hint = "the head of this model is its embedding: embed_tokens.weight"
+            raise UserError(f"train.{key}: {pattern!r} is found in no parameter that trains", hint=hint)
+
+
+def near_names(pattern: str, names: list[str]) -> str:
+    """A few names whose parts are like the words of the pattern; or any."""
+    parts = sorted({part for name in names for part in name.split(".")})
+    near = [part for word in re.findall(r"[A-Za-z]\w+", pattern) for part in get_close_matches(word, parts, n=1)]
+    like = [name for name in names if set(near) <= set(name.split("."))] or names
+    return f"{'near' if near else 'some'} names: {', '.join([*like[:2], '...', like[-1]] if len(like) > 3 else like)}"
+
+
+# ---- for the summary ----------------------------------------------------------------------------------------------
+
+
+def describe_trained(weights: dict[str, nn.Parameter], unfreeze: dict[str, int], total_steps: int) -> list[str]:
+    """A line for each kind of parameter: how many train, of how many, their dtypes. Then one for each expression of
+    `unfreeze`: how many tensors start at which step. weights: by name; among them may be quantised ones."""
+    table: dict[str, list] = {kind: [] for kind in (*KINDS, "in all")}
+    starting: dict[str, int] = dict.fromkeys(unfreeze, 0)
+    for name, p in weights.items():
+        table[next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))].append(p)
+        table["in all"].append(p)
+        if _trains(p) and (first := next((pattern for pattern in unfreeze if re.search(pattern, name)), None)):
+            starting[first] += 1
+    lines = []
+    for kind, parameters in table.items():
+        if parameters:
+            size, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if _trains(p))
+            dtypes = ", ".join(
+                sorted({getattr(p, "quant_type", str(p.dtype).removeprefix("torch.")) for p in parameters})
+            )
+            lines.append(f"{kind:<12} {trained:>14,} of {size:>14,}  {trained / size:>6.1%}  {dtypes}")
+    for pattern, step in unfreeze.items():
+        late = f", after this run of {total_steps:,} steps" if step >= total_steps else ""
+        lines.append(f"{pattern}: {starting[pattern]} tensors from step {step:,} on{late}")
+    return lines
+
+
+def _trains(weight: nn.Parameter) -> bool:
+    return getattr(weight, "requires_grad", False)  # a quantised weight is no parameter
