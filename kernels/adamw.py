@@ -10,18 +10,7 @@ What it computes, for every number w of a parameter, with its gradient g and two
     The moments start at zero, which m^ and v^ correct. The decay wd is decoupled: it is no part of g, so v does not
     scale it. c is read on the device, so that the host does not wait for the norm of the gradients.
 
-bf16 weights with stochastic rounding
-    A weight in bf16 has 8 bits: an update below 1/512 of it rounds to nothing, each time. Rounded up with the
-    probability of what is cut off, E[round(w)] = w, and small updates add up on average. In bits: add 16 random bits
-    below the mantissa of bf16 and cut them off. The random number is a hash of (seed, step, tensor, element), no state:
-    a resumed run draws the same ones, and so do all backends.
-
-8-bit moments
-    A moment is one byte an element, the index of the nearest value of a dynamic table (see quantize.py: 1e-7 to 1, finer
-    the larger), times an fp32 absmax for every 256 elements: the formats of bitsandbytes, signed for m, positive for v.
-    Unlike there, a v that is not zero never becomes zero. Its root is a divisor, and m, in the same place, may well not be
-    zero: in a test of 30 steps with gradients from 1 down to 1e-8 in a block, some weights moved by 4,000 learning
-    rates with v rounded to zero, and none by more than 21, as many as with exact moments, with this rule.
+What is stored besides fp32, bf16 weights rounded by chance and moments in 8 bits, is in adamw_formats.py.
 
 Bytes moved, per parameter
     fp32 weights 28 (read w, g, m, v; write w, m, v); bf16 weights and gradients 22; with 8-bit moments 10. Clipping in
@@ -37,70 +26,29 @@ The kernels
 
 fp32 throughout (fp64 where the moments are), whatever the dtype of w and g; rounded once, when w is written.
 
-Papers: Kingma and Ba 2015, arXiv:1412.6980; decoupled decay: Loshchilov and Hutter 2019, arXiv:1711.05101; 8-bit states:
-Dettmers et al. 2022, arXiv:2110.02861. The hash is the finaliser of MurmurHash3 (Appleby, public domain).
+Papers: Kingma and Ba 2015, arXiv:1412.6980; decoupled decay: Loshchilov and Hutter 2019, arXiv:1711.05101.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisft.kernels.adamw_formats import (
+    STATE_BLOCKSIZE,
+    State,
+    dequantize_state,
+    quantize_state,
+    round_stochastically,
+    search,
+    step_key,
+)
 from minisft.kernels.common import backend_for, cdiv, jit, tl
-from minisft.kernels.quantize import TINY, _absmax, _reciprocal, dynamic_table
+from minisft.kernels.quantize import _absmax, _reciprocal, dynamic_table
 
 CPU_STRETCH = 2**16  # elements of the torch path that are worked on at a time
-STATE_BLOCKSIZE = 256  # numbers that share an absmax in an 8-bit moment
-State = Tensor | tuple[Tensor, Tensor]  # a moment: a float tensor, or (codes uint8 [n], absmax fp32 [ceil(n / 256)])
-
-
-def _mix(x):
-    """A hash of 32 bits, for Python integers and for int64 tensors."""
-    x = x & 0xFFFFFFFF
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-    return x ^ (x >> 16)
-
-
-def _step_key(seed: int, step: int) -> int:
-    """Odd and of 31 bits, so that Triton sees the same kind of integer in every step."""
-    return _mix(_mix(seed ^ _mix(seed >> 32)) ^ step) >> 1 | 1
-
-
-def round_stochastically(x: Tensor, seed: int, step: int, tensor: int, first: int = 0) -> Tensor:
-    """fp32 -> bf16: up or down by chance, so that the mean over seeds is x.
-
-    tensor: its place in the list of parameters. first: the place of x's first element in that tensor.
-    """
-    element = torch.arange(first, first + x.numel(), device=x.device).view(x.shape)
-    random = _mix(_mix(element) ^ _mix(_step_key(seed, step) ^ tensor))
-    bits = (x.view(torch.int32).long() + (random & 0xFFFF)) & 0xFFFF0000
-    rounded = (bits >> 16).to(torch.int16, copy=True).view(torch.bfloat16)
-    return torch.where(x.isnan(), x.bfloat16(), rounded)
-
-
-def quantize_state(x: Tensor, signed: bool, search: Callable | None = None) -> tuple[Tensor, Tensor]:
-    """A moment -> its 8-bit form (codes uint8, in the shape of x; absmax fp32 [ceil(n / 256)]).
-
-    search: torch.bucketize, or what finds the same faster.
-    """
-    table = dynamic_table(signed).to(x.device)
-    blocks = F.pad(x.flatten(), (0, -x.numel() % STATE_BLOCKSIZE)).view(-1, STATE_BLOCKSIZE)
-    absmax = blocks.abs().amax(-1)
-    scaled = blocks * (1 / absmax.clamp(min=TINY))[:, None]
-    codes = (search or torch.bucketize)(scaled, (table[1:] + table[:-1]) / 2)
-    if not signed:
-        codes = torch.maximum(codes, (blocks > 0).to(codes.dtype))
-    return codes.to(torch.uint8).flatten()[: x.numel()].view(x.shape), absmax
-
-
-def dequantize_state(state: tuple[Tensor, Tensor], signed: bool) -> Tensor:
-    """The moment, fp32, in the shape of its codes."""
-    codes, absmax = state
-    values = dynamic_table(signed).to(codes.device)[codes.int()].flatten()
-    return (values * absmax.repeat_interleave(STATE_BLOCKSIZE)[: len(values)]).view(codes.shape)
 
 
 def adamw_ref(
@@ -133,7 +81,7 @@ def adamw_ref(
 
 @jit
 def _mix_bits(x):
-    """_mix, for uint32."""
+    """adamw_formats._mix, for uint32."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
     return x ^ (x >> 16)
@@ -313,29 +261,6 @@ CONFIGS = {
 }
 
 
-def _search(x: Tensor, midpoints: Tensor) -> Tensor:
-    """torch.bucketize(x, midpoints), int32, of the tables of this file: ten times as fast.
-
-    The upper half of a float's bits says nearly where it is: the floats that share them lie on both sides of one midpoint
-    at most. So a table of 65,536 entries and one comparison find the place, instead of eight comparisons.
-    """
-    places = _places(tuple(midpoints.tolist())).to(x.device)
-    place = torch.index_select(places, 0, (x.view(torch.int32).flatten() >> 16) & 0xFFFF)
-    beyond = torch.index_select(F.pad(midpoints, (0, 1), value=float("inf")), 0, place)
-    return place.add_(beyond < x.flatten()).view(x.shape)
-
-
-@lru_cache(2)
-def _places(midpoints: tuple[float, ...]) -> Tensor:
-    """int32 [65536]: by the upper 16 bits, how many midpoints are below all floats that have them; NaN is above all."""
-    upper = torch.arange(2**16, dtype=torch.int32) << 16
-    ends = torch.stack([upper, upper | 0xFFFF]).view(torch.float32)
-    first, last = torch.bucketize(ends, torch.tensor(midpoints), out_int32=True).sort(0).values
-    known = ends.isfinite().all(0) & (ends.abs() <= 1).all(0)
-    assert (last - first)[known].max() <= 1
-    return first
-
-
 def _adamw_torch(
     params, grads, exp_avgs, exp_avg_sqs, *, step, lr, beta1, beta2, eps, weight_decay, clip, stochastic_rounding_seed, places
 ):  # fmt: skip
@@ -365,7 +290,7 @@ def _adamw_torch(
             w.copy_(new)
             if is_8bit:
                 for state, moment, signed in ((m_state, m, True), (v_state, v, False)):
-                    codes, absmax = quantize_state(moment, signed, _search)
+                    codes, absmax = quantize_state(moment, signed, search)
                     state[0].copy_(codes.view(state[0].shape))
                     state[1].copy_(absmax)
 
@@ -433,7 +358,7 @@ def _adamw_triton(
         rounds = stochastic_rounding_seed is not None and param_dtype == torch.bfloat16
         kernel[(len(programs),)](
             *(tensors, programs, *([_tables(device)] if is_8bit else []), clip, *scalars),
-            *(_step_key(stochastic_rounding_seed, step) if rounds else 1, *map(_tl_dtype, (param_dtype, grad_dtype))),
+            *(step_key(stochastic_rounding_seed, step) if rounds else 1, *map(_tl_dtype, (param_dtype, grad_dtype))),
             *(rounds, is_wide),
             enable_fp_fusion=False,  # the same codes as the reference
             **config,

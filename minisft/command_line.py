@@ -5,7 +5,8 @@ import tomllib
 from dataclasses import MISSING
 from typing import Any, Literal, get_args, get_origin
 
-from minisft.config import ALIASES, KEYS, SECTIONS, UNSUPPORTED, Config
+from minisft.config import KEYS, SECTIONS, Config
+from minisft.config_aliases import ALIASES, UNSUPPORTED
 from minisft.config_file import full_name
 from minisft.config_values import as_toml, choices
 from minisft.errors import UserError

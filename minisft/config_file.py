@@ -23,18 +23,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
-from minisft.config import (
-    ALIASES,
-    KEYS,
-    NOT_NEEDED,
-    SECTIONS,
-    UNSUPPORTED,
-    VALUE_ALIASES,
-    VALUE_NOTES,
-    Config,
-    check,
-    config_to_dict,
-)
+from minisft.config import KEYS, SECTIONS, Config, config_to_dict
+from minisft.config_aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIASES, VALUE_NOTES
+from minisft.config_check import check
 from minisft.config_values import as_toml, expected, fit, fit_type, nearest_choice
 from minisft.errors import UserError
 

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minisft.kernels.adamw import STATE_BLOCKSIZE, State, adamw_
+from minisft.kernels.adamw import adamw_
+from minisft.kernels.adamw_formats import STATE_BLOCKSIZE, State
 
 SMALLEST_IN_8_BITS = 4096  # numbers; smaller tensors save nothing, and are often the sensitive ones
 

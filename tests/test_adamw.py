@@ -7,7 +7,8 @@ import torch
 from tolerance import padded_with_nan, relative_error
 
 from minisft.kernels import adamw as module
-from minisft.kernels.adamw import adamw_, dequantize_state, quantize_state, round_stochastically
+from minisft.kernels.adamw import adamw_
+from minisft.kernels.adamw_formats import dequantize_state, quantize_state, round_stochastically, search
 from minisft.kernels.common import use_backend
 from minisft.kernels.quantize import dynamic_table
 
@@ -298,7 +299,7 @@ def test_the_fast_search_finds_what_bisection_finds(signed):
     edges = [torch.nextafter(midpoints, torch.tensor(end)) for end in (-2.0, 2.0)]
     sizes = 10 ** (-10 * torch.rand(10_000)) * torch.randn(10_000).sign()
     x = torch.cat([table, midpoints, *edges, sizes, torch.tensor([0.0, -0.0, 1e-44, -1e-44, float("nan")])])
-    assert torch.equal(module._search(x, midpoints), torch.bucketize(x, midpoints, out_int32=True))
+    assert torch.equal(search(x, midpoints), torch.bucketize(x, midpoints, out_int32=True))
 
 
 @pytest.mark.parametrize("signed", [True, False])

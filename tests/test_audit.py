@@ -33,7 +33,7 @@ from minisft.data.formats import FormatOptions
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import load_tokenizer, train_tokenizer
 from minisft.errors import DATA, UserError
-from minisft.prepare import prepare_data, prepare_tokenizer
+from minisft.prepare_data import prepare_data, prepare_tokenizer
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 TOKENIZER = train_tokenizer(["Hello, how are you?", "2 + 2 = 4"] * 5, 300)

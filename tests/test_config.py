@@ -1,6 +1,7 @@
 """The configuration: layers and their order, strict keys and values, paths, and the way back to a file."""
 
 import ast
+import importlib.util
 import math
 import os
 import tomllib
@@ -14,19 +15,8 @@ from hypothesis import strategies as st
 
 from minisft import config as config_module
 from minisft.command_line import parse_arguments
-from minisft.config import (
-    ALIASES,
-    KEYS,
-    NOT_NEEDED,
-    SECTIONS,
-    UNSUPPORTED,
-    VALUE_ALIASES,
-    Config,
-    Format,
-    config_to_dict,
-    eval_sets,
-    source_list,
-)
+from minisft.config import KEYS, SECTIONS, Config, Format, config_to_dict, eval_sets, source_list
+from minisft.config_aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIASES
 from minisft.config_file import load, write_resolved
 from minisft.config_values import as_toml, fit
 from minisft.data.audit import TITLES
@@ -350,7 +340,7 @@ def test_contradictions(overrides, told):
 
 
 def test_a_tracker_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(config_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     error = refused(MINIMAL, {"report_to": ["wandb"]})
     assert "wandb is not installed" in error.message and "pip install wandb" in error.hint
     load(MINIMAL, {"report_to": []})

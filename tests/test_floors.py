@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "kernels/*": 0,
     "__init__": 1, "errors": 1, "files": 1, "hub": 1, "schedule": 1, "data/packing": 1,
-    "config": 1, "config_values": 1, "config_file": 1, "command_line": 1,
+    "config": 1, "config_values": 1, "config_aliases": 1, "config_check": 1, "config_file": 1, "command_line": 1,
     "data/*": 2, "model/*": 2, "runtime": 2, "trainable": 2, "optim": 2, "optimizers": 2, "metrics": 2,
     "loggers": 2,
     "train": 4, "commands/*": 4, "__main__": 4,
@@ -46,7 +46,8 @@ EXTRA_ROOMS = {
     "kernels/linear_cross_entropy": {"kernels/cross_entropy", "kernels/linear_cross_entropy_torch"},
     "kernels/flash_attention": {"kernels/flash_attention_kernels", "kernels/flash_attention_torch"},
     "kernels/flash_attention_kernels": {"kernels/flash_attention_tiles"},
-    "kernels/adamw": {"kernels/quantize"},
+    "kernels/adamw": {"kernels/quantize", "kernels/adamw_formats"},
+    "kernels/adamw_formats": {"kernels/quantize"},
 }
 EXTRAS = ("install_requires", "extras_require")
 FORBIDDEN_MODULES = {"pickle", "cPickle", "shelve", "marshal", "dill", "joblib", "cloudpickle"}

@@ -117,7 +117,7 @@ def _own_options(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
 def open_sets(config: "Config") -> tuple["Tokenizer", str, dict[str, DataSet]]:
     """The tokenizer, a line about it, and the sets by name: "train", "eval" or "eval NAME"."""
     from minisft.config import eval_sets, source_list
-    from minisft.prepare import open_documents, prepare_tokenizer
+    from minisft.prepare_data import open_documents, prepare_tokenizer
 
     data = config.data
     tokenizer, line = prepare_tokenizer(config)
@@ -134,7 +134,7 @@ def audit(config: "Config") -> tuple[dict[str, Any], "Tokenizer", dict[str, Data
     """(report for JSON, tokenizer, the sets, their findings). Raises UserError for data that cannot be read at all."""
     from minisft.data.audit import TITLES, all_findings, overlap
     from minisft.data.documents import split_documents
-    from minisft.prepare import cut_length
+    from minisft.prepare_data import cut_length
 
     data, limits = config.data, asdict(config.audit)
     tokenizer, tokenizer_line, sets = open_sets(config)
@@ -188,7 +188,7 @@ def audit(config: "Config") -> tuple[dict[str, Any], "Tokenizer", dict[str, Data
 def _tables(data_set: DataSet, in_epoch: "Documents", is_train: bool, config: "Config") -> dict[str, Any]:
     """The account and the tables of a set. in_epoch: its documents without those that are held out."""
     from minisft.data.audit import count_tokens, kind_table, length_histogram, length_summary, source_table
-    from minisft.prepare import split_length
+    from minisft.prepare_data import split_length
 
     account, documents, lengths = data_set.account, data_set.documents, in_epoch.lengths
     counts = count_tokens(documents, split_length(config.data, data_set.packing))

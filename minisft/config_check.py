@@ -1,0 +1,124 @@
+"""What no single key of the configuration can tell: what is missing, contradicts itself or is not installed."""
+
+import importlib.util
+import math
+
+from minisft.config import ADAMW, KEYS, Config, config_to_dict, eval_sets
+from minisft.config_values import as_toml
+from minisft.errors import UserError
+from minisft.schedule import HAVE_NO_FLOOR, wrong_option
+
+
+def check(config: Config, origins: dict[str, str], where: str) -> None:
+    """Raises UserError. where: the configuration came from; origins: each of its values."""
+    model, data, train, evaluate = config.model, config.data, config.train, config.evaluate
+    values = config_to_dict(config)
+
+    def refuse(keys: str, problem: str, hint: str) -> None:
+        written = " and ".join(f"{key} = {as_toml(values[key])} ({origins[key]})" for key in keys.split())
+        raise UserError(f"{written}: {problem}", hint=hint)
+
+    # what is missing
+    if model.model_name_or_path is None and model.config is None:
+        hint = "name a local folder or a Hugging Face repository, or give a [model.config] to train from random weights"
+        raise UserError(f"{where}: model.model_name_or_path is not set", hint=hint)
+    if model.config is not None and model.model_name_or_path is None and model.tokenizer_name_or_path is None:
+        hint = "model.config brings no tokenizer: name the folder or repository of one"
+        raise UserError(f"{where}: model.tokenizer_name_or_path is not set", hint=hint)
+    if not data.train_data:
+        hint = 'name a file of rows, as in train_data = "train.jsonl"'
+        raise UserError(f"{where}: data.train_data is not set", hint=hint)
+
+    # what contradicts itself
+    if model.model_name_or_path is not None and model.config is not None:
+        keys = "model.model_name_or_path model.config"
+        refuse(keys, "the model can come from one of them only", 'set the other one to "none"')
+    if model.config is not None and config.lora.r is not None:
+        refuse("lora.r", "an adapter belongs to a trained model, not to random weights", "set model_name_or_path")
+    if model.load_in_4bit and model.load_in_8bit:
+        refuse("model.load_in_4bit model.load_in_8bit", "the weights have one of these widths", "choose one")
+    for key, asked in (("model.load_in_4bit", model.load_in_4bit), ("model.load_in_8bit", model.load_in_8bit)):
+        if asked and config.lora.r is None:
+            refuse(key, "quantised weights cannot be trained, adapters beside them can", "set lora.r, as in r = 16")
+    for key in ("model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"):
+        if values[key] != KEYS[key].default and not model.load_in_4bit:
+            refuse(key, "nothing is kept in 4 bits", "set model.load_in_4bit = true")
+    for key, on in (
+        ("gradient_checkpointing_every", model.gradient_checkpointing_every > 1),
+        ("offload_activations", model.offload_activations),
+    ):
+        if on and model.gradient_checkpointing is not True:
+            problem = "it is about the blocks that are run again in the backward"
+            refuse(f"model.{key} model.gradient_checkpointing", problem, "set gradient_checkpointing = true")
+    if data.eval_data and data.eval_fraction:
+        refuse("data.eval_data data.eval_fraction", "evaluation rows come from one of them", "set eval_fraction = 0")
+    for key, packs in (("data.packing", data.packing), ("data.eval_packing", data.eval_packing)):
+        if packs and data.max_length is None:
+            refuse(f"{key} data.max_length", "a pack needs a length", "set max_length to a number")
+    if data.truncation == "turns" and data.max_length is None:
+        refuse("data.truncation data.max_length", "nothing is too long without a length", "set max_length to a number")
+    if data.instruction_marker and not data.response_marker:
+        refuse("data.instruction_marker", "it closes what response_marker opens", "set response_marker too")
+    if train.warmup_steps and train.warmup_ratio:
+        refuse("train.warmup_steps train.warmup_ratio", "two lengths of one warm-up", "set one of them to 0")
+    if train.min_lr > train.learning_rate:
+        refuse("train.min_lr train.learning_rate", "the end is above the peak", "lower min_lr")
+    if train.min_lr and train.lr_scheduler_type in HAVE_NO_FLOOR:
+        keys = "train.min_lr train.lr_scheduler_type"
+        refuse(keys, f"{train.lr_scheduler_type} does not fall to an end", "use linear or cosine")
+    if train.optim == "schedule_free_adamw" and train.lr_scheduler_type != "constant":
+        keys = "train.optim train.lr_scheduler_type"
+        refuse(keys, "it averages the weights instead of lowering the rate", "set lr_scheduler_type to constant")
+    if train.lr_scheduler_type == "reduce_on_plateau" and not (data.eval_data or data.eval_fraction):
+        refuse("train.lr_scheduler_type", "there is nothing to evaluate", "set data.eval_data or data.eval_fraction")
+    if train.optim not in ADAMW and train.offload_optimizer:
+        refuse("train.offload_optimizer train.optim", f"{train.optim} has no offloaded form", f"use {ADAMW[0]}")
+    if train.weights_dtype == "bf16":
+        all_adapters = config.lora.r is not None and not config.lora.modules_to_save  # these are fp32
+        if train.optim not in ADAMW and not all_adapters:
+            keys = "train.weights_dtype train.optim"
+            refuse(keys, f"{train.optim} would keep its state in bf16 too", f"use one of {', '.join(ADAMW)}")
+        if train.precision not in ("bf16", "auto"):
+            keys = "train.weights_dtype train.precision"
+            refuse(keys, "weights in bf16 are multiplied in bf16", "set precision to bf16, or weights_dtype to fp32")
+    if train.optimizer_in_backward:
+        for key, wanted, problem in (
+            ("gradient_accumulation_steps", 1, "there is an update for every micro-batch"),
+            ("max_grad_norm", None, "the norm is known when all weights are updated already, too late to clip"),
+            ("on_nonfinite", "stop", "an update in the backward pass cannot be left out"),
+        ):
+            if getattr(train, key) != wanted:
+                refuse(f"train.optimizer_in_backward train.{key}", problem, f"set {key} = {as_toml(wanted)}")
+        if train.precision == "fp16":
+            keys = "train.optimizer_in_backward train.precision"
+            refuse(keys, "steps that overflow could not be left out", "set precision to bf16 or fp32")
+    for key, rates in (("train.learning_rates", train.learning_rates), ("train.weight_decays", train.weight_decays)):
+        for value in rates.values():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                refuse(key, f"{as_toml(value)} is not a rate", "give numbers from 0 on")
+    for step in train.unfreeze.values():
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            refuse("train.unfreeze", f"{as_toml(step)} is not a number of steps", "give whole numbers from 0 on")
+    for key in ("train.trainable", "train.frozen"):
+        if config.lora.r is not None and values[key]:
+            hint = "choose adapters by lora.target_modules, and whole modules by lora.modules_to_save"
+            refuse(f"{key} lora.r", "with [lora] the adapters train, and the model is frozen", hint)
+    for key, value in train.lr_scheduler_kwargs.items():
+        if expected := wrong_option(train.lr_scheduler_type, key, value):
+            refuse("train.lr_scheduler_kwargs", f"{key} = {as_toml(value)}", expected)
+    if train.max_steps == 0:
+        refuse("train.max_steps", "no step trains nothing", "-1 = as num_train_epochs says; otherwise at least 1")
+    if evaluate.generate_group_field and not evaluate.generate_data:
+        refuse("evaluate.generate_group_field", "there is nothing to group", "set generate_data to a file of rows")
+    for name in eval_sets(data.eval_data):
+        if not all(letter.isalnum() or letter in "_-." for letter in name):
+            refuse(
+                "data.eval_data", f"{as_toml(name)} names metrics", "name evaluation sets with letters, digits, _ - ."
+            )
+
+    # what is not installed
+    if model.kernels == "triton" and importlib.util.find_spec("triton") is None:
+        refuse("model.kernels", "Triton is not installed", 'pip install triton, or kernels = "auto"')
+    for tracker in config.log.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            refuse("log.report_to", f"{tracker} is not installed", f"pip install {tracker}, or leave it out")

@@ -1,0 +1,163 @@
+"""The data of a run: the tokenizer, documents read, checked, cut and packed, and what became of every row, in lines."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from minisft import runtime
+from minisft.config import Config, DataSection, eval_sets, source_list
+from minisft.data.audit import quick_findings
+from minisft.data.cache import Documents, build_cache
+from minisft.data.documents import Accounting, select_documents, show_document, split_documents
+from minisft.data.formats import FormatOptions
+from minisft.data.loader import Loader
+from minisft.data.packing import plan
+from minisft.data.sources import parse_source
+from minisft.data.tokenizer import Tokenizer, load_tokenizer
+from minisft.errors import DATA, UserError
+
+# Findings whose numbers are in the account of the rows or the description of the cache.
+TOLD_ELSEWHERE = ("no_label", "lost_answer", "too_long", "control_token", "straddling")
+ROUND_TO = 64  # tokens and targets of a batch are filled up to a multiple: few shapes, so few kernels to set up
+
+
+def prepare_tokenizer(config: Config) -> tuple[Tokenizer, str]:
+    section = config.model
+    path = section.tokenizer_name_or_path or section.model_name_or_path
+    revision = section.revision if path == section.model_name_or_path else None
+    tokenizer = load_tokenizer(
+        path,
+        revision=revision,
+        chat_template=section.chat_template,
+        chat_template_kwargs=section.chat_template_kwargs,
+        template_date=section.template_date,
+        eos_token=section.eos_token,
+        pad_token=section.pad_token,
+        new_special_tokens=section.new_special_tokens,
+        local_files_only=section.local_files_only,
+    )
+    return (
+        tokenizer,
+        f"tokenizer  {path}: {tokenizer.vocab_size:,} tokens, EOS {tokenizer.special_tokens.get('eos_token')!r}",
+    )
+
+
+def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Loader, dict[str, Loader], list[str]]:
+    """The training loader, the evaluation loaders by name, and their lines of the summary."""
+    data, seed = config.data, config.train.seed
+    eval_packing = data.packing if data.eval_packing is None else data.eval_packing
+    documents, lines = read_documents("train", source_list(data.train_data), config, tokenizer, data.packing)
+    held_out = {}
+    for name, sources in eval_sets(data.eval_data).items():
+        held_out[name], more = read_documents(f"eval {name}".strip(), sources, config, tokenizer, eval_packing)
+        lines += more
+    if data.eval_fraction:
+        documents, held_out[""] = split_documents(documents, data.eval_fraction, seed)
+        lines.append(
+            f"           {len(held_out['']):,} documents held out for evaluation, {len(documents):,} are trained"
+        )
+
+    def loader(documents: Documents, packing: bool, batch_size: int, **options) -> Loader:
+        lengths = documents.lengths  # already cut as data.truncation says; without packing each is a pack of its own
+        packs = (
+            plan(lengths, data.max_length, data.packing_strategy) if packing else plan(lengths, lengths.max(), "none")
+        )
+        ranks = {"rank": runtime.rank(), "world_size": runtime.world_size()}
+        return Loader(documents, packs, batch_size, seed=seed, round_to=ROUND_TO, **ranks, **options)
+
+    train = loader(
+        documents,
+        data.packing,
+        config.train.per_device_train_batch_size,
+        accumulation=config.train.gradient_accumulation_steps,
+        shuffle=data.shuffle,
+    )
+    batch_size = config.evaluate.per_device_eval_batch_size
+    evals = {name: loader(docs, eval_packing, batch_size, shuffle=False) for name, docs in held_out.items()}
+    if data.packing:
+        fill = documents.lengths.sum() / (train.plan.num_packs * data.max_length)
+        lines.append(
+            f"packing    {data.packing_strategy}: {len(documents):,} documents in {train.plan.num_packs:,} packs of "
+            f"{data.max_length:,} tokens, {fill:.2%} full"
+        )
+    return train, evals, lines
+
+
+def read_documents(
+    title: str, sources: list, config: Config, tokenizer: Tokenizer, packing: bool
+) -> tuple[Documents, list[str]]:
+    """The documents of some sources, and what became of every row. Raises UserError where too many are wrong."""
+    documents, account = open_documents(sources, config, tokenizer, packing)
+    cache = documents.cache
+    lines = [*cache.describe(), *account.lines(), f"tokens {cache.note} in {cache.folder}"]
+    limits = asdict(config.audit)
+    for finding in quick_findings(cache, tokenizer, cut_length(config.data, packing), config.data.truncation):
+        if finding.exceeds(limits):
+            raise UserError(
+                f"{title}: {finding}",
+                hint=f"`minisft audit` shows them; audit.max_{finding.name} = {limits[f'max_{finding.name}']:g} is the limit",
+                exit_code=DATA,
+            )
+        if finding.name not in TOLD_ELSEWHERE:
+            lines.append(f"{finding}")
+    if packing and config.data.packing_strategy == "wrapped":
+        lines.append(
+            "wrapped cuts documents anew every epoch: of each piece the first token is context, even if trained above"
+        )
+    if config.verbose:
+        lines += ["the first document, [trained] marked:", show_document(documents, 0, tokenizer)]
+    return documents, titled(title, lines)
+
+
+def open_documents(sources: list, config: Config, tokenizer: Tokenizer, packing: bool) -> tuple[Documents, Accounting]:
+    """Tokenise the sources (or find them in the cache) and cut what is too long."""
+    data = config.data
+    cache = build_cache(
+        [parse_source(s) for s in sources],
+        tokenizer,
+        cache_dir=Path(data.cache_dir or Path(config.output_dir).absolute().parent / "token_cache"),
+        on_bad_row=data.on_bad_row,
+        format=data.format,
+        field_map=data.field_map,
+        options=format_options(data),
+        local_files_only=config.model.local_files_only,
+    )
+    return select_documents(
+        cache,
+        max_length=cut_length(data, packing),
+        split_at=split_length(data, packing),
+        truncation=data.truncation,
+        seed=config.train.seed,
+    )
+
+
+def cut_length(data: DataSection, packing: bool) -> int | None:
+    """Where longer documents are cut; None where packing takes all of them, in pieces."""
+    return None if packing and data.packing_strategy in ("bfd_split", "wrapped") else data.max_length
+
+
+def split_length(data: DataSection, packing: bool) -> int | None:
+    """Of what length these pieces are, where it is the same in every epoch."""
+    return data.max_length if packing and data.packing_strategy == "bfd_split" else None
+
+
+def titled(title: str, lines: list[str]) -> list[str]:
+    """Lines of the summary, the first with its title in front."""
+    return [f"{title if i == 0 else '':<10} {line}" for i, line in enumerate(lines)]
+
+
+def format_options(data: DataSection) -> FormatOptions:
+    return FormatOptions(
+        dataset_text_field=data.dataset_text_field,
+        prompt_format=data.prompt_format,
+        completion_only_loss=data.completion_only_loss,
+        assistant_only_loss=data.assistant_only_loss,
+        response_marker=data.response_marker or "",
+        instruction_marker=data.instruction_marker or "",
+        add_eos=data.add_eos,
+        add_special_tokens=data.add_special_tokens,
+        control_tokens=data.control_tokens,
+        reasoning=data.reasoning,
+        multi_turn=data.multi_turn,
+        last_turn_only=data.train_on_last_turn_only,
+        turns_max_length=data.max_length if data.truncation == "turns" else None,
+    )
