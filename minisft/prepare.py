@@ -284,7 +284,7 @@ def add_adapters(model: nn.Module, config: Config, tokenizer: Tokenizer) -> list
     size, all_sizes = (sum(w.numel() for w in weights) for weights in (trained, named_weights(model).values()))
     name = "DoRA" if options.use_dora else "rsLoRA" if options.use_rslora else "LoRA"
     name += " from PiSSA" if options.is_pissa else ""
-    also = "".join(f", and {len(ids)} rows of {name}" for name in rows)
+    also = "".join(f", and {len(ids)} row{'s' * (len(ids) > 1)} of {name}" for name in rows)
     return [
         f"{name} r {options.r}, alpha {options.lora_alpha:g}, beside {len(sites)} layers ({kinds}){also}",
         f"trains {size / 1e6:,.2f} M of {all_sizes / 1e6:,.1f} M parameters ({size / all_sizes:.2%}); "

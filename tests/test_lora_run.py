@@ -109,7 +109,8 @@ def test_generate_reads_base_and_adapter(trained):
 
 def test_merging_gives_a_plain_model_that_does_the_same(trained, tmp_path, capsys):
     assert export.main([str(trained), str(tmp_path / "merged"), "--merge", "--dtype", "fp32"]) == 0
-    assert "logits of adapter and merged model differ by at most" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert re.search(r"on \d+ tokens of training rows the logits of adapter and merged model differ by at most", shown)
     adapted, merged = load_adapted(trained / "model"), load_model(tmp_path / "merged")
     tokens = torch.arange(20)
     bounds = torch.zeros(20, dtype=torch.int32), torch.full((20,), 20, dtype=torch.int32)
@@ -118,6 +119,17 @@ def test_merging_gives_a_plain_model_that_does_the_same(trained, tmp_path, capsy
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(theirs(tokens[None]).logits[0], one, atol=1e-4, rtol=1e-4)
+
+
+def test_merging_looks_at_held_out_rows_where_there_are_some(go, tmp_path, capsys):
+    assert go(**{"data.eval_fraction": 0.2, "train.max_steps": 3}).exit_code == 0
+    assert export.main([str(tmp_path / "out" / "model"), str(tmp_path / "merged"), "--merge"]) == 0
+    assert "tokens of held-out rows" in capsys.readouterr().out
+    (tmp_path / "out" / "config.toml").unlink()
+    assert export.main([str(tmp_path / "out"), str(tmp_path / "again"), "--merge"]) == 0
+    assert re.search(r"on \d+ random tokens the logits", capsys.readouterr().out)
+    for path in (tmp_path / "merged").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
 def test_an_adapter_that_changes_nothing_is_not_merged(trained, tmp_path):

@@ -6,11 +6,12 @@ base in 4 or 8 bits (quantization_config.json beside the adapter says so), W is 
 was trained beside, and not that of the base's files.
 
 A merge can go wrong without a sound: the wrong base, an adapter that was never trained, a narrow dtype that rounds the
-adapter away. So both models read the same tokens first, and the largest difference of their logits is reported. It is
-refused where it is too large, and where merging changed nothing.
+adapter away. So both models read the same rows first, held-out ones where the run's data is still there, and the largest
+difference of their logits is reported. It is refused where it is too large, and where merging changed nothing.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from minisft.errors import MODEL, UserError
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     model = load_adapted(folder, max_length=manifest.get("max_length"))
-    for line in merge(model, DTYPES[arguments.dtype], folder):
+    for line in merge(model, DTYPES[arguments.dtype], folder, Path(arguments.run)):
         print(line)
     if (folder / "generation_config.json").exists():
         model.generation_config = read_json(folder / "generation_config.json")
@@ -57,20 +58,42 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def merge(model, dtype, folder: Path) -> list[str]:
+def probe(model, run: Path) -> tuple[str, tuple]:
+    """What both models read, and the arguments of the model: rows of the run's data, else random tokens."""
+    import torch
+
+    from minisft.config_file import RESOLVED_NAME, load
+    from minisft.prepare_data import prepare_data, prepare_tokenizer
+
+    for folder in (run, run.parent):
+        if (folder / RESOLVED_NAME).exists() and (folder / "checkpoints").exists():
+            try:
+                config = replace(load(folder / RESOLVED_NAME)[0], output_dir=str(folder), verbose=False)
+                train, held_out, _ = prepare_data(config, prepare_tokenizer(config)[0])
+            except UserError:  # the data is elsewhere now
+                break
+            batch = next(iter(held_out.values()), train).step(0, 0)[0]
+            length = min(batch.num_tokens, PROBE_TOKENS)
+            end = batch.end[:length].clamp(max=length)
+            name = "tokens of held-out rows" if held_out else "tokens of training rows"
+            return name, (batch.input_ids[:length], batch.position_ids[:length], batch.start[:length], end)
+    length = min(PROBE_TOKENS, model.config.max_position_embeddings)
+    tokens = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(length, dtype=torch.int32)
+    return "random tokens", (tokens, positions, torch.zeros_like(positions), torch.full_like(positions, length))
+
+
+def merge(model, dtype, folder: Path, run: Path) -> list[str]:
     """Merge in place, and say what it did to the logits. Raises UserError where it is not what it should be."""
     import torch
 
     from minisft.model.lora import adapter_disabled, merge_adapter
 
-    length = min(PROBE_TOKENS, model.config.max_position_embeddings)
-    tokens = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(length, dtype=torch.int32)
-    bounds = torch.zeros_like(positions), torch.full_like(positions, length)
+    rows, inputs = probe(model, run)
 
     def logits():
         with torch.no_grad():
-            return model.logits(model(tokens, positions, *bounds)).float()
+            return model.logits(model(*inputs)).float()
 
     adapted = logits()
     with adapter_disabled(model):
@@ -93,8 +116,8 @@ def merge(model, dtype, folder: Path) -> list[str]:
             parameter.copy_(parameter.to(dtype))
     rounded = logits()
     lines = [
-        f"merged     logits of adapter and merged model differ by at most {(merged - adapted).abs().max():.1e} "
-        f"({error:.1e} of their norm); the adapter moves them by {changed:.1e}"
+        f"merged     on {len(inputs[0])} {rows} the logits of adapter and merged model differ by at most "
+        f"{(merged - adapted).abs().max():.1e} ({error:.1e} of their norm); the adapter moves them by {changed:.1e}"
     ]
     if dtype != torch.float32:
         name = str(dtype).removeprefix("torch.")
