@@ -17,6 +17,7 @@ FLOORS = {
     "__init__": 1, "errors": 1, "files": 1, "hub": 1, "schedule": 1, "data/packing": 1,
     "config": 1, "config_values": 1, "config_aliases": 1, "config_check": 1, "config_file": 1, "command_line": 1,
     "data/*": 2, "model/*": 2, "runtime": 2, "trainable": 2, "optim": 2, "optimizers": 2, "metrics": 2,
+    "preference_losses": 2,
     "loggers": 2,
     "train": 4, "commands/*": 4, "__main__": 4,
 }  # fmt: skip
