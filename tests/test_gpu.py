@@ -11,6 +11,7 @@ import pytest
 import torch
 from tolerance import assert_close_to_truth, bounds_of, padded_with_nan, relative_error, run_with_gradients
 
+from minisft.kernels.adamw import adamw_
 from minisft.kernels.common import use_backend
 from minisft.kernels.cross_entropy import cross_entropy, cross_entropy_ref
 from minisft.kernels.flash_attention import flash_attention, flash_attention_ref
@@ -430,6 +431,76 @@ def test_eight_bits_are_those_of_the_torch_path(dtype):
         back = dequantize_int8(theirs)
     assert torch.equal(ours.values, theirs.values) and torch.equal(ours.absmax, theirs.absmax)
     assert torch.equal(dequantize_int8(theirs), back)
+
+
+# ---- the optimizer -------------------------------------------------------------------------------------------------
+
+
+def adamw_arguments(dtype, is_8bit):
+    """(params, grads, first moments, second moments), drawn anew at every call."""
+    sizes = [(1,), (257,), (2 * 16384 + 5,), (300, 1024), (16, 64)]
+    params = [torch.randn(size, device="cuda").to(dtype) for size in sizes]
+    grads = [torch.randn(size, device="cuda").to(dtype) for size in sizes]
+
+    def zeros(w):
+        if not is_8bit:
+            return torch.zeros_like(w, dtype=torch.float32)
+        return torch.zeros_like(w, dtype=torch.uint8), torch.zeros(-(-w.numel() // 256), device="cuda")
+
+    return params, grads, [zeros(w) for w in params], [zeros(w) for w in params]
+
+
+def adamw_step(params, grads, m, v, step, clip):
+    seed = 5 if params[0].dtype == torch.bfloat16 else None
+    options = dict(
+        lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, clip=clip, stochastic_rounding_seed=seed
+    )
+    adamw_(params, grads, m, v, step=step, **options)
+
+
+def flat(states):
+    parts = [part for state in states for part in (state if isinstance(state, tuple) else (state,))]
+    return torch.cat([part.flatten().float() for part in parts])
+
+
+@pytest.mark.parametrize("is_8bit", [False, True], ids=["fp32 moments", "8-bit moments"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16, by chance"])
+def test_adamw_is_that_of_the_formula(dtype, is_8bit):
+    clip = torch.tensor(0.7, device="cuda")
+
+    def run(backend):
+        torch.manual_seed(0)
+        arguments = adamw_arguments(dtype, is_8bit)
+        with use_backend(backend):
+            for step in (1, 2):
+                adamw_step(*arguments, step, clip)
+        return arguments
+
+    (ours, _, *moments), (naive, _, *expected) = run("triton"), run("reference")
+    for mine, theirs in zip(moments, expected):
+        if is_8bit:  # a last bit may turn the code of a number that lies between two
+            assert (flat(mine) != flat(theirs)).float().mean() <= 1e-3
+        else:
+            assert relative_error(flat(mine), flat(theirs)) <= 2e-7
+    if dtype == torch.float32:
+        assert relative_error(flat(ours), flat(naive)) <= (1e-4 if is_8bit else 2e-7)
+    else:
+        assert (flat(ours) != flat(naive)).float().mean() <= 1e-3
+
+
+def test_nobody_waits_for_the_gpu_in_the_optimizer():
+    arguments, clip = adamw_arguments(torch.bfloat16, True), torch.tensor(0.7, device="cuda")
+    adamw_step(*arguments, 1, clip)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "a prototype feature"
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        adamw_step(*arguments, 2, clip)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- a model -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2", "cohere", "gpt2"])
