@@ -26,8 +26,9 @@ The kernel. One program a row, in two passes that can be switched on separately:
 - score: the soft-max's largest logit m and sum s = sum_v exp(z_v - m) in one read, although m is not known before the
   end: a sum that was begun with m_old is multiplied by exp(m_old - m_new) when a larger logit comes. Each thread does so
   for its own groups of 8 logits (16 bytes of bf16, one load), so the loop has one exponential a logit, one more a group,
-  and never waits for other threads; the groups meet once, at the end. The entropy log s - sum_v p_v (z_v - m) and the
-  statistics are sums of the same loop.
+  and never waits for other threads; the groups meet once, at the end. The statistics are sums of the same loop: the
+  entropy log s - sum_v p_v (z_v - m) and, asked for separately, mean_v z_v and log sum_v p_v^2 =
+  log sum_v exp(2 (z_v - m)) - 2 log s, where nothing overflows and the first sum is at least 1.
 - gradient: needs m and s and nothing else of the row. It goes from right to left, as what was read last is the likeliest
   to be in the cache still, and may write over the logits, which is how `linear_cross_entropy` runs both passes at once:
   a row of 128,256 is 257 KB, and one on each multiprocessor of an H200 is 34 MB, where 50 MB stay in the L2 cache.
@@ -116,7 +117,7 @@ def _cross_entropy_kernel(
     bias_ptr,  # [V] or None
     targets_ptr,  # int64 [R]
     upstream_ptr,  # fp32 [R]: the gradient of each row's loss, or None
-    results_ptr,  # fp32 [6, R], see `score_rows`
+    results_ptr,  # fp32 [6 or 8, R], see `score_rows`
     V,
     width,  # V, or more where rows are padded with memory that may be read and written
     stride_logits,
@@ -129,6 +130,7 @@ def _cross_entropy_kernel(
     z_loss,
     SCORE: tl.constexpr,
     ENTROPY: tl.constexpr,
+    ALL_STATS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row a program. SCORE writes the results; with a gradient_ptr the gradient follows."""
@@ -145,10 +147,11 @@ def _cross_entropy_kernel(
         total = tl.zeros((BLOCK // 8,), tl.float32)  # of exp(z - highest)
         spread = tl.zeros((BLOCK // 8,), tl.float32)  # of exp(z - highest) (z - highest)
         plain = tl.zeros((BLOCK // 8,), tl.float32)  # of z
+        squares = tl.zeros((BLOCK // 8,), tl.float32)  # of exp(z - highest)^2
         for first in range(0, tl.where(scored, V, 0), BLOCK):
             column = first + block
             z, _ = _load_logits(logits_ptr, bias_ptr, column, column < width, column < V, scale, softcap, KEEP)
-            if label_smoothing is not None:
+            if (label_smoothing is not None) or ALL_STATS:
                 plain += tl.sum(tl.where(column < V, z, 0.0), 1)
             z = tl.where(column < V, z, LOWEST)
             new = tl.maximum(highest, tl.max(z, 1))
@@ -157,6 +160,8 @@ def _cross_entropy_kernel(
             e = tl.exp2(z * LOG2E)
             if ENTROPY:
                 spread = shrink * (spread + (highest - new) * total) + tl.sum(e * z, 1)
+            if ALL_STATS:
+                squares = shrink * shrink * squares + tl.sum(e * e, 1)
             total = shrink * total + tl.sum(e, 1)
             highest = new
         m = tl.max(highest, 0)
@@ -180,6 +185,11 @@ def _cross_entropy_kernel(
         tl.store(results_ptr + 3 * stride_results, tl.where(scored, entropy, 0.0))
         tl.store(results_ptr + 4 * stride_results, m)
         tl.store(results_ptr + 5 * stride_results, s)
+        if ALL_STATS:
+            log_sum_sq_probs = tl.log(tl.sum(shrink * shrink * squares, 0)) - 2.0 * log_s
+            log_sum_sq_probs = tl.where(log_sum_sq_probs > 0, 0.0, log_sum_sq_probs)  # by rounding; NaN stays
+            tl.store(results_ptr + 6 * stride_results, tl.where(scored, tl.sum(plain, 0) / V, 0.0))
+            tl.store(results_ptr + 7 * stride_results, tl.where(scored, log_sum_sq_probs, 0.0))
 
     if gradient_ptr is not None:
         gradient_ptr += row * stride_gradient
@@ -243,11 +253,13 @@ def score_rows(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     entropy: bool = False,
+    all_stats: bool = False,
 ) -> None:
     """Runs the kernel on the rows of logits [R, V], neighbours in a row side by side.
 
     results:  fp32 [6, R]: loss, nll, correct, entropy (0 if not asked for), largest logit, sum of exp(logit - largest);
-              written, or with score=False read (the last two). Where the target is ignore_index, the first four are 0.
+              with all_stats [8, R]: mean logit and log of the sum of squared probabilities follow.
+              Written, or with score=False read (rows 4 and 5). Where the target is ignore_index, all others are 0.
     gradient: [R, V], may be logits; gets the gradient of the logits from upstream fp32 [R], the gradient of each loss.
     padding:  elements behind each row, of logits and gradient alike, that may be read and overwritten.
     """
@@ -260,6 +272,7 @@ def score_rows(
         *(None if scale == 1 else scale, softcap, label_smoothing or None, z_loss or None),
         SCORE=score,
         ENTROPY=entropy,
+        ALL_STATS=all_stats,
         **smallest_fit(table, V),
     )
 

@@ -339,7 +339,8 @@ def flash_attention(
     whole documents both come from cu_seqlens; an `end` beyond the next document's start lets documents share a prefix.
     q_offset: position of the first query on the axis of the keys, for queries that continue a cache.
     scale: multiplies q k^T; None = Dh ** -0.5.
-    window: a query sees its newest `window` keys only, itself included; None = all.
+    window: a query sees its newest `window` keys only, itself included; None = all. It counts tokens of the stream: where
+        documents share a prefix, those of their other answers too.
     softcap: scores become softcap * tanh(scores / softcap); None = no cap.
     dropout: rate at which probabilities are dropped, drawn from torch's global random state; 0 in evaluation.
     deterministic: bitwise repeatable gradients, as under torch.use_deterministic_algorithms. The torch and reference

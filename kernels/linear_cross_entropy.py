@@ -42,6 +42,15 @@ once: no atomics, so the result repeats bitwise, and no fp32 buffer. Without `ro
 The gradient that comes from above is nearly always 1, but only the GPU knows. A kernel looks, and multiplies dh and dW
 where they lie only if it must.
 
+Statistics. The kernel that reads a row of logits knows more of it than its loss. On request (`Stats`): nll, whether the
+target is the largest logit, the entropy; and with "all" what preference tuning asks for, mean_v z_v and
+
+    log sum_v p_v^2 = log sum_v exp(2 (z_v - m)) - 2 log sum_v exp(z_v - m)        m = max_v z_v
+
+in [-log V, 0]: the logarithm of the probability that a word drawn from p has on average, by which WPO measures how much an
+answer is the policy's own. Only sums of numbers up to 1 that contain a 1: exact to fp32's rounding for flat and for peaked
+rows alike.
+
 What is fp32 whatever the dtype: the soft-max, lse, the loss, the statistics, (p - 1) of the target, the scaling by
 grad_scale, and the sums over chunks of dW, dh and dbias (dbias adds up dz as rounded for the matmuls).
 
@@ -52,10 +61,12 @@ Limits: targets and rows are checked where they are on the CPU (a check on a GPU
 
 After "Cut Your Losses in Large-Vocabulary Language Models" (Wijmans et al. 2024, arXiv:2411.09009), which recomputes
 instead; gradients in the forward as in "Liger Kernel" (Hsu et al. 2024, arXiv:2410.10989); label smoothing of Szegedy et
-al. (2015, arXiv:1512.00567); z-loss of PaLM (Chowdhery et al. 2022, arXiv:2204.02311).
+al. (2015, arXiv:1512.00567); z-loss of PaLM (Chowdhery et al. 2022, arXiv:2204.02311); WPO, equation 2 (Zhou et al. 2024,
+arXiv:2406.11827).
 """
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +89,8 @@ class Stats(NamedTuple):
     nll: Tensor  # -log p(target), without smoothing, z-loss and weights
     correct: Tensor  # 1 where no logit is above the target's
     entropy: Tensor  # of the predicted distribution, in nats
+    mean_logit: Tensor | None = None  # over the vocabulary, of the logits as they are scored; with return_stats="all"
+    log_sum_sq_probs: Tensor | None = None  # log sum_v p_v^2, in [-log V, 0]; with return_stats="all"
 
 
 def linear_cross_entropy_ref(
@@ -94,7 +107,7 @@ def linear_cross_entropy_ref(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "sum",
-    return_stats: bool = False,
+    return_stats: bool | Literal["all"] = False,
 ):
     """The same function as `linear_cross_entropy`, written down as it reads; materialises the logits [M, V]."""
     x = hidden if rows is None else hidden[rows]
@@ -121,8 +134,10 @@ def linear_cross_entropy_ref(
         return loss
     with torch.no_grad():
         entropy = lse - (z.softmax(-1) * z).sum(-1)
-        correct = (target_logit >= z.amax(-1)).to(z.dtype)
-        return loss, Stats(*(s.detach().where(scored, 0).float() for s in (nll, correct, entropy)))
+        stats = [nll, (target_logit >= z.amax(-1)).to(z.dtype), entropy]
+        if return_stats == "all":
+            stats += [z.mean(-1), (2 * (z - lse[:, None])).logsumexp(-1)]  # log p = z - lse
+        return loss, Stats(*(s.detach().where(scored, 0).float() for s in stats))
 
 
 @jit
@@ -180,14 +195,14 @@ def _matmul(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
 
 
 def _run(hidden, weight, bias, rows, targets, upstream, needs, o: Options):
-    """All rows, chunk by chunk. Arguments and gradients as those of the torch path's `run`, results [6, M] of `score_rows`."""
+    """All rows, chunk by chunk. Arguments and gradients as those of the torch path's `run`, results of `score_rows`."""
     (T, D), M, V = hidden.shape, len(targets), len(weight)
     width = cdiv(V, ROW_ALIGNMENT) * ROW_ALIGNMENT
     most = max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (width * o.dtype.itemsize) // ROW_TILE * ROW_TILE)
     num_chunks = max(1, cdiv(M, most))
     R = max(1, min(M, cdiv(cdiv(M, num_chunks), ROW_TILE) * ROW_TILE))  # all chunks alike
     chunk = hidden.new_empty(R, width, dtype=o.dtype)
-    results = hidden.new_empty(6, M, dtype=torch.float32)
+    results = hidden.new_empty(8 if o.all_stats else 6, M, dtype=torch.float32)
     d_rows = hidden.new_empty(M, D, dtype=o.product(hidden)) if needs[0] else None
     d_weight = weight.new_empty(V, D, dtype=o.product(weight) if num_chunks == 1 else o.wide) if needs[1] else None
     d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
@@ -212,6 +227,7 @@ def _run(hidden, weight, bias, rows, targets, upstream, needs, o: Options):
             label_smoothing=o.label_smoothing,
             z_loss=o.z_loss,
             entropy=o.entropy,
+            all_stats=o.all_stats,
         )
         if d_rows is not None:
             _matmul(d_rows[some], logits, W)
@@ -251,7 +267,7 @@ def _scaled(gradients, d_loss: Tensor, o: Options) -> list[Tensor | None]:
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
-    """-> weighted sum of the losses, results [4 or 6, M]. The gradients are ready when the forward ends."""
+    """-> weighted sum of the losses, results [4 to 8, M]. The gradients are ready when the forward ends."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, targets, row_weights, grad_scale, needs, o):
@@ -270,14 +286,15 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
 
 class _LinearCrossEntropyRows(torch.autograd.Function):
-    """-> weighted losses [M], results [4 or 6, M]. Each row's gradient comes later: the backward computes the logits again."""
+    """-> weighted losses [M], results [4 to 8, M]. Each row's gradient comes later: the backward computes the logits again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, targets, row_weights, grad_scale, needs, o):
         run = _run if o.triton else run_torch
         results, _ = run(hidden, weight, bias, rows, targets, None, (False, False, False), o)
         ctx.save_for_backward(hidden, weight, bias, rows, targets, row_weights)
-        ctx.grad_scale, ctx.needs, ctx.options = grad_scale, needs, o
+        ctx.grad_scale, ctx.needs = grad_scale, needs
+        ctx.options = replace(o, entropy=False, all_stats=False)  # the backward has no use for them
         ctx.mark_non_differentiable(results)
         return results[0] * row_weights, results
 
@@ -306,7 +323,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "sum",
-    return_stats: bool = False,
+    return_stats: bool | Literal["all"] = False,
 ) -> Tensor | tuple[Tensor, Stats]:
     """Cross-entropy of the logits softcap(logit_scale * (hidden W^T + bias)) without materialising them.
 
@@ -326,13 +343,13 @@ def linear_cross_entropy(
     z_loss:       adds z_loss * lse^2 to each row's loss.
     reduction:    "sum": the weighted sum over the rows, a scalar; gradients are computed in the forward.
                   "none": the weighted losses [M]; gradients are recomputed in the backward.
-    return_stats: also return `Stats`.
+    return_stats: True: also return `Stats` of nll, correct and entropy. "all": its mean_logit and log_sum_sq_probs too.
 
     Returns the loss in fp32 (fp64 for fp64 inputs); with return_stats, (loss, Stats). Inputs that do not require a
     gradient cost nothing. Without any row to score the loss is 0 and the gradients are zeros.
     Raises ValueError for shapes that do not fit, options out of range and, on the CPU, targets or rows out of range.
     """
-    _check(hidden, weight, targets, rows, row_weights, bias, softcap, label_smoothing, reduction)
+    _check(hidden, weight, targets, rows, row_weights, bias, softcap, label_smoothing, reduction, return_stats)
     backend = backend_for("linear_cross_entropy", hidden)
     if backend == "reference":
         return linear_cross_entropy_ref(
@@ -355,7 +372,8 @@ def linear_cross_entropy(
     dtype = hidden.dtype
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
-    o = Options(dtype, softcap, logit_scale, label_smoothing, z_loss, entropy=return_stats, triton=backend == "triton")
+    asked = dict(entropy=bool(return_stats), all_stats=return_stats == "all")
+    o = Options(dtype, softcap, logit_scale, label_smoothing, z_loss, **asked, triton=backend == "triton")
     if row_weights is None:
         row_weights = torch.ones(M, device=targets.device)
     row_weights = row_weights.detach().to(o.wide)
@@ -376,10 +394,10 @@ def linear_cross_entropy(
         scale = 1.0 if grad_scale is None else grad_scale
         loss, results = function.apply(hidden, weight, bias, rows, targets, row_weights, scale, needs, o)
 
-    stats = results[1:4]
+    stats = torch.cat((results[1:4], results[-2:])) if o.all_stats else results[1:4]
     if keep is not None:  # back to [M]
         keep = _send(keep, device)
-        stats = stats.new_zeros(3, M).index_copy(1, keep, stats)
+        stats = stats.new_zeros(len(stats), M).index_copy(1, keep, stats)
         if reduction == "none":
             loss = loss.new_zeros(M).index_copy(0, keep, loss)
     return (loss, Stats(*stats.float())) if return_stats else loss
@@ -419,7 +437,7 @@ def shifted_linear_cross_entropy(
     return linear_cross_entropy(hidden, weight, targets, **options)
 
 
-def _check(hidden, weight, targets, rows, row_weights, bias, softcap, label_smoothing, reduction) -> None:
+def _check(hidden, weight, targets, rows, row_weights, bias, softcap, label_smoothing, reduction, return_stats) -> None:
     """Raises ValueError for arguments that do not fit together."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: expected [T, D] and [V, D]")
@@ -439,6 +457,8 @@ def _check(hidden, weight, targets, rows, row_weights, bias, softcap, label_smoo
         raise ValueError(f"label_smoothing {label_smoothing}: expected at least 0 and less than 1")
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction {reduction!r}: expected 'sum' or 'none'")
+    if return_stats not in (False, True, "all"):
+        raise ValueError(f"return_stats {return_stats!r}: expected False, True or 'all'")
     if M > 0 and targets.device.type == "cpu":
         bad = targets[((targets < 0) & (targets != IGNORE_INDEX)) | (targets >= V)]
         if len(bad):

@@ -31,6 +31,7 @@ class Options:
     label_smoothing: float
     z_loss: float
     entropy: bool
+    all_stats: bool
     triton: bool
 
     @property
@@ -63,7 +64,8 @@ def _score(logits: Tensor, targets: Tensor, upstream: Tensor | None, bias: Tenso
     """Scores a few rows of logits [R, V] against targets [R]; z and p are wide buffers [R, V].
 
     upstream [R]: the gradient of each row's loss; the logits are then overwritten by the gradient of (W h + bias).
-    Returns (loss, nll, correct, entropy) [4, R] and the gradient of the bias [V].
+    Returns (loss, nll, correct, entropy) [4, R], with all_stats (..., mean_logit, log_sum_sq_probs) [6, R], and the gradient
+    of the bias [V].
     """
     z.copy_(logits)
     if bias is not None:
@@ -80,12 +82,17 @@ def _score(logits: Tensor, targets: Tensor, upstream: Tensor | None, bias: Tenso
     target_logit = z.gather(1, targets[:, None])[:, 0]
     nll = lse - target_logit
     loss = nll
+    mean_logit = z.mean(-1) if o.label_smoothing or o.all_stats else None
     if o.label_smoothing:
-        loss = (1 - o.label_smoothing) * nll + o.label_smoothing * (lse - z.mean(-1))
+        loss = (1 - o.label_smoothing) * nll + o.label_smoothing * (lse - mean_logit)
     if o.z_loss:
         loss = loss + o.z_loss * lse.square()
     entropy = lse - torch.linalg.vecdot(p, z) / total if o.entropy else torch.zeros_like(lse)
-    results = torch.stack([loss, nll, (target_logit >= highest).to(lse.dtype), entropy])
+    results = [loss, nll, (target_logit >= highest).to(lse.dtype), entropy]
+    if o.all_stats:
+        log_sum_sq_probs = torch.linalg.vecdot(p, p).log() - 2 * total.log()
+        results += [mean_logit, log_sum_sq_probs.clamp(max=0)]  # above 0 by rounding only
+    results = torch.stack(results)
     if upstream is None:
         return results, None
 
@@ -123,7 +130,7 @@ def run(hidden, weight, bias, rows, targets, upstream, needs, o: Options):
 
     rows int64 [M], or None for all; targets int64 [M], where one below 0 makes the row count for nothing.
     upstream [M]: the gradient of each row's loss, or None for no gradients. needs: which of (hidden, weight, bias) want one.
-    Returns results [4, M] as `_score`, and the three gradients (None where not needed) in the dtypes of their inputs.
+    Returns results [4 or 6, M] as `_score`, and the three gradients (None where not needed) in the dtypes of their inputs.
     """
     M, V = len(targets), len(weight)
     if rows is None:
@@ -134,7 +141,7 @@ def run(hidden, weight, bias, rows, targets, upstream, needs, o: Options):
     d_hidden = torch.zeros_like(hidden, dtype=o.wide) if needs[0] else None
     d_weight = torch.empty_like(weight, dtype=o.wide) if needs[1] else None
     d_bias = torch.zeros_like(bias, dtype=o.wide) if needs[2] else None
-    results = hidden.new_empty(4, M, dtype=o.wide)
+    results = hidden.new_empty(6 if o.all_stats else 4, M, dtype=o.wide)
     if M == 0 and d_weight is not None:
         d_weight.zero_()
     W = weight if weight.dtype == o.dtype else _buffer("weight", weight.shape, weight, o.dtype).copy_(weight)

@@ -18,6 +18,10 @@ def cross_entropy_cases(arch: int) -> None:
     if arch == 90:  # the kernels run in the forward
         linear_cross_entropy(hidden, head(32000), targets)
         linear_cross_entropy(hidden, head(50257), targets, bias=head(50257)[:, 0].contiguous(), **OPTIONS)
+        # the statistics of preference tuning: one pass, and beside a gradient where each thread has 64 registers
+        linear_cross_entropy(hidden, head(50257), targets, reduction="none", return_stats="all")
+        bias = head(50257)[:, 0].contiguous()
+        linear_cross_entropy(hidden, head(50257), targets, bias=bias, **{**OPTIONS, "return_stats": "all"})
         logits = torch.empty(4, 128256, dtype=torch.bfloat16, requires_grad=True)
         cross_entropy(logits, targets).backward()
         cross_entropy(head(50257).T[:4].contiguous(), targets)  # rows that no vector load fits

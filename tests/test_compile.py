@@ -13,7 +13,7 @@ from minisft.kernels import common
 
 HERE = Path(__file__).parent
 KERNEL_FILES = [file.stem for file in sorted((HERE.parent / "kernels").glob("*.py"))]
-MOST_COMPILES = 150  # what fits 90 seconds on two cores
+MOST_COMPILES = 152  # what fits 90 seconds on two cores
 MATRIX_OPS = {"flash_attention"}  # whose kernels multiply matrices themselves
 TENSOR_MEMORY = 512  # columns, on sm_100
 SPILLS = {  # kernel and one of its constants -> why it may spill on sm_90

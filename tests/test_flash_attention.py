@@ -3,7 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import LAYOUTS, assert_close_to_truth, bounds_of, cu_seqlens_of, relative_error, run_with_gradients
+from tolerance import (
+    LAYOUTS,
+    assert_close_to_truth,
+    bounds_of,
+    cu_seqlens_of,
+    relative_error,
+    run_with_gradients,
+    shared_prompts,
+)
 
 from minisft.kernels.common import use_backend
 from minisft.kernels.flash_attention import (
@@ -129,6 +137,46 @@ def test_documents_that_share_a_prefix():
     alone = torch.cat((torch.arange(50), torch.arange(90, 200)))
     expected = flash_attention(q[alone], k[alone], v[alone], *bounds_of([160]))
     assert relative_error(shared[90:], expected[50:]) < 1e-6  # the same sums in another order, fp32
+
+
+@pytest.mark.parametrize("prompt", [1, 63, 130, 300])
+def test_pairs_that_share_their_prompt_equal_their_answers_one_by_one(prompt):
+    """Preference pairs, each prompt once: outputs, and gradients as the sum over both copies of the prompt."""
+    lengths = [1, 5, 64, 129]
+    pairs = [(prompt, chosen, rejected) for chosen in lengths for rejected in lengths]
+    items = [item for i, pair in enumerate(pairs) for item in (pair, [(17,), (1,), (140,), (70,)][i % 4])]
+    start, end, copies, where, alone = shared_prompts(items)
+    inputs = qkv(len(start), heads=2, kv_heads=1, dtype=torch.float64)
+    shared = run_with_gradients(lambda q, k, v: flash_attention(q, k, v, start, end), inputs)
+    expected = run_with_gradients(
+        lambda q, k, v: flash_attention(q[copies], k[copies], v[copies], *bounds_of(alone))[where], inputs
+    )
+    for name, tensor in shared.items():
+        assert relative_error(tensor, expected[name]) < 1e-14, name  # fp64 rounding
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{}, dict(softcap=4.0)], ids=str)
+@pytest.mark.parametrize(
+    "items",
+    [
+        [(130, 64, 129), (17,), (63, 1, 5), (1, 5, 1), (70,), (1, 129, 64)],
+        [(1, 1, 1), (5,), (1, 5, 1), (20, 3, 7), (1,), (2, 9, 9)],
+        [(40, 30, 1, 50), (64, 64, 64)],
+    ],
+    ids=["long", "short, one block", "three answers"],
+)
+def test_shared_prompts(items, options, dtype, backend):
+    start, end, copies, where, alone = shared_prompts(items)
+    bounds = bounds_of(alone)
+    with use_backend(backend):
+        assert_close_to_truth(
+            lambda q, k, v: flash_attention(q, k, v, start, end, **options),
+            lambda q, k, v: flash_attention_ref(q[copies], k[copies], v[copies], *bounds, **options)[where],
+            qkv(len(start)),
+            dtype,
+        )
 
 
 def test_a_query_without_keys_gets_zeros():

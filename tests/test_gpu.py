@@ -9,7 +9,14 @@ import warnings
 
 import pytest
 import torch
-from tolerance import assert_close_to_truth, bounds_of, padded_with_nan, relative_error, run_with_gradients
+from tolerance import (
+    assert_close_to_truth,
+    bounds_of,
+    padded_with_nan,
+    relative_error,
+    run_with_gradients,
+    shared_prompts,
+)
 
 from minisft.kernels.adamw import adamw_
 from minisft.kernels.common import use_backend
@@ -105,6 +112,14 @@ def linear_loss_case(op, vocabulary, reduction, **options):
     return run
 
 
+def with_stats(op):
+    def run(*arguments, **options):
+        loss, stats = op(*arguments, **options, return_stats="all")
+        return loss, stats.entropy, stats.mean_logit, stats.log_sum_sq_probs
+
+    return run
+
+
 # name -> (our op, the formula, shapes of its inputs)
 CASES = {
     "rms_norm 4096": (lambda *a: rms_norm(*a, 1e-5), lambda *a: rms_norm_ref(*a, 1e-5), [(300, 4096), (4096,)]),
@@ -158,6 +173,11 @@ CASES = {
         linear_loss_case(linear_cross_entropy_ref, 32000, "none", logit_scale=0.5, **LOSS_OPTIONS),
         [(300, 512), (32000, 512)],
     ),
+    "linear_cross_entropy, stats": (
+        linear_loss_case(with_stats(linear_cross_entropy), 50257, "none", logit_scale=0.5, **LOSS_OPTIONS),
+        linear_loss_case(with_stats(linear_cross_entropy_ref), 50257, "none", logit_scale=0.5, **LOSS_OPTIONS),
+        [(300, 576), (50257, 576)],
+    ),
 }
 
 
@@ -187,6 +207,22 @@ def test_the_summed_linear_loss(dtype):
     # The sum is one number, in which the errors of the rows may happen to cancel: its floor is one rounding of the dtype.
     floor = torch.finfo(dtype).eps / 2
     assert_close_to_truth(ours, formula, [leaf(300, 576), leaf(50257, 576, scale=576**-0.5)], dtype, floor=floor)
+
+
+@pytest.mark.parametrize("vocabulary", [32000, 50257, 151936])
+def test_statistics_of_flat_and_peaked_rows(vocabulary):
+    """Beside a gradient: log sum p^2 runs from -log V to 0, whichever block of the row the peak is in, never NaN."""
+    rises = torch.tensor([0.0, 12.0, 80.0, 80.0, 80.0, 1e4], device="cuda")
+    peaks = torch.tensor([0, 7, 0, vocabulary // 2, vocabulary - 1, 70], device="cuda")
+    weight = torch.zeros(vocabulary, 6, device="cuda")
+    weight[peaks, torch.arange(6, device="cuda")] = rises
+    p, mean = weight.double().T.softmax(-1), weight.double().mean(0)
+    hidden, targets = torch.eye(6, device="cuda"), torch.zeros(6, dtype=torch.int64, device="cuda")
+    _, stats = linear_cross_entropy(hidden, weight.requires_grad_(), targets, return_stats="all")
+    # Both are differences of logarithms below 24, in fp32.
+    torch.testing.assert_close(stats.log_sum_sq_probs, p.square().sum(-1).log().float(), rtol=0, atol=4e-6)
+    torch.testing.assert_close(stats.mean_logit, mean.float(), rtol=1e-6, atol=0)
+    assert (stats.log_sum_sq_probs <= 0).all() and (stats.log_sum_sq_probs[2:] == 0).all()
 
 
 # ---- attention ---------------------------------------------------------------------------------------------------
@@ -223,6 +259,29 @@ def test_attention_against_the_formula(name, dtype, deterministic, poisoned_memo
     inputs, bounds = attention_inputs(PACKED, heads, kv_heads, head_dim)
     ours = attention(flash_attention, bounds, deterministic=deterministic, **options)
     assert_close_to_truth(ours, attention(flash_attention_ref, bounds, **options), inputs, dtype)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["one pass", "deterministic"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("options", [{}, dict(softcap=5.0), dict(mean_length=50.0)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+def test_pairs_that_share_their_prompt(head_dim, options, dtype, deterministic, poisoned_memory):
+    """The same as their answers one by one, each with a copy of the prompt, whose gradients add up."""
+    if dtype == torch.float32 and (options or head_dim != 64):
+        pytest.skip("fp32 has one configuration for all head dims")
+    prompts, answers = [1, 63, 130, 300], [1, 5, 64, 129]
+    pairs = [(p, n, answers[(i + j) % 4]) for i, p in enumerate(prompts) for j, n in enumerate(answers)]
+    items = [item for i, pair in enumerate(pairs) for item in (pair, [(17,), (1,), (140,), (70,)][i % 4])]
+    *bounds, copies, where, alone = shared_prompts(items)
+    bounds, copies, where = [bound.cuda() for bound in bounds], copies.cuda(), where.cuda()
+    one_by_one = attention(flash_attention_ref, [bound.cuda() for bound in bounds_of(alone)], **options)
+    inputs = [leaf(len(where), heads, head_dim) for heads in (2, 1, 1)]
+    assert_close_to_truth(
+        attention(flash_attention, bounds, deterministic=deterministic, **options),
+        lambda q, k, v: one_by_one(q[copies], k[copies], v[copies])[where],
+        inputs,
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

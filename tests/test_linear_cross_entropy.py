@@ -225,7 +225,7 @@ def test_nothing_to_train(backend, reduction, M):
     rows, targets = torch.arange(M), torch.full((M,), -100)
     with use_backend(backend):
         loss, stats = linear_cross_entropy(
-            hidden, weight, targets, rows=rows, bias=bias, reduction=reduction, return_stats=True
+            hidden, weight, targets, rows=rows, bias=bias, reduction=reduction, return_stats="all"
         )
         assert loss.shape == (() if reduction == "sum" else (M,)) and (loss == 0).all()
         assert all(s.shape == (M,) and (s == 0).all() for s in stats)
@@ -268,7 +268,7 @@ class Recorder(TorchDispatchMode):
 def test_never_materialises_the_logits(small_chunks, reduction):
     hidden, weight, targets = example(T=600, D=4, V=300)
     with Recorder() as recorder:
-        linear_cross_entropy(hidden, weight, targets, reduction=reduction, return_stats=True)[0].sum().backward()
+        linear_cross_entropy(hidden, weight, targets, reduction=reduction, return_stats="all")[0].sum().backward()
     assert max(size for _, size in recorder.outputs) <= 4 * max(12 * 300, 600 * 4, 300 * 4)
     with Recorder() as recorder:  # the recorder does see the logits where they exist
         linear_cross_entropy_ref(hidden, weight, targets)
@@ -315,8 +315,8 @@ def test_stats(small_chunks, options):
     targets[:20] = logits[:20].argmax(-1)  # some are right
     targets[3] = -100
     row_weights = torch.rand(40)
-    _, stats = linear_cross_entropy(hidden, weight, targets, row_weights=row_weights, return_stats=True, **options)
-    _, expected = linear_cross_entropy_ref(hidden, weight, targets, return_stats=True, **options)
+    _, stats = linear_cross_entropy(hidden, weight, targets, row_weights=row_weights, return_stats="all", **options)
+    _, expected = linear_cross_entropy_ref(hidden, weight, targets, return_stats="all", **options)
     for ours, theirs in zip(stats, expected):
         assert ours.dtype == FP32 and not ours.requires_grad and ours.shape == (40,)
         assert relative_error(ours, theirs) < 1e-6  # both fp32, some ten roundings
@@ -328,6 +328,80 @@ def test_stats(small_chunks, options):
     distribution = torch.distributions.Categorical(logits=z[scored])
     torch.testing.assert_close(stats.entropy[scored], distribution.entropy())
     torch.testing.assert_close(stats.nll[scored], -distribution.log_prob(targets[scored]))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("M", [1, 40])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_the_statistics_of_preference_tuning(small_chunks, dtype, M, reduction):
+    """Against fp64, of logits that are scaled, shifted and capped, in rows of which some repeat and some are ignored."""
+    hidden, weight, targets = example(V=51, M=M, ignored=M // 8)
+    rows, bias = torch.randint(40, (M,)), torch.randn(51) + 2
+    options = dict(OPTIONS["all"], rows=rows, row_weights=torch.rand(M), reduction=reduction, return_stats="all")
+
+    def run(op):
+        def call(h, w, b):
+            loss, stats = op(h, w, targets, bias=b, **options)
+            assert (stats.mean_logit[targets == -100] == 0).all()
+            assert (stats.log_sum_sq_probs[targets == -100] == 0).all()
+            return loss.sum(), stats.mean_logit, stats.log_sum_sq_probs
+
+        return call
+
+    # The first output is one number: the errors of its rows (2^-9 each) may cancel in one run and not in the other.
+    floor = 2e-3 if dtype == BF16 else None
+    errors = assert_close_to_truth(
+        run(linear_cross_entropy), run(linear_cross_entropy_ref), [hidden, weight, bias], dtype, floor=floor
+    )
+    assert len(errors) == 5
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_flat_and_peaked_rows(backend):
+    """log sum p^2 runs from -log V, where all words are alike, to 0, where one is certain; and is never NaN on the way."""
+    V, words = 50257, 4
+    rises = torch.tensor([0.0, 12.0, 80.0, 80.0, 1e4])  # of the words before `peaks`, above all others
+    peaks = torch.tensor([0, 1, 1, words, 1])
+    weight = torch.where(torch.arange(V)[:, None] < peaks, rises, 0.0)
+    with use_backend(backend):
+        _, stats = linear_cross_entropy(torch.eye(5), weight, torch.zeros(5, dtype=torch.int64), return_stats="all")
+    p = weight.double().T.softmax(-1)
+    # A difference of logarithms below 22 in fp32; the formula's lse, near 81, is rounded to 4e-6 and doubled.
+    atol = 4e-6 if backend == "torch" else 1e-5
+    torch.testing.assert_close(stats.log_sum_sq_probs, p.square().sum(-1).log().float(), rtol=0, atol=atol)
+    torch.testing.assert_close(stats.mean_logit, weight.double().mean(0).float(), rtol=1e-6, atol=0)
+    if backend == "torch":
+        assert (stats.log_sum_sq_probs <= 0).all() and (stats.log_sum_sq_probs[[2, 4]] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_statistics_change_nothing_else(backend, reduction):
+    hidden, weight, targets = example()
+    with use_backend(backend):
+        plain = linear_cross_entropy(hidden, weight, targets, reduction=reduction)
+        (some, three), (loss, five) = (
+            linear_cross_entropy(hidden, weight, targets, reduction=reduction, return_stats=asked)
+            for asked in (True, "all")
+        )
+    assert torch.equal(plain, some) and torch.equal(plain, loss)
+    assert three[3:] == (None, None) and all(torch.equal(a, b) for a, b in zip(three[:3], five))
+    expected = gradients(plain.sum(), hidden, weight)
+    for x in (some, loss):
+        assert all(torch.equal(d, e) for d, e in zip(gradients(x.sum(), hidden, weight), expected))
+    # Jensen: the logarithm of p's mean is at least the mean of p's logarithm, which is minus the entropy.
+    assert (five.log_sum_sq_probs >= -five.entropy - 1e-6).all()
+
+
+def test_statistics_of_shifted_labels_lie_at_the_rows_that_predict():
+    hidden, weight, labels = example(ignored=3)
+    cu_seqlens = cu_seqlens_of([13, 1, 26])
+    targets = labels.roll(-1)
+    targets[cu_seqlens[1:].long() - 1] = -100
+    _, shifted = shifted_linear_cross_entropy(hidden, weight, labels, cu_seqlens, return_stats="all")
+    _, direct = linear_cross_entropy(hidden, weight, targets, return_stats="all")
+    assert all(torch.equal(a, b) for a, b in zip(shifted, direct))
+    assert all((s[[12, 13, 39]] == 0).all() for s in shifted)
 
 
 def test_confident_predictions():
@@ -345,8 +419,9 @@ def test_nan_is_not_hidden():
     hidden, weight, targets = example(ignored=0)
     with torch.no_grad():
         hidden[3, 2] = float("nan")
-    loss, stats = linear_cross_entropy(hidden, weight, targets, return_stats=True)
-    assert loss.isnan() and stats.nll.isnan().sum() == 1
+    loss, stats = linear_cross_entropy(hidden, weight, targets, return_stats="all")
+    assert loss.isnan()
+    assert all(s.isnan().sum() == 1 for s in (stats.nll, stats.entropy, stats.mean_logit, stats.log_sum_sq_probs))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -399,6 +474,8 @@ BAD = {
     "softcap 0": {"softcap": 0},
     "label_smoothing 1": {"label_smoothing": 1.0},
     "reduction 'mean'": {"reduction": "mean"},
+    "return_stats 'some': expected False, True or 'all'": {"return_stats": "some"},
+    "return_stats None": {"return_stats": None},
     r"weight \(50, 7\)": {"weight": torch.ones(50, 7)},
 }
 

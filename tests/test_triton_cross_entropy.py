@@ -103,7 +103,7 @@ def test_nothing_to_train(reduction, M):
         weight if M == 0 else weight.detach()
     )  # 0 x NaN: an ignored row must be finite for the weight's sake
     loss, stats = linear_cross_entropy(
-        hidden, weight_of_nan, targets, rows=rows, bias=bias, reduction=reduction, return_stats=True
+        hidden, weight_of_nan, targets, rows=rows, bias=bias, reduction=reduction, return_stats="all"
     )
     assert loss.shape == (() if reduction == "sum" else (M,)) and (loss == 0).all()
     assert all(s.shape == (M,) and (s == 0).all() for s in stats)
@@ -154,9 +154,14 @@ def test_a_frozen_input_changes_nothing(frozen, reduction):
 
 def test_repeats_bitwise_and_strides_change_nothing(small_chunks):
     hidden, weight, targets = example()
-    options = dict(rows=torch.randint(13, (13,)), return_stats=True)
+    options = dict(rows=torch.randint(13, (13,)), return_stats="all")
+
+    def run(h, w):
+        loss, stats = linear_cross_entropy(h, w, targets, **options)
+        return [loss, *stats]
+
     first, again, copy = (
-        run_with_gradients(lambda h, w: [linear_cross_entropy(h, w, targets, **options)[0]], inputs)
+        run_with_gradients(run, inputs)
         for inputs in (
             [hidden, weight],
             [hidden, weight],
@@ -173,13 +178,61 @@ def test_stats(small_chunks, options):
     targets[:6] = logits[:6].argmax(-1)  # some are right
     targets[3] = -100
     plain = linear_cross_entropy(hidden, weight, targets, **options)
-    loss, stats = linear_cross_entropy(hidden, weight, targets, return_stats=True, **options)
-    _, expected = linear_cross_entropy_ref(hidden.double(), weight.double(), targets, return_stats=True, **options)
-    assert torch.equal(loss, plain)
+    loss, stats = linear_cross_entropy(hidden, weight, targets, return_stats="all", **options)
+    _, expected = linear_cross_entropy_ref(hidden.double(), weight.double(), targets, return_stats="all", **options)
+    some_loss, some = linear_cross_entropy(hidden, weight, targets, return_stats=True, **options)
+    assert torch.equal(loss, plain) and torch.equal(some_loss, plain)
+    assert some[3:] == (None, None) and all(torch.equal(a, b) for a, b in zip(some[:3], stats))
     assert torch.equal(stats.correct, expected.correct) and stats.correct[:6].sum() == 5
     for ours, theirs in zip(stats, expected):
         assert ours.dtype == FP32 and not ours.requires_grad and ours[3] == 0
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # logits of +-15, summed in fp32
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("M", [1, 13])
+def test_the_statistics_of_preference_tuning(small_chunks, M, dtype):
+    """Against fp64, of logits that are scaled, shifted and capped, in rows of which some repeat and some are ignored."""
+    hidden, weight, targets = example()
+    targets, rows, bias = targets[:M], torch.randint(13, (M,)), torch.randn(V) + 2
+    targets[0] = 5
+    options = dict(ALL, rows=rows, row_weights=torch.rand(M), reduction="none", return_stats="all")
+
+    def run(op):
+        def call(h, w, b):
+            loss, stats = op(h, w, targets, bias=b, **options)
+            assert (stats.mean_logit[targets == -100] == 0).all()
+            assert (stats.log_sum_sq_probs[targets == -100] == 0).all()
+            return loss, stats.mean_logit, stats.log_sum_sq_probs
+
+        return call
+
+    errors = assert_close_to_truth(
+        run(linear_cross_entropy),
+        run(linear_cross_entropy_ref),
+        [hidden, weight, bias],
+        dtype,
+        floor=2e-3
+        if dtype == BF16
+        else None,  # of one row, rounded to bf16, the obvious code may happen to lose nothing
+    )
+    assert len(errors) == 5
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_flat_and_peaked_rows(reduction):
+    """log sum p^2 runs from -log V to 0, whichever block of the row the peak is in, and is never NaN on the way."""
+    rises = torch.tensor([0.0, 12.0, 80.0, 80.0, 80.0, 1e4])
+    peaks = torch.tensor([0, 7, 0, 130, V - 1, 70])
+    weight = torch.zeros(V, 6)
+    weight[peaks, torch.arange(6)] = rises
+    options = dict(reduction=reduction, return_stats="all")
+    _, stats = linear_cross_entropy(torch.eye(6), weight.requires_grad_(), torch.zeros(6, dtype=torch.int64), **options)
+    p = weight.detach().double().T.softmax(-1)
+    # Both are differences of logarithms below 6, in fp32.
+    torch.testing.assert_close(stats.log_sum_sq_probs, p.square().sum(-1).log().float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(stats.mean_logit, weight.detach().double().mean(0).float(), rtol=1e-6, atol=0)
+    assert (stats.log_sum_sq_probs <= 0).all() and (stats.log_sum_sq_probs[2:] == 0).all()
 
 
 def test_gradient_that_comes_from_above():
@@ -228,7 +281,7 @@ def test_same_as_the_torch_path():
     cu_seqlens, bias = cu_seqlens_of([1, 5, 6, 1]), torch.randn(V, requires_grad=True)
 
     def run(h, w, b):
-        loss, stats = shifted_linear_cross_entropy(h, w, targets, cu_seqlens, bias=b, return_stats=True, **ALL)
+        loss, stats = shifted_linear_cross_entropy(h, w, targets, cu_seqlens, bias=b, return_stats="all", **ALL)
         return [loss, *stats]
 
     ours = run_with_gradients(run, [hidden, weight, bias])

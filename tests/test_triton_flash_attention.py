@@ -10,6 +10,7 @@ from tolerance import (
     padded_with_nan,
     relative_error,
     run_with_gradients,
+    shared_prompts,
 )
 
 from minisft.kernels import common
@@ -115,6 +116,20 @@ def test_random_layouts_of_documents_and_shared_prefixes(seed, deterministic):
     start, end = torch.tensor(start, dtype=torch.int32), torch.tensor(end, dtype=torch.int32)
     inputs = qkv(len(start))
     hold_to_truth(inputs, start, end, torch.float32, deterministic, window=None if seed % 2 else 37)
+
+
+@ONE_PASS_AND_SPLIT
+@pytest.mark.parametrize("head_dim", [16, 80, 128])
+def test_pairs_that_share_their_prompt_equal_their_answers_one_by_one(head_dim, deterministic):
+    """Boundaries inside of tiles and on their edges, plain documents between; gradients are sums over a prompt's copies."""
+    start, end, copies, where, alone = shared_prompts([(9,), (32, 16, 21), (1, 5, 1), (18,), (17, 1, 33)])
+    bounds = bounds_of(alone)
+    assert_close_to_truth(
+        lambda q, k, v: flash_attention(q, k, v, start, end, deterministic=deterministic),
+        lambda q, k, v: flash_attention_ref(q[copies], k[copies], v[copies], *bounds)[where],
+        qkv(len(start), head_dim=head_dim),
+        torch.float32,
+    )
 
 
 @ONE_PASS_AND_SPLIT

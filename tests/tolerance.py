@@ -40,6 +40,30 @@ def bounds_of(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     return cu[:-1].repeat_interleave(counts), cu[1:].repeat_interleave(counts)
 
 
+def shared_prompts(items: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
+    """Prompts, each with answers that see it and not each other: [(3, 2, 4), (5,)] is a prompt of 3 tokens, its answers of
+    2 and 4, and a plain document of 5.
+
+    Returns start and end, int32 [T]; and what tells the same without sharing: copies, the tokens of whole documents prompt +
+    answer side by side; where [T], the place of every token among the copies (of a prompt's: in its first copy); and the
+    lengths of these documents. A gradient through x[copies] is the sum over the copies.
+    """
+    start, end, copies, lengths = [], [], [], []
+    for prompt, *answers in items:
+        a = len(start)
+        first = a + prompt
+        b = first + sum(answers)
+        start += [a] * (b - a)
+        end += [b] * prompt
+        for n in answers or [0]:
+            end += [first + n] * n
+            copies += [*range(a, a + prompt), *range(first, first + n)]
+            lengths.append(prompt + n)
+            first += n
+    where = [copies.index(token) for token in range(len(start))]
+    return torch.tensor(start).int(), torch.tensor(end).int(), torch.tensor(copies), torch.tensor(where), lengths
+
+
 def padded_with_nan(x: Tensor) -> Tensor:
     """x as a view into a larger buffer of NaN: a read beyond its end, or over the end of a row, shows.
 
