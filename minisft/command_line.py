@@ -23,7 +23,9 @@ examples:
   python -m minisft.train run.toml --report_to tensorboard,wandb --max_grad_norm none
 
 A key is written with its section or, where only one section has it, alone. The command line comes before the file, the
-file before the defaults below. A file may start from another one with `extends = "base.toml"`.
+file before the defaults below. A file may start from another one with `extends = "base.toml"`. With
+`stages = ["sft.toml", "dpo.toml"]` it is several runs, each from what the one before wrote, in folders of output_dir;
+its other keys are common to them. The same command again goes on where it was stopped.
 """
 
 HELP_COLUMN, HELP_WIDTH = 44, 120

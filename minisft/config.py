@@ -31,11 +31,33 @@ Format = Literal[
     "question_answer",
     "sharegpt",
     "preference",
+    "labelled",
     "input_ids",
 ]
 Sources = str | list | dict | None  # a path, a table with the fields of data/sources.py's Source, or a list of these
 ADAMW = ("adamw", "adamw_minisft", "adamw_8bit")  # what kernels/adamw.py serves
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+PairLoss = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "simpo",
+    "orpo",
+    "kto",
+]
+WITHOUT_REFERENCE = ("sft", "simpo", "orpo")  # losses that look at the policy only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +161,9 @@ class DataSection:
     add_eos: bool = option(True, "end plain text with the EOS token")
     add_special_tokens: bool = option(True, "let the tokenizer add its own special tokens (BOS) to plain text")
     on_bad_row: Literal["error", "skip"] = option("error", "stop at a malformed row, or count and skip it")
-    max_length: int | None = option(1024, "tokens of a document and of a pack; none = no limit", at_least=2)
+    max_length: int | None = option(
+        1024, "tokens of a document and of a pack; dpo: of a prompt with one answer; none = no limit", at_least=2
+    )
     truncation: Literal["right", "left", "turns", "drop", "error"] = option(
         "right", "longer documents: the side that is cut off (and counted); turns = the oldest turns; or drop, or error"
     )
@@ -217,13 +241,61 @@ class TrainSection:
     loss_normalization: Literal["tokens", "micro_batch"] = option(
         "tokens", "mean over the trained tokens of the whole step, or mean of the micro-batches' means (classic)"
     )
-    label_smoothing: float = option(0.0, "part of the target spread over the vocabulary", at_least=0, below=1)
+    label_smoothing: float = option(
+        0.0,
+        "part of the target spread over the vocabulary; dpo: part of the pairs whose order is wrong",
+        at_least=0,
+        below=1,
+    )
     z_loss: float = option(0.0, "weight of log(Z)^2", at_least=0)
     neftune_noise_alpha: float | None = option(None, "NEFTune: noise on the embeddings; 5 is usual", above=0)
     on_nonfinite: Literal["stop", "skip"] = option("stop", "a step with a NaN or inf gradient: stop, or count and skip")
     seed: int = option(42, "of weights, order, dropout and held-out rows", at_least=0)
     deterministic: bool = option(False, "bitwise repeatable on a GPU too (always so on a CPU), slower")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto = the GPU if there is one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoSection:
+    """Preference tuning, for trainer_type = "dpo": the loss and the reference."""
+
+    loss_type: tuple[PairLoss, ...] = option(
+        ("sigmoid",), "loss of a pair, or several that are added up; preference_losses.py has the equations. kto takes "
+        "single answers with a label, or the answers of pairs one by one"
+    )  # fmt: skip
+    loss_weights: tuple[float, ...] = option((), "weights of the losses of a mixture; [] = 1 each")
+    beta: float = option(0.1, "how far the policy may move from the reference: less = further", above=0)
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = option(
+        "reverse_kl", "the distance to the reference that is held small"
+    )
+    f_alpha_divergence_coef: float = option(0.5, "alpha of the alpha_divergence")
+    discopop_tau: float = option(0.05, "temperature of discopop", above=0)
+    simpo_gamma: float = option(0.5, "target margin of simpo", at_least=0)
+    ld_alpha: float | None = option(
+        None, "LD-DPO: what tokens count beyond the length of the shorter answer; none = 1", at_least=0, at_most=1
+    )
+    use_weighting: bool = option(False, "WPO: pairs that are unlikely under the policy count less")
+    desirable_weight: float = option(1.0, "kto: weight of the good answers", at_least=0)
+    undesirable_weight: float = option(1.0, "kto: weight of the bad answers", at_least=0)
+    ref_model_name_or_path: str | None = option(
+        None, "another model as the reference; none = the policy as it starts", is_path="model"
+    )
+    precompute_ref_log_probs: bool = option(
+        False,
+        "compute what the reference says once, before the first step, and keep it on disk: no reference in memory",
+    )
+    precompute_ref_batch_size: int | None = option(
+        None, "rows, or packs, at once for that; none = evaluate.per_device_eval_batch_size", at_least=1
+    )
+    sync_ref_model: bool = option(False, "TR-DPO: let the reference follow the policy")
+    ref_model_mixup_alpha: float = option(
+        0.6, "TR-DPO: the part of the policy in the new reference", above=0, at_most=1
+    )
+    ref_model_sync_steps: int = option(512, "TR-DPO: every so many steps", at_least=1)
+    share_prompt: bool = option(
+        False, "both answers of a pair follow one copy of the prompt: the same numbers from fewer tokens"
+    )
+    disable_dropout: bool = option(True, "train without dropout, so that policy and reference differ by weights alone")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,13 +360,16 @@ class LogSection:
 class Config:
     """The run as a whole."""
 
-    trainer_type: Literal["sft"] = option("sft", "objective: supervised fine-tuning")
+    trainer_type: Literal["sft", "dpo"] = option(
+        "sft", "objective: supervised fine-tuning, or preference tuning (then learning_rate is 1e-6 unless set)"
+    )
     output_dir: str = option("output", "folder of the run, relative to the working directory")
     verbose: bool = option(False, "show the first example with its trained tokens marked, and more")
     model: ModelSection = field(default_factory=ModelSection)
     lora: LoraSection = field(default_factory=LoraSection)
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
+    dpo: DpoSection = field(default_factory=DpoSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     audit: AuditSection = field(default_factory=AuditSection)

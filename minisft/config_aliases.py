@@ -91,6 +91,7 @@ VALUE_ALIASES: dict[str, dict[str, Any]] = {
         "adamw_torch": "adamw",
         "adamw_torch_fused": "adamw",
         "adamw8bit": "adamw_8bit",
+        "adamw_torch_8bit": "adamw_8bit",
         "adamw_bnb_8bit": "adamw_8bit",
         "paged_adamw": "adamw",
         "paged_adamw_32bit": "adamw",

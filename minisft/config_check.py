@@ -2,8 +2,9 @@
 
 import importlib.util
 import math
+from collections.abc import Callable
 
-from minisft.config import ADAMW, KEYS, Config, config_to_dict, eval_sets
+from minisft.config import ADAMW, KEYS, WITHOUT_REFERENCE, Config, config_to_dict, eval_sets
 from minisft.config_values import as_toml
 from minisft.errors import UserError
 from minisft.schedule import HAVE_NO_FLOOR, wrong_option
@@ -116,9 +117,67 @@ def check(config: Config, origins: dict[str, str], where: str) -> None:
                 "data.eval_data", f"{as_toml(name)} names metrics", "name evaluation sets with letters, digits, _ - ."
             )
 
+    if config.trainer_type == "dpo":
+        check_dpo(config, refuse)
+
     # what is not installed
     if model.kernels == "triton" and importlib.util.find_spec("triton") is None:
         refuse("model.kernels", "Triton is not installed", 'pip install triton, or kernels = "auto"')
     for tracker in config.log.report_to:
         if importlib.util.find_spec(tracker) is None:
             refuse("log.report_to", f"{tracker} is not installed", f"pip install {tracker}, or leave it out")
+
+
+def check_dpo(config: Config, refuse: Callable[[str, str, str], None]) -> None:
+    """What preference tuning cannot do, and which of its options exclude each other."""
+    data, train, dpo = config.data, config.train, config.dpo
+    losses, e = dpo.loss_type, train.label_smoothing
+    if not losses or len(set(losses)) < len(losses):
+        refuse("dpo.loss_type", "a mixture names each of its losses once", 'as in ["sigmoid", "sft"]')
+    if dpo.loss_weights and len(dpo.loss_weights) != len(losses):
+        keys = "dpo.loss_weights dpo.loss_type"
+        refuse(keys, f"{len(dpo.loss_weights)} weights for {len(losses)} losses", "give one weight for each loss")
+    if "kto" in losses and len(losses) > 1:
+        refuse("dpo.loss_type", "kto takes single answers, the others take pairs", "use one or the other")
+    if "robust" in losses and e >= 0.5:
+        refuse(
+            "train.label_smoothing dpo.loss_type", "with half of the pairs swapped nothing can be learnt", "below 0.5"
+        )
+    if "exo_pair" in losses and e == 0:
+        keys = "train.label_smoothing dpo.loss_type"
+        refuse(keys, "exo_pair compares with (1 - e, e), e above 0", "set label_smoothing = 1e-3")
+    for key, on in (("use_weighting", dpo.use_weighting), ("ld_alpha", dpo.ld_alpha is not None)):
+        if on and "kto" in losses:
+            refuse(f"dpo.{key} dpo.loss_type", "it compares the answers of a pair", f"leave out {key}")
+    if dpo.use_weighting and {"aot", "aot_unpaired"} & set(losses):
+        refuse(
+            "dpo.use_weighting dpo.loss_type", "aot sorts, so that no loss belongs to one pair", "choose one of them"
+        )
+    keys_of_kto = ("desirable_weight", "undesirable_weight")
+    for key in keys_of_kto:
+        if getattr(dpo, key) != 1 and "kto" not in losses:
+            refuse(f"dpo.{key} dpo.loss_type", "it weighs the single answers of kto", "leave it at 1")
+    if set(losses) <= set(WITHOUT_REFERENCE):
+        for key in ("precompute_ref_log_probs", "sync_ref_model", "ref_model_name_or_path"):
+            if getattr(dpo, key):
+                refuse(f"dpo.{key} dpo.loss_type", "these losses look at the policy only", f"leave out {key}")
+    for key in ("precompute_ref_log_probs", "ref_model_name_or_path"):
+        if dpo.sync_ref_model and getattr(dpo, key):
+            problem = "a reference that follows the policy is a copy of it, and changes"
+            refuse(f"dpo.sync_ref_model dpo.{key}", problem, "choose one of them")
+    if data.packing and data.packing_strategy not in ("bfd", "ffd"):
+        refuse("data.packing_strategy trainer_type", "a pair cannot be cut", 'use "bfd"')
+    if data.truncation == "turns":
+        problem = "it would cut the prompts of both answers differently"
+        refuse("data.truncation trainer_type", problem, 'use "right", "left" or "drop"')
+    if data.format not in ("auto", "preference", "labelled"):
+        hint = "rows need chosen and rejected; for loss_type kto also an answer with a label"
+        refuse("data.format trainer_type", "these rows have no preference", hint)
+    for key in ("completion_only_loss", "assistant_only_loss"):
+        if getattr(data, key) is False:
+            refuse(f"data.{key} trainer_type", "only answers are compared", f"leave out {key}")
+    if train.neftune_noise_alpha:
+        problem = "noise in the policy would look like a difference from the reference"
+        refuse("train.neftune_noise_alpha trainer_type", problem, "leave it out")
+    if train.z_loss:
+        refuse("train.z_loss trainer_type", "it belongs to the loss of SFT", "leave it out")

@@ -13,6 +13,7 @@ Nothing here imports torch: a mistake is told within a fraction of a second.
 """
 
 import glob
+import hashlib
 import os
 import re
 import sys
@@ -31,7 +32,9 @@ from minisft.errors import UserError
 
 RESOLVED_NAME = "config.toml"  # in the output folder
 SLICE = re.compile(r"\[[^\[\]]*:[^\[\]]*\]$")  # the end of data.jsonl[:10%]
-MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+DEFAULTS = {"sft": {}, "dpo": {"train.learning_rate": 1e-6}}  # of a trainer, where they are not those of config.py
+MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
+MODEL_FILES += ("model/config.json", "model/adapter_config.json")  # of a run's output folder
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,22 @@ def load(
     origin: what messages call the overrides.
     Returns the configuration and {full name: where its value comes from}. Raises UserError (exit code 2).
     """
-    given: dict[str, Given] = {}
-    files = _files(source)
-    for table, name, folder in files:
-        _merge(given, _layer(_flatten(table, name), name, folder))
-    _merge(given, _layer((overrides or {}).items(), origin, Path.cwd(), by_last_part=True))
+    files = read_files(source)
+    if listing := next((name for table, name, _ in files if "stages" in table), None):
+        hint = "name the configuration of one of its stages: the file, or <output_dir>/config.toml once it has begun"
+        raise UserError(f"{listing} lists stages, which are several runs; one is wanted here", hint=hint)
+    layers = [*map(file_layer, files), override_layer(overrides or {}, origin)]
+    return resolve(layers, where=origin if source is None else files[-1][1])
 
+
+def resolve(layers: list[dict[str, Given]], where: str) -> tuple[Config, dict[str, str]]:
+    """The configuration that layers make, later ones on top, and the origin of every value."""
+    given: dict[str, Given] = {}
+    for layer in layers:
+        _merge(given, layer)
     values = {key: _fitted(key, g) for key, g in given.items() if not isinstance(g.value, TotalBatch)}
+    of_trainer = DEFAULTS[values.get("trainer_type", "sft")]
+    values = of_trainer | values
     values |= {key: _accumulation(g, values) for key, g in given.items() if isinstance(g.value, TotalBatch)}
 
     tables: dict[str, dict] = {name: {} for name in ("", *SECTIONS)}
@@ -67,19 +79,30 @@ def load(
         tables[section][name] = value
     config = Config(**tables[""], **{name: section(**tables[name]) for name, section in SECTIONS.items()})
     origins = {key: given[key].origin if key in given else "default" for key in KEYS}
-    check(config, origins, where=origin if source is None else files[-1][1])
+    origins |= {key: "default of trainer_type dpo" for key in of_trainer if key not in given}
+    check(config, origins, where)
     return config, origins
+
+
+def fingerprint(config: Config) -> str:
+    """A hash of what decides what a run writes. What it logs and where, and how often it saves, is left out."""
+    free = ("output_dir", "verbose", "log.", "audit.", "checkpoint.save_steps", "checkpoint.save_total_limit")
+    free += ("checkpoint.resume", "data.cache_dir")
+    values = {key: as_toml(value) for key, value in config_to_dict(config).items() if not key.startswith(free)}
+    return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------- files and layers
 
 
-def _files(source: str | Path | dict | None) -> list[tuple[dict, str, Path]]:
-    """The file and everything it extends, the base first: (table, name for messages, folder)."""
+def read_files(
+    source: str | Path | dict | None, name: str = "the given dict", folder: Path | None = None
+) -> list[tuple[dict, str, Path]]:
+    """The file and everything it extends, the base first: (table, name for messages, folder). name, folder: of a dict."""
     if source is None:
         return []
     if isinstance(source, dict):
-        table, name, folder, chain = dict(source), "the given dict", Path.cwd(), []
+        table, folder, chain = dict(source), folder or Path.cwd(), []
     else:
         path = Path(source)
         table, name, folder, chain = _read_toml(path), str(path), path.parent, [path]
@@ -123,6 +146,16 @@ def _flatten(table: dict, name: str) -> Iterable[tuple[str, Any]]:
             yield from ((f"{key}.{inner}", value) for inner, value in value.items())
         else:
             yield key, value
+
+
+def file_layer(file: tuple[dict, str, Path]) -> dict[str, Given]:
+    """One of `read_files`."""
+    table, name, folder = file
+    return _layer(_flatten(table, name), name, folder)
+
+
+def override_layer(overrides: dict[str, Any], origin: str) -> dict[str, Given]:
+    return _layer(overrides.items(), origin, Path.cwd(), by_last_part=True)
 
 
 def _layer(pairs: Iterable[tuple[str, Any]], origin: str, folder: Path, by_last_part: bool = False) -> dict[str, Given]:

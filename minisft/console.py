@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 from minisft.evaluate import Sample, exact_match
 
+NOT_SHOWN = ("logps/", "logits/")  # of what is logged; a line for people has room for the rewards
+
 
 class ProgressBar:
     """One tqdm bar with loss, learning rate, tokens/s and ETA. Where the output is not a terminal, a line a log step."""
@@ -47,7 +49,8 @@ class ProgressBar:
 
 def console_line(step: int, values: dict[str, float]) -> str:
     """ "step 10 | loss 1.2500 | learning_rate 2.00e-05 | num_tokens 40960": one line for people."""
-    return " | ".join([f"step {step}", *(f"{name} {_readable(value)}" for name, value in values.items())])
+    shown = {name: value for name, value in values.items() if not any(part in name for part in NOT_SHOWN)}
+    return " | ".join([f"step {step}", *(f"{name} {_readable(value)}" for name, value in shown.items())])
 
 
 def _readable(value: float) -> str:
@@ -109,6 +112,15 @@ def closing(folder: Path, report_to: tuple[str, ...], prompt: str) -> str:
     lines.append(
         "  the same command again with a larger --num_train_epochs or --max_steps resumes from the last checkpoint"
     )
+    return "\n".join(lines)
+
+
+def stages_closing(done: list[tuple[str, object]]) -> str:
+    """(title, Result) of every stage -> a line for each."""
+    lines = ["", "all stages are done:"]
+    for title, result in done:
+        loss = f", loss {result.metrics['loss']:.4f}" if "loss" in result.metrics else ""
+        lines.append(f"  {title:<30} {result.step:,} steps{loss}: {result.model_dir}")
     return "\n".join(lines)
 
 

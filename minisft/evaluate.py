@@ -6,13 +6,15 @@ size, on packing, or on the number of ranks.
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from minisft import runtime
-from minisft.data.formats import FormatOptions, RowError, detect_layout, rename_fields, to_example
+from minisft.data.conversations import RowError
+from minisft.data.formats import to_example
+from minisft.data.layout import FormatOptions, detect_layout, rename_fields
 from minisft.data.loader import Loader
 from minisft.data.rows import BadRow, place
 from minisft.data.sources import parse_source, read_rows
@@ -51,7 +53,11 @@ class Prompt:
 def read_prompts(
     path: str, tokenizer: Tokenizer, *, options: FormatOptions, field_map: dict[str, str], group_field: str | None
 ) -> list[Prompt]:
-    """The rows of a data file as prompts: every format that has a prompt and an answer. Raises UserError."""
+    """The rows of a data file as prompts: every format that has a prompt and an answer. Raises UserError.
+
+    Whatever is trained on, of a preference row the chosen answer is the right one.
+    """
+    options = replace(options, answers="chosen")
     prompts: list[Prompt] = []
     layout = None
     for row in read_rows(parse_source(path)):

@@ -28,9 +28,16 @@ def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None) -> Non
     if run.model.lora is None:
         save_model(run.model, folder, dtype=dtype)
     else:
-        save_adapter(run.model, folder, base=run.base[0], revision=run.base[1])
+        save_adapter(run.model, folder, base=run.start.name, revision=run.start.revision)
         write_json(folder / "generation_config.json", run.model.generation_config)
     run.tokenizer.save(folder)
+
+
+def write_state(run: Run, folder: Path) -> None:
+    """What a checkpoint holds of the model: the model, and a reference that moves."""
+    write_model(run, folder)
+    if run.reference is not None:
+        run.reference.save(folder)
 
 
 def read_model(model: nn.Module, folder: Path) -> None:
@@ -47,10 +54,12 @@ def read_model(model: nn.Module, folder: Path) -> None:
         load_adapter_weights(model, folder)
 
 
-def export_model(run: Run, folder: Path, dtype: torch.dtype) -> None:
-    """Write folder/model. An earlier export there is moved aside, not deleted. Raises UserError where the disk refuses."""
+def export_model(run: Run, folder: Path, dtype: torch.dtype, config_id: str) -> None:
+    """Write folder/model, with what made it in its manifest: the fingerprint of the configuration, and what the run started
+    from. An earlier export there is moved aside, not deleted. Raises UserError where the disk refuses."""
     path = folder / "model"
-    manifest = {"step": run.step, "checkpoint": checkpoint_id(run, folder), **run.prompting}
+    made_by = {"config": config_id, "started_from": run.start.id if run.start else None}
+    manifest = {"step": run.step, "checkpoint": checkpoint_id(run, folder), **made_by, **run.prompting}
     try:
         with atomic_folder(path, manifest, move_existing_to=name_aside(path)) as temporary:
             write_model(run, temporary, dtype)

@@ -238,6 +238,15 @@ def read_manifest(path: Path | str) -> dict:
     return manifest
 
 
+def contents_id(path: Path | str) -> str | None:
+    """One hash of the files of an atomic folder, as its manifest lists them; None for any other folder. Two folders with
+    the same files have the same, whatever else their manifests say."""
+    try:
+        return hashlib.sha256(dump_json(read_manifest(path)["files"])).hexdigest()
+    except UserError:
+        return None
+
+
 def verify_folder(path: Path | str, *, hashes: bool = True) -> str | None:
     """None where the folder is exactly what was written, else the reason why not.
 

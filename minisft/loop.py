@@ -25,11 +25,11 @@ from minisft.checkpoint import (
     try_save,
 )
 from minisft.config import Config, TrainSection, config_to_dict
-from minisft.config_file import write_resolved
+from minisft.config_file import fingerprint, write_resolved
 from minisft.data.batch import Batch
 from minisft.errors import NONFINITE, STOPPED, UserError
 from minisft.evaluate import complete, evaluate
-from minisft.export import export_model, is_exported, read_model, write_model
+from minisft.export import export_model, is_exported, read_model, write_state
 from minisft.files import lock_folder, read_json, remove_leftovers, write_json
 from minisft.loggers import Loggers
 from minisft.metrics import Sums, peak_memory
@@ -57,6 +57,7 @@ class Result:
     step: int  # optimizer steps taken
     metrics: dict[str, float] = field(default_factory=dict)  # the last value of everything that was logged
     exit_code: int = 0  # 0 done, 75 stopped by a signal after saving
+    signal: str | None = None  # the one that asked this process to stop, perhaps too late for a run that was done
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def run(config: Config, origins: dict[str, str]) -> Result:
                         MAX_FAILED_SAVES - 1 if done else num_failed_saves,  # no later save makes up for the last
                         folder / "checkpoints",
                         run.step,
-                        write_model=partial(write_model, run),
+                        write_model=partial(write_state, run),
                         model=run.model,
                         optimizer=run.optimizer,
                         state={**state, **loggers.position()},
@@ -208,10 +209,12 @@ def run(config: Config, origins: dict[str, str]) -> Result:
                 stop = True  # after a save of the step before this one
                 continue
             run.step += 1
+            if run.reference is not None:
+                run.reference.follow(run.step)
             run.num_tokens += result.num_tokens
             sums.merge(result.stats)
             if config.data.packing:
-                sums.add({"packing_fill": (result.num_tokens, run.train.num_packs(step) * config.data.max_length)})
+                sums.add({"packing_fill": (result.num_tokens, run.train.num_packs(step) * run.train.plan.max_length)})
 
             # ---- 8. log the window: one division, one device sync
             seconds, tokens = seconds + time.perf_counter() - began, tokens + result.num_tokens
@@ -261,11 +264,21 @@ def resume(config: Config, run: Run, sums: Sums, folder: Path) -> dict | None:
             f"{path} cannot be resumed: tokens would be repeated and missed ({changed})",
             hint="go back to the data and the settings of that run, choose a new output_dir, or set resume = 'never'",
         )
+    began, start = read_json(path / "trainer_state.json").get("started_from"), run.start
+    if began and start and start.id and began != start.id:
+        raise UserError(
+            f"{path} cannot be resumed: that run started from another model than {start.adapter or start.name} is now "
+            f"({began[:12]}, now {start.id[:12]})",
+            hint="put the model back (model.revision names a commit), choose a new output_dir, or start this run over from "
+            "the model as it is now: resume = 'never'",
+        )
     optim, used = config.train.optim, read_json(path / "trainer_state.json").get("optim", config.train.optim)
     if optim != used and {optim, used} != {"adamw", "adamw_minisft"}:  # these two keep the same state
         hint = f"set optim = '{used}', or start a new run from the model of this one"
         raise UserError(f"{path} holds the state of {used}, but train.optim = '{optim}'", hint=hint)
     state = load_checkpoint(path, run.model, run.optimizer, read_model)
+    if run.reference is not None:
+        run.reference.load(path)
     run.step, run.num_tokens, run.nonfinite_steps = state["step"], state["num_tokens"], state["nonfinite_steps"]
     if state["precision"] == run.precision:
         run.loss_scale = LossScale(**state["loss_scale"])
@@ -284,6 +297,7 @@ def training_state(config: Config, run: Run, sums: Sums) -> dict:
         "loss_scale": asdict(run.loss_scale),
         "plateau": asdict(run.plateau),
         "optim": config.train.optim,
+        "started_from": run.start.id if run.start else None,
         "sums": sums.state(),
         "order": data_order(config, run),
     }
@@ -353,10 +367,11 @@ def finish(config: Config, run: Run, folder: Path, values: dict, signal: runtime
     if run.step < run.total_steps:
         if is_main:
             print(console.stopped(folder, run.step, run.total_steps, signal.received))
-        return Result(folder, None, run.step, values, exit_code=STOPPED)
+        return Result(folder, None, run.step, values, exit_code=STOPPED, signal=signal.received)
     if is_main:
         with evaluation_weights(run.optimizer):
-            export_model(run, folder, runtime.DTYPES[config.checkpoint.save_dtype or config.train.weights_dtype])
+            dtype = runtime.DTYPES[config.checkpoint.save_dtype or config.train.weights_dtype]
+            export_model(run, folder, dtype, fingerprint(config))
             if run.prompts:
                 length = config.evaluate.max_new_tokens
                 samples = complete(
@@ -367,4 +382,4 @@ def finish(config: Config, run: Run, folder: Path, values: dict, signal: runtime
                 values["exact_match"] = sum(sample.correct for sample in samples) / len(samples)
         prompt = run.prompts[0].text if run.prompts and run.prompt_layout == "plain" else "..."
         print(console.closing(folder, config.log.report_to, prompt))
-    return Result(folder, folder / "model", run.step, values)
+    return Result(folder, folder / "model", run.step, values, signal=signal.received)

@@ -6,32 +6,31 @@ found, what will be trained, and the arithmetic of the steps.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import nn
 
-from minisft import hub, runtime, sft
-from minisft.config import Config, ModelSection, TrainSection
+from minisft import dpo, runtime, sft
+from minisft.config import Config, TrainSection
 from minisft.data.loader import Loader
 from minisft.data.tokenizer import Tokenizer
-from minisft.errors import CONFIG, MODEL, UserError
+from minisft.errors import CONFIG, UserError
 from minisft.evaluate import Prompt, read_prompts
 from minisft.kernels.common import backend_for, use_backend
 from minisft.kernels.flash_attention import unsupported
-from minisft.model.adapter_files import adapter_tensors
-from minisft.model.families import from_hf
-from minisft.model.load import build_model, init_weights, load_weights, place_quantized, read_config
-from minisft.model.lora import LoraOptions, apply_lora
-from minisft.model.model_config import with_vocab_size
-from minisft.model.quantized import Quantization, describe_quantized, named_weights, quantization_of
+from minisft.model.quantized import named_weights, quantization_of
+from minisft.model.start import Start
 from minisft.optim import LossScale, build_optimizer, parameter_groups, sum_gradients_in_fp32
 from minisft.prepare_data import format_options, prepare_data, prepare_tokenizer, titled
+from minisft.prepare_dpo import prepare_dpo
+from minisft.prepare_model import prepare_model
+from minisft.reference import Reference
 from minisft.schedule import Plateau, num_warmup_steps, total_steps
 from minisft.trainable import choose_trainable, describe_trained
 
-OBJECTIVES = {"sft": sft}
+OBJECTIVES = {"sft": sft, "dpo": dpo}
 
 
 @dataclass
@@ -51,10 +50,11 @@ class Run:
     schedule: dict  # arguments of lr_factor
     summary: list[str]  # printed before the first step
     prompting: dict  # how the model is to be asked later, for the exported folder
-    base: tuple[str | None, str | None]  # path or repository of the model that it started from, and the revision
+    start: Start | None  # what it started from; None: random weights
     measured: set[nn.Parameter]  # parameters whose zero updates are counted
     loss_scale: LossScale
     first_steps: dict[str, int]  # of the parameters that do not train from the start
+    reference: Reference | None = None  # of preference tuning
     plateau: Plateau = Plateau()
     step: int = 0
     num_tokens: int = 0  # seen so far, over all ranks
@@ -71,6 +71,9 @@ class Run:
 
 def prepare(config: Config, device: torch.device) -> Run:
     """Everything that a run needs. Raises UserError for whatever the user can mend."""
+    is_dpo = config.trainer_type == "dpo"
+    if is_dpo and config.dpo.disable_dropout:
+        config = replace(config, lora=replace(config.lora, lora_dropout=0.0))
     train = config.train
     precision = "bf16" if train.weights_dtype == "bf16" else runtime.pick_precision(train.precision, device)
     if train.deterministic:
@@ -84,11 +87,13 @@ def prepare(config: Config, device: torch.device) -> Run:
         prompts = read_prompts(
             config.evaluate.generate_data,
             tokenizer,
-            options=format_options(config.data),
+            options=format_options(config),
             field_map=config.data.field_map,
             group_field=config.evaluate.generate_group_field,
         )
-    model, model_lines = prepare_model(config, tokenizer, device)
+    caches = [loader.documents.cache, *(held_out.documents.cache for held_out in evals.values())]
+    highest_id = lambda: max(int(cache.ids.max()) for cache in caches)  # noqa: E731
+    model, model_lines, start = prepare_model(config, tokenizer, highest_id, device)
     lengths = loader.documents.lengths.astype(float)
     model.mean_length = (lengths**2).sum() / lengths.sum()  # over tokens, not over documents
     first_steps = choose_trainable(model, trainable=train.trainable, frozen=train.frozen, unfreeze=train.unfreeze)
@@ -121,6 +126,13 @@ def prepare(config: Config, device: torch.device) -> Run:
     else:
         measured = trained if wanted else set()
     objective = OBJECTIVES[config.trainer_type]
+    if is_dpo:
+        preference = prepare_dpo(config, model, trained, loader, evals, device, precision)
+        loss, loader, evals = preference.loss, preference.train, preference.evals
+        reference, preference_lines = preference.reference, preference.lines
+    else:
+        loss = partial(objective.loss, label_smoothing=train.label_smoothing, z_loss=train.z_loss)
+        reference, preference_lines = None, []
     steps = total_steps(loader.steps_per_epoch, train.num_train_epochs, train.max_steps)
     schedule = {
         "name": train.lr_scheduler_type,
@@ -141,7 +153,7 @@ def prepare(config: Config, device: torch.device) -> Run:
         evals=evals,
         prompts=prompts,
         weight=objective.weight,
-        loss=partial(objective.loss, label_smoothing=train.label_smoothing, z_loss=train.z_loss),
+        loss=loss,
         schedule=schedule,
         summary=[
             f"trainer    {config.trainer_type} on {where}",
@@ -150,6 +162,7 @@ def prepare(config: Config, device: torch.device) -> Run:
             *model_lines,
             f"optimizer  {describe_optimizer(train, trained)}",
             *(titled("trains", describe_trained(named_weights(model), train.unfreeze, steps)) if show_trained else []),
+            *preference_lines,
             f"kernels    {describe_kernels(model, device)}",
             f"steps      {describe_steps(config, loader, schedule)}",
         ],
@@ -159,10 +172,11 @@ def prepare(config: Config, device: torch.device) -> Run:
             "chat_template_kwargs": config.model.chat_template_kwargs,
             "max_length": config.data.max_length,  # some rotary tables depend on it
         },
-        base=(config.model.model_name_or_path, config.model.revision),
+        start=start,
         measured=measured,
         loss_scale=LossScale(scale=2.0**16 if precision == "fp16" else 1.0),
         first_steps=first_steps,
+        reference=reference,
     )
 
 
@@ -203,95 +217,6 @@ def describe_kernels(model: nn.Module, device: torch.device) -> str:
     return most + (f", but {', '.join(others)}" if others else "")
 
 
-# ---- model ------------------------------------------------------------------------------------------------------
-
-
-def prepare_model(config: Config, tokenizer: Tokenizer, device: torch.device) -> tuple[nn.Module, list[str]]:
-    """The model in train.weights_dtype on its device, with random weights or loaded ones, and its lines of the summary."""
-    section, max_length = config.model, config.data.max_length
-    if section.config is not None:
-        # what the folder's readers need to know about its tokenizer, unless the user says it
-        specials = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        table = {"vocab_size": tokenizer.vocab_size, **specials, **section.config}
-        model_config, folder, origin = from_hf(table, max_length=max_length), None, "random weights"
-    else:
-        folder, commit = hub.resolve(
-            section.model_name_or_path, section.revision, "model", local_files_only=section.local_files_only
-        )
-        model_config = read_config(folder, max_length=max_length)
-        origin = section.model_name_or_path + (f" at {commit}" if commit else "")
-        if section.new_special_tokens and tokenizer.vocab_size > model_config.vocab_size:
-            model_config = with_vocab_size(model_config, tokenizer.vocab_size)
-    if tokenizer.vocab_size > model_config.vocab_size:
-        raise UserError(
-            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's embedding {model_config.vocab_size} rows",
-            hint="use the tokenizer of this model, or set vocab_size in model.config",
-            exit_code=MODEL,
-        )
-    if model_config.learned_positions and (max_length or 0) > model_config.max_position_embeddings:
-        raise UserError(
-            f"data.max_length = {max_length}, but the model has {model_config.max_position_embeddings} positions",
-            hint="lower max_length",
-            exit_code=MODEL,
-        )
-    model, lines = build_model(model_config), list(model_config.notes)
-    model.to(runtime.DTYPES[config.train.weights_dtype])
-    if folder is None:
-        init_weights(model.to_empty(device=device), config.train.seed)
-    else:
-        place_quantized(model, folder, asked_quantization(section))
-        lines += load_weights(model.to_empty(device=device), folder)
-    if quantization_of(model) is not None:
-        lines.append(describe_quantized(model))
-        if config.lora.r is None:
-            raise UserError(
-                f"{section.model_name_or_path} is quantised: such weights cannot be trained, adapters beside them can",
-                hint="set lora.r, as in r = 16",
-                exit_code=MODEL,
-            )
-    model.gradient_checkpointing = section.gradient_checkpointing is True
-    model.gradient_checkpointing_every = section.gradient_checkpointing_every
-    model.offload_activations = section.offload_activations
-    model.recompute_cheap_ops(section.gradient_checkpointing == "selective")
-    model.neftune_alpha = config.train.neftune_noise_alpha or 0.0
-    size = sum(weight.numel() for weight in named_weights(model).values())
-    lines.insert(0, f"{model_config.model_type}, {size / 1e6:,.1f} M parameters, {origin}")
-    if config.lora.r is not None:
-        lines += add_adapters(model, config, tokenizer)
-    return model.train(), titled("model", lines)
-
-
-def asked_quantization(section: ModelSection) -> Quantization | None:
-    if section.load_in_8bit:
-        return Quantization("int8")
-    if section.load_in_4bit:
-        return Quantization(section.bnb_4bit_quant_type, section.bnb_4bit_use_double_quant)
-    return None
-
-
-def add_adapters(model: nn.Module, config: Config, tokenizer: Tokenizer) -> list[str]:
-    """Freeze the model and put the adapters of [lora] beside its layers; what trains, in lines."""
-    keys = {f.name for f in fields(LoraOptions)} - {"trainable_token_indices"}
-    new = [tokenizer.backend.token_to_id(token) for token in config.model.new_special_tokens]
-    ids = tuple(sorted({*config.lora.trainable_token_indices, *new}))
-    matrices = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
-    rows = {name: ids for name in matrices if ids and name not in config.lora.modules_to_save}
-    chosen = {key: value for key, value in asdict(config.lora).items() if key in keys}
-    options = LoraOptions(**chosen, trainable_token_indices=rows)
-    sites = apply_lora(model, options, seed=config.train.seed)
-    kinds = ", ".join(sorted({site.rpartition(".")[2] for site in sites}))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    size, all_sizes = (sum(w.numel() for w in weights) for weights in (trained, named_weights(model).values()))
-    name = "DoRA" if options.use_dora else "rsLoRA" if options.use_rslora else "LoRA"
-    name += " from PiSSA" if options.is_pissa else ""
-    also = "".join(f", and {len(ids)} row{'s' * (len(ids) > 1)} of {name}" for name in rows)
-    return [
-        f"{name} r {options.r}, alpha {options.lora_alpha:g}, beside {len(sites)} layers ({kinds}){also}",
-        f"trains {size / 1e6:,.2f} M of {all_sizes / 1e6:,.1f} M parameters ({size / all_sizes:.2%}); "
-        f"the adapter will have {sum(t.nbytes for t in adapter_tensors(model).values()) / 1e6:,.1f} MB",
-    ]
-
-
 def describe_optimizer(train: TrainSection, trained: set[nn.Parameter]) -> str:
     """Its name, and what is special about it."""
     notes = [train.optim]
@@ -311,7 +236,7 @@ def describe_optimizer(train: TrainSection, trained: set[nn.Parameter]) -> str:
 
 def describe_steps(config: Config, loader: Loader, schedule: dict) -> str:
     """total steps = ceil(packs or rows / packs per step) x epochs, with the numbers."""
-    train, unit = config.train, "packs" if config.data.packing else "rows"
+    train, unit = config.train, "packs" if config.data.packing else loader.documents.cache.unit
     window = f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps} accumulated"
     if loader.world_size > 1:
         window += f" x {loader.world_size} ranks"

@@ -1,6 +1,6 @@
 """The data of a run: the tokenizer, documents read, checked, cut and packed, and what became of every row, in lines."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from minisft import runtime
@@ -8,12 +8,13 @@ from minisft.config import Config, DataSection, eval_sets, source_list
 from minisft.data.audit import quick_findings
 from minisft.data.cache import Documents, build_cache
 from minisft.data.documents import Accounting, select_documents, show_document, split_documents
-from minisft.data.formats import FormatOptions
-from minisft.data.loader import Loader
+from minisft.data.layout import FormatOptions
+from minisft.data.loader import Loader, shared_prompts
 from minisft.data.packing import plan
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import Tokenizer, load_tokenizer
 from minisft.errors import DATA, UserError
+from minisft.model.start import tokenizer_source
 
 # Findings whose numbers are in the account of the rows or the description of the cache.
 TOLD_ELSEWHERE = ("no_label", "lost_answer", "too_long", "control_token", "straddling")
@@ -22,8 +23,9 @@ ROUND_TO = 64  # tokens and targets of a batch are filled up to a multiple: few 
 
 def prepare_tokenizer(config: Config) -> tuple[Tokenizer, str]:
     section = config.model
-    path = section.tokenizer_name_or_path or section.model_name_or_path
-    revision = section.revision if path == section.model_name_or_path else None
+    path, revision = section.tokenizer_name_or_path, None
+    if path in (None, section.model_name_or_path):
+        path, revision = tokenizer_source(section.model_name_or_path, section.revision)
     tokenizer = load_tokenizer(
         path,
         revision=revision,
@@ -53,14 +55,20 @@ def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Loader, dict[str
     if data.eval_fraction:
         documents, held_out[""] = split_documents(documents, data.eval_fraction, seed)
         lines.append(
-            f"           {len(held_out['']):,} documents held out for evaluation, {len(documents):,} are trained"
+            f"           {held_out[''].num_units:,} {documents.cache.unit} held out for evaluation, "
+            f"{documents.num_units:,} are trained"
         )
 
     def loader(documents: Documents, packing: bool, batch_size: int, **options) -> Loader:
-        lengths = documents.lengths  # already cut as data.truncation says; without packing each is a pack of its own
-        packs = (
-            plan(lengths, data.max_length, data.packing_strategy) if packing else plan(lengths, lengths.max(), "none")
-        )
+        # Already cut as data.truncation says; without packing each is a pack of its own. max_length is the limit of a prompt
+        # with one answer, so a pack of pairs has room for two of these.
+        if config.dpo.share_prompt and documents.group > 1:
+            documents = replace(documents, shared=shared_prompts(documents))
+        lengths = documents.unit_lengths
+        if packing:
+            packs = plan(lengths, documents.group * data.max_length, data.packing_strategy)
+        else:
+            packs = plan(lengths, lengths.max(), "none")
         ranks = {"rank": runtime.rank(), "world_size": runtime.world_size()}
         return Loader(documents, packs, batch_size, seed=seed, round_to=ROUND_TO, **ranks, **options)
 
@@ -73,11 +81,13 @@ def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Loader, dict[str
     )
     batch_size = config.evaluate.per_device_eval_batch_size
     evals = {name: loader(docs, eval_packing, batch_size, shuffle=False) for name, docs in held_out.items()}
+    if train.documents.shared is not None:
+        once, all_tokens = train.documents.unit_lengths.sum(), documents.unit_lengths.sum()
+        lines.append(f"prompts    shared by both answers: {once:,} tokens an epoch instead of {all_tokens:,}")
     if data.packing:
-        fill = documents.lengths.sum() / (train.plan.num_packs * data.max_length)
         lines.append(
-            f"packing    {data.packing_strategy}: {len(documents):,} documents in {train.plan.num_packs:,} packs of "
-            f"{data.max_length:,} tokens, {fill:.2%} full"
+            f"packing    {data.packing_strategy}: {documents.num_units:,} {documents.cache.unit} in "
+            f"{train.plan.num_packs:,} packs of {train.plan.max_length:,} tokens, {train.plan.fill:.2%} full"
         )
     return train, evals, lines
 
@@ -104,7 +114,8 @@ def read_documents(
             "wrapped cuts documents anew every epoch: of each piece the first token is context, even if trained above"
         )
     if config.verbose:
-        lines += ["the first document, [trained] marked:", show_document(documents, 0, tokenizer)]
+        first = range(2 if cache.unit == "pairs" else 1)
+        lines += ["the first of them, [trained] marked:", *(show_document(documents, n, tokenizer) for n in first)]
     return documents, titled(title, lines)
 
 
@@ -114,11 +125,11 @@ def open_documents(sources: list, config: Config, tokenizer: Tokenizer, packing:
     cache = build_cache(
         [parse_source(s) for s in sources],
         tokenizer,
-        cache_dir=Path(data.cache_dir or Path(config.output_dir).absolute().parent / "token_cache"),
+        cache_dir=cache_folder(config),
         on_bad_row=data.on_bad_row,
         format=data.format,
         field_map=data.field_map,
-        options=format_options(data),
+        options=format_options(config),
         local_files_only=config.model.local_files_only,
     )
     return select_documents(
@@ -128,6 +139,10 @@ def open_documents(sources: list, config: Config, tokenizer: Tokenizer, packing:
         truncation=data.truncation,
         seed=config.train.seed,
     )
+
+
+def cache_folder(config: Config) -> Path:
+    return Path(config.data.cache_dir or Path(config.output_dir).absolute().parent / "token_cache")
 
 
 def cut_length(data: DataSection, packing: bool) -> int | None:
@@ -145,8 +160,11 @@ def titled(title: str, lines: list[str]) -> list[str]:
     return [f"{title if i == 0 else '':<10} {line}" for i, line in enumerate(lines)]
 
 
-def format_options(data: DataSection) -> FormatOptions:
+def format_options(config: Config) -> FormatOptions:
+    data = config.data
+    preference = "labels" if "kto" in config.dpo.loss_type else "pairs"
     return FormatOptions(
+        answers=preference if config.trainer_type == "dpo" else "chosen",
         dataset_text_field=data.dataset_text_field,
         prompt_format=data.prompt_format,
         completion_only_loss=data.completion_only_loss,

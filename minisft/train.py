@@ -3,32 +3,36 @@
     from minisft.train import run
     result = run("config.toml", learning_rate=1e-4, packing=True)
 
-Everything that can be known to be wrong is told before torch is imported, which takes seconds.
+A file with `stages` is several runs, one after the other (stages.py). Everything that can be known to be wrong is told before
+torch is imported, which takes seconds.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisft.command_line import USAGE, help_text, parse_arguments
 from minisft.config import Config, eval_sets, source_list
-from minisft.config_file import load
-from minisft.errors import run_command
+from minisft.config_file import MODEL_FILES
+from minisft.errors import MODEL, STOPPED, UserError, run_command
+from minisft.stages import Stage, load_stages
 
 if TYPE_CHECKING:
     from minisft.loop import Result
 
 
 def run(source: str | Path | dict[str, Any], /, **overrides: Any) -> Result:
-    """Train as a configuration file, or a dict shaped like one, says.
+    """Train as a configuration file, or a dict shaped like one, says; of a list of stages, the result of the last one.
 
     overrides: keys by their last part (learning_rate=1e-4), or in full with **{"train.learning_rate": 1e-4}.
     Raises UserError for a mistake in the configuration, the data or the model.
     """
-    return _run(*load(source, overrides, origin="run()"))
+    return _run(load_stages(source, overrides, origin="run()"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,24 +48,92 @@ def _command(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(help_text())
         return 0
-    return _run(*load(*parse_arguments(argv))).exit_code
+    return _run(load_stages(*parse_arguments(argv))).exit_code
 
 
-def _run(config: Config, origins: dict[str, str]) -> Result:
-    from minisft.data.sources import list_files, parse_source
-    from minisft.hub import is_repository_name
-
-    sources = source_list(config.data.train_data) + source_list(config.evaluate.generate_data)
-    for source in sources + [s for entry in eval_sets(config.data.eval_data).values() for s in entry]:
-        if not is_repository_name((parsed := parse_source(source)).path):
-            list_files(parsed)  # a missing file is told now, before torch is imported
+def _run(stages: list[Stage]) -> Result:
+    for number, stage in enumerate(stages):
+        try:
+            _look_for_data(stage.config)
+            if stage.title:
+                _look_for_model(stage, stages[:number])
+        except UserError as error:
+            title = f"{stage.title}: " if stage.title else ""
+            raise UserError(title + error.message, hint=error.hint, exit_code=error.exit_code) from None
 
     # A thread of an OpenMP pool that waits for the others spins. Where another program takes its core, all of them spin for
     # it, and training on 2 busy cores fell to a thirtieth; after 20,000 turns they now sleep instead.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from minisft import loop
 
-    return loop.run(config, origins)
+    return _run_stages(stages) if stages[0].title else loop.run(stages[0].config, stages[0].origins)
+
+
+def _look_for_data(config: Config) -> None:
+    """A missing file is told now, before torch is imported."""
+    from minisft.data.sources import list_files, parse_source
+    from minisft.hub import is_repository_name
+
+    sources = source_list(config.data.train_data) + source_list(config.evaluate.generate_data)
+    for source in sources + [s for entry in eval_sets(config.data.eval_data).values() for s in entry]:
+        if not is_repository_name((parsed := parse_source(source)).path):
+            list_files(parsed)
+
+
+def _look_for_model(stage: Stage, before: list[Stage]) -> None:
+    """The folders that a stage starts from, if nothing before it makes them; a repository is asked for in its turn."""
+    coming = [Path(os.path.abspath(other.config.output_dir)) for other in before]
+    for key in ("model_name_or_path", "tokenizer_name_or_path"):
+        path = os.path.expanduser(getattr(stage.config.model, key) or "")
+        is_coming = any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in coming)
+        if not path or is_coming or path.count("/") < 2 and not path.startswith((".", "/")) and not os.path.isdir(path):
+            continue
+        if not any(os.path.isfile(os.path.join(path, name)) for name in MODEL_FILES):
+            problem = "holds no model" if os.path.isdir(path) else "is no folder, and no stage before makes it"
+            hint = f"a folder with {MODEL_FILES[0]} or {MODEL_FILES[1]} in it, a run's output folder, or owner/name"
+            raise UserError(f"model.{key} = {path!r} {problem}", hint=hint, exit_code=MODEL)
+
+
+def _run_stages(stages: list[Stage]) -> Result:
+    """One after the other, but for those that are finished; the result of the last, or of the one that was stopped."""
+    import torch
+
+    from minisft import console, loop, runtime
+
+    device = runtime.pick_device(stages[0].config.train.device)
+    done = []
+    # One group for all of them: a second one would find in the launcher's store what the first wrote there.
+    with runtime.process_group(device):
+        is_main = runtime.rank() == 0
+        for stage in stages:
+            step, folder = stage.finished_step(), stage.config.output_dir
+            skipped = runtime.sum_numbers_over_ranks([step is not None], device)[0] == runtime.world_size()
+            if is_main:
+                print(f"\n{stage.title} -> {folder}" + (f": finished, at step {step}" if skipped else ""), flush=True)
+                if not skipped and (changed := stage.changed_keys()):
+                    print(
+                        f"its configuration is another one than when it was finished: {', '.join(changed)}", flush=True
+                    )
+            if skipped:
+                done.append((stage.title, loop.Result(Path(folder), stage.model_dir, step)))
+                continue
+            result = loop.run(stage.config, stage.origins)
+            done.append((stage.title, result))
+            gc.collect()  # the model, the optimizer and what they refer to in circles, before the next are made
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
+            # which also waits for the model that rank 0 writes
+            (stops,) = runtime.sum_numbers_over_ranks([result.signal is not None], device)
+            if result.exit_code:
+                return result
+            if stops and stage is not stages[-1]:
+                if is_main:
+                    print(f"stopped after {stage.title}; the same command goes on with the next", flush=True)
+                return replace(result, exit_code=STOPPED)
+    if is_main:
+        print(console.stages_closing(done))
+    return done[-1][1]
 
 
 if __name__ == "__main__":

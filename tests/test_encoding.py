@@ -15,7 +15,8 @@ from minisft.data.cache import build_cache
 from minisft.data.conversations import RowError, check_messages
 from minisft.data.documents import rows_of, select_documents, split_documents
 from minisft.data.encoding import conversation_pieces, encode_pieces
-from minisft.data.formats import Example, FormatOptions
+from minisft.data.formats import Example
+from minisft.data.layout import FormatOptions
 from minisft.data.masks import render_conversation
 from minisft.data.sources import parse_source
 from minisft.data.template import ChatTemplate, render

@@ -7,18 +7,16 @@ from pathlib import Path
 import pytest
 
 from minisft.data.batch import ANSWER, TEXT, TRAINED, USER
-from minisft.data.formats import (
+from minisft.data.conversations import RowError
+from minisft.data.formats import Piece, plain_prompt, to_example
+from minisft.data.layout import (
     CHOICES,
     FIELDS,
     TEMPLATE_FIELDS,
     FormatOptions,
-    Piece,
-    RowError,
     check_field_map,
     detect_layout,
-    plain_prompt,
     rename_fields,
-    to_example,
 )
 from minisft.data.sources import Row, parse_source, read_rows
 from minisft.errors import UserError
@@ -28,6 +26,7 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He
 ROWS = {
     "input_ids": {"input_ids": [1, 2]},
     "preference": {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"},
+    "labelled": {"prompt": "Hi", "completion": "Hello", "label": True},
     "messages": {"messages": TURNS},
     "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
     "prompt_completion": {"prompt": "Hi", "completion": "Hello"},
@@ -35,6 +34,11 @@ ROWS = {
     "question_answer": {"question": "Hi", "answer": "Hello"},
     "text": {"text": "Hi"},
 }
+
+
+def made_for(name, **options):
+    """The options of a trainer that reads such rows."""
+    return FormatOptions(answers="labels" if name == "labelled" else "chosen", **options)
 
 
 def example(row, format="auto", template=True, **options):
@@ -48,8 +52,8 @@ def example(row, format="auto", template=True, **options):
 def test_every_format_is_detected_from_its_row():
     assert list(ROWS) == list(FIELDS)
     for name, row in ROWS.items():
-        assert detect_layout(row, "auto", FormatOptions(), True).format == name
-        assert detect_layout(row, name, FormatOptions(), True).format == name
+        assert detect_layout(row, "auto", made_for(name), True).format == name
+        assert detect_layout(row, name, made_for(name), True).format == name
 
 
 def test_what_was_detected_is_one_line_and_names_unused_fields():
@@ -95,7 +99,7 @@ def test_every_field_is_read_or_named_as_unused(name):
         "id": 7,
     }
     for template in (True, False):
-        options = FormatOptions(prompt_format="auto" if template else "plain")
+        options = made_for(name, prompt_format="auto" if template else "plain")
         if not template and name in ("messages", "sharegpt"):
             continue
         without = to_example(ROWS[name], detect_layout(ROWS[name], name, options, template), options)

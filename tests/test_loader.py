@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from minisft.data.batch import ANSWER, IGNORE_INDEX, TERMINATOR, TRAINED, USER
-from minisft.data.cache import build_cache
+from minisft.data.cache import Documents, build_cache
 from minisft.data.documents import select_documents
 from minisft.data.loader import Loader, make_batch
 from minisft.data.packing import STRATEGIES, pack, plan
@@ -29,12 +30,13 @@ def make_documents(num_documents=60, longest=24, weighted=False, seed=0):
         offsets=offsets,
         source=rng.integers(0, 3, in_cache).astype(np.int32),
         weights=rng.random(total).astype(np.float32) if weighted else None,
+        role=None,
         fingerprint="0123456789abcdef" * 4,
     )
     index = rng.permutation(in_cache)[:num_documents]
     start = offsets[index]
     end = np.maximum(start + 1, offsets[index + 1] - rng.integers(0, 3, num_documents))
-    return SimpleNamespace(cache=cache, index=index, start=start, end=end, lengths=end - start)
+    return Documents(cache, index, start, end)
 
 
 def naive_rows(documents, packs, pack_numbers):
@@ -124,7 +126,7 @@ def test_a_cut_costs_the_target_behind_it_and_no_other():
     documents = make_documents(num_documents=1, longest=1)
     cache = documents.cache
     cache.ids, cache.kinds = np.arange(10, dtype=np.uint32), np.full(10, ANSWER | TRAINED, dtype=np.uint8)
-    documents.start, documents.end, documents.lengths = np.array([0]), np.array([10]), np.array([10])
+    documents = replace(documents, start=np.array([0]), end=np.array([10]))
     for strategy in ("bfd_split", "wrapped"):
         packs = pack(documents.lengths, 4, strategy)
         assert [make_batch(documents, packs, [i]).targets.tolist() for i in range(3)] == [[1, 2, 3], [5, 6, 7], [9]]

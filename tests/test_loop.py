@@ -344,7 +344,10 @@ def test_an_fp16_overflow_halves_the_scale_and_skips(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model.config": {"model_type": "llama", "vocab_size": 100}}, "embedding 100 rows"),
+        (
+            {"model.config": {"model_type": "llama", "vocab_size": 100}},
+            "the data up to 223, the model's embedding 100 rows",
+        ),
         ({"model.config": {"model_type": "unheard"}}, "unheard"),
         ({"data.train_data": "absent.jsonl"}, "absent.jsonl"),
         ({"data.max_length": 4, "data.truncation": "error"}, "longer than max_length = 4"),
@@ -355,6 +358,12 @@ def test_mistakes_are_told_before_the_first_step(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         train(tmp_path, **change)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_token_that_no_row_of_the_data_has_needs_no_row_of_the_embedding(tmp_path):
+    """Gemma 3 1B: the tokenizer has a token for images, which the model of text cannot embed."""
+    train(tmp_path, **{"model.config": MODEL | {"vocab_size": 230}, "train.max_steps": 1})
+    assert "the data has none of the others" in (tmp_path / "out" / "summary.txt").read_text()
 
 
 def test_a_second_run_in_the_same_folder_at_once_is_refused(tmp_path):

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: minisft audit CONFIG.toml [--show N] [--row PLACE] [--html FILE] [--json] [--KEY VALUE ...]
 
-Read the whole data set as the run of CONFIG.toml would, and tell what is trained and what is wrong.
+Read the whole data set as the run of CONFIG.toml would, and tell what is trained and what is wrong; of a file with stages,
+in each of them.
 
   --show N      print N rows of each set, what is trained in colour (in [brackets] where the output is no terminal)
   --row PLACE   print this row only, whole; PLACE as in the report: data.jsonl:12, or data.json[12] of an array
@@ -57,19 +58,33 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     options, rest = _own_options(argv)
     from minisft.command_line import parse_arguments
-    from minisft.config_file import load
+    from minisft.stages import before_training, load_stages
 
-    config, _ = load(*parse_arguments(rest))
+    stages = load_stages(*parse_arguments(rest))
+    if len(stages) > 1 and (alone := [f"--{name}" for name in ("html", "json", "row") if options.get(name)]):
+        raise UserError(
+            f"command line: {alone[0]} with {len(stages)} stages", hint="it is about one; name the stage's file"
+        )
     html = options.get("html")
     if html and not Path(html).absolute().parent.is_dir():
         raise UserError(f"--html {html}: there is no such folder")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character of the data
+    codes = []
+    for stage in stages:
+        if stage.title:
+            print(f"\n== {stage.title}")
+        codes.append(_audit_one(before_training(stage), options))
+    return max(codes)
+
+
+def _audit_one(config: "Config", options: dict[str, Any]) -> int:
+    """The exit code of one configuration."""
+    from minisft.data.audit import printable
+
     if place := options.get("row"):
         _show_row(config, place)
         return 0
-    from minisft.data.audit import printable
-
     report, tokenizer, sets, findings = audit(config)
     if "json" in options:
         print(json.dumps(report, indent=2, allow_nan=False))
@@ -77,7 +92,7 @@ def main(argv: list[str]) -> int:
         print(printable("\n".join(text_report(report))))  # names of fields and files are as untrusted as the rows
         for name, data_set in sets.items():
             _show_rows(name, data_set.documents, tokenizer, options.get("show", 0))
-    if html:
+    if html := options.get("html"):
         from minisft.data.audit_page import write_page
 
         documents = {name: data_set.documents for name, data_set in sets.items()}
@@ -209,7 +224,7 @@ def _tables(data_set: DataSet, in_epoch: "Documents", is_train: bool, config: "C
         },
         "dropped_answers": account.dropped_answers,
         "epoch": {"documents": len(in_epoch), "tokens": int(lengths.sum())},
-        "packing": _packing(lengths, data_set.packing, is_train, config),
+        "packing": _packing(in_epoch, data_set.packing, is_train, config),
         "sources": source_table(documents, counts),
         "kinds": kind_table(counts),
         "lengths": length_summary(lengths),
@@ -218,17 +233,19 @@ def _tables(data_set: DataSet, in_epoch: "Documents", is_train: bool, config: "C
     }
 
 
-def _packing(lengths, is_on: bool, is_train: bool, config: "Config") -> dict[str, Any]:
+def _packing(documents: "Documents", is_on: bool, is_train: bool, config: "Config") -> dict[str, Any]:
     """How full packs are, and how many steps an epoch has, with packing and without; on one device."""
     from minisft.data.packing import plan
     from minisft.schedule import total_steps
 
     data, train, batch_size = config.data, config.train, config.evaluate.per_device_eval_batch_size
     packs_a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    lengths = documents.unit_lengths
+    max_length = documents.group * data.max_length if data.max_length else None  # of a pack
 
     def with_strategy(strategy: str) -> dict[str, Any]:
-        planned = plan(lengths, data.max_length or int(lengths.max()), strategy)
-        table = {"packs": planned.num_packs, "fill": round(planned.fill, 6) if data.max_length else None}
+        planned = plan(lengths, max_length or int(lengths.max()), strategy)
+        table = {"packs": planned.num_packs, "fill": round(planned.fill, 6) if max_length else None}
         if not is_train:
             return table | {"batches": -(-planned.num_packs // batch_size)}
         steps = -(-planned.num_packs // packs_a_step)
@@ -240,8 +257,8 @@ def _packing(lengths, is_on: bool, is_train: bool, config: "Config") -> dict[str
     return {
         "is_on": is_on,
         "strategy": data.packing_strategy,
-        "max_length": data.max_length,
-        "packed": with_strategy(data.packing_strategy) if data.max_length else None,
+        "max_length": max_length,
+        "packed": with_strategy(data.packing_strategy) if max_length else None,
         "unpacked": with_strategy("none"),
     }
 
@@ -353,18 +370,17 @@ def _lengths_text(entry: dict[str, Any]) -> list[str]:
 
 
 def _show_rows(name: str, documents: "Documents", tokenizer: "Tokenizer", count: int) -> None:
-    from minisft.data.audit import printable
+    from minisft.data.audit import place_of, printable
 
-    for number in range(min(count, len(documents))):
+    for number in range(min(count, documents.num_units) * documents.group):  # of a pair both answers
         d, start, end = int(documents.index[number]), int(documents.start[number]), int(documents.end[number])
-        print(
-            f"\n-- {name}, {printable(documents.cache.place(d))}\n{_row_text(documents, d, start, end, tokenizer, TOKENS_SHOWN)}"
-        )
+        print(f"\n-- {name}, {printable(place_of(documents.cache, d))}")
+        print(_row_text(documents, d, start, end, tokenizer, TOKENS_SHOWN))
 
 
 def _show_row(config: "Config", place: str) -> None:
     """The documents of one row, used or not. Raises UserError where there is none."""
-    from minisft.data.audit import printable
+    from minisft.data.audit import place_of, printable
 
     match = re.fullmatch(r"(.+?)(?::(\d+)|\[(\d+)\])", place)
     if not match:
@@ -379,9 +395,8 @@ def _show_row(config: "Config", place: str) -> None:
             used = (documents.index == d).nonzero()[0]
             start, end = (int(documents.start[used[0]]), int(documents.end[used[0]])) if len(used) else (0, 0)
             state = "" if len(used) else ", not used"
-            print(
-                f"-- {name}, {printable(cache.place(d))}{state}\n{_row_text(documents, int(d), start, end, tokenizer, 2**40)}"
-            )
+            print(f"-- {name}, {printable(place_of(cache, d))}{state}")
+            print(_row_text(documents, int(d), start, end, tokenizer, 2**40))
             shown += 1
     if not shown:
         hint = "a row that cannot be read is among the bad rows of the report"

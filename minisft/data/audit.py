@@ -21,6 +21,7 @@ from minisft.data.batch import (
     HEADER,
     KIND_MASK,
     KINDS,
+    MISMATCHED,
     REASONING,
     SPECIAL,
     SYSTEM,
@@ -29,7 +30,7 @@ from minisft.data.batch import (
     TRAINED,
 )
 from minisft.data.cache import Documents, TokenCache
-from minisft.data.documents import BLOCK_TOKENS, count_targets, cut, rows_of
+from minisft.data.documents import blocks, count_targets, cut, rows_of
 from minisft.data.packing import ragged_arange
 from minisft.data.tokenizer import Tokenizer
 
@@ -82,6 +83,7 @@ class Finding:
 def quick_findings(cache: TokenCache, tokenizer: Tokenizer, max_length: int | None, truncation: str) -> list[Finding]:
     """What kinds and bounds tell of all documents of the cache, also those that selection drops.
 
+    Of preference data both answers are looked at, and never the MISMATCHED documents, which are put together from them.
     max_length, truncation: how `select_documents` cuts them. Findings with a count of 0 are left out.
     """
     first, last = np.array(cache.offsets[:-1]), np.array(cache.offsets[1:])
@@ -95,6 +97,7 @@ def quick_findings(cache: TokenCache, tokenizer: Tokenizer, max_length: int | No
     final = cache.kinds[last - 1]
     ends_open = (end == last) & (final >= TRAINED) & np.isin(final & KIND_MASK, OF_ANSWER)
     ends_open &= ~np.isin(cache.ids[last - 1], stops)
+    ours = np.arange(len(first)) if cache.role is None else np.flatnonzero(cache.role != MISMATCHED)
     found = {
         "no_label": count_targets(replace(cache, weights=None), first, last) == 0,  # a weight of 0 is somebody's choice
         "lost_answer": (whole > 0) & (kept == 0),
@@ -103,17 +106,17 @@ def quick_findings(cache: TokenCache, tokenizer: Tokenizer, max_length: int | No
         "cut_answer": (kept > 0) & (kept < whole),
         "too_long": last - first > (max_length or last[-1]),
     }
-    findings = [_finding(name, cache, np.flatnonzero(mask), len(first)) for name, mask in found.items()]
+    findings = [_finding(name, cache, ours[mask[ours]], len(ours)) for name, mask in found.items()]
     entries = cache.manifest["sources"]
     rows = sum(entry["rows_read"] for entry in entries)
     findings.append(Finding("control_token", sum(entry["control_tokens"] for entry in entries), rows))
-    findings.append(Finding("straddling", sum(entry["straddling"] for entry in entries), int(whole.sum())))
+    findings.append(Finding("straddling", sum(entry["straddling"] for entry in entries), int(whole[ours].sum())))
     return [finding for finding in findings if finding.count]
 
 
 def all_findings(documents: Documents, tokenizer: Tokenizer, max_length: int | None, truncation: str) -> list[Finding]:
     """The quick ones, and those that need every used document decoded or hashed."""
-    cache, used = documents.cache, np.unique(documents.index)
+    cache, used = documents.cache, _used(documents)
     changed, with_control_token = _read_again(cache, used, tokenizer)
     findings = quick_findings(cache, tokenizer, max_length, truncation)
     for i, finding in enumerate(findings):
@@ -121,8 +124,11 @@ def all_findings(documents: Documents, tokenizer: Tokenizer, max_length: int | N
             places = tuple(cache.place(d) for d in with_control_token[:NUM_EXAMPLES])
             findings[i] = replace(finding, examples=places, documents=tuple(with_control_token))
     seen, copies = set(), []
-    for d, digest in zip(used, _digests(cache, used)):
-        copies += [d] if digest in seen else []
+    digests = list(_digests(cache, used))
+    size = 2 if cache.unit == "pairs" else 1  # a pair is a copy where both of its answers are
+    for i in range(0, len(used), size):
+        digest = b"".join(digests[i : i + size])
+        copies += used[i : i + size].tolist() if digest in seen else []
         seen.add(digest)
     for name, found in (("round_trip", changed), ("duplicate", copies)):
         findings += [_finding(name, cache, np.array(found, dtype=int), len(used))] if found else []
@@ -133,12 +139,18 @@ def overlap(train: Documents, held_out: Documents) -> list[Finding]:
     """Evaluation documents that are trained on: whole, and by their prompt (the tokens before the first trained one)."""
     findings = []
     for name, prompt_only in (("eval_overlap", False), ("eval_prompt_overlap", True)):
-        trained = set(_digests(train.cache, np.unique(train.index), prompt_only)) - {None}
-        looked_at = np.unique(held_out.index)
+        trained = set(_digests(train.cache, _used(train), prompt_only)) - {None}
+        looked_at = _used(held_out)
         digests = _digests(held_out.cache, looked_at, prompt_only)
         both = [d for d, digest in zip(looked_at, digests) if digest in trained]
         findings.append(_finding(name, held_out.cache, np.array(both, dtype=int), len(looked_at)))
     return [finding for finding in findings if finding.count]
+
+
+def _used(documents: Documents) -> np.ndarray:
+    """The documents of the cache that are used, once each, int64; without the MISMATCHED."""
+    used = np.unique(documents.index)
+    return used if documents.cache.role is None else used[documents.cache.role[used] != MISMATCHED]
 
 
 def _finding(name: str, cache: TokenCache, documents: np.ndarray, total: int) -> Finding:
@@ -150,19 +162,13 @@ def _count_open_ends(cache: TokenCache, start: np.ndarray, end: np.ndarray, stop
     """How many of the tokens start[d] : end[d] are trained, of an answer, no stop token, and followed by what is neither
     trained nor of an answer, for every document."""
     counts = np.zeros(len(start), dtype=np.int64)
-    first = 0
-    while first < len(start):
-        last = int(np.searchsorted(cache.offsets, cache.offsets[first] + BLOCK_TOKENS, side="right")) - 1
-        last = max(last, first + 1)
-        base, stop = cache.offsets[first], cache.offsets[last]
+    for block, base, stop in blocks(cache):
         kinds = np.append(cache.kinds[base:stop], np.uint8(0))
         of_answer, trained = np.isin(kinds & KIND_MASK, OF_ANSWER), kinds >= TRAINED
         is_open = trained[:-1] & of_answer[:-1] & ~trained[1:] & ~of_answer[1:]
         is_open &= ~np.isin(cache.ids[base:stop], stops)
         before = np.concatenate([[0], np.cumsum(is_open)])
-        block = slice(first, last)
         counts[block] = before[end[block] - base] - before[start[block] - base]
-        first = last
     return counts
 
 
@@ -218,6 +224,8 @@ def count_tokens(documents: Documents, split_at: int | None = None) -> np.ndarra
         position = token - np.repeat(starts[block], lengths[block])
         kinds = cache.kinds[token]
         target = (kinds >= TRAINED) & (position % (split_at or 2**40) > 0)
+        if cache.role is not None:
+            target &= np.repeat(cache.role[used[block]], lengths[block]) != MISMATCHED
         if cache.weights is not None:
             target &= cache.weights[token] > 0
         source = np.repeat(cache.source[used[block]], lengths[block]).astype(np.int64)
@@ -284,6 +292,12 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def place_of(cache: TokenCache, d: int) -> str:
+    """Where document d comes from, and which answer of a pair it is: data.jsonl:12, chosen."""
+    names = ("chosen", "rejected") if cache.unit == "pairs" else ("good", "bad", "with an answer of another row")
+    return cache.place(d) if cache.role is None else f"{cache.place(d)}, {names[cache.role[d]]}"
+
+
 @dataclass(frozen=True)
 class Stretch:
     """Neighbouring tokens of a document that are alike."""
@@ -302,6 +316,8 @@ def stretches(cache: TokenCache, d: int, start: int, end: int, tokenizer: Tokeni
     state = ((kinds >= TRAINED) & (at > start)).astype(int)
     if cache.weights is not None:
         state &= cache.weights[span] > 0
+    if cache.role is not None and cache.role[d] == MISMATCHED:
+        state[:] = 0
     state[(at < start) | (at >= end)] = 2
     special = np.isin(ids, list(tokenizer.special_ids))
     look = np.stack([kinds & KIND_MASK, state, special])

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minisft.data.audit import TITLES, Finding, stretches
+from minisft.data.audit import TITLES, Finding, place_of, stretches
 from minisft.data.cache import Documents
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
@@ -207,8 +207,8 @@ def _filters(findings: dict[str, list[Finding]], rows: list[tuple[str, str]]) ->
 def _rows(name: str, documents: Documents, findings: list[Finding], tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """(source, HTML) of an even sample of the documents and of some with each finding."""
     cache = documents.cache
-    sample = np.linspace(0, len(documents) - 1, min(ROWS_SHOWN, len(documents))).astype(int)
-    chosen = set(documents.index[sample].tolist())
+    sample = np.linspace(0, documents.num_units - 1, min(ROWS_SHOWN, documents.num_units)).astype(int)
+    chosen = set(documents.index.reshape(-1, documents.group)[sample].ravel().tolist())
     for finding in findings:
         chosen |= set(finding.documents[:ROWS_OF_A_FINDING])
     found = {finding.name: set(finding.documents) for finding in findings}
@@ -220,7 +220,7 @@ def _rows(name: str, documents: Documents, findings: list[Finding], tokenizer: T
             (
                 source,
                 f'<div class="row" data-source="{escape(source)}" data-findings="{escape(" ".join(names))}">'
-                f'<span class="soft">{escape(Path(cache.place(d)).name)}</span>'
+                f'<span class="soft">{escape(Path(place_of(cache, d)).name)}</span>'
                 f' <span class="bad">{escape("; ".join(TITLES[n] for n in names))}</span>'
                 f"<pre>{_coloured(documents, d, tokenizer)}</pre></div>",
             )
@@ -231,8 +231,8 @@ def _rows(name: str, documents: Documents, findings: list[Finding], tokenizer: T
 def _coloured(documents: Documents, d: int, tokenizer: Tokenizer) -> str:
     """The text of a document: what is trained marked, what is cut struck out, with the kind as a tooltip."""
     cache = documents.cache
-    place = int(np.searchsorted(documents.index, d))  # index is sorted
-    is_used = place < len(documents) and documents.index[place] == d
+    place = int((documents.index == d).argmax())
+    is_used = documents.index[place] == d
     start, end = (int(documents.start[place]), int(documents.end[place])) if is_used else (0, 0)
     html = []
     for part in stretches(cache, d, start, end, tokenizer, TOKENS_SHOWN):

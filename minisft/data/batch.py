@@ -17,7 +17,29 @@ KIND_MASK = 0x7F
 KINDS = ("text", "special", "header", "system", "user", "tool", "answer", "reasoning", "tool_call", "terminator")
 TEXT, SPECIAL, HEADER, SYSTEM, USER, TOOL, ANSWER, REASONING, TOOL_CALL, TERMINATOR = range(len(KINDS))
 
+# What a document is in preference data: an answer that is preferred, one that is not, and another row's answer to this
+# prompt, by which KTO measures how far the policy has moved. Documents of SFT have no role.
+CHOSEN, REJECTED, MISMATCHED = range(3)
+
 IGNORE_INDEX = -100  # label of a token that is not trained, as in Hugging Face
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Whose the targets of preference data are: U units of two answers each, answers 2u and 2u + 1 to one prompt."""
+
+    row_answer: Tensor  # int64 [M]: the answer of each target; 2U for filler
+    role: Tensor  # uint8 [2U]: CHOSEN, REJECTED, MISMATCHED
+    length: Tensor  # int64 [2U]: targets of each answer
+    document: Tensor  # int64 [2U]: its index in the token cache
+    weight: Tensor  # fp32 [U]: what a unit's loss counts
+    ref_logps: Tensor | None  # fp32 [2U]: log-probabilities under the reference, where they are known already
+    total_weight: float  # known on the host: sums of weight, and answers and their targets by role
+    num_answers: tuple[int, int, int]
+    num_targets: tuple[int, int, int]
+
+    def to(self, device: torch.device | str) -> "Answers":
+        return _moved(self, device)
 
 
 @dataclass(frozen=True)
@@ -28,7 +50,9 @@ class Batch:
     position_ids: Tensor  # int32 [T], restarts at 0 in every document
     start: Tensor  # int32 [T]: key k is visible to query q iff start[q] <= k <= q < end[k]
     end: Tensor  # int32 [T]
-    cu_seqlens: Tensor  # int32 [N+1], 0 first, T last: for the reference and for peers
+    cu_seqlens: (
+        Tensor  # int32 [N+1], 0 first, T last: for the reference and for peers. Pairs that share a prompt are one
+    )
     max_seqlen: int
     loss_rows: Tensor  # int64 [M]: the hidden state of row loss_rows[i] is scored against targets[i]
     targets: Tensor  # int64 [M]
@@ -39,10 +63,17 @@ class Batch:
     labels: Tensor  # int64 [T] as in Hugging Face: unshifted, -100 = not trained
     num_tokens: int  # real tokens, without filler
     num_targets: int  # real targets, without filler
+    answers: Answers | None = None  # of preference data
 
     def to(self, device: torch.device | str) -> "Batch":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)})
+        return _moved(self, device)
+
+
+def _moved(batch: Batch | Answers, device: torch.device | str):
+    """The same with its tensors on the device."""
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    moved = {name: v.to(device, non_blocking=True) for name, v in values.items() if isinstance(v, Tensor)}
+    return replace(batch, **moved, **{name: v.to(device) for name, v in values.items() if isinstance(v, Answers)})
 
 
 def document_bounds(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:

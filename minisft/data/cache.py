@@ -6,6 +6,8 @@
     source   int32  [D]    which source it came from            row   int64 [D]   its row number there, from 0
     file     int32  [D]    which of manifest["paths"]           line  int64 [D]   its line there
     weights  float32 [N]   only where something has a weight other than 1
+    role     uint8  [D]    only of preference data: CHOSEN, REJECTED, MISMATCHED; there documents 2u and 2u + 1 are a unit,
+                           two answers to one prompt
 
 Five bytes a token. The folder is named by the sha256 of everything that shaped it: the bytes of every data file, the
 tokenizer's files, the template, the options, and CACHE_VERSION. It is written as an atomic folder (files.py) and every
@@ -20,7 +22,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import chain
@@ -30,11 +32,12 @@ from typing import BinaryIO
 import numpy as np
 import tokenizers
 
-from minisft.data.formats import FormatOptions, check_field_map
+from minisft.data.batch import MISMATCHED
+from minisft.data.layout import FormatOptions, check_field_map
 from minisft.data.repositories import locate
 from minisft.data.rows import place
 from minisft.data.sources import Source, list_files
-from minisft.data.tokenise import new_entry, tokenise
+from minisft.data.tokenise import Document, new_entry, tokenise, with_mismatched
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, SAVE, UserError
 from minisft.files import atomic_folder, read_manifest, remove_leftovers, sha256_file, verify_folder, waiting_lock
@@ -51,6 +54,7 @@ ARRAYS = {
     "file": np.int32,
     "line": np.int64,
 }
+OPTIONAL = {"weights": np.float32, "role": np.uint8}
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,15 @@ class TokenCache:
     file: np.ndarray  # int32 [D]
     line: np.ndarray  # int64 [D]
     weights: np.ndarray | None  # float32 [N]
+    role: np.ndarray | None  # uint8 [D]: CHOSEN, REJECTED, MISMATCHED; of preference data only
     manifest: dict  # rows read, used, dropped by reason, and what was detected, for each source
     fingerprint: str  # sha256 (hex) of the tokens, their kinds, and where documents and sources begin
     note: str  # "built", "found", or why it was built again
+
+    @property
+    def unit(self) -> str:
+        """What is used, cut and packed as a whole: of preference data two neighbouring documents."""
+        return "documents" if self.role is None else "labelled answers" if self.role[1] == MISMATCHED else "pairs"
 
     def place(self, document: int) -> str:
         """Where a document came from, such as data.jsonl:12."""
@@ -86,7 +96,7 @@ class TokenCache:
             lines += [f"  {bad_row}" for bad_row in self.manifest["bad_rows"]]
         entries = self.manifest["sources"]
         strategies = sum((Counter(entry["strategies"]) for entry in entries), Counter())
-        if strategies["per_turn"]:
+        if strategies["per_turn"] and self.role is None:  # of preference data each answer is one document in any case
             answers = sum(entry["documents"] for entry in entries) - sum(entry["rows_used"] for entry in entries)
             lines.append(
                 f"{strategies['per_turn']:,} conversations are rendered turn by turn, as at inference: {answers:,} more documents"
@@ -105,12 +115,18 @@ class TokenCache:
 
 @dataclass(frozen=True)
 class Documents:
-    """Pieces of a cache to train or evaluate on: document index[p], its tokens ids[start[p] : end[p]] of the cache."""
+    """Pieces of a cache to train or evaluate on: document index[p], its tokens ids[start[p] : end[p]] of the cache.
+
+    Of preference data, documents 2u and 2u + 1 are unit u: they are never parted.
+    """
 
     cache: TokenCache
     index: np.ndarray  # int64 [P]
     start: np.ndarray  # int64 [P]
     end: np.ndarray  # int64 [P]
+    # Of preference data:
+    shared: np.ndarray | None = None  # int64 [U]: tokens that the second of a unit has from the first, its prompt
+    ref_logps: np.ndarray | None = None  # fp32 [D]: log-probabilities of the cache's documents under the reference
 
     def __len__(self) -> int:
         return len(self.index)
@@ -118,6 +134,28 @@ class Documents:
     @property
     def lengths(self) -> np.ndarray:
         return self.end - self.start
+
+    @property
+    def group(self) -> int:
+        """How many documents go together: 2 in preference data, index[2u : 2u + 2] is unit u; else 1."""
+        return 1 if self.cache.role is None else 2
+
+    @property
+    def num_units(self) -> int:
+        return len(self.index) // self.group
+
+    @property
+    def unit_lengths(self) -> np.ndarray:
+        """Tokens of each unit, int64 [U]; a prompt that is shared counts once."""
+        lengths = self.lengths.reshape(-1, self.group).sum(1)
+        return lengths if self.shared is None else lengths - self.shared
+
+    def take(self, units: np.ndarray) -> "Documents":
+        """These units only, bool [U]."""
+        documents = np.repeat(units, self.group)
+        shared = None if self.shared is None else self.shared[units]
+        cut = {name: getattr(self, name)[documents] for name in ("index", "start", "end")}
+        return replace(self, **cut, shared=shared)
 
 
 # ------------------------------------------------------------------------------------------------- open or build
@@ -208,15 +246,17 @@ def cache_key(
 def _open(folder: Path, sources: tuple[Source, ...], note: str) -> TokenCache:
     manifest = read_manifest(folder)
     # Of what was made, not of how: the same tokens in another place are dealt in the same order.
-    content = [manifest["files"][f"{name}.bin"]["sha256"] for name in ("ids", "kinds", "offsets", "source")]
+    shaping = ("ids", "kinds", "offsets", "source", "role")
+    content = [manifest["files"][f"{name}.bin"]["sha256"] for name in shaping if f"{name}.bin" in manifest["files"]]
     fingerprint = sha256("".join(content).encode()).hexdigest()
-    arrays = {name: np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r") for name, dtype in ARRAYS.items()}
-    weights = folder / "weights.bin"
+    arrays = {
+        name: np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r") if f"{name}.bin" in manifest["files"] else None
+        for name, dtype in (ARRAYS | OPTIONAL).items()
+    }
     return TokenCache(
         folder=folder,
         sources=sources,
         **arrays,
-        weights=np.memmap(weights, dtype=np.float32, mode="r") if weights.exists() else None,
         manifest=manifest,
         fingerprint=fingerprint,
         note=note,
@@ -233,35 +273,42 @@ def _build(
 ) -> None:
     manifest = {"paths": paths, "sources": [], "bad_rows": []}
     file_numbers = {path: number for number, path in enumerate(paths)}
-    num_tokens, is_weighted = 0, False
+    num_tokens, is_weighted, has_roles = 0, False, options.answers != "chosen"
     with atomic_folder(folder, manifest) as temporary:
-        files = {name: open(temporary / f"{name}.bin", "wb") for name in (*ARRAYS, "weights")}
-        try:
-            np.zeros(1, np.int64).tofile(files["offsets"])
+        files = {name: open(temporary / f"{name}.bin", "wb") for name in (*ARRAYS, *OPTIONAL)}
+
+        def batches() -> Iterator[tuple[int, list[Document]]]:
             for number, source in enumerate(sources):
                 entry = new_entry() | {"commit": source.commit}
                 manifest["sources"].append(entry)
                 for documents in tokenise(source, tokenizer, options, on_bad_row, entry, manifest["bad_rows"]):
-                    lengths = np.array([len(d.ids) for d in documents], dtype=np.int64)
-                    columns = {
-                        "ids": np.concatenate([d.ids for d in documents]),
-                        "kinds": np.concatenate([d.kinds for d in documents]),
-                        "offsets": num_tokens + np.cumsum(lengths),
-                        "source": np.full(len(documents), number),
-                        "row": np.array([d.row for d in documents]),
-                        "file": np.array([file_numbers[d.file] for d in documents]),
-                        "line": np.array([d.line for d in documents]),
-                    }
-                    for name, column in columns.items():
-                        column.astype(ARRAYS[name], copy=False).tofile(files[name])
-                    if not is_weighted and any(np.any(d.weights != 1) for d in documents):
-                        is_weighted = True
-                        _write_ones(files["weights"], num_tokens)
-                    if is_weighted:
-                        for document in documents:
-                            np.full(len(document.ids), document.weights, dtype=np.float32).tofile(files["weights"])
-                    num_tokens += int(lengths.sum())
+                    yield number, documents
                 assert entry["rows_read"] == entry["rows_used"] + sum(entry["dropped"].values())
+
+        try:
+            np.zeros(1, np.int64).tofile(files["offsets"])
+            for number, documents in with_mismatched(batches()) if options.answers == "labels" else batches():
+                lengths = np.array([len(d.ids) for d in documents], dtype=np.int64)
+                columns = {
+                    "ids": np.concatenate([d.ids for d in documents]),
+                    "kinds": np.concatenate([d.kinds for d in documents]),
+                    "offsets": num_tokens + np.cumsum(lengths),
+                    "source": np.full(len(documents), number),
+                    "row": np.array([d.row for d in documents]),
+                    "file": np.array([file_numbers[d.file] for d in documents]),
+                    "line": np.array([d.line for d in documents]),
+                }
+                for name, column in columns.items():
+                    column.astype(ARRAYS[name], copy=False).tofile(files[name])
+                if has_roles:
+                    np.array([d.role for d in documents], dtype=np.uint8).tofile(files["role"])
+                if not is_weighted and any(np.any(d.weights != 1) for d in documents):
+                    is_weighted = True
+                    _write_ones(files["weights"], num_tokens)
+                if is_weighted:
+                    for document in documents:
+                        np.full(len(document.ids), document.weights, dtype=np.float32).tofile(files["weights"])
+                num_tokens += int(lengths.sum())
         finally:
             for file in files.values():
                 file.close()
@@ -269,8 +316,9 @@ def _build(
             read = sum(entry["rows_read"] for entry in manifest["sources"])
             shown = "".join(f"\n  {bad_row}" for bad_row in manifest["bad_rows"])
             raise UserError(f"no usable row in {', '.join(paths)}: {read} read{shown}", exit_code=DATA)
-        if not is_weighted:
-            (temporary / "weights.bin").unlink()
+        for name, is_there in (("weights", is_weighted), ("role", has_roles)):
+            if not is_there:
+                (temporary / f"{name}.bin").unlink()
 
 
 def _write_ones(file: BinaryIO, count: int) -> None:

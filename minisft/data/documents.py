@@ -7,14 +7,19 @@ The account closes, and `Accounting` asserts it:
 
 Nothing is cut or dropped that is not in it. It counts rows once; a source's weight may repeat them in an epoch. A row is
 used if one of its documents is: a conversation that is rendered turn by turn has one for each answer.
+
+Of preference data two documents, two answers to one prompt, are a unit: both are used or none is, and where the front of
+one is cut off, the other loses as much, so that both still answer the same prompt. An answer of another row (MISMATCHED) is
+measured and not trained: all of it is context.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from minisft.data.batch import TRAINED
+from minisft.data.batch import MISMATCHED, TRAINED
 from minisft.data.cache import Documents, TokenCache
 from minisft.data.packing import ragged_arange
 from minisft.data.tokenizer import Tokenizer
@@ -40,6 +45,7 @@ class Accounting:
     dropped_answers: int  # documents that are dropped, of rows that are used all the same
     num_documents: int  # of one epoch, with the repeats of source weights
     tokens_per_epoch: int
+    unit: str = "documents"  # or "pairs", "labelled answers": then two documents are one of these
 
     def __post_init__(self) -> None:
         assert self.rows_read == self.rows_used + sum(self.dropped.values()), self
@@ -49,7 +55,8 @@ class Accounting:
         """The account for the console."""
         num_dropped = sum(self.dropped.values())
         dropped = "".join(f", {count:,} {reason}" for reason, count in self.dropped.items())
-        lost = f" + {self.in_dropped:,} in dropped documents" if self.in_dropped else ""
+        lost = f" + {self.in_dropped:,} in dropped {self.unit}" if self.in_dropped else ""
+        num_units = self.num_documents // (1 if self.unit == "documents" else 2)
         lines = [
             f"rows: {self.rows_read:,} read = {self.rows_used:,} used + {num_dropped:,} dropped{dropped}",
             f"tokens: {self.tokens:,} = {self.trained:,} trained + {self.context:,} context + {self.cut:,} cut{lost}",
@@ -60,8 +67,8 @@ class Accounting:
             lines.append(
                 f"{self.dropped_answers:,} answers of used rows are dropped, as too long or with nothing to train"
             )
-        if self.num_documents != self.rows_used:
-            lines.append(f"{self.num_documents:,} documents, {self.tokens_per_epoch:,} tokens an epoch")
+        if num_units != self.rows_used:
+            lines.append(f"{num_units:,} {self.unit}, {self.tokens_per_epoch:,} tokens an epoch")
         return lines
 
 
@@ -70,11 +77,12 @@ def select_documents(
 ) -> tuple[Documents, Accounting]:
     """The documents of one epoch in the order of the cache, none longer than max_length (None = no limit).
 
-    truncation: what happens to a longer document. "error", "drop", "right" keeps its first tokens, "left" its last;
-    "turns" has shortened conversations already (tokenise.py), and is "right" for what has no turns.
+    truncation: what happens to a longer document. "error", "drop", "right" keeps its first tokens, "left" its last (`cut`
+    tells of pairs); "turns" has shortened conversations already (tokenise.py), and is "right" for what has no turns.
     split_at: packing will cut documents into pieces of this length (bfd_split), and the first token of a piece is context.
-    Documents with no target left are dropped: the first token of a document is never one. A source of weight 2.5
-    gives every document twice and a half of them, drawn once by `seed`, a third time.
+    Documents with no target left are dropped: the first token of a document is never one. So are pairs whose two documents
+    are the same after the cut, or have lost their prompt. A source of weight 2.5 gives every document, or pair, twice and a
+    half of them, drawn once by `seed`, a third time.
     Raises UserError where truncation is "error" and a document is longer, and where nothing is left.
     """
     if truncation not in TRUNCATIONS:
@@ -83,10 +91,13 @@ def select_documents(
         raise UserError(f"max_length = {max_length}: the first token of a document is never a target")
     lengths = np.diff(cache.offsets)
     longer = lengths > (max_length or lengths.max())
+    mismatched = np.zeros(len(lengths), dtype=bool) if cache.role is None else cache.role == MISMATCHED
+    longer &= ~mismatched
     if longer.any() and truncation == "error":
         longest = int(lengths.argmax())
         raise UserError(
-            f"{longer.sum()} of {len(lengths)} rows are longer than max_length = {max_length}; "
+            f"{longer.sum()} of {(~mismatched).sum()} {'rows' if cache.role is None else 'answers, with their prompts,'} "
+            f"are longer than max_length = {max_length}; "
             f"the longest has {lengths[longest]} tokens: {cache.place(longest)}",
             hint='raise max_length, or set truncation = "right", "left" or "drop"',
             exit_code=DATA,
@@ -101,56 +112,84 @@ def select_documents(
             trained &= cache.weights[first_tokens] > 0
         targets -= np.bincount(np.repeat(np.arange(len(cuts)), cuts)[trained], minlength=len(cuts))
 
-    too_long = longer & (truncation == "drop")
-    usable = ~too_long & (targets > 0)
-    copies = np.zeros(len(lengths), dtype=np.int64)
+    group = 1 if cache.role is None else 2  # a unit is used if all of its documents are, and has one reason why not
+
+    def any_of(documents: np.ndarray) -> np.ndarray:
+        return documents.reshape(-1, group).any(axis=1)
+
+    kept, is_cut = end - start, any_of((end - start < lengths) & ~mismatched)
+    without_target = any_of(targets == 0)
+    reasons = {"longer than max_length": any_of(longer & (truncation == "drop"))}  # the first that is true counts
+    if group > 1:
+        reasons["whose answer fills max_length"] = any_of(
+            (start > cache.offsets[:-1]) & (start >= first_trained(cache))
+        )
+        reasons["whose prompt fills max_length"] = without_target & is_cut
+        reasons["equal after the cut"] = _are_equal(cache, start, end, is_cut & (cache.unit == "pairs"))
+    reasons["with nothing to train after the cut"] = without_target & any_of(longer)
+    reasons["with nothing to train"] = without_target
+    usable = ~np.any(list(reasons.values()), axis=0)
+    copies = np.zeros(len(usable), dtype=np.int64)
     for number, source in enumerate(cache.sources):
-        documents = np.flatnonzero(usable & (cache.source == number))
-        copies[documents] = int(source.weight)
-        drawn = round((source.weight - int(source.weight)) * len(documents))
-        copies[np.random.default_rng([seed, number]).permutation(documents)[:drawn]] += 1
+        units = np.flatnonzero(usable & (cache.source[::group] == number))
+        copies[units] = int(source.weight)
+        drawn = round((source.weight - int(source.weight)) * len(units))
+        copies[np.random.default_rng([seed, number]).permutation(units)[:drawn]] += 1
     used = copies > 0
+    reasons["not drawn (source weight below 1)"] = ~used
 
-    # Reasons are counted by row: that of its first document, where none of a row's documents is used.
-    group = rows_of(cache)
-    first_of_row = np.concatenate([[True], group[1:] != group[:-1]])
-    row_used = np.bincount(group, weights=used) > 0
-    lost = first_of_row & ~row_used[group]
+    # Reasons are counted by row: that of its first unit, where none of a row's units is used.
+    row = rows_of(cache)[::group]
+    first_of_row = np.concatenate([[True], row[1:] != row[:-1]])
+    row_used = np.bincount(row, weights=used) > 0
+    lost = first_of_row & ~row_used[row]
     dropped = sum((Counter(entry["dropped"]) for entry in cache.manifest["sources"]), Counter())
-    dropped["longer than max_length"] += int((lost & too_long).sum())
-    dropped["with nothing to train"] += int((lost & ~usable & ~longer).sum())
-    dropped["with nothing to train after the cut"] += int((lost & ~usable & ~too_long & longer).sum())
-    dropped["not drawn (source weight below 1)"] += int((lost & usable).sum())
+    for reason, is_true in reasons.items():
+        dropped[reason] += int((lost & is_true).sum())
+        lost &= ~is_true
 
-    kept = end - start
+    document_used = np.repeat(used, group)
+    trained = int(targets[document_used & ~mismatched].sum())
     turns = sum((Counter(entry["turns_cut"]) for entry in cache.manifest["sources"]), Counter())
     accounting = Accounting(
         rows_read=sum(entry["rows_read"] for entry in cache.manifest["sources"]),
         rows_used=int(row_used.sum()),
         dropped={reason: count for reason, count in dropped.items() if count},
-        rows_cut=int((used & (kept < lengths)).sum()) + turns["rows"],
+        rows_cut=int((used & is_cut).sum()) + turns["rows"],
         tokens=int(lengths.sum()) + turns["tokens"],
-        trained=int(targets[used].sum()),
-        context=int((kept - targets)[used].sum()),
-        cut=int((lengths - kept)[used].sum()) + turns["tokens"],
-        in_dropped=int(lengths[~used].sum()),
-        dropped_answers=int((~used & row_used[group]).sum()) + turns["lost_answers"],
-        num_documents=int(copies.sum()),
-        tokens_per_epoch=int((copies * kept).sum()),
+        trained=trained,
+        context=int(kept[document_used].sum()) - trained,
+        cut=int((lengths - kept)[document_used].sum()) + turns["tokens"],
+        in_dropped=int(lengths[~document_used].sum()),
+        dropped_answers=int((~used & row_used[row]).sum()) + turns["lost_answers"],
+        num_documents=int(copies.sum()) * group,
+        tokens_per_epoch=int((np.repeat(copies, group) * kept).sum()),
+        unit=cache.unit,
     )
     if not used.any():
         raise UserError("no row is left to train on\n  " + "\n  ".join(accounting.lines()), exit_code=DATA)
-    index = np.repeat(np.arange(len(lengths)), copies)
+    unit = np.repeat(np.arange(len(copies)), copies)
+    index = (unit[:, None] * group + np.arange(group)).ravel()
     return Documents(cache, index, start[index], end[index]), accounting
 
 
 def cut(cache: TokenCache, max_length: int | None, truncation: str) -> tuple[np.ndarray, np.ndarray]:
-    """(start, end), int64 [D]: what is left of each document of the cache. "drop" and "error" cut nothing."""
+    """(start, end), int64 [D]: what is left of each document of the cache. "drop" and "error" cut nothing.
+
+    Of a pair, "left" takes from the front of both documents what the longer one has too much. A MISMATCHED document goes
+    with the answer before it, and what is still too much is cut at its right, whatever truncation says.
+    """
     start, end = np.array(cache.offsets[:-1]), np.array(cache.offsets[1:])
-    if max_length and truncation in ("right", "turns"):
-        end = np.minimum(end, start + max_length)
+    mismatched = slice(0) if cache.role is None else cache.role == MISMATCHED
     if max_length and truncation == "left":
-        start = np.maximum(start, end - max_length)
+        excess = np.maximum(end - start - max_length, 0)
+        excess[mismatched] = 0
+        if cache.role is not None:
+            excess = np.repeat(excess.reshape(-1, 2).max(axis=1), 2)
+        start = np.minimum(start + excess, end)
+    if max_length:
+        at_right = slice(None) if truncation in ("right", "turns") else mismatched
+        end[at_right] = np.minimum(end, start + max_length)[at_right]
     return start, end
 
 
@@ -160,22 +199,44 @@ def rows_of(cache: TokenCache) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(new)])
 
 
+def blocks(cache: TokenCache) -> Iterator[tuple[slice, int, int]]:
+    """(documents, first token, token after the last) of neighbouring documents, some million tokens at a time."""
+    first, num_documents = 0, len(cache.offsets) - 1
+    while first < num_documents:
+        last = int(np.searchsorted(cache.offsets, cache.offsets[first] + BLOCK_TOKENS, side="right")) - 1
+        last = max(last, first + 1)
+        yield slice(first, last), int(cache.offsets[first]), int(cache.offsets[last])
+        first = last
+
+
 def count_targets(cache: TokenCache, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     """How many tokens of start[d] : end[d], without the first, are trained, for every document d of the cache [D]."""
     targets = np.zeros(len(start), dtype=np.int64)
-    first = 0
-    while first < len(start):
-        last = int(np.searchsorted(cache.offsets, cache.offsets[first] + BLOCK_TOKENS, side="right")) - 1
-        last = max(last, first + 1)
-        base, stop = cache.offsets[first], cache.offsets[last]
+    for block, base, stop in blocks(cache):
         trained = cache.kinds[base:stop] >= TRAINED
         if cache.weights is not None:
             trained &= cache.weights[base:stop] > 0
         before = np.concatenate([[0], np.cumsum(trained)])  # trained tokens before each position
-        block = slice(first, last)
         targets[block] = before[end[block] - base] - before[np.minimum(start[block] + 1, end[block]) - base]
-        first = last
     return targets
+
+
+def first_trained(cache: TokenCache) -> np.ndarray:
+    """Where the first trained token of each document is, or its end, int64 [D]: places in the cache."""
+    first = np.array(cache.offsets[1:])
+    for block, base, stop in blocks(cache):
+        trained = np.append(np.flatnonzero(cache.kinds[base:stop] >= TRAINED) + base, stop)
+        first[block] = np.minimum(first[block], trained[np.searchsorted(trained, cache.offsets[:-1][block])])
+    return first
+
+
+def _are_equal(cache: TokenCache, start: np.ndarray, end: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """Which of these units (bool [U]) hold the same tokens twice."""
+    equal = np.zeros(len(units), dtype=bool)
+    for unit in np.flatnonzero(units):
+        chosen, rejected = (cache.ids[start[d] : end[d]] for d in (2 * unit, 2 * unit + 1))
+        equal[unit] = np.array_equal(chosen, rejected)
+    return equal
 
 
 def split_documents(documents: Documents, fraction: float, seed: int) -> tuple[Documents, Documents]:
@@ -183,19 +244,16 @@ def split_documents(documents: Documents, fraction: float, seed: int) -> tuple[D
 
     Raises UserError where a side would be empty.
     """
-    row = rows_of(documents.cache)[documents.index]
+    unit = documents.index[:: documents.group]  # by its first document
+    row = rows_of(documents.cache)[unit]
     rows = np.unique(row)
     count = round(fraction * len(rows))
     if not 0 < count < len(rows):
         raise UserError(f"holding out {fraction} of {len(rows)} rows leaves {count} and {len(rows) - count}")
     chosen = np.random.default_rng([seed, 1]).permutation(rows)[:count]
     held = np.isin(row, chosen)
-    first = np.concatenate([[True], documents.index[1:] != documents.index[:-1]])  # not a repeat: index is sorted
-
-    def take(mask: np.ndarray) -> Documents:
-        return Documents(documents.cache, documents.index[mask], documents.start[mask], documents.end[mask])
-
-    return take(~held), take(held & first)
+    first = np.concatenate([[True], unit[1:] != unit[:-1]])  # not a repeat: they are sorted
+    return documents.take(~held), documents.take(held & first)
 
 
 def show_document(documents: Documents, number: int, tokenizer: Tokenizer, *, colour: bool = False) -> str:

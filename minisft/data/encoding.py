@@ -25,7 +25,8 @@ import tokenizers
 
 from minisft.data.batch import TRAINED
 from minisft.data.conversations import RowError, check_messages
-from minisft.data.formats import Example, FormatOptions, Layout, Piece
+from minisft.data.formats import Example, Piece
+from minisft.data.layout import FormatOptions, Layout
 from minisft.data.masks import Masking, Rendered, check_template, render_conversation
 from minisft.data.tokenizer import LITERAL_START, Tokenizer
 from minisft.errors import UserError

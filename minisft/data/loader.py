@@ -8,6 +8,14 @@ accumulation x world_size is the same.
 `make_batch` copies the tokens of its packs out of the memory-mapped cache with one gather and does the shift by index:
 a trained token at position j >= 1 of a piece is a target, scored from the row before it. So the first token of a piece
 is never a target, and no document predicts its neighbour's first token.
+
+Preference data comes in units of two documents, two answers to one prompt, which no pack parts. Where they share the prompt
+it stands there once, and the second answer follows the first:
+
+    prompt | chosen | rejected          positions of rejected restart at the prompt's length
+
+Of the keys, those of `chosen` are visible up to its own end only, those of the prompt and of `rejected` up to the end of the
+pair: each answer sees the prompt and itself. The first token of both answers is scored from the prompt's last row.
 """
 
 import math
@@ -17,7 +25,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from minisft.data.batch import IGNORE_INDEX, KIND_MASK, TRAINED, Batch, document_bounds
+from minisft.data.batch import IGNORE_INDEX, KIND_MASK, TRAINED, Answers, Batch, document_bounds
 from minisft.data.cache import Documents
 from minisft.data.packing import Packs, Plan, ragged_arange
 
@@ -33,28 +41,49 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
     numbers = np.asarray(pack_numbers, dtype=np.int64)
     first = packs.offsets[numbers]
     pieces = ragged_arange(first, packs.offsets[numbers + 1] - first)
-    document = packs.document[pieces]
-    lengths = (packs.end[pieces] - packs.start[pieces]).astype(np.int64)
-    num_tokens = int(lengths.sum())
+    document, skipped, stop = packs.document[pieces], packs.start[pieces], packs.end[pieces]
+    first_position = np.zeros_like(skipped)
+    if documents.group > 1:  # the pieces are units
+        document = (documents.group * document[:, None].astype(np.int64) + np.arange(documents.group)).ravel()
+        stop = documents.end[document] - documents.start[document]
+        first_position = skipped = np.zeros_like(document)
+        if documents.shared is not None:
+            skipped[1::2] = documents.shared[document[1::2] // 2]
+    lengths = (stop - skipped).astype(np.int64)
+    num_documents, num_tokens = len(lengths), int(lengths.sum())
     filler = np.zeros(-num_tokens % round_to if num_tokens else round_to, dtype=np.int64)
 
     # The tokens: one gather.
-    token = ragged_arange(documents.start[document] + packs.start[pieces], lengths)  # where they are in the cache
-    owner = np.repeat(document, lengths)
+    token = ragged_arange(documents.start[document] + skipped, lengths)  # where they are in the cache
     ids = np.concatenate([cache.ids[token], filler]).astype(np.int64)  # [T]
     kinds = np.concatenate([cache.kinds[token], filler]).astype(np.uint8)  # [T]
     lengths = np.concatenate([lengths, filler + 1])  # [N]
-    position = ragged_arange(np.zeros_like(lengths), lengths)  # [T]
-    cu_seqlens = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    first_position = np.concatenate([first_position, filler])
+    position = ragged_arange(first_position, lengths)  # [T]
+    begin = np.concatenate([[0], np.cumsum(lengths)])
+    owner = np.repeat(np.arange(len(lengths)), lengths)  # [T]
+    joined = first_position > 0  # goes on from the prompt of the document before
+    cu_seqlens = torch.from_numpy(begin[np.append(~joined, True)].astype(np.int32))
     start, end = document_bounds(cu_seqlens, len(ids))
+    second = np.flatnonzero(joined)
+    answer = begin[second - 1] + first_position[second]  # where the answer before it begins
+    end[ragged_arange(answer, begin[second] - answer)] = torch.from_numpy(
+        np.repeat(begin[second], begin[second] - answer).astype(np.int32)
+    )
 
     # The targets: what is trained and not the first token of its piece.
     trained = ((kinds & TRAINED) != 0) & (position > 0)
     at = np.flatnonzero(trained)
+    scored_from, of_document = at - 1, owner[at]
+    opens = at == begin[of_document]  # of an answer whose prompt is elsewhere
+    scored_from[opens] = begin[of_document[opens] - 1] + first_position[of_document[opens]] - 1
     num_targets = len(at)
-    index = documents.index[owner[at]]
+    index = documents.index[document[of_document]]
     weights = None if cache.weights is None else cache.weights[token[at]]
     filler = -num_targets % round_to
+    answers = None
+    if documents.group > 1:
+        answers = _answers(documents, document, np.append(of_document, np.full(filler, num_documents)), weights)
     if filler and weights is None:
         weights = np.ones(num_targets)
 
@@ -67,8 +96,8 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
         start=start,
         end=end,
         cu_seqlens=cu_seqlens,
-        max_seqlen=int(lengths.max()),
-        loss_rows=rows(at - 1, 0, np.int64),
+        max_seqlen=int(cu_seqlens.diff().max()),
+        loss_rows=rows(scored_from, 0, np.int64),
         targets=rows(ids[at], IGNORE_INDEX, np.int64),
         row_weights=None if weights is None else rows(weights, 0, np.float32),
         row_kind=rows(kinds[at] & KIND_MASK, 0, np.uint8),
@@ -77,7 +106,42 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
         labels=torch.from_numpy(np.where(trained, ids, IGNORE_INDEX)),
         num_tokens=num_tokens,
         num_targets=num_targets,
+        answers=answers,
     )
+
+
+def _answers(documents: Documents, document: np.ndarray, row_answer: np.ndarray, weights: np.ndarray | None) -> Answers:
+    """document [2U], row_answer [M] with 2U for filler, weights of the M targets without filler or None = 1."""
+    index = documents.index[document]
+    role = documents.cache.role[index]
+    length = np.bincount(row_answer, minlength=len(index) + 1)[:-1]
+    of_unit = np.ones(len(index) // 2)
+    if weights is not None:  # the mean weight of the first answer's targets
+        sums = np.bincount(row_answer[: len(weights)], weights=weights, minlength=len(index))
+        of_unit = sums[::2] / length[::2]
+    roles = range(3)
+    return Answers(
+        row_answer=torch.from_numpy(row_answer.astype(np.int64)),
+        role=torch.from_numpy(role.astype(np.uint8)),
+        length=torch.from_numpy(length),
+        document=torch.from_numpy(index),
+        weight=torch.from_numpy(of_unit.astype(np.float32)),
+        ref_logps=None if documents.ref_logps is None else torch.from_numpy(documents.ref_logps[index]),
+        total_weight=float(of_unit.sum()),
+        num_answers=tuple(int((role == r).sum()) for r in roles),
+        num_targets=tuple(int(length[role == r].sum()) for r in roles),
+    )
+
+
+def shared_prompts(documents: Documents) -> np.ndarray:
+    """Of each pair, how many tokens both documents begin with and neither trains: the prompt, int64 [U]."""
+    cache, shared = documents.cache, np.zeros(documents.num_units, dtype=np.int64)
+    lengths = documents.lengths.reshape(-1, 2).min(1).tolist()
+    for unit, ((a, b), length) in enumerate(zip(documents.start.reshape(-1, 2).tolist(), lengths)):
+        one, other = slice(a, a + length), slice(b, b + length)
+        differs = (cache.ids[one] != cache.ids[other]) | ((cache.kinds[one] | cache.kinds[other]) >= TRAINED)
+        shared[unit] = differs.argmax() if differs.any() else 0
+    return shared
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Where the assistant's turns lie in the text is found in one of four ways, and by none is an error, never a guess.
 
-A. "tags": the template marks them: `{% generation %} ... {% endgeneration %}`. Recording output positions while rendering,
-   as transformers does, goes wrong inside a macro, a `{% set %}` block or a filter block, whose output is buffered and
+A. "tags": the template marks them: `{% generation %} ... {% endgeneration %}`, not the header with them. Recording output
+   positions while rendering, as transformers does, goes wrong inside a macro, a `{% set %}` block or a filter block, whose output is buffered and
    placed later. Here the tag puts a private-use character before and after its text; they are found and stripped from
    the result, and what is left must equal a rendering without them.
 B. "known": the template is a stock one without tags, known by its sha256, for which we have a tagged twin
@@ -156,7 +156,7 @@ def _joint(row: _Conversation) -> Rendered:
     answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
     text, turns, contents, strategy = None, [], [], "prefix"
     twin = tagged_twin(row.template.text)
-    if TAG.search(row.template.text):
+    if TAG.search(row.template.text) and not _tags_hold_header(row.template):
         text, turns, contents = _marked(row)
         strategy = "tags"
     elif twin is not None:
@@ -176,6 +176,19 @@ def _joint(row: _Conversation) -> Rendered:
             if row.trained[i] and i < len(row.messages) - 1:  # the last turn has nothing after it that could change it
                 _turn(row, text, i, turn)
     return _spans(row, text, dict(zip(answers, turns)), contents, strategy)
+
+
+@lru_cache(maxsize=32)
+def _tags_hold_header(template: ChatTemplate) -> bool:
+    """Whether an answer's tags begin before the answer, as SmolLM3's do: its turns are found by prefix instead."""
+    messages, _ = PROBES[0]
+    row = _Conversation(template, messages, [False] * len(messages), [{}] * len(messages), Masking(), {})
+    try:
+        text, turns, _ = _marked(row)
+        prompt = row.prompt(len(messages) - 1)
+    except RowError:
+        return False  # whatever it is, `check_template` tells
+    return bool(turns) and text.startswith(prompt) and turns[-1][0] < len(prompt)
 
 
 def _marked(row: _Conversation, plain: str | None = None) -> tuple[str, list, dict]:

@@ -2,7 +2,8 @@
 
 Python reads, checks and renders a batch of rows while the Rust tokenizer encodes the one before on the other cores (it
 releases the interpreter). A row gives one document, or several where its conversation is rendered turn by turn (masks.py,
-strategy D). Every row is either used or dropped with a reason that is counted.
+strategy D). Every row is either used or dropped with a reason that is counted. Preference data gives two documents for each
+comparison, one after the other: the chosen and the rejected answer, or (labels) an answer and another row's to its prompt.
 
 `truncation = "turns"`: a conversation that is too long loses its oldest whole turns (a question with all that follows up
 to the next one) and is rendered again, so that what remains is what the model would be given at inference. The system
@@ -12,7 +13,7 @@ turn, the tools and the answer at the end stay.
 import json
 import math
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
@@ -21,7 +22,7 @@ from operator import attrgetter
 import numpy as np
 import tokenizers
 
-from minisft.data.batch import ANSWER, SPECIAL, TERMINATOR, TEXT, TRAINED
+from minisft.data.batch import ANSWER, MISMATCHED, SPECIAL, TERMINATOR, TEXT, TRAINED
 from minisft.data.conversations import RowError
 from minisft.data.encoding import (
     Encoded,
@@ -32,7 +33,9 @@ from minisft.data.encoding import (
     text_pieces,
     with_kinds,
 )
-from minisft.data.formats import Example, FormatOptions, Layout, Piece, detect_layout, rename_fields, to_example
+from minisft.data.formats import Example, Piece, to_examples
+from minisft.data.layout import FormatOptions, Layout, detect_layout, rename_fields
+from minisft.data.preferences import SIDES
 from minisft.data.rows import BadRow, Row, excerpt, place
 from minisft.data.sources import Source, read_rows
 from minisft.data.tokenizer import Tokenizer
@@ -53,6 +56,7 @@ class Document:
     row: int  # its number in the source, from 0
     file: str
     line: int
+    role: int | None = None  # of pairs and labels: CHOSEN, REJECTED, MISMATCHED
 
 
 @dataclass(slots=True)
@@ -63,8 +67,9 @@ class _Pending:
     row: Row
     example: Example
     pieces: tuple[Piece, ...]
+    has_control_tokens: bool = False
     end: int = 0  # of a conversation: how many of its messages the document holds
-    is_alone: bool = False  # of a conversation: only the last of them is trained, the others have their own documents
+    strategy: str = ""  # of a conversation, see masks.py; per_turn: only the last answer is trained
 
 
 def new_entry() -> dict:
@@ -113,6 +118,8 @@ def tokenise(
                         too_long.append(caught)
                     else:
                         error = caught
+            if options.answers != "chosen" and not error:
+                error = next(iter(too_long), None) or _no_preference(made)
             if error or not made:
                 refuse(_bad_row(part.row, error or too_long[0]))
                 continue
@@ -137,11 +144,14 @@ def tokenise(
                     if layout is None:
                         layout = _detect(data, place(row.file, row.line), source.format, tokenizer, options)
                         entry["layout"], entry["prompt"] = str(layout), layout.prompt
-                    example = to_example(data, layout, options)
-                    parts = _parts(number, row, example, layout, tokenizer, options, entry, strategies)
+                    parts = []
+                    for example in to_examples(data, layout, options):
+                        parts += _parts(number, row, example, layout, tokenizer, options)
                 except RowError as error:
                     refuse(_bad_row(row, error))
                     continue
+                entry["control_tokens"] += any(part.has_control_tokens for part in parts)
+                strategies[parts[0].strategy] += 1
                 batch += parts
                 characters += sum(len(piece.text) for part in parts for piece in part.pieces)
             if row is None or len(batch) >= BATCH_ROWS or characters > BATCH_CHARACTERS:
@@ -153,6 +163,7 @@ def tokenise(
                     yield from finish(*at_work.popleft())
         for pending, encoding in at_work:
             yield from finish(pending, encoding)
+    del strategies[""]  # what is no conversation
     entry["dropped"], entry["strategies"] = dict(dropped), dict(strategies)
 
 
@@ -175,24 +186,25 @@ def _parts(
     layout: Layout,
     tokenizer: Tokenizer,
     options: FormatOptions,
-    entry: dict,
-    strategies: Counter,
 ) -> list[_Pending]:
-    """The documents of a row, as text."""
+    """The documents of an example, as text."""
     if example.ids is not None:
         if not 0 <= min(example.ids) <= max(example.ids) < tokenizer.vocab_size:
             raise RowError("token id out of range", f"ids must be from 0 to {tokenizer.vocab_size - 1}")
         return [_Pending(number, row, example, ())]
     if example.messages is None:
-        pieces, has_control_tokens = text_pieces(tokenizer, example, layout, options)
-        entry["control_tokens"] += has_control_tokens
-        return [_Pending(number, row, example, pieces)]
-    rendered = conversation_pieces(tokenizer, example, options, _train_on(layout))
-    strategies[rendered.strategy] += 1
-    entry["control_tokens"] += rendered.has_control_tokens
-    is_alone = rendered.strategy == "per_turn"
+        return [_Pending(number, row, example, *text_pieces(tokenizer, example, layout, options))]
+    try:
+        rendered = conversation_pieces(tokenizer, example, options, _train_on(layout))
+    except RowError as error:
+        if layout.format == "preference" and example.role is not None:
+            raise RowError(error.reason, f"{SIDES[example.role]}: {error.detail}") from None
+        raise
+    if example.role is not None and len(rendered.pieces) > 1:
+        raise RowError("answer of several turns", "the chat template renders each of them differently than together")
     return [
-        _Pending(number, row, example, (piece,), end, is_alone) for piece, end in zip(rendered.pieces, rendered.ends)
+        _Pending(number, row, example, (piece,), rendered.has_control_tokens, end, rendered.strategy)
+        for piece, end in zip(rendered.pieces, rendered.ends)
     ]
 
 
@@ -216,7 +228,8 @@ def _without_oldest_turns(
     first = next((i for i, m in enumerate(messages) if m["role"] not in ("system", "developer")), 0)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     cuts = [i for i, m in enumerate(messages) if m["role"] == "user" and first < i < answers[-1]]
-    if part.is_alone:  # what a message says of its own training was heard when the documents were made
+    is_alone = part.strategy == "per_turn"
+    if is_alone:  # what a message says of its own training was heard when the documents were made
         messages = [{k: v for k, v in m.items() if k != "train"} for m in messages]
 
     def shortened(cut: int) -> Encoded:
@@ -225,7 +238,7 @@ def _without_oldest_turns(
             messages=messages[:first] + messages[cut:],
             first_trained=max(0, part.example.first_trained - (cut - first)),
         )
-        train_on = "last" if part.is_alone else _train_on(layout)
+        train_on = "last" if is_alone else _train_on(layout)
         pieces = conversation_pieces(tokenizer, fewer, replace(options, multi_turn="joint"), train_on).pieces
         return encode_pieces(tokenizer, pieces)[0]
 
@@ -265,7 +278,7 @@ def _document(
     if len(ids) == 0:
         raise RowError("no token")
     straddling = sum(piece.straddling for piece in encoded)
-    return Document(ids, kinds, weights, straddling, part.number, part.row.file, part.row.line)
+    return Document(ids, kinds, weights, straddling, part.number, part.row.file, part.row.line, part.example.role)
 
 
 def _join(
@@ -299,3 +312,50 @@ def _join(
         ids.append(np.array(after, dtype=np.uint32))
         kinds.append(np.full(len(after), SPECIAL, dtype=np.uint8))
     return np.concatenate(ids), np.concatenate(kinds), example.weight
+
+
+# ------------------------------------------------------------------------------------------------- preference data
+
+
+def _no_preference(answers: list[Document]) -> RowError | None:
+    """What only shows in the tokens of a row's answers: that one has nothing to score, or that two are the same."""
+    if any((answer.kinds < TRAINED).all() for answer in answers):
+        return RowError("answer without a trained token", "nothing in it can be scored")
+    if len(answers) > 1 and np.array_equal(answers[0].ids, answers[1].ids):
+        return RowError("chosen equals rejected", "they differ as text, and give the same tokens")
+    return None
+
+
+def with_mismatched(batches: Iterable[tuple[int, list[Document]]]) -> Iterator[tuple[int, list[Document]]]:
+    """Batches (source, labelled answers) with a document after each answer: its prompt with an answer of the next row.
+
+    After the last row of a batch comes its first; a batch of one row takes an answer of the batch before (the very first
+    one, of the batch after). KTO measures on these how far the policy is from its reference (arXiv:2402.01306, section
+    4). Raises UserError where there is one row in all.
+    """
+    before, waiting = [], None
+    for source, answers in batches:
+        if waiting:
+            yield waiting[0], _paired(waiting[1], answers[:1] * 2)
+            waiting = None
+        per_row = 2 if len(answers) > 1 and answers[0].row == answers[1].row else 1  # the answers of preference rows
+        others = answers[per_row:] + answers[:per_row] if len(answers) > per_row else before * per_row
+        if others:
+            yield source, _paired(answers, others)
+        else:
+            waiting = source, answers
+        before = answers[-1:]
+    if waiting:
+        raise UserError(
+            "one row of labelled answers is too few: KTO compares with answers of other rows", exit_code=DATA
+        )
+
+
+def _paired(answers: list[Document], others: list[Document]) -> list[Document]:
+    documents = []
+    for answer, other in zip(answers, others):
+        prompt, begins = (int((document.kinds >= TRAINED).argmax()) for document in (answer, other))
+        ids = np.concatenate([answer.ids[:prompt], other.ids[begins:]])
+        kinds = np.concatenate([answer.kinds[:prompt], other.kinds[begins:]])
+        documents += [answer, replace(answer, ids=ids, kinds=kinds, weights=1.0, straddling=0, role=MISMATCHED)]
+    return documents

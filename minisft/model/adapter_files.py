@@ -13,7 +13,6 @@ quantised, quantization_config.json says how; PEFT has no place for it, and an a
 the base is stored.
 """
 
-import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +50,8 @@ NOT_COMPUTED = {
     "exclude_modules": (None, []),
     "alora_invocation_tokens": (None,),
     "use_qalora": (False, None),
+    # The others take something off the base; PEFT writes True where it made a plain adapter of such a one.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 
 
@@ -73,21 +74,20 @@ def save_adapter(model: Decoder, folder: Path | str, *, base: str | None = None,
     targets = options.target_modules
     if targets == ALL_LINEAR:
         targets = {site.rpartition(".")[2] for site in adapter_sites(model)}
-    ranks = 2 if options.is_pissa else 1
-    alphas = math.sqrt(ranks) if options.use_rslora else ranks
+    options = options.plain()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": revision,
-        "r": ranks * options.r,
-        "lora_alpha": alphas * options.lora_alpha,
+        "r": options.r,
+        "lora_alpha": options.lora_alpha,
         "lora_dropout": options.lora_dropout,
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "layers_to_transform": None if options.layers_to_transform is None else list(options.layers_to_transform),
         "layers_pattern": None,
-        "rank_pattern": {key: ranks * r for key, r in options.rank_pattern.items()},
-        "alpha_pattern": {key: alphas * alpha for key, alpha in options.alpha_pattern.items()},
+        "rank_pattern": options.rank_pattern,
+        "alpha_pattern": options.alpha_pattern,
         "use_rslora": options.use_rslora,
         "use_dora": options.use_dora,
         "modules_to_save": sorted(_file_names(model)[name] for name in options.modules_to_save) or None,
@@ -119,21 +119,31 @@ def load_adapted(folder: Path | str, *, device: torch.device | str = "cpu", max_
 
     Raises UserError (exit code MODEL) where the folder names no base, or as load_model and load_adapter.
     """
-    path = Path(folder) / CONFIG_FILE
-    config = read_json(path, exit_code=MODEL)
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    if not base:
-        raise UserError(f"{path} names no base model", hint="set base_model_name_or_path in it", exit_code=MODEL)
-    highest = max((i for ids in _by_module(config).values() for i in ids), default=-1)
+    base, revision = base_of(Path(folder))
     model = load_model(
         base,
-        revision=config.get("revision"),
+        revision=revision,
         device=device,
         max_length=max_length,
         quantization=read_record(Path(folder)),
-        least_vocab_size=highest + 1,
+        least_vocab_size=least_vocab_size(Path(folder)),
     )
     return load_adapter(model, folder).eval()
+
+
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """(path or repository, revision) of the base that an adapter folder names. Raises UserError where it names none."""
+    config = _read_config(folder)
+    base, revision = (config.get(key) for key in ("base_model_name_or_path", "revision"))
+    if not base or not isinstance(base, str) or not isinstance(revision, str | None):
+        path = folder / CONFIG_FILE
+        raise UserError(f"{path} names no base model", hint="set base_model_name_or_path in it", exit_code=MODEL)
+    return base, revision
+
+
+def least_vocab_size(folder: Path) -> int:
+    """How many rows the embedding has at least beside which the adapter of this folder works; 0: it has no rows of tokens."""
+    return max((i for ids in _by_module(_read_config(folder)).values() for i in ids), default=-1) + 1
 
 
 def load_adapter_weights(model: Decoder, folder: Path | str) -> None:
@@ -170,10 +180,9 @@ def load_adapter_weights(model: Decoder, folder: Path | str) -> None:
 
 def read_options(model: Decoder, folder: Path) -> LoraOptions:
     """The adapter_config.json of a folder. Raises UserError (exit code MODEL) for what is not computed here."""
-    path = folder / CONFIG_FILE
-    config = read_json(path, exit_code=MODEL)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    path, config = folder / CONFIG_FILE, _read_config(folder)
+    if config.get("peft_type") != "LORA":
+        kind = config.get("peft_type")
         raise UserError(f"{path}: peft_type is {kind!r}", hint="only LORA adapters are read", exit_code=MODEL)
     for key, allowed in NOT_COMPUTED.items():
         if config.get(key, allowed[0]) not in allowed:
@@ -197,6 +206,14 @@ def read_options(model: Decoder, folder: Path) -> LoraOptions:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}", hint="is it PEFT's?", exit_code=MODEL) from error
+
+
+def _read_config(folder: Path) -> dict:
+    config = read_json(folder / CONFIG_FILE, exit_code=MODEL)
+    if not isinstance(config, dict):
+        problem = f"{folder / CONFIG_FILE}: expected an object, found {type(config).__name__}"
+        raise UserError(problem, hint="is it PEFT's?", exit_code=MODEL)
+    return config
 
 
 def _by_module(config: dict) -> dict[str, list[int]]:

@@ -75,6 +75,7 @@ class Decoder(nn.Module):
         self.neftune_alpha = 0.0
         self.mean_length: float | None = None
         self.lora = None  # the LoraOptions of a model with adapters (lora.py)
+        self.adapter_is_new = True  # False: its training goes on, so without it the model is not what it started as
         self.generation_config: dict = {}  # generation_config.json of the folder it was loaded from, kept for saving
         # Without transformers' padding_idx: it keeps one row, often that of EOS, from being trained.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

@@ -66,6 +66,20 @@ class LoraOptions:
     def is_pissa(self) -> bool:
         return self.init_lora_weights.startswith("pissa")
 
+    def plain(self) -> "LoraOptions":
+        """Of the plain adapter that this one is saved as: PiSSA's has twice the rank, at the same scale."""
+        if not self.is_pissa:
+            return self
+        times = math.sqrt(2) if self.use_rslora else 2
+        return replace(
+            self,
+            r=2 * self.r,
+            lora_alpha=times * self.lora_alpha,
+            rank_pattern={key: 2 * r for key, r in self.rank_pattern.items()},
+            alpha_pattern={key: times * alpha for key, alpha in self.alpha_pattern.items()},
+            init_lora_weights="kaiming",
+        )
+
 
 class LoraLinear(nn.Module):
     """A linear layer with an adapter. weight [out, in] and bias are the base's own, under their old names; the weight may

@@ -105,3 +105,9 @@ def with_vocab_size(config: ModelConfig, vocab_size: int) -> ModelConfig:
     the old ones, in the embedding and in the head."""
     assert vocab_size >= config.vocab_size, f"{vocab_size} rows would cut off some of {config.vocab_size}"
     return replace(config, vocab_size=vocab_size)
+
+
+def without_dropout(config: ModelConfig) -> ModelConfig:
+    """The same model, for a training without dropout; its files keep what they say."""
+    names = ("attention_dropout", "attention_output_dropout", "mlp_output_dropout", "embedding_dropout")
+    return replace(config, **dict.fromkeys(names, 0.0))

@@ -1,0 +1,52 @@
+"""Log-probabilities of whole answers: what preference tuning compares, under the policy and under the reference alike.
+
+    logp(answer) = sum over its tokens of log p(y_t | prompt, y_<t)
+
+One forward pass gives the hidden states of all answers of a batch; the linear cross-entropy gives -log p of each of their
+tokens, without a matrix of logits; a sum by answer does the rest.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from minisft.data.batch import Answers, Batch
+from minisft.kernels.linear_cross_entropy import Stats, linear_cross_entropy
+from minisft.preference_losses import ld_weights
+
+
+def answer_logps(
+    model: nn.Module, batch: Batch, ld_alpha: float | None = None, return_stats: bool | str = False
+) -> tuple[Tensor, Stats | None]:
+    """log p of every answer, fp32 [2U], and the statistics of the targets [M]."""
+    hidden = model(batch.input_ids, batch.position_ids, batch.start, batch.end)  # [T, D]
+    result = linear_cross_entropy(
+        hidden,
+        model.head_weight,
+        batch.targets,
+        rows=batch.loss_rows,
+        bias=model.head_bias,
+        softcap=model.config.logit_softcap,
+        logit_scale=model.config.logit_scale,
+        reduction="none",
+        return_stats=return_stats,
+    )
+    nll, stats = result if return_stats else (result, None)  # [M]
+    if ld_alpha is not None:
+        nll = nll * token_weights(batch.answers, ld_alpha)
+    return sum_by_answer(-nll, batch.answers), stats
+
+
+def sum_by_answer(x: Tensor, answers: Answers) -> Tensor:
+    """[M] -> [2U]: the sums over the targets of each answer."""
+    num_answers = len(answers.role)
+    return x.new_zeros(num_answers + 1).index_add(0, answers.row_answer, x)[:num_answers]  # the last is filler's
+
+
+def token_weights(answers: Answers, ld_alpha: float) -> Tensor:
+    """`ld_weights` of every target [M]."""
+    row_answer = answers.row_answer
+    first = torch.cat([answers.length.new_zeros(1), answers.length.cumsum(0)])  # [2U + 1]: where its targets begin
+    shared = answers.length.view(-1, 2).amin(1).repeat_interleave(2, output_size=len(answers.length))
+    shared = torch.cat([shared, shared.new_zeros(1)])
+    position = torch.arange(len(row_answer), device=row_answer.device) - first[row_answer]
+    return ld_weights(position, shared[row_answer], ld_alpha)

@@ -1,0 +1,218 @@
+"""Preference rows: where the prompt ends, what the two answers to it are, and which single answers are good.
+
+    prompt             chosen, rejected
+    a string           two strings
+    string, messages   two lists of messages, or two messages; a list may repeat the prompt
+    conversations      two ShareGPT turns, or lists of them
+    none               two lists of messages: the prompt is what both have in common, at least up to the last question
+    none               two transcripts as in hh-rlhf, "\n\nHuman: ... \n\nAssistant: ...": up to the last "\n\nAssistant:"
+    none               two other strings: the words with which both begin; the space after these belongs to the answers
+
+Nothing here is encoded. A row whose sides do not answer the same prompt, or are the same, teaches no preference.
+"""
+
+import os
+import re
+
+from minisft.data.conversations import RowError, check_messages, check_turns, describe_type
+
+SIDES = ("chosen", "rejected")
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # of a transcript
+TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+ANSWERS = "\n\nAssistant:"
+LABELS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def is_sharegpt(row: dict) -> bool:
+    return row.get("conversations") is not None
+
+
+def has_transcripts(row: dict) -> bool:
+    """Whether a preference row has no prompt and its chosen side is a transcript."""
+    return row.get("prompt") is None and not is_sharegpt(row) and _is_transcript(row["chosen"])
+
+
+def _is_transcript(text: object) -> bool:
+    return isinstance(text, str) and text.lstrip().startswith("Human:") and ANSWERS in text
+
+
+# ------------------------------------------------------------------------------------------------- messages
+
+
+def preference_turns(row: dict, sides: tuple[str, ...], *, transcripts: bool) -> tuple[list[dict], list[list[dict]]]:
+    """(prompt, the answer of each side) of a row that holds messages, ShareGPT turns or transcripts.
+
+    sides: ("chosen",), then nothing reads the rejected one, or SIDES. Raises RowError.
+    """
+    prompt = None
+    if is_sharegpt(row):
+        prompt = check_turns(row["conversations"], "conversations", system=system_of(row), needs_answer=False)
+        return prompt, check_answers(prompt, {side: check_turns(as_list(row[side]), side) for side in sides})
+    if transcripts:
+        said = [_transcript(row, side) for side in sides]
+    else:
+        said = [check_messages(as_list(row[side]), side) for side in sides]
+        prompt = row.get("prompt")
+    if prompt is None:
+        prompt = _common_messages(*said)
+        answers = [messages[len(prompt) :] for messages in said]
+    else:
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        prompt = check_messages(prompt, "prompt", needs_answer=False)
+        answers = [messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages for messages in said]
+    return prompt, check_answers(prompt, dict(zip(sides, answers)))
+
+
+def check_answers(prompt: list[dict], answers: dict[str, list[dict]]) -> list[list[dict]]:
+    """The answers, by their fields, as a list. Raises RowError where one is not an answer, or both are the same."""
+    for name, answer in answers.items():
+        roles = [message["role"] for message in answer]
+        if "assistant" not in roles or not {"assistant", "tool"}.issuperset(roles):
+            raise RowError(f"{name} is no answer", f"roles after the prompt: {', '.join(roles) or 'none'}")
+    if len(answers) > 1:
+        check_prompt(prompt)
+        check_differ(*answers.values())
+    return list(answers.values())
+
+
+def check_prompt(prompt: list[dict]) -> None:
+    """Raise RowError where a message of the prompt asks to be trained: of preference data only answers are scored."""
+    for i, message in enumerate(prompt):
+        if message.get("train") or any(on for _, _, on in message.get("part_spans", ())):
+            raise RowError("train = true in a prompt", f"message {i}: only the answers are scored")
+
+
+def check_differ(chosen: object, rejected: object) -> None:
+    if chosen == rejected:
+        raise RowError("chosen equals rejected", "two answers that are the same teach no preference")
+
+
+def _common_messages(chosen: list[dict], rejected: list[dict] | None = None) -> list[dict]:
+    """The prompt of messages without one: up to the last question, and turns after it that both sides have in common."""
+    cut = _after_last_question(chosen)
+    if cut == 0:
+        raise RowError("no prompt", "the row has no prompt, and chosen is an answer alone")
+    if rejected is None:
+        return chosen[:cut]
+    if chosen[:cut] != rejected[: _after_last_question(rejected)]:
+        raise RowError("prompts differ", "chosen and rejected are not the same up to their last question")
+    for n in range(cut, min(len(chosen), len(rejected)) - 1):
+        if chosen[n] != rejected[n]:
+            break
+        if chosen[n + 1]["role"] == rejected[n + 1]["role"] == "assistant":
+            cut = n + 1
+    return chosen[:cut]
+
+
+def _after_last_question(messages: list[dict]) -> int:
+    return next((i for i in range(len(messages), 0, -1) if messages[i - 1]["role"] not in ("assistant", "tool")), 0)
+
+
+def _transcript(row: dict, side: str) -> list[dict]:
+    text = string_of(row, side)
+    if row.get("prompt") is not None:
+        raise RowError("not a transcript", "the row has a prompt, and the first row of the source has none")
+    if not _is_transcript(text):
+        raise RowError("not a transcript", f"{side} is not written as Human: ... Assistant: ..., as the first row's is")
+    _, *turns = TURN.split(text)
+    messages = [{"role": SPEAKERS[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])]
+    return check_messages(messages, side)
+
+
+def labelled_turns(row: dict) -> tuple[list[dict], list[dict]]:
+    """(prompt, answer) of a row of messages with one label: without a prompt the last message is the answer."""
+    if row.get("completion") is not None:
+        prompt = check_messages(row.get("prompt"), "prompt", needs_answer=False)
+        answer = check_messages(as_list(row["completion"]), "completion")
+        check_answers(prompt, {"completion": answer})
+    else:
+        if row.get("messages") is not None:
+            said = check_messages(row["messages"], "messages")
+        else:
+            said = check_turns(row.get("conversations"), "conversations", system=system_of(row))
+        prompt, answer = said[:-1], said[-1:]
+        roles = [message["role"] for message in said]
+        if roles[-1] != "assistant" or "user" not in roles:
+            raise RowError("no final answer", f"to a question: roles: {', '.join(roles)}")
+    check_prompt(prompt)
+    return prompt, answer
+
+
+def label_of(row: dict) -> bool:
+    """Whether the row's answer is good. A CSV has the label as text."""
+    name = "label" if row.get("label") is not None else "kto_tag" if "kto_tag" in row else "label"
+    label = LABELS.get(str(row[name]).lower()) if isinstance(row[name], bool | int | str) else None
+    if label is None:
+        raise RowError("label is not true or false", f"{name} is {row[name]!r:.80}")
+    return label
+
+
+# ------------------------------------------------------------------------------------------------- strings
+
+
+def preference_texts(row: dict, sides: tuple[str, ...]) -> tuple[str, list[str]]:
+    """(prompt, the answer of each side) of a row of strings. Raises RowError."""
+    if row.get("prompt") is not None:
+        prompt, answers = string_of(row, "prompt"), [string_of(row, side) for side in sides]
+    else:
+        said = [string_of(row, side) for side in SIDES]
+        if len(sides) > 1:
+            check_differ(*said)
+        prompt = _common_transcript(*said) if _is_transcript(said[0]) else _common_words(*said)
+        answers = [text[len(prompt) :] for text in said[: len(sides)]]
+    for side, answer in zip(sides, answers):
+        check_text_answer(side, answer)
+    if len(sides) > 1:
+        check_text_prompt(prompt)
+        check_differ(*answers)
+    return prompt, answers
+
+
+def check_text_answer(name: str, answer: str) -> None:
+    if not answer.strip():
+        raise RowError("empty answer", f"{name}: there is nothing to learn from it")
+
+
+def check_text_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise RowError("no prompt", "prompt is empty, and an answer is scored given its prompt")
+
+
+def _common_transcript(chosen: str, rejected: str) -> str:
+    """Up to the last "\n\nAssistant:", which must be the same place of the same text in both."""
+    prompts = [text[: text.rfind(ANSWERS) + len(ANSWERS)] for text in (chosen, rejected)]
+    if prompts[0] != prompts[1]:
+        raise RowError("prompts differ", f"chosen and rejected are not the same up to their last {ANSWERS!r}")
+    for side, text in zip(SIDES, (chosen, rejected)):
+        if TURN.search(text, len(prompts[0])):
+            raise RowError(f"{side} is no answer", "a question of Human: stands at its end")
+    return prompts[0]
+
+
+def _common_words(chosen: str, rejected: str) -> str:
+    """The words with which both begin. A word that only begins alike is none of them: it belongs to the answers."""
+    same = len(os.path.commonprefix([chosen, rejected])) if chosen != rejected else 0
+    words = chosen[:same]
+    if words and not words[-1].isspace() and not (chosen[same:][:1].isspace() and rejected[same:][:1].isspace()):
+        words = " ".join(words.rsplit(maxsplit=1)[:-1])
+    if not words.strip():
+        begins = "is the same" if chosen == rejected else "begins with other words"
+        raise RowError("no prompt", f"where it ends in the text of chosen cannot be known: rejected {begins}")
+    return words.rstrip()
+
+
+# ------------------------------------------------------------------------------------------------- fields
+
+
+def string_of(row: dict, name: str) -> str:
+    if not isinstance(row.get(name), str):
+        raise RowError("not a string", f"{name} is {describe_type(row.get(name))}")
+    return row[name]
+
+
+def system_of(row: dict) -> str:
+    return string_of(row, "system") if row.get("system") is not None else ""
+
+
+def as_list(value: object) -> object:
+    return [value] if isinstance(value, dict) else value

@@ -1,0 +1,158 @@
+"""What a run of preference tuning needs besides the parts of every run: its loss and its reference."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from minisft import dpo, runtime
+from minisft.config import WITHOUT_REFERENCE, Config
+from minisft.data.loader import Loader
+from minisft.errors import CONFIG, MODEL, UserError
+from minisft.model.load import load_model
+from minisft.preference_losses import LossOptions
+from minisft.prepare_data import cache_folder, titled
+from minisft.reference import Reference, cache_logps, check_start, copy_of, fingerprint
+
+
+@dataclass(frozen=True)
+class Preference:
+    """The loss with its options, the reference, the loaders (with cached log-probabilities), lines of the summary."""
+
+    loss: partial
+    reference: Reference | None
+    train: Loader
+    evals: dict[str, Loader]
+    lines: list[str]
+
+
+def prepare_dpo(
+    config: Config, model: nn.Module, trained: set[nn.Parameter], train: Loader, evals: dict[str, Loader],
+    device: torch.device, precision: str,
+) -> Preference:  # fmt: skip
+    """Everything that depends on the policy as it starts: so before a checkpoint is loaded.
+
+    Raises UserError where the options do not fit the model, and where policy and reference differ before the first step.
+    """
+    section = config.dpo
+    refuse_windows(model, train, evals)
+    objective = objective_of(config)
+    if set(objective.losses) <= set(WITHOUT_REFERENCE):
+        lines = [
+            describe_loss(objective),
+            "without a reference: a reward is beta times the mean log-probability of a token",
+        ]
+        loss = partial(dpo.loss, objective=objective, reference=None)
+        return Preference(loss, None, train, evals, titled("preference", lines))
+
+    live = live_reference(config, model, trained, device)
+    reference, how = live, live.kind
+    if live.kind == "adapter off":
+        how = "the model without its new adapters"
+    elif live.kind == "copy":
+        size = sum(value.nbytes for _, value in live.copies.values())
+        how = f"a copy of what trains, {size / 1e6:,.1f} MB"
+        if section.sync_ref_model:
+            how += f", which becomes {section.ref_model_mixup_alpha:g} of the policy every {section.ref_model_sync_steps} steps"
+    elif live.kind == "model":
+        how = f"{section.ref_model_name_or_path}"
+    if section.precompute_ref_log_probs:
+        train, evals, found = cached(config, model, trained, live, train, evals, device, precision)
+        how = f"{how}; its log-probabilities are {found}"
+        reference = Reference("cached")
+    lines = [describe_loss(objective), f"reference: {how}"]
+    if live.kind != "model":
+        first = train.step(0, 0)[0].to(device)
+        has_dropout = not section.disable_dropout
+        check_start(model, first, reference, precision, section.ld_alpha, has_dropout)
+        shown = f"{len(first.answers.weight):,} {train.documents.cache.unit}"
+        lines.append(f"checked: of the first {shown} every margin is 0, the loss of sigmoid ln 2")
+    loss = partial(dpo.loss, objective=objective, reference=reference)
+    return Preference(loss, reference, train, evals, titled("preference", lines))
+
+
+def objective_of(config: Config) -> dpo.Objective:
+    section = config.dpo
+    return dpo.Objective(
+        losses=dict(zip(section.loss_type, section.loss_weights or [1.0] * len(section.loss_type))),
+        options=LossOptions(
+            beta=section.beta,
+            label_smoothing=config.train.label_smoothing,
+            discopop_tau=section.discopop_tau,
+            simpo_gamma=section.simpo_gamma,
+        ),
+        f_divergence=section.f_divergence_type,
+        alpha=section.f_alpha_divergence_coef,
+        ld_alpha=section.ld_alpha,
+        use_weighting=section.use_weighting,
+        desirable_weight=section.desirable_weight,
+        undesirable_weight=section.undesirable_weight,
+    )
+
+
+def describe_loss(objective: dpo.Objective) -> str:
+    terms = [name if weight == 1 else f"{weight:g} {name}" for name, weight in objective.losses.items()]
+    return f"{' + '.join(terms)}, beta {objective.options.beta:g}"
+
+
+def live_reference(config: Config, model: nn.Module, trained: set[nn.Parameter], device: torch.device) -> Reference:
+    """A reference that can be asked for any batch, the cheapest of those that do."""
+    section = config.dpo
+    if section.ref_model_name_or_path is not None:
+        other = load_model(
+            section.ref_model_name_or_path,
+            dtype=runtime.DTYPES[config.train.weights_dtype],
+            device=device,
+            max_length=config.data.max_length,
+        ).requires_grad_(False)
+        if other.config.vocab_size != model.config.vocab_size:
+            raise UserError(
+                f"{section.ref_model_name_or_path} has a vocabulary of {other.config.vocab_size:,}, the policy one of "
+                f"{model.config.vocab_size:,}",
+                hint="a reference reads the same tokens: take a model with the same tokenizer",
+                exit_code=MODEL,
+            )
+        return Reference("model", model=other)
+    if model.lora is not None and model.adapter_is_new and not section.sync_ref_model:
+        return Reference("adapter off")
+    steps = section.ref_model_sync_steps if section.sync_ref_model else None
+    return Reference(
+        "copy", copies=copy_of(model, trained), sync_steps=steps, mixup_alpha=section.ref_model_mixup_alpha
+    )
+
+
+def cached(
+    config: Config, model: nn.Module, trained: set[nn.Parameter], live: Reference, train: Loader,
+    evals: dict[str, Loader], device: torch.device, precision: str,
+) -> tuple[Loader, dict[str, Loader], str]:  # fmt: skip
+    """The loaders with the reference's log-probabilities, and how these were come by."""
+    section = config.dpo
+    asked = live.model if live.kind == "model" else model
+    weights = fingerprint(asked, without=trained if live.kind == "adapter off" else set())
+    key = [weights, precision, section.ld_alpha, config.model.kernels]
+
+    def compute(batch):
+        with runtime.autocast(device, precision):
+            return live.logps(model, batch, section.ld_alpha)
+
+    show = config.log.progress_bar and runtime.rank() == 0
+    size = section.precompute_ref_batch_size or config.evaluate.per_device_eval_batch_size
+    arguments = compute, key, cache_folder(config), device, size, show
+    train, found = cache_logps(train, *arguments)
+    evals = {name: cache_logps(loader, *arguments)[0] for name, loader in evals.items()}
+    return train, evals, f"{found} in {cache_folder(config)}"
+
+
+def refuse_windows(model: nn.Module, train: Loader, evals: dict[str, Loader]) -> None:
+    """A sliding window counts keys from the query backwards: across the chosen answer it would reach less of the prompt."""
+    for loader in (train, *evals.values()):
+        if loader.documents.shared is None:
+            continue
+        longest, windows = int(loader.documents.unit_lengths.max()), [w for w in model.config.windows if w is not None]
+        if windows and min(windows) < longest:
+            raise UserError(
+                f"dpo.share_prompt with a model whose layers see {min(windows):,} tokens back, and pairs of {longest:,} tokens",
+                hint="set share_prompt = false",
+                exit_code=CONFIG,
+            )

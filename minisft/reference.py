@@ -1,0 +1,206 @@
+"""The reference of preference tuning: what the policy is compared with, in the cheapest form there is.
+
+    adapter off    the policy trains new adapters: without them it is the model that it started from. No memory.
+    copy           of what trains, as it was before the first step. One more forward pass a step with these values in the
+                   place of the trained ones: the memory of the trained weights, whatever is frozen is shared.
+    model          another model, loaded beside the policy.
+    cached         none of them during the training: the log-probabilities of all answers are computed before the first step
+                   and kept on disk, by model and data. Half of the forward passes of every further epoch are saved.
+
+TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656) lets the copy follow the policy: every k steps it becomes
+alpha policy + (1 - alpha) copy.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Set
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minisft import runtime
+from minisft.answer_logps import answer_logps
+from minisft.data.batch import Batch
+from minisft.data.loader import Loader
+from minisft.errors import DATA, MODEL, SAVE, UserError
+from minisft.files import atomic_folder, remove_leftovers, verify_folder
+from minisft.model.lora import adapter_disabled
+from minisft.model.quantized import named_weights
+
+VERSION = 1  # of the cached log-probabilities; raise it when the same input gives other numbers
+COPY_FILE = "reference.safetensors"  # in a checkpoint, where the reference follows the policy
+
+
+@dataclass
+class Reference:
+    """Where the log-probabilities under the reference come from."""
+
+    kind: str  # "adapter off", "copy", "model", "cached"
+    model: nn.Module | None = None  # of kind "model"
+    copies: dict[str, tuple[nn.Parameter, Tensor]] = field(
+        default_factory=dict
+    )  # of kind "copy": by the parameter's name
+    sync_steps: int | None = None  # TR-DPO: the copy follows every so many steps
+    mixup_alpha: float = 0.6
+
+    def logps(self, policy: nn.Module, batch: Batch, ld_alpha: float | None = None) -> Tensor:
+        """fp32 [2U] of the answers of a batch, without gradient."""
+        if self.kind == "cached":
+            return batch.answers.ref_logps
+        device, training = batch.input_ids.device.type, policy.training
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        # autocast keeps casts of the parameters that it has seen: here these may have other values
+        with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
+            with self.in_place(policy) as model:
+                logps, _ = answer_logps(model.eval(), batch, ld_alpha)
+        policy.train(training)
+        return logps
+
+    @contextlib.contextmanager
+    def in_place(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The reference, which may be the policy with other weights inside the block."""
+        if self.kind == "adapter off":
+            with adapter_disabled(policy) as model:
+                yield model
+        elif self.kind == "model":
+            yield self.model
+        else:
+            self._swap()
+            try:
+                yield policy
+            finally:
+                self._swap()
+
+    def _swap(self) -> None:
+        for name, (parameter, value) in self.copies.items():
+            parameter.data, value = value, parameter.data
+            self.copies[name] = parameter, value
+
+    def follow(self, step: int) -> None:
+        """TR-DPO: after so many optimizer steps, move the copy towards the policy if it is time."""
+        if self.sync_steps and step % self.sync_steps == 0:
+            for parameter, value in self.copies.values():
+                value.lerp_(parameter.data, self.mixup_alpha)
+
+    def save(self, folder: Path) -> None:
+        """A copy that moves belongs to a checkpoint; all other references come again from where the run started."""
+        if self.sync_steps:
+            save_file({name: value.contiguous() for name, (_, value) in self.copies.items()}, folder / COPY_FILE)
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote. Raises UserError where the checkpoint has none."""
+        if not self.sync_steps:
+            return
+        if not (folder / COPY_FILE).exists():
+            hint = "set dpo.sync_ref_model as it was, or choose a new output_dir"
+            raise UserError(f"{folder} holds no reference that follows the policy", hint=hint, exit_code=DATA)
+        with safe_open(folder / COPY_FILE, framework="pt") as file:
+            for name, (_, value) in self.copies.items():
+                value.copy_(file.get_tensor(name))
+
+
+def copy_of(model: nn.Module, trained: Iterable[nn.Parameter]) -> dict[str, tuple[nn.Parameter, Tensor]]:
+    """The trained parameters by name, each with a copy of its value."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: (p, p.detach().clone()) for p in trained}
+
+
+def check_start(
+    policy: nn.Module, batch: Batch, reference: Reference, precision: str, ld_alpha: float | None, has_dropout: bool
+) -> None:
+    """Before the first step policy and reference are the same, so every margin is 0 and the sigmoid loss is ln 2.
+
+    Whatever breaks that (a boundary error of packing, dropout, another reference than was meant) shows here and not after
+    days of training. Raises UserError. has_dropout: the policy trains with dropout, and is compared without.
+    """
+    training = policy.training
+    with torch.no_grad(), runtime.autocast(batch.input_ids.device, precision):
+        logps, _ = answer_logps(policy.train(training and not has_dropout), batch, ld_alpha)
+        ref_logps = reference.logps(policy, batch, ld_alpha)
+    policy.train(training)
+    tolerance = (
+        1e-5 if precision == "fp32" else 1e-2
+    )  # cached ones were computed in other batches, and rounded otherwise
+    difference = (logps - ref_logps).abs() / (1 + ref_logps.abs())
+    if len(difference) and not (largest := difference.max().item()) <= tolerance:
+        raise UserError(
+            f"policy and reference differ before the first step: by {largest:.1e} of an answer's log-probability, where "
+            f"{tolerance:.0e} is rounding; the loss would not start at ln 2 = 0.6931",
+            hint="with cached log-probabilities, delete them; otherwise this is an error of minisft: please report it",
+            exit_code=MODEL,
+        )
+
+
+# ------------------------------------------------------------------------------------------------- cached on disk
+
+
+def cache_logps(
+    loader: Loader,
+    compute: Callable[[Batch], Tensor],
+    key: list,
+    folder: Path,
+    device: torch.device,
+    batch_size: int,
+    show_progress: bool,
+) -> tuple[Loader, str]:
+    """The loader with the log-probabilities of all its answers, and how they were come by: "found" or "computed".
+
+    compute: batch -> fp32 [2U]. key: JSON values that tell model and precision; the data is added here. The ranks share out
+    the work and all have the result; rank 0 writes it. Raises UserError where the folder cannot be written.
+    """
+    documents = loader.documents
+    cuts = [hashlib.sha256(part.tobytes()).hexdigest() for part in (documents.index, documents.start, documents.end)]
+    name = hashlib.sha256(json.dumps([VERSION, key, documents.cache.fingerprint, cuts]).encode()).hexdigest()[:32]
+    path, num_documents = folder / f"reference-{name}", len(documents.cache.offsets) - 1
+    found = path.exists() and verify_folder(path) is None
+    if found:
+        ref_logps = np.fromfile(path / "logps.bin", dtype=np.float32)
+    else:
+        sums = torch.zeros(num_documents, dtype=torch.float64, device=device)
+        once = replace(loader, batch_size=batch_size, accumulation=1, shuffle=False)
+        bar = tqdm(range(once.steps_per_epoch), desc="reference", leave=False, disable=not show_progress)
+        for step in bar:
+            for batch in once.step(0, step):
+                batch = batch.to(device)
+                sums[batch.answers.document] = compute(batch).double()  # a document that is repeated has one value
+        is_mine = (sums != 0).double()
+        sums, counts = runtime.sum_over_ranks(torch.stack([sums, is_mine]))
+        ref_logps = (sums / counts.clamp(min=1)).float().cpu().numpy()
+        if runtime.rank() == 0:
+            _write(path, ref_logps)
+    return replace(loader, documents=replace(documents, ref_logps=ref_logps)), "found" if found else "computed"
+
+
+def _write(path: Path, ref_logps: np.ndarray) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
+        if os.path.lexists(path):
+            shutil.rmtree(path)
+        with atomic_folder(path, {"answers": int((ref_logps != 0).sum())}) as temporary:
+            ref_logps.tofile(temporary / "logps.bin")
+    except OSError as error:
+        hint = "set cache_dir to a folder that can be written and has space"
+        raise UserError(f"the cached log-probabilities: {error}", hint=hint, exit_code=SAVE) from None
+
+
+def fingerprint(model: nn.Module, without: Set[nn.Parameter] = frozenset()) -> str:
+    """sha256 (hex) of everything that decides what a model says: its configuration and every weight but some."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, weight in sorted(named_weights(model).items()):
+        if weight in without:
+            continue
+        tensors = [weight] if isinstance(weight, Tensor) else [t for _, t in sorted(weight.named_buffers())]
+        for tensor in tensors:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy())
+    return digest.hexdigest()
