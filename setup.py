@@ -19,6 +19,7 @@ setup(
         "safetensors",
         "huggingface-hub>=1.0",
         "jinja2>=3.1.6",  # earlier versions have holes in the sandbox that chat templates run in
+        "pyyaml",  # other trainers' configurations, for `minisft init`
         "tqdm",
         "tensorboard",
     ],

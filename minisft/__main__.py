@@ -10,6 +10,7 @@ from minisft.errors import UserError, run_command
 
 COMMANDS = {  # name: (module with main(argv) -> exit code, what it does)
     "train": ("minisft.train", "fine-tune a model: train CONFIG.toml"),
+    "init": ("minisft.commands.init", "write a configuration: asks, or reads another trainer's file"),
     "audit": ("minisft.commands.audit", "read a data set and tell what is trained and what is wrong"),
     "export": ("minisft.commands.export", "merge a trained adapter into its base model"),
     "generate": ("minisft.commands.generate", "answer prompts with a trained model"),

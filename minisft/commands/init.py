@@ -1,0 +1,379 @@
+"""`python -m minisft init`: from a few answers to a configuration that is ready to run, or from another trainer's file.
+
+    minisft init                                     asks; every answer is an option too
+    minisft init --trainer sft --model Qwen/Qwen3-0.6B --data rows.jsonl --method lora --hardware 24gb --yes
+    minisft init --from-trl sft.yaml run.toml        also --from-axolotl, --from-llamafactory, --from-stages
+
+The proposal is one of configs/ where there is one for that model, trainer and method, with your data; otherwise it is worked
+out as proposal.py says. Nothing is written before everything is known, and no file is replaced without --force.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from minisft import proposal, stages, toml_file
+from minisft.config import KEYS
+from minisft.config_file import load
+from minisft.data.sources import parse_source
+from minisft.errors import UserError
+from minisft.found import (
+    cpu_gigabytes,
+    detected_hardware,
+    first_row,
+    has_template,
+    look_at,
+    model_size,
+    ready_config,
+    rebased,
+)
+from minisft.hub import is_repository_name
+from minisft.importers import axolotl, llamafactory, trl
+from minisft.importers import stages as stage_files
+from minisft.importers.translation import DIFFERENCE, NO_COUNTERPART, TRANSLATED, Note, Translation
+from minisft.importers.yaml_file import read_yaml
+
+READERS = {"trl": trl, "axolotl": axolotl, "llamafactory": llamafactory, "stages": stage_files}
+
+
+def main(argv: list[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    source = next((name for name in READERS if getattr(arguments, f"from_{name}")), None)
+    asking = sys.stdin is not None and sys.stdin.isatty() and not arguments.yes and source is None
+    try:
+        if source:
+            path, text, lines, problem = _imported(arguments, source)
+        else:
+            path, text, lines = _proposed(_answers(arguments, asking))
+            problem = None
+            if asking:
+                print(f"\n{text}")
+                if not _yes(f"Write this to {path}?", default=True):
+                    print("nothing was written")
+                    return 0
+        toml_file.write(path, text, force=arguments.force)
+    except EOFError:
+        print("\nminisft: nothing was written", file=sys.stderr)
+        return 130
+    if not asking and not source:
+        print(text)
+    for line in lines:
+        print(line)
+    command = f"python -m minisft train {shlex.quote(str(path))}"
+    print(f"\nwritten to {path}")
+    if problem:
+        print(f"before it runs: {problem}")
+    print(f"next: {command}")
+    start = arguments.start
+    if asking and not start:
+        try:
+            start = _yes("Start it now?", default=False)
+        except EOFError:
+            start = False
+    if start and problem:
+        raise UserError(f"not started: {problem.message}", hint=problem.hint, exit_code=problem.exit_code)
+    if start:
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "minisft", "train", str(path)])
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minisft init",
+        description="Write a configuration: asked for in a terminal, from options, or from another trainer's file.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("file", nargs="?", help="the file to write, as --output")
+    add("--trainer", choices=proposal.TRAINERS, help="supervised fine-tuning, preference tuning, or both in two stages")
+    add("--model", help="a local folder or a Hugging Face repository")
+    add("--data", help="file or glob of rows, or a repository; with sft+dpo: of the first stage")
+    add("--preference-data", help="with sft+dpo: rows of the second stage")
+    add("--eval-data", help="the same for evaluation; otherwise 2 %% of the rows are held out")
+    add("--method", choices=proposal.METHODS, help="train all weights, adapters, or adapters beside 4-bit weights")
+    add("--hardware", help="cpu, 24gb, 8x80gb ...; detected where it is not given")
+    add("--max-length", type=int, help="tokens of a document (1024)")
+    add("--epochs", type=float, help="passes over the data (3, dpo 1)")
+    add("--output", help="the file to write")
+    add("-y", "--yes", action="store_true", help="ask nothing, take what is proposed")
+    add("--force", action="store_true", help="replace the file")
+    add("--start", action="store_true", help="train at once")
+    others = parser.add_mutually_exclusive_group()
+    for name, module in READERS.items():
+        others.add_argument(f"--from-{name}", metavar="FILE", help=f"read {module.NAME}: YAML or JSON")
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------- questions
+
+
+def _answers(arguments: argparse.Namespace, asking: bool) -> argparse.Namespace:
+    """The options, completed by questions. Raises UserError where something is missing and nobody can be asked."""
+    a = arguments
+    if a.max_length is not None and a.max_length < 2:
+        raise UserError(f"--max-length {a.max_length}", hint="at least 2 tokens")
+    if a.epochs is not None and not 0 < a.epochs < float("inf"):
+        raise UserError(f"--epochs {a.epochs}", hint="a number above 0")
+    if a.preference_data and a.trainer in ("sft", "dpo"):
+        raise UserError(
+            f"--preference-data with --trainer {a.trainer}", hint="it is for sft+dpo; name the rows by --data"
+        )
+    if not asking:
+        needed = ["model", "data"] + (["preference_data"] if a.trainer == "sft+dpo" else [])
+        missing = [f"--{name.replace('_', '-')}" for name in needed if not getattr(a, name)]
+        if missing:
+            raise UserError(
+                f"not given: {', '.join(missing)}",
+                hint="minisft init --trainer sft --model FOLDER --data ROWS.jsonl --method full --hardware 24gb --yes; in a "
+                "terminal, without --yes, minisft asks",
+            )
+        a.trainer, a.method = a.trainer or "sft", a.method or "full"
+        a.hardware = a.hardware or detected_hardware()
+        for path, stage in _data_of(a):
+            print(f"{path}: {look_at(path, stage, a.model)[1]}")
+        return a
+    ask, trainers, methods = _ask, proposal.TRAINERS, proposal.METHODS
+    explained = "sft learns answers, dpo learns which of two answers is better, sft+dpo does both one after the other"
+    a.trainer = a.trainer or ask("What to train", explained, "sft", _one_of(trainers))
+    a.model = a.model or ask(
+        "Model", "a local folder or a Hugging Face repository, as in Qwen/Qwen3-0.6B", None, _model
+    )
+    names = {"data": "Training data", "preference_data": "Preference data, of the second stage"}
+    stages_of = {"data": a.trainer.partition("+")[0], **({"preference_data": "dpo"} if a.trainer == "sft+dpo" else {})}
+    for name, stage in stages_of.items():
+
+        def looked(path: str, stage: str = stage) -> str:
+            print(f"  {look_at(path, stage, a.model)[1]}")
+            return path
+
+        given = getattr(a, name)
+        setattr(a, name, looked(given) if given else ask(names[name], "a file or glob of rows (.jsonl .json .csv .txt "
+                ".parquet), or a Hugging Face repository", None, looked))  # fmt: skip
+    explained = "full trains all weights; lora thin matrices beside them; qlora the same beside weights of 4 bits"
+    size = model_size(a.model)
+    usual = "full" if size is None or size.parameters < 2e9 else "lora"
+    a.method = a.method or ask("Method", explained, usual, _one_of(methods))
+
+    def hardware(text: str) -> str:
+        proposal.parse_hardware(text, cpu_gigabytes())
+        return text
+
+    explained = "cpu, or the memory of a GPU, as in 24gb, or 8x80gb"
+    a.hardware = a.hardware or ask("Hardware", explained, detected_hardware(), hardware)
+    ready = a.trainer in ("sft", "dpo") and ready_config(a.model, a.trainer, a.method)
+    if ready:
+        print(f"\nconfigs/{ready[0]} is for this: its settings are taken")
+    elif a.max_length is None:
+        a.max_length = ask("Longest document", "in tokens; longer ones are cut and counted", "1024", _length)
+    usual = f"{a.model.rstrip('/').rpartition('/')[2].lower()}-{a.trainer.replace('+', '-')}-{a.method}.toml"
+    a.output = a.output or a.file or ask("File", "the configuration that is written", usual, lambda text: text)
+    return a
+
+
+def _data_of(a: argparse.Namespace) -> list[tuple[str, str]]:
+    return [(a.data, a.trainer.partition("+")[0])] + ([(a.preference_data, "dpo")] if a.trainer == "sft+dpo" else [])
+
+
+def _ask(question: str, explained: str, default: str | None, check: Callable[[str], Any]) -> Any:
+    """Ask until the answer is one. check: the text -> the answer; raises UserError."""
+    print(f"\n{question}: {explained}")
+    while True:
+        text = input(f"  [{default}] " if default else "  > ").strip() or default
+        if text:
+            try:
+                return check(text)
+            except UserError as error:
+                print(f"  {error.message}; {error.hint}" if error.hint else f"  {error.message}")
+
+
+def _yes(question: str, *, default: bool) -> bool:
+    text = input(f"\n{question} [{'Y/n' if default else 'y/N'}] ").strip().lower()
+    return default if not text else text in ("y", "yes")
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text.lower() not in choices:
+            raise UserError(f"{text}: one of {', '.join(choices)}")
+        return text.lower()
+
+    return check
+
+
+def _length(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise UserError(f"{text}: a whole number of tokens, at least 2")
+    return int(text)
+
+
+def _model(text: str) -> str:
+    if not os.path.isdir(os.path.expanduser(text)) and not is_repository_name(text):
+        raise UserError(f"{text} is neither a folder nor a repository's owner/name")
+    return text
+
+
+# ------------------------------------------------------------------------------------------------- a proposal
+
+
+def _proposed(a: argparse.Namespace) -> tuple[Path, str, list[str]]:
+    """(the file, its text, nothing to add). The text is a configuration that loads."""
+    path = Path(a.output or a.file or "run.toml")
+    a.output = str(path)
+    hardware = proposal.parse_hardware(a.hardware, cpu_gigabytes())
+    size = model_size(a.model)
+    header = [f"Written by: {_command(a)}", ""]
+    parts = []
+    for data, trainer in _data_of(a):
+        ready = ready_config(a.model, trainer, a.method) if a.trainer != "sft+dpo" else None
+        if ready:
+            name, values = ready
+            made = proposal.Proposal(
+                values,
+                {},
+                [f"{trainer}: the settings are those of configs/{name}, whose header says for what hardware"],
+            )
+            values |= {"data.max_length": a.max_length} if a.max_length else {}
+            values |= {"train.num_train_epochs": a.epochs} if a.epochs else {}
+        else:
+            made = proposal.propose(trainer, a.method, size, hardware, max_length=a.max_length or 1024, epochs=a.epochs)
+        model = {"model.model_name_or_path": rebased(a.model, path.parent)}
+        if not is_repository_name(parse_source(data).path):
+            layout, _ = look_at(data, trainer, a.model)
+            if layout.turns and not has_template(a.model):
+                model["model.chat_template"] = "chatml"
+        rows = {"data.train_data": rebased(data, path.parent)}
+        if a.eval_data and trainer == a.trainer.partition("+")[2] or a.eval_data and "+" not in a.trainer:
+            look_at(a.eval_data, trainer, a.model)
+            rows["data.eval_data"] = rebased(a.eval_data, path.parent)
+        else:
+            rows["data.eval_fraction"] = 0.02
+        parts.append((trainer, made.values | model | rows, made.remarks, made.arithmetic))
+    header += [
+        f"Model: {size or 'of unknown size'}. Hardware: {hardware}. proposal.py has the rules behind these numbers."
+    ]
+    for trainer, _, _, arithmetic in parts:
+        header += [f"  {trainer}: {line}" if len(parts) > 1 else f"  {line}" for line in arithmetic]
+    header += ["", f"Start it: python -m minisft train {path}"]
+    if hardware.devices > 1:
+        header.append("Training on several devices is not supported yet; the numbers are those of such a run.")
+    text = _text(header, [(name, values, remarks) for name, values, remarks, _ in parts], f"output/{path.stem}")
+    _check(text)
+    return path, text, []
+
+
+def _text(header: list[str], parts: list[toml_file.Stage], output_dir: str) -> str:
+    """One table, or stages with what they share above them."""
+    if len(parts) == 1:
+        _, values, remarks = parts[0]
+        return toml_file.render(header, {"output_dir": output_dir} | values, remarks)
+    names, tables = [name for name, _, _ in parts], [values for _, values, _ in parts]
+    own_keys = ("trainer_type", "output_dir")
+    shared = {k: v for k, v in tables[0].items() if k not in own_keys and all(k in t and t[k] == v for t in tables[1:])}
+    start = {k: v for k, v in tables[0].items() if k.startswith("model.") and all(t.get(k, v) == v for t in tables[1:])}
+    later = [{k: v for k, v in t.items() if k not in shared and not (i and k in start)} for i, t in enumerate(tables)]
+    common = {"output_dir": output_dir} | shared
+    own = [(name, table, part[2]) for name, table, part in zip(names, later, parts)]
+    return toml_file.render(header, common, parts[0][2], own)
+
+
+def _check(text: str) -> None:
+    """Raises UserError where the configuration does not load."""
+    table = tomllib.loads(text)
+    if "stages" in table:
+        stages.load_stages(table)
+    else:
+        load(table)
+
+
+def _command(a: argparse.Namespace) -> str:
+    names = (
+        "trainer",
+        "model",
+        "data",
+        "preference_data",
+        "eval_data",
+        "method",
+        "hardware",
+        "max_length",
+        "epochs",
+        "output",
+    )
+    given = [(name, getattr(a, name)) for name in names if getattr(a, name, None) is not None]
+    return " ".join(
+        ["minisft init", *(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given)]
+    )
+
+
+# ------------------------------------------------------------------------------------------------- from elsewhere
+
+
+def _imported(arguments: argparse.Namespace, name: str) -> tuple[Path, str, list[str], UserError | None]:
+    """(the file, its text, what to tell, what must be mended before it runs)."""
+    module, given = READERS[name], Path(getattr(arguments, f"from_{name}"))
+    unused = [n for n in ("method", "hardware", "preference_data") if getattr(arguments, n)]
+    if unused:
+        raise UserError(f"--{unused[0].replace('_', '-')} with --from-{name}", hint="the file says it")
+    path = Path(arguments.output or arguments.file or f"{given.stem}.toml")
+    table = read_yaml(given)
+    if name == "stages":
+        parts = stage_files.read(table, first_row)
+    elif name == "llamafactory":
+        parts = [("", llamafactory.read(table, None, first_row, given.parent))]
+    else:
+        parts = [("", module.read(table, arguments.trainer, first_row))]
+    chosen = {"model": "model.model_name_or_path", "data": "data.train_data", "eval_data": "data.eval_data",
+              "max_length": "data.max_length", "epochs": "train.num_train_epochs"}  # fmt: skip
+    tables: list[toml_file.Stage] = []
+    for i, (stage, t) in enumerate(parts):
+        for option, key in chosen.items():
+            if (value := getattr(arguments, option)) is not None and not (
+                i and option in ("model", "data", "eval_data")
+            ):
+                t.values[key], t.origins[key] = value, f"--{option.replace('_', '-')}"
+        rebase = {
+            key: rebased(v, path.parent) if KEYS[key].metadata.get("is_path") else v for key, v in t.values.items()
+        }
+        tables.append((stage, rebase, t.origins))
+    told = _told(parts)
+    header = [f"Read from {module.NAME}: {given}", *told, "", f"Start it: python -m minisft train {path}"]
+    common = table.get("output_dir") if name == "stages" else None
+    for _, values, _ in tables:
+        if common is not None and values.get("output_dir") == common:
+            del values["output_dir"]  # then the stages are numbered
+    text = _text(header, tables, common or f"output/{path.stem}")
+    try:
+        _check(text)
+        problem = None
+    except UserError as error:
+        problem = error
+    lists = [line for stage, t in parts for line in _list(TRANSLATED, stage, t)]
+    return path, text, [*lists, *told], problem
+
+
+def _told(parts: list[tuple[str, Translation]]) -> list[str]:
+    return [line for kind in (DIFFERENCE, NO_COUNTERPART) for stage, t in parts for line in _list(kind, stage, t)]
+
+
+def _list(kind: str, stage: str, t: Translation) -> list[str]:
+    """One of the three lists, as lines; what has no effect is put together by its reason."""
+    notes = [note for note in t.notes if note.kind == kind]
+    if not notes:
+        return []
+    titles = {TRANSLATED: "Translated", DIFFERENCE: "Differences", NO_COUNTERPART: "Without a counterpart"}
+    lines = ["", f"{titles[kind]}{f' ({stage})' if stage else ''}:"]
+    lines += [f"  {note.text}" for note in notes if not note.harmless]
+    reasons: dict[str, list[str]] = {}
+    for note in notes:
+        if note.harmless:
+            reasons.setdefault(note.text.partition(": ")[2], []).append(_written(note))
+    return lines + [f"  no effect on the result: {', '.join(keys)} ({why})" for why, keys in reasons.items()]
+
+
+def _written(note: Note) -> str:
+    return note.text.partition(": ")[0]

@@ -1,0 +1,133 @@
+"""What `minisft init` finds out by itself: the hardware, the size of a model, what rows look like, the ready configurations.
+
+Nothing here imports torch or uses the network.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from minisft.config import config_to_dict
+from minisft.config_file import load
+from minisft.data.conversations import RowError
+from minisft.data.layout import FormatOptions, Layout, detect_layout
+from minisft.data.sources import list_files, parse_source, read_rows
+from minisft.errors import UserError
+from minisft.files import read_json
+from minisft.hub import is_repository_name
+from minisft.proposal import Size, size_from_config, size_from_name
+
+READY = Path(__file__).parents[1] / "configs"  # in a checkout
+OF_THE_DATA = ("data.train_data", "data.eval_data", "data.format", "data.field_map", "data.dataset_text_field",
+               "data.eval_fraction", "evaluate.generate_data", "evaluate.generate_group_field", "output_dir")  # fmt: skip
+
+
+def cpu_gigabytes() -> float:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (AttributeError, ValueError, OSError):
+        return 16.0
+
+
+def detected_hardware() -> str:
+    """The GPUs that nvidia-smi lists, as --hardware takes them; "cpu" where there are none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "cpu"
+    query = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
+        sizes = [int(line) for line in done.stdout.split("\n") if line.strip().isdecimal()]
+    except (OSError, subprocess.TimeoutExpired):
+        return "cpu"
+    if done.returncode or not sizes:
+        return "cpu"
+    gigabytes = round(min(sizes) * 2**20 / 1e9)
+    return f"{len(sizes)}x{gigabytes}gb" if len(sizes) > 1 else f"{gigabytes}gb"
+
+
+def model_size(model: str) -> Size | None:
+    """By the config.json of a local folder, else by the name."""
+    path = Path(os.path.expanduser(model)) / "config.json"
+    if path.is_file() and isinstance(hf := read_json(path), dict) and (size := size_from_config(hf)):
+        return size
+    return size_from_name(model)
+
+
+def has_template(model: str) -> bool:
+    """Whether the tokenizer of a local folder has a chat template; taken as given for a repository."""
+    folder = Path(os.path.expanduser(model))
+    if not folder.is_dir() or (folder / "chat_template.jinja").exists():
+        return True
+    path = folder / "tokenizer_config.json"
+    return path.is_file() and bool(read_json(path).get("chat_template"))
+
+
+def first_row(source: Any) -> dict | None:
+    """The first row of a local source, None where there is none to be read."""
+    entry = source[0] if isinstance(source, list) and source else source
+    try:
+        parsed = parse_source(entry)
+        if is_repository_name(parsed.path):
+            return None
+        list_files(parsed)
+        row = next(iter(read_rows(parsed)), None)
+    except UserError:
+        return None
+    return getattr(row, "data", None)
+
+
+def look_at(path: str, trainer: str, model: str) -> tuple[Layout | None, str]:
+    """(what the rows look like, None of a repository; the same in words). Raises UserError for data that does not serve."""
+    parsed = parse_source(path)
+    if is_repository_name(parsed.path):
+        return None, "a repository: its rows are looked at when the run starts"
+    list_files(parsed)
+    row = next(iter(read_rows(parsed)), None)
+    if row is None:
+        raise UserError(f"{path} has no rows", hint="one JSON object a line, as in .jsonl")
+    if not hasattr(row, "data"):
+        raise UserError(str(row), hint="mend the row")
+    options = FormatOptions(answers="pairs" if trainer == "dpo" else "chosen")
+    try:
+        layout = detect_layout(row.data, "auto", options, True)
+        if has_template(model):
+            return layout, str(layout)
+        if layout.turns:
+            return layout, f"{layout}; the tokenizer has no chat template: chatml is proposed"
+        layout = detect_layout(row.data, "auto", options, False)
+        return layout, str(layout)
+    except RowError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def ready_config(model: str, trainer: str, method: str) -> tuple[str, dict[str, Any]] | None:
+    """(name, the keys that it sets) of a file of configs/ for this model, trainer and method."""
+    last = model.rstrip("/").rpartition("/")[2].lower()
+    for path in sorted(READY.glob("*.toml")):
+        try:
+            config, origins = load(path)
+        except UserError:  # one of several stages, or for another machine
+            continue
+        theirs = (config.model.model_name_or_path or "").rstrip("/").rpartition("/")[2].lower()
+        quantised = config.model.load_in_4bit or config.model.load_in_8bit
+        its_method = "full" if config.lora.r is None else "qlora" if quantised else "lora"
+        if (theirs, config.trainer_type, its_method) == (last, trainer, method):
+            set_there = {k: v for k, v in config_to_dict(config).items() if not origins[k].startswith("default")}
+            return path.name, {k: v for k, v in set_there.items() if k not in OF_THE_DATA} | {"trainer_type": trainer}
+    return None
+
+
+def rebased(value: Any, folder: Path) -> Any:
+    """Local paths of a value, relative to the folder that the configuration lies in."""
+    if isinstance(value, list):
+        return [rebased(one, folder) for one in value]
+    if isinstance(value, dict):
+        return {k: rebased(v, folder) if k == "path" or "path" not in value else v for k, v in value.items()}
+    if not isinstance(value, str) or os.path.isabs(value) or value.startswith("~"):
+        return value
+    name = value.partition("[")[0]
+    there = os.path.exists(name) or any(letter in name for letter in "*?") and not is_repository_name(name)
+    return os.path.relpath(value, folder) if there else value

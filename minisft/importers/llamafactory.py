@@ -1,0 +1,361 @@
+"""LLaMA-Factory: the YAML of `llamafactory-cli train`, with the defaults of its hparams (August 2026).
+
+Its `dataset` names entries of a dataset_info.json; that file is read where it can be found.
+"""
+
+from pathlib import Path
+
+from minisft.errors import CONFIG, UserError
+from minisft.files import read_json
+from minisft.importers.training_arguments import CHANGES, HARMLESS, training_arguments
+from minisft.importers.translation import FirstRow, Table, Translation, as_list, as_number, spread
+from minisft.importers.trl import common_differences, source, weights_in_bf16
+
+NAME = "LLaMA-Factory"
+WHOLE = ("rope_scaling",)
+DATA_INFO = "dataset_info.json"
+SAME: Table = {
+    "model_name_or_path": "model.model_name_or_path",
+    "val_size": "data.eval_fraction",
+    "cutoff_len": "data.max_length",
+    "mask_history": "data.train_on_last_turn_only",
+    "ref_model": "dpo.ref_model_name_or_path",
+    "pref_beta": "dpo.beta",
+    "dpo_label_smoothing": "train.label_smoothing",
+    "simpo_gamma": "dpo.simpo_gamma",
+    "kto_chosen_weight": "dpo.desirable_weight",
+    "kto_rejected_weight": "dpo.undesirable_weight",
+    "ld_alpha": "dpo.ld_alpha",
+    "disable_shuffling": ("data.shuffle", {True: False, False: True}),
+}
+OF_LORA: Table = {
+    "lora_rank": "lora.r",
+    "lora_alpha": "lora.lora_alpha",
+    "lora_dropout": "lora.lora_dropout",
+    "use_rslora": "lora.use_rslora",
+    "use_dora": "lora.use_dora",
+    "loraplus_lr_ratio": "lora.loraplus_lr_ratio",
+}
+DEFAULTS: dict[str, object] = {  # theirs, where they are not ours
+    "data.max_length": 2048,
+    "train.learning_rate": 5e-5,
+    "model.gradient_checkpointing": True,
+    "log.report_to": (),
+}
+LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
+COLUMNS = {"alpaca": ("prompt", "query", "response", "system"), "sharegpt": ("messages", "system", "tools")}
+EASY = HARMLESS | spread(
+    {
+        "tokens are kept in a cache beside the output folder, keyed by everything that shaped them": "overwrite_cache "
+        "preprocessing_batch_size tokenized_path data_shared_file_system dataset_dir cache_dir buffer_size media_dir",
+        "the kernels are chosen for the device by themselves": "flash_attn enable_liger_kernel "
+        "use_unsloth_gc low_cpu_mem_usage "
+        "use_reentrant_gc block_diag_attn use_v1_kernels use_kv_cache use_unsloth",
+        "the tokenizer's own files say what it is": "use_fast_tokenizer",
+        "no effect on what is trained": "plot_loss print_param_status hf_hub_token ms_hub_token om_hub_token "
+        "include_effective_tokens_per_second compute_accuracy infer_backend infer_dtype offload_folder pissa_convert "
+        "predict_with_generate enable_torch_profiler swanlab_project swanlab_run_name swanlab_mode ray_run_name "
+        "ray_num_workers resources_per_worker.* placement_strategy master_addr master_port",
+        "the mean is over the trained tokens, always": "ignore_pad_token_for_loss",
+        "adapters are always new": "create_new_adapter",
+        "this command trains; see `minisft export`": "export_size export_device "
+        "export_legacy_format export_hub_model_id",
+        "about images": "video_fps video_maxlen image_max_pixels "
+        "image_min_pixels video_max_pixels video_min_pixels freeze_vision_tower "
+        "freeze_multi_modal_projector",
+    }
+)
+HARD = CHANGES | spread(
+    {
+        "code from a model repository never runs here": "trust_remote_code",
+        "to start from an adapter, name its folder as model.model_name_or_path": "adapter_name_or_path adapter_folder",
+        "sampling rows of several sources: see `weight` of a source": "interleave_probs",
+        "write it into the rows as a system message": "default_system",
+        "tools are rendered by the chat template": "tool_format",
+        "there is no early stopping": "early_stopping_steps",
+        "rows are read from files": "streaming",
+        "see evaluate.generate_data for sampled answers": "eval_num_beams max_new_tokens top_p temperature",
+        "control tokens in a text: see data.control_tokens": "split_special_tokens",
+        "not supported": "shift_attn mixture_of_depths rope_scaling "
+        "moe_aux_loss_coef upcast_layernorm upcast_lmhead_output "
+        "train_from_scratch freeze_trainable_layers freeze_trainable_modules "
+        "freeze_extra_modules use_llama_pro use_adam_mini "
+        "use_galore use_apollo use_badam use_dft_loss "
+        "use_asft_loss use_eaft_loss pref_bco_weight loraplus_lr_embedding "
+        "ref_model_adapters ref_model_quantization_bit quantization_device_map "
+        "use_mca use_hyper_parallel use_swanlab fp8 "
+        "use_megatron_bridge reward_model oft_block_size "
+        "kt_config.* kt_cpu_activation tensor_model_parallel_size fp8_backend "
+        "fp8_enable_fsdp_float8_all_gather model_max_length ref_model_adapters freeze_language_model "
+        "preserve_thinking use_kt export_dir oft_rank oft_target "
+        "eval_on_each_dataset resize_vocab "
+        "init_special_tokens new_special_tokens_config disable_gradient_checkpointing",
+    }
+)
+
+
+def read(
+    table: dict, trainer_type: str | None = None, first_row: FirstRow = lambda source: None, folder: Path = Path()
+) -> Translation:
+    "LLaMA-Factory's table -> our values and notes. folder: of"
+    "the file. Raises UserError for what is no fine-tuning."
+    stage, method = table.get("stage") or "sft", table.get("finetuning_type") or "lora"
+    if stage not in ("pt", "sft", "dpo", "kto"):
+        raise UserError(f"stage = {stage}: there is nothing like it here", hint="stages here: pt, sft, dpo, kto")
+    t = Translation(table, WHOLE)
+    trainer_type = "dpo" if stage in ("dpo", "kto") else "sft"
+    t.values["trainer_type"], t.origins["trainer_type"] = trainer_type, f"stage = {stage}"
+    if "stage" in t.left:
+        t.take("stage", "translated", f'trainer_type = "{trainer_type}"')
+    if t.on("use_muon"):
+        t.into("use_muon", "train.optim", "muon")
+    _method(t, method)
+    _data(t, stage, folder)
+    _losses(t, stage)
+    if t.on("disable_gradient_checkpointing"):
+        t.into("disable_gradient_checkpointing", "model.gradient_checkpointing", False)
+    if t.get("model_revision", "main") == "main" and "model_revision" in t.left:
+        t.nothing("model_revision", "the repository's main branch, as here", harmless=True)
+    tokens = {key: as_list(t.get(key)) for key in ("add_tokens", "add_special_tokens")}
+    if new := [token for key in tokens for token in tokens[key]]:
+        t.values["model.new_special_tokens"], t.origins["model.new_special_tokens"] = tuple(new), "add_special_tokens"
+    for key in tokens:
+        if tokens[key]:
+            t.take(key, "translated", "model.new_special_tokens")
+        elif key in t.left:
+            t.nothing(key, "empty", harmless=True)
+    t.table({key: OF_LORA[key] for key in OF_LORA if "lora.r" in t.values})
+    t.table({"optim": "train.optim"})
+    _precision(t)
+    training_arguments(t, trainer_type)
+    t.table(SAME)
+    t.finish(EASY, HARD, [*SAME, *OF_LORA, "dataset", "template", "finetuning_type"])
+    for ours, value in DEFAULTS.items():
+        t.default(ours, value, "LLaMA-Factory's default")
+    t.difference(
+        "truncation cuts the end of a document; there question and answer are shortened in proportion to their lengths"
+    )
+    common_differences(t)
+    return t
+
+
+def _method(t: Translation, method: str) -> None:
+    if method != "lora":
+        for key in (*OF_LORA, "lora_target", "additional_target", "pissa_init", "pissa_iter", "quantization_bit"):
+            if key in t.left:
+                t.nothing(key, "finetuning_type is not lora", harmless=key != "quantization_bit")
+        if method == "full" and "finetuning_type" in t.left:
+            t.take("finetuning_type", "translated", "all weights train: no [lora]")
+        elif "finetuning_type" in t.left:
+            t.nothing("finetuning_type", "lora and full exist here: all weights train")
+        return
+    if "finetuning_type" in t.left:
+        t.take("finetuning_type", "translated", "lora.r")
+    rank = int(as_number(t.get("lora_rank")) or 8)
+    if "lora_rank" in t.left:
+        t.into("lora_rank", "lora.r")
+    else:
+        t.default("lora.r", rank, "LLaMA-Factory's default")
+    if t.get("lora_alpha") is None:
+        t.default("lora.lora_alpha", 2 * rank, "LLaMA-Factory's default, twice the rank")
+    modules = as_list(t.get("lora_target"))
+    if modules and modules != ["all"]:
+        t.into("lora_target", "lora.target_modules", modules)
+    elif "lora_target" in t.left:
+        t.into("lora_target", "lora.target_modules", "all-linear")
+    if "additional_target" in t.left:
+        t.into("additional_target", "lora.modules_to_save", as_list(t.get("additional_target")))
+    turns = as_number(t.get("pissa_iter", 16))
+    if t.on("pissa_init"):
+        name = {-1: "pissa", 4: "pissa_niter_4", 16: "pissa_niter_16"}.get(turns, "pissa_niter_16")
+        t.into("pissa_init", "lora.init_lora_weights", name)
+    for key in ("pissa_init", "pissa_iter"):
+        if key in t.left:
+            t.nothing(key, "part of init_lora_weights" if key == "pissa_iter" else "off", harmless=True)
+    bits, how = as_number(t.get("quantization_bit")), t.get("quantization_method", "bnb")
+    if bits in (4, 8) and how in ("bnb", "bitsandbytes"):
+        t.into("quantization_bit", f"model.load_in_{int(bits)}bit", True)
+    elif bits is not None:
+        t.nothing("quantization_bit", f"{how} with {bits:g} bits does not exist here: the base is not quantised")
+    if "quantization_method" in t.left:
+        t.nothing(
+            "quantization_method", "4 and 8 bits are bitsandbytes' formats", harmless=how in ("bnb", "bitsandbytes")
+        )
+    for key, ours in (
+        ("quantization_type", "model.bnb_4bit_quant_type"),
+        ("double_quantization", "model.bnb_4bit_use_double_quant"),
+    ):
+        if key in t.left and t.values.get("model.load_in_4bit"):
+            t.into(key, ours)
+        elif key in t.left:
+            t.nothing(key, "nothing is kept in 4 bits", harmless=True)
+
+
+def _precision(t: Translation) -> None:
+    if t.on("pure_bf16"):
+        weights_in_bf16(t, "pure_bf16", "pure_bf16")
+    elif "pure_bf16" in t.left:
+        t.nothing("pure_bf16", "off", harmless=True)
+    if "lora.r" in t.values:
+        if t.on("bf16") and "train.weights_dtype" not in t.values:
+            t.default("train.weights_dtype", "bf16", "LLaMA-Factory keeps the frozen weights in bf16")
+    elif not (t.on("bf16") or t.on("fp16") or "train.weights_dtype" in t.values):
+        t.default("train.precision", "fp32", "LLaMA-Factory without bf16 or fp16 trains in fp32")
+
+
+def _data(t: Translation, stage: str, folder: Path) -> None:
+    directory = str(t.get("dataset_dir", "data"))
+    limit = as_number(t.get("max_samples"))
+    info, where = _dataset_info(directory, folder)
+    for key, ours in (("dataset", "data.train_data"), ("eval_dataset", "data.eval_data")):
+        names, sources, unknown = as_list(t.get(key)), [], []
+        for name in names:
+            if info is not None and isinstance(info.get(name), dict):
+                sources.append(_source(t, str(name), info[name], where, int(limit) if limit else None, stage))
+            else:
+                unknown.append(str(name))
+        if sources and not unknown:
+            t.values[ours] = sources if len(sources) > 1 else sources[0]
+            t.origins[ours] = f"{key} = {', '.join(names)}"
+            t.take(key, "translated", ours)
+        elif names:
+            what = (
+                f"{DATA_INFO} was not found in {directory}"
+                if info is None
+                else f"not in {DATA_INFO}: {', '.join(unknown)}"
+            )
+            t.nothing(key, f"{what}; name the rows as {ours}")
+    if "max_samples" in t.left:
+        if limit and ("data.train_data" in t.values or "data.eval_data" in t.values):
+            t.take("max_samples", "translated", f"a slice of every source, [:{int(limit)}]")
+        else:
+            t.nothing("max_samples", "write it as a slice, as in rows.jsonl[:1000]", harmless=not limit)
+    if "mix_strategy" in t.left:
+        same = t.get("mix_strategy", "concat") == "concat"
+        t.nothing("mix_strategy", "as here" if same else "see `weight` of a source", harmless=same)
+    if "train_on_prompt" in t.left:
+        if t.on("train_on_prompt"):
+            t.values |= {"data.completion_only_loss": False, "data.assistant_only_loss": False}
+            t.origins |= dict.fromkeys(
+                ("data.completion_only_loss", "data.assistant_only_loss"), "train_on_prompt = true"
+            )
+            t.take("train_on_prompt", "translated", "completion_only_loss = false, assistant_only_loss = false")
+        else:
+            t.nothing("train_on_prompt", "the answers alone are trained, as here", harmless=True)
+    plain, neat = t.get("packing"), t.on("neat_packing")
+    packs = bool(plain) or neat or plain is None and stage == "pt"
+    if packs and stage in ("pt", "sft"):
+        t.values["data.packing"], t.origins["data.packing"] = True, "neat_packing" if neat else "packing"
+        if not neat:
+            t.difference("packing: attention stays inside each document; there, without neat_packing, it crosses them")
+    for key in ("packing", "neat_packing"):
+        if key in t.left:
+            t.take(key, "translated", f"data.packing = {'true' if packs else 'false'}")
+    template = t.get("template")
+    if "template" in t.left:
+        t.nothing("template", "the tokenizer's own chat template is used; compare the two with `minisft audit`")
+    if "enable_thinking" in t.left:
+        if isinstance(t.left["enable_thinking"], bool):
+            t.into("enable_thinking", "model.chat_template_kwargs", {"enable_thinking": t.left["enable_thinking"]})
+        else:
+            t.nothing("enable_thinking", "the rows decide", harmless=True)
+    elif isinstance(template, str) and template in ("qwen3", "deepseekr1", "hunyuan", "glm4_moe"):
+        t.difference("answers without reasoning get an empty <think> block there; here they are as in the rows")
+    if stage != "pt":
+        t.difference(
+            "prompts: LLaMA-Factory writes turns, BOS and EOS by its own "
+            "code; here the chat template of the tokenizer does, and "
+            "rows of instruction and output go through it too"
+        )
+
+
+def _dataset_info(directory: str, folder: Path) -> tuple[dict | None, Path]:
+    """The descriptions of the data, and the folder that they lie in."""
+    for place in dict.fromkeys((folder / directory, Path(directory), folder, *(p / directory for p in folder.parents))):
+        if (place / DATA_INFO).is_file():
+            info = read_json(place / DATA_INFO, exit_code=CONFIG)
+            return (info if isinstance(info, dict) else {}), place
+    return None, folder
+
+
+def _source(t: Translation, name: str, info: dict, where: Path, limit: int | None, stage: str) -> str | dict:
+    """One entry of dataset_info.json as a source of ours."""
+    repository, file = info.get("hf_hub_url"), info.get("file_name")
+    columns = info.get("columns") if isinstance(info.get("columns"), dict) else {}
+    tags = info.get("tags") if isinstance(info.get("tags"), dict) else {}
+    if file and not repository and (where / str(file)).is_dir():
+        path = f"{where / str(file)}/*"
+    else:
+        path = str(repository) if repository else str(where / str(file or info.get("script_url") or name))
+    if not repository and not file:
+        t.difference(f"{name}: only files and Hugging Face repositories are read; name its rows as data.train_data")
+    limit = min(filter(None, (limit, info.get("num_samples"))), default=None)
+    slice = f"[:{limit}]" if limit else ""
+    split = str(info.get("split") or "train")
+    entries: dict[str, object] = {
+        "name": info.get("subset"),
+        "data_dir": info.get("folder") if repository else None,
+        "split": f"{split}{slice}" if repository else slice,
+    }
+    messages = columns.get("messages") or "conversations"
+    wanted: dict[str, str | None] = {"system": columns.get("system"), "tools": columns.get("tools")}
+    if info.get("formatting", "alpaca") == "alpaca":
+        wanted = {"system": columns.get("system")}
+        if info.get("ranking") or stage == "kto":
+            wanted |= {"prompt": columns.get("prompt") or "instruction"}
+            if columns.get("query"):
+                t.difference(f"{name}: the column {columns['query']} (query) is not read; join it with the prompt")
+        elif stage == "pt":
+            wanted = {"text": columns.get("prompt") or "text"}
+        else:
+            wanted |= {
+                "instruction": columns.get("prompt"),
+                "input": columns.get("query"),
+                "output": columns.get("response"),
+            }
+        if columns.get("history"):
+            t.difference(f"{name}: the column {columns['history']} (earlier turns) is not read; write rows as messages")
+    elif (tags.get("role_tag"), tags.get("content_tag")) == ("role", "content"):
+        wanted["prompt" if info.get("ranking") else "messages"] = messages
+    else:
+        wanted["conversations"] = messages
+        if tags and (tags.get("role_tag", "from"), tags.get("content_tag", "value")) != ("from", "value"):
+            t.difference(f"{name}: turns must have from and value, or role and content")
+    if info.get("ranking"):
+        wanted |= {"chosen": columns.get("chosen"), "rejected": columns.get("rejected")}
+    if stage == "kto":
+        wanted |= {"completion": columns.get("response"), "label": columns.get("kto_tag")}
+    entries["field_map"] = {theirs: ours for ours, theirs in wanted.items() if theirs and theirs != ours}
+    if any(columns.get(kind) for kind in ("images", "videos", "audios")):
+        t.difference(f"{name}: images, sounds and videos are not supported")
+    return source(path, **entries)
+
+
+def _losses(t: Translation, stage: str) -> None:
+    weight = as_number(t.get("pref_ftx")) or 0.0
+    if stage == "dpo":
+        loss = t.get("pref_loss", "sigmoid")
+        ours = LOSSES.get(str(loss))
+        losses = [ours or "sigmoid", *(["sft"] if weight else [])]
+        t.values["dpo.loss_type"], t.origins["dpo.loss_type"] = tuple(losses), f"pref_loss = {loss}"
+        if weight:
+            t.values["dpo.loss_weights"], t.origins["dpo.loss_weights"] = (1.0, weight), f"pref_ftx = {weight:g}"
+        if "pref_loss" in t.left and ours:
+            t.take("pref_loss", "translated", f'dpo.loss_type = ["{ours}"]')
+        elif "pref_loss" in t.left:
+            t.nothing("pref_loss", "this loss of pairs does not exist here: sigmoid is written")
+        if "pref_ftx" in t.left:
+            t.take("pref_ftx", "translated", "dpo.loss_weights: sft is added" if weight else "no sft is added")
+        if weight:
+            t.difference("sft in the mixture is a mean over tokens; there it is a mean of the pairs' means")
+    elif stage == "kto":
+        t.values["dpo.loss_type"], t.origins["dpo.loss_type"] = ("kto",), "stage = kto"
+        if weight:
+            t.nothing("pref_ftx", "kto is not mixed with sft here")
+    for key in [key for key in ("pref_loss", "pref_ftx") if key in t.left]:
+        t.nothing(key, "no effect in this stage", harmless=True)
+    if stage not in ("dpo", "kto"):
+        for key in ("pref_beta", "dpo_label_smoothing", "simpo_gamma", "kto_chosen_weight", "kto_rejected_weight", "ld_alpha",
+                    "ref_model"):  # fmt: skip
+            if key in t.left:
+                t.nothing(key, "no effect in this stage", harmless=True)

@@ -1,0 +1,193 @@
+"""What becomes of the keys of another trainer's file: every key ends up in exactly one of three lists.
+
+    translated       theirs = value  ->  ours = value
+    difference       what the run will do otherwise than theirs did, or a default of theirs, written out so that it does the same
+    no counterpart   what nothing here stands for: without effect on the result, or with one
+
+A reader of one trainer's files (trl.py, axolotl.py, llamafactory.py) takes keys out of a `Translation` one by one; `finish`
+sorts whatever it left. A value that our key does not take is never written: it is listed. So the TOML that comes out loads.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from minisft.config import KEYS
+from minisft.config_aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIASES, VALUE_NOTES
+from minisft.config_file import DEFAULTS
+from minisft.config_values import as_toml, expected, fit
+from minisft.errors import UserError
+from minisft.importers.yaml_file import MAX_KEYS, leaves
+
+TRANSLATED, DIFFERENCE, NO_COUNTERPART = "translated", "difference", "no counterpart"
+NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
+OUR_NAMES = [key.rpartition(".")[2] for key in KEYS]
+OFF = (None, False, "", "none", "None", "no", "off", "false", 0, [], {})
+
+# A key of theirs: ours, or (ours, {their value: ours}).
+Table = dict[str, str | tuple[str, dict]]
+FirstRow = Callable[[Any], dict | None]  # a source of rows -> its first row, None where that cannot be known
+
+
+@dataclass(frozen=True)
+class Note:
+    """One line of a list."""
+
+    kind: str
+    text: str
+    key: str = ""  # theirs; "" for what no key of the file says
+    harmless: bool = False  # of `no counterpart`: the result is the same without it
+
+
+class Translation:
+    """The file's keys that are left, our values so far, and the notes."""
+
+    def __init__(self, table: dict, whole: tuple[str, ...] = ()):
+        self.given: dict[str, Any] = {}  # every key of the file, as in "datasets[0].path"
+        for key, value in leaves(table, whole):
+            self.given[key] = value if isinstance(value, (str, int, float, list, dict, type(None))) else str(value)
+            if len(self.given) > MAX_KEYS:
+                raise UserError(f"more than {MAX_KEYS} keys", hint="name the configuration of a run")
+        self.left = dict(self.given)
+        self.values: dict[str, Any] = {}  # full name of ours -> value
+        self.origins: dict[str, str] = {}  # full name of ours -> what it was in the file
+        self.notes: list[Note] = []
+        for key, value in self.given.items():
+            if isinstance(value, str) and "${" in value:
+                self.nothing(key, "variables are not filled in here: write the value itself")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key that is still there; `default` where it is absent, empty or taken."""
+        value = self.left.get(key)
+        return default if value in (None, "") else value
+
+    def on(self, key: str) -> bool:
+        """Whether a switch is there and on."""
+        return _not_off(self.left.get(key))
+
+    def into(self, key: str, ours: str, value: Any = MISSING, note: str = "") -> bool:
+        """Take `key` and write it as our key `ours`, with another value where one is given. Whether that worked."""
+        written = self.left[key]
+        value = written if value is MISSING else value
+        if written in (None, "") and value in (None, ""):
+            self.nothing(key, "empty", harmless=True)
+            return False
+        fitted = fitted_value(ours, value)
+        if fitted is MISSING:
+            self.nothing(key, f"{ours} takes {expected(KEYS[ours])}")
+            return False
+        if ours in self.values and self.values[ours] != fitted:
+            self.nothing(key, f"{ours} = {as_toml(self.values[ours])} came from {self.origins[ours]} already")
+            return False
+        self.values[ours] = fitted
+        self.origins.setdefault(ours, f"{key} = {short(written)}")
+        note = note or (VALUE_NOTES.get(written, "") if isinstance(written, str) else "")
+        self.take(key, TRANSLATED, f"{ours} = {as_toml(fitted)}" + (f" ({note})" if note else ""))
+        return True
+
+    def take(self, key: str, kind: str, text: str, harmless: bool = False) -> None:
+        """Put the key into a list, and nothing else."""
+        written = self.left.pop(key)
+        arrow = "  ->  " if kind == TRANSLATED else ": "
+        self.notes.append(Note(kind, f"{key} = {short(written)}{arrow}{text}", key, harmless))
+
+    def nothing(self, key: str, text: str, harmless: bool = False) -> None:
+        self.take(key, NO_COUNTERPART, text, harmless)
+
+    def difference(self, text: str) -> None:
+        self.notes.append(Note(DIFFERENCE, text))
+
+    def default(self, ours: str, value: Any, why: str) -> None:
+        """Write a default of theirs that is not ours, unless the file has set the key."""
+        if ours not in self.values:
+            fitted = fitted_value(ours, value)
+            assert fitted is not MISSING, (ours, value)
+            of_trainer = DEFAULTS[self.values.get("trainer_type", "sft")]
+            ours_by_default = of_trainer.get(ours, KEYS[ours].default)
+            self.values[ours], self.origins[ours] = fitted, why
+            self.difference(f"{ours} = {as_toml(fitted)}: {why} (default here: {as_toml(ours_by_default)})")
+
+    def table(self, table: Table) -> None:
+        """Translate every key of the table that is there."""
+        for key, ours in table.items():
+            if key in self.left:
+                ours, spellings = (ours, {}) if isinstance(ours, str) else ours
+                value = self.left[key]
+                new = spellings.get(value, value) if isinstance(value, (bool, str)) else value
+                self.into(key, ours, new)
+
+    def finish(self, harmless: dict[str, str], changes: dict[str, str], known: Iterable[str] = ()) -> None:
+        """Sort the keys that are left. harmless: no effect on the result, and why; changes: it has one, unless it is off.
+
+        Then other trainers' names and our own; `known`: their remaining keys, for "did you mean".
+        """
+        for key in list(self.left):
+            value, table = self.left[key], re.split(r"[.\[]", key)[0] + ".*"
+            reason, change = (t.get(key, t.get(table)) for t in (harmless, changes))
+            if reason is not None:
+                self.nothing(key, reason, harmless=True)
+            elif change is not None:
+                off = not _not_off(value)
+                self.nothing(key, "off there too" if off else change, harmless=off)
+            elif value in (None, ""):
+                self.nothing(key, "empty", harmless=True)
+            elif key in UNSUPPORTED:
+                off = not _not_off(value)
+                self.nothing(key, "off there too" if off else UNSUPPORTED[key], harmless=off)
+            elif key in NOT_NEEDED:
+                self.nothing(key, NOT_NEEDED[key], harmless=True)
+            elif (ours := counterpart(key)) is not None:
+                self.table({key: ours})
+            else:
+                near = get_close_matches(key, [*known, *harmless, *changes, *ALIASES, *OUR_NAMES], n=1, cutoff=0.8)
+                self.nothing(key, "not known here" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def counterpart(key: str) -> str | tuple[str, dict] | None:
+    """Our key for a name that other trainers use, or that is ours: what config_aliases.py knows, or a last part."""
+    homes = [ours for ours in KEYS if key in (ours, ours.rpartition(".")[2])]
+    return homes[0] if len(homes) == 1 else ALIASES.get(key)
+
+
+def fitted_value(ours: str, value: Any) -> Any:
+    """The value in the type of our key, or MISSING. Text that is a number becomes one where a number is wanted."""
+    f = KEYS[ours]
+    if isinstance(value, (str, bool)):
+        value = VALUE_ALIASES.get(ours, {}).get(value, value)
+    kinds = {f.type, *get_args(f.type)}
+    if isinstance(value, str) and str not in kinds and kinds & {int, float} and NUMBER.fullmatch(value):
+        value = float(value)
+    if isinstance(value, float) and int in kinds and float not in kinds and value.is_integer():
+        value = int(value)
+    return fit(value, f)
+
+
+def as_number(value: Any) -> float | None:
+    """A number that YAML read as one or as text; None for anything else."""
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        value = float(value)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def as_list(value: Any) -> list:
+    """A list, or text with commas, as a list; nothing as an empty one."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def short(value: Any) -> str:
+    """A value on one line, for people."""
+    text = "null" if value is None else as_toml(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def spread(table: dict[str, str]) -> dict[str, str]:
+    """{"why": "key other_key"} -> {"key": "why", "other_key": "why"}"""
+    return {key: why for why, keys in table.items() for key in keys.split()}
+
+
+def _not_off(value: Any) -> bool:
+    return not any(value is off or (type(value) is type(off) and value == off) for off in OFF)

@@ -1,0 +1,305 @@
+"""TRL: the YAML that `trl sft --config` and `trl dpo --config` read, with the defaults of TRL 1.16.
+
+Its defaults are ours but for those below; test_importers.py compares every one with the installed TRL.
+"""
+
+from minisft.config import ADAMW
+from minisft.importers.training_arguments import CHANGES, HARMLESS, training_arguments
+from minisft.importers.translation import FirstRow, Table, Translation, as_list, as_number, spread
+
+NAME = "TRL"
+WHOLE = ("chat_template_kwargs",)
+SAME: Table = {
+    "model_name_or_path": "model.model_name_or_path",
+    "eos_token": "model.eos_token",
+    "pad_token": "model.pad_token",
+    "chat_template_path": "model.chat_template",
+    "chat_template_kwargs": "model.chat_template_kwargs",
+    "activation_offloading": "model.offload_activations",
+    "load_in_4bit": "model.load_in_4bit",
+    "load_in_8bit": "model.load_in_8bit",
+    "dataset_text_field": "data.dataset_text_field",
+    "max_length": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "truncation_mode": "data.truncation",
+}
+OF_LORA: Table = {
+    "lora_r": "lora.r",
+    "lora_alpha": "lora.lora_alpha",
+    "lora_dropout": "lora.lora_dropout",
+    "lora_target_modules": "lora.target_modules",
+    "lora_modules_to_save": "lora.modules_to_save",
+    "use_rslora": "lora.use_rslora",
+    "use_dora": "lora.use_dora",
+}
+OF_4BIT: Table = {
+    "bnb_4bit_quant_type": "model.bnb_4bit_quant_type",
+    "use_bnb_nested_quant": "model.bnb_4bit_use_double_quant",
+}
+OF_SFT: Table = {
+    "packing": "data.packing",
+    "packing_strategy": "data.packing_strategy",
+    "eval_packing": "data.eval_packing",
+    "completion_only_loss": "data.completion_only_loss",
+    "assistant_only_loss": "data.assistant_only_loss",
+}
+OF_DPO: Table = {
+    "loss_type": "dpo.loss_type",
+    "loss_weights": "dpo.loss_weights",
+    "beta": "dpo.beta",
+    "f_divergence_type": "dpo.f_divergence_type",
+    "f_alpha_divergence_coef": "dpo.f_alpha_divergence_coef",
+    "discopop_tau": "dpo.discopop_tau",
+    "simpo_gamma": "dpo.simpo_gamma",
+    "ld_alpha": "dpo.ld_alpha",
+    "use_weighting": "dpo.use_weighting",
+    "desirable_weight": "dpo.desirable_weight",
+    "undesirable_weight": "dpo.undesirable_weight",
+    "precompute_ref_log_probs": "dpo.precompute_ref_log_probs",
+    "precompute_ref_batch_size": "dpo.precompute_ref_batch_size",
+    "sync_ref_model": "dpo.sync_ref_model",
+    "ref_model_mixup_alpha": "dpo.ref_model_mixup_alpha",
+    "ref_model_sync_steps": "dpo.ref_model_sync_steps",
+    "disable_dropout": "dpo.disable_dropout",
+    "label_smoothing": "train.label_smoothing",
+}
+# TRL's defaults where they are not ours: their key -> the value in our words.
+DEFAULTS: dict[str, tuple[str, object]] = {
+    "gradient_checkpointing": ("model.gradient_checkpointing", True),
+    "report_to": ("log.report_to", ()),
+}
+LORA_DEFAULTS: dict[str, tuple[str, object]] = {
+    "lora_r": ("lora.r", 16),
+    "lora_dropout": ("lora.lora_dropout", 0.05),
+}
+# PEFT's choice where no modules are named: this for all families but those of ATTENTION_MODULES.
+USUAL_MODULES = ("q_proj", "v_proj")
+ATTENTION_MODULES = {"gpt2": ("c_attn",), "gpt_neox": ("query_key_value",), "phi": ("q_proj", "v_proj", "fc1", "fc2")}
+FOR_DPO = {"rpo_alpha", "max_prompt_length", "max_completion_length", "reference_free"} | set(OF_DPO) - {"loss_type"}
+FOR_SFT = ("nll", "chunked_nll", "dft")
+ONLY_HARMLESS = HARMLESS | spread(
+    {
+        "the dealing of rows is seeded and new every epoch": "shuffle_dataset",
+        "adapters here are for causal language models": "lora_task_type",
+        "only with use_peft": "lora_target_parameters",
+        "quantised weights are multiplied in train.precision, and stored as bytes": "bnb_4bit_quant_storage "
+        "bnb_4bit_compute_dtype",
+        "kept in fp32 as they are": "ignore_bias_buffers",
+        "rows are read as a stream and kept in a memory-mapped cache": "dataset_streaming streaming dataset_batch_size",
+        "environment variables belong to the shell": "env.*",
+        "the length of prompt and answer together is limited": "use_logits_to_keep label_pad_token_id is_encoder_decoder",
+    }
+)
+ONLY_CHANGES = CHANGES | spread(
+    {
+        "code from a model repository never runs here": "trust_remote_code",
+        "read from the model's own files": "model_init_kwargs model_init_kwargs.*",
+        "prompt and answer are limited together, by data.max_length": "max_prompt_length max_completion_length",
+        "TR-DPO and mixtures aside, the reference is the policy as it starts": "reference_free force_use_ref_model",
+        "see evaluate.generate_data for sampled answers": "generate_during_eval",
+        "set data.eval_fraction to a part of the rows": "test_split_size",
+    }
+)
+
+
+def read(table: dict, trainer_type: str | None = None, first_row: FirstRow = lambda source: None) -> Translation:
+    """TRL's table -> our values and notes. trainer_type: "sft" or "dpo"; None = found out from the keys.
+
+    first_row: the first row of a source where that can be read; it decides what of it TRL trains.
+    """
+    t = Translation(table, WHOLE)
+    trainer_type = trainer_type or ("dpo" if is_dpo(table) else "sft")
+    t.values["trainer_type"], t.origins["trainer_type"] = trainer_type, "the keys of the file"
+    if t.get("truncation_mode") == "keep_end":
+        t.difference("truncation keeps the end of a document, its first tokens (and a BOS) are lost, as there")
+    if "max_length" in t.left and t.left["max_length"] is None:
+        t.left["max_length"] = "none"
+    _sources(t)
+    training_arguments(t, trainer_type)
+    _model(t)
+    if trainer_type == "sft":
+        _sft(t, first_row)
+    else:
+        _dpo(t)
+    t.table(SAME)
+    known = {*SAME, *OF_SFT, *OF_DPO, *OF_LORA, *OF_4BIT, "dataset_name", "use_peft"}
+    t.finish(ONLY_HARMLESS, ONLY_CHANGES, known)
+    for ours, value in DEFAULTS.values():
+        t.default(ours, value, "TRL's default")
+    if t.values.get("data.packing"):
+        t.difference("packing: all data is packed anew every epoch, there once and within windows of 1000 rows")
+        wrapped = t.values.get("data.packing_strategy") == "wrapped"
+        t.difference(
+            "packing: attention stays inside each document, with any kernel" + ("; there it crosses" if wrapped else "")
+        )
+    common_differences(t)
+    return t
+
+
+def is_dpo(table: dict) -> bool:
+    losses = as_list(table.get("loss_type"))
+    return bool(FOR_DPO & set(table)) or bool(losses) and not any(loss in FOR_SFT for loss in losses)
+
+
+def common_differences(t: Translation) -> None:
+    """What is true of everything on top of transformers' Trainer."""
+    if "checkpoint.save_total_limit" not in t.values:
+        t.difference("checkpoint.save_total_limit: there every checkpoint is kept, here the newest 3 that verify")
+    if "checkpoint.resume" not in t.values:
+        t.difference(
+            'checkpoint.resume = "auto": a run whose output_dir has a checkpoint goes on from it; there it starts anew'
+        )
+    if "data.eval_data" in t.values or "data.eval_fraction" in t.values:
+        t.difference(
+            "eval_loss is the mean over all tokens; there it is a mean over batches, and depends on their size"
+        )
+    t.difference("seed: the same number gives another order of rows and other dropout")
+    if t.values["trainer_type"] == "dpo":
+        t.difference(
+            "the loss is the mean over the pairs of a whole step; there a short last micro-batch counts as much as others"
+        )
+        if t.values.get("lora.lora_dropout"):
+            t.difference("dpo.disable_dropout is on, as there: lora_dropout has no effect")
+
+
+def weights_in_bf16(t: Translation, key: str, why: str) -> None:
+    """Weights without fp32 masters, rounded to the nearest, as theirs: where an optimizer of ours does that."""
+    full_and_unable = "lora.r" not in t.values and t.values.get("train.optim", "adamw") not in ADAMW
+    if full_and_unable:
+        t.difference(f"{why}; here {t.values['train.optim']} keeps fp32 master weights")
+        if key:
+            t.nothing(key, 'train.weights_dtype = "bf16" goes with adamw only')
+        return
+    if key:
+        t.into(key, "train.weights_dtype", "bf16")
+    else:
+        t.default("train.weights_dtype", "bf16", why)
+    if "lora.r" not in t.values:
+        t.default("train.stochastic_rounding", False, "theirs rounds weights to the nearest; small updates are lost")
+
+
+def source(path: str, **entries: object) -> str | dict:
+    """One entry of train_data; a plain path where there is nothing else to say."""
+    entries = {name: value for name, value in entries.items() if value not in (None, "", {}, [], "train")}
+    return {"path": path, **entries} if entries else path
+
+
+def _sources(t: Translation) -> None:
+    wants_eval = t.get("eval_strategy", t.get("evaluation_strategy", "no")) != "no"
+    name, config = t.get("dataset_name"), t.get("dataset_config")
+    split, test = t.get("dataset_train_split", "train"), t.get("dataset_test_split", "test")
+    if isinstance(name, str):
+        t.into("dataset_name", "data.train_data", source(name, name=config, split=split))
+        if wants_eval:
+            t.values["data.eval_data"] = source(name, name=config, split=test)
+            t.origins["data.eval_data"] = f"dataset_name, split {test}"
+        for key in ("dataset_config", "dataset_train_split"):
+            if key in t.left:
+                t.take(key, "translated", "data.train_data")
+        if "dataset_test_split" in t.left:
+            if wants_eval:
+                t.take("dataset_test_split", "translated", "data.eval_data")
+            else:
+                t.nothing("dataset_test_split", "eval_strategy is off", harmless=True)
+    for key in ("dataset_config", "dataset_train_split", "dataset_test_split"):
+        if key in t.left:
+            t.nothing(key, "there is no dataset_name", harmless=True)
+    mixture, i = [], 0
+    while f"datasets[{i}].path" in t.left or f"datasets[{i}].name" in t.left:
+        here = {key.partition("].")[2]: t.left[key] for key in t.left if key.startswith(f"datasets[{i}].")}
+        part = as_number(here.get("fraction"))
+        slice = f"[:{round(100 * part)}%]" if part and part < 1 else ""
+        split = f"{here.get('split') or 'train'}{slice}"
+        files = {"data_dir": here.get("data_dir"), "data_files": here.get("data_files")}
+        mixture.append(source(str(here.get("path")), name=here.get("name"), split=split, **files))
+        for name in here:
+            if name in ("path", "name", "split", "fraction", "data_dir", "data_files"):
+                t.take(f"datasets[{i}].{name}", "translated", "data.train_data")
+            elif name == "columns" or name.startswith("columns."):
+                t.nothing(f"datasets[{i}].{name}", "fields that no format names are never read", harmless=True)
+        i += 1
+    if mixture and "data.train_data" not in t.values:
+        t.values["data.train_data"] = mixture if len(mixture) > 1 else mixture[0]
+        t.origins["data.train_data"] = "datasets"
+
+
+def _model(t: Translation) -> None:
+    if t.get("model_revision") == "main":
+        t.nothing("model_revision", "the repository's main branch, as here", harmless=True)
+    uses_lora = t.on("use_peft")
+    for key in ("use_peft", *OF_LORA):
+        if key in t.left and not uses_lora:
+            t.nothing(key, "use_peft is off", harmless=True)
+    if uses_lora:
+        t.take("use_peft", "translated", "lora.r")
+        t.table(OF_LORA)
+        for ours, value in LORA_DEFAULTS.values():
+            t.default(ours, value, "TRL's default")
+        if "lora.target_modules" not in t.values:
+            model = str(t.get("model_name_or_path", "")).lower().replace("-", "_")
+            modules = next((m for name, m in ATTENTION_MODULES.items() if name in model), USUAL_MODULES)
+            t.default("lora.target_modules", modules, "PEFT's default for this family; all-linear trains more")
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if key in t.left and not uses_lora:
+            t.nothing(key, "quantised weights need adapters: use_peft is off", harmless=not t.on(key))
+    for key in OF_4BIT:
+        if key in t.left and not t.on("load_in_4bit"):
+            t.nothing(key, "load_in_4bit is off", harmless=True)
+    if t.on("load_in_4bit") and "use_bnb_nested_quant" not in t.left:
+        t.default("model.bnb_4bit_use_double_quant", False, "TRL's default")
+    t.table(OF_4BIT)
+    for key in ("dtype", "torch_dtype", "model_init_kwargs.dtype", "model_init_kwargs.torch_dtype"):
+        if (dtype := t.get(key)) in ("bfloat16", "bf16"):
+            weights_in_bf16(t, key, "TRL loads the weights in bf16")
+        elif dtype in ("float32", "fp32"):
+            t.nothing(key, "as here", harmless=True)
+        elif key in t.left:
+            t.nothing(key, "train.weights_dtype is fp32 or bf16")
+    if t.on("activation_offloading"):
+        t.default("model.gradient_checkpointing", True, "TRL's default")
+
+
+def _sft(t: Translation, first_row: FirstRow) -> None:
+    if "loss_type" in t.left:
+        if t.get("loss_type", "nll") in ("nll", "chunked_nll"):
+            t.nothing("loss_type", "the same loss; it is always computed in pieces", harmless=True)
+        else:
+            t.nothing("loss_type", "this loss does not exist here: plain cross-entropy trains")
+    if t.get("completion_only_loss") is None and "completion_only_loss" in t.left:
+        t.nothing("completion_only_loss", "found out from the rows, as here", harmless=True)
+    given = {name for name in ("completion_only_loss", "assistant_only_loss") if name in t.left}
+    t.table(OF_SFT)
+    for key in FOR_DPO & set(t.left):
+        t.nothing(key, "preference tuning only")
+    row = first_row(t.values["data.train_data"]) if "data.train_data" in t.values else None
+    turns = row is not None and ("messages" in row or "conversations" in row)
+    if row is None and "data.dataset_text_field" not in t.values and "dataset_text_field" not in t.left:
+        if "assistant_only_loss" not in given and "completion_only_loss" not in given:
+            t.default("data.completion_only_loss", True, "TRL trains the completion of rows with a prompt")
+            t.default("data.assistant_only_loss", False, "TRL trains every turn of a conversation")
+            t.difference("where rows are plain text, remove completion_only_loss and assistant_only_loss")
+    elif turns and "assistant_only_loss" not in given:
+        t.default("data.assistant_only_loss", False, "TRL trains every turn of a conversation")
+    if t.values.get("data.assistant_only_loss"):
+        t.difference(
+            "assistant turns are found by rendering the conversation, there by {% generation %} marks of the template; what ends "
+            "a turn is always trained"
+        )
+
+
+def _dpo(t: Translation) -> None:
+    for key in set(OF_SFT) & set(t.left):
+        if key == "packing":
+            t.into(key, "data.packing")
+        else:
+            t.nothing(key, "supervised fine-tuning only", harmless=not t.on(key))
+    weight = as_number(t.get("rpo_alpha"))
+    if weight is not None:  # an older name of a mixture
+        losses = as_list(t.get("loss_type", "sigmoid"))
+        t.take("rpo_alpha", "translated", "dpo.loss_type and dpo.loss_weights: sft is added")
+        if "loss_type" in t.left:
+            t.into("loss_type", "dpo.loss_type", [*losses, "sft"])
+        t.values["dpo.loss_type"] = (*losses, "sft")
+        t.values["dpo.loss_weights"] = (*(1.0 for _ in losses), weight)
+        t.origins |= {"dpo.loss_type": "rpo_alpha", "dpo.loss_weights": "rpo_alpha"}
+    t.table(OF_DPO)

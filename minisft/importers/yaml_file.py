@@ -1,0 +1,71 @@
+"""Another trainer's file: YAML or JSON in, a plain dict out. Nothing in it is run.
+
+Three things of YAML bite: `1e-4` without a dot is text (translation.py makes it a number where a number is expected), a key
+that stands twice silently wins the second time (refused here), and an alias may contain itself (leaves() has a limit).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minisft.errors import CONFIG, UserError
+from minisft.files import read_json
+
+MAX_KEYS, MAX_DEPTH = 5000, 20
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, and strict about keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+            seen.add(key.value if isinstance(key.value, str) else None)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The table of a .yaml, .yml or .json file. Raises UserError (exit code 2) for anything else."""
+    try:
+        if path.suffix == ".json":
+            table = read_json(path, exit_code=CONFIG)
+        else:
+            table = yaml.load(path.read_bytes().decode("utf-8-sig"), Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file", hint=f"the working directory is {Path.cwd()}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}", hint="name a YAML or JSON file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        hint = "one document of `key: value` lines"
+        raise UserError(f"{where}: not a YAML file that can be read: {problem}", hint=hint) from None
+    if not isinstance(table, dict) or not table:
+        raise UserError(f"{path}: holds no `key: value` lines", hint="name the file that the other trainer is given")
+    return table
+
+
+def leaves(table: dict, whole: tuple[str, ...] = (), before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """("datasets[0].path", value) of every value that is no table. Tables whose key is in `whole` stay in one piece.
+
+    Raises UserError where there is no end to them.
+    """
+    if depth > MAX_DEPTH:
+        raise UserError(f"{before}: nested more than {MAX_DEPTH} deep", hint="an alias (*name) may contain itself")
+    for name, value in table.items():
+        key = f"{before}{name}"
+        tables = value if isinstance(value, list) else []
+        if isinstance(value, dict) and value and name not in whole:
+            yield from leaves(value, whole, f"{key}.", depth + 1)
+        elif tables and all(isinstance(item, dict) for item in tables):
+            for i, item in enumerate(tables):
+                yield from leaves(item, whole, f"{key}[{i}].", depth + 1)
+        else:
+            yield key, value

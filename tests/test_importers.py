@@ -1,0 +1,616 @@
+"""Other trainers' files: every key ends up in exactly one list, what is written fits, and their defaults are theirs."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisft.commands import init
+from minisft.config import KEYS
+from minisft.config_file import DEFAULTS, load
+from minisft.config_values import fit
+from minisft.errors import UserError
+from minisft.importers import axolotl, llamafactory, stages, training_arguments, trl
+from minisft.importers.translation import DIFFERENCE, NO_COUNTERPART, TRANSLATED, as_number, fitted_value
+from minisft.importers.yaml_file import read_yaml
+from minisft.stages import load_stages
+
+READERS = {"trl": trl, "axolotl": axolotl, "llamafactory": llamafactory}
+
+TRL_FULL = """
+model_name_or_path: acme/base-1b
+dataset_name: acme/turns
+dataset_train_split: train[:90%]
+eval_strategy: steps
+eval_steps: 50
+learning_rate: 1e-5
+max_length: 2048
+packing: true
+per_device_train_batch_size: 4
+warmup_steps: 0.05
+lr_scheduler_type: cosine_with_min_lr
+lr_scheduler_kwargs: {min_lr_rate: 0.1}
+dtype: bfloat16
+report_to: [tensorboard]
+eos_token: <|im_end|>
+bf16: true
+gradient_checkpointing_kwargs: {use_reentrant: false}
+"""
+TRL_LORA = """
+model_name_or_path: acme/base-1b
+dataset_name: rows.jsonl
+use_peft: true
+lora_r: 32
+lora_target_modules: [q_proj, k_proj, v_proj, o_proj]
+learning_rate: 2.0e-4
+assistant_only_loss: true
+gradient_checkpointing: false
+seed: 7
+"""
+TRL_QLORA = """
+model_name_or_path: acme/base-7b
+dataset_name: acme/text
+dataset_text_field: body
+use_peft: true
+load_in_4bit: true
+use_bnb_nested_quant: true
+optim: paged_adamw_8bit
+"""
+TRL_DPO = """
+model_name_or_path: acme/chat-1b
+dataset_name: acme/pairs
+loss_type: [sigmoid, bco_pair, sft]
+loss_weights: [0.8, 0.2, 1.0]
+beta: 0.05
+precompute_ref_log_probs: true
+label_smoothing: 0.1
+num_train_epochs: 1
+"""
+TRL_MESSY = """
+model_name_or_path: ${BASE_MODEL}
+dataset_name: acme/turns
+learning_rat: 1e-4
+loss_type: dft
+save_strategy: epoch
+fp16: false
+deepspeed: ds.json
+max_length: null
+logging_steps: 0.1
+optim: galore_adamw
+shuffle_dataset: false
+env: {WANDB_PROJECT: x}
+model_init_kwargs: {rope_scaling: {type: linear, factor: 2.0}}
+"""
+AXOLOTL_FULL = """
+base_model: acme/base-8b
+datasets:
+  - {path: acme/instructions, type: alpaca, split: train}
+val_set_size: 0.05
+sequence_len: 8192
+sample_packing: true
+gradient_accumulation_steps: 8
+micro_batch_size: 1
+num_epochs: 1
+optimizer: paged_adamw_8bit
+lr_scheduler: cosine
+learning_rate: 2e-5
+cosine_min_lr_ratio: 0.1
+bf16: auto
+gradient_checkpointing: offload
+flash_attention: true
+evals_per_epoch: 2
+use_tensorboard: true
+wandb_project:
+wandb_entity:
+"""
+AXOLOTL_LORA = """
+base_model: acme/base-1b
+adapter: lora
+lora_r: 16
+lora_alpha: 32
+lora_target_linear: true
+lora_mlp_kernel: true
+datasets:
+  - path: rows.jsonl
+    type: chat_template
+    field_messages: conversations
+    message_property_mappings: {role: from, content: value}
+    roles_to_train: [assistant]
+    train_on_eos: turn
+chat_template: chatml
+special_tokens: {pad_token: <|pad|>, bos_token: <s>}
+learning_rate: 0.0002
+warmup_steps: 10
+excess_length_strategy: truncate
+"""
+AXOLOTL_QLORA = """
+base_model: acme/base-7b
+adapter: qlora
+load_in_4bit: true
+lora_r: 64
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_modules: [q_proj, v_proj]
+datasets: [{path: json, data_files: a.jsonl, type: completion, field: body}, {path: acme/turns, type: sharegpt}]
+learning_rate: 1e-4
+train_on_inputs: true
+"""
+AXOLOTL_DPO = """
+base_model: acme/chat-8b
+rl: dpo
+rl_beta: 0.2
+rpo_alpha: 0.5
+datasets:
+  - {path: acme/pairs, type: chat_template.default, field_messages: conversation, field_chosen: good, field_rejected: bad}
+learning_rate: 5e-7
+"""
+AXOLOTL_MESSY = """
+base_model: acme/base-1b
+datasets:
+  - path: acme/turns
+    type: chat_template
+    shards: 4
+    train_on_eos: all
+    roles_to_train: [user]
+  - {path: acme/raw, type: input_output}
+plugins: [axolotl.integrations.liger.LigerPlugin]
+liger_rope: true
+lr_groups: [{name: heads, modules: [lm_head], lr: 1e-6}]
+embedding_lr: 1e-6
+learning_rate: 1e-5
+optimizer: lion
+lora_r: 8
+sequence_length: 4096
+deepspeed: zero3.json
+fsdp_config: {offload_params: true}
+"""
+LF_FULL = """
+model_name_or_path: acme/base-4b
+stage: sft
+do_train: true
+finetuning_type: full
+dataset: own, hub
+template: qwen3_nothink
+cutoff_len: 4096
+max_samples: 1000
+output_dir: saves/full
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 2
+learning_rate: 1.0e-5
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 180000000
+"""
+LF_LORA = """
+model_name_or_path: acme/base-4b
+stage: sft
+finetuning_type: lora
+lora_target: q_proj,v_proj
+dataset: turns
+template: llama3
+val_size: 0.1
+neat_packing: true
+mask_history: true
+bf16: true
+report_to: none
+"""
+LF_QLORA = """
+model_name_or_path: acme/base-4b
+quantization_bit: 4
+quantization_method: bnb
+double_quantization: false
+finetuning_type: lora
+lora_rank: 16
+lora_target: all
+pissa_init: true
+dataset: own
+template: default
+"""
+LF_DPO = """
+model_name_or_path: acme/base-4b
+stage: dpo
+finetuning_type: lora
+pref_loss: simpo
+pref_beta: 2.0
+pref_ftx: 0.3
+simpo_gamma: 1.0
+dataset: pairs
+template: qwen3
+learning_rate: 5.0e-6
+"""
+LF_MESSY = """
+model_name_or_path: acme/base-4b
+stage: pt
+finetuning_type: freeze
+freeze_trainable_layers: 2
+dataset: nowhere
+dataset_dir: ${DATA}
+use_galore: true
+cutof_len: 99
+train_on_prompt: true
+interleave_probs: "0.5,0.5"
+mix_strategy: interleave_under
+plot_loss: true
+"""
+DATASET_INFO = {
+    "own": {"file_name": "own.json", "columns": {"prompt": "question", "query": "context", "response": "reply"}},
+    "hub": {"hf_hub_url": "acme/hub", "subset": "en", "split": "train", "num_samples": 50},
+    "turns": {"file_name": "turns.json", "formatting": "sharegpt", "columns": {"messages": "dialogue"},
+              "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}},
+    "pairs": {"file_name": "pairs.json", "ranking": True, "formatting": "sharegpt", "columns": {"messages": "conversations",
+              "chosen": "good", "rejected": "bad"}},
+}  # fmt: skip
+FILES = {
+    "trl": [TRL_FULL, TRL_LORA, TRL_QLORA, TRL_DPO, TRL_MESSY],
+    "axolotl": [AXOLOTL_FULL, AXOLOTL_LORA, AXOLOTL_QLORA, AXOLOTL_DPO, AXOLOTL_MESSY],
+    "llamafactory": [LF_FULL, LF_LORA, LF_QLORA, LF_DPO, LF_MESSY],
+}
+EVERY_FILE = [(name, text) for name, texts in FILES.items() for text in texts]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(DATASET_INFO))
+    (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    return tmp_path
+
+
+def translated(name: str, text: str, folder: Path):
+    (folder / "theirs.yaml").write_text(text)
+    table = read_yaml(folder / "theirs.yaml")
+    more = {"folder": folder} if name == "llamafactory" else {}
+    return READERS[name].read(table, None, init.first_row, **more)
+
+
+def accounted(t) -> None:
+    """Every key of the file is in exactly one list, and every value fits its key."""
+    keys = [note.key for note in t.notes if note.key]
+    assert sorted(keys) == sorted(t.given) and not t.left
+    assert {note.kind for note in t.notes} <= {TRANSLATED, DIFFERENCE, NO_COUNTERPART}
+    for key, value in t.values.items():
+        assert fit(value, KEYS[key]) == value, (key, value)
+
+
+def texts(t, kind: str) -> str:
+    return "\n".join(note.text for note in t.notes if note.kind == kind and not note.harmless)
+
+
+# ------------------------------------------------------------------------------------------------- whole files
+
+
+@pytest.mark.parametrize(("name", "text"), EVERY_FILE)
+def test_a_file_becomes_a_configuration_that_loads(folder, capsys, name, text):
+    accounted(translated(name, text, folder))
+    options = ["--model", "acme/m"] if "${BASE" in text else []
+    options += ["--data", "rows.jsonl"] if "dataset: nowhere" in text else []
+    assert init.main([f"--from-{name}", "theirs.yaml", "ours.toml", *options]) == 0
+    out = capsys.readouterr().out
+    config, origins = load("ours.toml")
+    assert "before it runs" not in out and "next: python -m minisft train ours.toml" in out
+    written = (folder / "ours.toml").read_text().replace("#     ", "").replace("\n", " ")
+    for note in translated(name, text, folder).notes:  # the file itself says what differs
+        if note.kind != TRANSLATED and not note.harmless:
+            assert note.text.split(": ")[0].split()[0] in written, note
+    again = translated(name, text, folder).values
+    same = {key for key, value in again.items() if origins[key] == "ours.toml" or value == KEYS[key].default}
+    assert set(again) - same <= {"model.model_name_or_path"}
+
+
+def test_trl_full(folder):
+    t = translated("trl", TRL_FULL, folder)
+    expected = {
+        "trainer_type": "sft",
+        "data.train_data": {"path": "acme/turns", "split": "train[:90%]"},
+        "data.eval_data": {"path": "acme/turns", "split": "test"},
+        "evaluate.eval_steps": 50,
+        "train.learning_rate": 1e-5,
+        "train.warmup_ratio": 0.05,
+        "train.lr_scheduler_type": "cosine",
+        "train.min_lr": pytest.approx(1e-6),
+        "train.weights_dtype": "bf16",
+        "train.stochastic_rounding": False,
+        "model.eos_token": "<|im_end|>",
+        "model.gradient_checkpointing": True,  # TRL's default
+        "log.report_to": ("tensorboard",),
+        "data.completion_only_loss": True,  # its rows cannot be seen
+        "data.assistant_only_loss": False,
+    }
+    assert {key: t.values.get(key) for key in expected} == expected
+    assert "attention stays inside" in texts(t, DIFFERENCE)
+
+
+def test_trl_lora_and_what_it_trains_of_conversations(folder):
+    t = translated("trl", TRL_LORA, folder)
+    assert (t.values["lora.r"], t.values["lora.lora_dropout"]) == (32, 0.05)  # the file's, and TRL's default
+    assert t.values["data.assistant_only_loss"] is True and "data.completion_only_loss" not in t.values
+    all_turns = translated("trl", TRL_LORA.replace("assistant_only_loss: true", ""), folder)
+    assert all_turns.values["data.assistant_only_loss"] is False
+    assert "every turn of a conversation" in texts(all_turns, DIFFERENCE)
+    usual = translated("trl", TRL_LORA.replace("lora_target_modules", "x"), folder)
+    assert usual.values["lora.target_modules"] == ("q_proj", "v_proj")
+
+
+def test_trl_qlora_dpo_and_mess(folder):
+    q = translated("trl", TRL_QLORA, folder).values
+    assert (q["model.load_in_4bit"], q["model.bnb_4bit_use_double_quant"], q["train.optim"]) == (
+        True,
+        True,
+        "adamw_8bit",
+    )
+    assert q["data.dataset_text_field"] == "body" and "data.assistant_only_loss" not in q
+    d = translated("trl", TRL_DPO, folder).values
+    assert d["trainer_type"] == "dpo" and d["dpo.loss_type"] == ("sigmoid", "bco_pair", "sft")
+    assert (d["dpo.loss_weights"], d["dpo.beta"], d["train.label_smoothing"]) == ((0.8, 0.2, 1.0), 0.05, 0.1)
+    assert "train.learning_rate" not in d  # 1e-6 there and here
+    m = translated("trl", TRL_MESSY, folder)
+    lost = texts(m, NO_COUNTERPART)
+    for key in (
+        "learning_rat",
+        "loss_type",
+        "model_name_or_path",
+        "deepspeed",
+        "logging_steps",
+        "optim",
+        "rope_scaling",
+    ):
+        assert key in lost
+    assert "did you mean learning_rate?" in lost and "data.shuffle" not in m.values
+    assert m.values["data.max_length"] is None
+
+
+def test_axolotl(folder):
+    f = translated("axolotl", AXOLOTL_FULL, folder).values
+    expected = {
+        "data.train_data": {"path": "acme/instructions", "format": "instruction"},
+        "data.prompt_format": "plain",
+        "data.packing_strategy": "ffd",
+        "data.truncation": "drop",
+        "train.min_lr": pytest.approx(2e-6),
+        "train.warmup_ratio": 0.03,
+        "train.weights_dtype": "bf16",
+        "train.optim": "adamw_8bit",
+        "model.offload_activations": True,
+        "log.report_to": ("tensorboard",),
+    }
+    assert {key: f.get(key) for key in expected} == expected
+    lora = translated("axolotl", AXOLOTL_LORA, folder)
+    assert lora.values["lora.target_modules"] == "all-linear" and lora.values["data.truncation"] == "right"
+    assert lora.values["data.train_data"] == {"path": "rows.jsonl", "format": "sharegpt"}
+    assert lora.values["model.chat_template"] == "chatml" and "train.warmup_ratio" not in lora.values
+    assert lora.values["data.max_length"] == 512 and "bos_token" in texts(lora, NO_COUNTERPART)
+    q = translated("axolotl", AXOLOTL_QLORA, folder).values
+    assert q["model.load_in_4bit"] and q["data.completion_only_loss"] is False
+    assert q["data.train_data"] == [
+        {"path": "a.jsonl", "format": "text", "field_map": {"body": "text"}},
+        {"path": "acme/turns", "format": "sharegpt"},
+    ]
+    d = translated("axolotl", AXOLOTL_DPO, folder).values
+    assert (d["dpo.loss_type"], d["dpo.loss_weights"], d["dpo.beta"]) == (("sigmoid", "sft"), (1.0, 0.5), 0.2)
+    assert d["data.train_data"]["field_map"] == {"conversation": "prompt", "good": "chosen", "bad": "rejected"}
+    m = translated("axolotl", AXOLOTL_MESSY, folder)
+    assert m.values["train.learning_rates"] == {"embed_tokens|lm_head": 1e-6, "lm_head": 1e-6}
+    assert "train.weights_dtype" not in m.values and "lora.r" not in m.values  # lion; no adapter
+    for key in ("shards", "train_on_eos", "roles_to_train", "plugins", "sequence_length", "deepspeed"):
+        assert key in texts(m, NO_COUNTERPART)
+
+
+def test_a_tracker_that_is_not_installed_is_told_and_the_file_written(folder, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (folder / "a.yaml").write_text("base_model: a/b\nwandb_project: x\ndatasets: [{path: a/b}]\n")
+    assert init.main(["--from-axolotl", "a.yaml"]) == 0
+    assert "wandb is not installed" in capsys.readouterr().out and (folder / "a.toml").exists()
+
+
+def test_axolotl_simpo_is_trls(folder):
+    assert axolotl.read({"rl": "simpo"}).values["dpo.loss_weights"] == (1.0, 1.0)  # cpo_alpha is 1 there
+    assert axolotl.read({"rl": "simpo", "cpo_alpha": 0.0}).values["dpo.loss_type"] == ("simpo",)
+
+
+def test_llamafactory(folder):
+    f = translated("llamafactory", LF_FULL, folder)
+    own = {"path": str(folder / "data/own.json"), "split": "[:1000]"}
+    own["field_map"] = {"question": "instruction", "context": "input", "reply": "output"}
+    assert f.values["data.train_data"] == [own, {"path": "acme/hub", "name": "en", "split": "train[:50]"}]
+    assert f.values["data.max_length"] == 4096 and "lora.r" not in f.values and "template" in texts(f, NO_COUNTERPART)
+    lora = translated("llamafactory", LF_LORA, folder).values
+    assert (lora["lora.r"], lora["lora.lora_alpha"], lora["lora.target_modules"]) == (8, 16.0, ("q_proj", "v_proj"))
+    assert lora["data.train_data"]["field_map"] == {"dialogue": "messages"} and lora["train.learning_rate"] == 5e-5
+    assert lora["data.packing"] and lora["data.train_on_last_turn_only"] and lora["data.max_length"] == 2048
+    q = translated("llamafactory", LF_QLORA, folder).values
+    assert (q["model.load_in_4bit"], q["model.bnb_4bit_use_double_quant"]) == (True, False)
+    assert (q["lora.lora_alpha"], q["lora.init_lora_weights"]) == (32.0, "pissa_niter_16")
+    d = translated("llamafactory", LF_DPO, folder).values
+    assert (d["dpo.loss_type"], d["dpo.loss_weights"]) == (("simpo", "sft"), (1.0, 0.3))
+    assert d["data.train_data"]["field_map"] == {"good": "chosen", "bad": "rejected"}
+    m = translated("llamafactory", LF_MESSY, folder)
+    assert (
+        m.values["data.packing"] and m.values["data.assistant_only_loss"] is False and "data.train_data" not in m.values
+    )
+    for key in ("finetuning_type", "dataset", "dataset_dir", "use_galore", "cutof_len", "interleave_probs"):
+        assert key in texts(m, NO_COUNTERPART)
+
+
+# ------------------------------------------------------------------------------------------------- properties
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 9), st.floats(0, 2), st.sampled_from(["", "1e-4", "none", "auto", "x/y", "${A}"]),
+    st.lists(st.sampled_from(["sft", "a", "wandb"]), max_size=2), st.just({"a": 1, "b": [{"c": 2}]}),
+)  # fmt: skip
+KNOWN = {
+    "trl": [*trl.SAME, *trl.OF_LORA, *trl.OF_SFT, *trl.OF_DPO, *trl.OF_4BIT, *training_arguments.SAME, *trl.ONLY_CHANGES,
+            *trl.ONLY_HARMLESS, "bf16", "fp16", "use_peft", "dataset_name", "warmup_steps", "warmup_ratio", "rpo_alpha",
+            "eval_strategy", "report_to", "resume_from_checkpoint", "dtype", "typo"],
+    "axolotl": [*axolotl.SAME, *axolotl.OF_LORA, *axolotl.TRACKERS, *axolotl.EASY, *axolotl.HARD, "bf16", "bfloat16",
+                "fp16", "adapter", "chat_template", "chat_template_jinja", "tokens", "embedding_lr", "cpo_alpha", "rl_beta",
+                "train_on_inputs", "lora_target_linear", "load_in_4bit", "gradient_checkpointing", "typo"],
+    "llamafactory": [*llamafactory.SAME, *llamafactory.OF_LORA, *training_arguments.SAME, *llamafactory.EASY,
+                     *llamafactory.HARD, "dataset", "template", "packing", "neat_packing", "pref_loss", "pref_ftx", "pissa_init",
+                     "quantization_bit", "quantization_method", "lora_target", "bf16", "pure_bf16", "max_samples", "typo"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_no_key_vanishes_and_no_value_is_wrong(name, data):
+    keys = data.draw(st.lists(st.sampled_from([k for k in KNOWN[name] if "*" not in k]), max_size=12, unique=True))
+    table = {key: data.draw(VALUES, label=key) for key in keys}
+    table |= {k: data.draw(st.sampled_from(v)) for k, v in {
+        "axolotl": {"rl": [None, "dpo", "kto", "simpo"], "datasets": [None, [], [{"path": "a/b", "type": "alpaca", "x": 1}]]},
+        "llamafactory": {"stage": [None, "pt", "sft", "dpo", "kto"], "finetuning_type": [None, "lora", "full", "oft"]},
+        "trl": {"datasets": [None, [{"path": "a/b", "fraction": 0.5}, {"path": "c", "columns": ["x"]}]]},
+    }[name].items()}  # fmt: skip
+    accounted(READERS[name].read(table))
+
+
+def test_trls_defaults_are_trls():
+    """A file that spells out every default of TRL's means the same as an empty one."""
+    pytest.importorskip("trl")
+    from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+
+    for kind, config in (("sft", SFTConfig), ("dpo", DPOConfig)):
+        defaults = {}
+        for f in [f for c in (ModelConfig, ScriptArguments, config) for f in dataclasses.fields(c)]:
+            made = f.default_factory() if f.default is dataclasses.MISSING else f.default
+            defaults[f.name] = getattr(made, "value", made)
+        unset = {"output_dir", "model_name_or_path", "dataset_name"}
+        for lora in (False, True):
+            named = {"lora_target_modules": ["q_proj", "v_proj"]} if lora else {}
+            spelled = trl.read(defaults | {"use_peft": lora} | named, kind)
+            empty = trl.read({"use_peft": lora}, kind)
+            accounted(spelled)
+            assert "not known here" not in texts(spelled, NO_COUNTERPART)
+            asked = DEFAULTS[kind]
+            for key in (set(spelled.values) | set(empty.values)) - unset:
+                ours = asked.get(key, KEYS[key].default)
+                ours = {} if ours is dataclasses.MISSING else ours
+                if key == "data.completion_only_loss":  # spelled out as none, which is TRL's "found out"
+                    continue
+                assert spelled.values.get(key, ours) == empty.values.get(key, ours), (kind, lora, key)
+            harmful = [n.text for n in spelled.notes if n.kind == NO_COUNTERPART and not n.harmless]
+            assert harmful == []
+    table = trl.USUAL_MODULES, trl.ATTENTION_MODULES
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT
+
+    for family in (
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma2",
+        "gemma3_text",
+        "stablelm",
+        "gpt2",
+        "gpt_neox",
+        "phi",
+    ):
+        assert tuple(PEFT[family]) == table[1].get(family, table[0])
+
+
+# ------------------------------------------------------------------------------------------------- stages
+
+
+def test_stages(folder, capsys):
+    (folder / "all.yaml").write_text("""
+stages: [warm, align]
+model_name_or_path: acme/base-1b
+bf16: true
+lern: 1
+stage_configs:
+  warm: {dataset_name: rows.jsonl, learning_rate: 1e-5, output_dir: out/warm}
+  align:
+    trainer: dpo
+    model_name_or_path: out/warm
+    dataset_name: acme/pairs
+    dpo.beta: 0.2
+    train: {seed: 3}
+    dta.x: 1
+  unused: {x: 1}
+""")
+    table = read_yaml(folder / "all.yaml")
+    parts = stages.read(table)
+    keys = [note.key for _, t in parts for note in t.notes if note.key]
+    assert len(keys) == len(set(keys)) == 4 + 3 + 6 + 1
+    assert init.main(["--from-stages", "all.yaml", "all.toml"]) == 0
+    out = capsys.readouterr().out
+    assert "before it runs" not in out and "unused is not in stages" in out
+    warm, align = (stage.config for stage in load_stages("all.toml"))
+    assert (warm.trainer_type, align.trainer_type) == ("sft", "dpo")
+    assert (warm.train.learning_rate, align.train.learning_rate) == (1e-5, 1e-6)
+    assert (align.dpo.beta, align.train.seed, warm.train.seed) == (0.2, 3, 42)
+    assert align.model.model_name_or_path.endswith("out/warm/model")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["stages: a\nstage_configs: {}", "stages: [a]\nstage_configs: {b: {}}", "stages: [a, a]\nstage_configs: {a: {x: 1}}",
+     "stages: []\nstage_configs: {a: {x: 1}}", "stages: [a]\nx: 1"],
+)  # fmt: skip
+def test_stages_that_do_not_fit(folder, text):
+    (folder / "s.yaml").write_text(text)
+    with pytest.raises(UserError, match="stage"):
+        stages.read(read_yaml(folder / "s.yaml"))
+
+
+# ------------------------------------------------------------------------------------------------- YAML
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: 1\na: 2", "a stands twice"),
+        ("a: 1\n---\nb: 2", "found another document"),
+        ("- a\n- b", "no `key: value` lines"),
+        ("", "no `key: value` lines"),
+        ("a: [1", "not a YAML file"),
+        ("a: !!python/object/apply:os.system [true]", "not a YAML file"),
+        ("\x00", "not a YAML file"),
+    ],
+)
+def test_what_is_no_file_of_theirs(folder, text, told):
+    (folder / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=told) as raised:
+        read_yaml(folder / "x.yaml")
+    assert raised.value.exit_code == 2
+
+
+def test_yaml_as_people_write_it(folder):
+    (folder / "x.yml").write_text("a: &x {lr: 1e-4}\nb: {<<: *x, c: on}\nd: 2024-01-01\n7: seven\n")
+    t = trl.read(read_yaml(folder / "x.yml"))
+    assert t.given == {"a.lr": "1e-4", "b.lr": "1e-4", "b.c": True, "d": "2024-01-01", "7": "seven"}
+    (folder / "x.json").write_text('{"max_length": 64}')
+    assert trl.read(read_yaml(folder / "x.json")).values["data.max_length"] == 64
+    (folder / "x.yml").write_text("a: &a\n  b: *a\n")
+    with pytest.raises(UserError, match="nested"):
+        trl.read(read_yaml(folder / "x.yml"))
+    with pytest.raises(UserError, match="no such file"):
+        read_yaml(folder / "none.yaml")
+
+
+def test_numbers_that_are_text():
+    assert fitted_value("train.learning_rate", "1e-4") == 1e-4 and as_number("5e-7") == 5e-7
+    assert fitted_value("train.num_train_epochs", "3") == 3.0 and fitted_value("train.max_steps", 1e3) == 1000
+    assert fitted_value("log.run_name", "1e5") == "1e5" and as_number("auto") is None and as_number(True) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [("axolotl", {"rl": "grpo"}), ("axolotl", {"reward_model": True}), ("llamafactory", {"stage": "ppo"})],
+)
+def test_what_is_no_fine_tuning(name, table):
+    with pytest.raises(UserError, match="nothing like it"):
+        READERS[name].read(table)
+
+
+def test_the_readers_need_no_torch():
+    code = "import sys, minisft.commands.init; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'imported'"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,323 @@
+"""`minisft init`: what it asks, proposes and writes."""
+
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from minisft import found, proposal
+from minisft.commands import init
+from minisft.config_file import load
+from minisft.errors import UserError, run_command
+from minisft.proposal import Hardware, parse_hardware, propose, size_from_config, size_from_name
+from minisft.stages import load_stages
+from minisft.train import run
+
+ROOT = Path(__file__).parents[1]
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with rows, and a folder that looks like a model of 0.4 B."""
+    monkeypatch.chdir(tmp_path)
+    tiny.write_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIR) + "\n")
+    (tmp_path / "turns.jsonl").write_text('{"messages": [{"role": "assistant", "content": "a"}]}\n')
+    (tmp_path / "small").mkdir()
+    config = {"hidden_size": 1024, "num_hidden_layers": 14, "vocab_size": 151936, "num_attention_heads": 16}
+    config |= {"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072, "tie_word_embeddings": True}
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def options(**changed: str | None) -> list[str]:
+    given = {"model": "small", "data": "rows.jsonl", "hardware": "24gb", "method": "full", "output": "a.toml"} | changed
+    return ["--yes", *(word for k, v in given.items() if v is not None for word in (f"--{k.replace('_', '-')}", v))]
+
+
+# ------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("method", proposal.METHODS)
+@pytest.mark.parametrize("hardware", ["cpu", "8gb", "16gb", "24gb", "48gb", "80gb", "8x80gb"])
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+def test_every_answer_gives_a_file_that_loads(folder, capsys, monkeypatch, trainer, method, hardware):
+    monkeypatch.setattr(init, "cpu_gigabytes", lambda: 32.0)
+    data = "pairs.jsonl" if trainer == "dpo" else "rows.jsonl"
+    assert init.main(options(trainer=trainer, method=method, hardware=hardware, data=data)) == 0
+    config, _ = load("a.toml")
+    assert (config.trainer_type, config.data.train_data) == (trainer, str(folder / data))
+    assert (config.lora.r is None, config.model.load_in_4bit) == (method == "full", method == "qlora")
+    expected = {"sft": {"full": 2e-5}, "dpo": {"full": 1e-6}}[trainer].get(method, 2e-4 if trainer == "sft" else 5e-6)
+    assert config.train.learning_rate == expected
+    text = (folder / "a.toml").read_text()
+    assert text.startswith("# Written by: minisft init") and "a step: " in text and "(estimated)" in text
+    assert text in capsys.readouterr().out
+
+
+def test_two_stages(folder, capsys):
+    assert init.main(options(trainer="sft+dpo", preference_data="pairs.jsonl")) == 0
+    sft, dpo = (stage.config for stage in load_stages("a.toml"))
+    assert (sft.trainer_type, dpo.trainer_type) == ("sft", "dpo")
+    assert sft.model.model_name_or_path == str(folder / "small")
+    assert dpo.model.model_name_or_path == str(folder / "output/a/1-sft/model")
+    assert (sft.train.learning_rate, dpo.train.learning_rate) == (2e-5, 1e-6)
+
+
+def test_a_ready_configuration_is_copied_without_its_data(folder, monkeypatch):
+    (folder / "ready").mkdir()
+    (folder / "ready" / "base.toml").write_text("[train]\nlearning_rate = 3e-5\n")
+    (folder / "ready" / "small.toml").write_text(
+        'extends = "base.toml"\noutput_dir = "x"\n[model]\nmodel_name_or_path = "acme/SMALL"\n'
+        '[data]\ntrain_data = "acme/rows"\nformat = "text"\nmax_length = 77\n'
+    )
+    (folder / "ready" / "stages.toml").write_text('stages = ["small.toml"]\n')
+    monkeypatch.setattr(found, "READY", folder / "ready")
+    assert init.main(options()) == 0
+    config, _ = load("a.toml")
+    assert (config.train.learning_rate, config.data.max_length, config.data.format) == (3e-5, 77, "auto")
+    assert (config.output_dir, config.data.train_data) == ("output/a", str(folder / "rows.jsonl"))
+    assert init.main([*options(method="lora"), "--force"]) == 0  # none for this method
+    assert load("a.toml")[0].data.max_length == 1024
+
+
+def test_the_file_may_lie_elsewhere(folder):
+    assert init.main(options(output="sub/a.toml")) == 0
+    os.chdir("/")
+    config, _ = load(folder / "sub" / "a.toml")
+    assert (config.model.model_name_or_path, config.data.train_data) == (
+        str(folder / "small"),
+        str(folder / "rows.jsonl"),
+    )
+
+
+def test_conversations_of_a_model_without_a_template_get_one(folder, capsys):
+    assert init.main(options(data="turns.jsonl")) == 0
+    assert load("a.toml")[0].model.chat_template == "chatml"
+    assert "no chat template" in capsys.readouterr().out
+    (folder / "small" / "chat_template.jinja").write_text("{{ messages }}")
+    assert init.main([*options(data="turns.jsonl"), "--force"]) == 0
+    assert load("a.toml")[0].model.chat_template is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"data": "no.jsonl"}, "no file matches no.jsonl"),
+        ({"data": None, "model": None}, "not given: --model, --data"),
+        ({"trainer": "sft+dpo"}, "not given: --preference-data"),
+        ({"trainer": "dpo"}, "two answers to a prompt"),
+        ({"hardware": "big"}, "hardware 'big'"),
+        ({"hardware": "0gb"}, "hardware '0gb'"),
+        ({"max_length": "1"}, "--max-length 1"),
+        ({"epochs": "0"}, "--epochs 0"),
+        ({"epochs": "nan"}, "--epochs nan"),
+        ({"model": "acme/base-70b", "hardware": "24gb"}, "needs about 5"),
+        ({"eval_data": "no.jsonl"}, "no file matches no.jsonl"),
+        ({"preference_data": "pairs.jsonl", "trainer": "sft"}, "it is for sft"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_written(folder, changed, told):
+    before = sorted(os.listdir())
+    with pytest.raises(UserError) as raised:
+        init.main(options(**changed))
+    assert told in str(raised.value) and sorted(os.listdir()) == before
+
+
+def test_bad_rows_are_told(folder):
+    for text in ("", "{broken\n", '{"a": 1}\n'):
+        Path("bad.jsonl").write_text(text)
+        with pytest.raises(UserError):
+            init.main(options(data="bad.jsonl"))
+    assert not Path("a.toml").exists()
+
+
+def test_a_file_is_replaced_by_force_only(folder):
+    Path("a.toml").write_text("mine")
+    with pytest.raises(UserError, match="a.toml exists"):
+        init.main(options())
+    assert Path("a.toml").read_text() == "mine"
+    assert init.main([*options(), "--force"]) == 0 and Path("a.toml").read_text() != "mine"
+    with pytest.raises(UserError, match="exists"):
+        init.main([*options(output="small"), "--force"])
+    assert [name for name in os.listdir() if name.startswith(".")] == []
+
+
+def test_start_hands_over_to_train(folder, monkeypatch):
+    called = []
+    monkeypatch.setattr(os, "execv", lambda *arguments: called.append(arguments))
+    assert init.main([*options(), "--start"]) == 0
+    assert called == [(sys.executable, [sys.executable, "-m", "minisft", "train", "a.toml"])]
+    Path("t.yaml").write_text("learning_rate: 1e-5")
+    with pytest.raises(UserError, match="not started: .*model_name_or_path is not set"):
+        init.main(["--from-trl", "t.yaml", "--start"])
+    assert len(called) == 1 and Path("t.toml").exists()  # written, to be completed by hand
+
+
+def test_options_that_an_imported_file_says_itself(folder):
+    Path("t.yaml").write_text("learning_rate: 1e-5")
+    with pytest.raises(UserError, match="--method with --from-trl"):
+        init.main(["--from-trl", "t.yaml", "--method", "lora"])
+    assert init.main(["--from-trl", "t.yaml", "--model", "small", "--data", "rows.jsonl", "--max-length", "99"]) == 0
+    config, _ = load("t.toml")
+    assert (config.model.model_name_or_path, config.data.max_length) == (str(folder / "small"), 99)
+
+
+def test_the_proposal_trains(tmp_path, monkeypatch):
+    """From quickstart's own rows and a tiny model to two steps."""
+    monkeypatch.chdir(tmp_path)
+    first = {"max_steps": 1, "train.device": "cpu", "report_to": []}
+    config = tiny.MODEL | {"vocab_size": 264, "max_position_embeddings": 512}
+    shutil.copytree(ROOT / "configs" / "quickstart" / "tokenizer", "tokenizer")
+    rows = (ROOT / "configs" / "quickstart" / "train.jsonl").read_text().splitlines()[:300]
+    Path("rows.jsonl").write_text("\n".join(rows))
+    run({"model": {"config": config, "tokenizer_name_or_path": "tokenizer"}, "data": {"train_data": "rows.jsonl"}},
+        output_dir="base", **first)  # fmt: skip
+    arguments = [
+        "--yes",
+        "--model",
+        "base/model",
+        "--data",
+        "rows.jsonl",
+        "--hardware",
+        "cpu",
+        "--max-length",
+        "128",
+        "a.toml",
+    ]
+    assert init.main(arguments) == 0
+    result = run("a.toml", max_steps=2, progress_bar=False, **{"train.device": "cpu", "log.report_to": []})
+    assert result.exit_code == 0 and (tmp_path / "output/a/model").exists()
+
+
+# ------------------------------------------------------------------------------------------------- questions
+
+
+def converse(folder: Path, answers: list[str], *, interrupt: bool = False) -> tuple[int, str]:
+    """Run `minisft init` on a pseudo-terminal: each answer is typed when a prompt waits for it. (exit code, all output)"""
+    master, slave = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": "/nowhere"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minisft", "init"], cwd=folder, stdin=slave, stdout=slave, stderr=slave, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who runs the tests may ignore it
+    )  # fmt: skip
+    os.close(slave)
+    output, seen, pending = "", 0, list(answers)
+    end, next_signal = time.monotonic() + 30, 0.0
+    try:
+        while time.monotonic() < end:
+            if select.select([master], [], [], 0.05)[0]:
+                try:
+                    output += os.read(master, 65536).decode()
+                except OSError:  # the other end is closed
+                    break
+            waiting = output[seen:].endswith(("] ", "> "))
+            if waiting and pending:
+                seen = len(output)
+                os.write(master, pending.pop(0).encode())
+            elif waiting and interrupt and time.monotonic() > next_signal:
+                next_signal = time.monotonic() + 1  # one that comes just before input() reads is seen at the next only
+                process.send_signal(signal.SIGINT)
+        return process.wait(10), output
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
+def test_a_conversation(folder):
+    answers = [
+        "spam\n",
+        "\n",
+        "small\n",
+        "no.jsonl\n",
+        "rows.jsonl\n",
+        "lora\n",
+        "24gb\n",
+        "many\n",
+        "256\n",
+        "mine.toml\n",
+    ]
+    code, output = converse(folder, [*answers, "\n", "n\n"])
+    assert code == 0, output
+    config, _ = load(folder / "mine.toml")
+    assert (config.lora.r, config.data.max_length, config.train.learning_rate) == (16, 256, 2e-4)
+    for told in (
+        "one of sft, dpo, sft+dpo",
+        "no file matches no.jsonl",
+        "prompt_completion, as text",
+        "a whole number of",
+    ):
+        assert told in output
+    assert "Traceback" not in output and "Start it now?" in output
+
+
+@pytest.mark.parametrize(("last", "interrupt"), [("\x04", False), ("", True), ("\n", None)])
+def test_leaving_writes_nothing(folder, last, interrupt):
+    answers = ["\n", "small\n", "rows.jsonl\n"]
+    before = sorted(os.listdir(folder))
+    if interrupt is None:  # everything is answered, and then "no"
+        answers, last = [*answers, "\n", "cpu\n", "\n", "\n"], "n\n"
+    code, output = converse(folder, [*answers, last] if last else answers, interrupt=bool(interrupt))
+    assert code == (0 if interrupt is None else 130) and "Traceback" not in output, output
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_without_a_terminal_nothing_is_asked(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "minisft", "init"], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2 and "not given: --model, --data" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_is_quick_and_without_torch(capsys):
+    with pytest.raises(SystemExit) as left:
+        run_command(lambda: init.main(["--help"]))
+    out = capsys.readouterr().out
+    assert left.value.code == 0
+    assert all(f"--from-{name}" in out for name in init.READERS)
+
+
+# ------------------------------------------------------------------------------------------------- the rules
+
+
+def test_sizes():
+    qwen = {"hidden_size": 1024, "num_hidden_layers": 28, "vocab_size": 151936, "num_attention_heads": 16, "head_dim": 128,
+            "num_key_value_heads": 8, "intermediate_size": 3072, "tie_word_embeddings": True}  # fmt: skip
+    assert size_from_config(qwen).parameters == pytest.approx(596e6, rel=0.01)
+    gpt2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257}
+    assert size_from_config(gpt2).parameters == pytest.approx(124e6, rel=0.02)
+    for name, millions in (("Qwen/Qwen2.5-0.5B-Instruct", 500), ("a/SmolLM2-135M", 135), ("x/mistral-7b-v0.3", 7000),
+                           ("openai/gpt2", 124), ("a/Llama-3.2-1B", 1000)):  # fmt: skip
+        assert size_from_name(name).parameters == millions * 1e6
+    assert size_from_name("acme/model") is None and size_from_config({}) is None
+    assert parse_hardware("8 x 80GB", 1) == Hardware(80.0, 8) and parse_hardware("cpu", 9).is_cpu
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+@pytest.mark.parametrize("method", proposal.METHODS)
+def test_more_memory_never_asks_for_more_savings(trainer, method):
+    """The tokens (pairs) of a step stay; a micro-batch only grows; a bigger machine never needs what a smaller one does not."""
+    steps, batches, savings = set(), [], []
+    for gigabytes in (16, 24, 48, 80, 141):
+        try:
+            values = propose(trainer, method, size_from_name("a/b-1b"), Hardware(gigabytes), max_length=1024).values
+        except UserError:
+            assert not batches
+            continue
+        batch, accumulation = values["train.per_device_train_batch_size"], values["train.gradient_accumulation_steps"]
+        steps.add(batch * accumulation)
+        batches.append(batch)
+        savings.append((values.get("train.optim", "") == "adamw_8bit", values.get("train.weights_dtype") == "bf16"))
+    assert steps == {32} and savings == sorted(savings, reverse=True) and batches[-1] >= 8
