@@ -1,8 +1,12 @@
-"""Makes the quickstart's data set and tokenizer: `python configs/quickstart/generate.py`. Deterministic; its output is
+"""Makes the quickstarts' data sets and tokenizer: `python configs/quickstart/generate.py`. Deterministic; its output is
 shipped beside it.
 
 Five kinds of small text task over random words, so that a 2 M parameter model can learn them in a minute on two CPU cores
 and anyone can see at a glance whether it did. No held-out prompt is among the training prompts.
+
+For preferences: `undecided.jsonl` answers the prompts of three kinds with any of the three, so whoever learns from it can do
+all of them and does not listen. A pair has the right answer as the chosen one and that of another kind as the rejected one:
+what is chosen here is rejected there, so that no token and no length decides, only the prompt.
 """
 
 import json
@@ -36,6 +40,27 @@ def task(kind: str, rng: random.Random) -> tuple[str, str]:
 
 
 KINDS = ("reverse", "sort", "upper", "last", "larger")
+NUM_UNDECIDED, NUM_PAIRS, NUM_HELD_OUT_PAIRS = 12000, 6000, 400
+CHANGES = {"reverse": lambda w: w[::-1], "sort": lambda w: "".join(sorted(w)), "upper": str.upper}
+
+
+def preferences(rng: random.Random) -> dict[str, list[dict]]:
+    """Rows of the three files for preference tuning, all prompts different."""
+    rows: dict[str, dict] = {}
+    while len(rows) < NUM_UNDECIDED + NUM_PAIRS + NUM_HELD_OUT_PAIRS:
+        w, kind, any_kind = word(rng), rng.choice(list(CHANGES)), rng.choice(list(CHANGES))
+        right, wrong = CHANGES[kind](w), CHANGES[rng.choice([k for k in CHANGES if k != kind])](w)
+        if right != wrong:
+            prompt = f"{kind.capitalize()}: {w}\n"
+            pair = {"prompt": prompt, "chosen": right, "rejected": wrong, "kind": kind}
+            rows[prompt] = {"pair": pair, "undecided": {"prompt": prompt, "completion": CHANGES[any_kind](w)}}
+    made = list(rows.values())
+    pairs = [row["pair"] for row in made[NUM_UNDECIDED:]]
+    return {
+        "undecided": [row["undecided"] for row in made[:NUM_UNDECIDED]],
+        "pairs": pairs[NUM_HELD_OUT_PAIRS:],
+        "held_out_pairs": pairs[:NUM_HELD_OUT_PAIRS],
+    }
 
 
 def main() -> None:
@@ -50,7 +75,7 @@ def main() -> None:
         held_out += made[:NUM_HELD_OUT]
         train += made[NUM_HELD_OUT:]
     rng.shuffle(train)
-    for name, rows in (("train", train), ("held_out", held_out)):
+    for name, rows in {"train": train, "held_out": held_out, **preferences(random.Random(1))}.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (FOLDER / f"{name}.jsonl").write_text(text, encoding="utf-8")
     # Bytes without merges, as these tasks are about characters, and one token for each instruction.
