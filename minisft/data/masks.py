@@ -3,9 +3,9 @@
 Where the assistant's turns lie in the text is found in one of four ways, and by none is an error, never a guess.
 
 A. "tags": the template marks them: `{% generation %} ... {% endgeneration %}`, not the header with them. Recording output
-   positions while rendering, as transformers does, goes wrong inside a macro, a `{% set %}` block or a filter block, whose output is buffered and
-   placed later. Here the tag puts a private-use character before and after its text; they are found and stripped from
-   the result, and what is left must equal a rendering without them.
+   positions while rendering, as transformers does, goes wrong inside a macro, a `{% set %}` block or a filter block, whose
+   output is buffered and placed later. Here the tag puts a private-use character before and after its text; they are found
+   and stripped from the result, and what is left must equal a rendering without them.
 B. "known": the template is a stock one without tags, known by its sha256, for which we have a tagged twin
    (training_templates.py). Both are rendered, and where they differ the twin is not used.
 C. "prefix": with h the messages before an assistant turn a, the turn is what render(h + [a]) adds to
