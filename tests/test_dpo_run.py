@@ -13,9 +13,12 @@ from test_ranks import join, start_ranks
 from test_resume import stop_after
 from tiny import logged, relative_error, settings, train, weights
 
+from minisft.config_file import load
 from minisft.data.loader import Loader
+from minisft.dpo import Objective
 from minisft.errors import UserError
-from minisft.preference_losses import LOSSES
+from minisft.preference_losses import LOSSES, LossOptions
+from minisft.prepare_dpo import objective_of
 from minisft.train import run
 
 DPO = {"trainer_type": "dpo", "train.learning_rate": 1e-3, "train.per_device_train_batch_size": 4, "dpo.beta": 0.5}
@@ -79,8 +82,6 @@ def test_it_starts_at_ln_2_and_learns(go, home):
 
 
 def test_the_learning_rate_is_that_of_preference_tuning(go):
-    from minisft.config_file import load
-
     config, origins = load({"trainer_type": "dpo", "model": {"model_name_or_path": "m"}, "data": {"train_data": "d"}})
     assert config.train.learning_rate == 1e-6 and "dpo" in origins["train.learning_rate"]
 
@@ -327,3 +328,30 @@ def test_windows_do_not_go_with_shared_prompts(home, tmp_path):
 def test_sft_data_is_refused(go, home):
     with pytest.raises(UserError):
         go(**{"data.train_data": str(home / "rows.jsonl")})
+
+
+def test_every_option_reaches_the_loss(home):
+    options = {
+        "loss_type": ["sigmoid", "simpo"],
+        "loss_weights": [0.7, 0.3],
+        "beta": 0.2,
+        "f_divergence_type": "alpha_divergence",
+        "f_alpha_divergence_coef": 0.3,
+        "discopop_tau": 0.1,
+        "simpo_gamma": 0.9,
+        "ld_alpha": 0.4,
+        "use_weighting": True,
+    }
+    keys = {f"dpo.{key}": value for key, value in options.items()} | {"train.label_smoothing": 0.05}
+    config, _ = load({}, settings(home, **{"data.train_data": str(home / "pairs.jsonl")}) | DPO | keys)
+    assert objective_of(config) == Objective(
+        losses={"sigmoid": 0.7, "simpo": 0.3},
+        options=LossOptions(beta=0.2, label_smoothing=0.05, discopop_tau=0.1, simpo_gamma=0.9),
+        f_divergence="alpha_divergence",
+        alpha=0.3,
+        ld_alpha=0.4,
+        use_weighting=True,
+    )
+    weights = {"dpo.loss_type": ["kto"], "dpo.desirable_weight": 2.0, "dpo.undesirable_weight": 3.0}
+    config, _ = load({}, settings(home, **{"data.train_data": str(home / "pairs.jsonl")}) | DPO | weights)
+    assert (objective_of(config).desirable_weight, objective_of(config).undesirable_weight) == (2.0, 3.0)
