@@ -295,3 +295,12 @@ def test_parse_source():
 def test_parse_source_refuses(value, message):
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
         parse_source(value)
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    """The manifest of the cache names every file, and is UTF-8."""
+    name = os.path.join(os.fsencode(tmp_path), b"rows-\xff.jsonl")
+    with open(name, "w") as file:
+        file.write('{"text": "a"}\n')
+    with pytest.raises(UserError, match=r"rows-\\xff.jsonl: the name is not UTF-8"):
+        list_files(Source(str(tmp_path / "*.jsonl")))

@@ -168,6 +168,9 @@ def _check_file(name: str) -> None:
     def refuse(what: str) -> None:
         raise UserError(f"{name}: {what}", exit_code=DATA)
 
+    shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+    if shown != name:
+        raise UserError(f"{shown}: the name is not UTF-8 text, and no record could hold it: rename it", exit_code=DATA)
     if Path(name).suffix not in READERS:
         refuse(f"unknown kind of file; known are {' '.join(READERS)}")
     try:
