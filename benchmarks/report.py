@@ -97,6 +97,20 @@ def step_table(rows: list[dict]) -> str:
     return table(["trained", "minisft", "TRL", "speed", "memory minisft / TRL"], lines)
 
 
+def dpo_table(rows: list[dict]) -> str:
+    """A line for each of our cases, beside the peer with the same reference."""
+    rows = newest(rows, "engine", "layout", "reference")
+    lines = []
+    for mine in [row for row in rows if row["engine"] == "minisft"]:
+        peer = next((r for r in rows if r["engine"] != "minisft" and r["reference"] == mine["reference"]), None)
+        speeds = [float(row["tokens_per_second"]) for row in (mine, peer) if row]
+        memory = [f"{float(row['extra_mb']):,.0f}" for row in (mine, peer) if row]
+        line = [mine["reference"], mine["layout"], *(f"{speed:,.0f} tokens/s" for speed in speeds), *["-"] * (not peer)]
+        line += [f"{speeds[0] / speeds[1]:.1f} x" if peer else "-", f"{' / '.join(memory)} MB"]
+        lines.append([*line, f"{float(mine['pairs_per_second']):.3g}"])
+    return table(["reference", "layout", "minisft", "TRL, padded", "speed", "memory minisft / TRL", "pairs/s"], lines)
+
+
 def packing_table(rows: list[dict]) -> str:
     lines = []
     for row in newest(rows, "case", "strategy"):
@@ -237,6 +251,8 @@ def block(results: Path = RESULTS) -> str:
     parts = [
         section("A whole optimizer step", "benchmarks.train_step", results, "train_step", step_table),
         section("Memory of a fine-tuning", "benchmarks.bench_memory", results, "memory", memory_table),
+        section("Preference tuning", "benchmarks.bench_dpo", results, "dpo_cpu", dpo_table),
+        section("Preference tuning on a GPU", "benchmarks.bench_dpo --device cuda", results, "dpo_cuda", dpo_table),
         section("Packing", "benchmarks.bench_packing", results, "packing", packing_table),
         section("From the file to the token cache", "benchmarks.bench_tokenize", results, "tokenize", tokenize_table),
         section("Validation", "benchmarks.bench_validate", results, "validate", validate_table),
@@ -308,7 +324,8 @@ def main() -> None:
         os.environ["MINISFT_COMMIT"] = arguments.commit
     good = suite(arguments.out)
     rows = read_csv(arguments.out / "kernels_cuda.csv")
-    text = "\n\n".join([target_table(rows), gpu_table(rows)])
+    dpo = read_csv(arguments.out / "dpo_cuda.csv")
+    text = "\n\n".join([target_table(rows), gpu_table(rows), *([dpo_table(dpo)] if dpo else [])])
     (arguments.out / "report.md").write_text(text + "\n", encoding="utf-8")
     print(f"{text}\n\n{sum(row['met'] is True for row in judged(rows))} of {len(judged(rows))} targets met")
     charts(arguments.out, arguments.out)

@@ -6,7 +6,7 @@ Runs from a plain checkout with nothing installed but PyTorch, Triton and pytest
 first: tests/test_gpu.py. Meanwhile the benchmarks compile their kernels, all of them at once; nothing is timed yet. Then
 they run one after the other, the weightiest first, each in a process of its own with a limit, so that a crash or a hang
 loses one contender of one benchmark: the process is started again behind it. Rows are in DIR/kernels_cuda.csv as soon as
-a case has been timed.
+a case has been timed. At last whole trainings are measured, where what minisft needs besides these is installed.
 """
 
 import os
@@ -36,6 +36,8 @@ BENCHMARKS = [  # (module, options, seconds at most)
     ("bench_adamw", [], 30),
     ("bench_layer_norm", [], 30),
 ]
+TRAININGS = [("bench_dpo", ["--rounds", "1"], 150)]
+NEEDED = ("tokenizers", "safetensors", "jinja2", "huggingface_hub", "tqdm")  # by a training
 ATTEMPTS = 4  # of a benchmark; each but the last may lose a contender
 
 
@@ -86,6 +88,17 @@ def suite(out: Path, device: str = "cuda", quick: bool = False, benchmarks=None,
                 first, culprit = _died_of(text, first)
                 say(f"{took}, ENDED with {code} at case {first} of {culprit or 'all contenders'}")
                 without, first = (without + [culprit], first) if culprit else (without, first + 1)
+
+        for module, more, limit in TRAININGS:
+            left, missing = deadline - time.monotonic(), [name for name in NEEDED if not find_spec(name)]
+            if missing or left < 30:
+                say(f"{module}: left out, {', '.join(missing) + ' missing' if missing else 'no time left'}")
+                continue
+            began = time.monotonic()
+            code, text = _Process(_command(module, *options, *more, "--out", str(out))).end(began + min(limit, left))
+            print(text, file=log, flush=True)
+            say(f"{module}: {time.monotonic() - began:.0f} s{'' if code == 0 else f', ENDED with {code}'}")
+            good &= code == 0
     return good
 
 

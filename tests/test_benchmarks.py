@@ -1,12 +1,14 @@
 """The benchmarks' own arithmetic: clocks, formulas of bytes and FLOPs, tables from CSVs, markers; and that each case runs."""
 
 import importlib
+import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import report, suite
+from benchmarks import bench_dpo, report, suite
 from benchmarks.compare import Case, CpuClock, backend, difference, first_calls, lapses, rates, rows_of, time_rounds
 from benchmarks.harness import quartiles, read_csv, write_csv
 from minisft.kernels.rms_norm import rms_norm
@@ -161,6 +163,76 @@ def test_every_case_runs(op, device):
         assert all(value < 0.02 for value in differs.values()), differs  # bf16 through a sum or two
 
 
+# ---- preference tuning ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dpo_answers(tmp_path_factory):
+    """Every case of minisft at tiny size, on rows that are made up; without the processes of their own."""
+    folder = tmp_path_factory.mktemp("dpo")
+    where = {"folder": str(folder), "size": "quick", "device": "cpu"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_dpo, "PAIRS", folder / "absent.json")
+        bench_dpo.make_inputs(**where)
+    answers = {}
+    for case in bench_dpo.CASES:
+        answer = bench_dpo.minisft(layout=case[1], reference=case[2], **where)
+        answers[case] = [answer | {"peak_mb": 1000.0}]
+    return folder, answers
+
+
+def test_every_case_of_dpo_counts_the_same_tokens_of_a_pair(dpo_answers):
+    """Prompts that are shared count twice: what a pair has does not depend on how it is laid out."""
+    folder, answers = dpo_answers
+    pairs = json.loads((folder / "pairs.json").read_text())
+    sizes = [2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs]
+    size = bench_dpo.SIZES["quick"]
+    assert len(sizes) == 2 * size["pairs"] and max(sizes) <= 2 * size["max_length"]
+    by_layout = {layout: set() for layout in bench_dpo.LAYOUTS}
+    for (_, layout, _), (answer,) in answers.items():
+        by_layout[layout].add(tuple((step["tokens"], step["pairs"]) for step in answer["steps"]))
+    assert all(len(found) == 1 for found in by_layout.values())  # whatever the reference
+    (steps,) = by_layout["unpacked"]
+    assert steps == ((sum(sizes[: size["pairs"]]), size["pairs"]),) * 2  # the first batch, twice
+    (shared,) = by_layout["shared"]
+    assert shared[0][0] / size["packs"] > 0.5 * size["max_length"]
+
+
+def test_the_losses_of_dpo_do_not_depend_on_the_reference(dpo_answers):
+    _, answers = dpo_answers
+    for layout in bench_dpo.LAYOUTS:
+        copy, cached, adapter = (
+            [s["loss"] for s in answers["minisft", layout, r][0]["steps"]] for r in bench_dpo.REFERENCES
+        )
+        assert copy == pytest.approx(cached, rel=1e-6)
+        assert copy[0] == adapter[0] == pytest.approx(math.log(2)) and copy[1] < 0.69
+
+
+def test_rows_and_table_of_dpo(dpo_answers, tmp_path):
+    _, answers = dpo_answers
+    peer = {("trl", *case[1:]): runs for case, runs in answers.items() if case[1] == "unpacked" and case[2] != "cached"}
+    rows = [bench_dpo.row_of(case, runs) for case, runs in (answers | peer).items()]
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(row["tokens_a_step"] / row["seconds_a_step"])
+        assert row["extra_mb"] > 0 and row["peak_mb"] == 1000
+    write_csv("dpo_cpu", rows, tmp_path)
+    head, _, *lines = report.dpo_table(read_csv(tmp_path / "dpo_cpu.csv")).splitlines()
+    assert len(lines) == len(bench_dpo.CASES) and all(line.count("|") == head.count("|") for line in lines)
+    assert "| 1.0 x |" in lines[0] and "| - | - |" in lines[3]  # copy, beside itself; cached, without a peer
+    assert report.dpo_table(read_csv(tmp_path / "dpo_cpu.csv")) in report.block(tmp_path)
+
+
+def test_losses_of_both_trainers_are_compared():
+    def run(*losses):
+        return [{"steps": [{"loss": loss} for loss in losses]}]
+
+    ours, theirs = ("minisft", "unpacked", "copy"), ("trl", "unpacked", "copy")
+    assert bench_dpo.compare_losses({ours: run(0.69, 0.6)}, 1e-3) == []
+    (same,) = bench_dpo.compare_losses({ours: run(0.69, 0.6), theirs: run(0.69, 0.6001)}, 1e-3)
+    (other,) = bench_dpo.compare_losses({ours: run(0.69, 0.6), theirs: run(0.69, 0.61)}, 1e-3)
+    assert "the same, 1.7e-04" in same and "NOT THE SAME" in other
+
+
 # ---- the report ----------------------------------------------------------------------------------------------------
 
 LOSS, ATTENTION = "4096 x 4096 x 128256 bf16", "packed, head dim 128, mean length 300, 16384 tokens, 32 + 8 heads, bf16"
@@ -216,7 +288,7 @@ def test_the_newest_row_counts_and_columns_may_be_added(tmp_path):
 
 def test_what_was_not_measured_is_said_to_be_so(tmp_path):
     text = report.block(tmp_path)
-    assert text.count("not yet measured") == 7 + sum(len(targets) for targets in report.TARGETS.values())
+    assert text.count("not yet measured") == 9 + sum(len(targets) for targets in report.TARGETS.values())
 
 
 def test_the_block_stands_between_its_markers(tmp_path):
