@@ -50,6 +50,8 @@ def prepare_dpo(
     reference, how = live, live.kind
     if live.kind == "adapter off":
         how = "the model without its new adapters"
+    elif live.kind == "copy" and not live.copies:
+        how = "the policy as it starts"
     elif live.kind == "copy":
         size = sum(value.nbytes for _, value in live.copies.values())
         how = f"a copy of what trains, {size / 1e6:,.1f} MB"
@@ -116,6 +118,8 @@ def live_reference(config: Config, model: nn.Module, trained: set[nn.Parameter],
         return Reference("model", model=other)
     if model.lora is not None and model.adapter_is_new and not section.sync_ref_model:
         return Reference("adapter off")
+    if section.precompute_ref_log_probs:
+        return Reference("copy")  # of nothing: it is asked now, while the policy still is what it starts as
     steps = section.ref_model_sync_steps if section.sync_ref_model else None
     return Reference(
         "copy", copies=copy_of(model, trained), sync_steps=steps, mixup_alpha=section.ref_model_mixup_alpha

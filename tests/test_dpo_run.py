@@ -233,6 +233,8 @@ def test_memory_is_not_spent_where_it_need_not_be(go, home):
     """Without a reference there is none, with new adapters there is no copy."""
     simpo = go("simpo", **{"dpo.loss_type": ["simpo"], "train.max_steps": 1})
     assert "without a reference" in (simpo.output_dir / "summary.txt").read_text()
+    cached = go("cached", **{"dpo.precompute_ref_log_probs": True, "train.max_steps": 1})
+    assert "reference: the policy as it starts; its log-probabilities" in (cached.output_dir / "summary.txt").read_text()
     lora = go("lora", **{"lora.r": 4, "train.max_steps": 1})
     assert "without its new adapters" in (lora.output_dir / "summary.txt").read_text()
 
