@@ -106,11 +106,12 @@ def closing(folder: Path, report_to: tuple[str, ...], prompt: str) -> str:
     }
     lines = ["", f"{folder}/"]
     lines += [f"  {name:<15} {what}" for name, what in contents.items() if (folder / name).exists()]
-    lines += ["", "next:", f"  python -m minisft generate {folder} --prompt {shell_quoted}"]
+    place = shlex.quote(str(folder))
+    lines += ["", "next:", f"  python -m minisft generate {place} --prompt {shell_quoted}"]
     if "tensorboard" in report_to:
-        lines.append(f"  tensorboard --logdir {folder}")
+        lines.append(f"  tensorboard --logdir {place}")
     lines.append(
-        "  the same command again with a larger --num_train_epochs or --max_steps resumes from the last checkpoint"
+        f"  python -m minisft train {place}/config.toml with a larger --num_train_epochs or --max_steps trains on"
     )
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ Nothing here imports torch or uses the network.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,11 +18,12 @@ from minisft.data.sources import list_files, parse_source, read_rows
 from minisft.errors import UserError
 from minisft.files import read_json
 from minisft.hub import is_repository_name
-from minisft.proposal import Size, size_from_config, size_from_name
+from minisft.proposal import Hardware, Size, size_from_config, size_from_name
 
 READY = Path(__file__).parents[1] / "configs"  # in a checkout
 OF_THE_DATA = ("data.train_data", "data.eval_data", "data.format", "data.field_map", "data.dataset_text_field",
                "data.eval_fraction", "evaluate.generate_data", "evaluate.generate_group_field", "output_dir")  # fmt: skip
+READY_FOR = re.compile(r"^# Hardware: ((?:one GPU|(\d+) GPUs) with (\d+) GB)", re.MULTILINE)  # in their headers
 
 
 def cpu_gigabytes() -> float:
@@ -48,17 +50,35 @@ def detected_hardware() -> str:
     return f"{len(sizes)}x{gigabytes}gb" if len(sizes) > 1 else f"{gigabytes}gb"
 
 
+def adapter_config(model: str) -> dict[str, Any] | None:
+    """adapter_config.json of a local model that is an adapter."""
+    folder = folder_of(model)
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return None
+    return read_json(folder / "adapter_config.json")
+
+
 def model_size(model: str) -> Size | None:
-    """By the config.json of a local folder, else by the name."""
-    path = Path(os.path.expanduser(model)) / "config.json"
+    """By the config.json of a local folder, else by the name; of an adapter, its base's."""
+    if adapter := adapter_config(model):
+        return model_size(str(adapter.get("base_model_name_or_path")))
+    path = folder_of(model) / "config.json"
     if path.is_file() and isinstance(hf := read_json(path), dict) and (size := size_from_config(hf)):
         return size
     return size_from_name(model)
 
 
+def folder_of(model: str) -> Path:
+    """Of a local model: the folder itself or, of a run's output, the model in it."""
+    path = Path(os.path.expanduser(model))
+    return path / "model" if (path / "model").is_dir() else path
+
+
 def has_template(model: str) -> bool:
     """Whether the tokenizer of a local folder has a chat template; taken as given for a repository."""
-    folder = Path(os.path.expanduser(model))
+    folder = folder_of(model)
+    if (adapter := adapter_config(model)) and not (folder / "tokenizer_config.json").exists():
+        return has_template(str(adapter.get("base_model_name_or_path")))
     if not folder.is_dir() or (folder / "chat_template.jinja").exists():
         return True
     path = folder / "tokenizer_config.json"
@@ -101,12 +121,22 @@ def look_at(path: str, trainer: str, model: str) -> tuple[Layout | None, str]:
         return layout, str(layout)
     except RowError as error:
         raise UserError(f"{path}: {error}") from None
+    except UserError as error:  # no format has these fields
+        raise UserError(f"{path}: {error.message}", hint=error.hint, exit_code=error.exit_code) from None
 
 
-def ready_config(model: str, trainer: str, method: str) -> tuple[str, dict[str, Any]] | None:
-    """(name, the keys that it sets) of a file of configs/ for this model, trainer and method."""
+def ready_config(
+    model: str, trainer: str, method: str, hardware: Hardware, max_length: int | None = None
+) -> tuple[str, dict[str, Any]] | None:
+    """(name and hardware, the keys that it sets) of a file of configs/ for this model, trainer and method; None where
+    there is none, or only one for more memory, other devices or shorter documents than `max_length`."""
     last = model.rstrip("/").rpartition("/")[2].lower()
-    for path in sorted(READY.glob("*.toml")):
+    for path in sorted(READY.glob("*.toml"), key=lambda path: (len(path.name), path.name)):  # -sft before -sft-long
+        made_for = READY_FOR.search(path.read_text(encoding="utf-8"))
+        if made_for is None or hardware.is_cpu:
+            continue
+        if int(made_for[2] or 1) != hardware.devices or int(made_for[3]) > hardware.gigabytes:
+            continue
         try:
             config, origins = load(path)
         except UserError:  # one of several stages, or for another machine
@@ -114,9 +144,11 @@ def ready_config(model: str, trainer: str, method: str) -> tuple[str, dict[str, 
         theirs = (config.model.model_name_or_path or "").rstrip("/").rpartition("/")[2].lower()
         quantised = config.model.load_in_4bit or config.model.load_in_8bit
         its_method = "full" if config.lora.r is None else "qlora" if quantised else "lora"
-        if (theirs, config.trainer_type, its_method) == (last, trainer, method):
+        is_too_short = (max_length or 0) > (config.data.max_length or 0)
+        if (theirs, config.trainer_type, its_method) == (last, trainer, method) and not is_too_short:
             set_there = {k: v for k, v in config_to_dict(config).items() if not origins[k].startswith("default")}
-            return path.name, {k: v for k, v in set_there.items() if k not in OF_THE_DATA} | {"trainer_type": trainer}
+            values = {k: v for k, v in set_there.items() if k not in OF_THE_DATA} | {"trainer_type": trainer}
+            return f"configs/{path.name}, for {made_for[1]}", values
     return None
 
 

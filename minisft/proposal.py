@@ -128,7 +128,6 @@ def propose(
     method: str,
     size: Size | None,
     hardware: Hardware,
-    *,
     max_length: int = 1024,
     epochs: float | None = None,
 ) -> Proposal:
@@ -162,9 +161,9 @@ def propose(
             other for other in METHODS[METHODS.index(method) + 1 :] if _fits(trainer, other, size, hardware, max_length)
         )
         smaller = next((f"--method {other}" for other in fits), "a smaller model")
-        need = fixed + pack * per_token
+        need = math.ceil(((fixed + pack * per_token) / GB + 1) / 0.9)
         raise UserError(
-            f"{size}, {trainer} {method} with {max_length} tokens needs about {need / GB + 1:.0f} GB; there are {hardware}",
+            f"{size}, {trainer} {method} with {max_length} tokens needs about {need:,} GB a device; given: {hardware}",
             hint=f"{smaller}, a smaller --max-length, or more memory",
         )
     weights, optim, recompute, fixed, per_token, said = fitted
@@ -204,7 +203,8 @@ def propose(
     if trainer == "dpo":
         values["dpo.beta"] = 0.1
 
-    each = f"{packs} pairs" if trainer == "dpo" else f"{packs} packs x {max_length:,} tokens"
+    many = "s" * (packs > 1)
+    each = f"{packs} pair{many}" if trainer == "dpo" else f"{packs} pack{many} x {max_length:,} tokens"
     total = packs * accumulation * hardware.devices
     step = f"{total} pairs" if trainer == "dpo" else f"{total * max_length:,} tokens"
     across = f" x {hardware.devices} devices" if hardware.devices > 1 else ""
@@ -233,9 +233,8 @@ def _weights(trainer: str, method: str, size: Size, weights: str, optim: str) ->
     if method == "full":
         each = 16 if weights == "fp32" else 14 if optim == "adamw" else 8
         reference = (4 if weights == "fp32" else 2) if trainer == "dpo" else 0
-        return n * (each + reference), f"{n / 1e9:.3g} B x {each}" + (
-            f" + {reference} for the reference" if reference else ""
-        )
+        how = f"({each} + {reference} for the reference)" if reference else f"{each}"
+        return n * (each + reference), f"{n / 1e9:.3g} B x {how}"
     in_layers = n - size.embeddings
     # Seven matrices a block of D x D to D x 3 D: r (inputs + outputs) is about 19 r D.
     adapters = 19 * LORA_RANK * size.width * size.layers

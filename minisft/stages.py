@@ -8,6 +8,8 @@ A stage is a file, or a table with the keys of one; both may extend others. For 
 
     defaults < the common keys < where it starts < what the stage extends < its own keys < the command line
 
+Common keys of [dpo] are those of the stages with trainer_type = "dpo".
+
 Where it starts: a stage after the first starts from <output_dir of the one before>/model, with the tokenizer there, unless it
 names model.model_name_or_path or model.config itself. The model on the command line is the first stage's.
 
@@ -119,6 +121,11 @@ def _stage(
     start: dict[str, Given] = {}
     if before:
         commands = {key: value for key, value in commands.items() if key not in START_KEYS}
+    trainers = [layer["trainer_type"].value for layer in (*common, *own, commands) if "trainer_type" in layer]
+    if trainers[-1:] != ["dpo"]:  # what all stages have in common of [dpo] is for those that read it
+        *common, commands = [
+            {key: value for key, value in layer.items() if not key.startswith("dpo.")} for layer in (*common, commands)
+        ]
     if previous is not None:
         written = dict.fromkeys(START_KEYS) | {"model.model_name_or_path": os.path.abspath(previous.model_dir)}
         start = {key: Given(value, "what the stage before wrote", key) for key, value in written.items()}

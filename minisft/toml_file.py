@@ -3,16 +3,35 @@
 import os
 import tempfile
 import textwrap
+import tomllib
 from pathlib import Path
 from typing import Any
 
 from minisft.config import KEYS
+from minisft.config_file import load
 from minisft.config_values import as_toml
-from minisft.errors import UserError
+from minisft.errors import SAVE, UserError
+from minisft.stages import load_stages
 
 WIDTH = 110
 
 Stage = tuple[str, dict[str, Any], dict[str, str]]  # its name, {full key: value}, {full key: a remark}
+
+
+def configuration(header: list[str], parts: list[Stage], output_dir: str) -> str:
+    """One table, or stages with what they share above them."""
+    if len(parts) == 1:
+        _, values, remarks = parts[0]
+        return render(header, {"output_dir": output_dir} | values, remarks)
+    names, tables = [name for name, _, _ in parts], [values for _, values, _ in parts]
+    own_keys = {"trainer_type", "output_dir"}
+    own_keys |= {k for k in tables[0] if len({part[2].get(k) for part in parts}) > 1}  # packs here, pairs there
+    shared = {k: v for k, v in tables[0].items() if k not in own_keys and all(k in t and t[k] == v for t in tables[1:])}
+    start = {k: v for k, v in tables[0].items() if k.startswith("model.") and all(t.get(k, v) == v for t in tables[1:])}
+    later = [{k: v for k, v in t.items() if k not in shared and not (i and k in start)} for i, t in enumerate(tables)]
+    common = {"output_dir": output_dir} | shared
+    own = [(name, table, part[2]) for name, table, part in zip(names, later, parts)]
+    return render(header, common, parts[0][2], own)
 
 
 def render(
@@ -51,23 +70,46 @@ def _tables(values: dict[str, Any], remarks: dict[str, str], before: str) -> lis
     return ["", *lines] if lines and lines[0] and not before else lines
 
 
-def write(path: Path, text: str, *, force: bool = False) -> None:
-    """The whole file or nothing. Raises UserError where it exists and `force` is not set."""
+def check(text: str, path: Path) -> None:
+    """Raises UserError where the configuration, which will be in `path`, does not load."""
+    table = tomllib.loads(text)
+    try:
+        if "stages" in table:
+            load_stages(table)
+        else:
+            load(table)
+    except UserError as error:
+        message = error.message.replace("the given dict", str(path))
+        raise UserError(message, hint=error.hint, exit_code=error.exit_code) from None
+
+
+def refuse_to_replace(path: Path, *, force: bool) -> None:
+    """Raises UserError where the file exists and `force` is not set, or is a folder."""
     if path.is_dir() or path.exists() and not force:
         hint = "name another file by --output" + ("" if path.is_dir() else ", or replace this one with --force")
         raise UserError(f"{path} exists", hint=hint)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+
+
+def write(path: Path, text: str, *, force: bool = False) -> None:
+    """The whole file or nothing. Raises UserError where it exists and `force` is not set, and where the disk does not."""
+    refuse_to_replace(path, force=force)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    except BaseException as error:
+        if temporary is not None:
+            os.unlink(temporary)
+        if not isinstance(error, OSError):
+            raise
+        hint = "name another file by --output"
+        raise UserError(f"{path} cannot be written: {error.strerror}", hint=hint, exit_code=SAVE) from None
 
 
 def _umask() -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -471,6 +472,50 @@ def test_no_key_vanishes_and_no_value_is_wrong(name, data):
     accounted(READERS[name].read(table))
 
 
+def test_mixtures_of_trl_and_of_the_alignment_handbook():
+    table = {
+        "datasets": [{"path": "a/b", "name": "c", "fraction": 0.5, "columns": ["x"]}, {"path": "d/e"}],
+        "test_split_size": 0.1,
+    }
+    t = trl.read(table)
+    assert t.values["data.train_data"] == [
+        {"path": "a/b", "name": "c"},
+        "d/e",
+    ]  # a fraction is not a part of its data set
+    assert "datasets[0].fraction = 0.5: a share of the mixture" in texts(t, NO_COUNTERPART)
+    assert t.values["data.eval_fraction"] == 0.1
+
+    table = {"dataset_mixer": {"a/b.c": 1.0, "d/e": 0.25}, "dataset_splits": ["train_sft", "test_sft"]}
+    t = trl.read(table | {"dataset_configs": ["all"], "evaluation_strategy": "epoch"})
+    first, second = {"path": "a/b.c", "name": "all"}, {"path": "d/e"}
+    assert t.values["data.train_data"] == [first | {"split": "train_sft"}, second | {"split": "train_sft[:25%]"}]
+    assert t.values["data.eval_data"] == [first | {"split": "test_sft"}, second | {"split": "test_sft"}]
+    assert "data.eval_data" not in trl.read(table).values
+    accounted(t)
+
+    entry = {"id": "a/b", "config": "Preference", "split": "s", "columns": ["chosen", "rejected"], "weight": 0.5}
+    t = trl.read(
+        {"dataset_mixture": {"datasets": [entry, {"id": "c/d", "weight": 1.0}], "seed": 0, "test_split_size": 0.1}}
+    )
+    assert t.values["data.train_data"] == [{"path": "a/b", "name": "Preference", "split": "s", "weight": 0.5}, "c/d"]
+    assert t.values["data.eval_fraction"] == 0.1 and texts(t, NO_COUNTERPART) == ""
+    accounted(t)
+
+
+def test_what_a_file_says_about_templates_and_devices():
+    for key, value in (("chat_template", "{{ messages }}"), ("chat_template_path", "HuggingFaceTB/SmolLM3-3B")):
+        t = trl.read({key: value})
+        assert "model.chat_template" not in t.values and "into a .jinja file" in texts(t, NO_COUNTERPART)
+    assert trl.read({"chat_template_path": "x.jinja"}).values["model.chat_template"] == "x.jinja"
+    t = trl.read({"num_processes": 8, "accelerate_config": "zero3", "torch_dtype": "auto"})
+    for told in ("torchrun --nproc-per-node 8", "each device holds the whole model", "as they are stored"):
+        assert told in texts(t, NO_COUNTERPART)
+    assert "mean over the answers" in texts(llamafactory.read({"stage": "kto"}), DIFFERENCE)
+    assert "mean over the pairs" in texts(llamafactory.read({"stage": "dpo"}), DIFFERENCE)
+    told = texts(axolotl.read({"base_model": "a/b", "saves_per_epoch": 4}), DIFFERENCE)
+    assert "at the end of every epoch" not in told and "there at most 100 steps" in told
+
+
 def test_trls_defaults_are_trls():
     """A file that spells out every default of TRL's means the same as an empty one."""
     pytest.importorskip("trl")
@@ -593,6 +638,24 @@ def test_yaml_as_people_write_it(folder):
         trl.read(read_yaml(folder / "x.yml"))
     with pytest.raises(UserError, match="no such file"):
         read_yaml(folder / "none.yaml")
+
+
+def test_a_file_without_end_is_told_at_once(folder):
+    """An alias in itself, aliases of aliases, a file of data: not a traceback, and not half a minute."""
+    aliases = "a0: &a0 [x, x, x, x]\n" + "".join(
+        f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 15)
+    )
+    for text, told in (
+        ("a: &x [*x]", "nested more than 20 deep"),
+        (aliases, "more than 50,000 values"),
+        ("a: 1\n" * 300_000, "has 1.5 MB"),
+        ("".join(f"k{i}: 1\n" for i in range(6000)), "more than 5000 keys"),
+    ):
+        (folder / "x.yaml").write_text(text)
+        began = time.perf_counter()
+        with pytest.raises(UserError, match=told):
+            trl.read(read_yaml(folder / "x.yaml"))
+        assert time.perf_counter() - began < 5  # measured: 0.6 s at the most
 
 
 def test_numbers_that_are_text():

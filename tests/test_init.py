@@ -17,7 +17,7 @@ import tiny
 from minisft import found, proposal
 from minisft.commands import init
 from minisft.config_file import load
-from minisft.errors import UserError, run_command
+from minisft.errors import SAVE, UserError, run_command
 from minisft.proposal import Hardware, parse_hardware, propose, size_from_config, size_from_name
 from minisft.stages import load_stages
 from minisft.train import run
@@ -72,23 +72,64 @@ def test_two_stages(folder, capsys):
     assert sft.model.model_name_or_path == str(folder / "small")
     assert dpo.model.model_name_or_path == str(folder / "output/a/1-sft/model")
     assert (sft.train.learning_rate, dpo.train.learning_rate) == (2e-5, 1e-6)
+    assert init.main([*options(trainer="sft+dpo", preference_data="pairs.jsonl", hardware="8x80gb"), "--force"]) == 0
+    common, first, second = (folder / "a.toml").read_text().split("[[stages]]")
+    key = "per_device_train_batch_size = 4 # "  # of packs and of pairs: the same number, and not the same thing
+    assert f"\n{key}" not in common and f"{key}packs" in first and f"{key}pairs" in second
 
 
 def test_a_ready_configuration_is_copied_without_its_data(folder, monkeypatch):
     (folder / "ready").mkdir()
     (folder / "ready" / "base.toml").write_text("[train]\nlearning_rate = 3e-5\n")
-    (folder / "ready" / "small.toml").write_text(
-        'extends = "base.toml"\noutput_dir = "x"\n[model]\nmodel_name_or_path = "acme/SMALL"\n'
-        '[data]\ntrain_data = "acme/rows"\nformat = "text"\nmax_length = 77\n'
-    )
+    text = '# Hardware: one GPU with 24 GB.\nextends = "base.toml"\noutput_dir = "x"\n'
+    text += '[model]\nmodel_name_or_path = "acme/SMALL"\n[data]\ntrain_data = "acme/rows"\nformat = "text"\n'
+    (folder / "ready" / "small.toml").write_text(text + "max_length = 77\n")
+    (folder / "ready" / "small-long.toml").write_text(text + "max_length = 7777\n")
     (folder / "ready" / "stages.toml").write_text('stages = ["small.toml"]\n')
     monkeypatch.setattr(found, "READY", folder / "ready")
     assert init.main(options()) == 0
     config, _ = load("a.toml")
     assert (config.train.learning_rate, config.data.max_length, config.data.format) == (3e-5, 77, "auto")
     assert (config.output_dir, config.data.train_data) == ("output/a", str(folder / "rows.jsonl"))
-    assert init.main([*options(method="lora"), "--force"]) == 0  # none for this method
-    assert load("a.toml")[0].data.max_length == 1024
+    assert "small.toml, for one GPU with 24 GB" in (folder / "a.toml").read_text()
+
+    def length(**changed: str) -> int:
+        assert init.main([*options(**changed), "--force"]) == 0
+        return load("a.toml")[0].data.max_length
+
+    assert length(hardware="80gb") == 77 and length(max_length="50") == 50
+    assert length(max_length="78") == 78 and "small-long.toml" in (folder / "a.toml").read_text()
+    # none for this method, less memory, several devices
+    assert length(method="lora") == length(hardware="16gb") == length(hardware="8x80gb") == 1024
+    assert length(hardware="cpu") == 1024
+
+
+def test_the_plain_configuration_of_a_model_comes_before_its_variants():
+    name, values = found.ready_config("HuggingFaceTB/SmolLM3-3B-Base", "sft", "full", Hardware(80.0))
+    assert name.startswith("configs/smollm3-3b-sft.toml") and values["data.max_length"] == 8192
+
+
+def test_a_model_of_several_devices_is_started_on_them(folder, capsys, monkeypatch):
+    called = []
+    monkeypatch.setattr(os, "execv", lambda *arguments: called.append(arguments[1][1:]))
+    assert init.main([*options(hardware="8x80gb"), "--start"]) == 0
+    command = "torchrun --nproc-per-node 8 -m minisft train a.toml"
+    assert f"# Start it: {command}" in (folder / "a.toml").read_text() and f"next: {command}" in capsys.readouterr().out
+    assert called == [["-m", "torch.distributed.run", "--nproc-per-node=8", "-m", "minisft", "train", "a.toml"]]
+    # with less than a device's memory it says that each holds the whole model
+    with pytest.raises(UserError, match="needs about [0-9]+ GB a device; given: 8 x 24 GB"):
+        init.main([*options(model="acme/base-8b", hardware="8x24gb"), "--force"])
+
+
+def test_without_a_method_the_one_that_fits_is_taken(folder):
+    for hardware, model, lora, quantised in (
+        ("24gb", "small", False, False),
+        ("80gb", "acme/base-8b", True, False),
+        ("16gb", "acme/base-8b", True, True),
+    ):
+        assert init.main([*options(model=model, method=None, hardware=hardware), "--force"]) == 0
+        config, _ = load("a.toml")
+        assert (config.lora.r is not None, config.model.load_in_4bit) == (lora, quantised), hardware
 
 
 def test_the_file_may_lie_elsewhere(folder):
@@ -99,6 +140,27 @@ def test_the_file_may_lie_elsewhere(folder):
         str(folder / "small"),
         str(folder / "rows.jsonl"),
     )
+
+
+def test_a_runs_output_is_a_model(folder):
+    (folder / "run").mkdir()
+    (folder / "small" / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "small").rename(folder / "run" / "model")
+    assert init.main(options(model="run", data="turns.jsonl")) == 0
+    assert load("a.toml")[0].model.chat_template is None
+    assert "Model: 376 M parameters" in (folder / "a.toml").read_text()
+
+
+def test_an_adapter_goes_on_with_its_rank_and_is_as_large_as_its_base(folder):
+    (folder / "peft").mkdir()
+    (folder / "small" / "chat_template.jinja").write_text("{{ messages }}")
+    written = {"r": 5, "lora_alpha": 3, "base_model_name_or_path": "small"}
+    (folder / "peft" / "adapter_config.json").write_text(json.dumps(written))
+    assert init.main(options(model="peft", method="lora", data="turns.jsonl")) == 0
+    config, origins = load("a.toml")
+    assert config.lora.r == 5 and origins["lora.lora_alpha"] == "default" and config.model.chat_template is None
+    assert "Model: 376 M parameters" in (folder / "a.toml").read_text()
+    assert init.main([*options(model="peft", method="full"), "--force"]) == 0 and load("a.toml")[0].lora.r is None
 
 
 def test_conversations_of_a_model_without_a_template_get_one(folder, capsys):
@@ -122,9 +184,13 @@ def test_conversations_of_a_model_without_a_template_get_one(folder, capsys):
         ({"max_length": "1"}, "--max-length 1"),
         ({"epochs": "0"}, "--epochs 0"),
         ({"epochs": "nan"}, "--epochs nan"),
-        ({"model": "acme/base-70b", "hardware": "24gb"}, "needs about 5"),
+        ({"model": "acme/base-70b", "hardware": "24gb"}, "needs about 628 GB"),
         ({"eval_data": "no.jsonl"}, "no file matches no.jsonl"),
         ({"preference_data": "pairs.jsonl", "trainer": "sft"}, "it is for sft"),
+        ({"model": "./nowhere"}, "./nowhere is neither a folder nor a repository"),
+        ({"model": "gpt2"}, "as in openai-community/gpt2"),
+        ({"model": "."}, ". holds no model"),
+        ({"trainer": "dpo", "data": "rows.jsonl"}, "rows.jsonl: the fields prompt, completion are those of no format"),
     ],
 )
 def test_mistakes_are_told_and_nothing_is_written(folder, changed, told):
@@ -150,6 +216,9 @@ def test_a_file_is_replaced_by_force_only(folder):
     assert init.main([*options(), "--force"]) == 0 and Path("a.toml").read_text() != "mine"
     with pytest.raises(UserError, match="exists"):
         init.main([*options(output="small"), "--force"])
+    with pytest.raises(UserError, match="a.toml/b.toml cannot be written: ") as raised:  # a file, and no folder
+        init.main(options(output="a.toml/b.toml"))
+    assert raised.value.exit_code == SAVE
     assert [name for name in os.listdir() if name.startswith(".")] == []
 
 
@@ -168,6 +237,11 @@ def test_options_that_an_imported_file_says_itself(folder):
     Path("t.yaml").write_text("learning_rate: 1e-5")
     with pytest.raises(UserError, match="--method with --from-trl"):
         init.main(["--from-trl", "t.yaml", "--method", "lora"])
+    for name, trainer, hint in (("axolotl", "sft", "the file says it"), ("trl", "sft+dpo", "sft or dpo")):
+        with pytest.raises(UserError, match=f"--trainer with --from-{name}\n  {hint}"):
+            init.main([f"--from-{name}", "t.yaml", "--trainer", trainer])
+    with pytest.raises(UserError, match="name the file once"):
+        init.main(["--from-trl", "t.yaml", "a.toml", "--output", "b.toml"])
     assert init.main(["--from-trl", "t.yaml", "--model", "small", "--data", "rows.jsonl", "--max-length", "99"]) == 0
     config, _ = load("t.toml")
     assert (config.model.model_name_or_path, config.data.max_length) == (str(folder / "small"), 99)
@@ -242,10 +316,13 @@ def test_a_conversation(folder):
         "small\n",
         "no.jsonl\n",
         "rows.jsonl\n",
+        "4gb\n",  # too little for all weights
+        "full\n",
         "lora\n",
-        "24gb\n",
+        "999999\n",
         "many\n",
         "256\n",
+        "rows.jsonl\n",
         "mine.toml\n",
     ]
     code, output = converse(folder, [*answers, "\n", "n\n"])
@@ -257,6 +334,9 @@ def test_a_conversation(folder):
         "no file matches no.jsonl",
         "prompt_completion, as text",
         "a whole number of",
+        "sft full with 256 tokens needs about 5 GB a device; given: 4 GB",
+        "sft lora with 999999 tokens needs about",
+        "rows.jsonl exists",
     ):
         assert told in output
     assert "Traceback" not in output and "Start it now?" in output
@@ -267,7 +347,7 @@ def test_leaving_writes_nothing(folder, last, interrupt):
     answers = ["\n", "small\n", "rows.jsonl\n"]
     before = sorted(os.listdir(folder))
     if interrupt is None:  # everything is answered, and then "no"
-        answers, last = [*answers, "\n", "cpu\n", "\n", "\n"], "n\n"
+        answers, last = [*answers, "cpu\n", "\n", "\n", "\n"], "n\n"
     code, output = converse(folder, [*answers, last] if last else answers, interrupt=bool(interrupt))
     assert code == (0 if interrupt is None else 130) and "Traceback" not in output, output
     assert sorted(os.listdir(folder)) == before

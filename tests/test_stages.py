@@ -16,7 +16,7 @@ from tiny import logged, settings, start, weights
 from minisft import loop, runtime
 from minisft import train as command
 from minisft.commands import audit
-from minisft.config import config_to_dict
+from minisft.config import DpoSection, config_to_dict
 from minisft.config_file import load
 from minisft.config_values import as_toml
 from minisft.errors import CONFIG, DATA, MODEL, STOPPED, UserError, run_command
@@ -78,6 +78,14 @@ def test_each_stage_has_the_common_keys_then_its_own_then_the_command_line(write
     assert (first.train.learning_rate, second.train.learning_rate) == (0.5, 0.01)  # 0.01 is the common one
     assert first.train.warmup_steps == second.train.warmup_steps == 9
     assert first.data == second.data and first.data.max_length == 64
+
+
+def test_common_keys_of_dpo_are_for_the_stages_that_read_them(write):
+    path = write("", 'trainer_type = "dpo"\n', more="[dpo]\nld_alpha = 0.7\n")
+    first, second = (stage.config for stage in load_stages(path, {"dpo.beta": 0.2}))
+    assert first.dpo == DpoSection() and (second.dpo.ld_alpha, second.dpo.beta) == (0.7, 0.2)
+    error = refused(write("dpo.beta = 0.2\n", 'trainer_type = "dpo"\n'))
+    assert "stage 1 of 2 (first.toml)" in error.message and 'trainer_type = "sft"' in error.message
 
 
 def test_where_they_start_and_write(write, tmp_path):

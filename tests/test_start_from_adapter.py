@@ -237,6 +237,10 @@ def test_an_adapter_without_tokenizer_has_that_of_its_base(home, tmp_path):
     save_adapter(load_adapted(home / "adapter" / "model"), folder, base=str(home / "base" / "model"))
     run, _ = parts(home, **start(folder), **LORA)
     assert run.tokenizer.fingerprint() == parts(home, **start(home / "base"), **LORA)[0].tokenizer.fingerprint()
+    text = (folder / "adapter_config.json").read_text()
+    (folder / "adapter_config.json").write_text(text.replace(str(home / "base" / "model"), "moved/to/nowhere"))
+    with pytest.raises(UserError, match="adapter_config.json names the base model moved/to/nowhere: there is no such"):
+        parts(home, **start(folder), **LORA)
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own

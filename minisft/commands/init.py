@@ -4,25 +4,25 @@
     minisft init --trainer sft --model Qwen/Qwen3-0.6B --data rows.jsonl --method lora --hardware 24gb --yes
     minisft init --from-trl sft.yaml run.toml        also --from-axolotl, --from-llamafactory, --from-stages
 
-The proposal is one of configs/ where there is one for that model, trainer and method, with your data; otherwise it is worked
-out as proposal.py says. Nothing is written before everything is known, and no file is replaced without --force.
+The proposal is one of configs/ where there is one for that model, trainer, method and hardware, with your data; otherwise it
+is worked out as proposal.py says. Nothing is written before everything is known, and no file is replaced without --force.
 """
 
 import argparse
 import os
 import shlex
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minisft import proposal, stages, toml_file
+from minisft import proposal, toml_file
 from minisft.config import KEYS
-from minisft.config_file import load
+from minisft.config_file import MODEL_FILES
 from minisft.data.sources import parse_source
 from minisft.errors import UserError
 from minisft.found import (
+    adapter_config,
     cpu_gigabytes,
     detected_hardware,
     first_row,
@@ -39,18 +39,21 @@ from minisft.importers.translation import DIFFERENCE, NO_COUNTERPART, TRANSLATED
 from minisft.importers.yaml_file import read_yaml
 
 READERS = {"trl": trl, "axolotl": axolotl, "llamafactory": llamafactory, "stages": stage_files}
+SHORTEST = 256  # tokens of a document; what does not fit with fewer is not proposed
 
 
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     source = next((name for name in READERS if getattr(arguments, f"from_{name}")), None)
     asking = sys.stdin is not None and sys.stdin.isatty() and not arguments.yes and source is None
+    if arguments.file and arguments.output:
+        raise UserError(f"{arguments.file} and --output {arguments.output}", hint="name the file once")
+    lines, problem, devices = [], None, 1
     try:
         if source:
             path, text, lines, problem = _imported(arguments, source)
         else:
-            path, text, lines = _proposed(_answers(arguments, asking))
-            problem = None
+            path, text, devices = _proposed(_answers(arguments, asking))
             if asking:
                 print(f"\n{text}")
                 if not _yes(f"Write this to {path}?", default=True):
@@ -64,11 +67,10 @@ def main(argv: list[str]) -> int:
         print(text)
     for line in lines:
         print(line)
-    command = f"python -m minisft train {shlex.quote(str(path))}"
     print(f"\nwritten to {path}")
     if problem:
         print(f"before it runs: {problem}")
-    print(f"next: {command}")
+    print(f"next: {_start(path, devices)}")
     start = arguments.start
     if asking and not start:
         try:
@@ -79,8 +81,15 @@ def main(argv: list[str]) -> int:
         raise UserError(f"not started: {problem.message}", hint=problem.hint, exit_code=problem.exit_code)
     if start:
         sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", "minisft", "train", str(path)])
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={devices}"] if devices > 1 else []
+        os.execv(sys.executable, [sys.executable, *launcher, "-m", "minisft", "train", str(path)])
     return 0
+
+
+def _start(path: Path, devices: int) -> str:
+    """The command that trains."""
+    program = f"torchrun --nproc-per-node {devices}" if devices > 1 else "python"
+    return f"{program} -m minisft train {shlex.quote(str(path))}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,8 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="a local folder or a Hugging Face repository")
     add("--data", help="file or glob of rows, or a repository; with sft+dpo: of the first stage")
     add("--preference-data", help="with sft+dpo: rows of the second stage")
-    add("--eval-data", help="the same for evaluation; otherwise 2 %% of the rows are held out")
-    add("--method", choices=proposal.METHODS, help="train all weights, adapters, or adapters beside 4-bit weights")
+    explained = "the same for evaluation, with sft+dpo of the second stage; otherwise 2 %% of the rows are held out"
+    add("--eval-data", help=explained)
+    explained = "train all weights, adapters, or adapters beside 4-bit weights; by default the first that fits"
+    add("--method", choices=proposal.METHODS, help=explained)
     add("--hardware", help="cpu, 24gb, 8x80gb ...; detected where it is not given")
     add("--max-length", type=int, help="tokens of a document (1024)")
     add("--epochs", type=float, help="passes over the data (3, dpo 1)")
@@ -133,17 +144,17 @@ def _answers(arguments: argparse.Namespace, asking: bool) -> argparse.Namespace:
                 hint="minisft init --trainer sft --model FOLDER --data ROWS.jsonl --method full --hardware 24gb --yes; in a "
                 "terminal, without --yes, minisft asks",
             )
-        a.trainer, a.method = a.trainer or "sft", a.method or "full"
-        a.hardware = a.hardware or detected_hardware()
+        _model(a.model)
+        a.trainer, a.hardware = a.trainer or "sft", a.hardware or detected_hardware()
+        a.method = a.method or _usual_method(a)
         for path, stage in _data_of(a):
             print(f"{path}: {look_at(path, stage, a.model)[1]}")
         return a
     ask, trainers, methods = _ask, proposal.TRAINERS, proposal.METHODS
     explained = "sft learns answers, dpo learns which of two answers is better, sft+dpo does both one after the other"
     a.trainer = a.trainer or ask("What to train", explained, "sft", _one_of(trainers))
-    a.model = a.model or ask(
-        "Model", "a local folder or a Hugging Face repository, as in Qwen/Qwen3-0.6B", None, _model
-    )
+    explained = "a local folder or a Hugging Face repository, as in Qwen/Qwen3-0.6B"
+    a.model = _model(a.model) if a.model else ask("Model", explained, None, _model)
     names = {"data": "Training data", "preference_data": "Preference data, of the second stage"}
     stages_of = {"data": a.trainer.partition("+")[0], **({"preference_data": "dpo"} if a.trainer == "sft+dpo" else {})}
     for name, stage in stages_of.items():
@@ -155,24 +166,33 @@ def _answers(arguments: argparse.Namespace, asking: bool) -> argparse.Namespace:
         given = getattr(a, name)
         setattr(a, name, looked(given) if given else ask(names[name], "a file or glob of rows (.jsonl .json .csv .txt "
                 ".parquet), or a Hugging Face repository", None, looked))  # fmt: skip
-    explained = "full trains all weights; lora thin matrices beside them; qlora the same beside weights of 4 bits"
-    size = model_size(a.model)
-    usual = "full" if size is None or size.parameters < 2e9 else "lora"
-    a.method = a.method or ask("Method", explained, usual, _one_of(methods))
 
     def hardware(text: str) -> str:
         proposal.parse_hardware(text, cpu_gigabytes())
         return text
 
+    def method(text: str) -> str:
+        _settings(a, _one_of(methods)(text), a.max_length or SHORTEST)
+        return text.lower()
+
+    def length(text: str) -> int:
+        _settings(a, a.method, _length(text))
+        return int(text)
+
+    def file(text: str) -> str:
+        toml_file.refuse_to_replace(Path(text), force=a.force)
+        return text
+
     explained = "cpu, or the memory of a GPU, as in 24gb, or 8x80gb"
     a.hardware = a.hardware or ask("Hardware", explained, detected_hardware(), hardware)
-    ready = a.trainer in ("sft", "dpo") and ready_config(a.model, a.trainer, a.method)
-    if ready:
-        print(f"\nconfigs/{ready[0]} is for this: its settings are taken")
+    explained = "full trains all weights; lora thin matrices beside them; qlora the same beside weights of 4 bits"
+    a.method = a.method or ask("Method", explained, _usual_method(a), method)
+    if ready := _ready(a, a.method, a.max_length):
+        print(f"\n{ready[0]}, is for this: its settings are taken")
     elif a.max_length is None:
-        a.max_length = ask("Longest document", "in tokens; longer ones are cut and counted", "1024", _length)
+        a.max_length = ask("Longest document", "in tokens; longer ones are cut and counted", "1024", length)
     usual = f"{a.model.rstrip('/').rpartition('/')[2].lower()}-{a.trainer.replace('+', '-')}-{a.method}.toml"
-    a.output = a.output or a.file or ask("File", "the configuration that is written", usual, lambda text: text)
+    a.output = a.output or a.file or ask("File", "the configuration that is written", usual, file)
     return a
 
 
@@ -213,36 +233,61 @@ def _length(text: str) -> int:
 
 
 def _model(text: str) -> str:
-    if not os.path.isdir(os.path.expanduser(text)) and not is_repository_name(text):
-        raise UserError(f"{text} is neither a folder nor a repository's owner/name")
+    folder = os.path.expanduser(text)
+    if not os.path.isdir(folder) and not is_repository_name(text):
+        raise UserError(f"{text} is neither a folder nor a repository", hint="as in openai-community/gpt2")
+    if os.path.isdir(folder) and not any(os.path.isfile(os.path.join(folder, name)) for name in MODEL_FILES):
+        raise UserError(f"{text} holds no model", hint="name a folder with config.json or adapter_config.json in it")
     return text
 
 
 # ------------------------------------------------------------------------------------------------- a proposal
 
 
-def _proposed(a: argparse.Namespace) -> tuple[Path, str, list[str]]:
-    """(the file, its text, nothing to add). The text is a configuration that loads."""
+def _ready(a: argparse.Namespace, method: str, max_length: int | None) -> tuple[str, dict[str, Any]] | None:
+    """What found.ready_config has for these answers."""
+    if a.trainer == "sft+dpo":
+        return None
+    return ready_config(a.model, a.trainer, method, proposal.parse_hardware(a.hardware, cpu_gigabytes()), max_length)
+
+
+def _settings(a: argparse.Namespace, method: str, max_length: int | None) -> list[proposal.Proposal]:
+    """Of each stage. Raises UserError where that does not fit the memory."""
+    if ready := _ready(a, method, max_length):
+        name, values = ready
+        values |= {"data.max_length": max_length} if max_length else {}
+        values |= {"train.num_train_epochs": a.epochs} if a.epochs else {}
+        return [proposal.Proposal(values, {}, [f"the settings are those of {name}"])]
+    hardware = proposal.parse_hardware(a.hardware, cpu_gigabytes())
+    arguments = method, model_size(a.model), hardware, max_length or 1024, a.epochs
+    return [proposal.propose(trainer, *arguments) for _, trainer in _data_of(a)]
+
+
+def _usual_method(a: argparse.Namespace) -> str:
+    """All weights of a model below 2 B parameters, adapters beside a larger one; 4 bits where nothing else fits."""
+    size = model_size(a.model)
+    for method in proposal.METHODS[size is not None and size.parameters >= 2e9 :]:
+        try:
+            _settings(a, method, a.max_length)
+            return method
+        except UserError:
+            pass
+    return method
+
+
+def _proposed(a: argparse.Namespace) -> tuple[Path, str, int]:
+    """(the file, its text, on how many devices). The text is a configuration that loads."""
     path = Path(a.output or a.file or "run.toml")
     a.output = str(path)
     hardware = proposal.parse_hardware(a.hardware, cpu_gigabytes())
     size = model_size(a.model)
     header = [f"Written by: {_command(a)}", ""]
     parts = []
-    for data, trainer in _data_of(a):
-        ready = ready_config(a.model, trainer, a.method) if a.trainer != "sft+dpo" else None
-        if ready:
-            name, values = ready
-            made = proposal.Proposal(
-                values,
-                {},
-                [f"{trainer}: the settings are those of configs/{name}, whose header says for what hardware"],
-            )
-            values |= {"data.max_length": a.max_length} if a.max_length else {}
-            values |= {"train.num_train_epochs": a.epochs} if a.epochs else {}
-        else:
-            made = proposal.propose(trainer, a.method, size, hardware, max_length=a.max_length or 1024, epochs=a.epochs)
+    for (data, trainer), made in zip(_data_of(a), _settings(a, a.method, a.max_length)):
         model = {"model.model_name_or_path": rebased(a.model, path.parent)}
+        if "lora.r" in made.values and (adapter := adapter_config(a.model)):
+            made.values["lora.r"] = adapter.get("r", made.values["lora.r"])  # its training goes on
+            made.values.pop("lora.lora_alpha")
         if not is_repository_name(parse_source(data).path):
             layout, _ = look_at(data, trainer, a.model)
             if layout.turns and not has_template(a.model):
@@ -259,36 +304,12 @@ def _proposed(a: argparse.Namespace) -> tuple[Path, str, list[str]]:
     ]
     for trainer, _, _, arithmetic in parts:
         header += [f"  {trainer}: {line}" if len(parts) > 1 else f"  {line}" for line in arithmetic]
-    header += ["", f"Start it: python -m minisft train {path}"]
-    if hardware.devices > 1:
-        header.append("Training on several devices is not supported yet; the numbers are those of such a run.")
-    text = _text(header, [(name, values, remarks) for name, values, remarks, _ in parts], f"output/{path.stem}")
-    _check(text)
-    return path, text, []
-
-
-def _text(header: list[str], parts: list[toml_file.Stage], output_dir: str) -> str:
-    """One table, or stages with what they share above them."""
-    if len(parts) == 1:
-        _, values, remarks = parts[0]
-        return toml_file.render(header, {"output_dir": output_dir} | values, remarks)
-    names, tables = [name for name, _, _ in parts], [values for _, values, _ in parts]
-    own_keys = ("trainer_type", "output_dir")
-    shared = {k: v for k, v in tables[0].items() if k not in own_keys and all(k in t and t[k] == v for t in tables[1:])}
-    start = {k: v for k, v in tables[0].items() if k.startswith("model.") and all(t.get(k, v) == v for t in tables[1:])}
-    later = [{k: v for k, v in t.items() if k not in shared and not (i and k in start)} for i, t in enumerate(tables)]
-    common = {"output_dir": output_dir} | shared
-    own = [(name, table, part[2]) for name, table, part in zip(names, later, parts)]
-    return toml_file.render(header, common, parts[0][2], own)
-
-
-def _check(text: str) -> None:
-    """Raises UserError where the configuration does not load."""
-    table = tomllib.loads(text)
-    if "stages" in table:
-        stages.load_stages(table)
-    else:
-        load(table)
+    header += ["", f"Start it: {_start(path, hardware.devices)}"]
+    text = toml_file.configuration(
+        header, [(name, values, remarks) for name, values, remarks, _ in parts], f"output/{path.stem}"
+    )
+    toml_file.check(text, path)
+    return path, text, hardware.devices
 
 
 def _command(a: argparse.Namespace) -> str:
@@ -317,8 +338,10 @@ def _imported(arguments: argparse.Namespace, name: str) -> tuple[Path, str, list
     """(the file, its text, what to tell, what must be mended before it runs)."""
     module, given = READERS[name], Path(getattr(arguments, f"from_{name}"))
     unused = [n for n in ("method", "hardware", "preference_data") if getattr(arguments, n)]
+    unused += ["trainer"] if arguments.trainer and (name != "trl" or "+" in arguments.trainer) else []
     if unused:
-        raise UserError(f"--{unused[0].replace('_', '-')} with --from-{name}", hint="the file says it")
+        hint = "sft or dpo" if unused[0] == "trainer" and name == "trl" else "the file says it"
+        raise UserError(f"--{unused[0].replace('_', '-')} with --from-{name}", hint=hint)
     path = Path(arguments.output or arguments.file or f"{given.stem}.toml")
     table = read_yaml(given)
     if name == "stages":
@@ -341,14 +364,14 @@ def _imported(arguments: argparse.Namespace, name: str) -> tuple[Path, str, list
         }
         tables.append((stage, rebase, t.origins))
     told = _told(parts)
-    header = [f"Read from {module.NAME}: {given}", *told, "", f"Start it: python -m minisft train {path}"]
+    header = [f"Read from {module.NAME}: {given}", *told, "", f"Start it: {_start(path, 1)}"]
     common = table.get("output_dir") if name == "stages" else None
     for _, values, _ in tables:
         if common is not None and values.get("output_dir") == common:
             del values["output_dir"]  # then the stages are numbered
-    text = _text(header, tables, common or f"output/{path.stem}")
+    text = toml_file.configuration(header, tables, common or f"output/{path.stem}")
     try:
-        _check(text)
+        toml_file.check(text, path)
         problem = None
     except UserError as error:
         problem = error

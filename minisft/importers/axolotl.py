@@ -75,23 +75,20 @@ EASY = HARMLESS | spread(
         "the model's and the tokenizer's own files say what they are": "model_type tokenizer_type tokenizer_use_fast "
         "tokenizer_legacy processor_type base_model_config is_llama_derived_model is_mistral_derived_model "
         "is_qwen_derived_model is_falcon_derived_model tokenizer_use_mistral_common tokenizer_save_jinja_files",
-        "the kernels are chosen for the device by themselves": "flash_attention sdp_attention "
-        "xformers_attention flex_attention "
-        "eager_attention sage_attention flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_mlp sdpa_varlen "
-        "lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel chunked_cross_entropy fused_attn_kernel "
+        "the kernels are chosen for the device by themselves": "flash_attention sdp_attention xformers_attention "
+        "flex_attention eager_attention sage_attention flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_mlp "
+        "sdpa_varlen lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel chunked_cross_entropy fused_attn_kernel "
         "chunked_cross_entropy_num_chunks liger_rope liger_rms_norm liger_glu_activation liger_layer_norm liger_swiglu "
         "liger_fused_linear_cross_entropy liger_cross_entropy cut_cross_entropy unsloth_cross_entropy_loss tiled_mlp "
         "use_kernels dpo_use_liger_kernel torch_compile_backend dpo_padding_free",
         "there is no padding in a batch": "pad_to_sequence_len batch_flattening multipack_real_batches "
         "sample_packing_bin_size sample_packing_group_size sample_packing_eff_est total_num_tokens",
-        "tokens are kept in a cache beside the output folder, keyed by everything that shaped them": " "
-        "dataset_prepared_path "
+        "tokens are kept in a cache beside the output folder, keyed by everything that shaped them": "dataset_prepared_path "
         "dataset_processes dataset_keep_in_memory skip_prepare_dataset dataset_shard_num num_dataset_shards_to_save "
         "push_dataset_to_hub hf_use_auth_token preprocess_iterable",
         "the dealing of rows is seeded and new every epoch": "shuffle_merged_datasets shuffle_before_merging_datasets",
         "about several devices or the loading of the model": "device_map max_memory gpu_memory_limit low_cpu_mem_usage "
-        "lora_on_cpu qlora_sharded_model_loading fsdp_version "
-        "fsdp_final_state_dict_type dp_shard_size dp_replicate_size "
+        "lora_on_cpu qlora_sharded_model_loading fsdp_version fsdp_final_state_dict_type dp_shard_size dp_replicate_size "
         "device world_size ddp",
         "no effect on what is trained": "strict wandb_entity wandb_watch wandb_log_model wandb_run_id wandb_mode "
         "mlflow_tracking_uri gc_steps gc_collect_steps "
@@ -107,8 +104,8 @@ HARD = CHANGES | spread(
     {
         "code from a model repository never runs here": "trust_remote_code",
         "to start from an adapter, name its folder as model.model_name_or_path": "lora_model_dir",
-        "a part of an epoch; evaluate.eval_steps is a number of steps": "evals_per_epoch",
-        "a part of an epoch; checkpoint.save_steps is a number of steps": "saves_per_epoch",
+        "evaluation is every evaluate.eval_steps (500) steps, and at the end": "evals_per_epoch",
+        "saved every checkpoint.save_steps (500) steps, and at the end": "saves_per_epoch",
         "see [audit] and train.on_nonfinite for what stops a run": "loss_watchdog_threshold loss_watchdog_patience",
         "there is no early stopping": "early_stopping_patience",
         "plugins change the model or the loss": "plugins",
@@ -165,8 +162,9 @@ def read(table: dict, trainer_type: str | None = None, first_row: FirstRow = lam
     t.finish(EASY, HARD, [*SAME, *OF_LORA, "datasets", "rl", "adapter"])
     for ours, value in DEFAULTS.items():
         if not (ours == "train.warmup_ratio" and "train.warmup_steps" in t.values):
-            t.default(ours, value, "Axolotl's default")
-    if "checkpoint.save_steps" not in t.values:
+            most = ", there at most 100 steps" if ours == "train.warmup_ratio" else ""
+            t.default(ours, value, f"Axolotl's default{most}")
+    if "checkpoint.save_steps" not in t.values and "saves_per_epoch" not in t.given:
         t.difference("checkpoint.save_steps = 500: there a checkpoint is written at the end of every epoch")
     if t.values.get("data.packing"):
         t.default("data.packing_strategy", "ffd", "Axolotl packs first-fit decreasing, in groups of rows")

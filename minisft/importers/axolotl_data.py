@@ -2,8 +2,7 @@
 
 import re
 
-from minisft.importers.translation import Translation, as_list
-from minisft.importers.trl import source
+from minisft.importers.translation import Translation, as_list, source
 
 READ_OF_A_DATASET = (
     *("path", "name", "split", "revision", "data_files", "type", "field_messages", "field", "text_column"),

@@ -8,8 +8,8 @@ from pathlib import Path
 from minisft.errors import CONFIG, UserError
 from minisft.files import read_json
 from minisft.importers.training_arguments import CHANGES, HARMLESS, training_arguments
-from minisft.importers.translation import FirstRow, Table, Translation, as_list, as_number, spread
-from minisft.importers.trl import common_differences, source, weights_in_bf16
+from minisft.importers.translation import FirstRow, Table, Translation, as_list, as_number, source, spread
+from minisft.importers.trl import common_differences, weights_in_bf16
 
 NAME = "LLaMA-Factory"
 WHOLE = ("rope_scaling",)
@@ -77,19 +77,14 @@ HARD = CHANGES | spread(
         "see evaluate.generate_data for sampled answers": "eval_num_beams max_new_tokens top_p temperature",
         "control tokens in a text: see data.control_tokens": "split_special_tokens",
         "not supported": "shift_attn mixture_of_depths rope_scaling "
-        "moe_aux_loss_coef upcast_layernorm upcast_lmhead_output "
-        "train_from_scratch freeze_trainable_layers freeze_trainable_modules "
-        "freeze_extra_modules use_llama_pro use_adam_mini "
-        "use_galore use_apollo use_badam use_dft_loss "
-        "use_asft_loss use_eaft_loss pref_bco_weight loraplus_lr_embedding "
-        "ref_model_adapters ref_model_quantization_bit quantization_device_map "
-        "use_mca use_hyper_parallel use_swanlab fp8 "
-        "use_megatron_bridge reward_model oft_block_size "
-        "kt_config.* kt_cpu_activation tensor_model_parallel_size fp8_backend "
-        "fp8_enable_fsdp_float8_all_gather model_max_length ref_model_adapters freeze_language_model "
-        "preserve_thinking use_kt export_dir oft_rank oft_target "
-        "eval_on_each_dataset resize_vocab "
-        "init_special_tokens new_special_tokens_config disable_gradient_checkpointing",
+        "moe_aux_loss_coef upcast_layernorm upcast_lmhead_output train_from_scratch freeze_trainable_layers "
+        "freeze_trainable_modules freeze_extra_modules use_llama_pro use_adam_mini use_galore use_apollo use_badam "
+        "use_dft_loss use_asft_loss use_eaft_loss pref_bco_weight loraplus_lr_embedding ref_model_adapters "
+        "ref_model_quantization_bit quantization_device_map use_mca use_hyper_parallel use_swanlab fp8 use_megatron_bridge "
+        "reward_model oft_block_size kt_config.* kt_cpu_activation tensor_model_parallel_size fp8_backend "
+        "fp8_enable_fsdp_float8_all_gather model_max_length freeze_language_model preserve_thinking use_kt export_dir "
+        "oft_rank oft_target eval_on_each_dataset resize_vocab init_special_tokens new_special_tokens_config "
+        "disable_gradient_checkpointing",
     }
 )
 
@@ -97,8 +92,7 @@ HARD = CHANGES | spread(
 def read(
     table: dict, trainer_type: str | None = None, first_row: FirstRow = lambda source: None, folder: Path = Path()
 ) -> Translation:
-    "LLaMA-Factory's table -> our values and notes. folder: of"
-    "the file. Raises UserError for what is no fine-tuning."
+    """LLaMA-Factory's table -> our values and notes. folder: of the file. Raises UserError for what is no fine-tuning."""
     stage, method = table.get("stage") or "sft", table.get("finetuning_type") or "lora"
     if stage not in ("pt", "sft", "dpo", "kto"):
         raise UserError(f"stage = {stage}: there is nothing like it here", hint="stages here: pt, sft, dpo, kto")
@@ -263,9 +257,8 @@ def _data(t: Translation, stage: str, folder: Path) -> None:
         t.difference("answers without reasoning get an empty <think> block there; here they are as in the rows")
     if stage != "pt":
         t.difference(
-            "prompts: LLaMA-Factory writes turns, BOS and EOS by its own "
-            "code; here the chat template of the tokenizer does, and "
-            "rows of instruction and output go through it too"
+            "prompts: LLaMA-Factory writes turns, BOS and EOS by its own code; here the chat template of the tokenizer does, "
+            "and rows of instruction and output go through it too"
         )
 
 

@@ -35,7 +35,7 @@ HARMLESS = spread(
         "blocks are run again without reentrance": "gradient_checkpointing_kwargs.* gradient_checkpointing_kwargs "
         "activation_checkpointing_kwargs.* activation_checkpointing_kwargs",
         "about several devices": "ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend "
-        "ddp_static_graph local_rank save_on_each_node fsdp_config fsdp_config.* num_processes num_machines mixed_precision",
+        "ddp_static_graph local_rank save_on_each_node fsdp_config fsdp_config.* num_machines mixed_precision",
         "only with push_to_hub": "hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
         "safetensors always": "save_safetensors",
         "a signal saves and stops a run, always": "enable_jit_checkpoint",
@@ -54,7 +54,8 @@ CHANGES = spread(
         "evaluation begins after eval_steps": "eval_delay",
         "resuming goes on at the exact row": "ignore_data_skip restore_callback_states_from_checkpoint",
         "one seed for everything: train.seed": "data_seed",
-        "training on several devices is not supported yet": "deepspeed fsdp fsdp.*",
+        "sharding does not exist here: with torchrun each device holds the whole model": "deepspeed fsdp fsdp.* "
+        "accelerate_config",
         "this optimizer does not exist here": "optim_target_modules",
         "mixtures of experts are not supported": "router_aux_loss_coef",
         "see optimizers.py for the options of each optimizer": "optim_args optim_args.*",
@@ -67,6 +68,12 @@ def training_arguments(t: Translation, trainer_type: str) -> None:
     _schedule(t)
     _precision(t)
     _evaluation(t)
+    if (devices := as_number(t.get("num_processes"))) and devices > 1:
+        t.nothing(
+            "num_processes", f"a step has as many rows with torchrun --nproc-per-node {devices:g} -m minisft.train"
+        )
+    elif "num_processes" in t.left:
+        t.nothing("num_processes", "one process, as here", harmless=True)
     for key in ("gradient_checkpointing", "activation_checkpointing"):
         if key in t.left:
             t.into(key, "model.gradient_checkpointing")
@@ -139,7 +146,7 @@ def _evaluation(t: Translation) -> None:
     for key in (old, "eval_strategy"):
         if key in t.left:
             if (strategy := t.get(key, "no")) == "epoch":
-                t.nothing(key, "evaluation is every evaluate.eval_steps steps, and at the end")
+                t.nothing(key, "evaluation is every evaluate.eval_steps (500) steps, and at the end")
             else:
                 t.nothing(
                     key,
@@ -150,7 +157,7 @@ def _evaluation(t: Translation) -> None:
         by_steps = t.get("save_strategy", "no") == "steps"
         t.nothing(
             "save_strategy",
-            "as here" if by_steps else "saved every checkpoint.save_steps steps, and at the end",
+            "as here" if by_steps else "saved every checkpoint.save_steps (500) steps, and at the end",
             by_steps,
         )
     for key, ours in (("eval_steps", "evaluate.eval_steps"), ("save_steps", "checkpoint.save_steps"),

@@ -184,6 +184,12 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def source(path: str, **entries: object) -> str | dict:
+    """One entry of train_data; a plain path where there is nothing else to say."""
+    entries = {name: value for name, value in entries.items() if value not in (None, "", {}, [], "train")}
+    return {"path": path, **entries} if entries else path
+
+
 def spread(table: dict[str, str]) -> dict[str, str]:
     """{"why": "key other_key"} -> {"key": "why", "other_key": "why"}"""
     return {key: why for why, keys in table.items() for key in keys.split()}

@@ -6,6 +6,7 @@ Its defaults are ours but for those below; test_importers.py compares every one 
 from minisft.config import ADAMW
 from minisft.importers.training_arguments import CHANGES, HARMLESS, training_arguments
 from minisft.importers.translation import FirstRow, Table, Translation, as_list, as_number, spread
+from minisft.importers.trl_data import sources
 
 NAME = "TRL"
 WHOLE = ("chat_template_kwargs",)
@@ -22,6 +23,7 @@ SAME: Table = {
     "max_length": "data.max_length",
     "max_seq_length": "data.max_length",
     "truncation_mode": "data.truncation",
+    "test_split_size": "data.eval_fraction",
 }
 OF_LORA: Table = {
     "lora_r": "lora.r",
@@ -97,7 +99,6 @@ ONLY_CHANGES = CHANGES | spread(
         "prompt and answer are limited together, by data.max_length": "max_prompt_length max_completion_length",
         "TR-DPO and mixtures aside, the reference is the policy as it starts": "reference_free force_use_ref_model",
         "see evaluate.generate_data for sampled answers": "generate_during_eval",
-        "set data.eval_fraction to a part of the rows": "test_split_size",
     }
 )
 
@@ -114,7 +115,7 @@ def read(table: dict, trainer_type: str | None = None, first_row: FirstRow = lam
         t.difference("truncation keeps the end of a document, its first tokens (and a BOS) are lost, as there")
     if "max_length" in t.left and t.left["max_length"] is None:
         t.left["max_length"] = "none"
-    _sources(t)
+    sources(t)
     training_arguments(t, trainer_type)
     _model(t)
     if trainer_type == "sft":
@@ -149,14 +150,15 @@ def common_differences(t: Translation) -> None:
         t.difference(
             'checkpoint.resume = "auto": a run whose output_dir has a checkpoint goes on from it; there it starts anew'
         )
-    if "data.eval_data" in t.values or "data.eval_fraction" in t.values:
+    if "data.eval_data" in t.values or t.values.get("data.eval_fraction"):
         t.difference(
             "eval_loss is the mean over all tokens; there it is a mean over batches, and depends on their size"
         )
     t.difference("seed: the same number gives another order of rows and other dropout")
     if t.values["trainer_type"] == "dpo":
+        rows = "answers" if "kto" in t.values.get("dpo.loss_type", ()) else "pairs"
         t.difference(
-            "the loss is the mean over the pairs of a whole step; there a short last micro-batch counts as much as others"
+            f"the loss is the mean over the {rows} of a whole step; there a short last micro-batch counts as much as others"
         )
         if t.values.get("lora.lora_dropout"):
             t.difference("dpo.disable_dropout is on, as there: lora_dropout has no effect")
@@ -178,52 +180,11 @@ def weights_in_bf16(t: Translation, key: str, why: str) -> None:
         t.default("train.stochastic_rounding", False, "theirs rounds weights to the nearest; small updates are lost")
 
 
-def source(path: str, **entries: object) -> str | dict:
-    """One entry of train_data; a plain path where there is nothing else to say."""
-    entries = {name: value for name, value in entries.items() if value not in (None, "", {}, [], "train")}
-    return {"path": path, **entries} if entries else path
-
-
-def _sources(t: Translation) -> None:
-    wants_eval = t.get("eval_strategy", t.get("evaluation_strategy", "no")) != "no"
-    name, config = t.get("dataset_name"), t.get("dataset_config")
-    split, test = t.get("dataset_train_split", "train"), t.get("dataset_test_split", "test")
-    if isinstance(name, str):
-        t.into("dataset_name", "data.train_data", source(name, name=config, split=split))
-        if wants_eval:
-            t.values["data.eval_data"] = source(name, name=config, split=test)
-            t.origins["data.eval_data"] = f"dataset_name, split {test}"
-        for key in ("dataset_config", "dataset_train_split"):
-            if key in t.left:
-                t.take(key, "translated", "data.train_data")
-        if "dataset_test_split" in t.left:
-            if wants_eval:
-                t.take("dataset_test_split", "translated", "data.eval_data")
-            else:
-                t.nothing("dataset_test_split", "eval_strategy is off", harmless=True)
-    for key in ("dataset_config", "dataset_train_split", "dataset_test_split"):
-        if key in t.left:
-            t.nothing(key, "there is no dataset_name", harmless=True)
-    mixture, i = [], 0
-    while f"datasets[{i}].path" in t.left or f"datasets[{i}].name" in t.left:
-        here = {key.partition("].")[2]: t.left[key] for key in t.left if key.startswith(f"datasets[{i}].")}
-        part = as_number(here.get("fraction"))
-        slice = f"[:{round(100 * part)}%]" if part and part < 1 else ""
-        split = f"{here.get('split') or 'train'}{slice}"
-        files = {"data_dir": here.get("data_dir"), "data_files": here.get("data_files")}
-        mixture.append(source(str(here.get("path")), name=here.get("name"), split=split, **files))
-        for name in here:
-            if name in ("path", "name", "split", "fraction", "data_dir", "data_files"):
-                t.take(f"datasets[{i}].{name}", "translated", "data.train_data")
-            elif name == "columns" or name.startswith("columns."):
-                t.nothing(f"datasets[{i}].{name}", "fields that no format names are never read", harmless=True)
-        i += 1
-    if mixture and "data.train_data" not in t.values:
-        t.values["data.train_data"] = mixture if len(mixture) > 1 else mixture[0]
-        t.origins["data.train_data"] = "datasets"
-
-
 def _model(t: Translation) -> None:
+    for key in ("chat_template", "chat_template_path"):
+        template = t.get(key)
+        if isinstance(template, str) and not template.endswith((".jinja", ".jinja2", ".j2")) and template != "chatml":
+            t.nothing(key, "put the template into a .jinja file, and name that as model.chat_template")
     if t.get("model_revision") == "main":
         t.nothing("model_revision", "the repository's main branch, as here", harmless=True)
     uses_lora = t.on("use_peft")
@@ -253,6 +214,11 @@ def _model(t: Translation) -> None:
             weights_in_bf16(t, key, "TRL loads the weights in bf16")
         elif dtype in ("float32", "fp32"):
             t.nothing(key, "as here", harmless=True)
+        elif key in t.left and dtype in (None, "auto"):
+            t.nothing(
+                key,
+                'weights stay as they are stored there, mostly bf16: train.weights_dtype = "bf16"; here fp32 is usual',
+            )
         elif key in t.left:
             t.nothing(key, "train.weights_dtype is fp32 or bf16")
     if t.on("activation_offloading"):

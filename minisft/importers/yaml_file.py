@@ -1,7 +1,8 @@
 """Another trainer's file: YAML or JSON in, a plain dict out. Nothing in it is run.
 
 Three things of YAML bite: `1e-4` without a dot is text (translation.py makes it a number where a number is expected), a key
-that stands twice silently wins the second time (refused here), and an alias may contain itself (leaves() has a limit).
+that stands twice silently wins the second time (refused here), and aliases may contain themselves, or grow without end in a
+few lines (values are counted as written out).
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import yaml
 from minisft.errors import CONFIG, UserError
 from minisft.files import read_json
 
-MAX_KEYS, MAX_DEPTH = 5000, 20
+MAX_BYTES, MAX_VALUES, MAX_KEYS, MAX_DEPTH = 2**20, 50_000, 5000, 20
 
 
 class _Loader(yaml.SafeLoader):
@@ -31,6 +32,8 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     """The table of a .yaml, .yml or .json file. Raises UserError (exit code 2) for anything else."""
     try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise UserError(f"{path} has {size / 1e6:,.1f} MB", hint="name the configuration of a run, not its data")
         if path.suffix == ".json":
             table = read_json(path, exit_code=CONFIG)
         else:
@@ -49,23 +52,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{where}: not a YAML file that can be read: {problem}", hint=hint) from None
     if not isinstance(table, dict) or not table:
         raise UserError(f"{path}: holds no `key: value` lines", hint="name the file that the other trainer is given")
+    _count(table, str(path))
     return table
 
 
-def leaves(table: dict, whole: tuple[str, ...] = (), before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """("datasets[0].path", value) of every value that is no table. Tables whose key is in `whole` stay in one piece.
-
-    Raises UserError where there is no end to them.
-    """
+def _count(value: Any, where: str, depth: int = 0) -> int:
+    """How many values are in `value`, aliases written out. Raises UserError where there is no end to them."""
     if depth > MAX_DEPTH:
-        raise UserError(f"{before}: nested more than {MAX_DEPTH} deep", hint="an alias (*name) may contain itself")
+        raise UserError(f"{where}: nested more than {MAX_DEPTH} deep", hint="an alias (*name) may contain itself")
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    total = 1
+    for item in inner:
+        total += _count(item, where, depth + 1)
+        if total > MAX_VALUES:
+            raise UserError(f"{where}: more than {MAX_VALUES:,} values", hint="name the configuration of a run")
+    return total
+
+
+def leaves(table: dict, whole: tuple[str, ...] = (), before: str = "") -> Iterator[tuple[str, Any]]:
+    """("datasets[0].path", value) of every value that is no table. Tables whose key is in `whole` stay in one piece."""
     for name, value in table.items():
         key = f"{before}{name}"
         tables = value if isinstance(value, list) else []
         if isinstance(value, dict) and value and name not in whole:
-            yield from leaves(value, whole, f"{key}.", depth + 1)
+            yield from leaves(value, whole, f"{key}.")
         elif tables and all(isinstance(item, dict) for item in tables):
             for i, item in enumerate(tables):
-                yield from leaves(item, whole, f"{key}[{i}].", depth + 1)
+                yield from leaves(item, whole, f"{key}[{i}].")
         else:
             yield key, value

@@ -45,9 +45,7 @@ def find_start(path_or_repo: str | Path, revision: str | None = None, *, local_f
     try:
         start = find_start(base, base_revision, local_files_only=local_files_only)
     except UserError as error:
-        problem = f"{folder / CONFIG_FILE} names the base model {base}: {error.message}"
-        hint = "an adapter needs its base: put it back, or correct base_model_name_or_path there"
-        raise UserError(problem, hint=hint, exit_code=MODEL) from None
+        raise _without_base(folder, base, error.message) from None
     return replace(start, adapter=folder, id=contents_id(folder))
 
 
@@ -55,13 +53,22 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_FILE).exists() and not (folder / "config.json").exists()
 
 
+def _without_base(folder: Path, base: str, problem: str) -> UserError:
+    """What to say where the base of an adapter is not found."""
+    hint = "an adapter needs its base: put it back, or correct base_model_name_or_path there"
+    return UserError(f"{folder / CONFIG_FILE} names the base model {base}: {problem}", hint=hint, exit_code=MODEL)
+
+
 def tokenizer_source(path_or_repo: str, revision: str | None) -> tuple[str, str | None]:
     """The path or repository, and its revision, of the tokenizer that belongs to a model: its own; for an adapter that came
-    without one, that of its base. Downloads nothing."""
+    without one, that of its base. Downloads nothing. Raises UserError (exit code MODEL) where that base cannot be."""
     folder = Path(path_or_repo).expanduser()
     if not folder.is_dir() or (folder / "tokenizer.json").exists():
         return path_or_repo, revision
     folder = model_folder(folder)
     if is_adapter(folder) and not (folder / "tokenizer.json").exists():
-        return base_of(folder)
+        base, base_revision = base_of(folder)
+        if not Path(base).expanduser().is_dir() and not hub.is_repository_name(base):
+            raise _without_base(folder, base, "there is no such folder")
+        return base, base_revision
     return str(folder), revision
