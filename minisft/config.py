@@ -58,6 +58,8 @@ PairLoss = Literal[
     "kto",
 ]
 WITHOUT_REFERENCE = ("sft", "simpo", "orpo")  # losses that look at the policy only
+SMOOTHED = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired")  # those that know label_smoothing
+OF_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")  # and f_divergence_type
 
 
 @dataclass(frozen=True, kw_only=True)

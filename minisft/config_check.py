@@ -4,7 +4,16 @@ import importlib.util
 import math
 from collections.abc import Callable
 
-from minisft.config import ADAMW, KEYS, WITHOUT_REFERENCE, Config, config_to_dict, eval_sets
+from minisft.config import (
+    ADAMW,
+    KEYS,
+    OF_DIVERGENCE,
+    SMOOTHED,
+    WITHOUT_REFERENCE,
+    Config,
+    config_to_dict,
+    eval_sets,
+)
 from minisft.config_values import as_toml
 from minisft.errors import UserError
 from minisft.schedule import HAVE_NO_FLOOR, wrong_option
@@ -119,6 +128,9 @@ def check(config: Config, origins: dict[str, str], where: str) -> None:
 
     if config.trainer_type == "dpo":
         check_dpo(config, refuse)
+    for key, f in KEYS.items():
+        if key.startswith("dpo.") and config.trainer_type != "dpo" and values[key] != f.default:
+            refuse(f"{key} trainer_type", "it belongs to preference tuning", 'set trainer_type = "dpo"')
 
     # what is not installed
     if model.kernels == "triton" and importlib.util.find_spec("triton") is None:
@@ -137,6 +149,12 @@ def check_dpo(config: Config, refuse: Callable[[str, str, str], None]) -> None:
     if dpo.loss_weights and len(dpo.loss_weights) != len(losses):
         keys = "dpo.loss_weights dpo.loss_type"
         refuse(keys, f"{len(dpo.loss_weights)} weights for {len(losses)} losses", "give one weight for each loss")
+    if min(dpo.loss_weights, default=0) < 0 or dpo.loss_weights and not any(dpo.loss_weights):
+        refuse(
+            "dpo.loss_weights",
+            "losses are to become small: none counts less than 0, one more",
+            "give numbers from 0 on",
+        )
     if "kto" in losses and len(losses) > 1:
         refuse("dpo.loss_type", "kto takes single answers, the others take pairs", "use one or the other")
     if "robust" in losses and e >= 0.5:
@@ -153,10 +171,23 @@ def check_dpo(config: Config, refuse: Callable[[str, str, str], None]) -> None:
         refuse(
             "dpo.use_weighting dpo.loss_type", "aot sorts, so that no loss belongs to one pair", "choose one of them"
         )
-    keys_of_kto = ("desirable_weight", "undesirable_weight")
-    for key in keys_of_kto:
-        if getattr(dpo, key) != 1 and "kto" not in losses:
-            refuse(f"dpo.{key} dpo.loss_type", "it weighs the single answers of kto", "leave it at 1")
+    if not dpo.desirable_weight and not dpo.undesirable_weight:
+        refuse("dpo.desirable_weight dpo.undesirable_weight", "nothing would train", "set one of them above 0")
+    values = config_to_dict(config)
+    for key, belongs, to in (
+        ("train.label_smoothing", set(losses) & set(SMOOTHED), f"loss_type {', '.join(SMOOTHED)}"),
+        ("dpo.f_divergence_type", set(losses) & set(OF_DIVERGENCE), f"loss_type {', '.join(OF_DIVERGENCE)}"),
+        ("dpo.f_alpha_divergence_coef", dpo.f_divergence_type == "alpha_divergence", "alpha_divergence"),
+        ("dpo.discopop_tau", "discopop" in losses, "loss_type discopop"),
+        ("dpo.simpo_gamma", "simpo" in losses, "loss_type simpo"),
+        ("dpo.desirable_weight", "kto" in losses, "loss_type kto"),
+        ("dpo.undesirable_weight", "kto" in losses, "loss_type kto"),
+        ("dpo.precompute_ref_batch_size", dpo.precompute_ref_log_probs, "precompute_ref_log_probs = true"),
+        ("dpo.ref_model_mixup_alpha", dpo.sync_ref_model, "sync_ref_model = true"),
+        ("dpo.ref_model_sync_steps", dpo.sync_ref_model, "sync_ref_model = true"),
+    ):
+        if values[key] != KEYS[key].default and not belongs:
+            refuse(key, f"it belongs to {to}", "leave it out, or set that")
     if set(losses) <= set(WITHOUT_REFERENCE):
         for key in ("precompute_ref_log_probs", "sync_ref_model", "ref_model_name_or_path"):
             if getattr(dpo, key):

@@ -80,14 +80,16 @@ def loss(
     scaled = total * grad_scale
     with torch.no_grad():
         metrics = {"loss": (total.detach(), answers.total_weight)}
-        metrics |= answer_metrics(logps, ref_logps, stats, answers, o.options.beta, reference is None)
+        metrics |= answer_metrics(logps, ref_logps, stats, answers, o, per_token=reference is None)
     return total.detach() + (scaled - scaled.detach()), metrics
 
 
 def answer_metrics(
-    logps: Tensor, ref_logps: Tensor, stats: Stats, answers: Answers, beta: float, per_token: bool
+    logps: Tensor, ref_logps: Tensor, stats: Stats, answers: Answers, o: Objective, per_token: bool
 ) -> Pairs:
-    """What to log of the answers by role. per_token: without a reference a reward is beta times the mean logp of a token."""
+    """What to log of the answers by role: of filler too, as the ranks add up the same names. per_token: without a reference
+    a reward is beta times the mean logp of a token."""
+    beta = o.options.beta
     rewards = beta * (logps / answers.length if per_token else logps - ref_logps)
     role_of_target = torch.cat([answers.role, answers.role.new_full((1,), MISMATCHED)])[answers.row_answer]  # [M]
     num_answers, num_targets = answers.num_answers, answers.num_targets
@@ -103,7 +105,7 @@ def answer_metrics(
     entropies = [total(stats.entropy, role_of_target, role) for role in (CHOSEN, REJECTED)]
     metrics["entropy"] = (sum(entropies), num_targets[CHOSEN] + num_targets[REJECTED])
     metrics["mean_token_accuracy"] = (total(stats.correct, role_of_target, CHOSEN), num_targets[CHOSEN])
-    if num_answers[MISMATCHED]:
+    if "kto" in o.losses:
         metrics["kl"] = (rewards[1::2].sum() / beta, num_answers[MISMATCHED])
     else:
         margins = rewards[0::2] - rewards[1::2]

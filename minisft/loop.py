@@ -270,7 +270,7 @@ def resume(config: Config, run: Run, sums: Sums, folder: Path) -> dict | None:
             f"{path} cannot be resumed: that run started from another model than {start.adapter or start.name} is now "
             f"({began[:12]}, now {start.id[:12]})",
             hint="put the model back (model.revision names a commit), choose a new output_dir, or start this run over from "
-            "the model as it is now: resume = 'never'",
+            f"the model as it is now: resume = 'never', or move {config.output_dir} away",
         )
     optim, used = config.train.optim, read_json(path / "trainer_state.json").get("optim", config.train.optim)
     if optim != used and {optim, used} != {"adamw", "adamw_minisft"}:  # these two keep the same state
@@ -305,11 +305,14 @@ def training_state(config: Config, run: Run, sums: Sums) -> dict:
 
 def data_order(config: Config, run: Run) -> dict:
     """What decides which tokens are in which step: a resumed run must have the same."""
+    packing = config.data.packing_strategy if config.data.packing else "none"
+    if config.data.packing and run.train.documents.shared is not None:
+        packing += " of pairs that share a prompt"  # pairs of other lengths, in other packs
     return {
         "data": run.train.documents.cache.fingerprint,
         "documents": len(run.train.documents),
         "weights": [source.weight for source in run.train.documents.cache.sources],
-        "packing": config.data.packing_strategy if config.data.packing else "none",
+        "packing": packing,
         "max_length": config.data.max_length,
         "truncation": config.data.truncation,
         "packs": run.train.plan.num_packs,
@@ -346,7 +349,7 @@ def handle_nonfinite(run: Run, train: TrainSection, batches: list[Batch], folder
         return None
     cache = run.train.documents.cache
     documents = torch.cat([batch.row_document[: batch.num_targets] for batch in batches]).unique().tolist()
-    rows = [cache.place(document) for document in documents]
+    rows = list(dict.fromkeys(cache.place(document) for document in documents))  # a row may have several
     path = folder / f"nonfinite-step-{run.step:08d}-rank-{runtime.rank()}.json"
     write_json(path, {"step": run.step, "rows": rows})
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""

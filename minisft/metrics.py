@@ -40,9 +40,11 @@ class Sums:
         return names, sum_over_ranks(torch.stack([sums, weights]))
 
     def means(self) -> dict[str, float]:
-        """sum / weight of every name over all ranks, NaN where the weight is 0; empties the accumulator."""
+        """sum / weight of every name over all ranks; empties the accumulator. Where there was nothing (weight 0), as no bad
+        answer for the mean of their rewards, the name is left out; but the loss is NaN then."""
         names, (sums, weights) = self._reduce()
-        return dict(zip(names, (sums / weights).tolist()))
+        table = torch.stack([sums / weights, weights]).T.tolist()
+        return {name: mean for name, (mean, weight) in zip(names, table) if weight != 0 or name == "loss"}
 
     def state(self) -> dict[str, list[str]]:
         """The open window as JSON, exact (hexadecimal floats, which also spell NaN). It stays open: rank 0 keeps all."""

@@ -153,7 +153,8 @@ def discopop(p: Pairs, o: LossOptions) -> Tensor:
     arXiv:2406.08414 eq. 5."""
     x = o.beta * p.margin
     share = (x / o.discopop_tau).sigmoid()
-    return -(1 - share) * logsigmoid(x) + share * (-x).exp()
+    likelihood_ratio = (-x).clamp(max=LARGEST_EXPONENT).exp()  # share is 0 before, and 0 inf is no number
+    return -(1 - share) * logsigmoid(x) + share * likelihood_ratio
 
 
 def sft(p: Pairs, o: LossOptions) -> Tensor:
@@ -288,5 +289,6 @@ def ld_weights(position: Tensor, shared_length: Tensor, ld_alpha: float) -> Tens
 
 
 def _log_one_minus_exp(x: Tensor) -> Tensor:
-    """log(1 - e^x) of x < 0, without cancellation at either end."""
-    return torch.where(x > -math.log(2), (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
+    """log(1 - e^x) of x < 0, without cancellation at either end; x = 0, which is rounded, counts as -1e-7."""
+    near, far = x.clamp(max=-1e-7), x.clamp(max=-math.log(2))  # each finite, and its gradient, where the other is taken
+    return torch.where(x > -math.log(2), (-torch.expm1(near)).log(), torch.log1p(-far.exp()))

@@ -10,10 +10,14 @@ from minisft import dpo, runtime
 from minisft.config import WITHOUT_REFERENCE, Config
 from minisft.data.loader import Loader
 from minisft.errors import CONFIG, MODEL, UserError
+from minisft.model.adapter_files import least_vocab_size, load_adapter
 from minisft.model.load import load_model
+from minisft.model.lora import adapters
+from minisft.model.quantized import read_record
+from minisft.model.start import find_start
 from minisft.preference_losses import LossOptions
 from minisft.prepare_data import cache_folder, titled
-from minisft.reference import Reference, cache_logps, check_start, copy_of, fingerprint
+from minisft.reference import Reference, cache_logps, check_layout, check_start, copy_of, fingerprint
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ def prepare_dpo(
     section = config.dpo
     refuse_windows(model, train, evals)
     objective = objective_of(config)
+    first = train.step(0, 0)[0].to(device)
+    check_layout(model, first, train, precision)
     if set(objective.losses) <= set(WITHOUT_REFERENCE):
         lines = [
             describe_loss(objective),
@@ -62,10 +68,9 @@ def prepare_dpo(
     if section.precompute_ref_log_probs:
         train, evals, found = cached(config, model, trained, live, train, evals, device, precision)
         how = f"{how}; its log-probabilities are {found}"
-        reference = Reference("cached")
+        reference, first = Reference("cached"), train.step(0, 0)[0].to(device)
     lines = [describe_loss(objective), f"reference: {how}"]
     if live.kind != "model":
-        first = train.step(0, 0)[0].to(device)
         has_dropout = not section.disable_dropout
         check_start(model, first, reference, precision, section.ld_alpha, has_dropout)
         shown = f"{len(first.answers.weight):,} {train.documents.cache.unit}"
@@ -95,19 +100,28 @@ def objective_of(config: Config) -> dpo.Objective:
 
 def describe_loss(objective: dpo.Objective) -> str:
     terms = [name if weight == 1 else f"{weight:g} {name}" for name, weight in objective.losses.items()]
-    return f"{' + '.join(terms)}, beta {objective.options.beta:g}"
+    o = objective.options
+    margin = f", simpo's margin gamma / beta {o.simpo_gamma / o.beta:.3g} nats a token (its paper: 0.1 to 0.8)"
+    return f"{' + '.join(terms)}, beta {o.beta:g}{margin if 'simpo' in objective.losses else ''}"
 
 
 def live_reference(config: Config, model: nn.Module, trained: set[nn.Parameter], device: torch.device) -> Reference:
     """A reference that can be asked for any batch, the cheapest of those that do."""
     section = config.dpo
     if section.ref_model_name_or_path is not None:
+        start = find_start(section.ref_model_name_or_path, local_files_only=config.model.local_files_only)
+        adapter = start.adapter
         other = load_model(
-            section.ref_model_name_or_path,
+            start.folder,
             dtype=runtime.DTYPES[config.train.weights_dtype],
             device=device,
             max_length=config.data.max_length,
-        ).requires_grad_(False)
+            quantization=None if adapter is None else read_record(adapter),
+            least_vocab_size=0 if adapter is None else least_vocab_size(adapter),
+        )
+        if adapter is not None:
+            load_adapter(other, adapter).eval()
+        other.requires_grad_(False)
         if other.config.vocab_size != model.config.vocab_size:
             raise UserError(
                 f"{section.ref_model_name_or_path} has a vocabulary of {other.config.vocab_size:,}, the policy one of "
@@ -133,8 +147,10 @@ def cached(
     """The loaders with the reference's log-probabilities, and how these were come by."""
     section = config.dpo
     asked = live.model if live.kind == "model" else model
-    weights = fingerprint(asked, without=trained if live.kind == "adapter off" else set())
-    key = [weights, precision, section.ld_alpha, config.model.kernels]
+    is_off = live.kind == "adapter off"
+    added = {p for adapter in adapters(asked) for p in adapter.parameters()} & trained if is_off else set()
+    options = None if is_off else repr(asked.lora)  # the same matrices at another scale are another model
+    key = [fingerprint(asked, without=added), options, precision, section.ld_alpha, config.model.kernels]
 
     def compute(batch):
         with runtime.autocast(device, precision):

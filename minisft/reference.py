@@ -30,14 +30,20 @@ from tqdm import tqdm
 from minisft import runtime
 from minisft.answer_logps import answer_logps
 from minisft.data.batch import Batch
-from minisft.data.loader import Loader
+from minisft.data.loader import Loader, make_batch
+from minisft.data.packing import pack
 from minisft.errors import DATA, MODEL, SAVE, UserError
-from minisft.files import atomic_folder, remove_leftovers, verify_folder
+from minisft.files import atomic_folder, remove_leftovers, verify_folder, waiting_lock
 from minisft.model.lora import adapter_disabled
 from minisft.model.quantized import named_weights
 
 VERSION = 1  # of the cached log-probabilities; raise it when the same input gives other numbers
 COPY_FILE = "reference.safetensors"  # in a checkpoint, where the reference follows the policy
+
+# Of an answer of n tokens, what rounding may change in its log-probability, over sqrt(n): the tokens' errors are of either
+# sign. A logit of 16 to 32 in bf16 is a multiple of 1/8.
+ROUNDING = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.25}
+NUM_ALONE = 6  # answers of the first batch that are also looked at alone
 
 
 @dataclass
@@ -119,25 +125,57 @@ def check_start(
 ) -> None:
     """Before the first step policy and reference are the same, so every margin is 0 and the sigmoid loss is ln 2.
 
-    Whatever breaks that (a boundary error of packing, dropout, another reference than was meant) shows here and not after
-    days of training. Raises UserError. has_dropout: the policy trains with dropout, and is compared without.
+    Whatever breaks that (dropout, another reference than was meant) shows here and not after days of training. Raises
+    UserError. has_dropout: the policy trains with dropout, and is compared without.
     """
     training = policy.training
     with torch.no_grad(), runtime.autocast(batch.input_ids.device, precision):
         logps, _ = answer_logps(policy.train(training and not has_dropout), batch, ld_alpha)
         ref_logps = reference.logps(policy, batch, ld_alpha)
     policy.train(training)
-    tolerance = (
-        1e-5 if precision == "fp32" else 1e-2
-    )  # cached ones were computed in other batches, and rounded otherwise
-    difference = (logps - ref_logps).abs() / (1 + ref_logps.abs())
-    if len(difference) and not (largest := difference.max().item()) <= tolerance:
+    difference = _difference(logps, ref_logps, batch.answers.length)
+    if not difference <= ROUNDING[precision]:
         raise UserError(
-            f"policy and reference differ before the first step: by {largest:.1e} of an answer's log-probability, where "
-            f"{tolerance:.0e} is rounding; the loss would not start at ln 2 = 0.6931",
+            f"policy and reference differ before the first step: the log-probability of an answer of n tokens by "
+            f"{difference:.1e} sqrt(n), where {ROUNDING[precision]:g} is rounding; the loss would not start at ln 2 = 0.6931",
             hint="with cached log-probabilities, delete them; otherwise this is an error of minisft: please report it",
             exit_code=MODEL,
         )
+
+
+def check_layout(policy: nn.Module, batch: Batch, loader: Loader, precision: str) -> None:
+    """Some answers of the batch, alone with their prompt, are as likely as in the batch.
+
+    Policy and reference read the same batch, so that an error of packing, of positions or of a shared prompt would make no
+    difference between them. It would here. The first document of a batch sees itself alone. Raises UserError.
+    """
+    documents = replace(loader.documents, shared=None)
+    number = np.unique(np.linspace(0, len(batch.answers.role) - 1, min(NUM_ALONE, len(batch.answers.role)), dtype=int))
+    training, alone = policy.training, []
+    with torch.no_grad(), runtime.autocast(batch.input_ids.device, precision):
+        logps, _ = answer_logps(policy.eval(), batch)
+        for answer in number.tolist():
+            unit = [int((documents.index == batch.answers.document[i].item()).argmax()) for i in (answer, answer ^ 1)]
+            pair = replace(documents, **{key: getattr(documents, key)[unit] for key in ("index", "start", "end")})
+            packs = pack(pair.unit_lengths, int(pair.unit_lengths.sum()), "none")
+            first = make_batch(pair, packs, [0], round_to=loader.round_to).to(batch.input_ids.device)
+            alone.append(answer_logps(policy, first)[0][0])
+    policy.train(training)
+    if alone:
+        number = torch.from_numpy(number).to(logps.device)
+        difference = _difference(logps[number], torch.stack(alone), batch.answers.length[number])
+        if not difference <= ROUNDING[precision]:
+            raise UserError(
+                f"an answer of n tokens beside others has a log-probability that differs by {difference:.1e} sqrt(n) from the "
+                f"one that it has alone, where {ROUNDING[precision]:g} is rounding",
+                hint="this is an error of minisft: please report it; packing = false and share_prompt = false may avoid it",
+                exit_code=MODEL,
+            )
+
+
+def _difference(logps: Tensor, others: Tensor, length: Tensor) -> float:
+    """sqrt(sum of squared differences / sum of tokens) over the answers; 0 where there are none."""
+    return ((logps - others).square().sum() / length.sum().clamp(min=1)).sqrt().item()
 
 
 # ------------------------------------------------------------------------------------------------- cached on disk
@@ -155,16 +193,21 @@ def cache_logps(
     """The loader with the log-probabilities of all its answers, and how they were come by: "found" or "computed".
 
     compute: batch -> fp32 [2U]. key: JSON values that tell model and precision; the data is added here. The ranks share out
-    the work and all have the result; rank 0 writes it. Raises UserError where the folder cannot be written.
+    the work and all have the result; rank 0 writes it. Raises UserError where the folder cannot be written, before the work.
     """
     documents = loader.documents
     cuts = [hashlib.sha256(part.tobytes()).hexdigest() for part in (documents.index, documents.start, documents.end)]
     name = hashlib.sha256(json.dumps([VERSION, key, documents.cache.fingerprint, cuts]).encode()).hexdigest()[:32]
     path, num_documents = folder / f"reference-{name}", len(documents.cache.offsets) - 1
     found = path.exists() and verify_folder(path) is None
+    (num_found,) = runtime.sum_numbers_over_ranks([float(found)], device)
+    found = num_found == runtime.world_size()  # or all compute: another process may write it between two looks
     if found:
         ref_logps = np.fromfile(path / "logps.bin", dtype=np.float32)
     else:
+        if runtime.rank() == 0:
+            with _claimed(path):
+                pass
         sums = torch.zeros(num_documents, dtype=torch.float64, device=device)
         once = replace(loader, batch_size=batch_size, accumulation=1, shuffle=False)
         bar = tqdm(range(once.steps_per_epoch), desc="reference", leave=False, disable=not show_progress)
@@ -181,13 +224,23 @@ def cache_logps(
 
 
 def _write(path: Path, ref_logps: np.ndarray) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _claimed(path):
+        if verify_folder(path) is None:
+            return  # another process has computed the same meanwhile, and others may be reading it
         remove_leftovers(path.parent)
         if os.path.lexists(path):
             shutil.rmtree(path)
         with atomic_folder(path, {"answers": int((ref_logps != 0).sum())}) as temporary:
             ref_logps.tofile(temporary / "logps.bin")
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    """Hold the lock of a folder that is to be written. Raises UserError where it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with waiting_lock(path.with_name(f".lock-{path.name}")):
+            yield
     except OSError as error:
         hint = "set cache_dir to a folder that can be written and has space"
         raise UserError(f"the cached log-probabilities: {error}", hint=hint, exit_code=SAVE) from None
@@ -202,5 +255,5 @@ def fingerprint(model: nn.Module, without: Set[nn.Parameter] = frozenset()) -> s
         tensors = [weight] if isinstance(weight, Tensor) else [t for _, t in sorted(weight.named_buffers())]
         for tensor in tensors:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())  # a scalar has no bytes to view
     return digest.hexdigest()

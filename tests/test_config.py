@@ -332,6 +332,7 @@ def test_mistakes_name_the_file_the_key_and_the_way_out(tmp_path, line, told, hi
         ({"total_batch_size": 12}, ["total_batch_size = 12", "multiple of 8"]),
         ({"total_batch_size": 0}, ["multiple of 8"]),
         ({"total_batch_size": True}, ["multiple of 8"]),
+        ({"dpo.beta": 0.2}, ["dpo.beta = 0.2", 'trainer_type = "sft" (default)']),
     ],
 )
 def test_contradictions(overrides, told):

@@ -13,7 +13,8 @@ from tiny_models import CONFIGS, tiny
 
 from minisft import dpo, preference_losses
 from minisft.answer_logps import answer_logps, token_weights
-from minisft.config import WITHOUT_REFERENCE, DpoSection, PairLoss
+from minisft.config import OF_DIVERGENCE, WITHOUT_REFERENCE, DpoSection, PairLoss
+from minisft.config import SMOOTHED as WITH_SMOOTHING
 from minisft.data.batch import ANSWER, CHOSEN, MISMATCHED, REJECTED, TRAINED, USER
 from minisft.data.cache import Documents
 from minisft.data.loader import Loader, make_batch, shared_prompts
@@ -340,7 +341,9 @@ def test_micro_batches_add_up_to_the_batch(name, other):
 @pytest.mark.parametrize("name", [*LOSSES, "kto"])
 def test_a_batch_of_filler_trains_nothing(name, other):
     documents, model = make_pairs(roles=(CHOSEN, MISMATCHED if name == "kto" else REJECTED)), policy()
+    _, wanted, _ = run(model, batch_of(documents), objective(name), other)
     value, stats, grads = run(model, batch_of(documents, numbers=[]), objective(name), other)
+    assert list(stats) == list(wanted)  # the ranks add up what they have in this order
     assert value == 0 and all((g == 0).all() for g in grads)
     assert all(pair == (0, 0) for pair in sums(stats).values())
 
@@ -350,6 +353,18 @@ def test_the_config_knows_every_loss():
     divergence = next(f for f in fields(DpoSection) if f.name == "f_divergence_type").type
     assert set(get_args(divergence)) == set(preference_losses.DIVERGENCES)
     assert set(preference_losses.WITHOUT_REFERENCE) == set(WITHOUT_REFERENCE)
+    logps = [torch.tensor([x]) for x in (-3.0, -4.0, -5.0, -4.5)]
+
+    def changed_by(options, more):
+        return {
+            name
+            for name in LOSSES
+            if dpo_loss(*logps, loss_type=name, **options)[0] != dpo_loss(*logps, loss_type=name, **more)[0]
+        }
+
+    assert changed_by({"label_smoothing": 0.1}, {"label_smoothing": 0.2}) == set(WITH_SMOOTHING)
+    smooth = {"label_smoothing": 0.1}
+    assert changed_by(smooth, smooth | {"f_divergence": "js_divergence"}) == set(OF_DIVERGENCE)
 
 
 # ------------------------------------------------------------------------------------------------- the reference
@@ -480,7 +495,7 @@ def test_a_damaged_cache_is_computed_again(tmp_path, other):
     loader = Loader(documents, plan(documents.unit_lengths, 60, "bfd"), batch_size=2)
     arguments = (lambda batch: other.logps(model, batch)), ["a model"], tmp_path, torch.device("cpu"), 3, False
     first, _ = cache_logps(loader, *arguments)
-    (folder,) = tmp_path.iterdir()
+    (folder,) = tmp_path.glob("reference-*")
     (folder / "logps.bin").write_bytes(b"\0" * (folder / "logps.bin").stat().st_size)
     second, how = cache_logps(loader, *arguments)
     assert how == "computed"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -224,6 +225,26 @@ def test_kto_trains_on_labels_and_on_pairs(go, home, tmp_path):
         assert chosen > rejected + 0.2
 
 
+def test_kto_of_good_answers_only_on_two_ranks(go, home, tmp_path):
+    """5 answers in steps of 4: in the second step a rank has filler, and both add up the same metrics. There is no mean of
+    bad answers."""
+    rows = [json.loads(line) for line in (home / "pairs.jsonl").read_text().splitlines()][:5]
+    good = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in rows]
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in good))
+    keys = DPO | {
+        "dpo.loss_type": ["kto"],
+        "data.train_data": str(tmp_path / "good.jsonl"),
+        "train.num_train_epochs": 1,
+    }
+    keys |= {"model.config": None, "model.model_name_or_path": str(home / "first" / "model")}
+    keys |= {"data.cache_dir": str(home / "cache"), "train.per_device_train_batch_size": 2}
+    out = tmp_path / "ranks"
+    assert join(start_ranks(home, keys | {"output_dir": str(out)})) == (0, 0)
+    first, second = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    assert first.keys() == second.keys() >= {"kl", "rewards/chosen"}
+    assert not {"rewards/rejected", "logps/rejected", "rewards/margins"} & second.keys()
+
+
 def test_a_row_s_weight_is_that_of_its_pair(go, home, tmp_path):
     twice = write_pairs(tmp_path / "twice.jsonl", weight=2.0)
     same(go("plain").output_dir, go("twice", **{"data.train_data": str(twice)}).output_dir)  # the mean is weighted
@@ -234,7 +255,9 @@ def test_memory_is_not_spent_where_it_need_not_be(go, home):
     simpo = go("simpo", **{"dpo.loss_type": ["simpo"], "train.max_steps": 1})
     assert "without a reference" in (simpo.output_dir / "summary.txt").read_text()
     cached = go("cached", **{"dpo.precompute_ref_log_probs": True, "train.max_steps": 1})
-    assert "reference: the policy as it starts; its log-probabilities" in (cached.output_dir / "summary.txt").read_text()
+    assert (
+        "reference: the policy as it starts; its log-probabilities" in (cached.output_dir / "summary.txt").read_text()
+    )
     lora = go("lora", **{"lora.r": 4, "train.max_steps": 1})
     assert "without its new adapters" in (lora.output_dir / "summary.txt").read_text()
 
@@ -298,7 +321,17 @@ def test_stopped_in_either_stage_is_uninterrupted(home, tmp_path, monkeypatch, l
         ({"dpo.loss_type": ["robust"], "train.label_smoothing": 0.5}, "half of the pairs"),
         ({"dpo.loss_type": ["simpo"], "dpo.sync_ref_model": True}, "policy only"),
         ({"dpo.loss_type": ["aot"], "dpo.use_weighting": True}, "aot"),
+        ({"dpo.loss_weights": [-1.0]}, "less than 0"),
+        ({"dpo.loss_type": ["sigmoid", "sft"], "dpo.loss_weights": [0, 0]}, "one more"),
         ({"dpo.desirable_weight": 2.0}, "kto"),
+        ({"dpo.loss_type": ["kto"], "dpo.desirable_weight": 0, "dpo.undesirable_weight": 0}, "nothing would train"),
+        ({"dpo.loss_type": ["hinge"], "train.label_smoothing": 0.1}, "belongs to loss_type sigmoid"),
+        ({"dpo.loss_type": ["apo_zero"], "dpo.f_divergence_type": "forward_kl"}, "belongs to loss_type sigmoid"),
+        ({"dpo.f_alpha_divergence_coef": 0.3}, "belongs to alpha_divergence"),
+        ({"dpo.simpo_gamma": 1.0}, "belongs to loss_type simpo"),
+        ({"dpo.discopop_tau": 1.0}, "belongs to loss_type discopop"),
+        ({"dpo.ref_model_sync_steps": 4}, "belongs to sync_ref_model"),
+        ({"dpo.precompute_ref_batch_size": 4}, "belongs to precompute_ref_log_probs"),
         ({"dpo.sync_ref_model": True, "dpo.precompute_ref_log_probs": True}, "choose one"),
         ({"data.packing": True, "data.packing_strategy": "wrapped"}, "pair cannot be cut"),
         ({"data.truncation": "turns"}, "differently"),
@@ -327,6 +360,15 @@ def test_windows_do_not_go_with_shared_prompts(home, tmp_path):
     run(**keys | {"dpo.share_prompt": False, "train.max_steps": 1})
 
 
+def test_rows_of_a_step_that_is_not_finite_are_told_once(go, home):
+    """Each has two answers."""
+    with pytest.raises(UserError, match="not finite") as caught:
+        go(**{"dpo.beta": 1e30})
+    path = Path(re.search(r"are in (\S+)\. Look", caught.value.hint)[1])
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == len(set(rows)) == 4
+
+
 def test_sft_data_is_refused(go, home):
     with pytest.raises(UserError):
         go(**{"data.train_data": str(home / "rows.jsonl")})
@@ -334,8 +376,8 @@ def test_sft_data_is_refused(go, home):
 
 def test_every_option_reaches_the_loss(home):
     options = {
-        "loss_type": ["sigmoid", "simpo"],
-        "loss_weights": [0.7, 0.3],
+        "loss_type": ["sigmoid", "simpo", "discopop"],
+        "loss_weights": [0.7, 0.3, 0.2],
         "beta": 0.2,
         "f_divergence_type": "alpha_divergence",
         "f_alpha_divergence_coef": 0.3,
@@ -347,7 +389,7 @@ def test_every_option_reaches_the_loss(home):
     keys = {f"dpo.{key}": value for key, value in options.items()} | {"train.label_smoothing": 0.05}
     config, _ = load({}, settings(home, **{"data.train_data": str(home / "pairs.jsonl")}) | DPO | keys)
     assert objective_of(config) == Objective(
-        losses={"sigmoid": 0.7, "simpo": 0.3},
+        losses={"sigmoid": 0.7, "simpo": 0.3, "discopop": 0.2},
         options=LossOptions(beta=0.2, label_smoothing=0.05, discopop_tau=0.1, simpo_gamma=0.9),
         f_divergence="alpha_divergence",
         alpha=0.3,

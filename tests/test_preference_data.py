@@ -600,6 +600,25 @@ def test_an_audit_of_pairs_finds_what_is_there_and_no_more(tmp_path):
     assert told["sets"]["train"]["packing"]["unpacked"]["packs"] == 30
 
 
+def test_an_audit_plans_as_the_run_does(tmp_path):
+    """A prompt that is shared stands in a pack once."""
+    for shared in (True, False):
+        keys = {"data.packing": True, "data.max_length": 32, "dpo.share_prompt": shared}
+        config = config_of(tmp_path, QUESTIONS, **keys)
+        told, run = audit_command.audit(config)[0], prepared(config)[0]
+        packed = told["sets"]["train"]["packing"]["packed"]
+        assert (packed["packs"], packed["fill"]) == (run.plan.num_packs, round(run.plan.fill, 6))
+        assert packed["steps_per_epoch"] == run.steps_per_epoch
+
+
+def test_findings_name_rows_once(tmp_path):
+    long = [{**row, "prompt": "word " * 20} for row in QUESTIONS[:5]]
+    told = audit_command.audit(config_of(tmp_path, long + QUESTIONS, **{"data.truncation": "drop"}))[0]
+    (finding,) = [f for f in told["sets"]["train"]["findings"] if f["name"] == "too_long"]
+    assert finding["count"] == 10
+    assert [place[-13:] for place in finding["examples"]] == ["pairs.jsonl:1", "pairs.jsonl:2", "pairs.jsonl:3"]
+
+
 def test_an_audit_shows_both_answers(tmp_path, capsys):
     config = tmp_path / "dpo.toml"
     keys = {k: v for k, v in settings(tmp_path).items() if k.startswith(("model.tokenizer", "output"))}

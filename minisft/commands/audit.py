@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,11 +235,14 @@ def _tables(data_set: DataSet, in_epoch: "Documents", is_train: bool, config: "C
 
 def _packing(documents: "Documents", is_on: bool, is_train: bool, config: "Config") -> dict[str, Any]:
     """How full packs are, and how many steps an epoch has, with packing and without; on one device."""
+    from minisft.data.loader import shared_prompts
     from minisft.data.packing import plan
     from minisft.schedule import total_steps
 
     data, train, batch_size = config.data, config.train, config.evaluate.per_device_eval_batch_size
     packs_a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    if config.trainer_type == "dpo" and config.dpo.share_prompt:
+        documents = replace(documents, shared=shared_prompts(documents))
     lengths = documents.unit_lengths
     max_length = documents.group * data.max_length if data.max_length else None  # of a pack
 

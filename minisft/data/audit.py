@@ -154,7 +154,7 @@ def _used(documents: Documents) -> np.ndarray:
 
 
 def _finding(name: str, cache: TokenCache, documents: np.ndarray, total: int) -> Finding:
-    examples = tuple(cache.place(int(d)) for d in documents[:NUM_EXAMPLES])
+    examples = tuple(dict.fromkeys(cache.place(int(d)) for d in documents[: 4 * NUM_EXAMPLES]))[:NUM_EXAMPLES]  # rows
     return Finding(name, len(documents), total, examples, tuple(documents.tolist()))
 
 
