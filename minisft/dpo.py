@@ -51,8 +51,10 @@ def loss(
     Returns a scalar (fp32) that is not scaled by grad_scale; its gradient is. The stats are detached.
     """
     answers, o = batch.answers, objective
+    # the reference first, while no activations of the policy are in memory
+    ref_logps = None if reference is None else reference.logps(model, batch, o.ld_alpha)
     logps, stats = answer_logps(model, batch, o.ld_alpha, return_stats="all")  # [2U]
-    ref_logps = torch.zeros_like(logps) if reference is None else reference.logps(model, batch, o.ld_alpha)
+    ref_logps = torch.zeros_like(logps) if ref_logps is None else ref_logps
     if "kto" in o.losses:
         kl = (logps - ref_logps)[1::2].mean()
         weights = {"desirable_weight": o.desirable_weight, "undesirable_weight": o.undesirable_weight}
