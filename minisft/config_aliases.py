@@ -47,7 +47,6 @@ ALIASES: dict[str, str | tuple[str, dict]] = {
     "truncation_mode": "data.truncation",
     "sample_packing": "data.packing",
     "train_on_inputs": ("data.completion_only_loss", {True: False, False: True}),
-    "shuffle_dataset": "data.shuffle",
     "unfrozen_parameters": "train.trainable",
     "lr": "train.learning_rate",
     "learning_rate_end": "train.min_lr",
@@ -111,6 +110,7 @@ NOT_NEEDED: dict[str, str] = {
     "dataset_num_proc": "the tokenizer uses every core by itself",
     "dataloader_num_workers": "batches are cut from a memory-mapped cache, which takes no workers",
     "bnb_4bit_compute_dtype": "quantised weights are multiplied in train.precision like all others",
+    "shuffle_dataset": "rows are dealt anew every epoch, as TRL does too without it; data.shuffle = false keeps their order",
     "remove_unused_columns": "fields that no format names are never read",
     "do_last_save": "the last step is always saved",
 }
@@ -119,8 +119,8 @@ NOT_NEEDED: dict[str, str] = {
 UNSUPPORTED: dict[str, str] = {
     "use_peft": "adapters are switched on by a rank: lora.r = 16",
     "trackio_url": "a remote Trackio server is not supported yet",
-    "deepspeed": "training on several devices is not supported yet",
-    "fsdp": "training on several devices is not supported yet",
+    "deepspeed": "weights are not shared out over devices yet; torchrun trains with a whole copy on each",
+    "fsdp": "weights are not shared out over devices yet; torchrun trains with a whole copy on each",
     "torch_compile": "torch.compile is not supported yet",
     "push_to_hub": "uploading is not supported; the final model folder can be uploaded with `hf upload`",
     "trust_remote_code": "code from a model repository never runs here",

@@ -52,9 +52,7 @@ class Reference:
 
     kind: str  # "adapter off", "copy", "model", "cached"
     model: nn.Module | None = None  # of kind "model"
-    copies: dict[str, tuple[nn.Parameter, Tensor]] = field(
-        default_factory=dict
-    )  # of kind "copy": by the parameter's name
+    copies: dict[str, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)  # of kind "copy": by name
     sync_steps: int | None = None  # TR-DPO: the copy follows every so many steps
     mixup_alpha: float = 0.6
 
@@ -103,12 +101,14 @@ class Reference:
             save_file({name: value.contiguous() for name, (_, value) in self.copies.items()}, folder / COPY_FILE)
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote. Raises UserError where the checkpoint has none."""
-        if not self.sync_steps:
-            return
-        if not (folder / COPY_FILE).exists():
+        """What `save` wrote. Raises UserError where the checkpoint has it and this run would not, or the other way round."""
+        is_there = (folder / COPY_FILE).exists()
+        if is_there != bool(self.sync_steps):
             hint = "set dpo.sync_ref_model as it was, or choose a new output_dir"
-            raise UserError(f"{folder} holds no reference that follows the policy", hint=hint, exit_code=DATA)
+            holds = "a" if is_there else "no"
+            raise UserError(f"{folder} holds {holds} reference that follows the policy", hint=hint, exit_code=DATA)
+        if not is_there:
+            return
         with safe_open(folder / COPY_FILE, framework="pt") as file:
             for name, (_, value) in self.copies.items():
                 value.copy_(file.get_tensor(name))

@@ -457,6 +457,8 @@ def test_tr_dpo_follows_every_so_many_steps(tmp_path):
     assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
     with pytest.raises(UserError, match="no reference that follows"):
         again.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds a reference that follows"):  # and this run's would not
+        Reference("copy").load(tmp_path)
 
 
 @pytest.mark.parametrize("shared", [False, True])

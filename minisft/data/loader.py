@@ -149,7 +149,7 @@ class Loader:
     """The batches of one rank. An optimizer step takes batch_size * accumulation * world_size packs over all ranks."""
 
     documents: Documents
-    plan: Plan  # of documents.lengths
+    plan: Plan  # of documents.unit_lengths
     batch_size: int  # packs in a micro-batch
     accumulation: int = 1  # micro-batches that one rank adds up in a step
     seed: int = 0

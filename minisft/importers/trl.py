@@ -81,7 +81,6 @@ FOR_DPO = {"rpo_alpha", "max_prompt_length", "max_completion_length", "reference
 FOR_SFT = ("nll", "chunked_nll", "dft")
 ONLY_HARMLESS = HARMLESS | spread(
     {
-        "the dealing of rows is seeded and new every epoch": "shuffle_dataset",
         "adapters here are for causal language models": "lora_task_type",
         "only with use_peft": "lora_target_parameters",
         "quantised weights are multiplied in train.precision, and stored as bytes": "bnb_4bit_quant_storage "
