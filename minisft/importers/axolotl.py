@@ -271,15 +271,7 @@ def _training(t: Translation, rl: str | None) -> None:
                 t.into(key, "dpo.beta")
     elif "rl" in t.left:
         t.nothing("rl", "supervised fine-tuning", harmless=True)
-    if "train_on_inputs" in t.left:
-        if t.on("train_on_inputs"):
-            t.values |= {"data.completion_only_loss": False, "data.assistant_only_loss": False}
-            t.origins |= dict.fromkeys(
-                ("data.completion_only_loss", "data.assistant_only_loss"), "train_on_inputs = true"
-            )
-            t.take("train_on_inputs", "translated", "completion_only_loss = false, assistant_only_loss = false")
-        else:
-            t.nothing("train_on_inputs", "the answer alone is trained, as here", harmless=True)
+    t.prompts_too("train_on_inputs")
     peak = as_number(t.get("learning_rate"))
     ratio = as_number(t.get("cosine_min_lr_ratio"))
     if ratio is not None and peak:

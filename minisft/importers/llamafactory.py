@@ -227,15 +227,7 @@ def _data(t: Translation, stage: str, folder: Path) -> None:
     if "mix_strategy" in t.left:
         same = t.get("mix_strategy", "concat") == "concat"
         t.nothing("mix_strategy", "as here" if same else "see `weight` of a source", harmless=same)
-    if "train_on_prompt" in t.left:
-        if t.on("train_on_prompt"):
-            t.values |= {"data.completion_only_loss": False, "data.assistant_only_loss": False}
-            t.origins |= dict.fromkeys(
-                ("data.completion_only_loss", "data.assistant_only_loss"), "train_on_prompt = true"
-            )
-            t.take("train_on_prompt", "translated", "completion_only_loss = false, assistant_only_loss = false")
-        else:
-            t.nothing("train_on_prompt", "the answers alone are trained, as here", harmless=True)
+    t.prompts_too("train_on_prompt")
     plain, neat = t.get("packing"), t.on("neat_packing")
     packs = bool(plain) or neat or plain is None and stage == "pt"
     if packs and stage in ("pt", "sft"):

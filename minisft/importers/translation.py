@@ -109,6 +109,16 @@ class Translation:
             self.values[ours], self.origins[ours] = fitted, why
             self.difference(f"{ours} = {as_toml(fitted)}: {why} (default here: {as_toml(ours_by_default)})")
 
+    def prompts_too(self, key: str) -> None:
+        """Take a switch, where it is there, that lets prompts train like answers."""
+        if self.on(key):
+            ours = ("data.completion_only_loss", "data.assistant_only_loss")
+            self.values |= dict.fromkeys(ours, False)
+            self.origins |= dict.fromkeys(ours, f"{key} = true")
+            self.take(key, TRANSLATED, "completion_only_loss = false, assistant_only_loss = false")
+        elif key in self.left:
+            self.nothing(key, "the answers alone are trained, as here", harmless=True)
+
     def table(self, table: Table) -> None:
         """Translate every key of the table that is there."""
         for key, ours in table.items():
