@@ -96,12 +96,12 @@ def synthetic_rows(count: int) -> list[dict]:
 
 def make_inputs(folder: str, size: str, device: str) -> dict:
     """Rows, a tokenizer, a model; the reference's log-probabilities; and the pairs of each step for TRL, in tokens."""
-    from minisft.config_file import load
+    from minisft.config.load import load
     from minisft.data.tokenizer import train_tokenizer
     from minisft.model.families import from_hf
     from minisft.model.load import build_model, init_weights
     from minisft.model.save import save_model
-    from minisft.prepare import prepare
+    from minisft.prepare.run import prepare
 
     s, folder = SIZES[size], Path(folder)
     rows = json.loads(PAIRS.read_bytes()) if PAIRS.exists() else synthetic_rows(s["rows"])
@@ -165,11 +165,11 @@ def scored_documents(documents) -> dict[int, tuple[list[int], int]]:
 
 
 def minisft(folder: str, size: str, device: str, layout: str, reference: str) -> dict:
-    from minisft.config_file import load
+    from minisft.config.load import load
     from minisft.loop import train_step
     from minisft.model.families import from_hf
     from minisft.model.load import build_model
-    from minisft.prepare import prepare
+    from minisft.prepare.run import prepare
 
     build_model(from_hf(TINY))  # on meta: torch imports more at its first use
 

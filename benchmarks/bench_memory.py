@@ -71,10 +71,10 @@ def imports(folder: str) -> dict:
 def train(folder: str, case: str) -> dict:
     import torch
 
-    from minisft.config_file import load
+    from minisft.config.load import load
     from minisft.loop import train_step
     from minisft.model.quantized import named_weights
-    from minisft.prepare import prepare
+    from minisft.prepare.run import prepare
 
     keys = {
         "model.model_name_or_path": f"{folder}/model",

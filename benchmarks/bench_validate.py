@@ -54,10 +54,9 @@ def write_rows(path: Path, shape: str, num_rows: int) -> None:
 
 def validate(path: str) -> dict:
     """Check every row of a file; returns how many there are, how many of them are bad, and the seconds that it took."""
-    from minisft.data.conversations import RowError
     from minisft.data.formats import to_example
     from minisft.data.layout import FormatOptions, detect_layout, rename_fields
-    from minisft.data.rows import BadRow
+    from minisft.data.rows import BadRow, RowError
     from minisft.data.sources import parse_source, read_rows
 
     options, layout = FormatOptions(), None

@@ -51,9 +51,9 @@ def minisft(folder: str, steps: int, answers_only: bool) -> dict:
     """Steps of loop.train_step, as a run takes them."""
     import torch
 
-    from minisft.config_file import load
+    from minisft.config.load import load
     from minisft.loop import train_step
-    from minisft.prepare import prepare
+    from minisft.prepare.run import prepare
 
     config, _ = load(
         {},

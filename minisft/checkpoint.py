@@ -11,7 +11,7 @@ Leave out any of it and training still seems to resume: without the moments, or 
 after the resume is exactly right and the weights drift away over the next steps. So a missing or unknown tensor is an
 error.
 
-A save is an atomic folder (files.py): the checkpoint of one step, whole, or none. Only safetensors and JSON are ever
+A save is an atomic folder (atomic_folder.py): the checkpoint of one step, whole, or none. Only safetensors and JSON are ever
 read back, so a checkpoint from a stranger cannot run code. The hyperparameters (learning rate, betas, ...) are not in
 it: the configuration and the schedule say them anew.
 """
@@ -29,19 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minisft.atomic_folder import atomic_folder, free_bytes, read_manifest, remove_folder, require_space, verify_folder
 from minisft.errors import CONFIG, DATA, SAVE, UserError
-from minisft.files import (
-    atomic_folder,
-    dump_json,
-    free_bytes,
-    parse_json,
-    read_json,
-    read_manifest,
-    remove_folder,
-    require_space,
-    verify_folder,
-    write_json,
-)
+from minisft.strict_json import dump_json, parse_json, read_json, write_json
 
 MAX_FAILED_SAVES = 3  # in a row; then the run stops with exit code 74
 STEP_FOLDER = re.compile(r"step-(\d{8,})")

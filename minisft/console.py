@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minisft.evaluate import Sample, exact_match
+from minisft.samples import Sample, exact_match
 
 NOT_SHOWN = ("logps/", "logits/")  # of what is logged; a line for people has room for the rewards
 

@@ -1,8 +1,8 @@
 """Preference tuning: the policy is to find the chosen answer likelier than the rejected one, by its own measure.
 
 The same two functions as sft.py, `weight` and `loss`. A micro-batch holds pairs, N is the number of pairs of the whole
-optimizer step, so that a pair counts the same wherever it is. answer_logps.py gives the log-probability of every answer,
-reference.py that under the reference, preference_losses.py the loss.
+optimizer step, so that a pair counts the same wherever it is. preference/answer_logps.py gives the log-probability of every answer,
+reference.py that under the reference, losses.py the loss.
 
     reward(answer) = beta (logp under the policy - logp under the reference)
 
@@ -15,11 +15,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from minisft.answer_logps import answer_logps, sum_by_answer
 from minisft.data.batch import CHOSEN, MISMATCHED, REJECTED, Answers, Batch
 from minisft.kernels.linear_cross_entropy import Stats
-from minisft.preference_losses import LossOptions, dpo_loss, kto_loss, wpo_weights
-from minisft.reference import Reference
+from minisft.preference.answer_logps import answer_logps, sum_by_answer
+from minisft.preference.losses import LossOptions, dpo_loss, kto_loss, wpo_weights
+from minisft.preference.reference import Reference
 
 Pairs = dict[str, tuple[Tensor, float]]
 

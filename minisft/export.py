@@ -6,14 +6,15 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from minisft.atomic_folder import atomic_folder, read_manifest, verify_folder
 from minisft.checkpoint import name_aside
 from minisft.errors import SAVE, UserError
-from minisft.files import atomic_folder, read_manifest, verify_folder, write_json
 from minisft.model.adapter_files import load_adapter_weights, save_adapter
 from minisft.model.load import load_weights
 from minisft.model.quantized import quantization_of, read_record
 from minisft.model.save import save_model
-from minisft.prepare import Run
+from minisft.prepare.run import Run
+from minisft.strict_json import write_json
 
 
 def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None) -> None:

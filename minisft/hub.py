@@ -18,8 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
+from minisft.atomic_folder import make_folder
 from minisft.errors import DATA, MODEL, UserError
-from minisft.files import make_folder, read_json, write_json
+from minisft.strict_json import read_json, write_json
 
 # A star also matches slashes, so patterns such as *.safetensors would fetch whole folders of other formats.
 FILES = {

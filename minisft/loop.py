@@ -1,6 +1,6 @@
 """The loop. `run` trains a model from a configuration; what happens in a step can be read here from top to bottom.
 
-What a run needs is made in prepare.py, before the first step, so that whatever can fail fails early. The loop does not know
+What a run needs is made in prepare/run.py, before the first step, so that whatever can fail fails early. The loop does not know
 which trainer it serves: an objective is two functions, `weight` and `loss` (sft.py).
 
 Data order, dropout and noise are pure functions of (seed, step). A run that was stopped, killed or moved therefore goes on
@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minisft import console, runtime
+from minisft import console, ranks, runtime
+from minisft.atomic_folder import lock_folder, remove_leftovers
 from minisft.checkpoint import (
     MAX_FAILED_SAVES,
     find_checkpoint,
@@ -24,16 +25,20 @@ from minisft.checkpoint import (
     require_space_for_checkpoints,
     try_save,
 )
-from minisft.config import Config, TrainSection, config_to_dict
-from minisft.config_file import fingerprint, write_resolved
+from minisft.config.load import fingerprint, write_resolved
+from minisft.config.sections import Config, TrainSection, config_to_dict
 from minisft.data.batch import Batch
 from minisft.errors import NONFINITE, STOPPED, UserError
-from minisft.evaluate import complete, evaluate
+from minisft.evaluate import evaluate
 from minisft.export import export_model, is_exported, read_model, write_state
-from minisft.files import lock_folder, read_json, remove_leftovers, write_json
 from minisft.loggers import Loggers
 from minisft.metrics import Sums, peak_memory
-from minisft.optim import (
+from minisft.prepare.run import Run, prepare
+from minisft.ranks import sum_gradients
+from minisft.samples import complete
+from minisft.schedule import Plateau, after_evaluation, lr_factor
+from minisft.strict_json import read_json, write_json
+from minisft.update import (
     LossScale,
     clip_and_update,
     copies,
@@ -43,9 +48,6 @@ from minisft.optim import (
     update_in_backward,
     zero_updates,
 )
-from minisft.parallel import sum_gradients
-from minisft.prepare import Run, prepare
-from minisft.schedule import Plateau, after_evaluation, lr_factor
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def train_step(
     measured = run.measured if is_logged and factor else set()
     weights = [run.weight(batch) for batch in batches]
     totals = [sum(weights), len(batches), sum(batch.num_tokens for batch in batches)]
-    total_weight, num_batches, num_tokens = runtime.sum_numbers_over_ranks(totals, run.device)
+    total_weight, num_batches, num_tokens = ranks.sum_numbers_over_ranks(totals, run.device)
 
     # ---- 5. forward, loss, backward: the gradients of the micro-batches add up in fp32
     for name, first_step in run.first_steps.items():  # what trains from a later step on
@@ -111,7 +113,7 @@ def train_step(
     stats.add({"grad_norm": (norm, 1.0)})
     is_bad = ~torch.isfinite(norm + torch.stack(losses).sum())
     verdict = torch.stack([is_bad.double(), torch.full_like(norm, stop_asked, dtype=torch.float64)])
-    num_bad, num_stops = runtime.sum_over_ranks(verdict).tolist()
+    num_bad, num_stops = ranks.sum_over_ranks(verdict).tolist()
 
     # ---- 7. clip, update
     if not num_bad and not in_backward:
@@ -135,8 +137,8 @@ def run(config: Config, origins: dict[str, str]) -> Result:
     with ExitStack() as stack:
         folder = Path(config.output_dir)
         device = runtime.pick_device(config.train.device)
-        stack.enter_context(runtime.process_group(device))
-        is_main = runtime.rank() == 0
+        stack.enter_context(ranks.process_group(device))
+        is_main = ranks.rank() == 0
         if is_main:
             stack.enter_context(lock_folder(folder))
         signal = stack.enter_context(runtime.StopSignal())
@@ -350,7 +352,7 @@ def handle_nonfinite(run: Run, train: TrainSection, batches: list[Batch], folder
     cache = run.train.documents.cache
     documents = torch.cat([batch.row_document[: batch.num_targets] for batch in batches]).unique().tolist()
     rows = list(dict.fromkeys(cache.place(document) for document in documents))  # a row may have several
-    path = folder / f"nonfinite-step-{run.step:08d}-rank-{runtime.rank()}.json"
+    path = folder / f"nonfinite-step-{run.step:08d}-rank-{ranks.rank()}.json"
     write_json(path, {"step": run.step, "rows": rows})
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
     result = "the update was refused"
@@ -366,7 +368,7 @@ def handle_nonfinite(run: Run, train: TrainSection, batches: list[Batch], folder
 
 def finish(config: Config, run: Run, folder: Path, values: dict, signal: runtime.StopSignal) -> Result:
     """Export the model, complete the held-out prompts, and say what there is now and what to do next."""
-    is_main = runtime.rank() == 0
+    is_main = ranks.rank() == 0
     if run.step < run.total_steps:
         if is_main:
             print(console.stopped(folder, run.step, run.total_steps, signal.received))

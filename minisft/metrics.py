@@ -11,7 +11,7 @@ import sys
 import torch
 from torch import Tensor
 
-from minisft.runtime import rank, sum_over_ranks
+from minisft.ranks import rank, sum_over_ranks
 
 
 class Sums:

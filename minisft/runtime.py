@@ -1,4 +1,4 @@
-"""The machine a run sees: device, precision, seeds, ranks.
+"""The machine a run sees: device, precision, seeds, signals.
 
 Precision is explicit: the weights stay in fp32 (the master weights) and autocast computes in bf16 or fp16. bf16 weights
 alone do not train well: an update smaller than 2^-9 of a weight rounds to nothing.
@@ -8,15 +8,12 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from datetime import timedelta
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from minisft.errors import UserError
+from minisft.ranks import rank
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -94,41 +91,3 @@ class StopSignal:
         self.received = signal.Signals(number).name
         told = f"\nminisft: {self.received}: saving after the next step, then stopping; once more quits at once\n"
         os.write(2, told.encode())  # print is not allowed to interrupt another print
-
-
-# ---- ranks: one process a device, started by torchrun -----------------------------------------------------------
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-@contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the group that a launcher (torchrun) describes in the environment; a single process joins none."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
-        yield
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of `x` over all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def sum_numbers_over_ranks(numbers: list[float], device: torch.device) -> list[float]:
-    """The sums of numbers that the host knows. A single process has them already and does not wait for its GPU."""
-    if not dist.is_initialized():
-        return numbers
-    return sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()

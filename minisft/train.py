@@ -3,24 +3,22 @@
     from minisft.train import run
     result = run("config.toml", learning_rate=1e-4, packing=True)
 
-A file with `stages` is several runs, one after the other (stages.py). Everything that can be known to be wrong is told before
-torch is imported, which takes seconds.
+A file with `stages` is several runs, one after the other (config/stages.py). Every mistake that can be found
+without torch is reported before torch is imported, which takes seconds.
 """
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minisft.command_line import USAGE, help_text, parse_arguments
-from minisft.config import Config, eval_sets, source_list
-from minisft.config_file import MODEL_FILES
-from minisft.errors import MODEL, STOPPED, UserError, run_command
-from minisft.stages import Stage, load_stages
+from minisft.config.command_line import USAGE, help_text, parse_arguments
+from minisft.config.load import MODEL_FILES
+from minisft.config.sections import Config, eval_sets, source_list
+from minisft.config.stages import Stage, load_stages
+from minisft.errors import MODEL, UserError, run_command
 
 if TYPE_CHECKING:
     from minisft.loop import Result
@@ -64,9 +62,9 @@ def _run(stages: list[Stage]) -> Result:
     # A thread of an OpenMP pool that waits for the others spins. Where another program takes its core, all of them spin for
     # it, and training on 2 busy cores fell to a thirtieth; after 20,000 turns they now sleep instead.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    from minisft import loop
+    from minisft import loop, run_stages
 
-    return _run_stages(stages) if stages[0].title else loop.run(stages[0].config, stages[0].origins)
+    return run_stages.run_stages(stages) if stages[0].title else loop.run(stages[0].config, stages[0].origins)
 
 
 def _look_for_data(config: Config) -> None:
@@ -92,48 +90,6 @@ def _look_for_model(stage: Stage, before: list[Stage]) -> None:
             problem = "holds no model" if os.path.isdir(path) else "is no folder, and no stage before makes it"
             hint = f"a folder with {MODEL_FILES[0]} or {MODEL_FILES[1]} in it, a run's output folder, or owner/name"
             raise UserError(f"model.{key} = {path!r} {problem}", hint=hint, exit_code=MODEL)
-
-
-def _run_stages(stages: list[Stage]) -> Result:
-    """One after the other, but for those that are finished; the result of the last, or of the one that was stopped."""
-    import torch
-
-    from minisft import console, loop, runtime
-
-    device = runtime.pick_device(stages[0].config.train.device)
-    done = []
-    # One group for all of them: a second one would find in the launcher's store what the first wrote there.
-    with runtime.process_group(device):
-        is_main = runtime.rank() == 0
-        for stage in stages:
-            step, folder = stage.finished_step(), stage.config.output_dir
-            skipped = runtime.sum_numbers_over_ranks([step is not None], device)[0] == runtime.world_size()
-            if is_main:
-                print(f"\n{stage.title} -> {folder}" + (f": finished, at step {step}" if skipped else ""), flush=True)
-                if not skipped and (changed := stage.changed_keys()):
-                    print(
-                        f"its configuration is another one than when it was finished: {', '.join(changed)}", flush=True
-                    )
-            if skipped:
-                done.append((stage.title, loop.Result(Path(folder), stage.model_dir, step)))
-                continue
-            result = loop.run(stage.config, stage.origins)
-            done.append((stage.title, result))
-            gc.collect()  # the model, the optimizer and what they refer to in circles, before the next are made
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(device)
-            # which also waits for the model that rank 0 writes
-            (stops,) = runtime.sum_numbers_over_ranks([result.signal is not None], device)
-            if result.exit_code:
-                return result
-            if stops and stage is not stages[-1]:
-                if is_main:
-                    print(f"stopped after {stage.title}; the same command goes on with the next", flush=True)
-                return replace(result, exit_code=STOPPED)
-    if is_main:
-        print(console.stages_closing(done))
-    return done[-1][1]
 
 
 if __name__ == "__main__":

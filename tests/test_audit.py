@@ -14,7 +14,7 @@ from tokenizers import processors
 
 from minisft import __main__ as commands
 from minisft.commands.audit import audit
-from minisft.config_file import load
+from minisft.config.load import load
 from minisft.data.audit import (
     TITLES,
     all_findings,
@@ -33,7 +33,7 @@ from minisft.data.layout import FormatOptions
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import load_tokenizer, train_tokenizer
 from minisft.errors import DATA, UserError
-from minisft.prepare_data import prepare_data, prepare_tokenizer
+from minisft.prepare.data import prepare_data, prepare_tokenizer
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 TOKENIZER = train_tokenizer(["Hello, how are you?", "2 + 2 = 4"] * 5, 300)

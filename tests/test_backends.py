@@ -12,7 +12,7 @@ from minisft.errors import UserError
 from minisft.kernels import common
 from minisft.kernels.common import backend_for, use_backend
 from minisft.kernels.rms_norm import rms_norm
-from minisft.prepare import pick_kernels
+from minisft.prepare.run import pick_kernels
 
 X = torch.ones(2, 16)
 

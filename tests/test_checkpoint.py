@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minisft import checkpoint, files
+from minisft import atomic_folder, checkpoint
 from minisft.errors import CONFIG, DATA, SAVE, UserError
 
 
@@ -181,7 +181,7 @@ def test_a_path_that_is_no_checkpoint_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no such folder") as error:
         checkpoint.find_checkpoint(tmp_path, tmp_path / "step-00000015")
     assert error.value.exit_code == CONFIG and str(first) in error.value.hint
-    with files.atomic_folder(tmp_path / "model") as folder:
+    with atomic_folder.atomic_folder(tmp_path / "model") as folder:
         (folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match="holds no optimizer.safetensors"):
         checkpoint.find_checkpoint(tmp_path, tmp_path / "model")
@@ -245,7 +245,7 @@ def test_a_crash_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_
 
     outcomes = []
     for crashed in sorted(snapshots.iterdir()):
-        files.remove_leftovers(crashed, locked=True)  # as a start does
+        atomic_folder.remove_leftovers(crashed, locked=True)  # as a start does
         path, _ = checkpoint.find_checkpoint(crashed, "auto")
         assert path is not None, crashed.name
         other, other_opt = make(seed=1)
@@ -308,7 +308,7 @@ def test_a_file_size_limit_fails_loudly_and_the_third_in_a_row_ends_the_run(tmp_
     assert results == [1, 2, SAVE, 1, 2, SAVE]
     assert capsys.readouterr().err.count("WARNING the checkpoint of step 2 could not be saved") == 4
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
-    assert files.verify_folder(tmp_path / "step-00000001") is None
+    assert atomic_folder.verify_folder(tmp_path / "step-00000001") is None
     assert save(tmp_path, 2, model, opt, save_with=checkpoint.try_save, first=(2,)) == 0  # there is room again
 
 
@@ -367,7 +367,7 @@ def test_retention_keeps_the_newest_whole_ones_and_touches_nothing_else(keep, ev
                 with pytest.raises(OSError):
                     save(folder, step, model, opt, keep=keep, write_model=lambda path: os.stat(path / "no such file"))
             elif event == "kill":
-                (folder / f".tmp-step-{step:08d}-{files.HOST}-1-0123abcd").mkdir()
+                (folder / f".tmp-step-{step:08d}-{atomic_folder.HOST}-1-0123abcd").mkdir()
             elif event == "pin":
                 pinned.add(whole[-1])
             elif event == "damage" and len(whole) > 1 and whole[0] not in pinned:
@@ -384,7 +384,7 @@ def test_retention_keeps_the_newest_whole_ones_and_touches_nothing_else(keep, ev
             assert [p for p in checkpoint.checkpoints(folder) if not p.is_symlink()] == whole
             assert all(os.path.lexists(p) for p in others)
             assert checkpoint.find_checkpoint(folder, "auto")[0] == newest
-        assert all(files.verify_folder(p) is None for p in elsewhere.glob("*"))
+        assert all(atomic_folder.verify_folder(p) is None for p in elsewhere.glob("*"))
 
 
 def test_keep_none_keeps_all(tmp_path):
@@ -415,7 +415,7 @@ def test_starting_over_moves_the_other_run_s_later_checkpoints_out_of_sight(tmp_
     names = ["step-00000010", "step-00000020", "step-00000020.replaced-1", "step-00000030.replaced-1"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names and "renamed" in capsys.readouterr().err
     assert checkpoint.find_checkpoint(tmp_path, "auto") == (tmp_path / "step-00000020", [])
-    assert [files.verify_folder(tmp_path / name) for name in names] == [None] * 4
+    assert [atomic_folder.verify_folder(tmp_path / name) for name in names] == [None] * 4
     save(tmp_path, 20, model, opt, keep=1)
     assert (tmp_path / "step-00000020.replaced-2").is_dir()
 

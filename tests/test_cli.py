@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minisft import __main__, __version__, console, errors, train
-from minisft.config import KEYS
+from minisft.config.sections import KEYS
 from minisft.errors import DATA, SAVE, UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,16 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisft import config as config_module
-from minisft.command_line import parse_arguments
-from minisft.config import KEYS, SECTIONS, Config, Format, config_to_dict, eval_sets, source_list
-from minisft.config_aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIASES
-from minisft.config_file import load, write_resolved
-from minisft.config_values import as_toml, fit
+from minisft.config import sections as config_module
+from minisft.config.aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIASES
+from minisft.config.command_line import parse_arguments
+from minisft.config.load import load, write_resolved
+from minisft.config.sections import KEYS, SECTIONS, Config, Format, config_to_dict, eval_sets, source_list
+from minisft.config.values import as_toml, fit
 from minisft.data.audit import TITLES
 from minisft.errors import CONFIG, UserError
 
-QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.toml"
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart.toml"
 MINIMAL = {"model": {"model_name_or_path": "some/model"}, "data": {"train_data": "rows.jsonl"}}
 
 
@@ -101,7 +102,7 @@ def test_tables_of_other_names_are_consistent():
 
 def test_the_engine_reads_every_key():
     """A key that nobody reads would be accepted and do nothing."""
-    files = (path for path in Path(config_module.__file__).parent.rglob("*.py") if not path.name.startswith("config"))
+    files = (path for path in (ROOT / "minisft").rglob("*.py") if path.parent.name != "config")
     nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     read |= {f"max_{name}" for name in TITLES}  # the audit looks its limits up by the name of the finding

@@ -18,8 +18,9 @@ import pytest
 import torch
 from tiny import logged
 
-from minisft.config import Config, source_list
-from minisft.config_file import load
+from minisft.config.load import load
+from minisft.config.sections import Config, source_list
+from minisft.config.stages import load_stages
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import train_tokenizer
 from minisft.hub import is_repository_name
@@ -28,7 +29,6 @@ from minisft.model.load import build_model, init_weights
 from minisft.model.lora import LoraOptions, adapter_sites, apply_lora
 from minisft.model.model_config import ModelConfig
 from minisft.model.save import save_model
-from minisft.stages import load_stages
 from minisft.train import run
 
 ROOT = Path(__file__).resolve().parents[1]

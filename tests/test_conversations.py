@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisft.data.conversations import (
+from minisft.data.chat.conversations import (
     MAX_DEPTH,
     ROLES,
     SHAREGPT_ROLES,
-    RowError,
     check_documents,
     check_messages,
     check_tools,
     check_turns,
     check_variables,
 )
+from minisft.data.rows import RowError
 
 USER = {"role": "user", "content": "Hi"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}

@@ -11,18 +11,19 @@ import torch
 from tiny import relative_error
 from tiny_models import CONFIGS, tiny
 
-from minisft import dpo, preference_losses
-from minisft.answer_logps import answer_logps, token_weights
-from minisft.config import OF_DIVERGENCE, WITHOUT_REFERENCE, DpoSection, PairLoss
-from minisft.config import SMOOTHED as WITH_SMOOTHING
+from minisft import dpo
+from minisft.config.sections import OF_DIVERGENCE, WITHOUT_REFERENCE, DpoSection, PairLoss
+from minisft.config.sections import SMOOTHED as WITH_SMOOTHING
 from minisft.data.batch import ANSWER, CHOSEN, MISMATCHED, REJECTED, TRAINED, USER
 from minisft.data.cache import Documents
 from minisft.data.loader import Loader, make_batch, shared_prompts
 from minisft.data.packing import pack, plan
 from minisft.errors import UserError
 from minisft.model.lora import LoraOptions, apply_lora
-from minisft.preference_losses import ACROSS_THE_BATCH, LOSSES, LossOptions, dpo_loss, kto_loss
-from minisft.reference import Reference, cache_logps, check_start, copy_of, fingerprint
+from minisft.preference import losses as preference_losses
+from minisft.preference.answer_logps import answer_logps, token_weights
+from minisft.preference.losses import ACROSS_THE_BATCH, LOSSES, LossOptions, dpo_loss, kto_loss
+from minisft.preference.reference import Reference, cache_logps, check_start, copy_of, fingerprint
 
 SMOOTHED = {"exo_pair": 0.1, "robust": 0.1}
 BETA = 0.3

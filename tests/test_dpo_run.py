@@ -14,12 +14,12 @@ from test_ranks import join, start_ranks
 from test_resume import stop_after
 from tiny import logged, relative_error, settings, train, weights
 
-from minisft.config_file import load
+from minisft.config.load import load
 from minisft.data.loader import Loader
 from minisft.dpo import Objective
 from minisft.errors import UserError
-from minisft.preference_losses import LOSSES, LossOptions
-from minisft.prepare_dpo import objective_of
+from minisft.preference.losses import LOSSES, LossOptions
+from minisft.prepare.dpo import objective_of
 from minisft.train import run
 
 DPO = {"trainer_type": "dpo", "train.learning_rate": 1e-3, "train.per_device_train_batch_size": 4, "dpo.beta": 0.5}

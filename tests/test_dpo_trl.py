@@ -19,8 +19,8 @@ from minisft.data.loader import make_batch
 from minisft.data.packing import pack
 from minisft.model.load import load_model
 from minisft.model.save import save_model
-from minisft.preference_losses import LossOptions
-from minisft.reference import Reference
+from minisft.preference.losses import LossOptions
+from minisft.preference.reference import Reference
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -12,14 +12,15 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from minisft.data.batch import ANSWER, KIND_MASK, TERMINATOR, TRAINED, USER
 from minisft.data.cache import build_cache
-from minisft.data.conversations import RowError, check_messages
+from minisft.data.chat.conversations import check_messages
+from minisft.data.chat.masks import render_conversation
+from minisft.data.chat.template import ChatTemplate, render
 from minisft.data.documents import rows_of, select_documents, split_documents
 from minisft.data.encoding import conversation_pieces, encode_pieces
 from minisft.data.formats import Example
 from minisft.data.layout import FormatOptions
-from minisft.data.masks import render_conversation
+from minisft.data.rows import RowError
 from minisft.data.sources import parse_source
-from minisft.data.template import ChatTemplate, render
 from minisft.data.tokenizer import train_tokenizer
 from minisft.errors import UserError
 

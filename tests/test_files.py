@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisft import files
+from minisft import atomic_folder, strict_json
 from minisft.errors import DATA, MODEL, SAVE, UserError
 
 # ------------------------------------------------------------------------------------------------- JSON
@@ -44,11 +44,11 @@ BAD_JSON = {
 @pytest.mark.parametrize("data, reason", BAD_JSON.values(), ids=BAD_JSON)
 def test_bad_json_is_refused_with_place_and_reason(data, reason):
     with pytest.raises(UserError) as error:
-        files.parse_json(data, "rows.jsonl:7")
+        strict_json.parse_json(data, "rows.jsonl:7")
     assert error.value.message.startswith("rows.jsonl:7: ") and reason in error.value.message
     assert error.value.exit_code == DATA
     with pytest.raises(UserError) as bare:
-        files.parse_json(data, exit_code=MODEL)
+        strict_json.parse_json(data, exit_code=MODEL)
     assert bare.value.message == error.value.message.removeprefix("rows.jsonl:7: ") and bare.value.exit_code == MODEL
 
 
@@ -62,8 +62,8 @@ json_values = st.recursive(
 @settings(deadline=None)  # a busy machine is no failure
 @given(json_values)
 def test_every_json_value_survives_both_spellings(value):
-    assert files.parse_json(files.dump_json(value)) == value
-    assert files.parse_json(json.dumps(value, ensure_ascii=True).encode()) == value  # \ud83d\ude00 pairs included
+    assert strict_json.parse_json(strict_json.dump_json(value)) == value
+    assert strict_json.parse_json(json.dumps(value, ensure_ascii=True).encode()) == value  # \ud83d\ude00 pairs included
 
 
 json_texts = st.builds(
@@ -89,32 +89,32 @@ def test_what_is_accepted_is_what_the_standard_library_accepts_without_its_extra
         json.dumps(expected, ensure_ascii=False, allow_nan=False).encode()  # no 1e400, no half of a surrogate pair
     except (ValueError, AssertionError):
         with pytest.raises(UserError):
-            files.parse_json(text.encode())
+            strict_json.parse_json(text.encode())
     else:
-        assert files.parse_json(text.encode()) == expected
+        assert strict_json.parse_json(text.encode()) == expected
 
 
 def test_write_json_refuses_nan_and_leaves_the_old_file(tmp_path):
     path = tmp_path / "report.json"
-    files.write_json(path, {"b": 1, "a": [2.5, "\u00e9"]})
+    strict_json.write_json(path, {"b": 1, "a": [2.5, "\u00e9"]})
     before = path.read_bytes()
     assert before.decode() == '{\n  "b": 1,\n  "a": [\n    2.5,\n    "\u00e9"\n  ]\n}\n'
     with pytest.raises(ValueError):
-        files.write_json(path, {"loss": float("nan")})
-    assert path.read_bytes() == before and files.read_json(path) == {"b": 1, "a": [2.5, "\u00e9"]}
+        strict_json.write_json(path, {"loss": float("nan")})
+    assert path.read_bytes() == before and strict_json.read_json(path) == {"b": 1, "a": [2.5, "\u00e9"]}
 
 
 def test_reading_a_missing_file_or_a_folder_is_a_user_error(tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(UserError, match=str(path)):
-            files.read_json(path)
+            strict_json.read_json(path)
 
 
 # ------------------------------------------------------------------------------------------------- atomic folders
 
 
 def write_folder(target: Path, **contents: bytes) -> Path:
-    with files.atomic_folder(target, {"step": 3}) as folder:
+    with atomic_folder.atomic_folder(target, {"step": 3}) as folder:
         for name, data in contents.items():
             (folder / name).write_bytes(data)
     return target
@@ -122,15 +122,15 @@ def write_folder(target: Path, **contents: bytes) -> Path:
 
 def test_a_folder_appears_whole_and_verifies(tmp_path):
     extra = {}
-    with files.atomic_folder(tmp_path / "runs" / "x", extra) as folder:
+    with atomic_folder.atomic_folder(tmp_path / "runs" / "x", extra) as folder:
         assert folder.parent == tmp_path / "runs" and not (tmp_path / "runs" / "x").exists()
         (folder / "sub").mkdir()
         (folder / "sub" / "a").write_bytes(b"abc")
         extra["rows"] = 7  # known only at the end
-    manifest = files.read_manifest(tmp_path / "runs" / "x")
+    manifest = atomic_folder.read_manifest(tmp_path / "runs" / "x")
     sha256_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert manifest["files"] == {"sub/a": {"size": 3, "sha256": sha256_abc}} and manifest["rows"] == 7
-    assert files.verify_folder(tmp_path / "runs" / "x") is None
+    assert atomic_folder.verify_folder(tmp_path / "runs" / "x") is None
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["x"]
 
 
@@ -140,28 +140,28 @@ def test_every_changed_byte_is_noticed(tmp_path):
         data = path.read_bytes()
         for i in range(len(data)):
             path.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
-            assert path.name in files.verify_folder(folder)
+            assert path.name in atomic_folder.verify_folder(folder)
         for cut in (0, len(data) // 2, len(data) - 1):
             path.write_bytes(data[:cut])
-            assert path.name in files.verify_folder(folder)
-            assert path.name in files.verify_folder(folder, hashes=False)
+            assert path.name in atomic_folder.verify_folder(folder)
+            assert path.name in atomic_folder.verify_folder(folder, hashes=False)
         path.unlink()
-        assert path.name in files.verify_folder(folder)
+        assert path.name in atomic_folder.verify_folder(folder)
         path.write_bytes(data)
-        assert files.verify_folder(folder) is None
+        assert atomic_folder.verify_folder(folder) is None
     (folder / "b").rename(folder / "c")
-    assert files.verify_folder(folder) == "b is missing"
+    assert atomic_folder.verify_folder(folder) == "b is missing"
 
 
 def test_an_unlisted_file_is_no_concern(tmp_path):
     folder = write_folder(tmp_path / "x", a=b"hello")
     (folder / ".DS_Store").write_bytes(b"junk")
-    assert files.verify_folder(folder) is None
+    assert atomic_folder.verify_folder(folder) is None
 
 
 def test_an_error_leaves_nothing_behind(tmp_path):
     for error in (OSError("disk full"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), files.atomic_folder(tmp_path / "x") as folder:
+        with pytest.raises(type(error)), atomic_folder.atomic_folder(tmp_path / "x") as folder:
             (folder / "a").write_bytes(b"abc")
             raise error
         assert list(tmp_path.iterdir()) == []
@@ -171,7 +171,7 @@ def test_an_existing_folder_is_refused_or_moved_aside(tmp_path):
     write_folder(tmp_path / "x", a=b"old")
     with pytest.raises(FileExistsError):
         write_folder(tmp_path / "x", a=b"new")
-    with files.atomic_folder(tmp_path / "x", move_existing_to=tmp_path / "y") as folder:
+    with atomic_folder.atomic_folder(tmp_path / "x", move_existing_to=tmp_path / "y") as folder:
         (folder / "a").write_bytes(b"new")
     assert (tmp_path / "x" / "a").read_bytes() == b"new" and (tmp_path / "y" / "a").read_bytes() == b"old"
 
@@ -194,7 +194,8 @@ def test_order_files_before_manifest_before_rename_before_parent(tmp_path, monke
     target = tmp_path / "new" / "x"
     write_folder(target, a=b"1", b=b"2")
     a, b, manifest, folder, parent, grandparent = (
-        p.stat().st_ino for p in (target / "a", target / "b", target / files.MANIFEST, target, target.parent, tmp_path)
+        p.stat().st_ino
+        for p in (target / "a", target / "b", target / atomic_folder.MANIFEST, target, target.parent, tmp_path)
     )
     assert log == [grandparent, a, b, manifest, folder, "rename", parent]
 
@@ -203,7 +204,7 @@ def test_order_files_before_manifest_before_rename_before_parent(tmp_path, monke
 def test_permissions_follow_the_umask(tmp_path, umask, file_mode, folder_mode):
     previous = os.umask(umask)
     try:
-        with files.atomic_folder(tmp_path / "x") as folder:
+        with atomic_folder.atomic_folder(tmp_path / "x") as folder:
             (folder / "private").write_bytes(b"")
             (folder / "private").chmod(0o600)  # as safetensors leaves its files
     finally:
@@ -227,28 +228,28 @@ def test_only_folders_of_ours_are_deleted(tmp_path):
     (other_manifest / "manifest.json").write_text('{"files": {}}')
     for path in (link, foreign, other_manifest):
         with pytest.raises(UserError):
-            files.remove_folder(path)
+            atomic_folder.remove_folder(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["foreign", "link", "other", "ours"]
 
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "keep").write_text("x")
     (ours / "link").symlink_to(outside)
-    files.remove_folder(ours)
+    atomic_folder.remove_folder(ours)
     assert (outside / "keep").exists() and not ours.exists()
 
 
 def test_a_folder_disappears_by_rename_before_it_is_emptied(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "x", a=b"1")
     monkeypatch.setattr(shutil, "rmtree", lambda path: None)  # killed right here
-    files.remove_folder(folder)
+    atomic_folder.remove_folder(folder)
     assert not folder.exists() and len(list(tmp_path.glob(".del-x-*"))) == 1
 
 
 def test_leftovers_of_dead_processes_go_and_others_stay(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    here, there = files.HOST, "another_host"
+    here, there = atomic_folder.HOST, "another_host"
     gone = [f".tmp-x-{here}-{dead.pid}-0123abcd", f".del-step-00000001-{here}-{dead.pid}-0123abcd"]
     alive = [f".tmp-x-{here}-{os.getpid()}-0123abcd", f".tmp-x-{there}-{dead.pid}-0123abcd"]
     never = [".tmp-x", f"tmp-x-{here}-{dead.pid}-0123abcd", ".git", ".tmp-notes-2024"]
@@ -256,9 +257,9 @@ def test_leftovers_of_dead_processes_go_and_others_stay(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / f".tmp-y-{here}-{dead.pid}-0123abcd").symlink_to(tmp_path / ".git")
     never.append(f".tmp-y-{here}-{dead.pid}-0123abcd")
-    assert files.remove_leftovers(tmp_path) == 2
+    assert atomic_folder.remove_leftovers(tmp_path) == 2
     assert {p.name for p in tmp_path.iterdir()} == {*alive, *never}
-    assert files.remove_leftovers(tmp_path, locked=True) == 2  # with the lock in hand, nobody can be writing
+    assert atomic_folder.remove_leftovers(tmp_path, locked=True) == 2  # with the lock in hand, nobody can be writing
     assert {p.name for p in tmp_path.iterdir()} == set(never)
 
 
@@ -267,36 +268,36 @@ def test_leftovers_of_dead_processes_go_and_others_stay(tmp_path):
 
 def test_too_little_space_is_a_user_error_with_both_numbers(tmp_path):
     missing = tmp_path / "not" / "yet"
-    assert files.free_bytes(missing) > 0
-    files.require_space(missing, 1, "a checkpoint")
+    assert atomic_folder.free_bytes(missing) > 0
+    atomic_folder.require_space(missing, 1, "a checkpoint")
     with pytest.raises(UserError, match="a checkpoint needs 1000000000.00 GB, .* GB free") as error:
-        files.require_space(missing, 10**18, "a checkpoint")
+        atomic_folder.require_space(missing, 10**18, "a checkpoint")
     assert error.value.exit_code == SAVE and error.value.hint
 
 
 def test_a_second_run_on_one_folder_is_refused_until_the_first_is_gone(tmp_path):
-    hold = "import sys, time, minisft.files as f; x = f.lock_folder(sys.argv[1]); print(1, flush=True); time.sleep(60)"
+    hold = "import sys, time, minisft.atomic_folder as f; x = f.lock_folder(sys.argv[1]); print(1, flush=True); time.sleep(60)"
     command = [sys.executable, "-c", hold, str(tmp_path / "out")]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
     try:
         assert first.stdout.readline() == "1\n"
         with pytest.raises(UserError, match=f"in use by process {first.pid} on"):
-            files.lock_folder(tmp_path / "out")
+            atomic_folder.lock_folder(tmp_path / "out")
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait()
         first.stdout.close()
-    with files.lock_folder(tmp_path / "out"):  # the kernel let go of the dead process's lock
+    with atomic_folder.lock_folder(tmp_path / "out"):  # the kernel let go of the dead process's lock
         with pytest.raises(UserError, match=f"process {os.getpid()} "):
-            files.lock_folder(tmp_path / "out")
-    files.lock_folder(tmp_path / "out").close()
+            atomic_folder.lock_folder(tmp_path / "out")
+    atomic_folder.lock_folder(tmp_path / "out").close()
 
 
 def test_a_waiting_lock_lets_one_in_at_a_time(tmp_path):
     inside, most = [], []
 
     def work():
-        with files.waiting_lock(tmp_path / "lock"):
+        with atomic_folder.waiting_lock(tmp_path / "lock"):
             inside.append(1)
             most.append(len(inside))
             time.sleep(0.01)

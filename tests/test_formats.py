@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from minisft.data.batch import ANSWER, TEXT, TRAINED, USER
-from minisft.data.conversations import RowError
 from minisft.data.formats import Piece, plain_prompt, to_example
 from minisft.data.layout import (
     CHOICES,
@@ -18,6 +17,7 @@ from minisft.data.layout import (
     detect_layout,
     rename_fields,
 )
+from minisft.data.rows import RowError
 from minisft.data.sources import Row, parse_source, read_rows
 from minisft.errors import UserError
 

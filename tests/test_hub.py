@@ -15,7 +15,7 @@ import torch
 from hub_server import TOKEN, serve
 from tiny import settings, write_rows
 
-from minisft.config_file import load
+from minisft.config.load import load
 from minisft.data.repositories import locate
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import load_tokenizer, train_tokenizer
@@ -23,7 +23,7 @@ from minisft.errors import DATA, MODEL, UserError
 from minisft.model.families import from_hf
 from minisft.model.load import build_model, init_weights, load_model
 from minisft.model.save import save_model
-from minisft.prepare import prepare
+from minisft.prepare.run import prepare
 
 CLIENT = """
 import json, os, sys

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisft.commands import init
-from minisft.config import KEYS
-from minisft.config_file import DEFAULTS, load
-from minisft.config_values import fit
+from minisft.config.load import DEFAULTS, load
+from minisft.config.sections import KEYS
+from minisft.config.stages import load_stages
+from minisft.config.values import fit
 from minisft.errors import UserError
 from minisft.importers import axolotl, llamafactory, stages, training_arguments, trl
 from minisft.importers.translation import DIFFERENCE, NO_COUNTERPART, TRANSLATED, as_number, fitted_value
 from minisft.importers.yaml_file import read_yaml
-from minisft.stages import load_stages
 
 READERS = {"trl": trl, "axolotl": axolotl, "llamafactory": llamafactory}
 
@@ -470,6 +470,13 @@ def test_no_key_vanishes_and_no_value_is_wrong(name, data):
         "trl": {"datasets": [None, [{"path": "a/b", "fraction": 0.5}, {"path": "c", "columns": ["x"]}]]},
     }[name].items()}  # fmt: skip
     accounted(READERS[name].read(table))
+
+
+@pytest.mark.parametrize("rank, alpha", [(16, 32), ("4", 8), (0.5, 16), (-3, 16), (float("nan"), 16), (None, 16)])
+def test_a_rank_that_is_none_does_not_reach_what_follows_from_it(rank, alpha):
+    t = llamafactory.read({"finetuning_type": "lora", "lora_rank": rank})
+    accounted(t)
+    assert t.values["lora.lora_alpha"] == alpha
 
 
 def test_mixtures_of_trl_and_of_the_alignment_handbook():

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import tiny
 
-from minisft import found, proposal
 from minisft.commands import init
-from minisft.config_file import load
+from minisft.config.load import load
+from minisft.config.stages import load_stages
 from minisft.errors import SAVE, UserError, run_command
-from minisft.proposal import Hardware, parse_hardware, propose, size_from_config, size_from_name
-from minisft.stages import load_stages
+from minisft.init import detect
+from minisft.init.propose import METHODS, Hardware, parse_hardware, propose, size_from_config, size_from_name
 from minisft.train import run
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ def options(**changed: str | None) -> list[str]:
 # ------------------------------------------------------------------------------------------------- options
 
 
-@pytest.mark.parametrize("method", proposal.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("hardware", ["cpu", "8gb", "16gb", "24gb", "48gb", "80gb", "8x80gb"])
 @pytest.mark.parametrize("trainer", ["sft", "dpo"])
 def test_every_answer_gives_a_file_that_loads(folder, capsys, monkeypatch, trainer, method, hardware):
@@ -86,7 +86,7 @@ def test_a_ready_configuration_is_copied_without_its_data(folder, monkeypatch):
     (folder / "ready" / "small.toml").write_text(text + "max_length = 77\n")
     (folder / "ready" / "small-long.toml").write_text(text + "max_length = 7777\n")
     (folder / "ready" / "stages.toml").write_text('stages = ["small.toml"]\n')
-    monkeypatch.setattr(found, "READY", folder / "ready")
+    monkeypatch.setattr(detect, "READY", folder / "ready")
     assert init.main(options()) == 0
     config, _ = load("a.toml")
     assert (config.train.learning_rate, config.data.max_length, config.data.format) == (3e-5, 77, "auto")
@@ -105,7 +105,7 @@ def test_a_ready_configuration_is_copied_without_its_data(folder, monkeypatch):
 
 
 def test_the_plain_configuration_of_a_model_comes_before_its_variants():
-    name, values = found.ready_config("HuggingFaceTB/SmolLM3-3B-Base", "sft", "full", Hardware(80.0))
+    name, values = detect.ready_config("HuggingFaceTB/SmolLM3-3B-Base", "sft", "full", Hardware(80.0))
     assert name.startswith("configs/smollm3-3b-sft.toml") and values["data.max_length"] == 8192
 
 
@@ -386,7 +386,7 @@ def test_sizes():
 
 
 @pytest.mark.parametrize("trainer", ["sft", "dpo"])
-@pytest.mark.parametrize("method", proposal.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_more_memory_never_asks_for_more_savings(trainer, method):
     """The tokens (pairs) of a step stay; a micro-batch only grows; a bigger machine never needs what a smaller one does not."""
     steps, batches, savings = set(), [], []

@@ -367,7 +367,7 @@ def test_a_token_that_no_row_of_the_data_has_needs_no_row_of_the_embedding(tmp_p
 
 
 def test_a_second_run_in_the_same_folder_at_once_is_refused(tmp_path):
-    from minisft.files import lock_folder
+    from minisft.atomic_folder import lock_folder
 
     settings(tmp_path)
     with lock_folder(tmp_path / "out"), pytest.raises(UserError, match="is in use by"):

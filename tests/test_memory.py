@@ -229,7 +229,7 @@ def test_keys_that_do_not_fit_are_refused(home, keys, message):
 
 
 def test_the_command_line_takes_both_forms():
-    from minisft.command_line import parse_arguments
+    from minisft.config.command_line import parse_arguments
 
     name = "model.gradient_checkpointing"
     for words, value in [([], True), (["true"], True), (["false"], False), (["selective"], "selective")]:

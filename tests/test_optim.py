@@ -8,10 +8,11 @@ import torch
 from tiny import logged, parts, relative_error, settings, train
 from torch import nn
 
-from minisft.config import TrainSection
+from minisft.config.sections import TrainSection
 from minisft.errors import UserError
-from minisft.optim import build_optimizer, evaluation_weights, parameter_groups
 from minisft.optimizers import OPTIMIZERS, orthogonal
+from minisft.parameters import parameter_groups
+from minisft.update import build_optimizer, evaluation_weights
 
 LR, DECAY, BETAS, EPS, STEPS = 0.03, 0.1, (0.9, 0.98), 1e-8, 7
 

@@ -13,12 +13,12 @@ from test_resume import assert_same, break_steps, outcome, stop_after
 from tiny import FORK, MODEL, logged, parts, relative_error, settings, start, train
 from torch import nn
 
-from minisft import runtime
+from minisft import ranks
 from minisft.errors import NONFINITE, UserError
 from minisft.kernels.quantize import dynamic_table
 from minisft.loop import train_step
-from minisft.optim import build_optimizer, copies, zero_updates
 from minisft.optimizers import OPTIMIZERS
+from minisft.update import build_optimizer, copies, zero_updates
 
 BETAS, EPS = (0.9, 0.98), 1e-8
 WIDE = MODEL | {"hidden_size": 64, "intermediate_size": 96}  # its largest matrices have moments of 8 bits
@@ -359,7 +359,7 @@ def test_keys_that_contradict_each_other_are_refused(tmp_path, overrides, messag
 
 
 def test_updates_in_the_backward_are_of_one_rank(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
     with pytest.raises(UserError, match="optimizer_in_backward on 2 ranks"):
         parts(tmp_path, **IN_BACKWARD)
 

@@ -12,21 +12,21 @@ from hypothesis import strategies as st
 from tiny import settings
 
 from minisft.commands import audit as audit_command
-from minisft.config_file import load
+from minisft.config.load import load
 from minisft.data import tokenise
 from minisft.data.audit import all_findings, count_tokens, quick_findings
 from minisft.data.batch import CHOSEN, MISMATCHED, REJECTED, TRAINED
 from minisft.data.cache import build_cache, cache_key
-from minisft.data.conversations import RowError
+from minisft.data.chat.template import ChatTemplate
 from minisft.data.documents import rows_of, select_documents, split_documents
 from minisft.data.formats import to_examples
 from minisft.data.layout import FormatOptions, detect_layout
+from minisft.data.rows import RowError
 from minisft.data.sources import list_files, parse_source
-from minisft.data.template import ChatTemplate
 from minisft.data.tokenizer import train_tokenizer
 from minisft.errors import DATA, UserError
-from minisft.evaluate import read_prompts
-from minisft.prepare_data import prepare_data, prepare_tokenizer
+from minisft.prepare.data import prepare_data, prepare_tokenizer
+from minisft.samples import read_prompts
 
 TOKENIZER = train_tokenizer(["Hello, how are you today?", "Human: Assistant: fine, thank you."] * 5, 320)
 PLAIN = replace(TOKENIZER, template=None)

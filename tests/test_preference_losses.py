@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minisft.preference_losses import (
+from minisft.preference.losses import (
     ACROSS_THE_BATCH,
     DIVERGENCES,
     LOSSES,

@@ -15,14 +15,14 @@ from test_dpo_run import DPO, write_pairs
 from test_ranks import join, start_ranks
 from tiny import logged, train
 
-from minisft import runtime
+from minisft import ranks
 from minisft.data import loader as loader_module
 from minisft.data.loader import Loader, shared_prompts
 from minisft.data.packing import plan
 from minisft.errors import SAVE, UserError
 from minisft.model.lora import LoraOptions, apply_lora
-from minisft.preference_losses import dpo_loss
-from minisft.reference import cache_logps, check_layout, fingerprint
+from minisft.preference.losses import dpo_loss
+from minisft.preference.reference import cache_logps, check_layout, fingerprint
 
 CACHED = {"dpo.precompute_ref_log_probs": True, "train.max_steps": 2}
 
@@ -152,8 +152,8 @@ def test_a_killed_computation_leaves_nothing_that_is_found(tmp_path):
 def test_ranks_compute_together_where_one_does_not_see_the_files(tmp_path, monkeypatch):
     """Else one would wait for the others' sums for ever."""
     cache_logps(small_loader(), *arguments(tmp_path))
-    monkeypatch.setattr(runtime, "sum_numbers_over_ranks", lambda numbers, device: [numbers[0] + 0.0])
-    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "sum_numbers_over_ranks", lambda numbers, device: [numbers[0] + 0.0])
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
     assert cache_logps(small_loader(), *arguments(tmp_path))[1] == "computed"
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from tiny import logged, settings, start, train, train_quietly, weights
 
-from minisft import export, loop, prepare
+from minisft import export, loop
 from minisft import train as command
-from minisft.config_values import as_toml
+from minisft.config.values import as_toml
 from minisft.data.loader import Loader
 from minisft.errors import SAVE, STOPPED, UserError
-from minisft.optim import LossScale
+from minisft.prepare import run as prepare_run
+from minisft.update import LossScale
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,7 +129,7 @@ def whole(home):
 
 def prepare_kind(name: str, monkeypatch) -> None:
     if name == "fp16":  # the scale doubles every other step, overflows and halves again
-        monkeypatch.setattr(prepare, "LossScale", partial(LossScale, growth_interval=2))
+        monkeypatch.setattr(prepare_run, "LossScale", partial(LossScale, growth_interval=2))
     if name == "skip":
         break_steps(monkeypatch, 3, 8, 9)
 

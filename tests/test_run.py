@@ -14,11 +14,11 @@ import torch
 from tiny import MODEL, logged, parts, settings, train
 
 from minisft import __main__ as commands
+from minisft.atomic_folder import read_manifest
 from minisft.commands import generate
 from minisft.data.tokenizer import load_tokenizer, train_tokenizer
 from minisft.errors import MODEL as MODEL_ERROR
 from minisft.errors import UserError
-from minisft.files import read_manifest
 from minisft.loop import Result
 from minisft.model.load import load_model
 from minisft.train import run

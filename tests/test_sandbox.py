@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from minisft.data import sandbox
-from minisft.data.conversations import RowError
-from minisft.data.template import ChatTemplate, render
-from minisft.data.training_templates import CHATML
+from minisft.data.chat import sandbox
+from minisft.data.chat.template import ChatTemplate, render
+from minisft.data.chat.training_templates import CHATML
+from minisft.data.rows import RowError
 
 DOUBLING = "{% set ns = namespace(s='12345678') %}{% for i in range(60) %}{% set ns.s = ns.s OP ns.s %}{% endfor %}"
 ATTACKS = {

@@ -13,14 +13,14 @@ from test_ranks import join
 from test_resume import assert_same, outcome, stop_after
 from tiny import logged, settings, start, weights
 
-from minisft import loop, runtime
+from minisft import loop, ranks
 from minisft import train as command
 from minisft.commands import audit
-from minisft.config import DpoSection, config_to_dict
-from minisft.config_file import load
-from minisft.config_values import as_toml
+from minisft.config.load import load
+from minisft.config.sections import DpoSection, config_to_dict
+from minisft.config.stages import load_stages
+from minisft.config.values import as_toml
 from minisft.errors import CONFIG, DATA, MODEL, STOPPED, UserError, run_command
-from minisft.stages import load_stages
 from minisft.train import main, run
 
 LORA = "lora.r = 4\nlora.lora_alpha = 8.0\n"
@@ -422,7 +422,7 @@ def test_one_stage_is_a_list_too(write, tmp_path):
     path = write(names="first")
     assert run(path).output_dir == tmp_path / "out" / "1-first"
     assert command.run(path, max_steps=9).step == 9
-    assert runtime.world_size() == 1
+    assert ranks.world_size() == 1
 
 
 def test_audit_reads_the_data_of_every_stage(write, capsys):

@@ -14,10 +14,10 @@ from minisft.data.batch import (
     TRAINED,
     USER,
 )
-from minisft.data.conversations import RowError
-from minisft.data.masks import Masking, check_template, kinds_of, render_conversation
-from minisft.data.template import ChatTemplate, render
-from minisft.data.training_templates import CHATML
+from minisft.data.chat.masks import Masking, check_template, kinds_of, render_conversation
+from minisft.data.chat.template import ChatTemplate, render
+from minisft.data.chat.training_templates import CHATML
+from minisft.data.rows import RowError
 from minisft.errors import UserError
 
 TOKENS = (("bos_token", "<s>"), ("eos_token", "</s>"))

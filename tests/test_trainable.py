@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minisft.errors import UserError
 from minisft.loop import train_step
-from minisft.trainable import choose_trainable, describe_trained, near_names
+from minisft.parameters import choose_trainable, describe_trained, near_names
 
 LAYER_1 = r"^layers\.1\."
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from minisft.config_file import load
+from minisft.config.load import load
 from minisft.data.tokenizer import train_tokenizer
 from minisft.errors import run_command
-from minisft.prepare import Run, prepare
+from minisft.prepare.run import Run, prepare
 from minisft.train import run
 
 MODEL = {

@@ -13,11 +13,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minisft.config import AuditSection
+from minisft.config.sections import AuditSection
 from minisft.errors import DATA, UserError
 
 if TYPE_CHECKING:
-    from minisft.config import Config
+    from minisft.config.sections import Config
     from minisft.data.audit import Finding
     from minisft.data.cache import Documents
     from minisft.data.documents import Accounting
@@ -57,8 +57,8 @@ def main(argv: list[str]) -> int:
         print(USAGE + "\n".join(limits), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     options, rest = _own_options(argv)
-    from minisft.command_line import parse_arguments
-    from minisft.stages import before_training, load_stages
+    from minisft.config.command_line import parse_arguments
+    from minisft.config.stages import before_training, load_stages
 
     stages = load_stages(*parse_arguments(rest))
     if len(stages) > 1 and (alone := [f"--{name}" for name in ("html", "json", "row") if options.get(name)]):
@@ -131,8 +131,8 @@ def _own_options(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 def open_sets(config: "Config") -> tuple["Tokenizer", str, dict[str, DataSet]]:
     """The tokenizer, a line about it, and the sets by name: "train", "eval" or "eval NAME"."""
-    from minisft.config import eval_sets, source_list
-    from minisft.prepare_data import open_documents, prepare_tokenizer
+    from minisft.config.sections import eval_sets, source_list
+    from minisft.prepare.data import open_documents, prepare_tokenizer
 
     data = config.data
     tokenizer, line = prepare_tokenizer(config)
@@ -149,7 +149,7 @@ def audit(config: "Config") -> tuple[dict[str, Any], "Tokenizer", dict[str, Data
     """(report for JSON, tokenizer, the sets, their findings). Raises UserError for data that cannot be read at all."""
     from minisft.data.audit import TITLES, all_findings, overlap
     from minisft.data.documents import split_documents
-    from minisft.prepare_data import cut_length
+    from minisft.prepare.data import cut_length
 
     data, limits = config.data, asdict(config.audit)
     tokenizer, tokenizer_line, sets = open_sets(config)
@@ -203,7 +203,7 @@ def audit(config: "Config") -> tuple[dict[str, Any], "Tokenizer", dict[str, Data
 def _tables(data_set: DataSet, in_epoch: "Documents", is_train: bool, config: "Config") -> dict[str, Any]:
     """The account and the tables of a set. in_epoch: its documents without those that are held out."""
     from minisft.data.audit import count_tokens, kind_table, length_histogram, length_summary, source_table
-    from minisft.prepare_data import split_length
+    from minisft.prepare.data import split_length
 
     account, documents, lengths = data_set.account, data_set.documents, in_epoch.lengths
     counts = count_tokens(documents, split_length(config.data, data_set.packing))

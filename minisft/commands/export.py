@@ -29,11 +29,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16", help="of the written weights")
     arguments = parser.parse_args(argv)
 
+    from minisft.atomic_folder import MANIFEST, atomic_folder, read_manifest
     from minisft.data.tokenizer import load_tokenizer
-    from minisft.files import MANIFEST, atomic_folder, read_json, read_manifest
     from minisft.model.adapter_files import CONFIG_FILE, load_adapted, model_folder
     from minisft.model.save import save_model
     from minisft.runtime import DTYPES
+    from minisft.strict_json import read_json
 
     folder, out = model_folder(Path(arguments.run)), Path(arguments.out)
     if not (folder / CONFIG_FILE).exists():
@@ -62,8 +63,8 @@ def probe(model, run: Path) -> tuple[str, tuple]:
     """What both models read, and the arguments of the model: rows of the run's data, else random tokens."""
     import torch
 
-    from minisft.config_file import RESOLVED_NAME, load
-    from minisft.prepare_data import prepare_data, prepare_tokenizer
+    from minisft.config.load import RESOLVED_NAME, load
+    from minisft.prepare.data import prepare_data, prepare_tokenizer
 
     for folder in (run, run.parent):
         if (folder / RESOLVED_NAME).exists() and (folder / "checkpoints").exists():

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisft.files import MANIFEST, read_json
+from minisft.atomic_folder import MANIFEST
+from minisft.strict_json import read_json
 
 if TYPE_CHECKING:
     from minisft.data.tokenizer import Tokenizer

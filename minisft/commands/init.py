@@ -5,7 +5,7 @@
     minisft init --from-trl sft.yaml run.toml        also --from-axolotl, --from-llamafactory, --from-stages
 
 The proposal is one of configs/ where there is one for that model, trainer, method and hardware, with your data; otherwise it
-is worked out as proposal.py says. Nothing is written before everything is known, and no file is replaced without --force.
+is worked out as init/propose.py says. Nothing is written before everything is known, and no file is replaced without --force.
 """
 
 import argparse
@@ -16,12 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minisft import proposal, toml_file
-from minisft.config import KEYS
-from minisft.config_file import MODEL_FILES
+from minisft.config.load import MODEL_FILES
+from minisft.config.sections import KEYS
 from minisft.data.sources import parse_source
 from minisft.errors import UserError
-from minisft.found import (
+from minisft.hub import is_repository_name
+from minisft.importers import axolotl, llamafactory, trl
+from minisft.importers import stages as stage_files
+from minisft.importers.translation import DIFFERENCE, NO_COUNTERPART, TRANSLATED, Note, Translation
+from minisft.importers.yaml_file import read_yaml
+from minisft.init import propose, toml_text
+from minisft.init.detect import (
     adapter_config,
     cpu_gigabytes,
     detected_hardware,
@@ -32,11 +37,6 @@ from minisft.found import (
     ready_config,
     rebased,
 )
-from minisft.hub import is_repository_name
-from minisft.importers import axolotl, llamafactory, trl
-from minisft.importers import stages as stage_files
-from minisft.importers.translation import DIFFERENCE, NO_COUNTERPART, TRANSLATED, Note, Translation
-from minisft.importers.yaml_file import read_yaml
 
 READERS = {"trl": trl, "axolotl": axolotl, "llamafactory": llamafactory, "stages": stage_files}
 SHORTEST = 256  # tokens of a document; what does not fit with fewer is not proposed
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
                 if not _yes(f"Write this to {path}?", default=True):
                     print("nothing was written")
                     return 0
-        toml_file.write(path, text, force=arguments.force)
+        toml_text.write(path, text, force=arguments.force)
     except EOFError:
         print("\nminisft: nothing was written", file=sys.stderr)
         return 130
@@ -100,14 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("file", nargs="?", help="the file to write, as --output")
-    add("--trainer", choices=proposal.TRAINERS, help="supervised fine-tuning, preference tuning, or both in two stages")
+    add("--trainer", choices=propose.TRAINERS, help="supervised fine-tuning, preference tuning, or both in two stages")
     add("--model", help="a local folder or a Hugging Face repository")
     add("--data", help="file or glob of rows, or a repository; with sft+dpo: of the first stage")
     add("--preference-data", help="with sft+dpo: rows of the second stage")
     explained = "the same for evaluation, with sft+dpo of the second stage; otherwise 2 %% of the rows are held out"
     add("--eval-data", help=explained)
     explained = "train all weights, adapters, or adapters beside 4-bit weights; by default the first that fits"
-    add("--method", choices=proposal.METHODS, help=explained)
+    add("--method", choices=propose.METHODS, help=explained)
     add("--hardware", help="cpu, 24gb, 8x80gb ...; detected where it is not given")
     add("--max-length", type=int, help="tokens of a document (1024)")
     add("--epochs", type=float, help="passes over the data (3, dpo 1)")
@@ -150,7 +150,7 @@ def _answers(arguments: argparse.Namespace, asking: bool) -> argparse.Namespace:
         for path, stage in _data_of(a):
             print(f"{path}: {look_at(path, stage, a.model)[1]}")
         return a
-    ask, trainers, methods = _ask, proposal.TRAINERS, proposal.METHODS
+    ask, trainers, methods = _ask, propose.TRAINERS, propose.METHODS
     explained = "sft learns answers, dpo learns which of two answers is better, sft+dpo does both one after the other"
     a.trainer = a.trainer or ask("What to train", explained, "sft", _one_of(trainers))
     explained = "a local folder or a Hugging Face repository, as in Qwen/Qwen3-0.6B"
@@ -168,7 +168,7 @@ def _answers(arguments: argparse.Namespace, asking: bool) -> argparse.Namespace:
                 ".parquet), or a Hugging Face repository", None, looked))  # fmt: skip
 
     def hardware(text: str) -> str:
-        proposal.parse_hardware(text, cpu_gigabytes())
+        propose.parse_hardware(text, cpu_gigabytes())
         return text
 
     def method(text: str) -> str:
@@ -180,7 +180,7 @@ def _answers(arguments: argparse.Namespace, asking: bool) -> argparse.Namespace:
         return int(text)
 
     def file(text: str) -> str:
-        toml_file.refuse_to_replace(Path(text), force=a.force)
+        toml_text.refuse_to_replace(Path(text), force=a.force)
         return text
 
     explained = "cpu, or the memory of a GPU, as in 24gb, or 8x80gb"
@@ -245,28 +245,28 @@ def _model(text: str) -> str:
 
 
 def _ready(a: argparse.Namespace, method: str, max_length: int | None) -> tuple[str, dict[str, Any]] | None:
-    """What found.ready_config has for these answers."""
+    """What init/detect.py's ready_config has for these answers."""
     if a.trainer == "sft+dpo":
         return None
-    return ready_config(a.model, a.trainer, method, proposal.parse_hardware(a.hardware, cpu_gigabytes()), max_length)
+    return ready_config(a.model, a.trainer, method, propose.parse_hardware(a.hardware, cpu_gigabytes()), max_length)
 
 
-def _settings(a: argparse.Namespace, method: str, max_length: int | None) -> list[proposal.Proposal]:
+def _settings(a: argparse.Namespace, method: str, max_length: int | None) -> list[propose.Proposal]:
     """Of each stage. Raises UserError where that does not fit the memory."""
     if ready := _ready(a, method, max_length):
         name, values = ready
         values |= {"data.max_length": max_length} if max_length else {}
         values |= {"train.num_train_epochs": a.epochs} if a.epochs else {}
-        return [proposal.Proposal(values, {}, [f"the settings are those of {name}"])]
-    hardware = proposal.parse_hardware(a.hardware, cpu_gigabytes())
+        return [propose.Proposal(values, {}, [f"the settings are those of {name}"])]
+    hardware = propose.parse_hardware(a.hardware, cpu_gigabytes())
     arguments = method, model_size(a.model), hardware, max_length or 1024, a.epochs
-    return [proposal.propose(trainer, *arguments) for _, trainer in _data_of(a)]
+    return [propose.propose(trainer, *arguments) for _, trainer in _data_of(a)]
 
 
 def _usual_method(a: argparse.Namespace) -> str:
     """All weights of a model below 2 B parameters, adapters beside a larger one; 4 bits where nothing else fits."""
     size = model_size(a.model)
-    for method in proposal.METHODS[size is not None and size.parameters >= 2e9 :]:
+    for method in propose.METHODS[size is not None and size.parameters >= 2e9 :]:
         try:
             _settings(a, method, a.max_length)
             return method
@@ -279,7 +279,7 @@ def _proposed(a: argparse.Namespace) -> tuple[Path, str, int]:
     """(the file, its text, on how many devices). The text is a configuration that loads."""
     path = Path(a.output or a.file or "run.toml")
     a.output = str(path)
-    hardware = proposal.parse_hardware(a.hardware, cpu_gigabytes())
+    hardware = propose.parse_hardware(a.hardware, cpu_gigabytes())
     size = model_size(a.model)
     header = [f"Written by: {_command(a)}", ""]
     parts = []
@@ -300,15 +300,15 @@ def _proposed(a: argparse.Namespace) -> tuple[Path, str, int]:
             rows["data.eval_fraction"] = 0.02
         parts.append((trainer, made.values | model | rows, made.remarks, made.arithmetic))
     header += [
-        f"Model: {size or 'of unknown size'}. Hardware: {hardware}. proposal.py has the rules behind these numbers."
+        f"Model: {size or 'of unknown size'}. Hardware: {hardware}. init/propose.py has the rules behind these numbers."
     ]
     for trainer, _, _, arithmetic in parts:
         header += [f"  {trainer}: {line}" if len(parts) > 1 else f"  {line}" for line in arithmetic]
     header += ["", f"Start it: {_start(path, hardware.devices)}"]
-    text = toml_file.configuration(
+    text = toml_text.configuration(
         header, [(name, values, remarks) for name, values, remarks, _ in parts], f"output/{path.stem}"
     )
-    toml_file.check(text, path)
+    toml_text.check(text, path)
     return path, text, hardware.devices
 
 
@@ -352,7 +352,7 @@ def _imported(arguments: argparse.Namespace, name: str) -> tuple[Path, str, list
         parts = [("", module.read(table, arguments.trainer, first_row))]
     chosen = {"model": "model.model_name_or_path", "data": "data.train_data", "eval_data": "data.eval_data",
               "max_length": "data.max_length", "epochs": "train.num_train_epochs"}  # fmt: skip
-    tables: list[toml_file.Stage] = []
+    tables: list[toml_text.Stage] = []
     for i, (stage, t) in enumerate(parts):
         for option, key in chosen.items():
             if (value := getattr(arguments, option)) is not None and not (
@@ -369,9 +369,9 @@ def _imported(arguments: argparse.Namespace, name: str) -> tuple[Path, str, list
     for _, values, _ in tables:
         if common is not None and values.get("output_dir") == common:
             del values["output_dir"]  # then the stages are numbered
-    text = toml_file.configuration(header, tables, common or f"output/{path.stem}")
+    text = toml_text.configuration(header, tables, common or f"output/{path.stem}")
     try:
-        toml_file.check(text, path)
+        toml_text.check(text, path)
         problem = None
     except UserError as error:
         problem = error

@@ -10,7 +10,7 @@
                            two answers to one prompt
 
 Five bytes a token. The folder is named by the sha256 of everything that shaped it: the bytes of every data file, the
-tokenizer's files, the template, the options, and CACHE_VERSION. It is written as an atomic folder (files.py) and every
+tokenizer's files, the template, the options, and CACHE_VERSION. It is written as an atomic folder (atomic_folder.py) and every
 byte of it is verified against its manifest before use; one that does not match is built again.
 
 Building streams: tokenise.py brings a batch of documents, which is appended to the files, so memory holds two batches,
@@ -32,6 +32,14 @@ from typing import BinaryIO
 import numpy as np
 import tokenizers
 
+from minisft.atomic_folder import (
+    atomic_folder,
+    read_manifest,
+    remove_leftovers,
+    sha256_file,
+    verify_folder,
+    waiting_lock,
+)
 from minisft.data.batch import MISMATCHED
 from minisft.data.layout import FormatOptions, check_field_map
 from minisft.data.repositories import locate
@@ -40,7 +48,6 @@ from minisft.data.sources import Source, list_files
 from minisft.data.tokenise import Document, new_entry, tokenise, with_mismatched
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, SAVE, UserError
-from minisft.files import atomic_folder, read_manifest, remove_leftovers, sha256_file, verify_folder, waiting_lock
 
 CACHE_VERSION = 2  # raise it when the same input gives other tokens or kinds
 BLOCK_TOKENS = 2**20

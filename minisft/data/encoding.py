@@ -24,10 +24,11 @@ import numpy as np
 import tokenizers
 
 from minisft.data.batch import TRAINED
-from minisft.data.conversations import RowError, check_messages
+from minisft.data.chat.conversations import check_messages
+from minisft.data.chat.masks import Masking, Rendered, check_template, render_conversation
 from minisft.data.formats import Example, Piece
 from minisft.data.layout import FormatOptions, Layout
-from minisft.data.masks import Masking, Rendered, check_template, render_conversation
+from minisft.data.rows import RowError
 from minisft.data.tokenizer import LITERAL_START, Tokenizer
 from minisft.errors import UserError
 
@@ -41,7 +42,7 @@ class ConversationPieces:
 
     pieces: list[Piece]
     ends: list[int]  # the number of messages that each document holds
-    strategy: str  # how the turns were found: see masks.py
+    strategy: str  # how the turns were found: see chat/masks.py
     has_control_tokens: bool
 
 

@@ -8,7 +8,7 @@ guessed after that: a row that does not fit is a `RowError` that names the field
                         {"conversations", "chosen", "rejected"}                ShareGPT turns
     labelled            {"prompt", "completion", "label"}                      one answer, good (true) or bad (false)
                         {"messages" or "conversations", "label"}               the last message is the answer
-    messages            {"messages": [{"role", "content"}, ...]}               conversations.py has all that is allowed
+    messages            {"messages": [{"role", "content"}, ...]}               chat/conversations.py has all that is allowed
     sharegpt            {"conversations": [{"from", "value"}, ...], "system"?}
     prompt_completion   {"prompt", "completion"}                               two strings, or two lists of messages
     instruction         {"instruction", "input"?, "output" or "response", "system"?}
@@ -33,8 +33,7 @@ import re
 from dataclasses import dataclass, field, replace
 
 from minisft.data.batch import ANSWER, CHOSEN, REJECTED, TEXT, TRAINED, USER
-from minisft.data.conversations import (
-    RowError,
+from minisft.data.chat.conversations import (
     check_documents,
     check_messages,
     check_tools,
@@ -54,6 +53,7 @@ from minisft.data.preferences import (
     string_of,
     system_of,
 )
+from minisft.data.rows import RowError
 
 
 @dataclass(slots=True)  # of the classes here, those of a single row are not frozen: that costs 0.1 us a field

@@ -9,8 +9,8 @@ for KTO: those of labelled rows, or both of a preference row.
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from minisft.data.conversations import RowError
 from minisft.data.preferences import has_transcripts, is_sharegpt
+from minisft.data.rows import RowError
 from minisft.errors import DATA, UserError
 
 TEMPLATE_FIELDS = ("tools", "documents", "chat_template_kwargs")  # read where a chat template renders the row

@@ -14,7 +14,8 @@ Nothing here is encoded. A row whose sides do not answer the same prompt, or are
 import os
 import re
 
-from minisft.data.conversations import RowError, check_messages, check_turns, describe_type
+from minisft.data.chat.conversations import check_messages, check_turns, describe_type
+from minisft.data.rows import RowError
 
 SIDES = ("chosen", "rejected")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # of a transcript

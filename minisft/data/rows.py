@@ -27,6 +27,14 @@ class BadRow:
         return f"{place(self.file, self.line)}: {what}" + (f"; it begins {self.excerpt}" if self.excerpt else "")
 
 
+class RowError(ValueError):
+    """What is wrong with one row: `reason` is the same text for the same mistake, `detail` has the values."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
 def place(file: str, line: int) -> str:
     """Where a row is: data.jsonl:12, or data.json[12] for the element of an array."""
     return f"{file}[{line}]" if file.endswith(".json") else f"{file}:{line}"

@@ -29,8 +29,8 @@ from pathlib import Path
 from minisft.data.parquet import count_parquet, read_parquet
 from minisft.data.rows import EXCERPT, BadRow, Row, excerpt
 from minisft.errors import DATA, UserError
-from minisft.files import parse_json
 from minisft.hub import is_repository_name
+from minisft.strict_json import parse_json
 
 MAX_ROW_BYTES = 64 * 2**20
 

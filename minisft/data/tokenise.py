@@ -1,7 +1,7 @@
 """From rows to tokenised documents, in batches: what the token cache is filled with.
 
 Python reads, checks and renders a batch of rows while the Rust tokenizer encodes the one before on the other cores (it
-releases the interpreter). A row gives one document, or several where its conversation is rendered turn by turn (masks.py,
+releases the interpreter). A row gives one document, or several where its conversation is rendered turn by turn (chat/masks.py,
 strategy D). Every row is either used or dropped with a reason that is counted. Preference data gives two documents for each
 comparison, one after the other: the chosen and the rejected answer, or (labels) an answer and another row's to its prompt.
 
@@ -23,7 +23,6 @@ import numpy as np
 import tokenizers
 
 from minisft.data.batch import ANSWER, MISMATCHED, SPECIAL, TERMINATOR, TEXT, TRAINED
-from minisft.data.conversations import RowError
 from minisft.data.encoding import (
     Encoded,
     check_chat_template,
@@ -36,7 +35,7 @@ from minisft.data.encoding import (
 from minisft.data.formats import Example, Piece, to_examples
 from minisft.data.layout import FormatOptions, Layout, detect_layout, rename_fields
 from minisft.data.preferences import SIDES
-from minisft.data.rows import BadRow, Row, excerpt, place
+from minisft.data.rows import BadRow, Row, RowError, excerpt, place
 from minisft.data.sources import Source, read_rows
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
@@ -69,7 +68,7 @@ class _Pending:
     pieces: tuple[Piece, ...]
     has_control_tokens: bool = False
     end: int = 0  # of a conversation: how many of its messages the document holds
-    strategy: str = ""  # of a conversation, see masks.py; per_turn: only the last answer is trained
+    strategy: str = ""  # of a conversation, see chat/masks.py; per_turn: only the last answer is trained
 
 
 def new_entry() -> dict:

@@ -23,13 +23,14 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from minisft.data.conversations import RENDER_NAMES, RowError
-from minisft.data.masks import terminator
-from minisft.data.template import ChatTemplate, render
+from minisft.data.chat.conversations import RENDER_NAMES
+from minisft.data.chat.masks import terminator
+from minisft.data.chat.template import ChatTemplate, render
+from minisft.data.rows import RowError
 from minisft.data.tokenizer_files import Parts, assemble, read_files
 from minisft.errors import MODEL, UserError
-from minisft.files import dump_json
 from minisft.hub import resolve
+from minisft.strict_json import dump_json
 
 LITERAL_START = "\U000ffffd"  # private use; rows that are encoded with it contain none
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")

@@ -23,9 +23,9 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken
 
-from minisft.data.training_templates import CHATML
+from minisft.data.chat.training_templates import CHATML
 from minisft.errors import MODEL, UserError
-from minisft.files import dump_json, parse_json
+from minisft.strict_json import dump_json, parse_json
 
 OLDER_FILES = ("special_tokens_map.json", "added_tokens.json")
 FILES = ("tokenizer.json", "tokenizer_config.json", *OLDER_FILES, "chat_template.jinja")

@@ -3,13 +3,14 @@
 Its `dataset` names entries of a dataset_info.json; that file is read where it can be found.
 """
 
+from dataclasses import MISSING
 from pathlib import Path
 
 from minisft.errors import CONFIG, UserError
-from minisft.files import read_json
 from minisft.importers.training_arguments import CHANGES, HARMLESS, training_arguments
-from minisft.importers.translation import FirstRow, Table, Translation, as_list, as_number, source, spread
+from minisft.importers.translation import FirstRow, Table, Translation, as_list, as_number, fitted_value, source, spread
 from minisft.importers.trl import common_differences, weights_in_bf16
+from minisft.strict_json import read_json
 
 NAME = "LLaMA-Factory"
 WHOLE = ("rope_scaling",)
@@ -145,7 +146,8 @@ def _method(t: Translation, method: str) -> None:
         return
     if "finetuning_type" in t.left:
         t.take("finetuning_type", "translated", "lora.r")
-    rank = int(as_number(t.get("lora_rank")) or 8)
+    rank = fitted_value("lora.r", t.get("lora_rank"))
+    rank = 8 if rank in (None, MISSING) else rank  # a rank that is none is reported by `into`
     if "lora_rank" in t.left:
         t.into("lora_rank", "lora.r")
     else:

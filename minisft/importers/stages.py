@@ -6,7 +6,7 @@ starts from what the one before wrote: a model path that is the output folder of
 
 from dataclasses import replace
 
-from minisft.config import KEYS
+from minisft.config.sections import KEYS
 from minisft.errors import UserError
 from minisft.importers import trl
 from minisft.importers.translation import DIFFERENCE, FirstRow, Note, Translation, fitted_value

@@ -1,6 +1,6 @@
 """transformers' TrainingArguments, which TRL and LLaMA-Factory inherit: what is called the same in both files."""
 
-from minisft.config import KEYS
+from minisft.config.sections import KEYS
 from minisft.importers.translation import Table, Translation, as_list, as_number, spread
 
 KEPT = (  # under the same name

@@ -14,10 +14,10 @@ from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
 from typing import Any, get_args
 
-from minisft.config import KEYS
-from minisft.config_aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIASES, VALUE_NOTES
-from minisft.config_file import DEFAULTS
-from minisft.config_values import as_toml, expected, fit
+from minisft.config.aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIASES, VALUE_NOTES
+from minisft.config.load import DEFAULTS
+from minisft.config.sections import KEYS
+from minisft.config.values import as_toml, expected, fit
 from minisft.errors import UserError
 from minisft.importers.yaml_file import MAX_KEYS, leaves
 
@@ -156,7 +156,7 @@ class Translation:
 
 
 def counterpart(key: str) -> str | tuple[str, dict] | None:
-    """Our key for a name that other trainers use, or that is ours: what config_aliases.py knows, or a last part."""
+    """Our key for a name that other trainers use, or that is ours: what config/aliases.py knows, or a last part."""
     homes = [ours for ours in KEYS if key in (ours, ours.rpartition(".")[2])]
     return homes[0] if len(homes) == 1 else ALIASES.get(key)
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from minisft.errors import CONFIG, UserError
-from minisft.files import read_json
+from minisft.strict_json import read_json
 
 MAX_BYTES, MAX_VALUES, MAX_KEYS, MAX_DEPTH = 2**20, 50_000, 5000, 20
 

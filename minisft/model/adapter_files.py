@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minisft.errors import MODEL, UserError
-from minisft.files import read_json, write_json
 from minisft.model.decoder import Decoder
 from minisft.model.load import load_model
 from minisft.model.lora import (
@@ -36,6 +35,7 @@ from minisft.model.lora import (
 )
 from minisft.model.quantized import read_record, write_record
 from minisft.model.tensor_names import LLAMA, NAMES, Stored, stored_tensors
+from minisft.strict_json import read_json, write_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

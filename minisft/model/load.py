@@ -22,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 
 from minisft import hub
 from minisft.errors import MODEL, UserError
-from minisft.files import read_json
 from minisft.model.decoder import Decoder
 from minisft.model.families import from_hf
 from minisft.model.lora import adapter_sites
@@ -30,6 +29,7 @@ from minisft.model.model_config import ModelConfig, with_vocab_size
 from minisft.model.quantized import Quantization, QuantLinear, QuantWeight, named_weights
 from minisft.model.quantized_files import quant_type_of, split, take_parts, unpack
 from minisft.model.tensor_names import Stored, stored_tensors
+from minisft.strict_json import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisft.errors import MODEL, UserError
-from minisft.files import read_json, write_json
 from minisft.kernels.quantize import (
     Int8Tensor,
     NF4Tensor,
@@ -36,6 +35,7 @@ from minisft.kernels.quantize import (
 )
 from minisft.model.decoder import Decoder
 from minisft.model.layers import compute_dtype
+from minisft.strict_json import read_json, write_json
 
 BLOCKSIZE = 64
 QUANTIZE = {"nf4": quantize_nf4, "fp4": quantize_fp4}

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from minisft.errors import UserError
-from minisft.files import parse_json
 from minisft.kernels.quantize import BLOCKSIZES, NESTED_BLOCKSIZE, TABLES, Int8Tensor, NF4Tensor, dynamic_table
 from minisft.model.tensor_names import Stored
+from minisft.strict_json import parse_json
 
 STATE = "quant_state.bitsandbytes__"
 PART = re.compile(rf"(.+)\.(weight\.(?:(?:nested_)?(?:absmax|quant_map)|{re.escape(STATE)}\w+)|SCB|weight_format)")

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minisft.errors import UserError
-from minisft.files import write_json
 from minisft.model.decoder import Decoder
 from minisft.model.families import to_hf
 from minisft.model.quantized import QuantWeight, named_weights, quantization_of
 from minisft.model.quantized_files import join, pack
 from minisft.model.tensor_names import Stored, stored_tensors
+from minisft.strict_json import write_json
 
 
 def save_model(

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minisft import hub
+from minisft.atomic_folder import contents_id
 from minisft.errors import MODEL, UserError
-from minisft.files import contents_id
 from minisft.model.adapter_files import CONFIG_FILE, base_of, model_folder
 
 

@@ -1,6 +1,6 @@
 """From a TOML file and the command line to a `Config`, and back to a file.
 
-Three layers, later ones win, key by key: the defaults of config.py; the file, on top of the file that it `extends`, on
+Three layers, later ones win, key by key: the defaults of config/sections.py; the file, on top of the file that it `extends`, on
 top of the file which that one extends; the command line. Tables (model.config, data.field_map) merge, everything else
 is replaced. TOML has no null: a key that may be empty is emptied by the word "none".
 
@@ -24,15 +24,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
-from minisft.config import KEYS, SECTIONS, Config, config_to_dict
-from minisft.config_aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIASES, VALUE_NOTES
-from minisft.config_check import check
-from minisft.config_values import as_toml, expected, fit, fit_type, nearest_choice
+from minisft.config.aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIASES, VALUE_NOTES
+from minisft.config.check import check
+from minisft.config.sections import KEYS, SECTIONS, Config, config_to_dict
+from minisft.config.values import as_toml, expected, fit, fit_type, nearest_choice
 from minisft.errors import UserError
 
 RESOLVED_NAME = "config.toml"  # in the output folder
 SLICE = re.compile(r"\[[^\[\]]*:[^\[\]]*\]$")  # the end of data.jsonl[:10%]
-DEFAULTS = {"sft": {}, "dpo": {"train.learning_rate": 1e-6}}  # of a trainer, where they are not those of config.py
+DEFAULTS = {
+    "sft": {},
+    "dpo": {"train.learning_rate": 1e-6},
+}  # of a trainer, where they are not those of config/sections.py
 MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 MODEL_FILES += ("model/config.json", "model/adapter_config.json")  # of a run's output folder
 

@@ -1,6 +1,6 @@
 """From a configuration to the parts of a run, in the order in which they can fail.
 
-Reading the data (prepare_data.py) needs no GPU and finds most mistakes, so it comes first; the model follows, then the
+Reading the data (prepare/data.py) needs no GPU and finds most mistakes, so it comes first; the model follows, then the
 optimizer. Nothing here takes a step. Each part gives lines for the summary that is printed before the first step: what was
 found, what will be trained, and the arithmetic of the steps.
 """
@@ -12,23 +12,23 @@ from functools import partial
 import torch
 from torch import nn
 
-from minisft import dpo, runtime, sft
-from minisft.config import Config, TrainSection
+from minisft import dpo, ranks, runtime, sft
+from minisft.config.sections import Config, TrainSection
 from minisft.data.loader import Loader
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import CONFIG, UserError
-from minisft.evaluate import Prompt, read_prompts
 from minisft.kernels.common import backend_for, use_backend
 from minisft.kernels.flash_attention import unsupported
 from minisft.model.quantized import named_weights, quantization_of
 from minisft.model.start import Start
-from minisft.optim import LossScale, build_optimizer, parameter_groups, sum_gradients_in_fp32
-from minisft.prepare_data import format_options, prepare_data, prepare_tokenizer, titled
-from minisft.prepare_dpo import prepare_dpo
-from minisft.prepare_model import prepare_model
-from minisft.reference import Reference
+from minisft.parameters import choose_trainable, describe_trained, parameter_groups
+from minisft.preference.reference import Reference
+from minisft.prepare.data import format_options, prepare_data, prepare_tokenizer, titled
+from minisft.prepare.dpo import prepare_dpo
+from minisft.prepare.model import prepare_model
+from minisft.samples import Prompt, read_prompts
 from minisft.schedule import Plateau, num_warmup_steps, total_steps
-from minisft.trainable import choose_trainable, describe_trained
+from minisft.update import LossScale, build_optimizer, sum_gradients_in_fp32
 
 OBJECTIVES = {"sft": sft, "dpo": dpo}
 
@@ -115,11 +115,11 @@ def prepare(config: Config, device: torch.device) -> Run:
         rounding_seed=train.seed if train.stochastic_rounding else None,
         **train.optim_args,
     )
-    if train.optimizer_in_backward and runtime.world_size() > 1:
+    if train.optimizer_in_backward and ranks.world_size() > 1:
         hint = "the ranks sum their gradients once all are there; set optimizer_in_backward = false"
-        raise UserError(f"train.optimizer_in_backward on {runtime.world_size()} ranks", hint=hint)
+        raise UserError(f"train.optimizer_in_backward on {ranks.world_size()} ranks", hint=hint)
     trained = {p for group in optimizer.param_groups for p in group["params"]}
-    if train.gradient_accumulation_steps > 1 or runtime.world_size() > 1:
+    if train.gradient_accumulation_steps > 1 or ranks.world_size() > 1:
         sum_gradients_in_fp32(trained)
     if (wanted := config.log.zero_update_fraction) is None:
         measured = {p for p in trained if p.dtype == torch.bfloat16}
@@ -142,7 +142,7 @@ def prepare(config: Config, device: torch.device) -> Run:
         **train.lr_scheduler_kwargs,
     }
     show_trained = config.verbose or first_steps or not all(p.requires_grad for p in model.parameters())
-    where = f"{device.type}, {precision}" + (f", {runtime.world_size()} ranks" if runtime.world_size() > 1 else "")
+    where = f"{device.type}, {precision}" + (f", {ranks.world_size()} ranks" if ranks.world_size() > 1 else "")
     return Run(
         device=device,
         precision=precision,

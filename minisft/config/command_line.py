@@ -5,10 +5,10 @@ import tomllib
 from dataclasses import MISSING
 from typing import Any, Literal, get_args, get_origin
 
-from minisft.config import KEYS, SECTIONS, Config
-from minisft.config_aliases import ALIASES, UNSUPPORTED
-from minisft.config_file import full_name
-from minisft.config_values import as_toml, choices
+from minisft.config.aliases import ALIASES, UNSUPPORTED
+from minisft.config.load import full_name
+from minisft.config.sections import KEYS, SECTIONS, Config
+from minisft.config.values import as_toml, choices
 from minisft.errors import UserError
 
 USAGE = """\

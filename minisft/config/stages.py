@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minisft.config import Config, config_to_dict
-from minisft.config_file import (
+from minisft.atomic_folder import contents_id, read_manifest, verify_folder
+from minisft.config.load import (
     RESOLVED_NAME,
     Given,
     file_layer,
@@ -34,9 +34,9 @@ from minisft.config_file import (
     read_files,
     resolve,
 )
-from minisft.config_values import as_toml
+from minisft.config.sections import Config, config_to_dict
+from minisft.config.values import as_toml
 from minisft.errors import UserError
-from minisft.files import contents_id, read_manifest, verify_folder
 
 START_KEYS = ("model.model_name_or_path", "model.config", "model.revision", "model.tokenizer_name_or_path")
 

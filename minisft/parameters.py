@@ -66,6 +66,38 @@ def choose_trainable(
     return {name: step for name, step in first_steps.items() if step > 0}
 
 
+def parameter_groups(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    learning_rates: dict[str, float] | None = None,
+    weight_decays: dict[str, float] | None = None,
+    lora_plus_ratio: float = 1.0,
+) -> list[dict]:
+    """The parameters that train, those with the same peak_lr and weight_decay together; matrices inside the layers
+    ("matrices", for Muon) and embeddings ("embedding", for AdamW in 8 bits) apart from head and vectors.
+
+    Matrices decay; norms and biases, which set scales and offsets, do not. learning_rates, weight_decays: regular
+    expression of a parameter's name -> its own value; the first that is found in the name counts. lora_plus_ratio: the
+    B of every adapter learns so many times as fast as its A (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+    Raises UserError for an expression that is none, or is found in no name.
+    """
+    require_found("learning_rates", learning_rates or {}, model)
+    require_found("weight_decays", weight_decays or {}, model)
+    groups: dict[tuple, dict] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        rate = learning_rate * (lora_plus_ratio if name.endswith("lora_B") else 1.0)
+        rate = first_found(learning_rates, name, rate)
+        decay = first_found(weight_decays, name, weight_decay if p.ndim >= 2 else 0.0)
+        kind = {"peak_lr": rate, "weight_decay": decay, "matrices": p.ndim == 2 and name.startswith("layers.")}
+        kind["embedding"] = name.startswith("embed_")
+        groups.setdefault(tuple(kind.values()), {"params": [], **kind})["params"].append(p)
+    return list(groups.values())
+
+
 def trained_names(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad]
 

@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from minisft import dpo, runtime
-from minisft.config import WITHOUT_REFERENCE, Config
+from minisft import dpo, ranks, runtime
+from minisft.config.sections import WITHOUT_REFERENCE, Config
 from minisft.data.loader import Loader
 from minisft.errors import CONFIG, MODEL, UserError
 from minisft.model.adapter_files import least_vocab_size, load_adapter
@@ -15,9 +15,9 @@ from minisft.model.load import load_model
 from minisft.model.lora import adapters
 from minisft.model.quantized import read_record
 from minisft.model.start import find_start
-from minisft.preference_losses import LossOptions
-from minisft.prepare_data import cache_folder, titled
-from minisft.reference import Reference, cache_logps, check_layout, check_start, copy_of, fingerprint
+from minisft.preference.losses import LossOptions
+from minisft.preference.reference import Reference, cache_logps, check_layout, check_start, copy_of, fingerprint
+from minisft.prepare.data import cache_folder, titled
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def cached(
         with runtime.autocast(device, precision):
             return live.logps(model, batch, section.ld_alpha)
 
-    show = config.log.progress_bar and runtime.rank() == 0
+    show = config.log.progress_bar and ranks.rank() == 0
     size = section.precompute_ref_batch_size or config.evaluate.per_device_eval_batch_size
     arguments = compute, key, cache_folder(config), device, size, show
     train, found = cache_logps(train, *arguments)

@@ -18,11 +18,10 @@ import torch
 from torch import nn
 
 from minisft import runtime
-from minisft.config import Config, LoraSection, ModelSection
-from minisft.config_values import as_toml
+from minisft.config.sections import Config, LoraSection, ModelSection
+from minisft.config.values import as_toml
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import MODEL, UserError
-from minisft.files import read_json
 from minisft.model.adapter_files import (
     adapter_tensors,
     least_vocab_size,
@@ -36,7 +35,8 @@ from minisft.model.lora import LoraOptions, apply_lora, merge_adapter
 from minisft.model.model_config import with_vocab_size, without_dropout
 from minisft.model.quantized import Quantization, describe_quantized, named_weights, quantization_of, read_record
 from minisft.model.start import Start, find_start
-from minisft.prepare_data import titled
+from minisft.prepare.data import titled
+from minisft.strict_json import read_json
 
 
 def prepare_model(

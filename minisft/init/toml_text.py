@@ -1,4 +1,4 @@
-"""A configuration as text for people: the keys that are set, in the order of config.py, each with where it comes from."""
+"""A configuration as text for people: the keys that are set, in the order of config/sections.py, each with where it comes from."""
 
 import os
 import tempfile
@@ -7,11 +7,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from minisft.config import KEYS
-from minisft.config_file import load
-from minisft.config_values import as_toml
+from minisft.config.load import load
+from minisft.config.sections import KEYS
+from minisft.config.stages import load_stages
+from minisft.config.values import as_toml
 from minisft.errors import SAVE, UserError
-from minisft.stages import load_stages
 
 WIDTH = 110
 

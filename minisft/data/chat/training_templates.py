@@ -1,7 +1,7 @@
 """Chat templates that we wrote: ChatML, and twins with generation tags of stock templates that lack them.
 
 A twin is picked by the sha256 of the stock text, which is not copied here, and is used for a row only where it renders the
-same text as the stock template (masks.py, strategy B). A test compares them on a folder of stock templates where the
+same text as the stock template (chat/masks.py, strategy B). A test compares them on a folder of stock templates where the
 environment variable MINISFT_STOCK_TEMPLATES names one.
 """
 

@@ -10,17 +10,17 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from minisft.config import config_to_dict
-from minisft.config_file import load
-from minisft.data.conversations import RowError
+from minisft.config.load import load
+from minisft.config.sections import config_to_dict
 from minisft.data.layout import FormatOptions, Layout, detect_layout
+from minisft.data.rows import RowError
 from minisft.data.sources import list_files, parse_source, read_rows
 from minisft.errors import UserError
-from minisft.files import read_json
 from minisft.hub import is_repository_name
-from minisft.proposal import Hardware, Size, size_from_config, size_from_name
+from minisft.init.propose import Hardware, Size, size_from_config, size_from_name
+from minisft.strict_json import read_json
 
-READY = Path(__file__).parents[1] / "configs"  # in a checkout
+READY = Path(__file__).parents[2] / "configs"  # in a checkout
 OF_THE_DATA = ("data.train_data", "data.eval_data", "data.format", "data.field_map", "data.dataset_text_field",
                "data.eval_fraction", "evaluate.generate_data", "evaluate.generate_group_field", "output_dir")  # fmt: skip
 READY_FOR = re.compile(r"^# Hardware: ((?:one GPU|(\d+) GPUs) with (\d+) GB)", re.MULTILINE)  # in their headers

@@ -27,15 +27,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minisft import runtime
-from minisft.answer_logps import answer_logps
+from minisft import ranks, runtime
+from minisft.atomic_folder import atomic_folder, remove_leftovers, verify_folder, waiting_lock
 from minisft.data.batch import Batch
 from minisft.data.loader import Loader, make_batch
 from minisft.data.packing import pack
 from minisft.errors import DATA, MODEL, SAVE, UserError
-from minisft.files import atomic_folder, remove_leftovers, verify_folder, waiting_lock
 from minisft.model.lora import adapter_disabled
 from minisft.model.quantized import named_weights
+from minisft.preference.answer_logps import answer_logps
 
 VERSION = 1  # of the cached log-probabilities; raise it when the same input gives other numbers
 COPY_FILE = "reference.safetensors"  # in a checkpoint, where the reference follows the policy
@@ -200,12 +200,12 @@ def cache_logps(
     name = hashlib.sha256(json.dumps([VERSION, key, documents.cache.fingerprint, cuts]).encode()).hexdigest()[:32]
     path, num_documents = folder / f"reference-{name}", len(documents.cache.offsets) - 1
     found = path.exists() and verify_folder(path) is None
-    (num_found,) = runtime.sum_numbers_over_ranks([float(found)], device)
-    found = num_found == runtime.world_size()  # or all compute: another process may write it between two looks
+    (num_found,) = ranks.sum_numbers_over_ranks([float(found)], device)
+    found = num_found == ranks.world_size()  # or all compute: another process may write it between two looks
     if found:
         ref_logps = np.fromfile(path / "logps.bin", dtype=np.float32)
     else:
-        if runtime.rank() == 0:
+        if ranks.rank() == 0:
             with _claimed(path):
                 pass
         sums = torch.zeros(num_documents, dtype=torch.float64, device=device)
@@ -216,9 +216,9 @@ def cache_logps(
                 batch = batch.to(device)
                 sums[batch.answers.document] = compute(batch).double()  # a document that is repeated has one value
         is_mine = (sums != 0).double()
-        sums, counts = runtime.sum_over_ranks(torch.stack([sums, is_mine]))
+        sums, counts = ranks.sum_over_ranks(torch.stack([sums, is_mine]))
         ref_logps = (sums / counts.clamp(min=1)).float().cpu().numpy()
-        if runtime.rank() == 0:
+        if ranks.rank() == 0:
             _write(path, ref_logps)
     return replace(loader, documents=replace(documents, ref_logps=ref_logps)), "found" if found else "computed"
 

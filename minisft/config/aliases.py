@@ -57,7 +57,7 @@ ALIASES: dict[str, str | tuple[str, dict]] = {
     "max_iters": "train.max_steps",
     "batch_size": "train.per_device_train_batch_size",
     "micro_batch_size": "train.per_device_train_batch_size",
-    "total_batch_size": "train.gradient_accumulation_steps",  # divided by the rows of a micro-batch: see config_file.py
+    "total_batch_size": "train.gradient_accumulation_steps",  # divided by the rows of a micro-batch: see config/load.py
     "optimizer": "train.optim",
     "pure_bf16": ("train.weights_dtype", {True: "bf16", False: "fp32"}),
     "optimizer_in_bwd": "train.optimizer_in_backward",

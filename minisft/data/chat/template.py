@@ -17,8 +17,8 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.utils import Namespace
 
-from minisft.data import sandbox
-from minisft.data.conversations import RowError
+from minisft.data.chat import sandbox
+from minisft.data.rows import RowError
 from minisft.errors import MODEL, UserError
 
 GENERATION, END_GENERATION = "\U0010fff0", "\U0010fff1"  # around what {% generation %} holds, where asked for

@@ -3,8 +3,8 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from minisft import runtime
-from minisft.config import Config, DataSection, eval_sets, source_list
+from minisft import ranks
+from minisft.config.sections import Config, DataSection, eval_sets, source_list
 from minisft.data.audit import quick_findings
 from minisft.data.cache import Documents, build_cache
 from minisft.data.documents import Accounting, select_documents, show_document, split_documents
@@ -69,8 +69,8 @@ def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Loader, dict[str
             packs = plan(lengths, documents.group * data.max_length, data.packing_strategy)
         else:
             packs = plan(lengths, lengths.max(), "none")
-        ranks = {"rank": runtime.rank(), "world_size": runtime.world_size()}
-        return Loader(documents, packs, batch_size, seed=seed, round_to=ROUND_TO, **ranks, **options)
+        options |= {"seed": seed, "round_to": ROUND_TO, "rank": ranks.rank(), "world_size": ranks.world_size()}
+        return Loader(documents, packs, batch_size, **options)
 
     train = loader(
         documents,

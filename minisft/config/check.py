@@ -4,7 +4,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 
-from minisft.config import (
+from minisft.config.sections import (
     ADAMW,
     KEYS,
     OF_DIVERGENCE,
@@ -14,7 +14,7 @@ from minisft.config import (
     config_to_dict,
     eval_sets,
 )
-from minisft.config_values import as_toml
+from minisft.config.values import as_toml
 from minisft.errors import UserError
 from minisft.schedule import HAVE_NO_FLOOR, wrong_option
 

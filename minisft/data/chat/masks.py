@@ -34,9 +34,9 @@ from itertools import pairwise
 from typing import Any
 
 from minisft.data.batch import ANSWER, HEADER, KIND_MASK, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
-from minisft.data.conversations import RowError
-from minisft.data.template import END_GENERATION, GENERATION, ChatTemplate, render
-from minisft.data.training_templates import CHATML, tagged_twin
+from minisft.data.chat.template import END_GENERATION, GENERATION, ChatTemplate, render
+from minisft.data.chat.training_templates import CHATML, tagged_twin
+from minisft.data.rows import RowError
 from minisft.errors import MODEL, UserError
 
 # Markers are private-use characters of the last plane, which a row must not contain: OPEN + i opens the content of

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minisft.data.batch import Answers, Batch
 from minisft.kernels.linear_cross_entropy import Stats, linear_cross_entropy
-from minisft.preference_losses import ld_weights
+from minisft.preference.losses import ld_weights
 
 
 def answer_logps(

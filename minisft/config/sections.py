@@ -1,9 +1,9 @@
 """The configuration: one frozen dataclass for each section of the TOML file.
 
 Every key is one line below: its name and type, its default, and the sentence that `--help` prints. The names are those
-of Hugging Face and TRL; other trainers' names for the same thing are translated by config_aliases.py.
+of Hugging Face and TRL; other trainers' names for the same thing are translated by config/aliases.py.
 
-config_file.py reads a file and the command line into a `Config`; config_values.py knows the types, config_check.py what
+config/load.py reads a file and the command line into a `Config`; config/values.py knows the types, config/check.py what
 no single key can tell. No part of the
 engine below the loop sees the whole `Config`: a component takes plain arguments or its own section.
 """
@@ -262,7 +262,7 @@ class DpoSection:
     """Preference tuning, for trainer_type = "dpo": the loss and the reference."""
 
     loss_type: tuple[PairLoss, ...] = option(
-        ("sigmoid",), "loss of a pair, or several that are added up; preference_losses.py has the equations. kto takes "
+        ("sigmoid",), "loss of a pair, or several that are added up; preference/losses.py has the equations. kto takes "
         "single answers with a label, or the answers of pairs one by one"
     )  # fmt: skip
     loss_weights: tuple[float, ...] = option((), "weights of the losses of a mixture; [] = 1 each")

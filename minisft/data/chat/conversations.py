@@ -22,8 +22,9 @@ any row has), and so does an empty list of tool calls. Nothing is reordered, men
 from difflib import get_close_matches
 from math import isfinite
 
+from minisft.data.rows import RowError
 from minisft.errors import UserError
-from minisft.files import parse_json
+from minisft.strict_json import parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -38,14 +39,6 @@ SHAREGPT_KEYS = (*TRAIN_KEYS, "weight", *REASONING_KEYS, "name", "tool_call_id")
 RENDER_NAMES = ("messages", "tools", "documents", "add_generation_prompt")  # not for a row's chat_template_kwargs
 MAX_DEPTH = 100  # of a JSON value inside a row: far more than data has, far less than exhausts the stack
 MAX_WEIGHT = 3e38  # above that, fp32 has infinity
-
-
-class RowError(ValueError):
-    """What is wrong with one row: `reason` is the same text for the same mistake, `detail` has the values."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
 
 
 def describe_type(value: object) -> str:
