@@ -182,7 +182,7 @@ def minisft(folder: str, size: str, device: str, layout: str, reference: str) ->
             batches = run.train.step(0, step)
             result = train_step(run, config.train, batches)
             seconds = now(device) - began
-            run.step += 1
+            run.progress.step += 1
             documents = [document for batch in batches for document in batch.answers.document.tolist()]
             tokens = sum(length[document] for document in documents)
             loss = result.stats.means()["loss"]

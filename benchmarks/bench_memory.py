@@ -93,7 +93,7 @@ def train(folder: str, case: str) -> dict:
     for step in range(STEPS):
         started = time.perf_counter()
         train_step(run, config.train, run.train.step(0, step))
-        run.step += 1
+        run.progress.step += 1
         seconds.append(time.perf_counter() - started)
     state = (v for values in run.optimizer.state.values() for v in values.values() if torch.is_tensor(v))
     return {

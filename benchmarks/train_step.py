@@ -78,7 +78,7 @@ def minisft(folder: str, steps: int, answers_only: bool) -> dict:
         result = train_step(run, config.train, run.train.step(0, step))
         speeds.append(result.num_tokens / (time.perf_counter() - began))
         losses.append(result.stats.means()["loss"])
-        run.step += 1
+        run.progress.step += 1
     return {"speeds": speeds[WARMUP_STEPS:], "loss": losses[-1]}
 
 

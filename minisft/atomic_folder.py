@@ -196,10 +196,10 @@ def remove_folder(path: Path | str) -> None:
 
 
 def remove_leftovers(parent: Path | str, *, locked: bool = False) -> int:
-    """Delete what killed processes left in `parent` (.tmp-* and .del-* by our pattern); return how many.
+    """Delete the folders that killed processes left in `parent` (.tmp-* and .del-* by our pattern); return how many.
 
-    Without a lock only those of dead processes of this machine; locked=True says that the caller holds the lock of the
-    output folder, so nobody else can be writing there and all of them are dead.
+    locked=False deletes those of dead processes of this machine. locked=True deletes all of them: the caller holds the lock
+    of the output folder, so nobody else can be writing there.
     """
     count = 0
     for path in Path(parent).glob(".*"):
@@ -263,8 +263,8 @@ def lock_folder(folder: Path | str) -> IO[bytes]:
 
 @contextmanager
 def waiting_lock(path: Path | str) -> Iterator[None]:
-    """Hold the lock of the file `path` (made where absent), after whoever holds it now: ranks that need the same folder
-    let one of them make it. The kernel's lock, as in lock_folder."""
+    """Wait for the lock of the file `path` (made where absent) and hold it, so that one of several ranks makes a folder that
+    all need. The kernel's lock, as in lock_folder."""
     with open(path, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)

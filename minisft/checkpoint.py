@@ -1,19 +1,19 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, written so that a crash cannot spoil it.
+"""Checkpoints: everything a run needs to resume as if it had never stopped, written so that a crash cannot spoil it.
 
     <output_dir>/checkpoints/step-00000010/
-        model.safetensors, config.json, tokenizer files   what `write_model` writes; transformers loads this folder
+        model.safetensors, config.json, tokenizer files   written by `write_model`; transformers loads this folder
                                  (with LoRA adapter_model.safetensors and adapter_config.json, and PEFT loads it)
         optimizer.safetensors    every state tensor as "<parameter name>.<state key>", in its own dtype, bit for bit
-        trainer_state.json       the step and what the loop adds: epoch, position in the data, loss scale, ...
+        trainer_state.json       the step, and what resume.py adds: number of tokens, data order, loss scale, ...
         manifest.json            every file with size and sha256
 
-Leave out any of it and training still seems to resume: without the moments, or with moments in bf16, the first loss
-after the resume is exactly right and the weights drift away over the next steps. So a missing or unknown tensor is an
+Without any one of these, training still seems to resume: without the moments, or with moments in bf16, the first loss
+after the resume is exactly right, and the weights drift away over the next steps. So a missing or unknown tensor is an
 error.
 
 A save is an atomic folder (atomic_folder.py): the checkpoint of one step, whole, or none. Only safetensors and JSON are ever
 read back, so a checkpoint from a stranger cannot run code. The hyperparameters (learning rate, betas, ...) are not in
-it: the configuration and the schedule say them anew.
+it: they come from the configuration and the schedule.
 """
 
 import errno
@@ -70,7 +70,7 @@ def save_checkpoint(
 
     for later in [path for path in checkpoints(folder) if step_of(path) > step]:
         aside = later.rename(name_aside(later))
-        print(f"minisft: {later} is of a run that this one replaces; renamed to {aside.name}", file=sys.stderr)
+        print(f"minisft: {later} belongs to a run that this one replaces; renamed to {aside.name}", file=sys.stderr)
     _delete_old(folder, keep, pinned)
     return target
 
@@ -78,8 +78,9 @@ def save_checkpoint(
 def try_save(failures: int, folder: Path, step: int, **arguments) -> int:
     """`save_checkpoint` for a run that a full disk should not end: 0 where it worked, else failures + 1.
 
-    failures: how many saves failed in a row before this one. A failure is told on stderr and the next save tries again;
-    the third in a row raises UserError (exit code SAVE). A last save, which has no next, passes MAX_FAILED_SAVES - 1.
+    failures: how many saves failed in a row before this one. A failure is printed on stderr and the next save tries
+    again; the third in a row raises UserError (exit code SAVE). For the last save of a run, which has no next one to
+    retry, pass MAX_FAILED_SAVES - 1.
     """
     try:
         save_checkpoint(folder, step, **arguments)
@@ -89,7 +90,7 @@ def try_save(failures: int, folder: Path, step: int, **arguments) -> int:
         hint = f"the earlier checkpoints in {folder} are untouched; free some space there and resume"
         if failures + 1 >= MAX_FAILED_SAVES:
             raise UserError(message, hint=hint, exit_code=SAVE) from error
-        print(f"minisft: WARNING {message}; training goes on and the next save tries again", file=sys.stderr)
+        print(f"minisft: WARNING {message}; training continues and the next save tries again", file=sys.stderr)
         return failures + 1
 
 
@@ -106,8 +107,11 @@ def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 def require_space_for_checkpoints(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int | None
 ) -> None:
-    """Refuse at the start (UserError, exit code SAVE) what would fail at a save: the disk holds the newest checkpoint
-    while the next is written. Where `keep` of them are there already, there has to be room for the next alone."""
+    """Raise UserError (exit code SAVE) at the start where a save would fail later.
+
+    The disk holds the newest checkpoint while the next is written, so two must fit. Where `keep` checkpoints exist
+    already, only the next one must.
+    """
     coming = 1 if keep and len(checkpoints(folder)) >= keep else 2
     require_space(folder, int(1.1 * coming * checkpoint_bytes(model, optimizer)), "saving checkpoints")
 
@@ -122,7 +126,7 @@ def step_of(path: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first: whole by manifest and sizes. Resume checks the hashes too."""
+    """The checkpoints in a folder that are whole by manifest and sizes, oldest first. Resume checks the hashes too."""
     return [path for path in _step_folders(folder) if _problem(path, hashes=False) is None]
 
 
@@ -242,7 +246,7 @@ def name_aside(path: Path) -> Path:
 
 
 def _delete_old(folder: Path, keep: int | None, pinned: Collection[Path]) -> None:
-    """Delete whole checkpoints beyond the newest `keep`. Damaged, linked and foreign folders do not count, and stay."""
+    """Delete whole checkpoints beyond the newest `keep`. Damaged, linked and foreign folders are not counted and stay."""
     if not keep:
         return
     protected = {Path(path).resolve() for path in pinned}

@@ -1,8 +1,8 @@
-"""Preference tuning: the policy is to find the chosen answer likelier than the rejected one, by its own measure.
+"""Preference tuning: raise the policy's probability of the chosen answer over the rejected one, each relative to a reference.
 
 The same two functions as sft.py, `weight` and `loss`. A micro-batch holds pairs, N is the number of pairs of the whole
-optimizer step, so that a pair counts the same wherever it is. preference/answer_logps.py gives the log-probability of every answer,
-reference.py that under the reference, losses.py the loss.
+optimizer step, so that a pair counts the same wherever it is. In preference/, answer_logps.py computes the log-probability of
+every answer, reference.py the one under the reference, and losses.py the loss.
 
     reward(answer) = beta (logp under the policy - logp under the reference)
 
@@ -10,18 +10,18 @@ LD-DPO weighs the tokens of an answer, WPO the pairs. Single answers with a labe
 answer, and another row's answer to the same prompt, whose reward says how far the policy has moved in general.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minisft.data.batch import CHOSEN, MISMATCHED, REJECTED, Answers, Batch
 from minisft.kernels.linear_cross_entropy import Stats
+from minisft.metrics import Metrics
+from minisft.model.decoder import Decoder
 from minisft.preference.answer_logps import answer_logps, sum_by_answer
-from minisft.preference.losses import LossOptions, dpo_loss, kto_loss, wpo_weights
+from minisft.preference.losses import LossOptions, kto_loss, make_pairs, mixture, wpo_weights
 from minisft.preference.reference import Reference
-
-Pairs = dict[str, tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,6 @@ class Objective:
 
     losses: dict[str, float]  # name -> weight in the mixture
     options: LossOptions
-    f_divergence: str = "reverse_kl"
-    alpha: float = 0.5
     ld_alpha: float | None = None
     use_weighting: bool = False
     desirable_weight: float = 1.0
@@ -44,11 +42,11 @@ def weight(batch: Batch) -> float:
 
 
 def loss(
-    model: nn.Module, batch: Batch, grad_scale: float | Tensor, *, objective: Objective, reference: Reference | None
-) -> tuple[Tensor, Pairs]:
-    """The weighted sum of the losses of the pairs, and what to log as (sum, weight) pairs.
+    model: Decoder, batch: Batch, grad_scale: float | Tensor, *, objective: Objective, reference: Reference | None
+) -> tuple[Tensor, Metrics]:
+    """The weighted sum of the losses of the pairs, and metrics.
 
-    Returns a scalar (fp32) that is not scaled by grad_scale; its gradient is. The stats are detached.
+    Returns a scalar (fp32) that is not scaled by grad_scale; its gradient is. The metrics are detached.
     """
     answers, o = batch.answers, objective
     # the reference first, while no activations of the policy are in memory
@@ -61,23 +59,13 @@ def loss(
         is_desirable = answers.role[0::2] == CHOSEN
         losses, _ = kto_loss(logps[0::2], ref_logps[0::2], is_desirable, kl, beta=o.options.beta, **weights)
     else:
-        options = {f.name: getattr(o.options, f.name) for f in fields(o.options)}
-        chosen_length, rejected_length = answers.length.to(logps.dtype).view(-1, 2).T
-        losses, _, _ = dpo_loss(
-            *(logps[0::2], logps[1::2], ref_logps[0::2], ref_logps[1::2]),
-            loss_type=o.losses,
-            chosen_length=chosen_length,
-            rejected_length=rejected_length,
-            f_divergence=o.f_divergence,
-            alpha=o.alpha,
-            **options,
-        )
+        lengths = answers.length.to(logps.dtype).view(-1, 2).T  # [2, P]: of the chosen and of the rejected answers
+        pairs = make_pairs(logps[0::2], logps[1::2], ref_logps[0::2], ref_logps[1::2], *lengths, o.options)
+        losses = mixture(pairs, o.losses, o.options)
         if o.use_weighting:
             log_sums = sum_by_answer(stats.log_sum_sq_probs, answers)
             plain = sum_by_answer(-stats.nll, answers)  # whatever LD-DPO makes of the tokens
-            losses = losses * wpo_weights(
-                *(plain[0::2], plain[1::2], log_sums[0::2], log_sums[1::2], chosen_length, rejected_length)
-            )
+            losses = losses * wpo_weights(plain[0::2], plain[1::2], log_sums[0::2], log_sums[1::2], *lengths)
     total = (losses * answers.weight).sum()
     scaled = total * grad_scale
     with torch.no_grad():
@@ -88,9 +76,11 @@ def loss(
 
 def answer_metrics(
     logps: Tensor, ref_logps: Tensor, stats: Stats, answers: Answers, o: Objective, per_token: bool
-) -> Pairs:
-    """What to log of the answers by role: of filler too, as the ranks add up the same names. per_token: without a reference
-    a reward is beta times the mean logp of a token."""
+) -> Metrics:
+    """Metrics by role. A filler batch returns the same names with weight 0, because all ranks must sum the same list.
+
+    per_token: a reward is beta times the mean log-probability of a token, as there is no reference.
+    """
     beta = o.options.beta
     rewards = beta * (logps / answers.length if per_token else logps - ref_logps)
     role_of_target = torch.cat([answers.role, answers.role.new_full((1,), MISMATCHED)])[answers.row_answer]  # [M]
@@ -99,7 +89,7 @@ def answer_metrics(
     def total(x: Tensor, role: Tensor, wanted: int) -> Tensor:
         return x.where(role == wanted, 0).sum()  # indexing by a mask would wait for the device
 
-    metrics: Pairs = {}
+    metrics: Metrics = {}
     for role, name in ((CHOSEN, "chosen"), (REJECTED, "rejected")):
         metrics[f"rewards/{name}"] = (total(rewards, answers.role, role), num_answers[role])
         metrics[f"logps/{name}"] = (total(logps, answers.role, role), num_answers[role])

@@ -7,18 +7,16 @@ size, on packing, or on the number of ranks.
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from minisft import runtime
 from minisft.data.loader import Loader
 from minisft.metrics import Sums
+from minisft.model.decoder import Decoder
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, loader: Loader, loss: Callable, device: torch.device, precision: str
-) -> dict[str, float]:
-    """Means over the whole set: loss, mean_token_accuracy, entropy (nats). Leaves the model in training mode as it was."""
+def evaluate(model: Decoder, loader: Loader, loss: Callable, device: torch.device, precision: str) -> dict[str, float]:
+    """Means over the whole set: loss, mean_token_accuracy, entropy (nats). The model's training mode is restored."""
     training = model.training
     model.eval()
     sums = Sums(device)

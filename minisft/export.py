@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from minisft.atomic_folder import atomic_folder, read_manifest, verify_folder
 from minisft.checkpoint import name_aside
 from minisft.errors import SAVE, UserError
 from minisft.model.adapter_files import load_adapter_weights, save_adapter
+from minisft.model.decoder import Decoder
 from minisft.model.load import load_weights
 from minisft.model.quantized import quantization_of, read_record
 from minisft.model.save import save_model
@@ -20,8 +20,8 @@ from minisft.strict_json import write_json
 def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None) -> None:
     """The model, or its adapter where it has one, and its tokenizer, as Hugging Face and PEFT files.
 
-    Whoever generates with them is to stop where the training data did: the end of an answer is often another token than
-    the EOS that the base model came with, and a model that is served without it never stops.
+    The written generation_config lists every token that ended an answer in the training data. It is often not the base
+    model's EOS, and a server without it would never stop.
     """
     listed = run.model.generation_config.get("eos_token_id") or []
     stops = run.tokenizer.stop_ids | set(listed if isinstance(listed, list) else [listed])
@@ -35,13 +35,13 @@ def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None) -> Non
 
 
 def write_state(run: Run, folder: Path) -> None:
-    """What a checkpoint holds of the model: the model, and a reference that moves."""
+    """The model as a checkpoint needs it, and the reference where it moves."""
     write_model(run, folder)
     if run.reference is not None:
         run.reference.save(folder)
 
 
-def read_model(model: nn.Module, folder: Path) -> None:
+def read_model(model: Decoder, folder: Path) -> None:
     """Fill the model, or its adapter where it has one, from what `write_model` wrote."""
     if model.lora is None:
         load_weights(model, folder)
@@ -56,11 +56,13 @@ def read_model(model: nn.Module, folder: Path) -> None:
 
 
 def export_model(run: Run, folder: Path, dtype: torch.dtype, config_id: str) -> None:
-    """Write folder/model, with what made it in its manifest: the fingerprint of the configuration, and what the run started
-    from. An earlier export there is moved aside, not deleted. Raises UserError where the disk refuses."""
+    """Write folder/model. Its manifest names its origin: the fingerprint of the configuration and the starting model.
+
+    An earlier export there is moved aside, not deleted. Raises UserError where the disk refuses.
+    """
     path = folder / "model"
     made_by = {"config": config_id, "started_from": run.start.id if run.start else None}
-    manifest = {"step": run.step, "checkpoint": checkpoint_id(run, folder), **made_by, **run.prompting}
+    manifest = {"step": run.progress.step, "checkpoint": checkpoint_id(run, folder), **made_by, **run.prompting}
     try:
         with atomic_folder(path, manifest, move_existing_to=name_aside(path)) as temporary:
             write_model(run, temporary, dtype)
@@ -77,6 +79,6 @@ def is_exported(run: Run, folder: Path) -> bool:
 
 
 def checkpoint_id(run: Run, folder: Path) -> str | None:
-    """What tells the checkpoint of this step from all others; None where it is not in this folder."""
-    path = folder / "checkpoints" / f"step-{run.step:08d}"
+    """The hash that identifies the checkpoint of this step; None where it is not in this folder."""
+    path = folder / "checkpoints" / f"step-{run.progress.step:08d}"
     return read_manifest(path)["sha256"] if path.exists() else None

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from minisft.ranks import rank, sum_over_ranks
 
+Metrics = dict[str, tuple[Tensor | float, float]]  # name -> (sum, weight); the metric is sum / weight
+
 
 class Sums:
     """Named (sum, weight) pairs. `add` never waits for the device; `means` does, once."""
@@ -22,8 +24,8 @@ class Sums:
         self.sums: dict[str, Tensor] = {}  # fp64 scalars
         self.weights: dict[str, float] = {}
 
-    def add(self, pairs: dict[str, tuple[Tensor | float, float]]) -> None:
-        for name, (value, weight) in pairs.items():
+    def add(self, metrics: Metrics) -> None:
+        for name, (value, weight) in metrics.items():
             value = torch.as_tensor(value, dtype=torch.float64, device=self.device)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.weights[name] = self.weights.get(name, 0.0) + weight
@@ -40,14 +42,20 @@ class Sums:
         return names, sum_over_ranks(torch.stack([sums, weights]))
 
     def means(self) -> dict[str, float]:
-        """sum / weight of every name over all ranks; empties the accumulator. Where there was nothing (weight 0), as no bad
-        answer for the mean of their rewards, the name is left out; but the loss is NaN then."""
+        """sum / weight of every name over all ranks; empties the accumulator.
+
+        A name whose weight is 0 (for example rewards/rejected when the window had no rejected answer) is left out. The
+        loss is the exception: with weight 0 it is NaN, so that it is noticed.
+        """
         names, (sums, weights) = self._reduce()
         table = torch.stack([sums / weights, weights]).T.tolist()
         return {name: mean for name, (mean, weight) in zip(names, table) if weight != 0 or name == "loss"}
 
     def state(self) -> dict[str, list[str]]:
-        """The open window as JSON, exact (hexadecimal floats, which also spell NaN). It stays open: rank 0 keeps all."""
+        """The open window as JSON, exact (hexadecimal floats, which also spell NaN).
+
+        The window stays open afterwards: rank 0 holds the sums of all ranks, the others continue from 0.
+        """
         names, table = self._reduce()
         if rank() == 0:
             self.add({name: (sum, weight) for name, sum, weight in zip(names, table[0], table[1].tolist())})

@@ -5,6 +5,7 @@ checkpoints keep bit for bit. g is the gradient, w the weight, wd the weight dec
 (Loshchilov & Hutter 2019, arXiv 1711.05101). The loop sets group["lr"] before every step.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,6 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from minisft.config.choices import OPTIMIZERS
+from minisft.errors import UserError
 from minisft.kernels.adamw import adamw_
 from minisft.kernels.adamw_formats import STATE_BLOCKSIZE, State
 
@@ -66,11 +69,12 @@ def torch_adamw(groups: list[dict], betas: tuple[float, float], eps: float) -> t
 
 class AdamW(torch.optim.Optimizer):
     """The same by our own kernel (kernels/adamw.py): one launch for all tensors of a group, in which the gradients are
-    clipped too, without a pass of their own. It also does what torch's does not:
+    clipped too, without a pass of their own. It has options that torch's has not:
 
     is_8bit: the moments of tensors of 4,096 numbers or more have a byte a number, and an absmax for every 256: 2 bytes a
-    parameter instead of 8. Those of embeddings stay in fp32: a row learns from few batches, so that its block's absmax
-    is another row's. Dettmers et al. 2022, arXiv 2110.02861.
+    parameter instead of 8. Embedding moments stay in fp32. A token's row gets a gradient in few batches, while its
+    256-number block shares one scale with busier rows, whose larger moments would round this row's to zero. Dettmers et
+    al. 2022, arXiv 2110.02861.
     offload: the moments are in the memory of the CPU, pinned for a GPU, which they visit one tensor after the other.
     rounding_seed: of weights in bf16, which are rounded up or down by chance; None: to the nearest. The random numbers are a
     function of the seed, t, the parameter's place in the groups, and the element.
@@ -95,7 +99,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, *, clip: Tensor | float = 1.0) -> None:
-        """clip: what the gradients are multiplied by on the way; .grad stays as it is."""
+        """clip: a factor for the gradients as they are read; .grad itself does not change."""
         for group, t, params, grads in _trained(self):
             beta1, beta2 = group["betas"]
             options = {key: group[key] for key in ("lr", "eps", "weight_decay")}
@@ -112,12 +116,12 @@ class AdamW(torch.optim.Optimizer):
                     for key, visitor in visitors.items():
                         home[key].copy_(visitor, non_blocking=True)
             if group["offload"] and params[0].is_cuda:
-                torch.cuda.current_stream().synchronize()  # a checkpoint reads what is at home
+                torch.cuda.current_stream().synchronize()  # a checkpoint reads the moments, which return asynchronously
 
     def _moments(self, p: Tensor, group: dict) -> dict[str, Tensor]:
         """The state of a parameter without its step: exp_avg and exp_avg_sq, or codes and absmax of both."""
         state = self.state[p]
-        if len(state) == 1:  # the step
+        if len(state) == 1:  # first update: only "step" is there, the moments are not made yet
             like = {"device": "cpu" if group["offload"] else p.device}
             like["pin_memory"] = group["offload"] and p.is_cuda
             in_8_bits = group["is_8bit"] and p.numel() >= SMALLEST_IN_8_BITS and not group["embedding"]
@@ -293,15 +297,61 @@ def _decay(group: dict, params: list[Tensor]) -> None:
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
 
 
-# name -> (makes the optimizer from groups, betas, eps and options; options with their defaults)
-OPTIMIZERS: dict[str, tuple[Callable, dict]] = {
-    "sgd": (lambda groups, betas, eps, **options: SGD(groups, **options), {"momentum": 0.0}),
-    "lion": (lambda groups, betas, eps: Lion(groups, betas), {}),
-    "adamw": (torch_adamw, {}),
-    "adamw_minisft": (AdamW, {}),
-    "adamw_8bit": (partial(AdamW, is_8bit=True), {}),
-    "stable_adamw": (StableAdamW, {}),
-    "schedule_free_adamw": (ScheduleFreeAdamW, {}),
-    "adafactor": (adafactor, {}),
-    "muon": (Muon, {"momentum": 0.95}),
+# name -> makes the optimizer from groups, betas, eps and the options of config/choices.py
+RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda groups, betas, eps, **options: SGD(groups, **options),
+    "lion": lambda groups, betas, eps: Lion(groups, betas),
+    "adamw": torch_adamw,
+    "adamw_minisft": AdamW,
+    "adamw_8bit": partial(AdamW, is_8bit=True),
+    "stable_adamw": StableAdamW,
+    "schedule_free_adamw": ScheduleFreeAdamW,
+    "adafactor": adafactor,
+    "muon": Muon,
 }
+
+
+def build_optimizer(
+    name: str,
+    groups: list[dict],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    offload: bool = False,
+    rounding_seed: int | None = None,
+    **options: float,
+) -> torch.optim.Optimizer:
+    """An optimizer of OPTIMIZERS over groups of `parameter_groups`; options as there.
+
+    offload and rounding_seed are those of `AdamW`, which also takes the place of torch's for them and for bf16 weights.
+    """
+    is_bf16 = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
+    if name == "adamw" and (offload or is_bf16):
+        name = "adamw_minisft"
+    make, defaults = RULES[name], OPTIMIZERS[name]
+    for key, value in options.items():
+        if key not in defaults or isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            known = ", ".join(f"{key} (from 0 to below 1)" for key in defaults) or "no options"
+            raise UserError(f"train.optim_args: {key} = {value!r}", hint=f"{name} takes {known}")
+    for group in groups:
+        group["lr"] = group["peak_lr"]
+    if offload or is_bf16:  # config/check.py allows these only for ADAMW
+        options = {"offload": offload, "rounding_seed": rounding_seed}
+    return make(groups, betas, eps, **(defaults | options))
+
+
+@contextlib.contextmanager
+def evaluation_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside the block the parameters hold the weights to evaluate and export; after it they are restored bit for bit."""
+    if not isinstance(optimizer, ScheduleFreeAdamW):
+        yield
+        return
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = [p.data for p in params]
+    for p in params:
+        p.data = optimizer.mean_weights(p)
+    try:
+        yield
+    finally:
+        for p, data in zip(params, kept):
+            p.data = data

@@ -1,17 +1,17 @@
-"""What trains, and from which step on: parameters chosen by regular expressions of their names.
+"""The parameters that train, and from which step on, chosen by regular expressions of their names.
 
     train.trainable = ["layers\\.2[0-9]\\.", "^norm"]   these and no others; [] = all
     train.frozen = ["embed_tokens"]                     not these, whatever `trainable` says
-    train.unfreeze = {"layers\\.1[0-9]\\." = 200}       of those that train, these after the first 200 steps only
+    train.unfreeze = {"layers\\.1[0-9]\\." = 200}       these train too, but only after the first 200 steps
 
-An expression may be found anywhere in a name, as in `learning_rates`. A frozen parameter has no gradient and no optimizer
-state; below the lowest layer that trains nothing is kept for the backward and nothing is sent back. So the top half of a
-model trains in half the memory for gradients and moments, and faster.
+An expression may match anywhere in a name, as in `learning_rates`. A frozen parameter has no gradient and no optimizer
+state. Below the lowest layer that trains, no activations are kept and no backward pass runs. So the top half of a model
+trains in half the memory for gradients and moments, and faster.
 
 Gradual unfreezing (ULMFiT: Howard & Ruder 2018, arXiv:1801.06146) goes from the head down: the layers near the text,
-which know the most general things, move last. A parameter that starts at step s has no moments before s and its own count
-of updates from there, so Adam's bias correction begins at 1 for it; the learning rate is the schedule's, as for all others.
-Which parameters train is a pure function of the configuration and the step: a checkpoint holds nothing about it.
+which know the most general things, move last. A parameter that starts at step s has no moments before s and counts its own
+updates from there, so Adam's bias correction begins at 1 for it. Its learning rate is the schedule's, as for all others.
+The choice is a pure function of the configuration and the step, so a checkpoint holds nothing about it.
 
 Tied embedding and head are one parameter, embed_tokens.weight.
 """
@@ -24,8 +24,8 @@ from torch import nn
 
 from minisft.errors import UserError
 
-# Kind of a parameter: the first expression that is found in its name.
-KINDS = {
+# The kind of a parameter in the table of the summary: the first expression that matches its name.
+PARAMETER_KINDS = {
     "adapters": r"lora_|magnitude$",
     "embed_tokens": r"^embed_",
     "norms": r"norm\.",
@@ -47,7 +47,8 @@ def choose_trainable(
     start, name -> first step (0 is the first of a run).
 
     The choice is among the parameters that require a gradient now: all, or the adapters of a model with LoRA.
-    Raises UserError for an expression that is none or is found in no such name, and where nothing trains at step 0.
+    Raises UserError for an invalid regular expression, for one that matches no such name, and where nothing trains at
+    step 0.
     """
     require_found("trainable", trainable, model)
     require_found("frozen", frozen, model)
@@ -57,11 +58,11 @@ def choose_trainable(
             p.requires_grad_(False)
     names = trained_names(model)
     if not names:
-        raise UserError("train.frozen: nothing is left that trains", hint="frozen wins over trainable")
+        raise UserError("train.frozen: no parameter is left to train", hint="frozen wins over trainable")
     require_found("unfreeze", unfreeze or {}, model)
     first_steps = {name: first_found(unfreeze, name, 0) for name in names}
     if min(first_steps.values()) > 0:
-        hint = "give the value 0 to what is to train first"
+        hint = "give the value 0 to the parameters that are to train first"
         raise UserError(f"train.unfreeze: nothing trains before step {min(first_steps.values())}", hint=hint)
     return {name: step for name, step in first_steps.items() if step > 0}
 
@@ -75,13 +76,13 @@ def parameter_groups(
     weight_decays: dict[str, float] | None = None,
     lora_plus_ratio: float = 1.0,
 ) -> list[dict]:
-    """The parameters that train, those with the same peak_lr and weight_decay together; matrices inside the layers
-    ("matrices", for Muon) and embeddings ("embedding", for AdamW in 8 bits) apart from head and vectors.
+    """The parameters that train, in groups of the same peak_lr and weight_decay. Matrices inside the layers ("matrices",
+    for Muon) and embeddings ("embedding", for AdamW in 8 bits) have groups of their own.
 
-    Matrices decay; norms and biases, which set scales and offsets, do not. learning_rates, weight_decays: regular
-    expression of a parameter's name -> its own value; the first that is found in the name counts. lora_plus_ratio: the
-    B of every adapter learns so many times as fast as its A (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
-    Raises UserError for an expression that is none, or is found in no name.
+    Matrices decay; norms and biases, which set scales and offsets, do not. learning_rates, weight_decays: {regular
+    expression of a parameter's name: its own value}; the first that matches counts. lora_plus_ratio: the B of every
+    adapter learns so many times as fast as its A (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+    Raises UserError for an invalid regular expression, or one that matches no trainable parameter.
     """
     require_found("learning_rates", learning_rates or {}, model)
     require_found("weight_decays", weight_decays or {}, model)
@@ -103,12 +104,12 @@ def trained_names(model: nn.Module) -> list[str]:
 
 
 def first_found(patterns: dict | None, name: str, default: float) -> float:
-    """The value of the first expression that is found in the name."""
+    """The value of the first expression that matches the name."""
     return next((value for pattern, value in (patterns or {}).items() if re.search(pattern, name)), default)
 
 
 def require_found(key: str, patterns: Iterable[str], model: nn.Module) -> None:
-    """UserError where an expression of `train.<key>` is none, or is found in no name of a parameter that trains."""
+    """UserError where an expression of `train.<key>` is invalid, or matches no trainable parameter."""
     names = trained_names(model)
     for pattern in patterns:
         try:
@@ -119,7 +120,7 @@ def require_found(key: str, patterns: Iterable[str], model: nn.Module) -> None:
             hint = near_names(pattern, names)
             if "lm_head" in pattern and not hasattr(model, "lm_head"):
                 hint = "the head of this model is its embedding: embed_tokens.weight"
-            raise UserError(f"train.{key}: {pattern!r} is found in no parameter that trains", hint=hint)
+            raise UserError(f"train.{key}: {pattern!r} matches no parameter that trains", hint=hint)
 
 
 def near_names(pattern: str, names: list[str]) -> str:
@@ -134,12 +135,12 @@ def near_names(pattern: str, names: list[str]) -> str:
 
 
 def describe_trained(weights: dict[str, nn.Parameter], unfreeze: dict[str, int], total_steps: int) -> list[str]:
-    """A line for each kind of parameter: how many train, of how many, their dtypes. Then one for each expression of
-    `unfreeze`: how many tensors start at which step. weights: by name; among them may be quantised ones."""
-    table: dict[str, list] = {kind: [] for kind in (*KINDS, "in all")}
+    """A line for each kind of parameter: how many train, how many there are, their dtypes. Then one for each expression of
+    `unfreeze`: how many tensors start at which step. weights: by name; some may be quantised."""
+    table: dict[str, list] = {kind: [] for kind in (*PARAMETER_KINDS, "in all")}
     starting: dict[str, int] = dict.fromkeys(unfreeze, 0)
     for name, p in weights.items():
-        table[next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))].append(p)
+        table[next(kind for kind, pattern in PARAMETER_KINDS.items() if re.search(pattern, name))].append(p)
         table["in all"].append(p)
         if _trains(p) and (first := next((pattern for pattern in unfreeze if re.search(pattern, name)), None)):
             starting[first] += 1
@@ -158,4 +159,4 @@ def describe_trained(weights: dict[str, nn.Parameter], unfreeze: dict[str, int],
 
 
 def _trains(weight: nn.Parameter) -> bool:
-    return getattr(weight, "requires_grad", False)  # a quantised weight is no parameter
+    return getattr(weight, "requires_grad", False)  # a quantised weight is not a parameter

@@ -13,38 +13,43 @@ from minisft.loop import Result
 
 
 def run_stages(stages: list[Stage]) -> Result:
-    """One after the other, but for those that are finished; the result of the last, or of the one that was stopped."""
+    """Run the stages that are not finished yet. Returns the result of the last one, or of the one that was stopped."""
     device = runtime.pick_device(stages[0].config.train.device)
-    done = []
-    # One group for all of them: a second one would find in the launcher's store what the first wrote there.
+    done: list[tuple[str, Result]] = []
+    # One group for all stages: a second group would find the first one's keys in the launcher's store.
     with ranks.process_group(device):
-        is_main = ranks.rank() == 0
         for stage in stages:
             step, folder = stage.finished_step(), stage.config.output_dir
-            skipped = ranks.sum_numbers_over_ranks([step is not None], device)[0] == ranks.world_size()
-            if is_main:
-                print(f"\n{stage.title} -> {folder}" + (f": finished, at step {step}" if skipped else ""), flush=True)
-                if not skipped and (changed := stage.changed_keys()):
-                    print(
-                        f"its configuration is another one than when it was finished: {', '.join(changed)}", flush=True
-                    )
-            if skipped:
-                done.append((stage.title, loop.Result(Path(folder), stage.model_dir, step)))
+            (num_finished,) = ranks.sum_numbers_over_ranks([step is not None], device)
+            if num_finished == ranks.world_size():
+                say(f"\n{stage.title} -> {folder}: finished, at step {step}")
+                done.append((stage.title, Result(Path(folder), stage.model_dir, step)))
                 continue
+            say(f"\n{stage.title} -> {folder}")
+            if changed := stage.changed_keys():
+                say(f"its configuration has changed since it was finished: {', '.join(changed)}")
             result = loop.run(stage.config, stage.origins)
             done.append((stage.title, result))
-            gc.collect()  # the model, the optimizer and what they refer to in circles, before the next are made
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(device)
-            # which also waits for the model that rank 0 writes
-            (stops,) = ranks.sum_numbers_over_ranks([result.signal is not None], device)
+            release_memory(device)
+            # this also waits for the model that rank 0 writes
+            (num_stops,) = ranks.sum_numbers_over_ranks([result.signal is not None], device)
             if result.exit_code:
                 return result
-            if stops and stage is not stages[-1]:
-                if is_main:
-                    print(f"stopped after {stage.title}; the same command goes on with the next", flush=True)
+            if num_stops and stage is not stages[-1]:
+                say(f"stopped after {stage.title}; the same command resumes with the next")
                 return replace(result, exit_code=STOPPED)
-    if is_main:
-        print(console.stages_closing(done))
+        say(console.stages_closing(done))
     return done[-1][1]
+
+
+def say(text: str) -> None:
+    if ranks.rank() == 0:
+        print(text, flush=True)
+
+
+def release_memory(device: torch.device) -> None:
+    """Free the model, the optimizer and everything that they refer to in circles, before the next stage makes its own."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" takes the launcher's GPU where there is one; "cpu" and "cuda" ask for one."""
+    """ "auto" takes the launcher's GPU where there is one. Raises UserError for "cuda" without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device = 'cuda', but torch finds no GPU", hint="use device = 'auto' or 'cpu'")
     if name == "cpu" or not torch.cuda.is_available():
@@ -45,7 +45,7 @@ def cpu_has_bf16() -> bool:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """ "auto" is bf16 where the device computes in it, fp32 elsewhere; any other name is taken as it is."""
+    """ "auto" is bf16 where the device computes in it, fp32 elsewhere; other names stay the same."""
     if name != "auto":
         return name
     has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()

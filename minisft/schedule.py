@@ -19,9 +19,9 @@ alike, and then fall in a way of their own, from 1 to the floor:
     constant                f = 1
     reduce_on_plateau       f = 1, lowered step by step by the evaluation loss, see `after_evaluation`
 
-with W = warmup_steps, S = total_steps and min_factor = min_lr / learning_rate. After step S the factor stays put. The
-square root and the constant know no floor. A constant rate after the warm-up suits runs whose end is not known, and so do
-the stable steps of warmup_stable_decay: a run can be taken up there and decayed later.
+with W = warmup_steps, S = total_steps and min_factor = min_lr / learning_rate. After step S the factor stays the same.
+inverse_sqrt and constant have no floor. A constant rate after the warm-up suits runs whose end is not known. So do the
+stable steps of warmup_stable_decay: a run can be resumed there and decayed later.
 """
 
 import math
@@ -47,7 +47,7 @@ DECAYS = {
 
 
 def wrong_option(name: str, key: str, value: object) -> str:
-    """What schedule `name` would take instead of this option; empty if the option is right."""
+    """What schedule `name` expects instead of this option; empty if the option is right."""
     if key == "min_lr":
         return "it has a key of its own, train.min_lr"
     if key not in SCHEDULES[name]:
@@ -99,11 +99,11 @@ def lr_factor(
 
 @dataclass(frozen=True)
 class Plateau:
-    """What the evaluations so far have told: the best loss, how many since then brought nothing, and the factor."""
+    """The state of reduce_on_plateau: the best loss, the number of evaluations since without progress, the factor."""
 
     best: float | None = None
     num_bad: int = 0
-    cooling: int = 0  # evaluations for which nothing counts as bad, after a reduction
+    cooling: int = 0  # evaluations after a reduction that are not counted as bad
     factor: float = 1.0
 
 
@@ -118,11 +118,11 @@ def after_evaluation(
     min_factor: float = 0.0,
     **options: object,
 ) -> Plateau:
-    """What an evaluation after `step` updates changes: nothing, but for reduce_on_plateau after its warm-up.
+    """The plateau after an evaluation at `step`. It changes only for reduce_on_plateau, after the warm-up.
 
     Once more than `patience` evaluations in a row have not brought the loss below (1 - threshold) x the best one, the
-    learning rate is multiplied by `factor`, down to min_factor x the peak; then `cooldown` evaluations do not count. The
-    rule of torch's ReduceLROnPlateau; a NaN brings nothing. The arguments behind the step are those of `lr_factor`.
+    learning rate is multiplied by `factor`, down to min_factor x the peak; then `cooldown` evaluations do not count. This
+    is the rule of torch's ReduceLROnPlateau; a NaN is no progress. The arguments after the step are those of `lr_factor`.
     """
     if name != "reduce_on_plateau" or step < warmup_steps:
         return plateau
@@ -144,5 +144,5 @@ def total_steps(steps_per_epoch: int, num_train_epochs: float, max_steps: int = 
 
 
 def num_warmup_steps(total_steps: int, warmup_steps: int = 0, warmup_ratio: float = 0.0) -> int:
-    """Steps of warm-up, of which the configuration gives the number or the part of all steps."""
+    """Steps of warm-up: warmup_steps where it is set, else warmup_ratio of all steps."""
     return warmup_steps or math.ceil(total_steps * warmup_ratio)

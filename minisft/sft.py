@@ -1,19 +1,21 @@
-"""Supervised fine-tuning: the negative log-likelihood of the tokens that are trained.
+"""Supervised fine-tuning: the negative log-likelihood of the trained tokens.
 
 An objective is two functions, the same two for every trainer:
 
-    weight(batch)                   what the micro-batch counts for, known before the forward pass
-    loss(model, batch, grad_scale)  (sum, stats); backward() on the sum gives grad_scale times its gradient
+    weight(batch)                   the micro-batch's share of N, known before the forward pass
+    loss(model, batch, grad_scale)  (sum, metrics); backward() on the sum gives grad_scale times its gradient
 
 The loop sums first and divides once: with N = the weight of all micro-batches of an optimizer step on all ranks,
 loss = sum over them of w_t * -log p(y_t) / N, whatever the split into micro-batches. The division rides on
 grad_scale = 1 / N, so it is applied once, in fp32, inside the kernel.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from minisft.data.batch import Batch
 from minisft.kernels.linear_cross_entropy import linear_cross_entropy
+from minisft.metrics import Metrics
+from minisft.model.decoder import Decoder
 
 
 def weight(batch: Batch) -> float:
@@ -22,11 +24,11 @@ def weight(batch: Batch) -> float:
 
 
 def loss(
-    model: nn.Module, batch: Batch, grad_scale: float | Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
-) -> tuple[Tensor, dict[str, tuple[Tensor, float]]]:
-    """The weighted sum of the loss over the batch's targets, and what to log as (sum, weight) pairs.
+    model: Decoder, batch: Batch, grad_scale: float | Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[Tensor, Metrics]:
+    """The weighted sum of the loss over the batch's targets, and metrics.
 
-    Returns a scalar (fp32) that is not scaled by grad_scale; its gradient is. The stats are detached.
+    Returns a scalar (fp32) that is not scaled by grad_scale; its gradient is. The metrics are detached.
     """
     hidden = model(batch.input_ids, batch.position_ids, batch.start, batch.end)  # [T, D]
     total, stats = linear_cross_entropy(

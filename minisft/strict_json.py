@@ -1,6 +1,6 @@
 """JSON that is read strictly.
 
-`parse_json` accepts exactly one JSON value in UTF-8 and refuses what Python's reader lets pass: NaN, Infinity and 1e400,
+`parse_json` accepts exactly one JSON value in UTF-8 and refuses these, which Python's reader accepts: NaN, Infinity and 1e400,
 a key given twice (the last would win), half of a surrogate pair (it breaks the tokenizer later), UTF-16 (which Python
 guesses silently) and nesting so deep that it exhausts the stack.
 """

@@ -59,8 +59,8 @@ def _run(stages: list[Stage]) -> Result:
             title = f"{stage.title}: " if stage.title else ""
             raise UserError(title + error.message, hint=error.hint, exit_code=error.exit_code) from None
 
-    # A thread of an OpenMP pool that waits for the others spins. Where another program takes its core, all of them spin for
-    # it, and training on 2 busy cores fell to a thirtieth; after 20,000 turns they now sleep instead.
+    # OpenMP threads spin while they wait for each other. If another program takes one thread's core, all others spin for it:
+    # training on 2 busy cores fell to a thirtieth of its speed. After 20,000 turns they now sleep instead.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from minisft import loop, run_stages
 
@@ -68,7 +68,7 @@ def _run(stages: list[Stage]) -> Result:
 
 
 def _look_for_data(config: Config) -> None:
-    """A missing file is told now, before torch is imported."""
+    """Report a missing file now, before torch is imported."""
     from minisft.data.sources import list_files, parse_source
     from minisft.hub import is_repository_name
 
@@ -79,7 +79,7 @@ def _look_for_data(config: Config) -> None:
 
 
 def _look_for_model(stage: Stage, before: list[Stage]) -> None:
-    """The folders that a stage starts from, if nothing before it makes them; a repository is asked for in its turn."""
+    """Report a missing folder that a stage starts from, unless an earlier stage will write it. Repositories come later."""
     coming = [Path(os.path.abspath(other.config.output_dir)) for other in before]
     for key in ("model_name_or_path", "tokenizer_name_or_path"):
         path = os.path.expanduser(getattr(stage.config.model, key) or "")

@@ -1,4 +1,4 @@
-"""Parameter groups, building an optimizer (optimizers.py has the rules), gradients and updates, the loss scale of fp16."""
+"""From the gradients of a step to its update: norms, clipping, updates in the backward pass, the loss scale of fp16."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Set
@@ -8,83 +8,38 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from minisft.errors import UserError
-from minisft.optimizers import OPTIMIZERS, AdamW, ScheduleFreeAdamW
-
-# ---- what trains, and how fast ------------------------------------------------------------------------------------
-
-
-def build_optimizer(
-    name: str,
-    groups: list[dict],
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    offload: bool = False,
-    rounding_seed: int | None = None,
-    **options: float,
-) -> torch.optim.Optimizer:
-    """An optimizer of OPTIMIZERS over groups of `parameter_groups`; options as there.
-
-    offload and rounding_seed are those of `AdamW`, which also takes the place of torch's for them and for bf16 weights.
-    """
-    is_bf16 = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
-    if name == "adamw" and (offload or is_bf16):
-        name = "adamw_minisft"
-    make, defaults = OPTIMIZERS[name]
-    for key, value in options.items():
-        if key not in defaults or isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-            known = ", ".join(f"{key} (from 0 to below 1)" for key in defaults) or "no options"
-            raise UserError(f"train.optim_args: {key} = {value!r}", hint=f"{name} takes {known}")
-    for group in groups:
-        group["lr"] = group["peak_lr"]
-    if offload or is_bf16:  # config/check.py allows these for the optimizers of ADAMW only
-        options = {"offload": offload, "rounding_seed": rounding_seed}
-    return make(groups, betas, eps, **(defaults | options))
-
-
-@contextlib.contextmanager
-def evaluation_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside the block the parameters hold what is to be evaluated and exported; after it, bit for bit what they held."""
-    if not isinstance(optimizer, ScheduleFreeAdamW):
-        yield
-        return
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = [p.data for p in params]
-    for p in params:
-        p.data = optimizer.mean_weights(p)
-    try:
-        yield
-    finally:
-        for p, data in zip(params, kept):
-            p.data = data
-
-
-# ---- gradients and updates -----------------------------------------------------------------------------------------
+from minisft.metrics import Metrics
+from minisft.optimizers import AdamW
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
+def unscale(grads: list[Tensor], scale: float) -> None:
+    """Divide the gradients, in place, by the loss scale that they were computed with."""
+    if scale != 1.0:
+        torch._foreach_mul_(grads, 1.0 / scale)
+
+
 def sum_gradients_in_fp32(params: Iterable[Tensor]) -> None:
-    """The gradients of weights in bf16 are fp32 from now on, so that those of micro-batches and ranks add up in fp32."""
+    """Make the gradients of bf16 weights fp32, so that micro-batches and ranks add up in fp32."""
     for p in params:
         if p.dtype == torch.bfloat16:
             p.grad_dtype = torch.float32
 
 
 def gradient_norms(grads: list[Tensor]) -> list[Tensor]:
-    """The norm of each, in fp32 (fp64 of fp64)."""
+    """The norm of each gradient, in fp32 (fp64 for fp64)."""
     return list(torch._foreach_norm(grads, 2, torch.promote_types(grads[0].dtype, torch.float32))) if grads else []
 
 
 def clip_and_update(
     optimizer: torch.optim.Optimizer, grads: list[Tensor], norm: Tensor, max_norm: float | None
 ) -> None:
-    """Scale all gradients by min(1, max_norm / norm), then update. max_norm None or 0: leave them.
+    """Scale all gradients by min(1, max_norm / norm), then update. max_norm None or 0: no clipping.
 
-    `AdamW` reads the factor on the device, where it reads the gradients; for all others they are scaled in place.
+    `AdamW` multiplies by the factor as it reads the gradients; for all other optimizers they are scaled in place.
     """
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0) if max_norm else torch.ones_like(norm)
     if isinstance(optimizer, AdamW):
@@ -97,24 +52,23 @@ def clip_and_update(
 
 @contextlib.contextmanager
 def update_in_backward(
-    optimizer: torch.optim.Optimizer, measured: Set[Tensor]
-) -> Iterator[tuple[dict[Tensor, Tensor], list[Tensor]]]:
+    model: nn.Module, optimizer: torch.optim.Optimizer, zero_updates: "ZeroUpdates"
+) -> Iterator[list[Tensor]]:
     """Inside the block a backward pass updates every parameter as soon as its gradient is complete, and frees the gradient.
 
-    At no time do the gradients stand in memory together. Nothing that needs all of them can come before the update: no
-    clipping by their norm, no refusal of a step that is not finite. Yields the norm of each parameter's gradient, and the
-    `zero_updates` of those that are measured; both fill as the backward pass goes. Lv et al. 2023, arXiv 2306.09782.
+    The gradients are never all in memory at once, so nothing that needs all of them can happen before an update: no
+    clipping by their norm, no refusal of a non-finite step. Yields a list that holds the norm of each parameter's gradient
+    after the block, in the order of the model's parameters. Lv et al. 2023, arXiv 2306.09782.
     """
-    norms: dict[Tensor, Tensor] = {}
-    zeros: list[Tensor] = []
+    norm_of: dict[Tensor, Tensor] = {}
+    norms: list[Tensor] = []
 
     def update(p: Tensor, group: dict) -> None:
-        norms[p] = gradient_norms([p.grad])[0]
-        before = copies(measured & {p})
+        norm_of[p] = gradient_norms([p.grad])[0]
         everything, optimizer.param_groups = optimizer.param_groups, [group | {"params": [p]}]
-        optimizer.step()
+        with zero_updates.counted({p}):
+            optimizer.step()
         optimizer.param_groups = everything
-        zeros.extend(zero_updates(before))
         p.grad = None
 
     hooks = [
@@ -124,23 +78,35 @@ def update_in_backward(
         if p.requires_grad
     ]
     try:
-        yield norms, zeros
+        yield norms
+        norms += [norm_of[p] for p in model.parameters() if p in norm_of]
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def copies(params: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """(parameter, a copy of it), of those that have a gradient."""
-    return [(p, p.detach().clone()) for p in params if p.grad is not None]
+class ZeroUpdates:
+    """Counts the elements whose update left them as they were, for some parameters.
 
-
-def zero_updates(before: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """For each parameter, after its update: int64 (numbers with a gradient that are what they were, numbers with a gradient).
-
-    In bf16 an update below 1/512 of a weight rounds to nothing, and training stands still where most do.
+    In bf16 an update below 1/512 of a weight rounds to nothing, and training makes no progress where most updates do.
     """
-    return [torch.stack([((p == old) & (p.grad != 0)).sum(), (p.grad != 0).sum()]) for p, old in before]
+
+    def __init__(self, params: Set[Tensor]):
+        self.params = params
+        self.counts: list[Tensor] = []  # int64 (elements with a gradient that did not change, elements with a gradient)
+
+    @contextlib.contextmanager
+    def counted(self, updated: Set[Tensor] | None = None) -> Iterator[None]:
+        """Count an update that happens inside the block. updated: the parameters that it concerns; None = all."""
+        params = self.params if updated is None else self.params & updated
+        before = [(p, p.detach().clone()) for p in params if p.grad is not None]
+        yield
+        self.counts += [torch.stack([((p == old) & (p.grad != 0)).sum(), (p.grad != 0).sum()]) for p, old in before]
+
+    def metrics(self) -> Metrics:
+        """zero_update_fraction; empty if nothing was counted. Waits for the device."""
+        num_zeros, num_updates = torch.stack(self.counts).sum(0).tolist() if self.counts else (0, 0)
+        return {"zero_update_fraction": (num_zeros, num_updates)} if num_updates else {}
 
 
 @dataclass

@@ -305,7 +305,7 @@ def test_stopped_in_either_stage_is_uninterrupted(home, tmp_path, monkeypatch, l
         for name in ("loss", "rewards/margins"):
             assert logged(out, name) == logged(whole, name)
     assert logged(whole)[0] == pytest.approx(math.log(2), rel=1e-6)
-    assert "a copy of what trains" in (whole / "summary.txt").read_text()
+    assert "a copy of the trained weights" in (whole / "summary.txt").read_text()
 
 
 # ------------------------------------------------------------------------------------------------- mistakes
@@ -322,7 +322,7 @@ def test_stopped_in_either_stage_is_uninterrupted(home, tmp_path, monkeypatch, l
         ({"dpo.loss_type": ["simpo"], "dpo.sync_ref_model": True}, "policy only"),
         ({"dpo.loss_type": ["aot"], "dpo.use_weighting": True}, "aot"),
         ({"dpo.loss_weights": [-1.0]}, "less than 0"),
-        ({"dpo.loss_type": ["sigmoid", "sft"], "dpo.loss_weights": [0, 0]}, "one more"),
+        ({"dpo.loss_type": ["sigmoid", "sft"], "dpo.loss_weights": [0, 0]}, "one must be above"),
         ({"dpo.desirable_weight": 2.0}, "kto"),
         ({"dpo.loss_type": ["kto"], "dpo.desirable_weight": 0, "dpo.undesirable_weight": 0}, "nothing would train"),
         ({"dpo.loss_type": ["hinge"], "train.label_smoothing": 0.1}, "belongs to loss_type sigmoid"),
@@ -390,9 +390,14 @@ def test_every_option_reaches_the_loss(home):
     config, _ = load({}, settings(home, **{"data.train_data": str(home / "pairs.jsonl")}) | DPO | keys)
     assert objective_of(config) == Objective(
         losses={"sigmoid": 0.7, "simpo": 0.3, "discopop": 0.2},
-        options=LossOptions(beta=0.2, label_smoothing=0.05, discopop_tau=0.1, simpo_gamma=0.9),
-        f_divergence="alpha_divergence",
-        alpha=0.3,
+        options=LossOptions(
+            beta=0.2,
+            label_smoothing=0.05,
+            discopop_tau=0.1,
+            simpo_gamma=0.9,
+            f_divergence="alpha_divergence",
+            alpha=0.3,
+        ),
         ld_alpha=0.4,
         use_weighting=True,
     )

@@ -101,6 +101,7 @@ def ours(folder, dtype, documents, losses, options, gradients_folder):
     """The same of dpo.loss."""
     options = {"beta": BETA, "discopop_tau": TAU} | options
     own = {OURS[name]: options.pop(name) for name in OURS if name in options}
+    options |= {name: own.pop(name) for name in ("f_divergence", "alpha") if name in own}
     objective = dpo.Objective(losses, LossOptions(**options), **own)
     policy, other = (load_model(folder / name, dtype=dtype) for name in ("policy", "reference"))
     batch = make_batch(documents, pack(documents.unit_lengths, 60, "none"), range(NUM_PAIRS), round_to=8)

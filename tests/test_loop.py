@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import MODEL, logged, parts, relative_error, settings, train, weights, write_rows
+from tiny import MODEL, logged, parts, relative_error, settings, train, weights, with_infinite_loss, write_rows
 
 from minisft.errors import UserError
 from minisft.loop import train_step
@@ -20,7 +20,7 @@ TOLERANCE = 1e-6
 def gradients_of_step(folder, step=0, change_batches=lambda batches: batches, **overrides):
     """(loss, {parameter: gradient}) of one optimizer step of a fresh model, read from Adam's first moment with beta1 = 0."""
     run, config = parts(folder, **{"train.adam_beta1": 0.0, "train.max_grad_norm": None, **overrides})
-    run.step = step
+    run.progress.step = step
     result = train_step(run, config.train, change_batches(run.train.step(0, step)))
     assert result.updated
     grads = {name: run.optimizer.state[p]["exp_avg"].clone() for name, p in run.model.named_parameters()}
@@ -221,7 +221,7 @@ def test_what_is_logged_is_exact(tmp_path):
         result = train_step(run, config.train, [batch])
         sums.merge(result.stats)
         num_tokens += result.num_tokens
-        run.step += 1
+        run.progress.step += 1
     means = sums.means()
     assert means["loss"] == pytest.approx(nll / count, rel=1e-6)
     assert means["mean_token_accuracy"] == correct / count
@@ -299,9 +299,7 @@ def test_skipping_leaves_weights_and_moments_alone(tmp_path):
     train_step(run, config.train, run.train.step(0, 0))
     before = [p.detach().clone() for p in run.model.parameters()]
     moments = [s["exp_avg"].clone() for s in run.optimizer.state.values()]
-    honest = run.loss
-    run.loss = lambda *arguments: (lambda total, stats: (total * float("inf"), stats))(*honest(*arguments))
-    assert not train_step(run, config.train, run.train.step(0, 1)).updated
+    assert not train_step(with_infinite_loss(run), config.train, run.train.step(0, 1)).updated
     assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), before))
     assert all(torch.equal(s["exp_avg"], m) for s, m in zip(run.optimizer.state.values(), moments))
     assert all(p.grad is None for p in run.model.parameters())
@@ -331,10 +329,10 @@ def test_low_precision_learns_like_fp32(tmp_path, precision):
 
 def test_an_fp16_overflow_halves_the_scale_and_skips(tmp_path):
     run, config = parts(tmp_path, **{"train.precision": "fp16"})
-    run.loss_scale.scale = 2.0**40
+    run.progress.loss_scale.scale = 2.0**40
     before = [p.detach().clone() for p in run.model.parameters()]
     assert not train_step(run, config.train, run.train.step(0, 0)).updated
-    assert run.loss_scale.scale == 2.0**39
+    assert run.progress.loss_scale.scale == 2.0**39
     assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), before))
 
 

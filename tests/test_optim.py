@@ -10,9 +10,8 @@ from torch import nn
 
 from minisft.config.sections import TrainSection
 from minisft.errors import UserError
-from minisft.optimizers import OPTIMIZERS, orthogonal
+from minisft.optimizers import OPTIMIZERS, build_optimizer, evaluation_weights, orthogonal
 from minisft.parameters import parameter_groups
-from minisft.update import build_optimizer, evaluation_weights
 
 LR, DECAY, BETAS, EPS, STEPS = 0.03, 0.1, (0.9, 0.98), 1e-8, 7
 
@@ -238,7 +237,7 @@ def test_groups_by_rate_decay_and_kind():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(learning_rates={"head": 1.0}), "'head' is found in no parameter that trains"),
+        (dict(learning_rates={"head": 1.0}), "'head' matches no parameter that trains"),
         (dict(weight_decays={"(": 0.1}), r"'\(' is not a regular expression"),
     ],
 )

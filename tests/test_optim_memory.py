@@ -17,8 +17,8 @@ from minisft import ranks
 from minisft.errors import NONFINITE, UserError
 from minisft.kernels.quantize import dynamic_table
 from minisft.loop import train_step
-from minisft.optimizers import OPTIMIZERS
-from minisft.update import build_optimizer, copies, zero_updates
+from minisft.optimizers import OPTIMIZERS, build_optimizer
+from minisft.update import ZeroUpdates
 
 BETAS, EPS = (0.9, 0.98), 1e-8
 WIDE = MODEL | {"hidden_size": 64, "intermediate_size": 96}  # its largest matrices have moments of 8 bits
@@ -231,11 +231,11 @@ def test_small_updates_count_on_average_when_rounded_by_chance(name):
 def test_zero_updates_are_counted():
     p, q = nn.Parameter(torch.tensor([1.0, 1.0, 1.0, 2.0]).bfloat16()), nn.Parameter(torch.ones(2))
     p.grad = torch.tensor([1e-4, 1e-1, 0.0, 1e-4]).bfloat16()
-    before = copies([p, q])  # q has no gradient
-    with torch.no_grad():
+    zero_updates = ZeroUpdates({p, q})  # q has no gradient
+    assert zero_updates.metrics() == {}
+    with zero_updates.counted(), torch.no_grad():
         p -= p.grad
-    (counts,) = zero_updates(before)
-    assert counts.tolist() == [2, 3]  # 1e-4 is lost twice; the zero is no update
+    assert zero_updates.metrics() == {"zero_update_fraction": (2, 3)}  # 1e-4 is lost twice; the zero is no update
 
 
 def test_the_fraction_of_zero_updates_is_logged(go):
@@ -284,8 +284,10 @@ def test_updates_in_the_backward_are_the_usual_ones(home, name, dtype, checkpoin
     for in_backward in (False, True):
         run, config = parts(home, **options, **{"train.optimizer_in_backward": in_backward})
         stats = []
-        for run.step in range(3):
-            stats.append(train_step(run, config.train, run.train.step(0, run.step), is_logged=True).stats.means())
+        for run.progress.step in range(3):
+            stats.append(
+                train_step(run, config.train, run.train.step(0, run.progress.step), is_logged=True).stats.means()
+            )
             assert all(p.grad is None for p in run.model.parameters())
         states = [run.optimizer.state[p] for p in run.model.parameters()]
         ends.append(([p.detach() for p in run.model.parameters()], states, stats))
@@ -300,8 +302,8 @@ def peak_after_two_steps(folder: Path, in_backward: bool, connection) -> None:
     large = MODEL | {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8}
     options = {"model.config": large, "train.per_device_train_batch_size": 1, "train.max_grad_norm": None}
     run, config = parts(folder, **options, **{"train.optimizer_in_backward": in_backward})
-    for run.step in range(2):
-        train_step(run, config.train, run.train.step(0, run.step))
+    for run.progress.step in range(2):
+        train_step(run, config.train, run.train.step(0, run.progress.step))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     connection.send((peak, sum(p.nbytes for p in run.model.parameters())))
 

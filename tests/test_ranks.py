@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny import logged, relative_error, settings, start, train_quietly, weights
+from tiny import logged, relative_error, settings, start, train_quietly, weights, with_infinite_loss
 
 from minisft import loop
 from minisft.errors import NONFINITE, STOPPED
@@ -32,9 +32,8 @@ def train_rank(folder: Path, overrides: dict, rank: int, port: int, broken_step:
     honest_step, honest_finish = loop.train_step, loop.finish
 
     def train_step(run, *arguments, **options):
-        if rank == 1 and run.step + 1 == broken_step:
-            good = run.loss
-            run.loss = lambda *arguments: (lambda total, stats: (total * float("inf"), stats))(*good(*arguments))
+        if rank == 1 and run.progress.step + 1 == broken_step:
+            run = with_infinite_loss(run)
         return honest_step(run, *arguments, **options)
 
     def finish(config, run, *arguments):

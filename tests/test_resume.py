@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tiny import logged, settings, start, train, train_quietly, weights
+from tiny import logged, settings, start, train, train_quietly, weights, with_infinite_loss
 
 from minisft import export, loop
 from minisft import train as command
@@ -83,13 +83,8 @@ def break_steps(monkeypatch, *steps: int) -> None:
     honest = loop.train_step
 
     def train_step(run, *arguments, **options):
-        good = run.loss
-        if run.step + 1 in steps:
-            run.loss = lambda *arguments: (lambda total, stats: (total * float("inf"), stats))(*good(*arguments))
-        try:
-            return honest(run, *arguments, **options)
-        finally:
-            run.loss = good
+        broken = run.progress.step + 1 in steps
+        return honest(with_infinite_loss(run) if broken else run, *arguments, **options)
 
     monkeypatch.setattr(loop, "train_step", train_step)
 

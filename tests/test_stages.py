@@ -356,7 +356,7 @@ def test_a_changed_first_stage(write, tmp_path, capsys):
     capsys.readouterr()
     run(write("train.learning_rate = 0.5\n"))
     said = capsys.readouterr().out
-    assert "another one than when it was finished: train.learning_rate" in said
+    assert "has changed since it was finished: train.learning_rate" in said
     assert "finished already, at step 8" in said and weights(out / "1-first") == before
     assert said.count("finished, at step 8") == 1  # the second
 

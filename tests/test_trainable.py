@@ -83,16 +83,16 @@ def test_a_tied_embedding_is_one_parameter(home, key):
     [
         (
             {"train.trainable": ["q_prj"]},
-            "train.trainable: 'q_prj' is found in no parameter.*\n.*near.*layers.0.self_attn.q_",
+            "train.trainable: 'q_prj' matches no parameter.*\n.*near.*layers.0.self_attn.q_",
         ),
-        ({"train.frozen": [r"layers\.7\."]}, "train.frozen: .*7.* is found in no parameter.*\n.*near names: layers.0"),
-        ({"train.unfreeze": {"zzz": 1}}, "train.unfreeze: 'zzz' is found in no parameter"),
+        ({"train.frozen": [r"layers\.7\."]}, "train.frozen: .*7.* matches no parameter.*\n.*near names: layers.0"),
+        ({"train.unfreeze": {"zzz": 1}}, "train.unfreeze: 'zzz' matches no parameter"),
         (
             {"train.unfreeze": {"embed": 2}, "train.frozen": ["embed"]},
-            "train.unfreeze: 'embed' is found in no parameter",
+            "train.unfreeze: 'embed' matches no parameter",
         ),
         ({"train.trainable": ["("]}, r"train.trainable: '\(' is not a regular expression"),
-        ({"train.frozen": ["."]}, "nothing is left that trains"),
+        ({"train.frozen": ["."]}, "no parameter is left to train"),
         ({"train.unfreeze": {".": 3}}, "nothing trains before step 3"),
         ({"train.unfreeze": {"embed": 1.5}}, "1.5 is not a number of steps"),
         ({"train.unfreeze": {"embed": -1}}, "-1 is not a number of steps"),
@@ -223,7 +223,7 @@ def test_a_parameter_starts_with_an_empty_state_and_its_own_count(home, optim):
         expected |= {n for n in before if n.startswith("layers.0.")} if step >= 4 else set()
         assert moved == expected | ({"embed_tokens.weight"} if step >= 6 else set())
         assert all(p.grad is None for p in run.model.parameters())
-        run.step += 1
+        run.progress.step += 1
         if step < 6:
             assert torch.equal(late.detach(), first) and not run.optimizer.state.get(late)
     state = run.optimizer.state[late]

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -90,6 +91,16 @@ def train_quietly(folder: Path, overrides: dict[str, Any], output: str = os.devn
     """`train` for a process of its own: what it says goes to a file, and it exits with the code of the command."""
     sys.stdout = sys.stderr = open(output, "w")
     sys.exit(run_command(lambda: train(folder, **overrides).exit_code))
+
+
+def with_infinite_loss(run: Run) -> Run:
+    """The same run, whose loss is infinite, and so its gradients."""
+
+    def loss(*arguments):
+        total, metrics = run.loss(*arguments)
+        return total * float("inf"), metrics
+
+    return replace(run, loss=loss)
 
 
 def parts(folder: Path, **overrides: Any) -> tuple[Run, Any]:

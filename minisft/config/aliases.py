@@ -1,9 +1,9 @@
-"""The names of other trainers: what their keys and values are called here, and what is not needed or not supported."""
+"""Other trainers' keys and values: their names here, and those that are not needed or not supported."""
 
 from typing import Any
 
-# Other trainers' names. "theirs": "ours", or ("ours", {their value: our value}) where the values differ; None = nothing
-# is asked for.
+# Other trainers' names. "theirs": "ours", or ("ours", {their value: our value}) where the values differ; None as our value
+# means that theirs has no effect.
 ALIASES: dict[str, str | tuple[str, dict]] = {
     "model_name": "model.model_name_or_path",
     "base_model": "model.model_name_or_path",
@@ -99,7 +99,7 @@ VALUE_ALIASES: dict[str, dict[str, Any]] = {
     "log.report_to": {"none": []},
 }
 
-# Their values of which ours say only a part: what the user is told besides.
+# Notes that are printed with values whose translation says only a part.
 VALUE_NOTES: dict[str, str] = dict.fromkeys(
     ("paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit"),
     "train.offload_optimizer = true keeps its moments in CPU memory",
@@ -115,7 +115,7 @@ NOT_NEEDED: dict[str, str] = {
     "do_last_save": "the last step is always saved",
 }
 
-# Keys that ask for something which minisft does not do: refused, unless they are false.
+# Keys of things that minisft does not do: refused, unless they are false.
 UNSUPPORTED: dict[str, str] = {
     "use_peft": "adapters are switched on by a rank: lora.r = 16",
     "trackio_url": "a remote Trackio server is not supported yet",

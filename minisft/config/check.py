@@ -1,34 +1,44 @@
-"""What no single key of the configuration can tell: what is missing, contradicts itself or is not installed."""
+"""Checks of the configuration as a whole: missing keys, keys that contradict each other, packages that are not installed."""
 
 import importlib.util
 import math
 from collections.abc import Callable
 
-from minisft.config.sections import (
-    ADAMW,
-    KEYS,
-    OF_DIVERGENCE,
-    SMOOTHED,
-    WITHOUT_REFERENCE,
-    Config,
-    config_to_dict,
-    eval_sets,
-)
+from minisft.config.choices import ADAMW
+from minisft.config.sections import KEYS, Config, config_to_dict, eval_sets
 from minisft.config.values import as_toml
 from minisft.errors import UserError
+from minisft.preference.losses import WITH_DIVERGENCE, WITH_LABEL_SMOOTHING, WITHOUT_REFERENCE
 from minisft.schedule import HAVE_NO_FLOOR, wrong_option
 
+Refuse = Callable[[str, str, str], None]  # keys with spaces between them, the problem, a hint: raises UserError
 
-def check(config: Config, origins: dict[str, str], where: str) -> None:
+
+def check_config(config: Config, origins: dict[str, str], where: str) -> None:
     """Raises UserError. where: the configuration came from; origins: each of its values."""
-    model, data, train, evaluate = config.model, config.data, config.train, config.evaluate
     values = config_to_dict(config)
 
     def refuse(keys: str, problem: str, hint: str) -> None:
         written = " and ".join(f"{key} = {as_toml(values[key])} ({origins[key]})" for key in keys.split())
         raise UserError(f"{written}: {problem}", hint=hint)
 
-    # what is missing
+    require_sources(config, where)
+    check_model(config, refuse)
+    check_data(config, refuse)
+    check_schedule(config, refuse)
+    check_optimizer(config, refuse)
+    check_trained(config, refuse)
+    check_evaluation(config, refuse)
+    if config.trainer_type == "dpo":
+        check_dpo(config, refuse)
+    else:
+        refuse_dpo_keys(config, refuse)
+    require_packages(config, refuse)
+
+
+def require_sources(config: Config, where: str) -> None:
+    """A model, a tokenizer and data are named."""
+    model, data = config.model, config.data
     if model.model_name_or_path is None and model.config is None:
         hint = "name a local folder or a Hugging Face repository, or give a [model.config] to train from random weights"
         raise UserError(f"{where}: model.model_name_or_path is not set", hint=hint)
@@ -39,7 +49,9 @@ def check(config: Config, origins: dict[str, str], where: str) -> None:
         hint = 'name a file of rows, as in train_data = "train.jsonl"'
         raise UserError(f"{where}: data.train_data is not set", hint=hint)
 
-    # what contradicts itself
+
+def check_model(config: Config, refuse: Refuse) -> None:
+    model, values = config.model, config_to_dict(config)
     if model.model_name_or_path is not None and model.config is not None:
         keys = "model.model_name_or_path model.config"
         refuse(keys, "the model can come from one of them only", 'set the other one to "none"')
@@ -58,8 +70,12 @@ def check(config: Config, origins: dict[str, str], where: str) -> None:
         ("offload_activations", model.offload_activations),
     ):
         if on and model.gradient_checkpointing is not True:
-            problem = "it is about the blocks that are run again in the backward"
+            problem = "it concerns the blocks that are run again in the backward"
             refuse(f"model.{key} model.gradient_checkpointing", problem, "set gradient_checkpointing = true")
+
+
+def check_data(config: Config, refuse: Refuse) -> None:
+    data = config.data
     if data.eval_data and data.eval_fraction:
         refuse("data.eval_data data.eval_fraction", "evaluation rows come from one of them", "set eval_fraction = 0")
     for key, packs in (("data.packing", data.packing), ("data.eval_packing", data.eval_packing)):
@@ -68,7 +84,11 @@ def check(config: Config, origins: dict[str, str], where: str) -> None:
     if data.truncation == "turns" and data.max_length is None:
         refuse("data.truncation data.max_length", "nothing is too long without a length", "set max_length to a number")
     if data.instruction_marker and not data.response_marker:
-        refuse("data.instruction_marker", "it closes what response_marker opens", "set response_marker too")
+        refuse("data.instruction_marker", "it closes the turn that response_marker opens", "set response_marker too")
+
+
+def check_schedule(config: Config, refuse: Refuse) -> None:
+    data, train = config.data, config.train
     if train.warmup_steps and train.warmup_ratio:
         refuse("train.warmup_steps train.warmup_ratio", "two lengths of one warm-up", "set one of them to 0")
     if train.min_lr > train.learning_rate:
@@ -81,6 +101,15 @@ def check(config: Config, origins: dict[str, str], where: str) -> None:
         refuse(keys, "it averages the weights instead of lowering the rate", "set lr_scheduler_type to constant")
     if train.lr_scheduler_type == "reduce_on_plateau" and not (data.eval_data or data.eval_fraction):
         refuse("train.lr_scheduler_type", "there is nothing to evaluate", "set data.eval_data or data.eval_fraction")
+    for key, value in train.lr_scheduler_kwargs.items():
+        if expected := wrong_option(train.lr_scheduler_type, key, value):
+            refuse("train.lr_scheduler_kwargs", f"{key} = {as_toml(value)}", expected)
+    if train.max_steps == 0:
+        refuse("train.max_steps", "no step trains nothing", "-1 = as num_train_epochs says; otherwise at least 1")
+
+
+def check_optimizer(config: Config, refuse: Refuse) -> None:
+    train = config.train
     if train.optim not in ADAMW and train.offload_optimizer:
         refuse("train.offload_optimizer train.optim", f"{train.optim} has no offloaded form", f"use {ADAMW[0]}")
     if train.weights_dtype == "bf16":
@@ -106,6 +135,11 @@ def check(config: Config, origins: dict[str, str], where: str) -> None:
         for value in rates.values():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 refuse(key, f"{as_toml(value)} is not a rate", "give numbers from 0 on")
+
+
+def check_trained(config: Config, refuse: Refuse) -> None:
+    """The choice of the parameters that train."""
+    train, values = config.train, config_to_dict(config)
     for step in train.unfreeze.values():
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             refuse("train.unfreeze", f"{as_toml(step)} is not a number of steps", "give whole numbers from 0 on")
@@ -113,11 +147,10 @@ def check(config: Config, origins: dict[str, str], where: str) -> None:
         if config.lora.r is not None and values[key]:
             hint = "choose adapters by lora.target_modules, and whole modules by lora.modules_to_save"
             refuse(f"{key} lora.r", "with [lora] the adapters train, and the model is frozen", hint)
-    for key, value in train.lr_scheduler_kwargs.items():
-        if expected := wrong_option(train.lr_scheduler_type, key, value):
-            refuse("train.lr_scheduler_kwargs", f"{key} = {as_toml(value)}", expected)
-    if train.max_steps == 0:
-        refuse("train.max_steps", "no step trains nothing", "-1 = as num_train_epochs says; otherwise at least 1")
+
+
+def check_evaluation(config: Config, refuse: Refuse) -> None:
+    data, evaluate = config.data, config.evaluate
     if evaluate.generate_group_field and not evaluate.generate_data:
         refuse("evaluate.generate_group_field", "there is nothing to group", "set generate_data to a file of rows")
     for name in eval_sets(data.eval_data):
@@ -126,13 +159,18 @@ def check(config: Config, origins: dict[str, str], where: str) -> None:
                 "data.eval_data", f"{as_toml(name)} names metrics", "name evaluation sets with letters, digits, _ - ."
             )
 
-    if config.trainer_type == "dpo":
-        check_dpo(config, refuse)
+
+def refuse_dpo_keys(config: Config, refuse: Refuse) -> None:
+    """The keys of [dpo] are those of another trainer."""
+    values = config_to_dict(config)
     for key, f in KEYS.items():
-        if key.startswith("dpo.") and config.trainer_type != "dpo" and values[key] != f.default:
+        if key.startswith("dpo.") and values[key] != f.default:
             refuse(f"{key} trainer_type", "it belongs to preference tuning", 'set trainer_type = "dpo"')
 
-    # what is not installed
+
+def require_packages(config: Config, refuse: Refuse) -> None:
+    """Everything that the configuration asks for is installed."""
+    model = config.model
     if model.kernels == "triton" and importlib.util.find_spec("triton") is None:
         refuse("model.kernels", "Triton is not installed", 'pip install triton, or kernels = "auto"')
     for tracker in config.log.report_to:
@@ -140,10 +178,17 @@ def check(config: Config, origins: dict[str, str], where: str) -> None:
             refuse("log.report_to", f"{tracker} is not installed", f"pip install {tracker}, or leave it out")
 
 
-def check_dpo(config: Config, refuse: Callable[[str, str, str], None]) -> None:
+def check_dpo(config: Config, refuse: Refuse) -> None:
     """What preference tuning cannot do, and which of its options exclude each other."""
-    data, train, dpo = config.data, config.train, config.dpo
-    losses, e = dpo.loss_type, train.label_smoothing
+    check_losses(config, refuse)
+    check_options_of_losses(config, refuse)
+    check_dpo_data(config, refuse)
+
+
+def check_losses(config: Config, refuse: Refuse) -> None:
+    """The losses go together, and with the weights of pairs and tokens."""
+    dpo, e = config.dpo, config.train.label_smoothing
+    losses = dpo.loss_type
     if not losses or len(set(losses)) < len(losses):
         refuse("dpo.loss_type", "a mixture names each of its losses once", 'as in ["sigmoid", "sft"]')
     if dpo.loss_weights and len(dpo.loss_weights) != len(losses):
@@ -152,7 +197,7 @@ def check_dpo(config: Config, refuse: Callable[[str, str, str], None]) -> None:
     if min(dpo.loss_weights, default=0) < 0 or dpo.loss_weights and not any(dpo.loss_weights):
         refuse(
             "dpo.loss_weights",
-            "losses are to become small: none counts less than 0, one more",
+            "losses are minimised, so no weight may be below 0, and one must be above",
             "give numbers from 0 on",
         )
     if "kto" in losses and len(losses) > 1:
@@ -173,10 +218,19 @@ def check_dpo(config: Config, refuse: Callable[[str, str, str], None]) -> None:
         )
     if not dpo.desirable_weight and not dpo.undesirable_weight:
         refuse("dpo.desirable_weight dpo.undesirable_weight", "nothing would train", "set one of them above 0")
-    values = config_to_dict(config)
+
+
+def check_options_of_losses(config: Config, refuse: Refuse) -> None:
+    """Options of losses that were not chosen, and of references that are not there."""
+    dpo, values = config.dpo, config_to_dict(config)
+    losses = dpo.loss_type
     for key, belongs, to in (
-        ("train.label_smoothing", set(losses) & set(SMOOTHED), f"loss_type {', '.join(SMOOTHED)}"),
-        ("dpo.f_divergence_type", set(losses) & set(OF_DIVERGENCE), f"loss_type {', '.join(OF_DIVERGENCE)}"),
+        (
+            "train.label_smoothing",
+            set(losses) & set(WITH_LABEL_SMOOTHING),
+            f"loss_type {', '.join(WITH_LABEL_SMOOTHING)}",
+        ),
+        ("dpo.f_divergence_type", set(losses) & set(WITH_DIVERGENCE), f"loss_type {', '.join(WITH_DIVERGENCE)}"),
         ("dpo.f_alpha_divergence_coef", dpo.f_divergence_type == "alpha_divergence", "alpha_divergence"),
         ("dpo.discopop_tau", "discopop" in losses, "loss_type discopop"),
         ("dpo.simpo_gamma", "simpo" in losses, "loss_type simpo"),
@@ -196,6 +250,11 @@ def check_dpo(config: Config, refuse: Callable[[str, str, str], None]) -> None:
         if dpo.sync_ref_model and getattr(dpo, key):
             problem = "a reference that follows the policy is a copy of it, and changes"
             refuse(f"dpo.sync_ref_model dpo.{key}", problem, "choose one of them")
+
+
+def check_dpo_data(config: Config, refuse: Refuse) -> None:
+    """Options of the data and of SFT that pairs do not allow."""
+    data, train = config.data, config.train
     if data.packing and data.packing_strategy not in ("bfd", "ffd"):
         refuse("data.packing_strategy trainer_type", "a pair cannot be cut", 'use "bfd"')
     if data.truncation == "turns":

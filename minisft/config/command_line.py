@@ -24,8 +24,8 @@ examples:
 
 A key is written with its section or, where only one section has it, alone. The command line comes before the file, the
 file before the defaults below. A file may start from another one with `extends = "base.toml"`. With
-`stages = ["sft.toml", "dpo.toml"]` it is several runs, each from what the one before wrote, in folders of output_dir;
-its other keys are common to them. The same command again goes on where it was stopped.
+`stages = ["sft.toml", "dpo.toml"]` it is several runs, each from the model that the one before wrote, in folders of
+output_dir; its other keys are common to them. The same command resumes where it was stopped.
 """
 
 HELP_COLUMN, HELP_WIDTH = 44, 120
@@ -64,7 +64,7 @@ def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
 
 
 def _kinds(name: str) -> set[type]:
-    """The types of value that --name takes; empty where anything goes."""
+    """The types of value that --name takes; empty where it takes any."""
     key, entry = full_name(name, "command line", by_last_part=True)
     last = name.rpartition(".")[2]
     if entry or key is None:
@@ -78,7 +78,7 @@ def _kinds(name: str) -> set[type]:
 
 
 def _parse_word(text: str, kinds: set[type]) -> Any:
-    """The value of a word: TOML where it looks like it, a number or a truth where the key takes one, else the word."""
+    """The value of a word: TOML where it looks like it, a number or a bool where the key takes one, else the word."""
     if text[:1] in ("[", "{", '"', "'"):
         try:
             return tomllib.loads(f"value = {text}")["value"]

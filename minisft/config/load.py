@@ -1,15 +1,15 @@
 """From a TOML file and the command line to a `Config`, and back to a file.
 
-Three layers, later ones win, key by key: the defaults of config/sections.py; the file, on top of the file that it `extends`, on
-top of the file which that one extends; the command line. Tables (model.config, data.field_map) merge, everything else
-is replaced. TOML has no null: a key that may be empty is emptied by the word "none".
+Later layers win, key by key: the defaults of config/sections.py; the files that are extended, the base first; the file
+itself; the command line. Tables (model.config, data.field_map) merge, everything else is replaced. TOML has no null: a key
+that may be empty is emptied by the word "none".
 
 Relative paths of data and models that a file names are looked for beside that file first and in the working directory
 second, and are made absolute where they exist, so that a configuration works from any folder. output_dir, cache_dir and
 checkpoint.resume always belong to the working directory.
 
 Every value keeps its origin: the file, the command line or the default. Messages name it, `write_resolved` records it.
-Nothing here imports torch: a mistake is told within a fraction of a second.
+Nothing here imports torch, so a mistake is reported within a fraction of a second.
 """
 
 import glob
@@ -25,17 +25,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from minisft.config.aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIASES, VALUE_NOTES
-from minisft.config.check import check
+from minisft.config.check import check_config
 from minisft.config.sections import KEYS, SECTIONS, Config, config_to_dict
 from minisft.config.values import as_toml, expected, fit, fit_type, nearest_choice
 from minisft.errors import UserError
 
 RESOLVED_NAME = "config.toml"  # in the output folder
 SLICE = re.compile(r"\[[^\[\]]*:[^\[\]]*\]$")  # the end of data.jsonl[:10%]
-DEFAULTS = {
-    "sft": {},
-    "dpo": {"train.learning_rate": 1e-6},
-}  # of a trainer, where they are not those of config/sections.py
+DEFAULTS = {"sft": {}, "dpo": {"train.learning_rate": 1e-6}}  # of a trainer, where config/sections.py has another one
 MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 MODEL_FILES += ("model/config.json", "model/adapter_config.json")  # of a run's output folder
 
@@ -83,12 +80,12 @@ def resolve(layers: list[dict[str, Given]], where: str) -> tuple[Config, dict[st
     config = Config(**tables[""], **{name: section(**tables[name]) for name, section in SECTIONS.items()})
     origins = {key: given[key].origin if key in given else "default" for key in KEYS}
     origins |= {key: "default of trainer_type dpo" for key in of_trainer if key not in given}
-    check(config, origins, where)
+    check_config(config, origins, where)
     return config, origins
 
 
 def fingerprint(config: Config) -> str:
-    """A hash of what decides what a run writes. What it logs and where, and how often it saves, is left out."""
+    """A hash of the keys that decide which model a run writes, without those of logging, saving and auditing."""
     free = ("output_dir", "verbose", "log.", "audit.", "checkpoint.save_steps", "checkpoint.save_total_limit")
     free += ("checkpoint.resume", "data.cache_dir")
     values = {key: as_toml(value) for key, value in config_to_dict(config).items() if not key.startswith(free)}
@@ -234,7 +231,7 @@ class TotalBatch:
 
 
 def _translate(written: str, value: Any, origin: str, by_last_part: bool) -> tuple[str, Any] | None:
-    """Our full name and value; None for a key that nothing here needs. Tells the user about every translation."""
+    """Our full name and value; None for a key that nothing here needs. Prints every translation."""
     if isinstance(value, Path):
         value = str(value)
     key, rest = full_name(written, origin, by_last_part)
@@ -301,7 +298,7 @@ def _nearest_key(written: str, homes: list[str]) -> str:
 
 
 def _tell(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one tells
+    if os.environ.get("RANK", "0") == "0":  # one process of several
         print(f"minisft: {message}", file=sys.stderr)
 
 

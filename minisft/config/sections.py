@@ -1,16 +1,17 @@
 """The configuration: one frozen dataclass for each section of the TOML file.
 
 Every key is one line below: its name and type, its default, and the sentence that `--help` prints. The names are those
-of Hugging Face and TRL; other trainers' names for the same thing are translated by config/aliases.py.
+of Hugging Face and TRL; other trainers' names for the same thing are translated by aliases.py.
 
-config/load.py reads a file and the command line into a `Config`; config/values.py knows the types, config/check.py what
-no single key can tell. No part of the
-engine below the loop sees the whole `Config`: a component takes plain arguments or its own section.
+load.py reads a file and the command line into a `Config`; values.py checks one value, check.py all of them together. No part
+of the engine below the loop sees the whole `Config`: a component takes plain arguments or its own section.
 """
 
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+from minisft.config.choices import OPTIMIZERS
+from minisft.preference.losses import DIVERGENCES, LOSSES
 from minisft.schedule import SCHEDULES
 
 
@@ -35,31 +36,8 @@ Format = Literal[
     "input_ids",
 ]
 Sources = str | list | dict | None  # a path, a table with the fields of data/sources.py's Source, or a list of these
-ADAMW = ("adamw", "adamw_minisft", "adamw_8bit")  # what kernels/adamw.py serves
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
-PairLoss = Literal[
-    "sigmoid",
-    "sigmoid_norm",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "simpo",
-    "orpo",
-    "kto",
-]
-WITHOUT_REFERENCE = ("sft", "simpo", "orpo")  # losses that look at the policy only
-SMOOTHED = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired")  # those that know label_smoothing
-OF_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")  # and f_divergence_type
+PairLoss = Literal[*LOSSES, "kto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +81,7 @@ class LoraSection:
 
     r: int | None = option(None, "rank of the adapters; none = train all weights", at_least=1)
     lora_alpha: float = option(32.0, "adapters are scaled by lora_alpha / r", above=0)
-    lora_dropout: float = option(0.0, "dropout of what the adapters read", at_least=0, below=1)
+    lora_dropout: float = option(0.0, "dropout on the adapters' input", at_least=0, below=1)
     target_modules: str | tuple[str, ...] = option(
         "all-linear", "ends of module names, as in the model's files; or one regular expression of whole names"
     )
@@ -125,7 +103,7 @@ class LoraSection:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
-    """The rows, what is trained in them, and how they are packed."""
+    """The rows, which of their tokens are trained, and how they are packed."""
 
     train_data: Sources = option(
         None,
@@ -183,7 +161,7 @@ class TrainSection:
     """The optimizer, the schedule and the arithmetic of a step."""
 
     learning_rate: float = option(2e-5, "peak learning rate", above=0)
-    lr_scheduler_type: Literal[tuple(SCHEDULES)] = option("linear", "learning rate after the warm-up; see schedule.py")
+    lr_scheduler_type: Literal[*SCHEDULES] = option("linear", "learning rate after the warm-up; see schedule.py")
     lr_scheduler_kwargs: dict = option({}, "options of the schedule, as in {num_cycles = 3} or {decay_ratio = 0.2}")
     min_lr: float = option(0.0, "learning rate at the end; inverse_sqrt and constant have no end", at_least=0)
     warmup_steps: int = option(0, "steps from 0 to the peak", at_least=0)
@@ -192,17 +170,7 @@ class TrainSection:
     max_steps: int = option(-1, "number of optimizer steps; -1 = as num_train_epochs says", at_least=-1)
     per_device_train_batch_size: int = option(8, "rows, or packs, of a micro-batch", at_least=1)
     gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step", at_least=1)
-    optim: Literal[
-        "sgd",
-        "lion",
-        "adamw",
-        "adamw_minisft",
-        "adamw_8bit",
-        "stable_adamw",
-        "schedule_free_adamw",
-        "adafactor",
-        "muon",
-    ] = option(
+    optim: Literal[*OPTIMIZERS] = option(
         "adamw",
         "optimizer; optimizers.py has the update rule of each. adamw = torch's fused one; adamw_minisft = that of "
         "kernels/adamw.py, clipping included; adamw_8bit = the same with moments of 8 bits",
@@ -235,7 +203,8 @@ class TrainSection:
     weights_dtype: Literal["fp32", "bf16"] = option(
         "fp32",
         "bf16 = no master weights: weights, the residual stream and gradients in bf16; micro-batches and ranks still add "
-        "up in fp32. With adamw, adamw_minisft, adamw_8bit; beside adapters, which stay fp32, with any optimizer",
+        "up in fp32. Needs adamw, adamw_minisft or adamw_8bit. With [lora] any optimizer: the adapters stay fp32, only the "
+        "frozen base is bf16",
     )
     stochastic_rounding: bool = option(
         True, "round weights of bf16 up or down by chance, so that small updates add up; false = to the nearest"
@@ -267,14 +236,15 @@ class DpoSection:
     )  # fmt: skip
     loss_weights: tuple[float, ...] = option((), "weights of the losses of a mixture; [] = 1 each")
     beta: float = option(0.1, "how far the policy may move from the reference: less = further", above=0)
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = option(
-        "reverse_kl", "the distance to the reference that is held small"
-    )
+    f_divergence_type: Literal[*DIVERGENCES] = option("reverse_kl", "the distance to the reference that is held small")
     f_alpha_divergence_coef: float = option(0.5, "alpha of the alpha_divergence")
     discopop_tau: float = option(0.05, "temperature of discopop", above=0)
     simpo_gamma: float = option(0.5, "target margin of simpo", at_least=0)
     ld_alpha: float | None = option(
-        None, "LD-DPO: what tokens count beyond the length of the shorter answer; none = 1", at_least=0, at_most=1
+        None,
+        "LD-DPO: weight of an answer's tokens beyond the length of the shorter answer; none = 1 (plain DPO)",
+        at_least=0,
+        at_most=1,
     )
     use_weighting: bool = option(False, "WPO: pairs that are unlikely under the policy count less")
     desirable_weight: float = option(1.0, "kto: weight of the good answers", at_least=0)
@@ -284,7 +254,7 @@ class DpoSection:
     )
     precompute_ref_log_probs: bool = option(
         False,
-        "compute what the reference says once, before the first step, and keep it on disk: no reference in memory",
+        "compute the reference's log-probabilities once, before the first step, and keep them on disk: no reference in memory",
     )
     precompute_ref_batch_size: int | None = option(
         None, "rows, or packs, at once for that; none = evaluate.per_device_eval_batch_size", at_least=1
@@ -329,11 +299,11 @@ class CheckpointSection:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditSection:
-    """Largest shares of what may be wrong, for `minisft audit` and, but for the last four, before every run; 1 = any."""
+    """Largest share of documents with each problem (1 = any). `minisft audit` checks all, a run all but the last four."""
 
     max_no_label: float = option(0.05, "documents with nothing to train", at_least=0, at_most=1)
     max_lost_answer: float = option(0.05, "nothing left to train after the cut at max_length", at_least=0, at_most=1)
-    max_cut_answer: float = option(0.5, "a part of what is trained is lost to that cut", at_least=0, at_most=1)
+    max_cut_answer: float = option(0.5, "a part of the trained tokens is lost to that cut", at_least=0, at_most=1)
     max_too_long: float = option(1.0, "longer than max_length", at_least=0, at_most=1)
     max_untrained_end: float = option(0.01, "an answer whose end is not trained", at_least=0, at_most=1)
     max_double_bos: float = option(0.0, "two BOS tokens at the beginning", at_least=0, at_most=1)
@@ -347,11 +317,11 @@ class AuditSection:
 
 @dataclass(frozen=True, kw_only=True)
 class LogSection:
-    """What is shown and recorded; metrics always go to output_dir as JSONL."""
+    """The console and the trackers; metrics always go to output_dir as JSONL."""
 
     logging_steps: int = option(10, "log every so many steps", at_least=1)
     zero_update_fraction: bool | None = option(
-        None, "log the part of the weights that a step's update left as they were; none = where they are bf16"
+        None, "log the share of the weights that a step's update did not change; none = if there are bf16 weights"
     )
     report_to: tuple[Tracker, ...] = option(("tensorboard",), "trackers; [] = none")
     run_name: str | None = option(None, "name of the run in the trackers; none = the output folder's")

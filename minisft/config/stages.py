@@ -1,21 +1,21 @@
-"""Stages: several runs from one file, each starting from what the one before wrote.
+"""Stages: several runs from one file, each starting from the model that the one before wrote.
 
     stages = ["sft.toml", "dpo.toml"]            # files beside this one
     output_dir = "runs/x"                        # runs/x/1-sft, runs/x/2-dpo
     train.precision = "bf16"                     # all other keys are common to all stages
 
-A stage is a file, or a table with the keys of one; both may extend others. For each of them later layers win:
+A stage is a file, or a table with the keys of one; both may extend others. The later of these layers win:
 
-    defaults < the common keys < where it starts < what the stage extends < its own keys < the command line
+    defaults < the common keys < its starting model < the files that it extends < its own keys < the command line
 
-Common keys of [dpo] are those of the stages with trainer_type = "dpo".
+Common keys of [dpo] apply to the stages with trainer_type = "dpo" only.
 
-Where it starts: a stage after the first starts from <output_dir of the one before>/model, with the tokenizer there, unless it
-names model.model_name_or_path or model.config itself. The model on the command line is the first stage's.
+A stage after the first starts from <output_dir of the one before>/model, with the tokenizer there, unless it names
+model.model_name_or_path or model.config itself. The model on the command line is the first stage's.
 
-The whole list is read and checked before the first stage begins. Each is a run like any other, in a folder of its own that
-holds its resolved configuration, so the same command goes on wherever it was stopped: what is finished is known by the
-manifest of the exported model, which says what configuration made it, and from what.
+The whole list is read and checked before the first stage begins. Each stage is a run like any other, in a folder of its own
+that holds its resolved configuration, so the same command resumes wherever it was stopped. A stage is finished if the
+manifest of its exported model names this configuration and this starting model.
 """
 
 import os
@@ -55,7 +55,8 @@ class Stage:
         return Path(self.config.output_dir) / "model"
 
     def finished_step(self) -> int | None:
-        """The step at which it ended, as it is configured now and from what is there now; None: it has to run."""
+        """The step at which this stage finished, if its configuration and its starting model are still the same; None if it
+        must run."""
         if self.config.checkpoint.resume != "auto" or verify_folder(self.model_dir, hashes=False) is not None:
             return None
         manifest = read_manifest(self.model_dir)
@@ -63,7 +64,7 @@ class Stage:
         return manifest["step"] if manifest.get("config") == fingerprint(self.config) and same_start else None
 
     def changed_keys(self) -> list[str]:
-        """Where it was finished once: the keys whose values are others than then."""
+        """The keys whose values differ from those that the finished stage was run with; empty if it never finished."""
         try:
             if verify_folder(self.model_dir, hashes=False) is not None:
                 return []
@@ -116,19 +117,19 @@ def _stage(
         hint = "write the stages of both in one list" if listing != name else "remove the inner list"
         raise UserError(f"{listing} lists stages itself, and a stage is one run", hint=hint)
     own = [file_layer(file) for file in files]
-    keys = set().union(*own)  # what the stage says itself
+    keys = set().union(*own)  # the keys that the stage sets itself
     previous = before[-1] if before and not keys & {"model.model_name_or_path", "model.config"} else None
     start: dict[str, Given] = {}
     if before:
         commands = {key: value for key, value in commands.items() if key not in START_KEYS}
     trainers = [layer["trainer_type"].value for layer in (*common, *own, commands) if "trainer_type" in layer]
-    if trainers[-1:] != ["dpo"]:  # what all stages have in common of [dpo] is for those that read it
+    if trainers[-1:] != ["dpo"]:  # common keys of [dpo] are for the stages that read them
         *common, commands = [
             {key: value for key, value in layer.items() if not key.startswith("dpo.")} for layer in (*common, commands)
         ]
     if previous is not None:
         written = dict.fromkeys(START_KEYS) | {"model.model_name_or_path": os.path.abspath(previous.model_dir)}
-        start = {key: Given(value, "what the stage before wrote", key) for key, value in written.items()}
+        start = {key: Given(value, "the model of the stage before", key) for key, value in written.items()}
     config, origins = resolve([*common, start, *own, commands], where=name)
 
     short = Path(item).stem if isinstance(item, str) else config.trainer_type
@@ -150,7 +151,7 @@ def _stage(
 
 
 def before_training(stage: Stage) -> Config:
-    """The configuration with the tokenizer that the stage will have, from what is there before the first stage has run."""
+    """The configuration with the tokenizer that the stage will have, for use before the first stage has run."""
     config = stage.config
     if stage.previous is None or stage.previous.model_dir.exists():
         return config

@@ -1,4 +1,4 @@
-"""One value of the configuration: does it fit its key, what would, and how TOML writes it.
+"""One value of the configuration: whether it fits its key, which values would, and how TOML writes it.
 
 The type of a key is an annotation built from bool, int, float, str, list, dict, Literal, tuple[T, ...] and None. TOML
 has no null: None is written "none".
@@ -60,7 +60,7 @@ def _in_range(value: Any, limits: dict) -> bool:
 
 
 def expected(f: Field) -> str:
-    """What a key takes, in words: 'a number above 0 or "none"'."""
+    """The values that a key takes, in words: 'a number above 0 or "none"'."""
     kinds = [kind for kind in get_args(f.type) or [f.type] if kind is not NoneType]
     if get_origin(f.type) in (Literal, tuple):
         kinds = [f.type]
@@ -78,7 +78,7 @@ def _in_words(kind: Any) -> str:
 
 
 def choices(kind: Any) -> tuple[str, ...]:
-    """The words that a key chooses from, () where it takes anything else."""
+    """The words that a key chooses from; () where it takes other values."""
     if get_origin(kind) is tuple:
         kind = get_args(kind)[0]
     return next((get_args(one) for one in (kind, *get_args(kind)) if get_origin(one) is Literal), ())

@@ -3,7 +3,7 @@
 Its defaults are ours but for those below; test_importers.py compares every one with the installed TRL.
 """
 
-from minisft.config.sections import ADAMW
+from minisft.config.choices import ADAMW
 from minisft.importers.training_arguments import CHANGES, HARMLESS, training_arguments
 from minisft.importers.translation import FirstRow, Table, Translation, as_list, as_number, spread
 from minisft.importers.trl_data import sources

@@ -1,4 +1,4 @@
-"""A configuration as text for people: the keys that are set, in the order of config/sections.py, each with where it comes from."""
+"""A configuration as text for people: the keys that are set, in the order of the sections, each with where it comes from."""
 
 import os
 import tempfile

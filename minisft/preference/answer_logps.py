@@ -1,4 +1,4 @@
-"""Log-probabilities of whole answers: what preference tuning compares, under the policy and under the reference alike.
+"""Log-probabilities of whole answers, under the policy or the reference. Preference tuning compares them.
 
     logp(answer) = sum over its tokens of log p(y_t | prompt, y_<t)
 
@@ -7,15 +7,16 @@ tokens, without a matrix of logits; a sum by answer does the rest.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minisft.data.batch import Answers, Batch
 from minisft.kernels.linear_cross_entropy import Stats, linear_cross_entropy
+from minisft.model.decoder import Decoder
 from minisft.preference.losses import ld_weights
 
 
 def answer_logps(
-    model: nn.Module, batch: Batch, ld_alpha: float | None = None, return_stats: bool | str = False
+    model: Decoder, batch: Batch, ld_alpha: float | None = None, return_stats: bool | str = False
 ) -> tuple[Tensor, Stats | None]:
     """log p of every answer, fp32 [2U], and the statistics of the targets [M]."""
     hidden = model(batch.input_ids, batch.position_ids, batch.start, batch.end)  # [T, D]

@@ -1,7 +1,7 @@
-"""The losses of preference tuning: what a pair of answers, one chosen and one rejected, says about the policy.
+"""The losses of preference tuning: functions of a pair of answers, one chosen and one rejected.
 
-Of each answer y to a prompt x the log-probability of its tokens is known, summed, under the policy that is trained and under
-a frozen reference. With the log-ratio of an answer
+The input is the log-probability of each answer y to a prompt x, summed over its tokens, under the policy that is trained and
+under a frozen reference. With the log-ratio of an answer
 
         r(y) = log policy(y | x) - log reference(y | x)                 r_w of the chosen one, r_l of the rejected one
 
@@ -15,15 +15,20 @@ arXiv:2309.16240):
         alpha-divergence    (exp((a - 1) r) - 1) / (a - 1)
 
 Everything is fp32 (or fp64): the differences are small numbers between sums of hundreds of tokens.
+
+A new loss is a function below and its name in LOSSES, and in the tables under it that fit. The configuration reads the
+names from here without torch, so this file uses methods of tensors and imports torch only inside `logsigmoid`.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 LARGEST_EXPONENT = 80.0  # exp of it is finite in fp32
@@ -62,12 +67,20 @@ class Pairs:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What a loss takes besides the pairs."""
+    """The numbers of a loss that are not measured on the pairs."""
 
     beta: float = 0.1
     label_smoothing: float = 0.0  # e, the part of the pairs whose order is taken to be wrong
     discopop_tau: float = 0.05
     simpo_gamma: float = 0.5  # SimPO's target margin
+    f_divergence: str = "reverse_kl"  # one of DIVERGENCES
+    alpha: float = 0.5  # of the alpha-divergence; 1 = reverse KL
+
+
+def logsigmoid(x: Tensor) -> Tensor:
+    from torch.nn.functional import logsigmoid
+
+    return logsigmoid(x)
 
 
 def smoothed(x: Tensor, e: float) -> Tensor:
@@ -87,7 +100,7 @@ def sigmoid_norm(p: Pairs, o: LossOptions) -> Tensor:
 
 def hinge(p: Pairs, o: LossOptions) -> Tensor:
     """max(0, 1 - beta m). Zhao et al. 2023 (SLiC), arXiv:2305.10425; normalised as in RSO, arXiv:2309.06657."""
-    return torch.relu(1 - o.beta * p.margin)
+    return (1 - o.beta * p.margin).relu()
 
 
 def ipo(p: Pairs, o: LossOptions) -> Tensor:
@@ -158,8 +171,8 @@ def discopop(p: Pairs, o: LossOptions) -> Tensor:
 
 
 def sft(p: Pairs, o: LossOptions) -> Tensor:
-    """-log policy(y_w) / (mean |y_w|): summed over the pairs and divided by their number, the mean over all tokens of all
-    chosen answers. For mixtures, so that the chosen answers do not become unlikely too."""
+    """-log policy(y_w) / (mean |y_w|): divided by the batch's mean answer length, so that the mean over pairs is the mean NLL
+    per token over all chosen answers. For mixtures, so that the chosen answers do not become unlikely too."""
     return -p.chosen / p.chosen_length.to(p.chosen.dtype).mean()
 
 
@@ -184,8 +197,29 @@ LOSSES: dict[str, Callable[[Pairs, LossOptions], Tensor]] = {
         *(apo_zero, apo_down, discopop, sft, simpo, orpo),
     )
 }
-WITHOUT_REFERENCE = ("sft", "simpo", "orpo")
+WITHOUT_REFERENCE = ("sft", "simpo", "orpo")  # these read the policy's log-probabilities only
+WITH_LABEL_SMOOTHING = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired")
+WITH_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")  # these read h
 ACROSS_THE_BATCH = ("aot", "aot_unpaired", "sft")  # a pair's loss depends on the others of the micro-batch
+
+
+def make_pairs(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    chosen_length: Tensor,
+    rejected_length: Tensor,
+    o: LossOptions,
+) -> Pairs:
+    """The pairs, with their scores under o.f_divergence; every tensor is [P]."""
+    scores = (divergence_score(r, o.f_divergence, o.alpha) for r in (chosen - ref_chosen, rejected - ref_rejected))
+    return Pairs(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length, *scores)
+
+
+def mixture(pairs: Pairs, weights: dict[str, float], o: LossOptions) -> Tensor:
+    """The weighted sum of losses by their names in LOSSES, [P]."""
+    return sum(weight * LOSSES[name](pairs, o) for name, weight in weights.items())
 
 
 def dpo_loss(
@@ -198,15 +232,13 @@ def dpo_loss(
     loss_type: str | dict[str, float] = "sigmoid",
     chosen_length: Tensor | None = None,
     rejected_length: Tensor | None = None,
-    f_divergence: str = "reverse_kl",
-    alpha: float = 0.5,
-    **options: float,
+    **options: float | str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The losses of P pairs, and the rewards that the policy implies.
 
     The logps: fp32 or fp64 [P], sums over the tokens of each answer. loss_type: a key of LOSSES, or a mixture {key: weight}.
     chosen_length, rejected_length: tokens of the answers [P], for the losses that divide by them; None: 1 each.
-    f_divergence: one of DIVERGENCES; alpha: of the alpha-divergence, 1 = reverse KL. options: of LossOptions.
+    options: fields of LossOptions, f_divergence among them.
 
     Returns losses [P], chosen_rewards [P] and rejected_rewards [P], the latter detached: beta (policy - reference).
     Raises ValueError for an unknown loss, divergence or option, and where label_smoothing does not fit the loss.
@@ -219,19 +251,17 @@ def dpo_loss(
         raise ValueError(f"label_smoothing {o.label_smoothing}: expected 0 or more, below 1 (robust: below 1/2)")
     if "exo_pair" in weights and o.label_smoothing == 0:
         raise ValueError("exo_pair compares with (1 - e, e): label_smoothing must be above 0, 1e-3 is usual")
-    ratios = policy_chosen_logps - ref_chosen_logps, policy_rejected_logps - ref_rejected_logps
-    one = torch.ones_like(policy_chosen_logps)
-    pairs = Pairs(
+    one = policy_chosen_logps.new_ones(policy_chosen_logps.shape)
+    pairs = make_pairs(
         policy_chosen_logps,
         policy_rejected_logps,
         ref_chosen_logps,
         ref_rejected_logps,
         one if chosen_length is None else chosen_length,
         one if rejected_length is None else rejected_length,
-        *(divergence_score(r, f_divergence, alpha) for r in ratios),
+        o,
     )
-    losses = sum(weight * LOSSES[name](pairs, o) for name, weight in weights.items())
-    return losses, *(beta * r.detach() for r in ratios)
+    return mixture(pairs, weights, o), beta * pairs.chosen_ratio.detach(), beta * pairs.rejected_ratio.detach()
 
 
 def divergence_score(r: Tensor, f_divergence: str, alpha: float = 0.5) -> Tensor:
@@ -243,7 +273,7 @@ def divergence_score(r: Tensor, f_divergence: str, alpha: float = 0.5) -> Tensor
     if f_divergence == "js_divergence":
         return math.log(2) + logsigmoid(r)
     if f_divergence == "alpha_divergence" and alpha != 1:
-        return torch.expm1(((alpha - 1) * r).clamp(max=LARGEST_EXPONENT)) / (alpha - 1)
+        return ((alpha - 1) * r).clamp(max=LARGEST_EXPONENT).expm1() / (alpha - 1)
     return r
 
 
@@ -260,7 +290,7 @@ def kto_loss(
     """
     r, z = policy_logps - ref_logps, kl.detach().clamp(min=0)
     good, bad = 1 - (beta * (r - z)).sigmoid(), 1 - (beta * (z - r)).sigmoid()
-    return torch.where(is_desirable, desirable_weight * good, undesirable_weight * bad), beta * r.detach()
+    return (desirable_weight * good).where(is_desirable, undesirable_weight * bad), beta * r.detach()
 
 
 def wpo_weights(
@@ -280,15 +310,16 @@ def wpo_weights(
 
 
 def ld_weights(position: Tensor, shared_length: Tensor, ld_alpha: float) -> Tensor:
-    """What each token's log-probability counts, [M]: 1 within the length that both answers have, ld_alpha beyond.
+    """The weight of each token's log-probability, [M]: 1 within the length that both answers have, ld_alpha beyond.
 
     position: of the token in its answer, from 0, int [M]. shared_length: the shorter answer's length, int [M].
     LD-DPO, Liu et al. 2024, arXiv:2409.06411.
     """
-    return torch.where(position < shared_length, 1.0, ld_alpha)
+    is_shared = position < shared_length
+    return is_shared.float().masked_fill(~is_shared, ld_alpha)
 
 
 def _log_one_minus_exp(x: Tensor) -> Tensor:
     """log(1 - e^x) of x < 0, without cancellation at either end; x = 0, which is rounded, counts as -1e-7."""
     near, far = x.clamp(max=-1e-7), x.clamp(max=-math.log(2))  # each finite, and its gradient, where the other is taken
-    return torch.where(x > -math.log(2), (-torch.expm1(near)).log(), torch.log1p(-far.exp()))
+    return (-near.expm1()).log().where(x > -math.log(2), (-far.exp()).log1p())

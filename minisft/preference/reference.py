@@ -1,10 +1,10 @@
-"""The reference of preference tuning: what the policy is compared with, in the cheapest form there is.
+"""The reference of preference tuning: the model that the policy is compared with, in the cheapest form.
 
-    adapter off    the policy trains new adapters: without them it is the model that it started from. No memory.
-    copy           of what trains, as it was before the first step. One more forward pass a step with these values in the
-                   place of the trained ones: the memory of the trained weights, whatever is frozen is shared.
+    adapter off    if the policy trains new adapters: without them it is the model that it started from. No memory.
+    copy           a copy of the trained parameters, made before the first step. One more forward pass a step runs with
+                   these values in the place of the trained ones. Frozen parameters are shared.
     model          another model, loaded beside the policy.
-    cached         none of them during the training: the log-probabilities of all answers are computed before the first step
+    cached         no reference during the training: the log-probabilities of all answers are computed before the first step
                    and kept on disk, by model and data. Half of the forward passes of every further epoch are saved.
 
 TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656) lets the copy follow the policy: every k steps it becomes
@@ -33,6 +33,7 @@ from minisft.data.batch import Batch
 from minisft.data.loader import Loader, make_batch
 from minisft.data.packing import pack
 from minisft.errors import DATA, MODEL, SAVE, UserError
+from minisft.model.decoder import Decoder
 from minisft.model.lora import adapter_disabled
 from minisft.model.quantized import named_weights
 from minisft.preference.answer_logps import answer_logps
@@ -40,29 +41,29 @@ from minisft.preference.answer_logps import answer_logps
 VERSION = 1  # of the cached log-probabilities; raise it when the same input gives other numbers
 COPY_FILE = "reference.safetensors"  # in a checkpoint, where the reference follows the policy
 
-# Of an answer of n tokens, what rounding may change in its log-probability, over sqrt(n): the tokens' errors are of either
-# sign. A logit of 16 to 32 in bf16 is a multiple of 1/8.
+# The largest rounding error that is accepted in the log-probability of an n-token answer, divided by sqrt(n): token errors
+# have random signs, so their sum grows like sqrt(n). A logit between 16 and 32 in bf16 is a multiple of 1/8.
 ROUNDING = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.25}
-NUM_ALONE = 6  # answers of the first batch that are also looked at alone
+NUM_ALONE = 6  # how many answers of the first batch are recomputed each in a batch of its own
 
 
 @dataclass
 class Reference:
-    """Where the log-probabilities under the reference come from."""
+    """The source of the log-probabilities under the reference."""
 
     kind: str  # "adapter off", "copy", "model", "cached"
-    model: nn.Module | None = None  # of kind "model"
+    model: Decoder | None = None  # of kind "model"
     copies: dict[str, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)  # of kind "copy": by name
     sync_steps: int | None = None  # TR-DPO: the copy follows every so many steps
     mixup_alpha: float = 0.6
 
-    def logps(self, policy: nn.Module, batch: Batch, ld_alpha: float | None = None) -> Tensor:
+    def logps(self, policy: Decoder, batch: Batch, ld_alpha: float | None = None) -> Tensor:
         """fp32 [2U] of the answers of a batch, without gradient."""
         if self.kind == "cached":
             return batch.answers.ref_logps
         device, training = batch.input_ids.device.type, policy.training
         dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        # autocast keeps casts of the parameters that it has seen: here these may have other values
+        # autocast caches the casts of parameters by identity, and here the same parameters may hold other values
         with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
             with self.in_place(policy) as model:
                 logps, _ = answer_logps(model.eval(), batch, ld_alpha)
@@ -70,8 +71,8 @@ class Reference:
         return logps
 
     @contextlib.contextmanager
-    def in_place(self, policy: nn.Module) -> Iterator[nn.Module]:
-        """The reference, which may be the policy with other weights inside the block."""
+    def in_place(self, policy: Decoder) -> Iterator[Decoder]:
+        """Yields the reference, which may be the policy with other weights inside the block."""
         if self.kind == "adapter off":
             with adapter_disabled(policy) as model:
                 yield model
@@ -90,18 +91,18 @@ class Reference:
             self.copies[name] = parameter, value
 
     def follow(self, step: int) -> None:
-        """TR-DPO: after so many optimizer steps, move the copy towards the policy if it is time."""
+        """TR-DPO: move the copy towards the policy if the number of optimizer steps is a multiple of sync_steps."""
         if self.sync_steps and step % self.sync_steps == 0:
             for parameter, value in self.copies.values():
                 value.lerp_(parameter.data, self.mixup_alpha)
 
     def save(self, folder: Path) -> None:
-        """A copy that moves belongs to a checkpoint; all other references come again from where the run started."""
+        """A copy that moves belongs to a checkpoint; every other reference is made again from the starting model."""
         if self.sync_steps:
             save_file({name: value.contiguous() for name, (_, value) in self.copies.items()}, folder / COPY_FILE)
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote. Raises UserError where the checkpoint has it and this run would not, or the other way round."""
+        """Read what `save` wrote. Raises UserError where only the checkpoint or only this run has a moving reference."""
         is_there = (folder / COPY_FILE).exists()
         if is_there != bool(self.sync_steps):
             hint = "set dpo.sync_ref_model as it was, or choose a new output_dir"
@@ -114,18 +115,18 @@ class Reference:
                 value.copy_(file.get_tensor(name))
 
 
-def copy_of(model: nn.Module, trained: Iterable[nn.Parameter]) -> dict[str, tuple[nn.Parameter, Tensor]]:
+def copy_of(model: Decoder, trained: Iterable[nn.Parameter]) -> dict[str, tuple[nn.Parameter, Tensor]]:
     """The trained parameters by name, each with a copy of its value."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {names[p]: (p, p.detach().clone()) for p in trained}
 
 
 def check_start(
-    policy: nn.Module, batch: Batch, reference: Reference, precision: str, ld_alpha: float | None, has_dropout: bool
+    policy: Decoder, batch: Batch, reference: Reference, precision: str, ld_alpha: float | None, has_dropout: bool
 ) -> None:
     """Before the first step policy and reference are the same, so every margin is 0 and the sigmoid loss is ln 2.
 
-    Whatever breaks that (dropout, another reference than was meant) shows here and not after days of training. Raises
+    An error that breaks this (dropout, another reference than was meant) shows here and not after days of training. Raises
     UserError. has_dropout: the policy trains with dropout, and is compared without.
     """
     training = policy.training
@@ -143,11 +144,11 @@ def check_start(
         )
 
 
-def check_layout(policy: nn.Module, batch: Batch, loader: Loader, precision: str) -> None:
-    """Some answers of the batch, alone with their prompt, are as likely as in the batch.
+def check_layout(policy: Decoder, batch: Batch, loader: Loader, precision: str) -> None:
+    """Check that some answers of the batch are as likely when each is alone with its prompt. Raises UserError.
 
-    Policy and reference read the same batch, so that an error of packing, of positions or of a shared prompt would make no
-    difference between them. It would here. The first document of a batch sees itself alone. Raises UserError.
+    Policy and reference read the same batch, so an error of packing, of positions or of a shared prompt makes no difference
+    between them, but it does here. The first document of a batch sees only itself.
     """
     documents = replace(loader.documents, shared=None)
     number = np.unique(np.linspace(0, len(batch.answers.role) - 1, min(NUM_ALONE, len(batch.answers.role)), dtype=int))
@@ -190,10 +191,10 @@ def cache_logps(
     batch_size: int,
     show_progress: bool,
 ) -> tuple[Loader, str]:
-    """The loader with the log-probabilities of all its answers, and how they were come by: "found" or "computed".
+    """The loader with the log-probabilities of all its answers, and whether they were "found" or "computed".
 
-    compute: batch -> fp32 [2U]. key: JSON values that tell model and precision; the data is added here. The ranks share out
-    the work and all have the result; rank 0 writes it. Raises UserError where the folder cannot be written, before the work.
+    compute: batch -> fp32 [2U]. key: JSON values that identify model and precision; the data is added here. The ranks share
+    the work and all have the result; rank 0 writes it. Raises UserError, before the work, where the folder cannot be written.
     """
     documents = loader.documents
     cuts = [hashlib.sha256(part.tobytes()).hexdigest() for part in (documents.index, documents.start, documents.end)]
@@ -236,7 +237,7 @@ def _write(path: Path, ref_logps: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def _claimed(path: Path) -> Iterator[None]:
-    """Hold the lock of a folder that is to be written. Raises UserError where it cannot be."""
+    """Hold the lock of a folder that is to be written. Raises UserError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with waiting_lock(path.with_name(f".lock-{path.name}")):
@@ -246,8 +247,8 @@ def _claimed(path: Path) -> Iterator[None]:
         raise UserError(f"the cached log-probabilities: {error}", hint=hint, exit_code=SAVE) from None
 
 
-def fingerprint(model: nn.Module, without: Set[nn.Parameter] = frozenset()) -> str:
-    """sha256 (hex) of everything that decides what a model says: its configuration and every weight but some."""
+def fingerprint(model: Decoder, without: Set[nn.Parameter] = frozenset()) -> str:
+    """sha256 (hex) of a model: its configuration and its weights, except those of `without`."""
     digest = hashlib.sha256(repr(model.config).encode())
     for name, weight in sorted(named_weights(model).items()):
         if weight in without:
@@ -255,5 +256,7 @@ def fingerprint(model: nn.Module, without: Set[nn.Parameter] = frozenset()) -> s
         tensors = [weight] if isinstance(weight, Tensor) else [t for _, t in sorted(weight.named_buffers())]
         for tensor in tensors:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())  # a scalar has no bytes to view
+            digest.update(
+                tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+            )  # 0-dimensional ones have no view
     return digest.hexdigest()

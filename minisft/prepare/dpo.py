@@ -1,4 +1,4 @@
-"""What a run of preference tuning needs besides the parts of every run: its loss and its reference."""
+"""The parts that only a run of preference tuning has: its loss and its reference."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -7,15 +7,16 @@ import torch
 from torch import nn
 
 from minisft import dpo, ranks, runtime
-from minisft.config.sections import WITHOUT_REFERENCE, Config
+from minisft.config.sections import Config
 from minisft.data.loader import Loader
 from minisft.errors import CONFIG, MODEL, UserError
 from minisft.model.adapter_files import least_vocab_size, load_adapter
+from minisft.model.decoder import Decoder
 from minisft.model.load import load_model
 from minisft.model.lora import adapters
 from minisft.model.quantized import read_record
 from minisft.model.start import find_start
-from minisft.preference.losses import LossOptions
+from minisft.preference.losses import WITHOUT_REFERENCE, LossOptions
 from minisft.preference.reference import Reference, cache_logps, check_layout, check_start, copy_of, fingerprint
 from minisft.prepare.data import cache_folder, titled
 
@@ -32,10 +33,10 @@ class Preference:
 
 
 def prepare_dpo(
-    config: Config, model: nn.Module, trained: set[nn.Parameter], train: Loader, evals: dict[str, Loader],
+    config: Config, model: Decoder, trained: set[nn.Parameter], train: Loader, evals: dict[str, Loader],
     device: torch.device, precision: str,
 ) -> Preference:  # fmt: skip
-    """Everything that depends on the policy as it starts: so before a checkpoint is loaded.
+    """Everything that depends on the policy as it starts, so it must run before a checkpoint is loaded.
 
     Raises UserError where the options do not fit the model, and where policy and reference differ before the first step.
     """
@@ -60,7 +61,7 @@ def prepare_dpo(
         how = "the policy as it starts"
     elif live.kind == "copy":
         size = sum(value.nbytes for _, value in live.copies.values())
-        how = f"a copy of what trains, {size / 1e6:,.1f} MB"
+        how = f"a copy of the trained weights, {size / 1e6:,.1f} MB"
         if section.sync_ref_model:
             how += f", which becomes {section.ref_model_mixup_alpha:g} of the policy every {section.ref_model_sync_steps} steps"
     elif live.kind == "model":
@@ -88,9 +89,9 @@ def objective_of(config: Config) -> dpo.Objective:
             label_smoothing=config.train.label_smoothing,
             discopop_tau=section.discopop_tau,
             simpo_gamma=section.simpo_gamma,
+            f_divergence=section.f_divergence_type,
+            alpha=section.f_alpha_divergence_coef,
         ),
-        f_divergence=section.f_divergence_type,
-        alpha=section.f_alpha_divergence_coef,
         ld_alpha=section.ld_alpha,
         use_weighting=section.use_weighting,
         desirable_weight=section.desirable_weight,
@@ -105,8 +106,8 @@ def describe_loss(objective: dpo.Objective) -> str:
     return f"{' + '.join(terms)}, beta {o.beta:g}{margin if 'simpo' in objective.losses else ''}"
 
 
-def live_reference(config: Config, model: nn.Module, trained: set[nn.Parameter], device: torch.device) -> Reference:
-    """A reference that can be asked for any batch, the cheapest of those that do."""
+def live_reference(config: Config, model: Decoder, trained: set[nn.Parameter], device: torch.device) -> Reference:
+    """The cheapest reference that serves any batch."""
     section = config.dpo
     if section.ref_model_name_or_path is not None:
         start = find_start(section.ref_model_name_or_path, local_files_only=config.model.local_files_only)
@@ -133,7 +134,7 @@ def live_reference(config: Config, model: nn.Module, trained: set[nn.Parameter],
     if model.lora is not None and model.adapter_is_new and not section.sync_ref_model:
         return Reference("adapter off")
     if section.precompute_ref_log_probs:
-        return Reference("copy")  # of nothing: it is asked now, while the policy still is what it starts as
+        return Reference("copy")  # an empty copy: it is asked only now, before the policy's first step
     steps = section.ref_model_sync_steps if section.sync_ref_model else None
     return Reference(
         "copy", copies=copy_of(model, trained), sync_steps=steps, mixup_alpha=section.ref_model_mixup_alpha
@@ -141,10 +142,10 @@ def live_reference(config: Config, model: nn.Module, trained: set[nn.Parameter],
 
 
 def cached(
-    config: Config, model: nn.Module, trained: set[nn.Parameter], live: Reference, train: Loader,
+    config: Config, model: Decoder, trained: set[nn.Parameter], live: Reference, train: Loader,
     evals: dict[str, Loader], device: torch.device, precision: str,
 ) -> tuple[Loader, dict[str, Loader], str]:  # fmt: skip
-    """The loaders with the reference's log-probabilities, and how these were come by."""
+    """The loaders with the reference's log-probabilities, and whether these were found on disk."""
     section = config.dpo
     asked = live.model if live.kind == "model" else model
     is_off = live.kind == "adapter off"
@@ -164,7 +165,7 @@ def cached(
     return train, evals, f"{found} in {cache_folder(config)}"
 
 
-def refuse_windows(model: nn.Module, train: Loader, evals: dict[str, Loader]) -> None:
+def refuse_windows(model: Decoder, train: Loader, evals: dict[str, Loader]) -> None:
     """A sliding window counts keys from the query backwards: across the chosen answer it would reach less of the prompt."""
     for loader in (train, *evals.values()):
         if loader.documents.shared is None:

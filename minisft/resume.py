@@ -1,0 +1,105 @@
+"""Resuming: a run continues exactly where its last checkpoint was, or refuses where it would be another run.
+
+Data order, dropout and noise are pure functions of (seed, step), so nothing is replayed and no generator state is saved. A
+checkpoint holds the weights, the moments and `Progress`; data_order() lists the settings that must not have changed.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from minisft.checkpoint import find_checkpoint, load_checkpoint
+from minisft.config.sections import Config
+from minisft.errors import UserError
+from minisft.export import read_model
+from minisft.prepare.run import Run
+from minisft.schedule import Plateau
+from minisft.strict_json import read_json
+from minisft.update import LossScale
+
+
+def resume(config: Config, run: Run, folder: Path) -> dict | None:
+    """Continue from the checkpoint in `folder` that checkpoint.resume asks for; returns its trainer_state.
+
+    None where there is none: then the run starts at step 0. Raises UserError where the checkpoint belongs to other data,
+    another starting model or another optimizer.
+    """
+    path, skipped = find_checkpoint(folder, config.checkpoint.resume)
+    run.summary.extend(f"skipped    {p}: {reason}" for p, reason in skipped)
+    if path is None:
+        return None
+    require_same_run(config, run, path, read_json(path / "trainer_state.json"))
+    state = load_checkpoint(path, run.model, run.optimizer, read_model)
+    if run.reference is not None:
+        run.reference.load(path)
+    progress = run.progress
+    progress.step, progress.num_tokens = state["step"], state["num_tokens"]
+    progress.nonfinite_steps = state["nonfinite_steps"]
+    if state["precision"] == run.precision:
+        progress.loss_scale = LossScale(**state["loss_scale"])
+    progress.plateau = Plateau(**state.get("plateau", {}))
+    progress.sums.restore(state["sums"])
+    run.summary.append(f"resumed    from {path}")
+    return state
+
+
+def require_same_run(config: Config, run: Run, path: Path, state: dict) -> None:
+    """UserError where the checkpoint of `path`, with this trainer_state, is not one of this run."""
+    was, now = state.get("order", {}), data_order(config, run)
+    if was != now:
+        changed = ", ".join(
+            f"{key} was {was.get(key)}, is {value}" for key, value in now.items() if was.get(key) != value
+        )
+        raise UserError(
+            f"{path} cannot be resumed: tokens would be repeated and missed ({changed})",
+            hint="go back to the data and the settings of that run, choose a new output_dir, or set resume = 'never'",
+        )
+    began, start = state.get("started_from"), run.start
+    if began and start and start.id and began != start.id:
+        raise UserError(
+            f"{path} cannot be resumed: that run started from another model than {start.adapter or start.name} is now "
+            f"({began[:12]}, now {start.id[:12]})",
+            hint="put the model back (model.revision names a commit), choose a new output_dir, or start this run over from "
+            f"the model as it is now: resume = 'never', or move {config.output_dir} away",
+        )
+    optim, used = config.train.optim, state.get("optim", config.train.optim)
+    if optim != used and {optim, used} != {"adamw", "adamw_minisft"}:  # these two keep the same state
+        hint = f"set optim = '{used}', or start a new run from the model of this one"
+        raise UserError(f"{path} holds the state of {used}, but train.optim = '{optim}'", hint=hint)
+
+
+def training_state(config: Config, run: Run) -> dict:
+    """The part of a checkpoint that is JSON: everything but weights and moments. All ranks call it."""
+    progress = run.progress
+    return {
+        "num_tokens": progress.num_tokens,
+        "nonfinite_steps": progress.nonfinite_steps,
+        "precision": run.precision,
+        "loss_scale": asdict(progress.loss_scale),
+        "plateau": asdict(progress.plateau),
+        "optim": config.train.optim,
+        "started_from": run.start.id if run.start else None,
+        "sums": progress.sums.state(),
+        "order": data_order(config, run),
+    }
+
+
+def data_order(config: Config, run: Run) -> dict:
+    """Everything that decides which tokens are in which step: a resumed run must have the same."""
+    packing = config.data.packing_strategy if config.data.packing else "none"
+    if config.data.packing and run.train.documents.shared is not None:
+        packing += " of pairs that share a prompt"  # pairs of other lengths, in other packs
+    return {
+        "data": run.train.documents.cache.fingerprint,
+        "documents": len(run.train.documents),
+        "weights": [source.weight for source in run.train.documents.cache.sources],
+        "packing": packing,
+        "max_length": config.data.max_length,
+        "truncation": config.data.truncation,
+        "packs": run.train.plan.num_packs,
+        "packs a step": run.train.packs_per_step,
+        "seed": config.train.seed,
+        "shuffle": config.data.shuffle,
+        "numpy": np.__version__.split(".")[0],  # its shuffles are stable within a major version
+    }
