@@ -299,7 +299,7 @@ class CheckpointSection:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditSection:
-    """Largest share of documents with each problem (1 = any). `minisft audit` checks all, a run all but the last four."""
+    """Largest share of documents with each problem, 1 = any. `minisft audit` checks all, runs all but the last four."""
 
     max_no_label: float = option(0.05, "documents with nothing to train", at_least=0, at_most=1)
     max_lost_answer: float = option(0.05, "nothing left to train after the cut at max_length", at_least=0, at_most=1)
