@@ -16,6 +16,7 @@ from torch import nn
 
 from minisft import atomic_folder, checkpoint
 from minisft.errors import CONFIG, DATA, SAVE, UserError
+from minisft.update import build_optimizer
 
 
 def make(seed: int = 0, optimizer=torch.optim.AdamW, **options):
@@ -341,6 +342,25 @@ def test_too_little_space_is_refused_at_the_start_and_before_a_save(tmp_path, mo
     with pytest.raises(OSError, match="GB needed"):
         save(tmp_path, 2, model, opt)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_minisft"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_space_asked_for_at_the_start_is_what_a_checkpoint_takes(tmp_path, dtype, name):
+    """Weights in bf16 have moments in fp32."""
+    model, _ = make()
+    model.to(dtype)
+    groups = [{"params": list(model.parameters()), "peak_lr": 0.1, "weight_decay": 0.0, "embedding": False}]
+    opt = build_optimizer(name, groups, betas=(0.9, 0.99), eps=1e-8)
+    at_the_start = checkpoint.checkpoint_bytes(model, opt)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    path = save(tmp_path, 1, model, opt)
+    files = [load_file(path / name) for name in ("model.safetensors", "optimizer.safetensors")]
+    tensors = sum(tensor.nbytes for file in files for tensor in file.values())
+    assert tensors == checkpoint.checkpoint_bytes(model, opt)
+    assert tensors == at_the_start + 4 * 4  # and a step counter for each parameter
 
 
 # ------------------------------------------------------------------------------------------------- retention

@@ -35,7 +35,7 @@ BETA = 0.3
 
 
 def make_pairs(num_pairs=7, roles=(CHOSEN, REJECTED), seed=0, weighted=False, longest=12) -> Documents:
-    """Random pairs that share a prompt, in the cache's layout."""
+    """Random pairs that share a prompt, in the cache's layout. weighted: the two answers of a pair differ in their weight."""
     rng = np.random.default_rng(seed)
     ids, kinds, lengths = [], [], []
     for _ in range(num_pairs):
@@ -46,7 +46,7 @@ def make_pairs(num_pairs=7, roles=(CHOSEN, REJECTED), seed=0, weighted=False, lo
             kinds += [USER] * len(prompt) + [ANSWER | TRAINED] * len(answer)
             lengths.append(len(prompt) + len(answer))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    weights = np.repeat(rng.uniform(0.5, 2, num_pairs), np.add.reduceat(lengths, range(0, 2 * num_pairs, 2)))
+    weights = np.repeat(rng.uniform(0.5, 2, 2 * num_pairs), lengths)
     role = np.tile(np.array(roles, dtype=np.uint8), num_pairs)
     if MISMATCHED in roles:
         role[::4] = REJECTED  # good and bad in turn
@@ -438,6 +438,7 @@ def test_at_the_start_the_loss_is_ln_2(other):
     value, stats, _ = run(model, batch, objective("sigmoid"), reference)
     assert value.item() / 7 == pytest.approx(math.log(2), rel=1e-12)
     assert sums(stats)["rewards/margins"] == (0, 7)
+    assert sums(stats)["rewards/accuracies"] == (0, 7)  # a tie is not right
 
 
 def test_tr_dpo_follows_every_so_many_steps(tmp_path):

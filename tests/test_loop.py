@@ -6,12 +6,27 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import MODEL, logged, parts, relative_error, settings, train, weights, with_infinite_loss, write_rows
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from tiny import (
+    GPT2,
+    MODEL,
+    logged,
+    parts,
+    relative_error,
+    settings,
+    train,
+    weights,
+    with_spoilt_loss,
+    write_rows,
+)
 
 from minisft.errors import UserError
 from minisft.loop import train_step
 from minisft.metrics import Sums
 from minisft.runtime import seed_step
+from minisft.update import LossScale
 
 # fp32 sums in another order differ by a few ulp (6e-8) times a small factor; the bound of the house for equal maths.
 TOLERANCE = 1e-6
@@ -245,6 +260,32 @@ def test_named_evaluation_sets(tmp_path):
     assert len(logged(result.output_dir, "eval_a_loss")) == 2
 
 
+def test_tokens_and_the_fill_of_packs_are_counted_over_whole_passes(tmp_path):
+    """Steps of 5 packs, so that the last step of a pass is short; two passes, and one log window for both."""
+    options = {"data.packing": True, "train.per_device_train_batch_size": 5, "log.logging_steps": 1000}
+    run, _ = parts(tmp_path, **options)
+    num_packs, num_tokens = run.train.plan.num_packs, int(run.train.documents.lengths.sum())
+    assert num_packs % 5 != 0
+    metrics = train(tmp_path, **options).metrics
+    assert metrics["num_tokens"] == 2 * num_tokens
+    assert metrics["packing_fill"] == pytest.approx(num_tokens / (num_packs * 64), rel=1e-12)
+
+
+def test_every_step_draws_its_own_noise_and_dropout(tmp_path):
+    """The same rows in every step, and weights that do not move: only the random numbers differ."""
+    settings(tmp_path)
+    options = {"data.train_data": str(tmp_path / "rows.jsonl[:8]"), "data.shuffle": False, "train.max_steps": 4}
+    options |= {"train.learning_rate": 1e-30}  # an update that rounds to nothing
+    still = GPT2 | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    for name, keys, num_losses in (
+        ("plain", {"model.config": still}, 1),
+        ("noise", {"model.config": still, "train.neftune_noise_alpha": 5.0}, 4),
+        ("dropout", {"model.config": still | {"resid_pdrop": 0.1}}, 4),
+    ):
+        losses = logged(train(tmp_path, output_dir=str(tmp_path / name), **options | keys).output_dir)
+        assert len(set(losses)) == num_losses, name
+
+
 @pytest.mark.parametrize("strategy", ["bfd", "ffd", "bfd_split"])
 def test_the_account_counts_the_targets_of_an_epoch(tmp_path, strategy):
     """Documents are cut (bfd, ffd) or split: what the summary calls trained is what the batches of an epoch train."""
@@ -294,12 +335,21 @@ def test_a_step_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
     assert len(json.loads(report.read_text())["rows"]) == 8
 
 
-def test_skipping_leaves_weights_and_moments_alone(tmp_path):
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda total: total * float("inf"),  # the loss and its gradient
+        lambda total: total + float("nan"),  # the loss alone
+        lambda total: total + (0 * total).sqrt(),  # the gradient alone: 0 times infinity
+    ],
+    ids=["both", "loss", "gradient"],
+)
+def test_skipping_leaves_weights_and_moments_alone(tmp_path, spoil):
     run, config = parts(tmp_path, **{"train.on_nonfinite": "skip"})
     train_step(run, config.train, run.train.step(0, 0))
     before = [p.detach().clone() for p in run.model.parameters()]
     moments = [s["exp_avg"].clone() for s in run.optimizer.state.values()]
-    assert not train_step(with_infinite_loss(run), config.train, run.train.step(0, 1)).updated
+    assert not train_step(with_spoilt_loss(run, spoil), config.train, run.train.step(0, 1)).updated
     assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), before))
     assert all(torch.equal(s["exp_avg"], m) for s, m in zip(run.optimizer.state.values(), moments))
     assert all(p.grad is None for p in run.model.parameters())
@@ -325,6 +375,26 @@ def test_low_precision_learns_like_fp32(tmp_path, precision):
     )
     assert low[0] == pytest.approx(exact[0], rel=2**-8)  # bf16 keeps 8 bits; fp16 more
     assert low[-1] == pytest.approx(exact[-1], rel=0.02)
+
+
+def test_the_gradients_of_fp16_are_those_of_fp32(tmp_path):
+    """Whatever the loss is scaled by."""
+    _, grads = gradients_of_step(tmp_path, **{"train.precision": "fp16"})
+    _, exact = gradients_of_step(tmp_path)
+    # 2^-11 for every product that is rounded, and a few of these one after the other; the largest seen is 2^-10
+    assert max(relative_error(grads[name], exact[name]) for name in exact) < 2**-8
+
+
+@hypothesis_settings(deadline=None)
+@given(st.lists(st.sampled_from([False, False, False, True]), max_size=30), st.integers(1, 4))
+def test_the_loss_scale_doubles_after_good_steps_in_a_row(overflows, interval):
+    """And not after as many that an overflow parts."""
+    loss_scale, exponent, in_a_row = LossScale(growth_interval=interval), 16, 0
+    for overflow in overflows:
+        loss_scale.update(overflow)
+        in_a_row = 0 if overflow else in_a_row + 1
+        exponent += -1 if overflow else in_a_row % interval == 0
+        assert loss_scale.scale == 2.0**exponent
 
 
 def test_an_fp16_overflow_halves_the_scale_and_skips(tmp_path):

@@ -306,6 +306,46 @@ def test_a_twin_is_used_only_where_it_renders_the_same(monkeypatch):
     assert strategies == {"system": "known", "turns": "prefix", "whitespace": "known"}
 
 
+# ------------------------------------------------------------------------------------------------- tags that go wrong
+
+
+def tagged(question: str = "false", answer: str = "false", header: str = "false") -> ChatTemplate:
+    """A template with tags around its answers. Three conditions on the number n of a message: whether a question, or an
+    answer, ends in an exclamation mark, and whether the tags hold the header of an answer too."""
+    return ChatTemplate(
+        "{% for m in messages %}{% set n = loop.index0 %}{% if m.role == 'assistant' %}"
+        "{% if " + header + " %}{% generation %}<assistant>{{ m.content }}</s>{% endgeneration %}{% else %}"
+        "<assistant>{% generation %}{{ m.content }}{{ '!' if " + answer + " }}</s>{% endgeneration %}{% endif %}"
+        "{% else %}<{{ m.role }}>{{ m.content }}{{ '!' if " + question + " }}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+
+
+TURNS = [user("1"), assistant("one"), user("2"), assistant("two"), user("3"), assistant("three")]
+
+
+@pytest.mark.parametrize("messages", [TURNS, [*TURNS, user("4")]], ids=["ends in an answer", "ends in a question"])
+@pytest.mark.parametrize("kind", ["answer", "question", "header"])
+def test_every_turn_is_trained_as_at_inference_wherever_tags_go_wrong(messages, kind):
+    """A template that renders one turn in another way once messages follow it. Each of the turns in its place."""
+    for i in (1, 3, 5):
+        followed = f"messages | length > {i + 1}"
+        n = i - 1 if kind == "question" else i
+        template = tagged(**{kind: f"n == {n} and {followed}"})
+        documents = render_conversation(template, messages)
+        assert [text for document in documents for text in trained(document)] == ["one</s>", "two</s>", "three</s>"]
+        for n, message in enumerate(messages):
+            if message["role"] == "assistant":
+                seen = render(template, messages[:n], add_generation_prompt=True) + message["content"] + "</s>"
+                assert any(document.text.startswith(seen) for document in documents), (i, n)
+
+
+def test_tags_that_hold_the_header_of_a_later_answer_are_refused_at_the_start():
+    check_template(tagged(), TERMINATORS)
+    with pytest.raises(UserError, match="trains the header of an answer"):
+        check_template(tagged(header="n == 3"), TERMINATORS)
+
+
 # ------------------------------------------------------------------------------------------------- kinds
 
 

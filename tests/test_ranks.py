@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny import logged, relative_error, settings, start, train_quietly, weights, with_infinite_loss
+from tiny import logged, relative_error, settings, start, train_quietly, weights, with_spoilt_loss
 
 from minisft import loop
 from minisft.errors import NONFINITE, STOPPED
@@ -33,7 +33,7 @@ def train_rank(folder: Path, overrides: dict, rank: int, port: int, broken_step:
 
     def train_step(run, *arguments, **options):
         if rank == 1 and run.progress.step + 1 == broken_step:
-            run = with_infinite_loss(run)
+            run = with_spoilt_loss(run)
         return honest_step(run, *arguments, **options)
 
     def finish(config, run, *arguments):

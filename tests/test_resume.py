@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tiny import logged, settings, start, train, train_quietly, weights, with_infinite_loss
+from tiny import GPT2, logged, settings, start, train, train_quietly, weights, with_spoilt_loss
 
 from minisft import export, loop
 from minisft import train as command
@@ -84,14 +84,13 @@ def break_steps(monkeypatch, *steps: int) -> None:
 
     def train_step(run, *arguments, **options):
         broken = run.progress.step + 1 in steps
-        return honest(with_infinite_loss(run) if broken else run, *arguments, **options)
+        return honest(with_spoilt_loss(run) if broken else run, *arguments, **options)
 
     monkeypatch.setattr(loop, "train_step", train_step)
 
 
 # ---- stopped by a signal ----------------------------------------------------------------------------------------
 
-GPT2 = {"model_type": "gpt2", "vocab_size": 259, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 RUNS = {
     "plain": {},
     # everything that is random, and a log window of 3 steps that is open at most of the saves

@@ -30,6 +30,7 @@ MODEL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+GPT2 = {"model_type": "gpt2", "vocab_size": 259, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 
 def write_rows(path: Path, count: int = 64, **fields: Any) -> Path:
@@ -93,12 +94,14 @@ def train_quietly(folder: Path, overrides: dict[str, Any], output: str = os.devn
     sys.exit(run_command(lambda: train(folder, **overrides).exit_code))
 
 
-def with_infinite_loss(run: Run) -> Run:
-    """The same run, whose loss is infinite, and so its gradients."""
+def with_spoilt_loss(
+    run: Run, spoil: Callable[[torch.Tensor], torch.Tensor] = lambda total: total * float("inf")
+) -> Run:
+    """The same run with spoil(loss) for its loss: infinite, and so its gradients, unless told otherwise."""
 
     def loss(*arguments):
         total, metrics = run.loss(*arguments)
-        return total * float("inf"), metrics
+        return spoil(total), metrics
 
     return replace(run, loss=loss)
 
