@@ -16,7 +16,7 @@ from torch import nn
 
 from minisft import atomic_folder, checkpoint
 from minisft.errors import CONFIG, DATA, SAVE, UserError
-from minisft.update import build_optimizer
+from minisft.optimizers import build_optimizer
 
 
 def make(seed: int = 0, optimizer=torch.optim.AdamW, **options):
