@@ -4,12 +4,14 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # Rooms that are not named here are of floor 3. "data/*" stands for the rooms of the folder without a line of their own.
 FLOORS = {
@@ -54,7 +56,6 @@ EXTRA_ROOMS = {
     "kernels/adamw": {"kernels/quantize", "kernels/adamw_formats"},
     "kernels/adamw_formats": {"kernels/quantize"},
 }
-EXTRAS = ("install_requires", "extras_require")
 FORBIDDEN_MODULES = {"pickle", "cPickle", "shelve", "marshal", "dill", "joblib", "cloudpickle"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "torch.load", "torch.save", "torch.hub.load", "os.system"}
 
@@ -172,19 +173,22 @@ def test_floors_0_and_1_and_the_commands_load_without_what_they_do_not_need():
 
 
 def test_constraints_pin_every_direct_dependency():
-    setup = ast.parse((ROOT / "setup.py").read_text())
-    named = {
-        k.arg: ast.literal_eval(k.value) for k in ast.walk(setup) if isinstance(k, ast.keyword) and k.arg in EXTRAS
-    }
-    tested = [
-        *named["install_requires"],
-        *(r for e in ("test", "bench", "parquet") for r in named["extras_require"][e]),
-    ]
+    project = PYPROJECT["project"]
+    extras = project["optional-dependencies"]
+    tested = [*project["dependencies"], *(r for e in ("test", "bench", "parquet") for r in extras[e])]
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+(; .+)?", pin) for pin in pins)  # no local versions, one pin a line
     assert {re.split(r"[^a-z0-9-]", requirement)[0] for requirement in tested} <= {
         pin.partition("==")[0] for pin in pins
     }
+
+
+def test_every_package_is_installed():
+    settings = PYPROJECT["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in FILES.values()}
+    names = {folder.replace("/", ".").replace("kernels", "minisft.kernels") for folder in folders}
+    assert settings["packages"] == sorted(names)
+    assert [name for name in settings["package-data"]["minisft"] if not (ROOT / "minisft" / name).is_file()] == []
 
 
 # ------------------------------------------------------------------------------------------------- the test of the test
