@@ -173,6 +173,7 @@ def list_dataset(repo: str, revision: str | None, *, local_files_only: bool = Fa
         if isinstance(error, RevisionNotFoundError) and revision == CONVERTED:
             return [], ""
         raise _user_error(error, repo, revision, DATA) from None
+    assert commit is not None  # `expand` asked for it
     with suppress(OSError):  # a cache that cannot be written may still be read
         make_folder(folder)
         for kept in (folder / f"{name}.json", folder / f"{commit}.json"):
@@ -214,7 +215,7 @@ def read_card(repo: str, commit: str, *, local_files_only: bool = False) -> dict
 # ------------------------------------------------------------------------------------------------- what went wrong
 
 
-def _user_error(error: Exception, repo: str, revision: str | None, exit_code: int) -> UserError:
+def _user_error(error: BaseException, repo: str, revision: str | None, exit_code: int) -> UserError:
     from huggingface_hub import errors
 
     is_miss = isinstance(error, errors.LocalEntryNotFoundError)
@@ -224,7 +225,8 @@ def _user_error(error: Exception, repo: str, revision: str | None, exit_code: in
     page = f"https://huggingface.co/{'datasets/' if exit_code == DATA else ''}{repo}"
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
-    is_refused = status == 403 or status == 401 and "credentials" in response.headers.get("X-Error-Message", "")
+    headers = getattr(response, "headers", {})
+    is_refused = status == 403 or status == 401 and "credentials" in headers.get("X-Error-Message", "")
     if isinstance(error, errors.HFValidationError):
         problem, hint = f"{repo!r} is not a valid repository name ({error})", "give a local path or owner/name"
     elif isinstance(error, errors.GatedRepoError):

@@ -26,6 +26,7 @@ stable steps of warmup_stable_decay: a run can be resumed there and decayed late
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 # Every schedule, with what it takes besides the number of steps and of warm-up steps.
 SCHEDULES: dict[str, dict] = {
@@ -46,7 +47,7 @@ DECAYS = {
 }
 
 
-def wrong_option(name: str, key: str, value: object) -> str:
+def wrong_option(name: str, key: str, value: Any) -> str:
     """What schedule `name` expects instead of this option; empty if the option is right."""
     if key == "min_lr":
         return "it has a key of its own, train.min_lr"
@@ -69,7 +70,7 @@ def wrong_option(name: str, key: str, value: object) -> str:
 
 
 def lr_factor(
-    name: str, step: int, total_steps: int, warmup_steps: int = 0, min_factor: float = 0.0, **options: object
+    name: str, step: int, total_steps: int, warmup_steps: int = 0, min_factor: float = 0.0, **options: Any
 ) -> float:
     """Learning rate of update `step` (0 = the first) divided by the peak; `name` and `options` as in SCHEDULES."""
     assert name in SCHEDULES, name
@@ -116,7 +117,7 @@ def after_evaluation(
     total_steps: int = 0,
     warmup_steps: int = 0,
     min_factor: float = 0.0,
-    **options: object,
+    **options: Any,
 ) -> Plateau:
     """The plateau after an evaluation at `step`. It changes only for reduce_on_plateau, after the warm-up.
 

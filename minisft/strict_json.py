@@ -42,7 +42,7 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 def _decode(text: str) -> Any:
     """_DECODER.decode(text) in two thirds of its time for a short text: without its two searches for whitespace."""
     try:
-        value, end = _DECODER.scan_once(text, 0)
+        value, end = _DECODER.scan_once(text, 0)  # pyright: ignore[reportAttributeAccessIssue] typeshed leaves it out
     except StopIteration:  # whitespace comes first, or no value does
         return _DECODER.decode(text)
     return _DECODER.decode(text) if text[end:].strip(" \t\n\r") else value  # something follows: let it complain

@@ -69,9 +69,10 @@ def _kinds(name: str) -> set[type]:
     last = name.rpartition(".")[2]
     if entry or key is None:
         return {bool} if not entry and last in UNSUPPORTED else set()
-    if isinstance(ALIASES.get(last), tuple) and name not in KEYS:
-        return {type(theirs) for theirs in ALIASES[last][1]} | ({str} if KEYS[key].type is str else set())
-    kind = KEYS[key].type
+    alias = ALIASES.get(last)
+    if isinstance(alias, tuple) and name not in KEYS:
+        return {type(theirs) for theirs in alias[1]} | ({str} if KEYS[key].type is str else set())
+    kind: Any = KEYS[key].type
     if get_origin(kind) is tuple:
         return {list, str}
     return {str} if get_origin(kind) is Literal else {kind, *get_args(kind)}

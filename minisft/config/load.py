@@ -249,7 +249,8 @@ def _translate(written: str, value: Any, origin: str, by_last_part: bool) -> tup
     if last == "total_batch_size":
         return key, TotalBatch(value)
 
-    spellings = VALUE_ALIASES.get(key, {}) | (ALIASES[last][1] if isinstance(ALIASES.get(last), tuple) else {})
+    alias = ALIASES.get(last)
+    spellings = VALUE_ALIASES.get(key, {}) | (alias[1] if isinstance(alias, tuple) else {})
     new = spellings.get(value, value) if isinstance(value, (bool, str)) else value
     if new is None and value is not None:
         _tell(f"{origin}: {before} has no effect")

@@ -14,6 +14,9 @@ from minisft.config.choices import OPTIMIZERS
 from minisft.preference.losses import DIVERGENCES, LOSSES
 from minisft.schedule import SCHEDULES
 
+# A Literal of a table's names, as in Literal[tuple(SCHEDULES)], is exact at run time and unknown to a type checker.
+# pyright: reportInvalidTypeForm=false
+
 
 def option(default: Any, help: str, **limits: Any) -> Any:
     """One key: default, line of --help, and limits: above, at_least, below, at_most; is_path = "data" | "model"."""
@@ -348,7 +351,9 @@ class Config:
     log: LogSection = field(default_factory=LogSection)
 
 
-SECTIONS: dict[str, type] = {f.name: f.type for f in fields(Config) if is_dataclass(f.type)}
+SECTIONS: dict[str, type] = {
+    f.name: f.type for f in fields(Config) if isinstance(f.type, type) and is_dataclass(f.type)
+}
 
 # Every key under its full name: "output_dir", "train.learning_rate", ...
 KEYS: dict[str, Field] = {f.name: f for f in fields(Config) if f.name not in SECTIONS}

@@ -6,6 +6,7 @@ has no null: None is written "none".
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import MISSING, Field
 from difflib import get_close_matches
 from types import NoneType
@@ -48,7 +49,7 @@ def fit_type(value: Any, kind: Any) -> Any:
     return value if isinstance(value, kind) else MISSING
 
 
-def _in_range(value: Any, limits: dict) -> bool:
+def _in_range(value: Any, limits: Mapping[str, Any]) -> bool:
     if not isinstance(value, (int, float)):
         return True
     return (
