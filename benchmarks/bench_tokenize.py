@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.harness import ROOT, print_table, time_interleaved, write_csv
 from minisft.data.cache import build_cache
-from minisft.data.layout import FormatOptions
+from minisft.data.row_format import FormatOptions
 from minisft.data.sources import parse_source, read_rows
 from minisft.data.tokenizer import train_tokenizer
 

@@ -55,11 +55,11 @@ def write_rows(path: Path, shape: str, num_rows: int) -> None:
 def validate(path: str) -> dict:
     """Check every row of a file; returns how many there are, how many of them are bad, and the seconds that it took."""
     from minisft.data.formats import to_example
-    from minisft.data.layout import FormatOptions, detect_layout, rename_fields
+    from minisft.data.row_format import FormatOptions, detect_row_format, rename_fields
     from minisft.data.rows import BadRow, RowError
     from minisft.data.sources import parse_source, read_rows
 
-    options, layout = FormatOptions(), None
+    options, row_format = FormatOptions(), None
     num_rows, dropped = 0, Counter()
     source = parse_source(path)
     started = time.perf_counter()
@@ -70,8 +70,8 @@ def validate(path: str) -> dict:
             continue
         try:
             data = rename_fields(row.data, source.field_map)
-            layout = layout or detect_layout(data, source.format, options, has_template=True)
-            to_example(data, layout, options)
+            row_format = row_format or detect_row_format(data, source.format, options, has_template=True)
+            to_example(data, row_format, options)
         except RowError as error:
             dropped[error.reason] += 1
     seconds = time.perf_counter() - started

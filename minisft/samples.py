@@ -7,7 +7,7 @@ from torch import nn
 
 from minisft import runtime
 from minisft.data.formats import to_example
-from minisft.data.layout import FormatOptions, detect_layout, rename_fields
+from minisft.data.row_format import FormatOptions, detect_row_format, rename_fields
 from minisft.data.rows import BadRow, RowError, place
 from minisft.data.sources import parse_source, read_rows
 from minisft.data.tokenizer import Tokenizer
@@ -34,14 +34,14 @@ def read_prompts(
     """
     options = replace(options, answers="chosen")
     prompts: list[Prompt] = []
-    layout = None
+    row_format = None
     for row in read_rows(parse_source(path)):
         if isinstance(row, BadRow):
             raise UserError(str(row), exit_code=DATA)
         try:
             data = rename_fields(row.data, field_map)
-            layout = layout or detect_layout(data, "auto", options, tokenizer.template is not None)
-            example = to_example(data, layout, options)
+            row_format = row_format or detect_row_format(data, "auto", options, tokenizer.template is not None)
+            example = to_example(data, row_format, options)
         except RowError as error:
             raise UserError(f"{place(row.file, row.line)}: {error}", exit_code=DATA) from None
         if example.messages:
@@ -53,7 +53,7 @@ def read_prompts(
             ids = (tokenizer.prefix_ids if options.add_special_tokens else []) + tokenizer.encode(text)
         else:
             raise UserError(
-                f"{place(row.file, row.line)}: {layout.format} rows have no prompt to complete",
+                f"{place(row.file, row.line)}: {row_format.name} rows have no prompt to complete",
                 hint="evaluate.generate_data needs rows with a prompt and an answer",
                 exit_code=DATA,
             )

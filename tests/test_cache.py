@@ -19,7 +19,7 @@ from minisft.data import tokenise as tokenise_module
 from minisft.data.batch import ANSWER, SPECIAL, TERMINATOR, TEXT, TRAINED, USER
 from minisft.data.cache import build_cache, cache_key
 from minisft.data.documents import select_documents, show_document, split_documents
-from minisft.data.layout import FormatOptions
+from minisft.data.row_format import FormatOptions
 from minisft.data.sources import list_files, parse_source
 from minisft.data.tokenizer import load_tokenizer, train_tokenizer
 from minisft.errors import DATA, SAVE, UserError

@@ -110,8 +110,8 @@ def test_the_engine_reads_every_key():
 
 
 def test_formats_are_those_that_the_data_room_knows():
-    layout = pytest.importorskip("minisft.data.layout")
-    assert set(get_args(Format)) == set(layout.FORMATS)
+    row_format = pytest.importorskip("minisft.data.row_format")
+    assert set(get_args(Format)) == set(row_format.FORMATS)
 
 
 # ------------------------------------------------------------------------------------------------- order of the layers

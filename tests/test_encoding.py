@@ -18,7 +18,7 @@ from minisft.data.chat.template import ChatTemplate, render
 from minisft.data.documents import rows_of, select_documents, split_documents
 from minisft.data.encoding import conversation_pieces, encode_pieces
 from minisft.data.formats import Example
-from minisft.data.layout import FormatOptions
+from minisft.data.row_format import FormatOptions
 from minisft.data.rows import RowError
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import train_tokenizer

@@ -8,13 +8,13 @@ import pytest
 
 from minisft.data.batch import ANSWER, TEXT, TRAINED, USER
 from minisft.data.formats import Piece, plain_prompt, to_example
-from minisft.data.layout import (
+from minisft.data.row_format import (
     CHOICES,
     FIELDS,
     TEMPLATE_FIELDS,
     FormatOptions,
     check_field_map,
-    detect_layout,
+    detect_row_format,
     rename_fields,
 )
 from minisft.data.rows import RowError
@@ -43,7 +43,7 @@ def made_for(name, **options):
 
 def example(row, format="auto", template=True, **options):
     options = FormatOptions(**options)
-    return to_example(row, detect_layout(row, format, options, template), options)
+    return to_example(row, detect_row_format(row, format, options, template), options)
 
 
 # ---- detection
@@ -52,15 +52,15 @@ def example(row, format="auto", template=True, **options):
 def test_every_format_is_detected_from_its_row():
     assert list(ROWS) == list(FIELDS)
     for name, row in ROWS.items():
-        assert detect_layout(row, "auto", made_for(name), True).format == name
-        assert detect_layout(row, name, made_for(name), True).format == name
+        assert detect_row_format(row, "auto", made_for(name), True).name == name
+        assert detect_row_format(row, name, made_for(name), True).name == name
 
 
 def test_what_was_detected_is_one_line_and_names_unused_fields():
-    layout = detect_layout({**ROWS["question_answer"], "id": 3}, "auto", FormatOptions(), True)
-    assert str(layout) == "question_answer, by the chat template; trained: the answer; fields not used: id"
-    layout = detect_layout({**ROWS["text"], "weight": 2}, "auto", FormatOptions(), True)
-    assert str(layout) == "text, as text; trained: everything, scaled by the field weight"
+    row_format = detect_row_format({**ROWS["question_answer"], "id": 3}, "auto", FormatOptions(), True)
+    assert str(row_format) == "question_answer, by the chat template; trained: the answer; fields not used: id"
+    row_format = detect_row_format({**ROWS["text"], "weight": 2}, "auto", FormatOptions(), True)
+    assert str(row_format) == "text, as text; trained: everything, scaled by the field weight"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_what_was_detected_is_one_line_and_names_unused_fields():
 )
 def test_detection_refuses(row, options, message):
     with pytest.raises(UserError) as caught:
-        detect_layout(row, "auto", FormatOptions(**options), True)
+        detect_row_format(row, "auto", FormatOptions(**options), True)
     assert message in str(caught.value)
 
 
@@ -102,12 +102,12 @@ def test_every_field_is_read_or_named_as_unused(name):
         options = made_for(name, prompt_format="auto" if template else "plain")
         if not template and name in ("messages", "sharegpt"):
             continue
-        without = to_example(ROWS[name], detect_layout(ROWS[name], name, options, template), options)
+        without = to_example(ROWS[name], detect_row_format(ROWS[name], name, options, template), options)
         for field, value in values.items():
             row = {**ROWS[name], field: value}
-            layout = detect_layout(row, name, options, template)
-            assert (to_example(row, layout, options) == without) == (field in layout.ignored), (field, template)
-            assert (f"fields not used: {', '.join(layout.ignored)}" in str(layout)) == bool(layout.ignored)
+            row_format = detect_row_format(row, name, options, template)
+            assert (to_example(row, row_format, options) == without) == (field in row_format.ignored), (field, template)
+            assert (f"fields not used: {', '.join(row_format.ignored)}" in str(row_format)) == bool(row_format.ignored)
 
 
 def test_fields_for_the_template_reach_it():
@@ -122,12 +122,12 @@ def test_fields_for_the_template_reach_it():
 
 def test_detection_refuses_an_unknown_name_and_a_missing_template():
     with pytest.raises(UserError, match="did you mean 'messages'"):
-        detect_layout(ROWS["messages"], "message", FormatOptions(), True)
+        detect_row_format(ROWS["messages"], "message", FormatOptions(), True)
     for row in (ROWS["messages"], ROWS["sharegpt"], {"prompt": TURNS[:1], "completion": TURNS[1:]}):
         with pytest.raises(UserError, match="need a chat template"):
-            detect_layout(row, "auto", FormatOptions(), False)
+            detect_row_format(row, "auto", FormatOptions(), False)
     with pytest.raises(UserError, match="need a chat template"):
-        detect_layout(ROWS["question_answer"], "auto", FormatOptions(prompt_format="chat"), False)
+        detect_row_format(ROWS["question_answer"], "auto", FormatOptions(prompt_format="chat"), False)
 
 
 def test_field_map():
@@ -183,10 +183,10 @@ def test_prompt_and_completion_of_messages_train_the_completion_only():
     history = [*TURNS, {"role": "user", "content": "And?"}]
     found = example({"prompt": history, "completion": TURNS[1:]})
     assert found.messages == [*history, TURNS[1]] and found.first_trained == 3
-    layout = detect_layout({"prompt": history, "completion": TURNS[1:]}, "auto", FormatOptions(), True)
+    row_format = detect_row_format({"prompt": history, "completion": TURNS[1:]}, "auto", FormatOptions(), True)
     for row in ({"prompt": "Hi", "completion": "Hello"}, {"prompt": history, "completion": "Hello"}):
         with pytest.raises(RowError, match="is a str"):  # every row is like the first
-            to_example(row, layout, FormatOptions())
+            to_example(row, row_format, FormatOptions())
 
 
 def test_sharegpt_with_system_and_tools():
@@ -216,7 +216,7 @@ def test_of_a_preference_the_chosen_answer_is_trained(row, unused):
     found = example(row)
     assert found.messages == [TURNS[0], *SAID["yes"]] and found.first_trained == 1
     line = f"preference, by the chat template; trained: the chosen answer; fields not used: {unused}"
-    assert str(detect_layout(row, "auto", FormatOptions(), True)) == line
+    assert str(detect_row_format(row, "auto", FormatOptions(), True)) == line
     assert example({**row, "rejected": "whatever"}) == found
 
 
@@ -225,7 +225,7 @@ def test_a_preference_of_strings_is_like_prompt_and_completion():
     assert example(row) == example(ROWS["prompt_completion"])
     assert example(row, prompt_format="chat") == example(ROWS["prompt_completion"], prompt_format="chat")
     line = "preference, as text; trained: the chosen answer; fields not used: rejected"
-    assert str(detect_layout(row, "auto", FormatOptions(), False)) == line
+    assert str(detect_row_format(row, "auto", FormatOptions(), False)) == line
 
 
 def test_earlier_turns_of_a_preference_are_context():
@@ -314,9 +314,9 @@ BAD_ROWS = [
 @pytest.mark.parametrize("format, row, message", BAD_ROWS, ids=lambda value: str(value)[:40])
 def test_bad_rows_say_what_is_wrong(format, row, message):
     first, format = (chosen(TURNS), "preference") if format == "turns" else (ROWS[format], format)
-    layout = detect_layout(first, format, FormatOptions(), True)
+    row_format = detect_row_format(first, format, FormatOptions(), True)
     with pytest.raises(RowError) as caught:
-        to_example(row, layout, FormatOptions())
+        to_example(row, row_format, FormatOptions())
     assert message in str(caught.value)
 
 
@@ -356,12 +356,12 @@ def test_every_row_of_the_shared_data_is_read(name, count, line):
         pytest.skip("the shared data is not here")
     rows = list(read_rows(parse_source(str(DATA / name))))
     assert len(rows) == count and all(isinstance(row, Row) for row in rows)
-    layout = detect_layout(rows[0].data, "auto", FormatOptions(), True)
-    assert str(layout) == line
+    row_format = detect_row_format(rows[0].data, "auto", FormatOptions(), True)
+    assert str(row_format) == line
     dropped = Counter()
     for row in rows:
         try:
-            found = to_example(row.data, layout, FormatOptions())
+            found = to_example(row.data, row_format, FormatOptions())
         except RowError as error:
             dropped[error.reason] += 1
             continue

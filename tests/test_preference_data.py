@@ -20,7 +20,7 @@ from minisft.data.cache import build_cache, cache_key
 from minisft.data.chat.template import ChatTemplate
 from minisft.data.documents import rows_of, select_documents, split_documents
 from minisft.data.formats import to_examples
-from minisft.data.layout import FormatOptions, detect_layout
+from minisft.data.row_format import FormatOptions, detect_row_format
 from minisft.data.rows import RowError
 from minisft.data.sources import list_files, parse_source
 from minisft.data.tokenizer import train_tokenizer
@@ -141,9 +141,9 @@ def test_rows_of_messages_become_pairs(tmp_path, name):
     cache = build(tmp_path, [row, row])
     assert documents_of(cache) == expected * 2
     assert cache.unit == "pairs" and rows_of(cache).tolist() == [0, 0, 1, 1] and cache.weights is None
-    layout = cache.manifest["sources"][0]["layout"]
-    assert layout.startswith("preference, by the chat template; trained: the chosen answer against the rejected one")
-    assert " rejected" not in layout.partition("not used")[2]
+    described = cache.manifest["sources"][0]["layout"]
+    assert described.startswith("preference, by the chat template; trained: the chosen answer against the rejected one")
+    assert " rejected" not in described.partition("not used")[2]
     # SFT reads the chosen answers only: the same documents.
     assert documents_of(build(tmp_path, [row, row], answers="chosen")) == [(*expected[0][:2], None)] * 2
 
@@ -191,7 +191,7 @@ def test_the_prompt_of_two_strings_is_the_words_with_which_both_begin(start, cho
     ]
     options = FormatOptions(answers="pairs")
     try:
-        examples = to_examples(row, detect_layout(row, "auto", options, False), options)
+        examples = to_examples(row, detect_row_format(row, "auto", options, False), options)
     except RowError as error:
         ends = not borders or not a[borders[-1] :].strip() or not b[borders[-1] :].strip()
         assert (
@@ -292,7 +292,7 @@ SHARE = ROWS["ShareGPT turns"][0]
 TRANSCRIPT = ROWS["hh-rlhf"][0]
 LABEL = LABELLED[0][0]
 LABEL_CHAT = {"messages": [*HISTORY, said("a")], "label": True}
-BAD = [  # (row that decides the layout, changes that spoil it, what is said)
+BAD = [  # (row that decides the format, changes that spoil it, what is said)
     (PAIR, {"rejected": "a"}, "chosen equals rejected"),
     (PAIR, {"rejected": " \n"}, "empty answer: rejected"),
     (PAIR, {"chosen": ""}, "empty answer: chosen"),

@@ -289,8 +289,8 @@ def _proposed(a: argparse.Namespace) -> tuple[Path, str, int]:
             made.values["lora.r"] = adapter.get("r", made.values["lora.r"])  # its training goes on
             made.values.pop("lora.lora_alpha")
         if not is_repository_name(parse_source(data).path):
-            layout, _ = look_at(data, trainer, a.model)
-            if layout.turns and not has_template(a.model):
+            row_format, _ = look_at(data, trainer, a.model)
+            if row_format.turns and not has_template(a.model):
                 model["model.chat_template"] = "chatml"
         rows = {"data.train_data": rebased(data, path.parent)}
         if a.eval_data and trainer == a.trainer.partition("+")[2] or a.eval_data and "+" not in a.trainer:
@@ -308,7 +308,7 @@ def _proposed(a: argparse.Namespace) -> tuple[Path, str, int]:
     text = toml_text.configuration(
         header, [(name, values, remarks) for name, values, remarks, _ in parts], f"output/{path.stem}"
     )
-    toml_text.check(text, path)
+    toml_text.check_loads(text, path)
     return path, text, hardware.devices
 
 
@@ -371,7 +371,7 @@ def _imported(arguments: argparse.Namespace, name: str) -> tuple[Path, str, list
             del values["output_dir"]  # then the stages are numbered
     text = toml_text.configuration(header, tables, common or f"output/{path.stem}")
     try:
-        toml_text.check(text, path)
+        toml_text.check_loads(text, path)
         problem = None
     except UserError as error:
         problem = error

@@ -20,12 +20,12 @@ from minisft.data.batch import (
     ANSWER,
     HEADER,
     KIND_MASK,
-    KINDS,
     MISMATCHED,
     REASONING,
     SPECIAL,
     SYSTEM,
     TERMINATOR,
+    TOKEN_KINDS,
     TOOL_CALL,
     TRAINED,
 )
@@ -214,7 +214,7 @@ def count_tokens(documents: Documents, split_at: int | None = None) -> np.ndarra
     """Tokens of the documents, once each, int64 [sources, kinds, 2]: [..., 0] context, [..., 1] targets. What is counted
     as a target is what `select_documents` counts, so that the sums are those of its account."""
     cache = documents.cache
-    shape = (len(cache.sources), len(KINDS), 2)
+    shape = (len(cache.sources), len(TOKEN_KINDS), 2)
     counts = np.zeros(shape, dtype=np.int64).ravel()
     used, place = np.unique(documents.index, return_index=True)
     starts, lengths = documents.start[place], documents.lengths[place]
@@ -229,14 +229,14 @@ def count_tokens(documents: Documents, split_at: int | None = None) -> np.ndarra
         if cache.weights is not None:
             target &= cache.weights[token] > 0
         source = np.repeat(cache.source[used[block]], lengths[block]).astype(np.int64)
-        counts += np.bincount((source * len(KINDS) + (kinds & KIND_MASK)) * 2 + target, minlength=counts.size)
+        counts += np.bincount((source * len(TOKEN_KINDS) + (kinds & KIND_MASK)) * 2 + target, minlength=counts.size)
     return counts.reshape(shape)
 
 
 def kind_table(counts: np.ndarray) -> dict[str, dict[str, int]]:
     """{kind: {"trained": tokens, "context": tokens}} of count_tokens."""
     sums = counts.sum(axis=0).tolist()
-    return {name: {"trained": sums[i][1], "context": sums[i][0]} for i, name in enumerate(KINDS) if any(sums[i])}
+    return {name: {"trained": sums[i][1], "context": sums[i][0]} for i, name in enumerate(TOKEN_KINDS) if any(sums[i])}
 
 
 def source_table(documents: Documents, counts: np.ndarray) -> list[dict]:
@@ -303,7 +303,7 @@ class Stretch:
     """Neighbouring tokens of a document that are alike."""
 
     text: str
-    kind: str  # of KINDS
+    kind: str  # of TOKEN_KINDS
     state: str  # "trained" | "context" | "cut"
     is_special: bool
 
@@ -325,7 +325,7 @@ def stretches(cache: TokenCache, d: int, start: int, end: int, tokenizer: Tokeni
     return [
         Stretch(
             printable(tokenizer.decode(ids[a:b])),
-            KINDS[look[0, a]],
+            TOKEN_KINDS[look[0, a]],
             ("context", "trained", "cut")[look[1, a]],
             bool(look[2, a]),
         )

@@ -14,8 +14,8 @@ from torch import Tensor
 
 TRAINED = 0x80  # top bit of a token's byte: this token is a target
 KIND_MASK = 0x7F
-KINDS = ("text", "special", "header", "system", "user", "tool", "answer", "reasoning", "tool_call", "terminator")
-TEXT, SPECIAL, HEADER, SYSTEM, USER, TOOL, ANSWER, REASONING, TOOL_CALL, TERMINATOR = range(len(KINDS))
+TOKEN_KINDS = ("text", "special", "header", "system", "user", "tool", "answer", "reasoning", "tool_call", "terminator")
+TEXT, SPECIAL, HEADER, SYSTEM, USER, TOOL, ANSWER, REASONING, TOOL_CALL, TERMINATOR = range(len(TOKEN_KINDS))
 
 # What a document is in preference data: an answer that is preferred, one that is not, and another row's answer to this
 # prompt, by which KTO measures how far the policy has moved. Documents of SFT have no role.
@@ -57,7 +57,7 @@ class Batch:
     loss_rows: Tensor  # int64 [M]: the hidden state of row loss_rows[i] is scored against targets[i]
     targets: Tensor  # int64 [M]
     row_weights: Tensor | None  # fp32 [M]; None = all 1
-    row_kind: Tensor  # uint8 [M]: index into KINDS
+    row_kind: Tensor  # uint8 [M]: index into TOKEN_KINDS
     row_source: Tensor  # int32 [M]: index of the data source
     row_document: Tensor  # int64 [M]: index of the document in the token cache
     labels: Tensor  # int64 [T] as in Hugging Face: unshifted, -100 = not trained

@@ -41,8 +41,8 @@ from minisft.atomic_folder import (
     waiting_lock,
 )
 from minisft.data.batch import MISMATCHED
-from minisft.data.layout import FormatOptions, check_field_map
 from minisft.data.repositories import locate
+from minisft.data.row_format import FormatOptions, check_field_map
 from minisft.data.rows import place
 from minisft.data.sources import Source, list_files
 from minisft.data.tokenise import Document, new_entry, tokenise, with_mismatched

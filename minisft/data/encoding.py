@@ -7,7 +7,7 @@ of a span (counted as straddling: part of it was given), and a token may have no
 
 Control tokens. The text "<|im_end|>" inside a message would become that token, and a user could end his turn and begin the
 assistant's. Such a row is refused ("error"), or the stretch is encoded as ordinary text ("escape"): that is what a
-careful server does with its users' input. "allow" lets it become the token. Outside of templates: what fills the plain layout
+careful server does with its users' input. "allow" lets it become the token. Outside of templates: what fills the plain text
 of instructions and questions is treated alike; prompts and completions that are used as they are were written so on
 purpose, and are escaped where asked but never refused; plain text is neither. Rows with control tokens are counted.
 """
@@ -27,7 +27,7 @@ from minisft.data.batch import TRAINED
 from minisft.data.chat.conversations import check_messages
 from minisft.data.chat.masks import Masking, Rendered, check_template, render_conversation
 from minisft.data.formats import Example, Piece
-from minisft.data.layout import FormatOptions, Layout
+from minisft.data.row_format import FormatOptions, RowFormat
 from minisft.data.rows import RowError
 from minisft.data.tokenizer import LITERAL_START, Tokenizer
 from minisft.errors import UserError
@@ -77,15 +77,15 @@ def conversation_pieces(
 
 
 def text_pieces(
-    tokenizer: Tokenizer, example: Example, layout: Layout, options: FormatOptions
+    tokenizer: Tokenizer, example: Example, row_format: RowFormat, options: FormatOptions
 ) -> tuple[tuple[Piece, ...], bool]:
     """The pieces of a row that no template renders, and whether control tokens are written in it. Raises RowError."""
     found = [list(tokenizer.control_tokens.finditer(piece.text)) for piece in example.pieces]
     if not any(found):
         return example.pieces, False
-    if options.control_tokens == "error" and layout.prompt == "instruction":
+    if options.control_tokens == "error" and row_format.prompt == "instruction":
         raise _control_token(next(chain(*found))[0], "the row")
-    if options.control_tokens != "escape" or layout.format == "text":
+    if options.control_tokens != "escape" or row_format.name == "text":
         return example.pieces, True
     if any(ESCAPED.search(piece.text) for piece in example.pieces):
         raise RowError("reserved character", "a row with control tokens contains one of U+F0000 to U+FFFFD")

@@ -1,6 +1,6 @@
 """From a row to examples: what is the prompt, what is trained.
 
-Nine shapes of rows are known. Which one the rows of a source have is decided by its first row (layout.py). Nothing is
+Nine shapes of rows are known. Which one the rows of a source have is decided by its first row (row_format.py). Nothing is
 guessed after that: a row that does not fit is a `RowError` that names the field.
 
     input_ids           {"input_ids": [...], "labels": [...]?}                 labels: input_ids, or -100 = not trained
@@ -20,7 +20,7 @@ Any row may have a `weight` that scales its targets. Rows that a chat template r
 
 A prompt and its completion are two strings that are encoded apart, so that training sees for the prompt exactly the ids
 that inference will produce for it alone, and the border between them needs no search. instruction and question_answer
-become a conversation where the tokenizer has a chat template and the plain layout below where it has none;
+become a conversation where the tokenizer has a chat template and the plain text below where it has none;
 `prompt_format` ("chat", "plain") overrides that. The strings of prompt_completion and preference rows are used as they
 are unless prompt_format is "chat".
 
@@ -41,7 +41,6 @@ from minisft.data.chat.conversations import (
     check_variables,
     check_weight,
 )
-from minisft.data.layout import FormatOptions, Layout, check_fields
 from minisft.data.preferences import (
     SIDES,
     check_text_answer,
@@ -53,6 +52,7 @@ from minisft.data.preferences import (
     string_of,
     system_of,
 )
+from minisft.data.row_format import FormatOptions, RowFormat, check_fields
 from minisft.data.rows import RowError
 
 
@@ -85,69 +85,69 @@ class Example:
 # ------------------------------------------------------------------------------------------------- one row
 
 
-def to_example(row: dict, layout: Layout, options: FormatOptions) -> Example:
+def to_example(row: dict, row_format: RowFormat, options: FormatOptions) -> Example:
     """One row as an example: of a preference row its chosen answer. Raises RowError."""
-    return to_examples(row, layout, options)[0]
+    return to_examples(row, row_format, options)[0]
 
 
-def to_examples(row: dict, layout: Layout, options: FormatOptions) -> list[Example]:
+def to_examples(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
     """One row (fields already renamed) as its examples: one, or of pairs the chosen, then the rejected one.
 
     Raises RowError.
     """
-    check_fields(row, layout.format, options)
+    check_fields(row, row_format.name, options)
     example = Example(weight=_weight(row) if "weight" in row else 1.0)
-    if layout.chat:
+    if row_format.chat:
         example.tools = check_tools(row.get("tools"))
         example.documents = check_documents(row.get("documents"))
         example.variables = check_variables(row.get("chat_template_kwargs"))
-    if layout.format in ("preference", "labelled"):
-        prompt, answers, roles = _answers(row, layout)
+    if row_format.name in ("preference", "labelled"):
+        prompt, answers, roles = _answers(row, row_format)
         examples = [replace(example, role=role) for role in roles]
         for example, answer in zip(examples, answers):
-            _fill(example, "", prompt, answer, layout)
+            _fill(example, "", prompt, answer, row_format)
         return examples
-    if layout.turns:
-        example.messages, example.first_trained = _conversation(row, layout.format)
-    elif layout.format == "input_ids":
+    if row_format.turns:
+        example.messages, example.first_trained = _conversation(row, row_format.name)
+    elif row_format.name == "input_ids":
         example.ids, example.labels = _tokenised(row)
-    elif layout.format == "text":
+    elif row_format.name == "text":
         example.pieces = (_text(row, options),)
     else:
-        system, prompt, answer = _prompt_and_answer(row, layout)
+        system, prompt, answer = _prompt_and_answer(row, row_format)
         check_text_answer("the answer", answer)
-        _fill(example, system, prompt, answer, layout)
+        _fill(example, system, prompt, answer, row_format)
     return [example]
 
 
-def _fill(example: Example, system: str, prompt: str | list, answer: str | list, layout: Layout) -> None:
+def _fill(example: Example, system: str, prompt: str | list, answer: str | list, row_format: RowFormat) -> None:
     """Set the messages or pieces of an example from its prompt and answer, both strings or both messages."""
-    if layout.turns:
+    if row_format.turns:
         example.messages, example.first_trained = prompt + answer, len(prompt)
-    elif layout.chat:
+    elif row_format.chat:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         example.messages = [{"role": "system", "content": system}, *turns] if system else turns
     else:
-        pieces = (whole(prompt, USER if layout.answers_only else USER | TRAINED), whole(answer, ANSWER | TRAINED))
+        pieces = (whole(prompt, USER if row_format.answers_only else USER | TRAINED), whole(answer, ANSWER | TRAINED))
         example.pieces = pieces if prompt else pieces[1:]
 
 
-def _answers(row: dict, layout: Layout) -> tuple[str | list, list[str] | list[list], tuple[int | None, ...]]:
+def _answers(row: dict, row_format: RowFormat) -> tuple[str | list, list[str] | list[list], tuple[int | None, ...]]:
     """(prompt, answers, their roles) of a preference or labelled row."""
-    if layout.format == "labelled":
+    if row_format.name == "labelled":
         role = CHOSEN if label_of(row) else REJECTED
-        if layout.turns:
+        if row_format.turns:
             prompt, answer = labelled_turns(row)
         else:
             prompt, answer = string_of(row, "prompt"), string_of(row, "completion")
             check_text_prompt(prompt)
             check_text_answer("completion", answer)
         return prompt, [answer], (role,)
-    sides, roles = (SIDES[:1], (None,)) if layout.answers == "chosen" else (SIDES, (CHOSEN, REJECTED))
-    if layout.turns:
-        return *preference_turns(row, sides, transcripts=layout.transcripts), roles
+    sides, roles = (SIDES[:1], (None,)) if row_format.answers == "chosen" else (SIDES, (CHOSEN, REJECTED))
+    if row_format.turns:
+        return *preference_turns(row, sides, transcripts=row_format.transcripts), roles
     prompt, answers = preference_texts(row, sides)
-    if layout.chat and row.get("prompt") is None:  # the space between them was neither's
+    if row_format.chat and row.get("prompt") is None:  # the space between them was neither's
         answers = [answer.lstrip() for answer in answers]
     return prompt, answers, roles
 
@@ -167,11 +167,11 @@ def whole(text: str, byte: int) -> Piece:
     return Piece(text, [(0, len(text), byte)])
 
 
-def _prompt_and_answer(row: dict, layout: Layout) -> tuple[str, str, str]:
+def _prompt_and_answer(row: dict, row_format: RowFormat) -> tuple[str, str, str]:
     """(system, prompt, answer) of a row with one prompt."""
-    if layout.format == "prompt_completion":
+    if row_format.name == "prompt_completion":
         return "", string_of(row, "prompt"), string_of(row, "completion")
-    if layout.format == "question_answer":
+    if row_format.name == "question_answer":
         system, instruction, extra, answer = "", string_of(row, "question"), "", string_of(row, "answer")
     else:
         system = system_of(row)
@@ -180,13 +180,13 @@ def _prompt_and_answer(row: dict, layout: Layout) -> tuple[str, str, str]:
         answer = string_of(row, "output" if "output" in row else "response")
     if not instruction.strip() and not extra.strip():
         raise RowError("empty prompt")
-    if layout.chat:
+    if row_format.chat:
         return system, f"{instruction}\n\n{extra}" if extra.strip() else instruction, answer
     return "", plain_prompt(instruction, extra, system), answer
 
 
 def plain_prompt(instruction: str, input: str = "", system: str = "") -> str:
-    """The layout of a prompt for a tokenizer without a chat template; the answer follows its last newline."""
+    """The text of a prompt for a tokenizer without a chat template; the answer follows its last newline."""
     system = f"{system}\n\n" if system.strip() else ""
     input = f"### Input:\n{input}\n\n" if input.strip() else ""
     return f"{system}### Instruction:\n{instruction}\n\n{input}### Response:\n"

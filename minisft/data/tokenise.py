@@ -33,8 +33,8 @@ from minisft.data.encoding import (
     with_kinds,
 )
 from minisft.data.formats import Example, Piece, to_examples
-from minisft.data.layout import FormatOptions, Layout, detect_layout, rename_fields
 from minisft.data.preferences import SIDES
+from minisft.data.row_format import FormatOptions, RowFormat, detect_row_format, rename_fields
 from minisft.data.rows import BadRow, Row, RowError, excerpt, place
 from minisft.data.sources import Source, read_rows
 from minisft.data.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def tokenise(
 
     on_bad_row: "error" raises UserError at the first one, "skip" counts them.
     """
-    layout = None
+    row_format = None
     dropped, strategies = Counter(), Counter()
     batch: list[_Pending] = []
     characters = 0
@@ -111,7 +111,7 @@ def tokenise(
             for part in parts:
                 raw = [next(encoded) for _ in part.pieces]
                 try:
-                    made.append(_document(part, raw, layout, tokenizer, options, entry["turns_cut"]))
+                    made.append(_document(part, raw, row_format, tokenizer, options, entry["turns_cut"]))
                 except RowError as caught:
                     if caught.reason == TOO_LONG:
                         too_long.append(caught)
@@ -140,12 +140,12 @@ def tokenise(
                     continue
                 try:
                     data = rename_fields(row.data, source.field_map)
-                    if layout is None:
-                        layout = _detect(data, place(row.file, row.line), source.format, tokenizer, options)
-                        entry["layout"], entry["prompt"] = str(layout), layout.prompt
+                    if row_format is None:
+                        row_format = _detect(data, place(row.file, row.line), source.format, tokenizer, options)
+                        entry["layout"], entry["prompt"] = str(row_format), row_format.prompt
                     parts = []
-                    for example in to_examples(data, layout, options):
-                        parts += _parts(number, row, example, layout, tokenizer, options)
+                    for example in to_examples(data, row_format, options):
+                        parts += _parts(number, row, example, row_format, tokenizer, options)
                 except RowError as error:
                     refuse(_bad_row(row, error))
                     continue
@@ -166,23 +166,23 @@ def tokenise(
     entry["dropped"], entry["strategies"] = dict(dropped), dict(strategies)
 
 
-def _detect(row: dict, where: str, format: str, tokenizer: Tokenizer, options: FormatOptions) -> Layout:
+def _detect(row: dict, where: str, format: str, tokenizer: Tokenizer, options: FormatOptions) -> RowFormat:
     try:
-        layout = detect_layout(row, format, options, tokenizer.template is not None)
+        row_format = detect_row_format(row, format, options, tokenizer.template is not None)
     except UserError as error:
         raise UserError(f"{where}: {error.message}", hint=error.hint, exit_code=error.exit_code) from None
-    if layout.chat:
+    if row_format.chat:
         check_chat_template(tokenizer)
-    elif options.add_eos and layout.format != "input_ids" and tokenizer.eos_token_id is None:
+    elif options.add_eos and row_format.name != "input_ids" and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token", hint="set add_eos = false, or name eos_token in its config")
-    return layout
+    return row_format
 
 
 def _parts(
     number: int,
     row: Row,
     example: Example,
-    layout: Layout,
+    row_format: RowFormat,
     tokenizer: Tokenizer,
     options: FormatOptions,
 ) -> list[_Pending]:
@@ -192,11 +192,11 @@ def _parts(
             raise RowError("token id out of range", f"ids must be from 0 to {tokenizer.vocab_size - 1}")
         return [_Pending(number, row, example, ())]
     if example.messages is None:
-        return [_Pending(number, row, example, *text_pieces(tokenizer, example, layout, options))]
+        return [_Pending(number, row, example, *text_pieces(tokenizer, example, row_format, options))]
     try:
-        rendered = conversation_pieces(tokenizer, example, options, _train_on(layout))
+        rendered = conversation_pieces(tokenizer, example, options, _train_on(row_format))
     except RowError as error:
-        if layout.format == "preference" and example.role is not None:
+        if row_format.name == "preference" and example.role is not None:
             raise RowError(error.reason, f"{SIDES[example.role]}: {error.detail}") from None
         raise
     if example.role is not None and len(rendered.pieces) > 1:
@@ -207,8 +207,8 @@ def _parts(
     ]
 
 
-def _train_on(layout: Layout) -> str:
-    return "all" if not layout.answers_only else "last" if layout.last_turn_only else "assistant"
+def _train_on(row_format: RowFormat) -> str:
+    return "all" if not row_format.answers_only else "last" if row_format.last_turn_only else "assistant"
 
 
 def _bad_row(row: Row, error: RowError) -> BadRow:
@@ -220,7 +220,7 @@ def _bad_row(row: Row, error: RowError) -> BadRow:
 
 
 def _without_oldest_turns(
-    part: _Pending, length: int, layout: Layout, tokenizer: Tokenizer, options: FormatOptions
+    part: _Pending, length: int, row_format: RowFormat, tokenizer: Tokenizer, options: FormatOptions
 ) -> tuple[Encoded, int]:
     """The same document with as few turns less as fit, and how many. Raises RowError where none fits."""
     messages = part.example.messages[: part.end]
@@ -237,7 +237,7 @@ def _without_oldest_turns(
             messages=messages[:first] + messages[cut:],
             first_trained=max(0, part.example.first_trained - (cut - first)),
         )
-        train_on = "last" if is_alone else _train_on(layout)
+        train_on = "last" if is_alone else _train_on(row_format)
         pieces = conversation_pieces(tokenizer, fewer, replace(options, multi_turn="joint"), train_on).pieces
         return encode_pieces(tokenizer, pieces)[0]
 
@@ -260,7 +260,7 @@ def _without_oldest_turns(
 def _document(
     part: _Pending,
     raw: list[tokenizers.Encoding],
-    layout: Layout,
+    row_format: RowFormat,
     tokenizer: Tokenizer,
     options: FormatOptions,
     turns_cut: dict,
@@ -269,7 +269,7 @@ def _document(
     encoded = [with_kinds(tokenizer, piece, encoding) for piece, encoding in zip(part.pieces, raw)]
     if part.example.messages is not None and len(encoded[0].ids) > (options.turns_max_length or math.inf):
         length = len(encoded[0].ids)
-        encoded[0], num_turns = _without_oldest_turns(part, length, layout, tokenizer, options)
+        encoded[0], num_turns = _without_oldest_turns(part, length, row_format, tokenizer, options)
         turns_cut["rows"] += 1
         turns_cut["turns"] += num_turns
         turns_cut["tokens"] += length - len(encoded[0].ids)

@@ -12,7 +12,7 @@ from typing import Any
 
 from minisft.config.load import load
 from minisft.config.sections import config_to_dict
-from minisft.data.layout import FormatOptions, Layout, detect_layout
+from minisft.data.row_format import FormatOptions, RowFormat, detect_row_format
 from minisft.data.rows import RowError
 from minisft.data.sources import list_files, parse_source, read_rows
 from minisft.errors import UserError
@@ -99,7 +99,7 @@ def first_row(source: Any) -> dict | None:
     return getattr(row, "data", None)
 
 
-def look_at(path: str, trainer: str, model: str) -> tuple[Layout | None, str]:
+def look_at(path: str, trainer: str, model: str) -> tuple[RowFormat | None, str]:
     """(what the rows look like, None of a repository; the same in words). Raises UserError for data that does not serve."""
     parsed = parse_source(path)
     if is_repository_name(parsed.path):
@@ -112,13 +112,13 @@ def look_at(path: str, trainer: str, model: str) -> tuple[Layout | None, str]:
         raise UserError(str(row), hint="mend the row")
     options = FormatOptions(answers="pairs" if trainer == "dpo" else "chosen")
     try:
-        layout = detect_layout(row.data, "auto", options, True)
+        row_format = detect_row_format(row.data, "auto", options, True)
         if has_template(model):
-            return layout, str(layout)
-        if layout.turns:
-            return layout, f"{layout}; the tokenizer has no chat template: chatml is proposed"
-        layout = detect_layout(row.data, "auto", options, False)
-        return layout, str(layout)
+            return row_format, str(row_format)
+        if row_format.turns:
+            return row_format, f"{row_format}; the tokenizer has no chat template: chatml is proposed"
+        row_format = detect_row_format(row.data, "auto", options, False)
+        return row_format, str(row_format)
     except RowError as error:
         raise UserError(f"{path}: {error}") from None
     except UserError as error:  # no format has these fields

@@ -70,7 +70,7 @@ def _tables(values: dict[str, Any], remarks: dict[str, str], before: str) -> lis
     return ["", *lines] if lines and lines[0] and not before else lines
 
 
-def check(text: str, path: Path) -> None:
+def check_loads(text: str, path: Path) -> None:
     """Raises UserError where the configuration, which will be in `path`, does not load."""
     table = tomllib.loads(text)
     try:

@@ -57,21 +57,21 @@ ACTIVATIONS = {
 }
 
 
-def check(holds: bool, message: str, hint: str = "") -> None:
+def require(holds: bool, message: str, hint: str = "") -> None:
     if not holds:
         raise UserError(f"config.json: {message}", hint=hint, exit_code=MODEL)
 
 
 def size(values: dict, key: str, limit: int = 2**31) -> int:
     value = values.get(key)
-    check(type(value) is int and value > 0, f"{key} = {str(value)[:40]!r}, expected a positive whole number")
-    check(value < limit, f"{key} = {str(value)[:40]} is out of range")
+    require(type(value) is int and value > 0, f"{key} = {str(value)[:40]!r}, expected a positive whole number")
+    require(value < limit, f"{key} = {str(value)[:40]} is out of range")
     return value
 
 
 def number(values: dict, key: str) -> float:
     value = values.get(key)
-    check(is_number(value) and value > 0, f"{key} = {str(value)[:40]!r}, expected a positive number")
+    require(is_number(value) and value > 0, f"{key} = {str(value)[:40]!r}, expected a positive number")
     return float(value)
 
 
@@ -82,21 +82,21 @@ def optional_number(values: dict, key: str) -> float | None:
 def probability(values: dict, key: str) -> float:
     """Of dropping something; 0 where the family has no such key."""
     value = values.get(key, 0.0)
-    check(is_number(value) and 0 <= value < 1, f"{key} = {value!r}, expected a number from 0 up to 1")
+    require(is_number(value) and 0 <= value < 1, f"{key} = {value!r}, expected a number from 0 up to 1")
     return float(value)
 
 
 def flag(values: dict, key: str) -> bool:
     """False where the family has no such key."""
     value = values.get(key, False)
-    check(type(value) is bool, f"{key} = {value!r}, expected true or false")
+    require(type(value) is bool, f"{key} = {value!r}, expected true or false")
     return value
 
 
 def activation(values: dict, key: str, supported: tuple[str, ...] = tuple(ACTIVATIONS)) -> str:
     value = values.get(key)
     known = isinstance(value, str) and value in supported
-    check(known, f"{key} = {value!r} is not implemented; implemented: {', '.join(supported)}")
+    require(known, f"{key} = {value!r} is not implemented; implemented: {', '.join(supported)}")
     return ACTIVATIONS[value]
 
 
@@ -120,4 +120,4 @@ def refuse_other_maths(values: dict, known: dict) -> None:
         hint += "these were made from"
     elif any(part in setting for part in ("expert", "moe") for setting in wrong):
         hint = "mixtures of experts are not supported: use a dense model"
-    check(not wrong, f"{values['model_type']} with {', '.join(wrong)} is not implemented", hint)
+    require(not wrong, f"{values['model_type']} with {', '.join(wrong)} is not implemented", hint)

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from minisft.model import class_defaults
 from minisft.model.config_keys import (
     activation,
-    check,
     flag,
     number,
     optional_number,
     probability,
     refuse_other_maths,
+    require,
     size,
 )
 from minisft.model.model_config import ModelConfig
@@ -45,7 +45,7 @@ def from_hf(hf: dict, *, max_length: int | None = None) -> ModelConfig:
         notes.append("gemma3 is trained and saved as its text part, gemma3_text: what sees images is left out")
         model_type = hf["model_type"]
     known = isinstance(model_type, str) and model_type in FAMILIES
-    check(known, f"model_type {model_type!r} is not supported", f"supported: {', '.join(FAMILIES)}")
+    require(known, f"model_type {model_type!r} is not supported", f"supported: {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     if model_type == "gpt2":
         hf = {GPT2_NAMES.get(key, key): value for key, value in hf.items()}
@@ -81,7 +81,7 @@ def _complete(hf: dict, defaults: dict) -> dict:
 def _text_part(hf: dict) -> dict:
     """The config of the language model inside a config of a model that also sees."""
     text = hf.get("text_config")
-    check(isinstance(text, dict), "gemma3 has no text_config", "use the config.json that came with the weights")
+    require(isinstance(text, dict), "gemma3 has no text_config", "use the config.json that came with the weights")
     rest = {k: v for k, v in hf.items() if k not in (*VISION_KEYS, "text_config", "architectures")}
     return rest | text | {"model_type": "gemma3_text"}
 
@@ -102,7 +102,7 @@ def _decoder(
     family calls these two keys. rope: options of read_rope."""
     heads, layers, head_dim = size(v, "num_attention_heads", 2**16), _num_layers(v), _head_dim(v)
     kv_heads = heads if v.get("num_key_value_heads") is None else size(v, "num_key_value_heads", 2**16)
-    check(heads % kv_heads == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    require(heads % kv_heads == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     llama = {
         "model_type": v["model_type"],
         "vocab_size": size(v, "vocab_size"),
@@ -127,9 +127,11 @@ def _decoder(
     if "ropes" not in switches:
         llama["ropes"] = (read_rope(v, head_dim, max_length, **(rope or {})),) * layers
     config = ModelConfig(**llama | switches)
-    check(config.mlp == "glu" or config.activation != "silu", f"{act} = {v[act]!r} is not implemented for this family")
+    require(
+        config.mlp == "glu" or config.activation != "silu", f"{act} = {v[act]!r} is not implemented for this family"
+    )
     types = [FULL if window is None else SLIDING for window in config.windows]
-    check(v.get("layer_types") in (None, types), f"layer_types is not what {v['model_type']} computes: {types}")
+    require(v.get("layer_types") in (None, types), f"layer_types is not what {v['model_type']} computes: {types}")
     return config
 
 
@@ -141,7 +143,7 @@ def _head_dim(v: dict) -> int:
     if "head_dim" in v:
         return size(v, "head_dim", 2**16)
     hidden, heads = size(v, "hidden_size"), size(v, "num_attention_heads")
-    check(hidden % heads == 0, f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    require(hidden % heads == 0, f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     return hidden // heads
 
 
@@ -149,14 +151,14 @@ def _layer_types(v: dict, slides: Callable[[int], bool]) -> list[str]:
     """The layer_types of config.json; where it has none, layer i slides if the family's rule says so."""
     types = v.get("layer_types", [SLIDING if slides(i) else FULL for i in range(_num_layers(v))])
     fits = isinstance(types, list) and len(types) == _num_layers(v) and all(t in (FULL, SLIDING) for t in types)
-    check(fits, f"layer_types = {str(types)[:60]}: expected {FULL} or {SLIDING} for each of {_num_layers(v)} layers")
+    require(fits, f"layer_types = {str(types)[:60]}: expected {FULL} or {SLIDING} for each of {_num_layers(v)} layers")
     return types
 
 
 def _windows(v: dict, types: list[str]) -> tuple[int | None, ...]:
     if SLIDING not in types:
         return (None,) * len(types)
-    check(v.get("sliding_window") is not None, f"layer_types has {SLIDING}, but there is no sliding_window")
+    require(v.get("sliding_window") is not None, f"layer_types has {SLIDING}, but there is no sliding_window")
     window = size(v, "sliding_window")
     return tuple(window if t == SLIDING else None for t in types)
 
@@ -196,7 +198,7 @@ def _qwen_windows(v):
     if not flag(v, "use_sliding_window"):
         v = v | {"sliding_window": None}
     first = v["max_window_layers"]
-    check(
+    require(
         type(first) is int and 0 <= first < 2**31, f"max_window_layers = {str(first)[:40]!r}, expected a whole number"
     )
     return _windows(v, _layer_types(v, lambda i: v.get("sliding_window") is not None and i >= first))
@@ -209,7 +211,7 @@ def _smollm3(v, max_length):
         "no_rope_layers", [int((i + 1) % interval != 0) for i in range(layers)]
     )  # the name is inverted: 1 = rope
     fits = isinstance(turns, list) and len(turns) >= layers and all(turn in (0, 1) for turn in turns)
-    check(fits, f"no_rope_layers = {str(turns)[:60]}: expected a 0 or 1 for each of {layers} layers")
+    require(fits, f"no_rope_layers = {str(turns)[:60]}: expected a 0 or 1 for each of {layers} layers")
     if not flag(v, "use_sliding_window"):
         v = v | {"sliding_window": None}
     types = _layer_types(v, lambda i: v.get("sliding_window") is not None and not turns[i])
@@ -223,7 +225,7 @@ def _gemma(v, max_length, **switches):
     if v.get("hidden_act") == "gelu":
         v = v | {"hidden_act": "gelu_pytorch_tanh"}
     other = v.get("hidden_activation", "gelu_pytorch_tanh")
-    check(other == "gelu_pytorch_tanh", f"hidden_activation = {other!r} is not implemented for {v['model_type']}")
+    require(other == "gelu_pytorch_tanh", f"hidden_activation = {other!r} is not implemented for {v['model_type']}")
     scale = size(v, "hidden_size") ** 0.5
     return _decoder(v, max_length, norm_offset=1.0, norm_in_fp32=True, embedding_multiplier=scale, **switches)
 
@@ -242,7 +244,7 @@ def _gemma2(v, max_length):
 
 
 def _gemma3(v, max_length):
-    check(v.get("attn_logit_softcapping") is None, "attn_logit_softcapping is not implemented for gemma3_text")
+    require(v.get("attn_logit_softcapping") is None, "attn_logit_softcapping is not implemented for gemma3_text")
     pattern = size(v, "sliding_window_pattern")
     types = _layer_types(v, lambda i: (i + 1) % pattern != 0)
     ropes = read_rope_by_kind(v, _head_dim(v), max_length, {FULL: "rope_theta", SLIDING: "rope_local_base_freq"})
@@ -264,7 +266,7 @@ def _phi3(v, max_length):
     rope = {"partial_key": "partial_rotary_factor", "aliases": aliases}
     config = _decoder(v, max_length, rope=rope, windows=_same_window(v), **_residual_dropout(v, "resid_pdrop"))
     kind = config.ropes[0].kind
-    check(kind in ("default", "longrope"), f"rope type {kind!r} is not implemented for phi3")
+    require(kind in ("default", "longrope"), f"rope type {kind!r} is not implemented for phi3")
     return config
 
 
@@ -388,7 +390,7 @@ def _cohere(v, max_length):
 
 
 def _phi(v, max_length):
-    check(not flag(v, "tie_word_embeddings"), "phi with tie_word_embeddings = true is not implemented")
+    require(not flag(v, "tie_word_embeddings"), "phi with tie_word_embeddings = true is not implemented")
     return _decoder(
         v,
         max_length,
@@ -408,7 +410,7 @@ def _phi(v, max_length):
 def _check_head_dim(v: dict) -> None:
     """For classes that do not know the key head_dim."""
     own = size(v, "hidden_size") // size(v, "num_attention_heads")
-    check(v.get("head_dim") in (None, own), f"head_dim {v.get('head_dim')} is not implemented for {v['model_type']}")
+    require(v.get("head_dim") in (None, own), f"head_dim {v.get('head_dim')} is not implemented for {v['model_type']}")
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ packed would then change what the model computes. Here it is decided once, by th
 
 import math
 
-from minisft.model.config_keys import check, flag, is_number, number, optional_number, size
+from minisft.model.config_keys import flag, is_number, number, optional_number, require, size
 from minisft.model.model_config import Rope
 
 ORIGINAL, SHARE = "original_max_position_embeddings", "partial_rotary_factor"
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 KEYS = {
     *("rope_type", "rope_theta", SHARE, "factor", "attention_factor", ORIGINAL),
     *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
@@ -41,7 +41,7 @@ def read_rope(
     if aliases and table.get("rope_type") in list(aliases):
         table["rope_type"] = aliases[table["rope_type"]]
     table = {"rope_theta": values[theta_key], SHARE: values[partial_key] if partial_key else 1.0} | table
-    check(partial_key or table[SHARE] == 1, f"{SHARE} = {table[SHARE]} is not implemented for {values['model_type']}")
+    require(partial_key or table[SHARE] == 1, f"{SHARE} = {table[SHARE]} is not implemented for {values['model_type']}")
     return _rope(table, values, values.get(ORIGINAL), head_dim, max_length)
 
 
@@ -52,7 +52,7 @@ def read_rope_by_kind(values: dict, head_dim: int, max_length: int | None, theta
     only: those that slide never see far.
     """
     nested = values.get("rope_parameters", {})
-    check(
+    require(
         isinstance(nested, dict) and nested.keys() <= theta_keys.keys(),
         f"rope_parameters of {values['model_type']} must have one table for each of {', '.join(theta_keys)}",
     )
@@ -60,7 +60,7 @@ def read_rope_by_kind(values: dict, head_dim: int, max_length: int | None, theta
     for kind, theta_key in theta_keys.items():
         old = _table(values, "rope_scaling") if kind == "full_attention" else {}
         table = {"rope_theta": values[theta_key], SHARE: 1.0} | _agreed(old, _table(nested, kind))
-        check(table[SHARE] == 1, f"{SHARE} = {table[SHARE]} is not implemented for {values['model_type']}")
+        require(table[SHARE] == 1, f"{SHARE} = {table[SHARE]} is not implemented for {values['model_type']}")
         ropes[kind] = _rope(table, values, None, head_dim, max_length)
     return ropes
 
@@ -68,30 +68,30 @@ def read_rope_by_kind(values: dict, head_dim: int, max_length: int | None, theta
 def _table(values: dict, name: str) -> dict:
     """A table of rope keys without nulls; its type is called rope_type, as newer files do."""
     table = {} if values.get(name) is None else values[name]
-    check(isinstance(table, dict), f"{name} = {str(table)[:40]!r} must be an object")
+    require(isinstance(table, dict), f"{name} = {str(table)[:40]!r} must be an object")
     table = {key: value for key, value in table.items() if value is not None}
     kind = table.pop("type", None)
     table = ({} if kind is None else {"rope_type": kind}) | table
     unknown = sorted(map(str, table.keys() - KEYS))
-    check(not unknown, f"{name} with {', '.join(unknown[:10])} is not implemented")
+    require(not unknown, f"{name} with {', '.join(unknown[:10])} is not implemented")
     return table
 
 
 def _agreed(old: dict, new: dict) -> dict:
     """The table of the older and of the newer dialect; where a file has both they must not contradict each other."""
     wrong = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
-    check(not wrong, f"rope_scaling and rope_parameters differ in {', '.join(wrong)}")
+    require(not wrong, f"rope_scaling and rope_parameters differ in {', '.join(wrong)}")
     return old | new
 
 
 def _rope(table: dict, values: dict, original: int | None, head_dim: int, max_length: int | None) -> Rope:
     """original: the original context where it stands outside the table, which goes before one inside."""
     kind, theta = table.get("rope_type", "default"), number(table, "rope_theta")
-    check(kind in KINDS, f"rope type {kind!r} is not implemented; implemented: {', '.join(KINDS)}")
+    require(kind in ROPE_TYPES, f"rope type {kind!r} is not implemented; implemented: {', '.join(ROPE_TYPES)}")
     share = number(table, SHARE)
     dim = int(head_dim * share)
-    check(share <= 1, f"{SHARE} = {share} is more than a whole head")
-    check(
+    require(share <= 1, f"{SHARE} = {share} is more than a whole head")
+    require(
         dim > 0 and dim % 2 == 0,
         f"rotary embeddings turn pairs, but {dim} of the {head_dim} features of a head (head_dim) is no even number",
     )
@@ -102,7 +102,7 @@ def _rope(table: dict, values: dict, original: int | None, head_dim: int, max_le
 
     length = size(values, "max_position_embeddings")
     if kind == "dynamic":
-        check(dim > 2, f"dynamic rope needs more than {dim} features of a head")
+        require(dim > 2, f"dynamic rope needs more than {dim} features of a head")
         factor, longest = number(table, "factor"), max(max_length or 0, length)
         stretched = theta * (factor * longest / length - (factor - 1)) ** (dim / (dim - 2))
         return Rope(dim, stretched, kind, factor, note=f"dynamic rope: for {longest:,} tokens, theta {stretched:,.0f}")
@@ -111,18 +111,18 @@ def _rope(table: dict, values: dict, original: int | None, head_dim: int, max_le
     original = size({ORIGINAL: length} | table | outside, ORIGINAL)
     if kind == "llama3":
         low, high = number(table, "low_freq_factor"), number(table, "high_freq_factor")
-        check(low < high, f"rope: low_freq_factor {low} must be less than high_freq_factor {high}")
+        require(low < high, f"rope: low_freq_factor {low} must be less than high_freq_factor {high}")
         stretch = {"low_freq_factor": low, "high_freq_factor": high, ORIGINAL: original}
         return Rope(dim, theta, kind, number(table, "factor"), **stretch)
 
     factor = number({"factor": length / original} | table, "factor")
-    check(theta > 1 and original > 1, f"rope: theta {theta} and {ORIGINAL} {original} must be more than 1")
+    require(theta > 1 and original > 1, f"rope: theta {theta} and {ORIGINAL} {original} must be more than 1")
     if kind == "yarn":
         attention_factor = number(
             {"attention_factor": _yarn_attention_factor(table, factor)} | table, "attention_factor"
         )
         fast, slow = (number({key: value} | table, key) for key, value in (("beta_fast", 32), ("beta_slow", 1)))
-        check(slow <= fast, f"rope: beta_slow {slow} must not be more than beta_fast {fast}")
+        require(slow <= fast, f"rope: beta_slow {slow} must not be more than beta_fast {fast}")
         ramp = {"beta_fast": fast, "beta_slow": slow, "truncate": flag({"truncate": True} | table, "truncate")}
         return Rope(dim, theta, kind, factor, attention_factor, original, **ramp)
 
@@ -132,7 +132,7 @@ def _rope(table: dict, values: dict, original: int | None, head_dim: int, max_le
     for name in ("short_factor", "long_factor"):
         factors = table.get(name)
         fits = isinstance(factors, list) and len(factors) == dim // 2 and all(is_number(f) and f > 0 for f in factors)
-        check(fits, f"rope: {name} must be a list of {dim // 2} positive numbers")
+        require(fits, f"rope: {name} must be a list of {dim // 2} positive numbers")
     pair_factors = tuple(map(float, table["long_factor" if is_long else "short_factor"]))
     note = f"longrope: the factors for texts {'of more than' if is_long else 'of up to'} {original:,} tokens"
     return Rope(dim, theta, kind, factor, attention_factor, original, pair_factors=pair_factors, note=note)

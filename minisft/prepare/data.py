@@ -8,9 +8,9 @@ from minisft.config.sections import Config, DataSection, eval_sets, source_list
 from minisft.data.audit import quick_findings
 from minisft.data.cache import Documents, build_cache
 from minisft.data.documents import Accounting, select_documents, show_document, split_documents
-from minisft.data.layout import FormatOptions
 from minisft.data.loader import Loader, shared_prompts
 from minisft.data.packing import plan
+from minisft.data.row_format import FormatOptions
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import Tokenizer, load_tokenizer
 from minisft.errors import DATA, UserError

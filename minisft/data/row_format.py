@@ -1,4 +1,4 @@
-"""The layout of a source: what its rows look like, decided from the first one, and what is trained in them.
+"""The format of the rows of a source: what they look like, decided from the first one, and what is trained in them.
 
 Nine shapes of rows are known (formats.py lists them); the first row of a source decides which one it is, and every other
 row of that source must have it too. What preference rows are used for is the trainer's choice (`answers`): "chosen", their
@@ -62,10 +62,10 @@ class FormatOptions:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowFormat:
     """What was decided for a source from its first row."""
 
-    format: str
+    name: str  # a key of FIELDS
     chat: bool  # rendered by the chat template
     answers_only: bool  # False = everything is trained
     turns: bool = False  # the rows hold lists of messages
@@ -78,11 +78,11 @@ class Layout:
     @property
     def prompt(self) -> str:
         """How a question becomes a prompt: "chat" by the template, "instruction" by `plain_prompt`, "plain" as it is."""
-        return "chat" if self.chat else "instruction" if self.format in ("instruction", "question_answer") else "plain"
+        return "chat" if self.chat else "instruction" if self.name in ("instruction", "question_answer") else "plain"
 
     def __str__(self) -> str:
         """One line for the start of a run."""
-        how = "by the chat template" if self.chat else "already tokenised" if self.format == "input_ids" else "as text"
+        how = "by the chat template" if self.chat else "already tokenised" if self.name == "input_ids" else "as text"
         turns = "the assistant's last turn" if self.last_turn_only else "the assistant's turns"
         preference = {
             "chosen": "the chosen answer",
@@ -91,11 +91,11 @@ class Layout:
         }
         special = {"messages": turns, "sharegpt": turns, "preference": preference[self.answers]}
         special["labelled"] = "the answer, as its label says"
-        answers = special.get(self.format, "the answer")
-        trained = answers if self.answers_only else "what labels say" if self.format == "input_ids" else "everything"
+        answers = special.get(self.name, "the answer")
+        trained = answers if self.answers_only else "what labels say" if self.name == "input_ids" else "everything"
         ignored = f"; fields not used: {', '.join(self.ignored)}" if self.ignored else ""
         weighted = ", scaled by the field weight" if self.weighted else ""
-        return f"{self.format}, {how}; trained: {trained}{weighted}{ignored}"
+        return f"{self.name}, {how}; trained: {trained}{weighted}{ignored}"
 
 
 # ------------------------------------------------------------------------------------------------- what a source has
@@ -129,7 +129,7 @@ def check_field_map(field_map: dict[str, str], options: FormatOptions) -> None:
         raise UserError(f"field_map = {field_map} maps two fields to the same name")
 
 
-def detect_layout(row: dict, format: str, options: FormatOptions, has_template: bool) -> Layout:
+def detect_row_format(row: dict, format: str, options: FormatOptions, has_template: bool) -> RowFormat:
     """Decide the format and what is trained from a first row (fields already renamed).
 
     Raises UserError where no format fits or an option asks for what the format does not have, and RowError where the
@@ -198,7 +198,7 @@ def detect_layout(row: dict, format: str, options: FormatOptions, has_template: 
         raise UserError(f"last_turn_only = true, but {what}", hint="leave last_turn_only unset")
     last, weighted = options.last_turn_only, "weight" in row
     ignored = _ignored(row, found, chat, turns, options)
-    return Layout(found, chat, answers_only, turns, transcripts, options.answers, last, weighted, ignored)
+    return RowFormat(found, chat, answers_only, turns, transcripts, options.answers, last, weighted, ignored)
 
 
 def _ignored(row: dict, found: str, chat: bool, turns: bool, options: FormatOptions) -> tuple[str, ...]:
