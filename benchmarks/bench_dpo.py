@@ -154,7 +154,7 @@ def step_numbers(size: str) -> list[int]:
 
 def scored_documents(documents) -> dict[int, tuple[list[int], int]]:
     """By index in the cache: the tokens up to the last that is trained, and how many of them are the prompt."""
-    from minisft.data.batch import TRAINED
+    from minisft.data.kinds import TRAINED
 
     found = {}
     for index, start, end in zip(documents.index.tolist(), documents.start, documents.end):

@@ -54,8 +54,9 @@ def write_rows(path: Path, shape: str, num_rows: int) -> None:
 
 def validate(path: str) -> dict:
     """Check every row of a file; returns how many there are, how many of them are bad, and the seconds that it took."""
+    from minisft.data.detect_format import detect_row_format, rename_fields
     from minisft.data.formats import to_example
-    from minisft.data.row_format import FormatOptions, detect_row_format, rename_fields
+    from minisft.data.row_format import FormatOptions
     from minisft.data.rows import BadRow, RowError
     from minisft.data.sources import parse_source, read_rows
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisft.data.batch import CHOSEN, MISMATCHED, REJECTED, Answers, Batch
+from minisft.data.batch import Answers, Batch
+from minisft.data.kinds import CHOSEN, MISMATCHED, REJECTED
 from minisft.kernels.linear_cross_entropy import Stats
 from minisft.metrics import Metrics
 from minisft.model.decoder import Decoder

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from minisft import runtime
+from minisft.data.detect_format import detect_row_format, rename_fields
 from minisft.data.formats import to_example
-from minisft.data.row_format import FormatOptions, detect_row_format, rename_fields
+from minisft.data.row_format import FormatOptions
 from minisft.data.rows import BadRow, RowError, place
 from minisft.data.sources import parse_source, read_rows
 from minisft.data.tokenizer import Tokenizer

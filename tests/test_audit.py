@@ -26,9 +26,9 @@ from minisft.data.audit import (
     source_table,
     stretches,
 )
-from minisft.data.batch import TRAINED
 from minisft.data.cache import build_cache
 from minisft.data.documents import select_documents
+from minisft.data.kinds import TRAINED
 from minisft.data.row_format import FormatOptions
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import load_tokenizer, train_tokenizer

@@ -16,9 +16,9 @@ from tokenizers import processors
 
 from minisft.data import cache as cache_module
 from minisft.data import tokenise as tokenise_module
-from minisft.data.batch import ANSWER, SPECIAL, TERMINATOR, TEXT, TRAINED, USER
 from minisft.data.cache import build_cache, cache_key
 from minisft.data.documents import select_documents, show_document, split_documents
+from minisft.data.kinds import ANSWER, SPECIAL, TERMINATOR, TEXT, TRAINED, USER
 from minisft.data.row_format import FormatOptions
 from minisft.data.sources import list_files, parse_source
 from minisft.data.tokenizer import load_tokenizer, train_tokenizer

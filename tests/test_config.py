@@ -7,7 +7,6 @@ import os
 import tomllib
 from dataclasses import MISSING, FrozenInstanceError
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -17,7 +16,7 @@ from minisft.config import sections as config_module
 from minisft.config.aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIASES
 from minisft.config.command_line import parse_arguments
 from minisft.config.load import load, write_resolved
-from minisft.config.sections import KEYS, SECTIONS, Config, Format, config_to_dict, eval_sets, source_list
+from minisft.config.sections import KEYS, SECTIONS, Config, config_to_dict, eval_sets, source_list
 from minisft.config.values import as_toml, fit
 from minisft.data.audit import TITLES
 from minisft.errors import CONFIG, UserError
@@ -107,11 +106,6 @@ def test_the_engine_reads_every_key():
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     read |= {f"max_{name}" for name in TITLES}  # the audit looks its limits up by the name of the finding
     assert {key for key in KEYS if key.rpartition(".")[2] not in read} == set()
-
-
-def test_formats_are_those_that_the_data_room_knows():
-    row_format = pytest.importorskip("minisft.data.row_format")
-    assert set(get_args(Format)) == set(row_format.FORMATS)
 
 
 # ------------------------------------------------------------------------------------------------- order of the layers

@@ -11,8 +11,8 @@ from tiny import relative_error
 from tiny_models import CONFIGS, tiny
 
 from minisft import dpo
-from minisft.data.batch import ANSWER, CHOSEN, MISMATCHED, REJECTED, TRAINED, USER
 from minisft.data.cache import Documents
+from minisft.data.kinds import ANSWER, CHOSEN, MISMATCHED, REJECTED, TRAINED, USER
 from minisft.data.loader import Loader, make_batch, shared_prompts
 from minisft.data.packing import pack, plan
 from minisft.errors import UserError

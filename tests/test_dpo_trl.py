@@ -14,7 +14,7 @@ from tiny_models import tiny
 
 from benchmarks import bench_dpo
 from minisft import dpo
-from minisft.data.batch import TRAINED
+from minisft.data.kinds import TRAINED
 from minisft.data.loader import make_batch
 from minisft.data.packing import pack
 from minisft.model.load import load_model

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from minisft.data.batch import ANSWER, KIND_MASK, TERMINATOR, TRAINED, USER
 from minisft.data.cache import build_cache
 from minisft.data.chat.conversations import check_messages
 from minisft.data.chat.masks import render_conversation
@@ -18,6 +17,7 @@ from minisft.data.chat.template import ChatTemplate, render
 from minisft.data.documents import rows_of, select_documents, split_documents
 from minisft.data.encoding import conversation_pieces, encode_pieces
 from minisft.data.formats import Example
+from minisft.data.kinds import ANSWER, KIND_MASK, TERMINATOR, TRAINED, USER
 from minisft.data.row_format import FormatOptions
 from minisft.data.rows import RowError
 from minisft.data.sources import parse_source

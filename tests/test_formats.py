@@ -6,17 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from minisft.data.batch import ANSWER, TEXT, TRAINED, USER
-from minisft.data.formats import Piece, plain_prompt, to_example
-from minisft.data.row_format import (
-    CHOICES,
-    FIELDS,
-    TEMPLATE_FIELDS,
-    FormatOptions,
-    check_field_map,
-    detect_row_format,
-    rename_fields,
-)
+from minisft.data.detect_format import check_field_map, detect_row_format, rename_fields
+from minisft.data.formats import FORMATS, TEMPLATE_FIELDS, Example, Format, Piece, plain_prompt, to_example
+from minisft.data.kinds import ANSWER, TEXT, TRAINED, USER
+from minisft.data.row_format import CHOICES, FormatOptions
 from minisft.data.rows import RowError
 from minisft.data.sources import Row, parse_source, read_rows
 from minisft.errors import UserError
@@ -50,10 +43,28 @@ def example(row, format="auto", template=True, **options):
 
 
 def test_every_format_is_detected_from_its_row():
-    assert list(ROWS) == list(FIELDS)
+    assert list(ROWS) == list(FORMATS)
     for name, row in ROWS.items():
         assert detect_row_format(row, "auto", made_for(name), True).name == name
         assert detect_row_format(row, name, made_for(name), True).name == name
+
+
+def test_an_entry_in_the_table_is_all_that_a_format_needs(monkeypatch):
+    def read(row, row_format, options):
+        return [Example((Piece(row["verse"], [(0, len(row["verse"]), TEXT | TRAINED)]),))]
+
+    monkeypatch.setitem(FORMATS, "poem", Format(("verse",), ("poet",), read, has_prompt=False))
+    row = {"verse": "So much depends", "poet": "W", "year": 1923, "weight": 2}
+    for asked in ("auto", "poem"):
+        found = detect_row_format(row, asked, FormatOptions(), True)
+        assert str(found).startswith("poem, as text; trained: everything, scaled") and found.ignored == ("year",)
+    piece = Piece("So much depends", [(0, 15, TEXT | TRAINED)])
+    assert to_example(row, found, FormatOptions()) == Example((piece,), weight=2.0)
+    check_field_map({"line": "verse"}, FormatOptions())
+    with pytest.raises(UserError, match="verse"):
+        detect_row_format({"ode": 1}, "auto", FormatOptions(), True)
+    with pytest.raises(UserError, match="two answers to a prompt"):
+        detect_row_format(row, "poem", FormatOptions(answers="pairs"), True)
 
 
 def test_what_was_detected_is_one_line_and_names_unused_fields():
@@ -85,7 +96,7 @@ def test_detection_refuses(row, options, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_field_is_read_or_named_as_unused(name):
     """A field that changes the example is not called unused, and one that is called unused changes nothing."""
     values = {

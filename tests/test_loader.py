@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from minisft.data.batch import ANSWER, IGNORE_INDEX, TERMINATOR, TRAINED, USER
+from minisft.data.batch import IGNORE_INDEX
 from minisft.data.cache import Documents, build_cache
 from minisft.data.documents import select_documents
+from minisft.data.kinds import ANSWER, TERMINATOR, TRAINED, USER
 from minisft.data.loader import Loader, make_batch
-from minisft.data.packing import STRATEGIES, pack, plan
+from minisft.data.packing import pack, plan
+from minisft.data.packing_strategies import STRATEGIES
 from minisft.data.sources import Source
 from minisft.data.tokenizer import train_tokenizer
 

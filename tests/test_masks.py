@@ -14,11 +14,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from minisft.data.batch import ANSWER, KIND_MASK, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
 from minisft.data.chat import masks
 from minisft.data.chat.masks import Masking, check_template, render_conversation
 from minisft.data.chat.template import ChatTemplate, render
 from minisft.data.chat.training_templates import STOCK, tagged_twin
+from minisft.data.kinds import ANSWER, KIND_MASK, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
 from minisft.data.rows import RowError
 from minisft.errors import UserError
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisft.data.packing import STRATEGIES, pack, pack_ref, plan, ragged_arange
+from minisft.data.packing import pack, plan, ragged_arange
+from minisft.data.packing_strategies import STRATEGIES, Strategy, first_fit, pack_ref
 from minisft.errors import UserError
 
 SHUFFLED_PATTERNS = ("bfd", "ffd", "bfd_split", "none")  # dealing keeps which lengths share a pack; wrapped cuts anew
@@ -57,6 +58,13 @@ def test_equals_the_reference_and_loses_nothing(strategy, problem, seed):
     assert len(dealt) == len(reference)
     if strategy in SHUFFLED_PATTERNS:
         assert patterns(dealt.tolist()) == patterns(reference)
+
+
+def test_an_entry_in_the_table_is_all_that_a_strategy_of_known_parts_needs(monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "ffd_split", Strategy("pieces", first_fit))
+    made = plan([9, 3, 4, 1], 4, "ffd_split")
+    assert made.deal().tolist() == [[(0, 0, 4)], [(0, 4, 8)], [(2, 0, 4)], [(1, 0, 3), (0, 8, 9)], [(3, 0, 1)]]
+    check_conservation([9, 3, 4, 1], 4, made, made.deal(7))
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "ffd"])

@@ -15,12 +15,13 @@ from minisft.commands import audit as audit_command
 from minisft.config.load import load
 from minisft.data import tokenise
 from minisft.data.audit import all_findings, count_tokens, quick_findings
-from minisft.data.batch import CHOSEN, MISMATCHED, REJECTED, TRAINED
 from minisft.data.cache import build_cache, cache_key
 from minisft.data.chat.template import ChatTemplate
+from minisft.data.detect_format import detect_row_format
 from minisft.data.documents import rows_of, select_documents, split_documents
 from minisft.data.formats import to_examples
-from minisft.data.row_format import FormatOptions, detect_row_format
+from minisft.data.kinds import CHOSEN, MISMATCHED, REJECTED, TRAINED
+from minisft.data.row_format import FormatOptions
 from minisft.data.rows import RowError
 from minisft.data.sources import list_files, parse_source
 from minisft.data.tokenizer import train_tokenizer

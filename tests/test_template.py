@@ -2,21 +2,10 @@
 
 import pytest
 
-from minisft.data.batch import (
-    ANSWER,
-    HEADER,
-    KIND_MASK,
-    REASONING,
-    SYSTEM,
-    TERMINATOR,
-    TOOL,
-    TOOL_CALL,
-    TRAINED,
-    USER,
-)
 from minisft.data.chat.masks import Masking, check_template, kinds_of, render_conversation
 from minisft.data.chat.template import ChatTemplate, render
 from minisft.data.chat.training_templates import CHATML
+from minisft.data.kinds import ANSWER, HEADER, KIND_MASK, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
 from minisft.data.rows import RowError
 from minisft.errors import UserError
 

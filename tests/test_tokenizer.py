@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 
-from minisft.data.batch import ANSWER, HEADER, TERMINATOR, TRAINED, USER
 from minisft.data.chat.training_templates import CHATML
 from minisft.data.encoding import encode_pieces, token_kinds, tokenize_conversation
 from minisft.data.formats import Piece
+from minisft.data.kinds import ANSWER, HEADER, TERMINATOR, TRAINED, USER
 from minisft.data.tokenizer import load_tokenizer, train_tokenizer
 from minisft.errors import MODEL, UserError
 

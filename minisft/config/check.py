@@ -7,6 +7,7 @@ from collections.abc import Callable
 from minisft.config.choices import ADAMW
 from minisft.config.sections import KEYS, Config, config_to_dict, eval_sets
 from minisft.config.values import as_toml
+from minisft.data.packing_strategies import STRATEGIES
 from minisft.errors import UserError
 from minisft.preference.losses import WITH_DIVERGENCE, WITH_LABEL_SMOOTHING, WITHOUT_REFERENCE
 from minisft.schedule import HAVE_NO_FLOOR, wrong_option
@@ -255,7 +256,7 @@ def check_options_of_losses(config: Config, refuse: Refuse) -> None:
 def check_dpo_data(config: Config, refuse: Refuse) -> None:
     """Options of the data and of SFT that pairs do not allow."""
     data, train = config.data, config.train
-    if data.packing and data.packing_strategy not in ("bfd", "ffd"):
+    if data.packing and STRATEGIES[data.packing_strategy].cut != "front":
         refuse("data.packing_strategy trainer_type", "a pair cannot be cut", 'use "bfd"')
     if data.truncation == "turns":
         problem = "it would cut the prompts of both answers differently"

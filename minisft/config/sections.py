@@ -11,6 +11,9 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from minisft.config.choices import OPTIMIZERS
+from minisft.data.formats import FORMATS
+from minisft.data.packing_strategies import STRATEGIES
+from minisft.data.row_format import CHOICES, ON_BAD_ROW, TRUNCATIONS
 from minisft.preference.losses import DIVERGENCES, LOSSES
 from minisft.schedule import SCHEDULES
 
@@ -26,18 +29,6 @@ def option(default: Any, help: str, **limits: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-Format = Literal[
-    "auto",
-    "text",
-    "messages",
-    "prompt_completion",
-    "instruction",
-    "question_answer",
-    "sharegpt",
-    "preference",
-    "labelled",
-    "input_ids",
-]
 Sources = str | list | dict | None  # a path, a table with the fields of data/sources.py's Source, or a list of these
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 PairLoss = Literal[*LOSSES, "kto"]
@@ -119,10 +110,10 @@ class DataSection:
         None, "the same for evaluation; or a table that gives each evaluation set a name", is_path="data"
     )
     eval_fraction: float = option(0.0, "part of the training rows held out for evaluation", at_least=0, below=1)
-    format: Format = option("auto", "what a row looks like; auto = found out from its fields")
+    format: Literal[("auto", *FORMATS)] = option("auto", "what a row looks like; auto = found out from its fields")
     field_map: dict = option({}, "your field = our field, as in {query = 'prompt', reply = 'completion'}")
     dataset_text_field: str = option("text", "field of plain text rows")
-    prompt_format: Literal["auto", "chat", "plain"] = option(
+    prompt_format: Literal[CHOICES["prompt_format"]] = option(
         "auto", "prompt and answer through the chat template, or as plain text; auto = chat if there is a template"
     )
     response_marker: str | None = option(None, "plain text with turns inside: the marker that opens a trained turn")
@@ -130,28 +121,28 @@ class DataSection:
     completion_only_loss: bool | None = option(None, "train the answer only; none = yes for rows with a prompt")
     assistant_only_loss: bool | None = option(None, "train the assistant's turns only; none = yes for conversations")
     train_on_last_turn_only: bool = option(False, "of a conversation, train the last answer only")
-    multi_turn: Literal["auto", "joint", "per_turn"] = option(
+    multi_turn: Literal[CHOICES["multi_turn"]] = option(
         "auto",
         "joint = one document a conversation, refused where the template renders a turn differently than at inference; "
         "per_turn = one document an answer; auto = joint where exact, else per_turn",
     )
-    reasoning: Literal["train", "mask", "strip"] = option(
+    reasoning: Literal[CHOICES["reasoning"]] = option(
         "train", "the reasoning in an answer: trained, shown but not trained, or removed"
     )
-    control_tokens: Literal["error", "escape", "allow"] = option(
+    control_tokens: Literal[CHOICES["control_tokens"]] = option(
         "error", "special tokens written inside a message: refuse the row, encode as plain text, or let them be tokens"
     )
     add_eos: bool = option(True, "end plain text with the EOS token")
     add_special_tokens: bool = option(True, "let the tokenizer add its own special tokens (BOS) to plain text")
-    on_bad_row: Literal["error", "skip"] = option("error", "stop at a malformed row, or count and skip it")
+    on_bad_row: Literal[ON_BAD_ROW] = option("error", "stop at a malformed row, or count and skip it")
     max_length: int | None = option(
         1024, "tokens of a document and of a pack; dpo: of a prompt with one answer; none = no limit", at_least=2
     )
-    truncation: Literal["right", "left", "turns", "drop", "error"] = option(
+    truncation: Literal[TRUNCATIONS] = option(
         "right", "longer documents: the side that is cut off (and counted); turns = the oldest turns; or drop, or error"
     )
     packing: bool = option(False, "fill packs of max_length tokens with whole documents")
-    packing_strategy: Literal["bfd", "ffd", "bfd_split", "wrapped"] = option(
+    packing_strategy: Literal[tuple(name for name in STRATEGIES if name != "none")] = option(
         "bfd", "best-fit or first-fit decreasing; bfd_split cuts long documents in pieces; wrapped cuts anywhere"
     )
     eval_packing: bool | None = option(None, "packing for evaluation; none = as packing")

@@ -16,7 +16,9 @@ from hashlib import blake2b
 
 import numpy as np
 
-from minisft.data.batch import (
+from minisft.data.cache import Documents, TokenCache
+from minisft.data.documents import blocks, count_targets, cut, rows_of
+from minisft.data.kinds import (
     ANSWER,
     HEADER,
     KIND_MASK,
@@ -29,8 +31,6 @@ from minisft.data.batch import (
     TOOL_CALL,
     TRAINED,
 )
-from minisft.data.cache import Documents, TokenCache
-from minisft.data.documents import blocks, count_targets, cut, rows_of
 from minisft.data.packing import ragged_arange
 from minisft.data.tokenizer import Tokenizer
 

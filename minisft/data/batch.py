@@ -3,23 +3,12 @@
 A micro-batch is one row of T tokens that holds whole documents side by side. There is no padding matrix and no mask
 tensor: `start` and `end` say for every token which keys it sees, and `loss_rows` says which hidden states are scored
 against which targets. Everything after the loader reads this and nothing else.
-
-Every token also carries one byte in the cache: 7 bits say what it is (a *kind*, below), the top bit whether it is trained.
 """
 
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-
-TRAINED = 0x80  # top bit of a token's byte: this token is a target
-KIND_MASK = 0x7F
-TOKEN_KINDS = ("text", "special", "header", "system", "user", "tool", "answer", "reasoning", "tool_call", "terminator")
-TEXT, SPECIAL, HEADER, SYSTEM, USER, TOOL, ANSWER, REASONING, TOOL_CALL, TERMINATOR = range(len(TOKEN_KINDS))
-
-# What a document is in preference data: an answer that is preferred, one that is not, and another row's answer to this
-# prompt, by which KTO measures how far the policy has moved. Documents of SFT have no role.
-CHOSEN, REJECTED, MISMATCHED = range(3)
 
 IGNORE_INDEX = -100  # label of a token that is not trained, as in Hugging Face
 
@@ -57,7 +46,7 @@ class Batch:
     loss_rows: Tensor  # int64 [M]: the hidden state of row loss_rows[i] is scored against targets[i]
     targets: Tensor  # int64 [M]
     row_weights: Tensor | None  # fp32 [M]; None = all 1
-    row_kind: Tensor  # uint8 [M]: index into TOKEN_KINDS
+    row_kind: Tensor  # uint8 [M]: index into kinds.TOKEN_KINDS
     row_source: Tensor  # int32 [M]: index of the data source
     row_document: Tensor  # int64 [M]: index of the document in the token cache
     labels: Tensor  # int64 [T] as in Hugging Face: unshifted, -100 = not trained

@@ -1,7 +1,7 @@
 """The token cache: every row tokenised once, in flat memory-mapped arrays that the next start finds again.
 
     ids      uint32 [N]    all tokens of all documents, end to end
-    kinds    uint8  [N]    what each token is (7 bits) and whether it is trained (top bit); see batch.py
+    kinds    uint8  [N]    what each token is (7 bits) and whether it is trained (top bit); see kinds.py
     offsets  int64  [D+1]  document d is tokens offsets[d] : offsets[d + 1]
     source   int32  [D]    which source it came from            row   int64 [D]   its row number there, from 0
     file     int32  [D]    which of manifest["paths"]           line  int64 [D]   its line there
@@ -40,9 +40,10 @@ from minisft.atomic_folder import (
     verify_folder,
     waiting_lock,
 )
-from minisft.data.batch import MISMATCHED
+from minisft.data.detect_format import check_field_map
+from minisft.data.kinds import MISMATCHED
 from minisft.data.repositories import locate
-from minisft.data.row_format import FormatOptions, check_field_map
+from minisft.data.row_format import ON_BAD_ROW, FormatOptions
 from minisft.data.rows import place
 from minisft.data.sources import Source, list_files
 from minisft.data.tokenise import Document, new_entry, tokenise, with_mismatched
@@ -186,8 +187,8 @@ def build_cache(
     local_files_only: take hub repositories from the local cache.
     Raises UserError (exit code DATA) for anything wrong with the data.
     """
-    if on_bad_row not in ("error", "skip"):
-        raise UserError(f"on_bad_row = {on_bad_row!r}", hint='one of "error", "skip"')
+    if on_bad_row not in ON_BAD_ROW:
+        raise UserError(f"on_bad_row = {on_bad_row!r}", hint=f"one of {', '.join(ON_BAD_ROW)}")
     if not sources:
         raise UserError("no data source", hint='name one, as in train_data = "data.jsonl"')
     sources = [

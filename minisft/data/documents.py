@@ -19,13 +19,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minisft.data.batch import MISMATCHED, TRAINED
 from minisft.data.cache import Documents, TokenCache
+from minisft.data.kinds import MISMATCHED, TRAINED
 from minisft.data.packing import ragged_arange
+from minisft.data.row_format import TRUNCATIONS
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
 
-TRUNCATIONS = ("error", "drop", "right", "left", "turns")
 BLOCK_TOKENS = 2**24  # tokens whose kinds are looked at together, to bound memory
 
 

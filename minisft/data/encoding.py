@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from minisft.data.batch import TRAINED
 from minisft.data.chat.conversations import check_messages
 from minisft.data.chat.masks import Masking, Rendered, check_template, render_conversation
 from minisft.data.formats import Example, Piece
+from minisft.data.kinds import TRAINED
 from minisft.data.row_format import FormatOptions, RowFormat
 from minisft.data.rows import RowError
 from minisft.data.tokenizer import LITERAL_START, Tokenizer

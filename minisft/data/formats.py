@@ -1,7 +1,7 @@
 """From a row to examples: what is the prompt, what is trained.
 
-Nine shapes of rows are known. Which one the rows of a source have is decided by its first row (row_format.py). Nothing is
-guessed after that: a row that does not fit is a `RowError` that names the field.
+Nine shapes of rows are known, those of the table FORMATS at the end. The first row of a source decides which one its rows
+have (detect_format.py). Nothing is guessed after that: a row that does not fit is a `RowError` that names the field.
 
     input_ids           {"input_ids": [...], "labels": [...]?}                 labels: input_ids, or -100 = not trained
     preference          {"prompt"?, "chosen", "rejected"}                      strings, or messages; see preferences.py
@@ -30,9 +30,9 @@ is the answer, unless the trainer asks for pairs (both answers are examples) or 
 """
 
 import re
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from minisft.data.batch import ANSWER, CHOSEN, REJECTED, TEXT, TRAINED, USER
 from minisft.data.chat.conversations import (
     check_documents,
     check_messages,
@@ -41,10 +41,12 @@ from minisft.data.chat.conversations import (
     check_variables,
     check_weight,
 )
+from minisft.data.kinds import ANSWER, CHOSEN, REJECTED, TEXT, TRAINED, USER
 from minisft.data.preferences import (
     SIDES,
     check_text_answer,
     check_text_prompt,
+    is_sharegpt,
     label_of,
     labelled_turns,
     preference_texts,
@@ -52,8 +54,10 @@ from minisft.data.preferences import (
     string_of,
     system_of,
 )
-from minisft.data.row_format import FormatOptions, RowFormat, check_fields
+from minisft.data.row_format import FormatOptions, RowFormat
 from minisft.data.rows import RowError
+
+TEMPLATE_FIELDS = ("tools", "documents", "chat_template_kwargs")  # read where a chat template renders the row
 
 
 @dataclass(slots=True)  # of the classes here, those of a single row are not frozen: that costs 0.1 us a field
@@ -82,6 +86,22 @@ class Example:
     role: int | None = None  # of pairs and labels: CHOSEN | REJECTED
 
 
+@dataclass(frozen=True)
+class Format:
+    """One shape of rows: its fields, and the function that reads it. Functions of a row alone see the first row."""
+
+    needs: tuple[str, ...]  # fields that a row must have; "a|b" = one of the two
+    may_have: tuple[str, ...]  # other fields that are read
+    read: Callable[[dict, RowFormat, FormatOptions], list[Example]]
+    has_turns: Callable[[dict], bool] = lambda row: False  # whether the row holds messages
+    has_prompt: bool = True  # besides the turns
+    is_question: bool = False  # the prompt is a bare question, which the chat template or `plain_prompt` wraps
+    # A key of row_format.ANSWERS -> what it trains, in words. The other keys cannot be had from this format.
+    answers: dict[str, str] = field(default_factory=lambda: {"chosen": "the answer"})
+    # (row, row_format.turns, row_format.answers) -> fields of the two lists above that are not read after all
+    unread: Callable[[dict, bool, str], set[str]] = lambda row, turns, answers: set()
+
+
 # ------------------------------------------------------------------------------------------------- one row
 
 
@@ -96,93 +116,73 @@ def to_examples(row: dict, row_format: RowFormat, options: FormatOptions) -> lis
     Raises RowError.
     """
     check_fields(row, row_format.name, options)
-    example = Example(weight=_weight(row) if "weight" in row else 1.0)
+    weight = _weight(row) if "weight" in row else 1.0
+    tools = documents = variables = None
     if row_format.chat:
-        example.tools = check_tools(row.get("tools"))
-        example.documents = check_documents(row.get("documents"))
-        example.variables = check_variables(row.get("chat_template_kwargs"))
-    if row_format.name in ("preference", "labelled"):
-        prompt, answers, roles = _answers(row, row_format)
-        examples = [replace(example, role=role) for role in roles]
-        for example, answer in zip(examples, answers):
-            _fill(example, "", prompt, answer, row_format)
-        return examples
+        tools = check_tools(row.get("tools"))
+        documents = check_documents(row.get("documents"))
+        variables = check_variables(row.get("chat_template_kwargs"))
+    examples = FORMATS[row_format.name].read(row, row_format, options)
+    for example in examples:
+        example.weight, example.tools, example.documents, example.variables = weight, tools, documents, variables
+    return examples
+
+
+def check_fields(row: dict, name: str, options: FormatOptions) -> None:
+    """Raise RowError where the row lacks a field of the format."""
+    if missing := missing_field(row, name, options):
+        raise RowError("missing field", f"{missing!r}; the row has {', '.join(row) or 'no field'}")
+
+
+def missing_field(row: dict, name: str, options: FormatOptions) -> str:
+    """The first field that the format needs and the row lacks, or nothing."""
+    for needed in needed_fields(name, options):
+        if needed not in row and not any(n in row for n in needed.split("|")):
+            return needed
+    return ""
+
+
+def needed_fields(name: str, options: FormatOptions) -> tuple[str, ...]:
+    return (options.dataset_text_field,) if name == "text" else FORMATS[name].needs
+
+
+def _weight(row: dict) -> float:
+    weight = row["weight"]
+    try:
+        weight = float(weight) if isinstance(weight, str) else weight  # a CSV has it as text
+    except ValueError:
+        pass  # the check says that it is no number
+    return check_weight(weight, "weight")
+
+
+# ------------------------------------------------------------------------------------------------- a prompt and an answer
+
+
+def _read_prompt_completion(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
     if row_format.turns:
-        example.messages, example.first_trained = _conversation(row, row_format.name)
-    elif row_format.name == "input_ids":
-        example.ids, example.labels = _tokenised(row)
-    elif row_format.name == "text":
-        example.pieces = (_text(row, options),)
-    else:
-        system, prompt, answer = _prompt_and_answer(row, row_format)
-        check_text_answer("the answer", answer)
-        _fill(example, system, prompt, answer, row_format)
-    return [example]
+        prompt = check_messages(row["prompt"], "prompt", needs_answer=False)
+        return [_answered(prompt, check_messages(row["completion"], "completion"), row_format)]
+    return [_single(string_of(row, "prompt"), string_of(row, "completion"), row_format)]
 
 
-def _fill(example: Example, system: str, prompt: str | list, answer: str | list, row_format: RowFormat) -> None:
-    """Set the messages or pieces of an example from its prompt and answer, both strings or both messages."""
-    if row_format.turns:
-        example.messages, example.first_trained = prompt + answer, len(prompt)
-    elif row_format.chat:
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        example.messages = [{"role": "system", "content": system}, *turns] if system else turns
-    else:
-        pieces = (whole(prompt, USER if row_format.answers_only else USER | TRAINED), whole(answer, ANSWER | TRAINED))
-        example.pieces = pieces if prompt else pieces[1:]
+def _read_question_answer(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
+    question, answer = string_of(row, "question"), string_of(row, "answer")
+    if not question.strip():
+        raise RowError("empty prompt")
+    return [_single(question if row_format.chat else plain_prompt(question), answer, row_format)]
 
 
-def _answers(row: dict, row_format: RowFormat) -> tuple[str | list, list[str] | list[list], tuple[int | None, ...]]:
-    """(prompt, answers, their roles) of a preference or labelled row."""
-    if row_format.name == "labelled":
-        role = CHOSEN if label_of(row) else REJECTED
-        if row_format.turns:
-            prompt, answer = labelled_turns(row)
-        else:
-            prompt, answer = string_of(row, "prompt"), string_of(row, "completion")
-            check_text_prompt(prompt)
-            check_text_answer("completion", answer)
-        return prompt, [answer], (role,)
-    sides, roles = (SIDES[:1], (None,)) if row_format.answers == "chosen" else (SIDES, (CHOSEN, REJECTED))
-    if row_format.turns:
-        return *preference_turns(row, sides, transcripts=row_format.transcripts), roles
-    prompt, answers = preference_texts(row, sides)
-    if row_format.chat and row.get("prompt") is None:  # the space between them was neither's
-        answers = [answer.lstrip() for answer in answers]
-    return prompt, answers, roles
-
-
-def _conversation(row: dict, format: str) -> tuple[list[dict], int]:
-    """(messages, number of the first that may be trained) of a row that holds turns."""
-    if format == "messages":
-        return check_messages(row["messages"], "messages"), 0
-    if format == "sharegpt":
-        return check_turns(row["conversations"], "conversations", system=system_of(row)), 0
-    prompt = check_messages(row["prompt"], "prompt", needs_answer=False)
-    return prompt + check_messages(row["completion"], "completion"), len(prompt)
-
-
-def whole(text: str, byte: int) -> Piece:
-    """A piece that is all of one kind."""
-    return Piece(text, [(0, len(text), byte)])
-
-
-def _prompt_and_answer(row: dict, row_format: RowFormat) -> tuple[str, str, str]:
-    """(system, prompt, answer) of a row with one prompt."""
-    if row_format.name == "prompt_completion":
-        return "", string_of(row, "prompt"), string_of(row, "completion")
-    if row_format.name == "question_answer":
-        system, instruction, extra, answer = "", string_of(row, "question"), "", string_of(row, "answer")
-    else:
-        system = system_of(row)
-        extra = string_of(row, "input") if row.get("input") is not None else ""
-        instruction = string_of(row, "instruction")
-        answer = string_of(row, "output" if "output" in row else "response")
+def _read_instruction(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
+    system = system_of(row)
+    extra = string_of(row, "input") if row.get("input") is not None else ""
+    instruction = string_of(row, "instruction")
+    answer = string_of(row, "output" if "output" in row else "response")
     if not instruction.strip() and not extra.strip():
         raise RowError("empty prompt")
-    if row_format.chat:
-        return system, f"{instruction}\n\n{extra}" if extra.strip() else instruction, answer
-    return "", plain_prompt(instruction, extra, system), answer
+    if not row_format.chat:
+        return [_single(plain_prompt(instruction, extra, system), answer, row_format)]
+    question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+    return [_single(question, answer, row_format, system)]
 
 
 def plain_prompt(instruction: str, input: str = "", system: str = "") -> str:
@@ -192,12 +192,89 @@ def plain_prompt(instruction: str, input: str = "", system: str = "") -> str:
     return f"{system}### Instruction:\n{instruction}\n\n{input}### Response:\n"
 
 
-def _text(row: dict, options: FormatOptions) -> Piece:
+def _single(prompt: str, answer: str, row_format: RowFormat, system: str = "") -> Example:
+    """The example of a prompt and its answer, two strings. Raises RowError where the answer is empty."""
+    check_text_answer("the answer", answer)
+    return _answered(prompt, answer, row_format, system)
+
+
+def _answered(prompt: str | list, answer: str | list, row_format: RowFormat, system: str = "") -> Example:
+    """The example of a prompt and its answer, both strings or both messages."""
+    if row_format.turns:
+        return Example(messages=prompt + answer, first_trained=len(prompt))
+    if row_format.chat:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        return Example(messages=[{"role": "system", "content": system}, *turns] if system else turns)
+    pieces = (whole(prompt, USER if row_format.answers_only else USER | TRAINED), whole(answer, ANSWER | TRAINED))
+    return Example(pieces if prompt else pieces[1:])
+
+
+def whole(text: str, byte: int) -> Piece:
+    """A piece that is all of one kind."""
+    return Piece(text, [(0, len(text), byte)])
+
+
+# ------------------------------------------------------------------------------------------------- preference data
+
+
+def _read_preference(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
+    sides, roles = (SIDES[:1], (None,)) if row_format.answers == "chosen" else (SIDES, (CHOSEN, REJECTED))
+    if row_format.turns:
+        prompt, answers = preference_turns(row, sides, transcripts=row_format.transcripts)
+    else:
+        prompt, answers = preference_texts(row, sides)
+        if row_format.chat and row.get("prompt") is None:  # the space between prompt and answer belonged to neither
+            answers = [answer.lstrip() for answer in answers]
+    examples = [_answered(prompt, answer, row_format) for answer in answers]
+    for example, role in zip(examples, roles):
+        example.role = role
+    return examples
+
+
+def _read_labelled(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
+    role = CHOSEN if label_of(row) else REJECTED
+    if row_format.turns:
+        prompt, answer = labelled_turns(row)
+    else:
+        prompt, answer = string_of(row, "prompt"), string_of(row, "completion")
+        check_text_prompt(prompt)
+        check_text_answer("completion", answer)
+    example = _answered(prompt, answer, row_format)
+    example.role = role
+    return [example]
+
+
+def _unread_of_preference(row: dict, turns: bool, answers: str) -> set[str]:
+    unread = {"prompt"} if is_sharegpt(row) else {"conversations", "system"}
+    return unread | {"rejected"} if answers == "chosen" and (turns or row.get("prompt") is not None) else unread
+
+
+def _unread_of_labelled(row: dict, turns: bool, answers: str) -> set[str]:
+    """Completion, messages, conversations: only the first that the row has is read."""
+    if row.get("completion") is not None:
+        unread = {"messages", "conversations", "system"}
+    else:
+        unread = {"prompt"} | ({"conversations", "system"} if row.get("messages") is not None else set())
+    return unread | {"kto_tag"} if row.get("label") is not None else unread
+
+
+# ------------------------------------------------------------------------------------------------- no prompt of its own
+
+
+def _read_messages(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
+    return [Example(messages=check_messages(row["messages"], "messages"))]
+
+
+def _read_sharegpt(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
+    return [Example(messages=check_turns(row["conversations"], "conversations", system=system_of(row)))]
+
+
+def _read_text(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
     text = string_of(row, options.dataset_text_field)
     if not text.strip():
         raise RowError("empty text")
     if not options.response_marker:
-        return whole(text, TEXT | TRAINED)
+        return [Example((whole(text, TEXT | TRAINED),))]
     responses = [(m.end(), ANSWER | TRAINED, m.start()) for m in re.finditer(re.escape(options.response_marker), text)]
     if not responses:
         raise RowError("no response_marker", f"{options.response_marker!r} does not occur")
@@ -210,10 +287,10 @@ def _text(row: dict, options: FormatOptions) -> Piece:
     spans = [(begin, end, byte) for (begin, byte, _), end in zip(marks, ends)]
     if any(byte & TRAINED and not text[begin:end].strip() for begin, end, byte in spans):
         raise RowError("empty answer", "nothing follows a response_marker")
-    return Piece(text, [(0, len(text), TEXT), *spans])
+    return [Example((Piece(text, [(0, len(text), TEXT), *spans]),))]
 
 
-def _tokenised(row: dict) -> tuple[list[int], list[int] | None]:
+def _read_input_ids(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
     ids, labels = row["input_ids"], row.get("labels")
     for name, value in (("input_ids", ids), ("labels", labels)):
         if value is None and name == "labels":
@@ -224,13 +301,54 @@ def _tokenised(row: dict) -> tuple[list[int], list[int] | None]:
         raise RowError("labels of another length", f"{len(labels)} labels for {len(ids)} input_ids")
     if labels is not None and any(label not in (-100, i) for label, i in zip(labels, ids)):
         raise RowError("labels differ from input_ids", "a label is the token's own id (unshifted) or -100")
-    return ids, labels
+    return [Example(ids=ids, labels=labels)]
 
 
-def _weight(row: dict) -> float:
-    weight = row["weight"]
-    try:
-        weight = float(weight) if isinstance(weight, str) else weight  # a CSV has it as text
-    except ValueError:
-        pass  # the check says that it is no number
-    return check_weight(weight, "weight")
+# ------------------------------------------------------------------------------------------------- the table
+
+# Name -> format. The first one whose needed fields a row has is its format.
+FORMATS = {
+    "input_ids": Format(("input_ids",), ("labels",), _read_input_ids, has_prompt=False),
+    "preference": Format(
+        ("chosen", "rejected"),
+        ("prompt", "conversations", "system", *TEMPLATE_FIELDS),
+        _read_preference,
+        has_turns=lambda row: is_sharegpt(row) or not isinstance(row["chosen"], str),
+        answers={
+            "chosen": "the chosen answer",
+            "pairs": "the chosen answer against the rejected one",
+            "labels": "the chosen answer as a good one, the rejected one as a bad one",
+        },
+        unread=_unread_of_preference,
+    ),
+    "labelled": Format(
+        ("completion|messages|conversations", "label|kto_tag"),
+        ("prompt", "system", *TEMPLATE_FIELDS),
+        _read_labelled,
+        has_turns=lambda row: not isinstance(row.get("completion"), str),
+        answers={"labels": "the answer, as its label says"},
+        unread=_unread_of_labelled,
+    ),
+    "messages": Format(("messages",), TEMPLATE_FIELDS, _read_messages, has_turns=lambda row: True, has_prompt=False),
+    "sharegpt": Format(
+        ("conversations",),
+        ("system", *TEMPLATE_FIELDS),
+        _read_sharegpt,
+        has_turns=lambda row: True,
+        has_prompt=False,
+    ),
+    "prompt_completion": Format(
+        ("prompt", "completion"),
+        TEMPLATE_FIELDS,
+        _read_prompt_completion,
+        has_turns=lambda row: isinstance(row["prompt"], list),
+    ),
+    "instruction": Format(
+        ("instruction", "output|response"),
+        ("input", "system", *TEMPLATE_FIELDS),
+        _read_instruction,
+        is_question=True,
+    ),
+    "question_answer": Format(("question", "answer"), TEMPLATE_FIELDS, _read_question_answer, is_question=True),
+    "text": Format(("text",), (), _read_text, has_prompt=False),
+}

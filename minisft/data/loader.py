@@ -25,8 +25,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from minisft.data.batch import IGNORE_INDEX, KIND_MASK, TRAINED, Answers, Batch, document_bounds
+from minisft.data.batch import IGNORE_INDEX, Answers, Batch, document_bounds
 from minisft.data.cache import Documents
+from minisft.data.kinds import KIND_MASK, TRAINED
 from minisft.data.packing import Packs, Plan, ragged_arange
 
 

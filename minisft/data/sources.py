@@ -57,7 +57,7 @@ class Source:
     name: str = ""  # for reports, the path where empty; of a repository: the configuration, as in load_dataset
     weight: float = 1.0  # passes over this source per epoch: 2 = twice, 0.5 = a half drawn once by the seed
     split: str = ""  # "[:10%]", "[100:200]", "[-5:]", "train[:10%]"; of a repository also another split: "test[:10%]"
-    format: str = "auto"  # a name of row_format.FORMATS
+    format: str = "auto"  # "auto", or a key of formats.FORMATS
     field_map: dict[str, str] = field(default_factory=dict)  # the user's field -> ours
     revision: str = ""  # of a repository: branch, tag or commit
     data_dir: str = ""  # of a repository: the folder in it

@@ -22,7 +22,7 @@ from operator import attrgetter
 import numpy as np
 import tokenizers
 
-from minisft.data.batch import ANSWER, MISMATCHED, SPECIAL, TERMINATOR, TEXT, TRAINED
+from minisft.data.detect_format import detect_row_format, rename_fields
 from minisft.data.encoding import (
     Encoded,
     check_chat_template,
@@ -33,8 +33,9 @@ from minisft.data.encoding import (
     with_kinds,
 )
 from minisft.data.formats import Example, Piece, to_examples
+from minisft.data.kinds import ANSWER, MISMATCHED, SPECIAL, TERMINATOR, TEXT, TRAINED
 from minisft.data.preferences import SIDES
-from minisft.data.row_format import FormatOptions, RowFormat, detect_row_format, rename_fields
+from minisft.data.row_format import FormatOptions, RowFormat
 from minisft.data.rows import BadRow, Row, RowError, excerpt, place
 from minisft.data.sources import Source, read_rows
 from minisft.data.tokenizer import Tokenizer

@@ -12,7 +12,8 @@ from typing import Any
 
 from minisft.config.load import load
 from minisft.config.sections import config_to_dict
-from minisft.data.row_format import FormatOptions, RowFormat, detect_row_format
+from minisft.data.detect_format import detect_row_format
+from minisft.data.row_format import FormatOptions, RowFormat
 from minisft.data.rows import RowError
 from minisft.data.sources import list_files, parse_source, read_rows
 from minisft.errors import UserError

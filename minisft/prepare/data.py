@@ -10,6 +10,7 @@ from minisft.data.cache import Documents, build_cache
 from minisft.data.documents import Accounting, select_documents, show_document, split_documents
 from minisft.data.loader import Loader, shared_prompts
 from minisft.data.packing import plan
+from minisft.data.packing_strategies import STRATEGIES
 from minisft.data.row_format import FormatOptions
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import Tokenizer, load_tokenizer
@@ -109,9 +110,10 @@ def read_documents(
             )
         if finding.name not in TOLD_ELSEWHERE:
             lines.append(f"{finding}")
-    if packing and config.data.packing_strategy == "wrapped":
+    if packing and STRATEGIES[config.data.packing_strategy].cut == "stream":
         lines.append(
-            "wrapped cuts documents anew every epoch: of each piece the first token is context, even if trained above"
+            f"{config.data.packing_strategy} cuts documents anew every epoch: the first token of each piece is context, even if "
+            "trained above"
         )
     if config.verbose:
         first = range(2 if cache.unit == "pairs" else 1)
@@ -147,12 +149,12 @@ def cache_folder(config: Config) -> Path:
 
 def cut_length(data: DataSection, packing: bool) -> int | None:
     """Where longer documents are cut; None where packing takes all of them, in pieces."""
-    return None if packing and data.packing_strategy in ("bfd_split", "wrapped") else data.max_length
+    return None if packing and STRATEGIES[data.packing_strategy].cut != "front" else data.max_length
 
 
 def split_length(data: DataSection, packing: bool) -> int | None:
     """Of what length these pieces are, where it is the same in every epoch."""
-    return data.max_length if packing and data.packing_strategy == "bfd_split" else None
+    return data.max_length if packing and STRATEGIES[data.packing_strategy].cut == "pieces" else None
 
 
 def titled(title: str, lines: list[str]) -> list[str]:

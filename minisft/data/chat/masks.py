@@ -33,9 +33,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from minisft.data.batch import ANSWER, HEADER, KIND_MASK, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
 from minisft.data.chat.template import END_GENERATION, GENERATION, ChatTemplate, render
 from minisft.data.chat.training_templates import CHATML, tagged_twin
+from minisft.data.kinds import ANSWER, HEADER, KIND_MASK, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
 from minisft.data.rows import RowError
 from minisft.errors import MODEL, UserError
 

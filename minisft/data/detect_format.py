@@ -1,0 +1,154 @@
+"""Which format the rows of a source have and what is trained in them, decided from the first row.
+
+formats.py has the table of formats. What cannot be decided from the row and the options is an error, never a guess.
+"""
+
+from difflib import get_close_matches
+
+from minisft.data.formats import FORMATS, TEMPLATE_FIELDS, check_fields, missing_field, needed_fields
+from minisft.data.preferences import has_transcripts
+from minisft.data.row_format import ANSWERS, CHOICES, FormatOptions, RowFormat
+from minisft.data.rows import RowError
+from minisft.errors import DATA, UserError
+
+# ------------------------------------------------------------------------------------------------- names of fields
+
+
+def rename_fields(row: dict, field_map: dict[str, str]) -> dict:
+    """The row with the user's field names replaced by ours. Raises RowError where one is absent or taken."""
+    if not field_map:
+        return row
+    for theirs, ours in field_map.items():
+        if theirs not in row:
+            raise RowError("missing field", f"{theirs!r} (of field_map); the row has {', '.join(row) or 'no field'}")
+        if ours in row and ours not in field_map:
+            raise RowError("field_map hides a field", f"{theirs!r} becomes {ours!r}, which the row has already")
+    return {field_map.get(name, name): value for name, value in row.items()}
+
+
+def check_field_map(field_map: dict[str, str], options: FormatOptions) -> None:
+    """Raise UserError where field_map names a field that no format has, or one field twice."""
+    ours = {name for format in FORMATS for name in _fields(format)} | {"weight", options.dataset_text_field}
+    for theirs, name in field_map.items():
+        if name not in ours:
+            near = get_close_matches(name, ours, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(
+                f"field_map maps {theirs!r} to {name!r}, which no format has",
+                hint=f"{hint}fields: {', '.join(sorted(ours))}",
+            )
+    if len(set(field_map.values())) < len(field_map):
+        raise UserError(f"field_map = {field_map} maps two fields to the same name")
+
+
+def _fields(format: str) -> set[str]:
+    """The fields of a format, those that it needs and those that it may have."""
+    return {name for field in (*FORMATS[format].needs, *FORMATS[format].may_have) for name in field.split("|")}
+
+
+# ------------------------------------------------------------------------------------------------- the format
+
+
+def detect_row_format(row: dict, format: str, options: FormatOptions, has_template: bool) -> RowFormat:
+    """Decide the format and what is trained from a first row (fields already renamed).
+
+    Raises UserError where no format fits or an option asks for something that the format does not have, and RowError where
+    the row lacks a field of the format that was named.
+    """
+    for key, choices in CHOICES.items():
+        if getattr(options, key) not in choices:
+            raise UserError(f"{key} = {getattr(options, key)!r}", hint=f"one of {', '.join(choices)}")
+    name = _format_of(row, format, options)
+    known, wants_chat = FORMATS[name], options.prompt_format == "chat"
+    may_be_chat = wants_chat or options.prompt_format == "auto" and has_template
+    transcripts = may_be_chat and name == "preference" and has_transcripts(row)
+    turns = known.has_turns(row) or transcripts
+    chat = turns or known.has_prompt and wants_chat or known.is_question and may_be_chat
+    if chat and not has_template:
+        raise UserError(
+            f"{name} rows need a chat template and the tokenizer has none",
+            hint='set chat_template = "chatml", or to a file',
+        )
+    answers_only = _answers_only(name, turns, options)
+    answer = known.answers[options.answers]
+    if turns and not known.has_prompt:
+        answer = "the assistant's last turn" if options.last_turn_only else "the assistant's turns"
+    everything = "what labels say" if name == "input_ids" else "everything"
+    return RowFormat(
+        name,
+        chat=chat,
+        prompt="chat" if chat else "instruction" if known.is_question else "plain",
+        answers_only=answers_only,
+        trained=answer if answers_only else everything,
+        turns=turns,
+        transcripts=transcripts,
+        answers=options.answers,
+        last_turn_only=options.last_turn_only,
+        weighted="weight" in row,
+        ignored=_ignored(row, name, chat, turns, options),
+    )
+
+
+def _format_of(row: dict, format: str, options: FormatOptions) -> str:
+    """The name of the row's format: the named one, or the first that fits. Raises UserError and RowError."""
+    if format not in ("auto", *FORMATS):
+        near = get_close_matches(format, ("auto", *FORMATS), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"unknown format {format!r}", hint=f"{hint}formats: auto, {', '.join(FORMATS)}")
+    usable = [name for name in FORMATS if options.answers in FORMATS[name].answers]
+    if format not in ("auto", *usable):
+        raise UserError(
+            f"format = {format!r}, and what is trained on is {ANSWERS[options.answers]}",
+            hint=f"formats that would do: {', '.join(usable)}"
+            + ("; labels are what loss_type = kto of trainer_type = dpo learns from" if format == "labelled" else ""),
+            exit_code=DATA,
+        )
+    if format != "auto":
+        check_fields(row, format, options)
+        return format
+    found = next((name for name in usable if not missing_field(row, name, options)), None)
+    if found is None:
+        is_sft = options.answers == "chosen"
+        wanted = "; ".join(f"{name}: {', '.join(needed_fields(name, options))}" for name in usable)
+        rename = "rename fields by field_map" + (", or name the text field by dataset_text_field" if is_sft else "")
+        raise UserError(
+            f"the fields {', '.join(row) or '(none)'} are those of no "
+            + ("known format" if is_sft else f"format that has {ANSWERS[options.answers]}"),
+            hint=f"{rename}. Needed: {wanted}",
+            exit_code=DATA,
+        )
+    return found
+
+
+def _answers_only(name: str, turns: bool, options: FormatOptions) -> bool:
+    """Whether only answers are trained. Raises UserError where the options ask for something that the rows do not have."""
+    known, asked = (
+        FORMATS[name],
+        {key: getattr(options, key) for key in ("completion_only_loss", "assistant_only_loss")},
+    )
+    if options.answers != "chosen" and False in asked.values():
+        key = next(key for key in asked if asked[key] is False)
+        raise UserError(f"{key} = false, but of preference data only answers are scored", hint=f"leave {key} unset")
+    if known.has_prompt or turns:
+        ours, other = asked.values() if known.has_prompt else reversed(asked.values())
+        answers_only = (other if ours is None else ours) is not False
+    else:
+        answers_only = name == "text" and bool(options.response_marker)
+        for key, value in asked.items():
+            if value is not None and value != answers_only:
+                raise UserError(
+                    f"{key} = {str(value).lower()}, but {name} rows "
+                    + ("name a response_marker" if answers_only else "have neither a prompt nor turns"),
+                    hint=f"leave {key} unset" + ("" if answers_only else ", or name a response_marker"),
+                )
+    if options.last_turn_only and not (answers_only and (known.has_prompt or turns)):
+        what = "everything is trained" if known.has_prompt or turns else f"{name} rows have no turns"
+        raise UserError(f"last_turn_only = true, but {what}", hint="leave last_turn_only unset")
+    return answers_only
+
+
+def _ignored(row: dict, name: str, chat: bool, turns: bool, options: FormatOptions) -> tuple[str, ...]:
+    """The fields of a row that are not read."""
+    used = _fields(name) | {"weight"} | ({options.dataset_text_field} if name == "text" else set())
+    used -= FORMATS[name].unread(row, turns, options.answers) | (set() if chat else set(TEMPLATE_FIELDS))
+    return tuple(field for field in row if field not in used)
