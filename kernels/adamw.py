@@ -10,7 +10,7 @@ What it computes, for every number w of a parameter, with its gradient g and two
     The moments start at zero, which m^ and v^ correct. The decay wd is decoupled: it is no part of g, so v does not
     scale it. c is read on the device, so that the host does not wait for the norm of the gradients.
 
-What is stored besides fp32, bf16 weights rounded by chance and moments in 8 bits, is in adamw_formats.py.
+adamw_formats.py explains what is stored in other formats than fp32: bf16 weights, rounded by chance, and 8-bit moments.
 
 Bytes moved, per parameter
     fp32 weights 28 (read w, g, m, v; write w, m, v); bf16 weights and gradients 22; with 8-bit moments 10. Clipping in
@@ -18,11 +18,11 @@ Bytes moved, per parameter
 
 The kernels
     The tensors are many, and most of them small, so one launch serves all of one kind. A table on the device holds the
-    addresses of each tensor, and a list what each program works on: a tensor, and which stretch of it. The table goes to
-    the device in one asynchronous copy, for gradients move every step; the list only depends on the sizes and is kept. Where a
+    addresses of each tensor; a list says which stretch of which tensor each program works on. The table is copied to the
+    device asynchronously in every step, because gradients move; the list depends only on the sizes and is kept. Where a
     tensor's address or size is no multiple of 16 its accesses cannot be wide: those tensors have a launch of their own.
-    A byte is not searched among 256 values: the table is a straight line between powers of ten, so a logarithm gives its
-    place to within one, and two comparisons with midpoints settle it. The codes are those of the reference to the bit.
+    The byte of a number is not searched for among 256 values. Between powers of ten the table is a straight line, so a
+    logarithm gives the place to within one, and two comparisons with midpoints settle it. The codes equal the reference's.
 
 fp32 throughout (fp64 where the moments are), whatever the dtype of w and g; rounded once, when w is written.
 
@@ -110,7 +110,7 @@ def _update(w, g, m, v, clip, beta1, one_minus_beta1, beta2, one_minus_beta2, ra
 
 @jit
 def _tensor_of_program(tensors_ptr, programs_ptr, STRETCH: tl.constexpr, WIDE: tl.constexpr):
-    """-> (its row in the table of tensors, the first element of this program, how many there are up to the tensor's end)."""
+    """-> (row in the table of tensors, first element of this program, number of elements up to the tensor's end)."""
     program = programs_ptr + tl.program_id(0).to(tl.int64) * 2
     row = tensors_ptr + tl.load(program) * 8
     first = tl.load(program + 1) * STRETCH
@@ -122,7 +122,7 @@ def _tensor_of_program(tensors_ptr, programs_ptr, STRETCH: tl.constexpr, WIDE: t
 
 @jit
 def _pointer(row, column: tl.constexpr, first, DTYPE: tl.constexpr, WIDE: tl.constexpr):
-    """To element `first` of one of a tensor's arrays; its address is in the table."""
+    """A pointer to element `first` of one of a tensor's arrays, whose address is in the table."""
     pointer = tl.load(row + column).to(tl.pointer_type(DTYPE)) + first
     if WIDE:
         pointer = tl.multiple_of(pointer, 16)
@@ -265,7 +265,7 @@ def _adamw_torch(
     params, grads, exp_avgs, exp_avg_sqs, *, step, lr, beta1, beta2, eps, weight_decay, clip, stochastic_rounding_seed, places
 ):  # fmt: skip
     """torch's fused kernel where all is fp32; else the formulas, on a CPU in stretches whose temporaries stay in the cache."""
-    clip = clip.item() if isinstance(clip, Tensor) and clip.device.type == "cpu" else clip  # a GPU would be waited for
+    clip = clip.item() if isinstance(clip, Tensor) and clip.device.type == "cpu" else clip  # on a GPU it would wait
     for place, w, g, m_state, v_state in zip(places, params, grads, exp_avgs, exp_avg_sqs):
         is_8bit = not isinstance(m_state, Tensor)
         g = g.to(torch.float32 if is_8bit else m_state.dtype).contiguous()
@@ -296,8 +296,8 @@ def _adamw_torch(
 
 
 def _stretches(w: Tensor, g: Tensor, m: State, v: State):
-    """(place of the first element, and views of the four) for every CPU_STRETCH elements; on a GPU, or where w is strided,
-    the whole."""
+    """Yields (place of the first element, views of the four tensors) for every CPU_STRETCH elements; on a GPU, or if w is
+    strided, the whole tensors at once."""
     if w.is_cuda or not w.is_contiguous():
         yield 0, w, g, m, v
         return
@@ -320,7 +320,7 @@ def _tables(device: torch.device) -> Tensor:
 
 @lru_cache(16)
 def _programs(sizes: tuple[int, ...], stretch: int, device: torch.device) -> Tensor:
-    """int64 [programs, 2]: for each program a tensor, and which stretch of it. Kept: 16 bytes in 16,384 elements."""
+    """int64 [programs, 2]: the tensor of each program, and which stretch of it. Cached: 16 bytes for 16,384 elements."""
     counts = torch.tensor([cdiv(size, stretch) for size in sizes])
     tensor = torch.arange(len(sizes)).repeat_interleave(counts)
     stretches = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
@@ -395,8 +395,8 @@ def adamw_(
     in 8 bits the pair (codes uint8 in that shape, absmax fp32 [ceil(n / 256)]); both moments of a parameter alike.
     step: 1 in the first step. clip: what the gradients are multiplied by; a 0-d fp32 tensor is not waited for.
     stochastic_rounding_seed: round bf16 parameters by chance, as a function of this seed, the step, the place of
-    the parameter and the element. None: round to nearest. places: of each parameter among all that are updated in this
-    step; None: 0, 1, 2, ..., for a single call with all of them.
+    the parameter and the element. None: round to nearest. places: the place of each parameter among all that are
+    updated in this step; None: 0, 1, 2, ..., for a single call with all of them.
 
     fp64 parameters with fp64 moments go through torch. Raises ValueError where lengths or shapes differ.
     """

@@ -1,17 +1,17 @@
 """What AdamW stores besides fp32: bf16 weights, rounded by chance, and moments of a byte a number.
 
 bf16 weights with stochastic rounding
-    A weight in bf16 has 8 bits: an update below 1/512 of it rounds to nothing, each time. Rounded up with the
-    probability of what is cut off, E[round(w)] = w, and small updates add up on average. In bits: add 16 random bits
-    below the mantissa of bf16 and cut them off. The random number is a hash of (seed, step, tensor, element), no state:
-    a resumed run draws the same ones, and so do all backends.
+    A weight in bf16 has 8 bits: an update below 1/512 of it rounds to nothing, each time. If it is rounded up with a
+    probability equal to the part that is cut off, E[round(w)] = w, and small updates add up on average. In bits: add 16
+    random bits below the mantissa of bf16 and cut them off. The random number is a hash of (seed, step, tensor, element) and
+    needs no state: a resumed run draws the same ones, and so do all backends.
 
 8-bit moments
     A moment is one byte an element, the index of the nearest value of a dynamic table (see quantize.py: 1e-7 to 1, finer
     the larger), times an fp32 absmax for every 256 elements: the formats of bitsandbytes, signed for m, positive for v.
-    Unlike there, a v that is not zero never becomes zero. Its root is a divisor, and m, in the same place, may well not be
-    zero: in a test of 30 steps with gradients from 1 down to 1e-8 in a block, some weights moved by 4,000 learning
-    rates with v rounded to zero, and none by more than 21, as many as with exact moments, with this rule.
+    Unlike there, a v that is not zero never becomes zero, because its root is a divisor while m in the same place may not
+    be zero. In a test of 30 steps with gradients from 1 down to 1e-8 in a block, some weights moved by 4,000 learning rates
+    when v was rounded to zero. With this rule none moved by more than 21, as with exact moments.
 
 Papers: 8-bit states, Dettmers et al. 2022, arXiv:2110.02861. The hash is the finaliser of MurmurHash3 (Appleby, public
 domain).
@@ -58,7 +58,7 @@ def round_stochastically(x: Tensor, seed: int, step: int, tensor: int, first: in
 def quantize_state(x: Tensor, signed: bool, search: Callable | None = None) -> tuple[Tensor, Tensor]:
     """A moment -> its 8-bit form (codes uint8, in the shape of x; absmax fp32 [ceil(n / 256)]).
 
-    search: torch.bucketize, or what finds the same faster.
+    search: torch.bucketize, or a faster function with the same results.
     """
     table = dynamic_table(signed).to(x.device)
     blocks = F.pad(x.flatten(), (0, -x.numel() % STATE_BLOCKSIZE)).view(-1, STATE_BLOCKSIZE)
@@ -91,7 +91,8 @@ def search(x: Tensor, midpoints: Tensor) -> Tensor:
 
 @lru_cache(2)
 def _places(midpoints: tuple[float, ...]) -> Tensor:
-    """int32 [65536]: by the upper 16 bits, how many midpoints are below all floats that have them; NaN is above all."""
+    """int32 [65536]: for each value of the upper 16 bits, how many midpoints are below all floats that have it; NaN is above
+    all."""
     upper = torch.arange(2**16, dtype=torch.int32) << 16
     ends = torch.stack([upper, upper | 0xFFFF]).view(torch.float32)
     first, last = torch.bucketize(ends, torch.tensor(midpoints), out_int32=True).sort(0).values

@@ -1,4 +1,4 @@
-"""What every op shares: the choice of backend, Triton where it can run, and what a kernel must know of its GPU.
+"""What every op shares: the choice of backend, the guarded import of Triton, and what a kernel must know about its GPU.
 
 Three implementations of each op compute the same function:
 
@@ -7,15 +7,15 @@ Three implementations of each op compute the same function:
 - "triton": our own GPU kernels.
 
 `use_backend` sets the choice for the whole process, or for a `with` block. "auto" takes Triton on a GPU where the op has a
-kernel and torch everywhere else; where a GPU has to do without a kernel, one warning says why.
+kernel and torch everywhere else; if a GPU has to run without a kernel, one warning says why.
 
 Importing Triton costs 70 MB and half a second, so it happens only where a kernel may run: with a GPU, under
 TRITON_INTERPRET=1 (Triton's interpreter, which runs the kernels on CPU tensors for the tests), or where the program has
 imported it already. Elsewhere `jit` and `tl` are stand-ins that let the kernel files be imported and read.
 
-Launch configurations. Every kernel file has a table `CONFIGS`: by kernel, then by whatever decides (architecture, shape),
-the block sizes, warps and stages. It is the one table that run time and the compile test read. There is no autotuning at
-run time: it would make results depend on the weather.
+Launch configurations. Every kernel file has a table `CONFIGS`: the block sizes, warps and stages, by kernel and then by
+architecture or shape. Run time and the compile test both read it. There is no autotuning at run time: its timings vary, and
+the results of a run with them.
 """
 
 import os
@@ -55,7 +55,7 @@ INTERPRETER = 0  # the "architecture" of Triton's interpreter: small blocks, so 
 
 HAS_TRITON = find_spec("triton") is not None  # not on macOS and Windows
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
-compile_for: int | None = None  # the compile test's: kernels "run" on CPU tensors as if on this architecture
+compile_for: int | None = None  # set by the compile test: kernels "run" on CPU tensors as if on this architecture
 
 if HAS_TRITON and (INTERPRET or "triton" in sys.modules or torch.cuda.is_available()):
     import triton.language as tl
@@ -157,7 +157,7 @@ def _arch(device: torch.device) -> int | None:
 
 
 def num_sms(x: Tensor) -> int:
-    """How many multiprocessors the device of x has: what the grids of persistent kernels are sized by."""
+    """The number of multiprocessors of x's device, which sizes the grids of persistent kernels."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 

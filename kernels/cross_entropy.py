@@ -19,7 +19,7 @@ T integers; and where documents lie side by side, the last row of each is scored
 Saved for the backward: the logits (they exist anyway), the targets, and from the kernel two numbers a row. Naively the op
 moves the logits through memory some ten times (to fp32, log-softmax, its gradient, back), with two fp32 copies alive.
 Here: one read forward; one read and one write, of the gradient, backward. fp32 inside whatever the dtype: the soft-max,
-lse, the losses, (p - 1) of the target, which is p - 1 before anything is rounded.
+lse, the losses, and p - 1 of the target, which is subtracted before anything is rounded.
 
 The kernel. One program a row, in two passes that can be switched on separately:
 
@@ -29,9 +29,9 @@ The kernel. One program a row, in two passes that can be switched on separately:
   and never waits for other threads; the groups meet once, at the end. The statistics are sums of the same loop: the
   entropy log s - sum_v p_v (z_v - m) and, asked for separately, mean_v z_v and log sum_v p_v^2 =
   log sum_v exp(2 (z_v - m)) - 2 log s, where nothing overflows and the first sum is at least 1.
-- gradient: needs m and s and nothing else of the row. It goes from right to left, as what was read last is the likeliest
-  to be in the cache still, and may write over the logits, which is how `linear_cross_entropy` runs both passes at once:
-  a row of 128,256 is 257 KB, and one on each multiprocessor of an H200 is 34 MB, where 50 MB stay in the L2 cache.
+- gradient: needs only m and s of the row. It runs from right to left, because what was read last is the likeliest to be in
+  the cache still, and it may write over the logits. `linear_cross_entropy` runs both passes at once in this way: a row of
+  128,256 is 257 KB, and one on each multiprocessor of an H200 is 34 MB, which the L2 cache of 50 MB holds.
 
 m and s rather than lse: at lse = 20 its rounding in fp32 is 1e-6, and would be the relative error of every p.
 
@@ -87,7 +87,7 @@ def cross_entropy_ref(
 
 @jit
 def _tanh(x):
-    """tanh x and its slope 1 - tanh^2, each to a few roundings: also where they are small differences of large numbers."""
+    """tanh x and its slope 1 - tanh^2, each to a few roundings, even where a difference of large numbers is small."""
     e = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
     square = x * x  # near 0: the beginning of the continued fraction x / (1 + x^2 / (3 + x^2 / (5 + ...)))
@@ -208,7 +208,7 @@ def _cross_entropy_kernel(
         if label_smoothing is not None:
             of_target -= g * label_smoothing
         last = (tl.cdiv(V, BLOCK) - 1) * BLOCK
-        if g == 0.0:  # whatever the logits hold
+        if g == 0.0:  # even if the logits hold NaN
             for first in range(0, last + BLOCK, BLOCK):
                 zeros = tl.zeros((BLOCK // 8, 8), gradient_ptr.dtype.element_ty)
                 tl.store(gradient_ptr + first + block, zeros, mask=first + block < width)
@@ -334,7 +334,7 @@ class _CrossEntropyTriton(torch.autograd.Function):
         ctx.options = dict(ignore_index=ignore_index, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss)
         score_rows(logits, targets, results, **ctx.options)
         ctx.save_for_backward(logits, targets, results)
-        return results[0].clone()  # the results are not the caller's to change
+        return results[0].clone()  # the backward reads the results, so the caller gets a copy
 
     @staticmethod
     @torch.autograd.function.once_differentiable

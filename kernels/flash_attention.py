@@ -228,7 +228,7 @@ def _config(table: dict, q: Tensor, small: bool) -> dict | None:
 
 
 def _launch(kernel, grid: tuple, config: dict, arguments: dict) -> None:
-    """Launches a kernel, its tensors of tiles as TMA descriptors where the configuration wants and the strides allow."""
+    """Launch a kernel, its tensors of tiles as TMA descriptors if the configuration asks for it and the strides allow it."""
     rows = dict(q="BLOCK_M", dout="BLOCK_M", dq="BLOCK_M", k="BLOCK_N", v="BLOCK_N")
     tiled = {name: arguments[name] for name in rows if arguments.get(name) is not None}
     tma = config["TMA"] and arguments["D2"] == 0 and all(map(_has_descriptor, tiled.values()))

@@ -2,7 +2,7 @@
 
 Scores begin as zeros, or, in a block that is not visible as a whole, as minus infinity where a query does not see a key:
 the matrix product is added to that. So the mask needs no registers of its own beside the accumulators (with a mask applied
-after the product, the backward kernel would not fit), and a block without hidden pairs jumps over all of it.
+after the product, the backward kernel would not fit), and a block in which every query sees every key skips the masking.
 
 A head dim that is no power of two is cut in two, Dh = D1 + D2, and every product has two parts: 96 = 64 + 32 costs three
 quarters of 128. Names that end in 2 belong to the right part.
@@ -97,7 +97,7 @@ def _flash_attention_fwd_kernel(
 
     seen = total > 0
     total = tl.where(seen, total, 1.0)
-    # Of no keys: 0. Its logarithm would be -inf; a huge number makes every p of the backward pass 0, as it should be.
+    # Without a visible key the sum is 0 and its logarithm -inf; a huge number instead makes every p of the backward pass 0.
     lse_ptr += head.to(tl.int64) * Tq
     tl.store(lse_ptr + query, tl.where(seen, highest + tl.log2(total), 1e30), mask=query < Tq)
     share = 1.0 / (total * (1.0 - dropout)) if DROPOUT else 1.0 / total

@@ -114,7 +114,7 @@ def store_tile(x_ptr, values, first, column: tl.constexpr, count, stride, ROWS: 
 
 @jit
 def tanh(x):
-    """By the exponential function; near 0, where that would cancel, by the series."""
+    """tanh by the exponential function; near 0, where that would cancel, by the series."""
     e = tl.exp2(-2.8853900817779268 * tl.abs(x))  # exp(-2 |x|)
     t = (1.0 - e) / (1.0 + e)
     y = x * x

@@ -42,7 +42,7 @@ def _blocks(start: Tensor, end: Tensor, q_offset: int, window: int | None) -> tu
     """
     starts, counts = torch.unique_consecutive(start, return_counts=True)
     stops = counts.cumsum(0)
-    # Plain packing: every run of equal `start` is one whole document, and no window bites.
+    # Plain packing: every run of equal `start` is one whole document, and no window hides a key.
     plain = q_offset == 0 and len(start) == len(end) and (window is None or window >= max(counts.tolist(), default=0))
     plain = plain and bool((starts == stops - counts).all() & (end >= stops.repeat_interleave(counts)).all())
 
@@ -130,7 +130,7 @@ def _probabilities(q, k, start, end, blocks, q_offset, scale, window, softcap, d
 
 
 def _square_probabilities(q, k, rows, hidden, scale):
-    """Of a batch of square blocks: scaled query rows [nb Hkv, G n, Dh], key rows [nb Hkv, n, Dh], p [nb Hkv, G n, n]."""
+    """For a batch of square blocks: scaled query rows [nb Hkv, G n, Dh], key rows [nb Hkv, n, Dh], p [nb Hkv, G n, n]."""
     nb, n = rows.shape
     q_rows, k_rows = _stack(q[rows], k.shape[1]).mul_(scale), _stack(k[rows], k.shape[1])
     scores = torch.bmm(q_rows, k_rows.transpose(1, 2))

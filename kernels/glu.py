@@ -21,7 +21,7 @@ What is saved
 Bytes moved, per element in bf16: fused 6 forward (read gate and up, write y) and 10 backward; op by op 10 and 18.
 
 The kernels
-    Nothing is summed, so rows mean nothing: a program takes a tile of BLOCK neighbouring elements, several times 16
+    Nothing is summed, so rows do not matter: a program takes a tile of BLOCK neighbouring elements, several times 16
     bytes a thread, and where all tensors are contiguous the tiles run on over the ends of the rows. A program for each
     row would hold too many registers where rows are long, and wait for its last bytes before it writes the first.
 

@@ -22,13 +22,13 @@ reduction="none" every row has a gradient of its own which is unknown yet: there
 
 What makes it fast:
 
-- rows that train nothing are never multiplied (of a chat data set that is often two thirds of them): `rows` lists the
-  others, and the host, which makes the list, has nothing to wait for;
+- rows that train nothing are never multiplied (often two thirds of a chat data set): `rows` lists the others, and the host
+  makes that list without waiting for the GPU;
 - chunks are large. Each one, of R rows, reads and writes all of dW: 8 V D bytes against 6 R V D FLOPs. An H200 does some
   180 FLOPs in the time of a byte: with 4096 rows that traffic adds 6 % to the matmuls, with 128 rows it doubles and
   triples them;
-- the matrix products are cuBLAS's, written where they are wanted. Rows of logits are padded to a multiple of 128 bytes, so
-  that an odd vocabulary (50,257) reads and writes as fast as an even one;
+- the matrix products are cuBLAS's, written directly to their destination. Rows of logits are padded to a multiple of 128 bytes,
+  so that an odd vocabulary (50,257) reads and writes as fast as an even one;
 - between them one kernel (`score_rows` of cross_entropy.py) reads a chunk of logits and writes its gradient in its place.
 
 Bytes moved beside the matmuls, M 4096, D 4096, V 128,256 in bf16: one read and one write of the logits, 2.1 GB, half a
@@ -39,17 +39,17 @@ themselves; that sum is the gradient of an fp32 master weight, and is cast once 
 dh. A row of hidden may be scored several times and most are not scored at all. Each scored row's share is a row of one
 product; sorted by owner, the shares of one row are neighbours, and a kernel adds them in fp32 and writes every row of dh
 once: no atomics, so the result repeats bitwise, and no fp32 buffer. Without `rows` the product is dh.
-The gradient that comes from above is nearly always 1, but only the GPU knows. A kernel looks, and multiplies dh and dW
-where they lie only if it must.
+The gradient that comes from above is nearly always 1, but only the GPU knows. A kernel checks, and scales dh and dW in place
+only if it is not 1.
 
-Statistics. The kernel that reads a row of logits knows more of it than its loss. On request (`Stats`): nll, whether the
-target is the largest logit, the entropy; and with "all" what preference tuning asks for, mean_v z_v and
+Statistics. The kernel that reads a row of logits can compute more than its loss. On request (`Stats`): nll, whether the
+target is the largest logit, the entropy; with "all" also two that preference tuning needs, mean_v z_v and
 
     log sum_v p_v^2 = log sum_v exp(2 (z_v - m)) - 2 log sum_v exp(z_v - m)        m = max_v z_v
 
 in [-log V, 0]: the logarithm of the probability that a word drawn from p has on average, by which WPO measures how much an
-answer is the policy's own. Only sums of numbers up to 1 that contain a 1: exact to fp32's rounding for flat and for peaked
-rows alike.
+answer is the policy's own. Both sums have terms up to 1 and contain a 1, so the result is exact to fp32's rounding for flat
+and for peaked rows alike.
 
 What is fp32 whatever the dtype: the soft-max, lse, the loss, the statistics, (p - 1) of the target, the scaling by
 grad_scale, and the sums over chunks of dW, dh and dbias (dbias adds up dz as rounded for the matmuls).
@@ -84,7 +84,7 @@ ROW_ALIGNMENT = 64  # every row of logits begins at a multiple of 128 bytes, wha
 
 
 class Stats(NamedTuple):
-    """What the rows did, detached; fp32 [M] each, 0 where the target is ignored."""
+    """Statistics of the rows, detached; fp32 [M] each, 0 where the target is ignored."""
 
     nll: Tensor  # -log p(target), without smoothing, z-loss and weights
     correct: Tensor  # 1 where no logit is above the target's
@@ -109,7 +109,7 @@ def linear_cross_entropy_ref(
     reduction: str = "sum",
     return_stats: bool | Literal["all"] = False,
 ):
-    """The same function as `linear_cross_entropy`, written down as it reads; materialises the logits [M, V]."""
+    """The same function as `linear_cross_entropy`, written from the formulas; materialises the logits [M, V]."""
     x = hidden if rows is None else hidden[rows]
     logits = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     z = logits if logits.dtype == torch.float64 else logits.float()
@@ -378,9 +378,10 @@ def linear_cross_entropy(
         row_weights = torch.ones(M, device=targets.device)
     row_weights = row_weights.detach().to(o.wide)
 
+    # If the host knows the targets, it drops the rows that train nothing. On a GPU, finding these would wait for it.
     keep = None
-    if targets.device.type == "cpu" and not (o.triton and device.type == "cpu"):  # where the host knows the targets, it
-        scored = targets != IGNORE_INDEX  # drops rows that train nothing; elsewhere, to ask would wait for the GPU
+    if targets.device.type == "cpu" and not (o.triton and device.type == "cpu"):
+        scored = targets != IGNORE_INDEX
         if not scored.all():
             keep = scored.nonzero()[:, 0]
             rows = keep if rows is None else _pick(rows, keep)

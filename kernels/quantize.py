@@ -25,14 +25,14 @@ Bytes moved, per weight in bf16
     row twice, the second time from the cache).
 
 The kernels
-    Dequantising is bound by memory as long as little is asked of a thread: it reads 4 bytes, which hold 8 weights of one
+    Dequantising is bound by memory as long as a thread does little: it reads 4 bytes, which hold 8 weights of one
     block and so share one scale, looks 8 nibbles up in a table of 64 bytes that stays in the first cache, and writes 16
     bytes of bf16. Quantising keeps a block in registers between its absmax and its indices: 15 comparisons a number. The
     second quantisation touches 1 number in 64 and is left to torch.
     All three backends agree to the bit. So a kernel divides by the correctly rounded division, its multiplications and
     additions are not contracted into one rounding (enable_fp_fusion=False), and it rounds to an integer by adding and
     taking off 1.5 * 2^23, above which fp32 has no fractions. On a CPU, torch looks a whole byte up in a table of 256 pairs.
-    A block with a NaN becomes NaN, all of it: a broken weight is to be seen.
+    A block with a NaN becomes NaN as a whole, so that a broken weight shows.
 
 QLoRA: Dettmers et al. 2023, arXiv:2305.14314. Dynamic table: Dettmers 2015, arXiv:1511.04561. LLM.int8: Dettmers et al.
 2022, arXiv:2208.07339.
@@ -102,7 +102,7 @@ def dynamic_table(signed: bool = True) -> Tensor:
 
 
 def quantize_4bit_ref(w: Tensor, quant_type: str, blocksize: int = 64, double_quant: bool = True) -> NF4Tensor:
-    """`quantize_nf4` and `quantize_fp4` as they read: one block after the other, every number against every midpoint."""
+    """`quantize_nf4` and `quantize_fp4` from the formula: one block after the other, every number against every midpoint."""
     flat, table = w.detach().flatten().float(), torch.tensor(TABLES[quant_type], device=w.device)
     indices, absmax = [], []
     for block in flat.split(blocksize):
@@ -138,7 +138,7 @@ def quantize_4bit_ref(w: Tensor, quant_type: str, blocksize: int = 64, double_qu
 
 
 def dequantize_4bit_ref(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`dequantize_nf4` and `dequantize_fp4` as they read."""
+    """`dequantize_nf4` and `dequantize_fp4` from the formula."""
     absmax = q.absmax
     if q.offset is not None:
         scales = q.nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: len(absmax)]

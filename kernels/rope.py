@@ -108,7 +108,7 @@ def _store_pairs(x_ptr, a, b, valid, DH: tl.constexpr, R: tl.constexpr, INTERLEA
 def _turn(
     a, b, cos_ptr, sin_ptr, token, valid, DH: tl.constexpr, R: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Turns the pairs [ROWS, BLOCK] of the tokens [ROWS, 1], or turns them back; those beyond R / 2 by nothing."""
+    """Turns the pairs [ROWS, BLOCK] of the tokens [ROWS, 1], or turns them back; pairs beyond R / 2 stay."""
     column = tl.arange(0, BLOCK)[None, :]
     angle = token.to(tl.int64) * (R // 2) + column
     mask = valid & (column < R // 2)
@@ -357,7 +357,7 @@ def _rotate_rows(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
 
 
 class _RopeTriton(torch.autograd.Function):
-    """Saves the table only. The weights of the norms are None where there are none; numbers: eps and offset of both."""
+    """Saves the table only. Weights of absent norms are None; numbers: eps and offset of both."""
 
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, cos, sin, interleaved, numbers):

@@ -1,4 +1,4 @@
-"""`minisft COMMAND ...` = `python -m minisft COMMAND ...`. Only the command that is asked for is imported."""
+"""`minisft COMMAND ...` = `python -m minisft COMMAND ...`. Only the module of that command is imported."""
 
 import importlib
 import sys
@@ -11,7 +11,7 @@ from minisft.errors import UserError, run_command
 COMMANDS = {  # name: (module with main(argv) -> exit code, what it does)
     "train": ("minisft.train", "fine-tune a model: train CONFIG.toml"),
     "init": ("minisft.commands.init", "write a configuration: asks, or reads another trainer's file"),
-    "audit": ("minisft.commands.audit", "read a data set and tell what is trained and what is wrong"),
+    "audit": ("minisft.commands.audit", "check a data set: what is trained in it and what is wrong"),
     "export": ("minisft.commands.export", "merge a trained adapter into its base model"),
     "generate": ("minisft.commands.generate", "answer prompts with a trained model"),
 }
@@ -40,7 +40,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
 def _usage() -> str:
     lines = ["usage: python -m minisft COMMAND ...", ""]
     lines += [f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join([*lines, "", "COMMAND --help tells more."])
+    return "\n".join([*lines, "", "COMMAND --help lists its options."])
 
 
 if __name__ == "__main__":

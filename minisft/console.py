@@ -1,4 +1,4 @@
-"""What a run says on the console: one progress bar, or plain lines where nobody watches, and a page at the end."""
+"""What a run prints: one progress bar, or plain lines where the output is not a terminal, and a summary at the end."""
 
 import json
 import math
@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from minisft.samples import Sample, exact_match
 
-NOT_SHOWN = ("logps/", "logits/")  # of what is logged; a line for people has room for the rewards
+NOT_SHOWN = ("logps/", "logits/")  # metrics that are logged and not printed: a line has room for the rewards only
 
 
 class ProgressBar:
-    """One tqdm bar with loss, learning rate, tokens/s and ETA. Where the output is not a terminal, a line a log step."""
+    """One tqdm bar with loss, learning rate, tokens/s and ETA. Where the output is not a terminal, a line for each log step."""
 
     def __init__(self, step: int, total: int, enabled: bool):
         self.enabled = enabled
@@ -26,7 +26,7 @@ class ProgressBar:
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {tok_s:,.0f} tok/s", refresh=False)
 
     def log(self, line: str) -> None:
-        """A line that the bar stands for on a terminal."""
+        """A line that is printed only where the bar is not shown."""
         if self.enabled and self.bar.disable:
             print(line, flush=True)
 
@@ -97,11 +97,11 @@ def closing(folder: Path, report_to: tuple[str, ...], prompt: str) -> str:
     contents = {
         "model/": "the trained model and tokenizer, as Hugging Face files",
         "checkpoints/": "to resume from, exactly",
-        "metrics.jsonl": "what was logged, a JSON object a line",
+        "metrics.jsonl": "the logged metrics, a JSON object a line",
         "timings.jsonl": "speed and memory",
         "samples.jsonl": "the completed prompts",
         "tensorboard/": "the same for TensorBoard",
-        "summary.txt": "what was read, what is trained, the arithmetic of the steps",
+        "summary.txt": "the data, the trained parameters, the arithmetic of the steps",
         "config.toml": "the whole configuration, with where each value came from",
     }
     lines = ["", f"{folder}/"]
@@ -111,7 +111,7 @@ def closing(folder: Path, report_to: tuple[str, ...], prompt: str) -> str:
     if "tensorboard" in report_to:
         lines.append(f"  tensorboard --logdir {place}")
     lines.append(
-        f"  python -m minisft train {place}/config.toml with a larger --num_train_epochs or --max_steps trains on"
+        f"  python -m minisft train {place}/config.toml with a larger --num_train_epochs or --max_steps trains longer"
     )
     return "\n".join(lines)
 
@@ -127,11 +127,11 @@ def stages_closing(done: list[tuple[str, object]]) -> str:
 
 def finished_already(folder: Path, step: int) -> str:
     return (
-        f"finished already, at step {step}: the model is in {folder}/model. To train on, raise --num_train_epochs or "
+        f"finished already, at step {step}: the model is in {folder}/model. To train longer, raise --num_train_epochs or "
         "--max_steps; to start over, choose another --output_dir or --resume never"
     )
 
 
 def stopped(folder: Path, step: int, total: int, signal: str | None) -> str:
     signal = signal or "a signal to another rank"
-    return f"stopped by {signal} after step {step} of {total}, saved in {folder}/checkpoints; the same command goes on"
+    return f"stopped by {signal} after step {step} of {total}, saved in {folder}/checkpoints; the same command resumes"

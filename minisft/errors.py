@@ -1,4 +1,4 @@
-"""The one way to tell a user about a mistake.
+"""The one way to report a user's mistake.
 
 A `UserError` says what is wrong, with the values, and what to do next. The commands print it as two lines and exit with
 its code; nobody sees a traceback for a mistake of their own. Internal invariants use `assert`.
@@ -12,14 +12,13 @@ from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EPERM, EROFS
 CONFIG = 2  # the configuration or the command line
 DATA = 65  # a data file or a row
 MODEL = 66  # model or tokenizer files
-MEMORY = 71  # does not fit
 SAVE = 74  # checkpoints could not be written
-STOPPED = 75  # stopped by a signal after saving: start again to go on
+STOPPED = 75  # stopped by a signal after saving; the same command resumes
 NONFINITE = 76  # a loss or gradient that is not finite
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend.
+    """A mistake that the user can correct.
 
     message: what is wrong, with the values. hint: what to do next. exit_code: one of the constants above.
     """
@@ -33,8 +32,8 @@ class UserError(ValueError):
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Call a command and return its exit code. A mistake of the user's, a full disk and a file that may not be read or
-    written are two lines on stderr, not a traceback."""
+    """Call a command and return its exit code. For a user's mistake, a full disk or a file that may not be read or written
+    it prints two lines on stderr, not a traceback."""
     try:
         code = command()
         sys.stdout.flush()
@@ -42,14 +41,14 @@ def run_command(command: Callable[[], int]) -> int:
     except UserError as error:
         print(f"minisft: error: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # whoever read our output has gone, as in `... --help | head`
+    except BrokenPipeError:  # the reader of our output has ended, as in `... --help | head`
         sys.stdout = open(os.devnull, "w")  # else Python complains once more when it flushes at the end
         return 141
     except OSError as error:
         if error.errno not in (ENOSPC, EDQUOT, EFBIG, EACCES, EPERM, EROFS):
             raise
         print(f"minisft: error: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
-        print("  see that it has space and may be read and written, and give the same command again", file=sys.stderr)
+        print("  check its free space and permissions, then run the same command again", file=sys.stderr)
         return SAVE
     except KeyboardInterrupt:
         print("minisft: interrupted", file=sys.stderr)

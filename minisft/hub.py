@@ -1,15 +1,15 @@
 """Downloads from the Hugging Face hub: the only place that uses the network, and only when a config names a repository.
 
-A download takes the files that are asked for by name and nothing else: no code, no pickles, no copies of the weights in
-other formats. The commit it came from is returned, so that a run can record it and a later one can ask for it.
+A download takes the files that are named here and nothing else: no code, no pickles, no copies of the weights in other
+formats. The commit it came from is returned, so that a run can record it and a later one can ask for it.
 
-Nothing in here takes a part for the whole. huggingface_hub moves a file to its place when it has all of it; what is a
-whole model or data set we check ourselves, because a cache that a broken download left looks like a good one:
+A partial download is never taken for a complete one. huggingface_hub moves a file into place only when it is complete.
+Whether a model or a data set is complete is checked here, because a cache looks the same after a broken download:
 
-    model, tokenizer   the files that it cannot do without are there: every shard that the index names
-    data set           the list of all files is kept in the cache, and a run takes all that it chooses from it, or fails
+    model, tokenizer   the required files are there, among them every shard that the index names
+    data set           the list of all files is kept in the cache; a run gets every file that it chooses from it, or fails
 
-huggingface_hub is imported when it is needed: local work does not wait for it.
+huggingface_hub is imported only when it is needed, so that local work does not wait for it.
 """
 
 import os
@@ -58,8 +58,8 @@ def resolve(
 
     A folder that exists is returned as it is, with None. Everything else is a hub repository, "owner/name": its files
     at `revision` (branch, tag or commit; None = main) are taken from the local cache or downloaded. HF_HUB_OFFLINE=1 or
-    local_files_only stops downloads, HF_HOME says where the cache is, HF_TOKEN opens private repositories. Raises
-    UserError (exit code MODEL), also where the repository or the cache lacks a file that is needed.
+    local_files_only stops downloads, HF_HOME is the folder of the cache, HF_TOKEN opens private repositories. Raises
+    UserError (exit code MODEL), also if the repository or the cache lacks a required file.
     """
     folder = Path(path_or_repo).expanduser()
     if str(path_or_repo) and folder.is_dir():
@@ -91,7 +91,7 @@ def resolve(
 
 
 def _missing(folder: Path, kind: str) -> list[str]:
-    """The names of files that a snapshot cannot do without and does not have."""
+    """The names of the required files that a snapshot lacks."""
     if kind == "tokenizer":
         needed = ["tokenizer.json"]
     elif (folder / "model.safetensors").exists() or not (folder / "model.safetensors.index.json").exists():
@@ -99,13 +99,13 @@ def _missing(folder: Path, kind: str) -> list[str]:
     else:
         index = read_json(folder / "model.safetensors.index.json", exit_code=MODEL)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        shards = weight_map.values() if isinstance(weight_map, dict) else []  # load.py says what is wrong with it
+        shards = weight_map.values() if isinstance(weight_map, dict) else []  # load.py reports what is wrong with it
         needed = ["config.json", *sorted({shard for shard in shards if isinstance(shard, str)})]
     return [name for name in needed if not (folder / name).exists()]
 
 
 def _incomplete(repo: str, commit: str, missing: list[str], local_files_only: bool) -> UserError:
-    """Whether the repository lacks the files, or only the copy in the cache."""
+    """The error for missing files: either the repository lacks them, or only its copy in the cache does."""
     from huggingface_hub import HfApi, constants
 
     listed = None
@@ -138,7 +138,7 @@ def _some(names: list[str]) -> str:
 
 
 def is_repository_name(path: str) -> bool:
-    """Whether a path is shaped like owner/name, is no name of a data file, and nothing local is there."""
+    """Whether a path is shaped like owner/name, is not the name of a data file, and does not exist locally."""
     is_shaped = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path, re.ASCII) and not path.endswith(DATA_SUFFIXES)
     return bool(is_shaped) and not os.path.exists(path)
 
@@ -146,9 +146,9 @@ def is_repository_name(path: str) -> bool:
 def list_dataset(repo: str, revision: str | None, *, local_files_only: bool = False) -> tuple[list[str], str]:
     """(paths of all files, commit sha) of a data set repository at `revision` (None = main).
 
-    The list is kept in the hub's cache folder. It is taken from there where `revision` is a commit, whose files never
-    change, with local_files_only, and with HF_HUB_OFFLINE=1. Without a branch CONVERTED its list is empty. Raises
-    UserError (exit code DATA).
+    The list is kept in the hub's cache folder. It is read from there if `revision` is a commit, whose files never change,
+    and with local_files_only or HF_HUB_OFFLINE=1. It is empty for CONVERTED if there is no such branch. Raises UserError
+    (exit code DATA).
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RevisionNotFoundError
@@ -174,17 +174,17 @@ def list_dataset(repo: str, revision: str | None, *, local_files_only: bool = Fa
             return [], ""
         raise _user_error(error, repo, revision, DATA) from None
     assert commit is not None  # `expand` asked for it
-    with suppress(OSError):  # a cache that cannot be written may still be read
+    with suppress(OSError):  # a read-only cache still serves
         make_folder(folder)
         for kept in (folder / f"{name}.json", folder / f"{commit}.json"):
             temporary = kept.with_suffix(f".{os.getpid()}")
             write_json(temporary, {"commit": commit, "files": files})
-            os.replace(temporary, kept)  # whole or not at all, also where several processes do it
+            os.replace(temporary, kept)  # whole or not at all, even if several processes do it
     return files, commit
 
 
 def download_dataset(repo: str, commit: str, files: list[str], *, local_files_only: bool = False) -> list[Path]:
-    """Local paths of files of a data set repository, from the cache or downloaded; each is whole.
+    """Local paths of files of a data set repository, from the cache or downloaded; each file is complete.
 
     Raises UserError (exit code DATA).
     """
@@ -198,7 +198,7 @@ def download_dataset(repo: str, commit: str, files: list[str], *, local_files_on
 
 
 def read_card(repo: str, commit: str, *, local_files_only: bool = False) -> dict:
-    """What stands in the YAML at the top of a data set's README.md. Raises UserError (exit code DATA)."""
+    """The YAML at the top of a data set's README.md, as a dict. Raises UserError (exit code DATA)."""
     from huggingface_hub import DatasetCard
 
     (path,) = download_dataset(repo, commit, ["README.md"], local_files_only=local_files_only)
@@ -207,7 +207,7 @@ def read_card(repo: str, commit: str, *, local_files_only: bool = False) -> dict
         return {}
     try:
         return DatasetCard(text, ignore_metadata_errors=True).data.to_dict()
-    except Exception as error:  # of the YAML reader that huggingface_hub brings
+    except Exception as error:  # its class depends on huggingface_hub's YAML reader
         problem = f"{repo}: the YAML at the top of its README.md cannot be read: {' '.join(str(error).split())[:200]}"
         raise UserError(problem, hint="name the files by data_files", exit_code=DATA) from None
 
@@ -220,7 +220,7 @@ def _user_error(error: BaseException, repo: str, revision: str | None, exit_code
 
     is_miss = isinstance(error, errors.LocalEntryNotFoundError)
     if is_miss and error.__cause__ and not isinstance(error.__cause__, errors.OfflineModeIsEnabled):
-        error = error.__cause__  # why the hub could not be asked
+        error = error.__cause__  # why the hub could not be reached
     where = f"{repo} at revision {revision}" if revision else repo
     page = f"https://huggingface.co/{'datasets/' if exit_code == DATA else ''}{repo}"
     response = getattr(error, "response", None)
@@ -234,16 +234,16 @@ def _user_error(error: BaseException, repo: str, revision: str | None, exit_code
     elif isinstance(error, errors.RevisionNotFoundError):
         problem, hint = f"{repo} has no revision {revision!r}", "give a branch, a tag or a full commit sha"
     elif isinstance(error, errors.RepositoryNotFoundError) or (status == 401 and not is_refused):
-        problem = f"no hub repository {repo!r} that may be seen, and no such local path"
+        problem = f"no hub repository {repo!r} is visible, and there is no such local path"
         hint = "check the name; for a private one set HF_TOKEN"
     elif is_refused:
         what = "refuses the token" if status == 401 else "does not let this token read it"
         problem = f"{where}: the hub {what} (HF_TOKEN, or that of `hf auth login`)"
-        hint = "make a new token with the right to read it; none is needed for what is public: unset HF_TOKEN"
+        hint = "make a new token that may read it; public repositories need none: unset HF_TOKEN"
     elif isinstance(error, errors.LocalEntryNotFoundError):
         problem = f"{where}: no such local path, not all of it in the local cache, and downloads are switched off"
         hint = "check the path, or start once with a connection, without HF_HUB_OFFLINE and local_files_only"
     else:
         problem = f"{where} could not be downloaded: {' '.join(str(error).split())[:300] or type(error).__name__}"
-        hint = "try again: files that have arrived are kept; local_files_only takes what is there and asks nobody"
+        hint = "try again: finished files are kept; local_files_only uses the cache and never the network"
     return UserError(problem, hint=hint, exit_code=exit_code)

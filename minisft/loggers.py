@@ -1,4 +1,4 @@
-"""Where the numbers of a run are kept: JSON lines in the output folder, and trackers if asked.
+"""Where the metrics of a run are kept: in JSON lines in the output folder, and in the trackers of `log.report_to`.
 
 metrics.jsonl    one object a line, {"step": 10, "loss": 1.25, ...}: only values that are a function of the run, so that
                  a run that was killed and resumed leaves the same bytes as one that was not
@@ -8,7 +8,7 @@ tensorboard/     and W&B, Trackio, MLflow: both kinds of values, as train/<name>
 JSON has no NaN, and a NaN loss must not look like a missing one: values that are not finite are written as the strings
 "NaN", "Infinity", "-Infinity", which float() reads back.
 
-A tracker never stops a run: whatever it raises is told once and the tracker switched off. A tracker whose package is
+A tracker never stops a run: its first exception is printed, and the tracker is switched off. A tracker whose package is
 not installed is an error at the start.
 """
 
@@ -29,7 +29,7 @@ class Loggers:
     """All destinations of one run. Only rank 0 makes one.
 
     report_to: names of TRACKERS. config: the resolved configuration, for trackers that show it. resume: {"step": ...,
-    **position()} as in the checkpoint, and lines after it are cut off; None starts all files anew.
+    **position()} from the checkpoint: later lines are cut off. None starts all files anew.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Loggers:
             self._safely(name, log, step, grouped)
 
     def position(self) -> dict[str, int]:
-        """Bytes written to each JSONL file, made durable: goes into the checkpoint's state, and back in as `resume`."""
+        """Bytes written to each JSONL file, which are on disk now. A checkpoint stores them, and `resume` takes them."""
         return {"metrics.jsonl": self.metrics.sync(), "timings.jsonl": self.timings.sync()}
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class Loggers:
 class JSONLines:
     """A file of one JSON object a line, cut to its first `position` bytes at the start.
 
-    A full disk delays lines, no more: what could not be written is kept and goes out before the next line.
+    A full disk only delays lines: those that could not be written are kept and written before the next line.
     """
 
     def __init__(self, path: Path, position: int):
@@ -135,7 +135,7 @@ def _import(module: str):
         return importlib.import_module(module)
     except ImportError:
         raise UserError(
-            f"report_to asks for {package}, which is not installed",
+            f"report_to names {package}, which is not installed",
             hint=f"pip install {package}, or take it out of report_to",
         ) from None
 
@@ -154,8 +154,8 @@ def _start_tensorboard(tensorboard, output_dir: Path, run_name: str, config: dic
 
 
 def _start_wandb(wandb, output_dir: Path, run_name: str, config: dict, resume: dict | None) -> Tracker:
-    """The run's id lives in the output folder, so that a resumed run goes on in the same curves. The step is a value
-    like the others, because W&B drops lines whose own step goes back, as it does after a resume."""
+    """The run's id is kept in the output folder, so that a resumed run continues the same curves. The step is a value like
+    the others, because W&B drops lines whose own step goes back, as it does after a resume."""
     id_file = output_dir / "wandb_run_id"
     run_id = id_file.read_text().strip() if resume and id_file.exists() else None
     run = wandb.init(dir=str(output_dir), name=run_name, config=config, id=run_id, resume="allow")

@@ -29,9 +29,9 @@ class Prompt:
 def read_prompts(
     path: str, tokenizer: Tokenizer, *, options: FormatOptions, field_map: dict[str, str], group_field: str | None
 ) -> list[Prompt]:
-    """The rows of a data file as prompts: every format that has a prompt and an answer. Raises UserError.
+    """The rows of a data file as prompts, in any format that has a prompt and an answer. Raises UserError.
 
-    Whatever is trained on, of a preference row the chosen answer is the right one.
+    For a preference row the chosen answer counts as the right one, whichever trainer runs.
     """
     options = replace(options, answers="chosen")
     prompts: list[Prompt] = []

@@ -136,7 +136,7 @@ def test_main_hands_the_configuration_to_the_loop(folder, loop):
             PermissionError(errno.EACCES, "Permission denied", "a.jsonl"),
             SAVE,
             "minisft: error: a.jsonl: Permission denied\n"
-            "  see that it has space and may be read and written, and give the same command again\n",
+            "  check its free space and permissions, then run the same command again\n",
         ),
     ],
 )

@@ -269,7 +269,7 @@ def test_a_stored_base_needs_adapters_and_its_own_kind(home, base, stored):
     with pytest.raises(UserError, match="is quantised: such weights cannot be trained") as mistake:
         parts(home, **base | path | {"lora.r": None})
     assert "lora.r" in mistake.value.hint
-    with pytest.raises(UserError, match="quantised already, as nf4; int8 is asked for"):
+    with pytest.raises(UserError, match="quantised already, as nf4; int8 is requested"):
         parts(home, **base | path | KINDS["int8"][0])
 
 

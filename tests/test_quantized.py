@@ -421,7 +421,7 @@ def test_bytes_may_be_stored_as_another_dtype(folders, tmp_path):
 
 
 def test_another_kind_than_the_stored_one_is_refused(folders):
-    with pytest.raises(UserError, match="quantised already, as nf4; int8 is asked for") as mistake:
+    with pytest.raises(UserError, match="quantised already, as nf4; int8 is requested") as mistake:
         load_model(folders["nf4"][1], quantization=INT8)
     assert "leave load_in_4bit" in mistake.value.hint
 

@@ -340,7 +340,7 @@ def test_ctrl_c_saves_and_says_what_to_do(home, tmp_path, monkeypatch, capfd):
     assert command.main([write_config(home, tmp_path)]) == STOPPED
     out, err = capfd.readouterr()
     assert err.strip() == "minisft: SIGINT: saving after the next step, then stopping; once more quits at once"
-    assert f"stopped by SIGINT after step 3 of 16, saved in {tmp_path}/out/checkpoints; the same command goes on" in out
+    assert f"stopped by SIGINT after step 3 of 16, saved in {tmp_path}/out/checkpoints; the same command resumes" in out
 
 
 def test_ctrl_c_twice_quits_at_once(home, tmp_path):

@@ -1,13 +1,13 @@
-"""`python -m minisft export RUN OUT --merge`: a trained adapter and its base as one plain model.
+"""`python -m minisft export RUN OUT --merge`: write a trained adapter and its base as one plain model.
 
 RUN is a run's output folder or an adapter folder, ours or PEFT's; OUT a new folder that transformers, vLLM and the rest
-load. Each adapted matrix becomes W + s B A, added in fp32 and rounded once to the dtype that is written. Where the run kept its
-base in 4 or 8 bits (quantization_config.json beside the adapter says so), W is the dequantised matrix, the one that the adapter
-was trained beside, and not that of the base's files.
+load. Each adapted matrix becomes W + s B A, added in fp32 and rounded once to the dtype that is written. If the run kept its
+base in 4 or 8 bits (quantization_config.json beside the adapter says so), W is the dequantised matrix that the adapter was
+trained on, and not that of the base's files.
 
-A merge can go wrong without a sound: the wrong base, an adapter that was never trained, a narrow dtype that rounds the
-adapter away. So both models read the same rows first, held-out ones where the run's data is still there, and the largest
-difference of their logits is reported. It is refused where it is too large, and where merging changed nothing.
+A merge can go wrong silently: the wrong base, an adapter that was never trained, a narrow dtype that rounds the adapter
+away. So both models first process the same rows (held-out rows if the run's data is still there), and the largest difference
+of their logits is reported. The merge is refused if the difference is too large, or if the adapter changes nothing.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from minisft.errors import MODEL, UserError
 
-# Of the merged model's logits in fp32, as a part of their norm: the same sums in another order.
+# Largest error of the merged model's logits in fp32, relative to their norm: the same sums in another order.
 TOLERANCE = 1e-5
 PROBE_TOKENS = 512
 
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
 
 
 def probe(model, run: Path) -> tuple[str, tuple]:
-    """What both models read, and the arguments of the model: rows of the run's data, else random tokens."""
+    """(what the tokens are, inputs for both models): rows of the run's data if it is still there, else random tokens."""
     import torch
 
     from minisft.config.load import RESOLVED_NAME, load
@@ -85,7 +85,8 @@ def probe(model, run: Path) -> tuple[str, tuple]:
 
 
 def merge(model, dtype, folder: Path, run: Path) -> list[str]:
-    """Merge in place, and say what it did to the logits. Raises UserError where it is not what it should be."""
+    """Merge in place; returns lines about the change of the logits. Raises UserError if the merged model is not the adapted one,
+    or the adapter changes nothing."""
     import torch
 
     from minisft.model.lora import adapter_disabled, merge_adapter

@@ -1,8 +1,8 @@
 """`python -m minisft generate FOLDER --prompt "..."`: answer prompts with a trained model.
 
 FOLDER is a run's output folder or a model folder (a checkpoint, any Hugging Face folder of a supported family). Without
---prompt, each line of standard input is a prompt. It is put the way the prompts of the training data were: as a user's turn
-of the chat template, as an instruction, or as it is; for other folders by the chat template, if there is one.
+--prompt, each line of standard input is a prompt. The prompt is formatted as the training prompts were: as a user's turn of
+the chat template, as an instruction, or unchanged. In a folder that no run wrote, the chat template is used if there is one.
 """
 
 import argparse
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="minisft generate", description="Answer prompts with a trained model.")
     parser.add_argument("folder", help="a model folder, or the output folder of a run")
-    parser.add_argument("--prompt", action="append", help="may be given several times; none: the lines of stdin")
-    parser.add_argument("--plain", action="store_true", help="the prompt as it is; \\n is a newline")
+    parser.add_argument("--prompt", action="append", help="may be repeated; without it, the lines of stdin")
+    parser.add_argument("--plain", action="store_true", help="use the prompt unchanged; \\n is a newline")
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
     parser.add_argument("--top_k", type=int)
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
 
     folder = model_folder(Path(arguments.folder))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    trained = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}  # by the run that exported it
+    trained = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}  # written by the run
     load = load_model if (folder / "config.json").exists() else load_adapted
     model = load(folder, device=device, max_length=trained.get("max_length"))
     tokenizer = load_tokenizer(folder, chat_template_kwargs=trained.get("chat_template_kwargs"))

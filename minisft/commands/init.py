@@ -1,11 +1,11 @@
-"""`python -m minisft init`: from a few answers to a configuration that is ready to run, or from another trainer's file.
+"""`python -m minisft init`: write a configuration that is ready to run, from a few answers or from another trainer's file.
 
     minisft init                                     asks; every answer is an option too
     minisft init --trainer sft --model Qwen/Qwen3-0.6B --data rows.jsonl --method lora --hardware 24gb --yes
     minisft init --from-trl sft.yaml run.toml        also --from-axolotl, --from-llamafactory, --from-stages
 
-The proposal is one of configs/ where there is one for that model, trainer, method and hardware, with your data; otherwise it
-is worked out as init/propose.py says. Nothing is written before everything is known, and no file is replaced without --force.
+The proposal is a file of configs/ with your data, if there is one for that model, trainer, method and hardware; otherwise
+init/propose.py computes it. Nothing is written before the last answer, and no file is replaced without --force.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from minisft.init.detect import (
 )
 
 READERS = {"trl": trl, "axolotl": axolotl, "llamafactory": llamafactory, "stages": stage_files}
-SHORTEST = 256  # tokens of a document; what does not fit with fewer is not proposed
+SHORTEST = 256  # tokens of a document; a method that does not fit even with these is refused
 
 
 def main(argv: list[str]) -> int:
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
         print(line)
     print(f"\nwritten to {path}")
     if problem:
-        print(f"before it runs: {problem}")
+        print(f"to be corrected before it runs: {problem}")
     print(f"next: {_start(path, devices)}")
     start = arguments.start
     if asking and not start:
@@ -95,24 +95,24 @@ def _start(path: Path, devices: int) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="minisft init",
-        description="Write a configuration: asked for in a terminal, from options, or from another trainer's file.",
+        description="Write a configuration: from answers in a terminal, from options, or from another trainer's file.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("file", nargs="?", help="the file to write, as --output")
     add("--trainer", choices=propose.TRAINERS, help="supervised fine-tuning, preference tuning, or both in two stages")
     add("--model", help="a local folder or a Hugging Face repository")
-    add("--data", help="file or glob of rows, or a repository; with sft+dpo: of the first stage")
-    add("--preference-data", help="with sft+dpo: rows of the second stage")
-    explained = "the same for evaluation, with sft+dpo of the second stage; otherwise 2 %% of the rows are held out"
+    add("--data", help="file or glob of rows, or a repository; with sft+dpo, those of the first stage")
+    add("--preference-data", help="with sft+dpo, the rows of the second stage")
+    explained = "rows for evaluation, with sft+dpo in the second stage; by default 2 %% of the rows are held out"
     add("--eval-data", help=explained)
     explained = "train all weights, adapters, or adapters beside 4-bit weights; by default the first that fits"
     add("--method", choices=propose.METHODS, help=explained)
-    add("--hardware", help="cpu, 24gb, 8x80gb ...; detected where it is not given")
+    add("--hardware", help="cpu, 24gb, 8x80gb ...; detected by default")
     add("--max-length", type=int, help="tokens of a document (1024)")
     add("--epochs", type=float, help="passes over the data (3, dpo 1)")
     add("--output", help="the file to write")
-    add("-y", "--yes", action="store_true", help="ask nothing, take what is proposed")
+    add("-y", "--yes", action="store_true", help="ask nothing, take the proposed answers")
     add("--force", action="store_true", help="replace the file")
     add("--start", action="store_true", help="train at once")
     others = parser.add_mutually_exclusive_group()
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _answers(arguments: argparse.Namespace, asking: bool) -> argparse.Namespace:
-    """The options, completed by questions. Raises UserError where something is missing and nobody can be asked."""
+    """The options, completed by questions. Raises UserError if one is missing and no question may be asked."""
     a = arguments
     if a.max_length is not None and a.max_length < 2:
         raise UserError(f"--max-length {a.max_length}", hint="at least 2 tokens")
@@ -185,10 +185,10 @@ def _answers(arguments: argparse.Namespace, asking: bool) -> argparse.Namespace:
 
     explained = "cpu, or the memory of a GPU, as in 24gb, or 8x80gb"
     a.hardware = a.hardware or ask("Hardware", explained, detected_hardware(), hardware)
-    explained = "full trains all weights; lora thin matrices beside them; qlora the same beside weights of 4 bits"
+    explained = "full trains all weights; lora trains thin matrices beside them; qlora does so beside 4-bit weights"
     a.method = a.method or ask("Method", explained, _usual_method(a), method)
     if ready := _ready(a, a.method, a.max_length):
-        print(f"\n{ready[0]}, is for this: its settings are taken")
+        print(f"\nthe settings are those of {ready[0]}")
     elif a.max_length is None:
         a.max_length = ask("Longest document", "in tokens; longer ones are cut and counted", "1024", length)
     usual = f"{a.model.rstrip('/').rpartition('/')[2].lower()}-{a.trainer.replace('+', '-')}-{a.method}.toml"
@@ -200,14 +200,14 @@ def _data_of(a: argparse.Namespace) -> list[tuple[str, str]]:
     return [(a.data, a.trainer.partition("+")[0])] + ([(a.preference_data, "dpo")] if a.trainer == "sft+dpo" else [])
 
 
-def _ask(question: str, explained: str, default: str | None, check: Callable[[str], Any]) -> Any:
-    """Ask until the answer is one. check: the text -> the answer; raises UserError."""
+def _ask(question: str, explained: str, default: str | None, parse: Callable[[str], Any]) -> Any:
+    """Ask until the answer is valid. parse: the text -> the answer; raises UserError."""
     print(f"\n{question}: {explained}")
     while True:
         text = input(f"  [{default}] " if default else "  > ").strip() or default
         if text:
             try:
-                return check(text)
+                return parse(text)
             except UserError as error:
                 print(f"  {error.message}; {error.hint}" if error.hint else f"  {error.message}")
 
@@ -218,12 +218,12 @@ def _yes(question: str, *, default: bool) -> bool:
 
 
 def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
-    def check(text: str) -> str:
+    def parse(text: str) -> str:
         if text.lower() not in choices:
             raise UserError(f"{text}: one of {', '.join(choices)}")
         return text.lower()
 
-    return check
+    return parse
 
 
 def _length(text: str) -> int:
@@ -245,14 +245,14 @@ def _model(text: str) -> str:
 
 
 def _ready(a: argparse.Namespace, method: str, max_length: int | None) -> tuple[str, dict[str, Any]] | None:
-    """What init/detect.py's ready_config has for these answers."""
+    """The file of configs/ for these answers (init/detect.py)."""
     if a.trainer == "sft+dpo":
         return None
     return ready_config(a.model, a.trainer, method, propose.parse_hardware(a.hardware, cpu_gigabytes()), max_length)
 
 
 def _settings(a: argparse.Namespace, method: str, max_length: int | None) -> list[propose.Proposal]:
-    """Of each stage. Raises UserError where that does not fit the memory."""
+    """The settings of each stage. Raises UserError if they do not fit the memory."""
     if ready := _ready(a, method, max_length):
         name, values = ready
         values |= {"data.max_length": max_length} if max_length else {}
@@ -276,7 +276,7 @@ def _usual_method(a: argparse.Namespace) -> str:
 
 
 def _proposed(a: argparse.Namespace) -> tuple[Path, str, int]:
-    """(the file, its text, on how many devices). The text is a configuration that loads."""
+    """(the file, its text, the number of devices). The text is a configuration that loads."""
     path = Path(a.output or a.file or "run.toml")
     a.output = str(path)
     hardware = propose.parse_hardware(a.hardware, cpu_gigabytes())
@@ -286,7 +286,7 @@ def _proposed(a: argparse.Namespace) -> tuple[Path, str, int]:
     for (data, trainer), made in zip(_data_of(a), _settings(a, a.method, a.max_length)):
         model = {"model.model_name_or_path": rebased(a.model, path.parent)}
         if "lora.r" in made.values and (adapter := adapter_config(a.model)):
-            made.values["lora.r"] = adapter.get("r", made.values["lora.r"])  # its training goes on
+            made.values["lora.r"] = adapter.get("r", made.values["lora.r"])  # it is trained further
             made.values.pop("lora.lora_alpha")
         if not is_repository_name(parse_source(data).path):
             row_format, _ = look_at(data, trainer, a.model)
@@ -308,7 +308,7 @@ def _proposed(a: argparse.Namespace) -> tuple[Path, str, int]:
     text = toml_text.configuration(
         header, [(name, values, remarks) for name, values, remarks, _ in parts], f"output/{path.stem}"
     )
-    toml_text.check_loads(text, path)
+    toml_text.refuse_broken(text, path)
     return path, text, hardware.devices
 
 
@@ -335,7 +335,7 @@ def _command(a: argparse.Namespace) -> str:
 
 
 def _imported(arguments: argparse.Namespace, name: str) -> tuple[Path, str, list[str], UserError | None]:
-    """(the file, its text, what to tell, what must be mended before it runs)."""
+    """(the file, its text, lines to print, the error that keeps it from running)."""
     module, given = READERS[name], Path(getattr(arguments, f"from_{name}"))
     unused = [n for n in ("method", "hardware", "preference_data") if getattr(arguments, n)]
     unused += ["trainer"] if arguments.trainer and (name != "trl" or "+" in arguments.trainer) else []
@@ -352,7 +352,7 @@ def _imported(arguments: argparse.Namespace, name: str) -> tuple[Path, str, list
         parts = [("", module.read(table, arguments.trainer, first_row))]
     chosen = {"model": "model.model_name_or_path", "data": "data.train_data", "eval_data": "data.eval_data",
               "max_length": "data.max_length", "epochs": "train.num_train_epochs"}  # fmt: skip
-    tables: list[toml_text.Stage] = []
+    tables: list[toml_text.StageKeys] = []
     for i, (stage, t) in enumerate(parts):
         for option, key in chosen.items():
             if (value := getattr(arguments, option)) is not None and not (
@@ -371,7 +371,7 @@ def _imported(arguments: argparse.Namespace, name: str) -> tuple[Path, str, list
             del values["output_dir"]  # then the stages are numbered
     text = toml_text.configuration(header, tables, common or f"output/{path.stem}")
     try:
-        toml_text.check_loads(text, path)
+        toml_text.refuse_broken(text, path)
         problem = None
     except UserError as error:
         problem = error
@@ -384,7 +384,7 @@ def _told(parts: list[tuple[str, Translation]]) -> list[str]:
 
 
 def _list(kind: str, stage: str, t: Translation) -> list[str]:
-    """One of the three lists, as lines; what has no effect is put together by its reason."""
+    """One of the three lists, as lines; notes without effect are grouped by their reason."""
     notes = [note for note in t.notes if note.kind == kind]
     if not notes:
         return []

@@ -86,7 +86,7 @@ EASY = HARMLESS | spread(
         "tokens are kept in a cache beside the output folder, keyed by everything that shaped them": "dataset_prepared_path "
         "dataset_processes dataset_keep_in_memory skip_prepare_dataset dataset_shard_num num_dataset_shards_to_save "
         "push_dataset_to_hub hf_use_auth_token preprocess_iterable",
-        "the dealing of rows is seeded and new every epoch": "shuffle_merged_datasets shuffle_before_merging_datasets",
+        "rows are shuffled anew every epoch, with a seed": "shuffle_merged_datasets shuffle_before_merging_datasets",
         "about several devices or the loading of the model": "device_map max_memory gpu_memory_limit low_cpu_mem_usage "
         "lora_on_cpu qlora_sharded_model_loading fsdp_version fsdp_final_state_dict_type dp_shard_size dp_replicate_size "
         "device world_size ddp",
@@ -113,7 +113,7 @@ HARD = CHANGES | spread(
         "default_system_message eot_tokens",
         "shards and streams of rows are not supported: a slice as in rows.jsonl[:10%] is": "dataset_shard_idx "
         "streaming",
-        "audit tells of duplicates; they stay": "dataset_exact_deduplication",
+        "`minisft audit` reports duplicates; they are not removed": "dataset_exact_deduplication",
         "embeddings of new tokens start at the mean of the others": "fix_untrained_tokens "
         "resize_token_embeddings_to_32x "
         "mean_resizing_embeddings shrink_embeddings embeddings_skip_upcast",
@@ -138,10 +138,10 @@ HARD = CHANGES | spread(
 
 
 def read(table: dict, trainer_type: str | None = None, first_row: FirstRow = lambda source: None) -> Translation:
-    """Axolotl's table -> our values and notes. Raises UserError for what is no fine-tuning."""
+    """Axolotl's table -> our values and notes. Raises UserError for other tasks than fine-tuning."""
     rl = table.get("rl")
     if rl and rl not in list(LOSSES) or table.get("reward_model") or table.get("process_reward_model"):
-        raise UserError(f"rl = {rl}: there is nothing like it here", hint=f"sft, and rl: {', '.join(LOSSES)}")
+        raise UserError(f"rl = {rl} is not supported here", hint=f"sft, and rl: {', '.join(LOSSES)}")
     t = Translation(table, WHOLE)
     trainer_type = "dpo" if rl else "sft"
     t.values["trainer_type"], t.origins["trainer_type"] = trainer_type, f"rl = {rl}" if rl else "no rl"

@@ -1,4 +1,4 @@
-"""Axolotl's lists of datasets: where the rows are, which of our formats they have, and what in them trains."""
+"""Axolotl's lists of datasets: where the rows are, which of our formats they have, and what in them is trained."""
 
 import re
 
@@ -12,7 +12,7 @@ READ_OF_A_DATASET = (
 
 
 def datasets(t: Translation, name: str, ours: str, trainer_type: str) -> None:
-    """Axolotl's list of tables -> our sources, and what their `type` says about prompts."""
+    """Axolotl's list of tables -> our sources, with formats and prompts as their `type` says."""
     sources, i = [], 0
     while any(key.startswith(f"{name}[{i}].") for key in t.left):
         here = {key.partition("].")[2]: key for key in t.left if key.startswith(f"{name}[{i}].")}
@@ -95,14 +95,14 @@ def _dataset(t: Translation, here: dict[str, str], ours: str, trainer_type: str)
                 "field_model",
                 "skip",
             )
-            t.nothing(key, "found out from the rows" if easy else "a source of rows has nothing like it", harmless=easy)
+            t.nothing(key, "detected from the rows" if easy else "a source of rows has no such option", harmless=easy)
     if path is None and files:
         return [source(str(file), **{**entries, "data_files": None}) for file in files][0]
     return source(str(path), **entries) if path else None
 
 
 def _training_of_turns(t: Translation, here: dict[str, str], value, messages: object) -> None:
-    """Which turns and which ends of turns are trained: by default as here."""
+    """Which turns and which ends of turns are trained; Axolotl's defaults are ours."""
     for name, usual in (("roles_to_train", ["assistant"]), ("train_on_eos", "turn"), ("train_on_eot", "turn")):
         if name in here and here[name] in t.left:
             same = value(name) in (None, usual, ["gpt"], "assistant")

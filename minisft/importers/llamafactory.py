@@ -1,6 +1,6 @@
 """LLaMA-Factory: the YAML of `llamafactory-cli train`, with the defaults of its hparams (August 2026).
 
-Its `dataset` names entries of a dataset_info.json; that file is read where it can be found.
+Its `dataset` names entries of a dataset_info.json, which is read too if it is found.
 """
 
 from dataclasses import MISSING
@@ -93,10 +93,10 @@ HARD = CHANGES | spread(
 def read(
     table: dict, trainer_type: str | None = None, first_row: FirstRow = lambda source: None, folder: Path = Path()
 ) -> Translation:
-    """LLaMA-Factory's table -> our values and notes. folder: of the file. Raises UserError for what is no fine-tuning."""
+    """LLaMA-Factory's table -> our values and notes. folder: of the file. Raises UserError for other tasks than fine-tuning."""
     stage, method = table.get("stage") or "sft", table.get("finetuning_type") or "lora"
     if stage not in ("pt", "sft", "dpo", "kto"):
-        raise UserError(f"stage = {stage}: there is nothing like it here", hint="stages here: pt, sft, dpo, kto")
+        raise UserError(f"stage = {stage} is not supported here", hint="stages here: pt, sft, dpo, kto")
     t = Translation(table, WHOLE)
     trainer_type = "dpo" if stage in ("dpo", "kto") else "sft"
     t.values["trainer_type"], t.origins["trainer_type"] = trainer_type, f"stage = {stage}"
@@ -147,7 +147,7 @@ def _method(t: Translation, method: str) -> None:
     if "finetuning_type" in t.left:
         t.take("finetuning_type", "translated", "lora.r")
     rank = fitted_value("lora.r", t.get("lora_rank"))
-    rank = 8 if rank in (None, MISSING) else rank  # a rank that is none is reported by `into`
+    rank = 8 if rank in (None, MISSING) else rank  # `into` reports an invalid rank
     if "lora_rank" in t.left:
         t.into("lora_rank", "lora.r")
     else:
@@ -257,7 +257,7 @@ def _data(t: Translation, stage: str, folder: Path) -> None:
 
 
 def _dataset_info(directory: str, folder: Path) -> tuple[dict | None, Path]:
-    """The descriptions of the data, and the folder that they lie in."""
+    """The descriptions of the data, and the folder that they are in."""
     for place in dict.fromkeys((folder / directory, Path(directory), folder, *(p / directory for p in folder.parents))):
         if (place / DATA_INFO).is_file():
             info = read_json(place / DATA_INFO, exit_code=CONFIG)

@@ -1,7 +1,7 @@
 """A launcher's YAML of several stages: `stages`, their names in order, and `stage_configs`, the keys of each.
 
-Keys outside of both are common to all stages. Names are TRL's or ours. Each stage becomes one table of `stages`, which
-starts from what the one before wrote: a model path that is the output folder of an earlier stage is left out.
+Keys outside of both are common to all stages. Names are TRL's or ours. Each stage becomes one table of `stages`, and starts
+from the model of the stage before it: a model path that is the output folder of an earlier stage is left out.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ TYPE_KEYS = ("trainer_type", "trainer", "stage_type", "type", "method", "task")
 def read(table: dict, first_row: FirstRow = lambda source: None) -> list[tuple[str, Translation]]:
     """[(name of the stage, its translation)], every key of the file in the notes of exactly one of them.
 
-    Raises UserError where the two tables do not fit each other.
+    Raises UserError if `stages` and `stage_configs` do not fit each other.
     """
     names, configs = table.get("stages"), table.get("stage_configs")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
@@ -31,7 +31,7 @@ def read(table: dict, first_row: FirstRow = lambda source: None) -> list[tuple[s
             f"stage_configs has no table for {', '.join(missing)}", hint=f"it has: {', '.join(map(str, configs))}"
         )
     if len(set(names)) < len(names):
-        raise UserError(f"stages: a name stands twice: {', '.join(names)}", hint="one table of stage_configs for each")
+        raise UserError(f"stages: a name comes twice: {', '.join(names)}", hint="one table of stage_configs for each")
     common = {key: value for key, value in table.items() if key not in ("stages", "stage_configs")}
     read_stages, folders = [], set()
     for name in names:
@@ -74,7 +74,7 @@ def _read_stage(name: str, table: dict, folders: set[str], first_row: FirstRow) 
     if written:
         t.take(written, "translated", f'trainer_type = "{kind}"')
     for key in from_before:
-        t.take(key, "translated", "the stage before, from which a stage starts anyway")
+        t.take(key, "translated", "the model of the stage before, from which a stage starts anyway")
     for key in full:
         known = key in KEYS and fitted_value(key, full[key]) is not None
         t.values.pop(key, None)

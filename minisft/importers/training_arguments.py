@@ -1,4 +1,4 @@
-"""transformers' TrainingArguments, which TRL and LLaMA-Factory inherit: what is called the same in both files."""
+"""transformers' TrainingArguments, which TRL and LLaMA-Factory inherit: their keys, which are the same in both files."""
 
 from minisft.config.sections import KEYS
 from minisft.importers.translation import Table, Translation, as_list, as_number, spread
@@ -46,13 +46,13 @@ HARMLESS = spread(
 )
 CHANGES = spread(
     {
-        "the data is dealt anew every epoch, in whole; short last batches are used": "dataloader_drop_last group_by_length",
+        "all rows are shuffled anew every epoch; a short last batch is used": "dataloader_drop_last group_by_length",
         "other orders than random are not supported": "train_sampling_strategy",
         "the batch size is as written, never searched for": "auto_find_batch_size",
         "the last weights are exported; every verified checkpoint stays in the output folder": "load_best_model_at_end",
         "checkpoints hold everything that resuming needs": "save_only_model",
         "evaluation begins after eval_steps": "eval_delay",
-        "resuming goes on at the exact row": "ignore_data_skip restore_callback_states_from_checkpoint",
+        "resuming continues at the exact row": "ignore_data_skip restore_callback_states_from_checkpoint",
         "one seed for everything: train.seed": "data_seed",
         "sharding does not exist here: with torchrun each device holds the whole model": "deepspeed fsdp fsdp.* "
         "accelerate_config",
@@ -64,7 +64,7 @@ CHANGES = spread(
 
 
 def training_arguments(t: Translation, trainer_type: str) -> None:
-    """Take the keys that every trainer on top of transformers has."""
+    """Translate the keys that every trainer on top of transformers has."""
     _schedule(t)
     _precision(t)
     _evaluation(t)

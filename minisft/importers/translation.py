@@ -1,11 +1,11 @@
-"""What becomes of the keys of another trainer's file: every key ends up in exactly one of three lists.
+"""How the keys of another trainer's file are translated: every key ends up in exactly one of three lists.
 
     translated       theirs = value  ->  ours = value
-    difference       what the run will do otherwise than theirs did, or a default of theirs, written out so that it does the same
-    no counterpart   what nothing here stands for: without effect on the result, or with one
+    difference       the run will differ from theirs here, or a default of theirs is written out so that it does not
+    no counterpart   nothing here corresponds to the key, with or without an effect on the result
 
 A reader of one trainer's files (trl.py, axolotl.py, llamafactory.py) takes keys out of a `Translation` one by one; `finish`
-sorts whatever it left. A value that our key does not take is never written: it is listed. So the TOML that comes out loads.
+sorts the rest. A value that our key does not accept is listed and never written, so that the resulting TOML loads.
 """
 
 import re
@@ -28,7 +28,7 @@ OFF = (None, False, "", "none", "None", "no", "off", "false", 0, [], {})
 
 # A key of theirs: ours, or (ours, {their value: ours}).
 Table = dict[str, str | tuple[str, dict]]
-FirstRow = Callable[[Any], dict | None]  # a source of rows -> its first row, None where that cannot be known
+FirstRow = Callable[[Any], dict | None]  # a source of rows -> its first row, None if it cannot be read
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Note:
 
     kind: str
     text: str
-    key: str = ""  # theirs; "" for what no key of the file says
-    harmless: bool = False  # of `no counterpart`: the result is the same without it
+    key: str = ""  # theirs; "" if the note is about no key of the file
+    harmless: bool = False  # for `no counterpart`: the result is the same without the key
 
 
 class Translation:
-    """The file's keys that are left, our values so far, and the notes."""
+    """The remaining keys of the file, our values so far, and the notes."""
 
     def __init__(self, table: dict, whole: tuple[str, ...] = ()):
         self.given: dict[str, Any] = {}  # every key of the file, as in "datasets[0].path"
@@ -52,23 +52,23 @@ class Translation:
                 raise UserError(f"more than {MAX_KEYS} keys", hint="name the configuration of a run")
         self.left = dict(self.given)
         self.values: dict[str, Any] = {}  # full name of ours -> value
-        self.origins: dict[str, str] = {}  # full name of ours -> what it was in the file
+        self.origins: dict[str, str] = {}  # full name of ours -> the key and value of the file
         self.notes: list[Note] = []
         for key, value in self.given.items():
             if isinstance(value, str) and "${" in value:
                 self.nothing(key, "variables are not filled in here: write the value itself")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key that is still there; `default` where it is absent, empty or taken."""
+        """The value of a remaining key; `default` if the key is absent, empty or taken already."""
         value = self.left.get(key)
         return default if value in (None, "") else value
 
     def on(self, key: str) -> bool:
-        """Whether a switch is there and on."""
+        """Whether the file has this switch on."""
         return _not_off(self.left.get(key))
 
     def into(self, key: str, ours: str, value: Any = MISSING, note: str = "") -> bool:
-        """Take `key` and write it as our key `ours`, with another value where one is given. Whether that worked."""
+        """Translate `key` to our key `ours`, with its own value or with `value`. Returns whether that worked."""
         written = self.left[key]
         value = written if value is MISSING else value
         if written in (None, "") and value in (None, ""):
@@ -88,7 +88,7 @@ class Translation:
         return True
 
     def take(self, key: str, kind: str, text: str, harmless: bool = False) -> None:
-        """Put the key into a list, and nothing else."""
+        """Only move the key into a list."""
         written = self.left.pop(key)
         arrow = "  ->  " if kind == TRANSLATED else ": "
         self.notes.append(Note(kind, f"{key} = {short(written)}{arrow}{text}", key, harmless))
@@ -110,7 +110,7 @@ class Translation:
             self.difference(f"{ours} = {as_toml(fitted)}: {why} (default here: {as_toml(ours_by_default)})")
 
     def prompts_too(self, key: str) -> None:
-        """Take a switch, where it is there, that lets prompts train like answers."""
+        """Translate a switch that trains prompts like answers, if the file has it."""
         if self.on(key):
             ours = ("data.completion_only_loss", "data.assistant_only_loss")
             self.values |= dict.fromkeys(ours, False)
@@ -120,7 +120,7 @@ class Translation:
             self.nothing(key, "the answers alone are trained, as here", harmless=True)
 
     def table(self, table: Table) -> None:
-        """Translate every key of the table that is there."""
+        """Translate every key of the table that the file has."""
         for key, ours in table.items():
             if key in self.left:
                 ours, spellings = (ours, {}) if isinstance(ours, str) else ours
@@ -129,9 +129,9 @@ class Translation:
                 self.into(key, ours, new)
 
     def finish(self, harmless: dict[str, str], changes: dict[str, str], known: Iterable[str] = ()) -> None:
-        """Sort the keys that are left. harmless: no effect on the result, and why; changes: it has one, unless it is off.
+        """Sort the remaining keys. harmless: keys without effect on the result, and why; changes: keys with one, unless off.
 
-        Then other trainers' names and our own; `known`: their remaining keys, for "did you mean".
+        All others are looked up among other trainers' names and our own. known: more names for "did you mean".
         """
         for key in list(self.left):
             value, table = self.left[key], re.split(r"[.\[]", key)[0] + ".*"
@@ -156,13 +156,13 @@ class Translation:
 
 
 def counterpart(key: str) -> str | tuple[str, dict] | None:
-    """Our key for a name that other trainers use, or that is ours: what config/aliases.py knows, or a last part."""
+    """Our key for a name of ours, whole or its last part, or for a name of other trainers (config/aliases.py)."""
     homes = [ours for ours in KEYS if key in (ours, ours.rpartition(".")[2])]
     return homes[0] if len(homes) == 1 else ALIASES.get(key)
 
 
 def fitted_value(ours: str, value: Any) -> Any:
-    """The value in the type of our key, or MISSING. Text that is a number becomes one where a number is wanted."""
+    """The value in the type of our key, or MISSING. Text that is a number becomes one if the key takes numbers."""
     f = KEYS[ours]
     if isinstance(value, (str, bool)):
         value = VALUE_ALIASES.get(ours, {}).get(value, value)
@@ -182,20 +182,20 @@ def as_number(value: Any) -> float | None:
 
 
 def as_list(value: Any) -> list:
-    """A list, or text with commas, as a list; nothing as an empty one."""
+    """A list, or text with commas, as a list; None as an empty one."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 def short(value: Any) -> str:
-    """A value on one line, for people."""
+    """A value on one short line, for people."""
     text = "null" if value is None else as_toml(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def source(path: str, **entries: object) -> str | dict:
-    """One entry of train_data; a plain path where there is nothing else to say."""
+    """One entry of train_data; a plain path if it needs nothing else."""
     entries = {name: value for name, value in entries.items() if value not in (None, "", {}, [], "train")}
     return {"path": path, **entries} if entries else path
 

@@ -1,6 +1,6 @@
 """TRL: the YAML that `trl sft --config` and `trl dpo --config` read, with the defaults of TRL 1.16.
 
-Its defaults are ours but for those below; test_importers.py compares every one with the installed TRL.
+Its defaults are ours except for those below; test_importers.py compares every one with the installed TRL.
 """
 
 from minisft.config.choices import ADAMW
@@ -65,7 +65,7 @@ OF_DPO: Table = {
     "disable_dropout": "dpo.disable_dropout",
     "label_smoothing": "train.label_smoothing",
 }
-# TRL's defaults where they are not ours: their key -> the value in our words.
+# TRL's defaults where they are not ours: their key -> (our key, its value).
 DEFAULTS: dict[str, tuple[str, object]] = {
     "gradient_checkpointing": ("model.gradient_checkpointing", True),
     "report_to": ("log.report_to", ()),
@@ -74,7 +74,7 @@ LORA_DEFAULTS: dict[str, tuple[str, object]] = {
     "lora_r": ("lora.r", 16),
     "lora_dropout": ("lora.lora_dropout", 0.05),
 }
-# PEFT's choice where no modules are named: this for all families but those of ATTENTION_MODULES.
+# PEFT's choice where no modules are named: these for all families except those of ATTENTION_MODULES.
 USUAL_MODULES = ("q_proj", "v_proj")
 ATTENTION_MODULES = {"gpt2": ("c_attn",), "gpt_neox": ("query_key_value",), "phi": ("q_proj", "v_proj", "fc1", "fc2")}
 FOR_DPO = {"rpo_alpha", "max_prompt_length", "max_completion_length", "reference_free"} | set(OF_DPO) - {"loss_type"}
@@ -103,9 +103,9 @@ ONLY_CHANGES = CHANGES | spread(
 
 
 def read(table: dict, trainer_type: str | None = None, first_row: FirstRow = lambda source: None) -> Translation:
-    """TRL's table -> our values and notes. trainer_type: "sft" or "dpo"; None = found out from the keys.
+    """TRL's table -> our values and notes. trainer_type: "sft" or "dpo"; None = detected from the keys.
 
-    first_row: the first row of a source where that can be read; it decides what of it TRL trains.
+    first_row: reads the first row of a source, on which depends what TRL trains.
     """
     t = Translation(table, WHOLE)
     trainer_type = trainer_type or ("dpo" if is_dpo(table) else "sft")
@@ -142,12 +142,12 @@ def is_dpo(table: dict) -> bool:
 
 
 def common_differences(t: Translation) -> None:
-    """What is true of everything on top of transformers' Trainer."""
+    """The differences from every trainer on top of transformers' Trainer."""
     if "checkpoint.save_total_limit" not in t.values:
         t.difference("checkpoint.save_total_limit: there every checkpoint is kept, here the newest 3 that verify")
     if "checkpoint.resume" not in t.values:
         t.difference(
-            'checkpoint.resume = "auto": a run whose output_dir has a checkpoint goes on from it; there it starts anew'
+            'checkpoint.resume = "auto": a run whose output_dir has a checkpoint resumes from it; there it starts anew'
         )
     if "data.eval_data" in t.values or t.values.get("data.eval_fraction"):
         t.difference(
@@ -164,7 +164,7 @@ def common_differences(t: Translation) -> None:
 
 
 def weights_in_bf16(t: Translation, key: str, why: str) -> None:
-    """Weights without fp32 masters, rounded to the nearest, as theirs: where an optimizer of ours does that."""
+    """Weights without fp32 masters, rounded to the nearest, as theirs are, if the optimizer can do that here."""
     full_and_unable = "lora.r" not in t.values and t.values.get("train.optim", "adamw") not in ADAMW
     if full_and_unable:
         t.difference(f"{why}; here {t.values['train.optim']} keeps fp32 master weights")
@@ -231,7 +231,7 @@ def _sft(t: Translation, first_row: FirstRow) -> None:
         else:
             t.nothing("loss_type", "this loss does not exist here: plain cross-entropy trains")
     if t.get("completion_only_loss") is None and "completion_only_loss" in t.left:
-        t.nothing("completion_only_loss", "found out from the rows, as here", harmless=True)
+        t.nothing("completion_only_loss", "detected from the rows, as here", harmless=True)
     given = {name for name in ("completion_only_loss", "assistant_only_loss") if name in t.left}
     t.table(OF_SFT)
     for key in FOR_DPO & set(t.left):

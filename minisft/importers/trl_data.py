@@ -1,5 +1,5 @@
-"""Where the rows of a TRL file are. Three ways to say it: TRL's `dataset_name`, TRL's list `datasets`, and the mixtures of
-the alignment handbook, whose recipes are TRL's files with keys of their own:
+"""Where the rows of a TRL file are. There are three forms: TRL's `dataset_name`, TRL's list `datasets`, and the mixtures of
+the alignment handbook, whose recipes are TRL files with keys of their own:
 
     dataset_mixer: {owner/name: 1.0}             with dataset_splits: [train_sft, test_sft] and dataset_configs
     dataset_mixture: {datasets: [{id: owner/name, config: ..., split: ..., weight: 0.5}], seed: 0}
@@ -11,7 +11,7 @@ NO_COLUMNS = "fields that no format names are never read"
 
 
 def sources(t: Translation) -> None:
-    """data.train_data and data.eval_data; the first way that is there wins."""
+    """data.train_data and data.eval_data; the first of the forms that the file has wins."""
     wants_eval = t.get("eval_strategy", t.get("evaluation_strategy", "no")) != "no"
     _one_dataset(t, wants_eval)
     for prefix, names in (("datasets", {}), ("dataset_mixture.datasets", {"id": "path", "config": "name"})):
@@ -50,7 +50,7 @@ def _one_dataset(t: Translation, wants_eval: bool) -> None:
 
 
 def _mixture(t: Translation, prefix: str, names: dict[str, str]) -> None:
-    """A list of tables. names: what they call the fields of ours."""
+    """A list of tables. names: {their name of a field: ours}."""
     found, i = [], 0
     while any(key.startswith(f"{prefix}[{i}].") for key in t.left):
         written = {key.partition("].")[2]: key for key in t.left if key.startswith(f"{prefix}[{i}].")}
@@ -72,7 +72,7 @@ def _mixture(t: Translation, prefix: str, names: dict[str, str]) -> None:
             elif name in ("path", "name", "split", "data_dir", "data_files", "weight"):
                 t.take(key, TRANSLATED, "data.train_data")
             else:
-                t.nothing(key, "a source of rows has nothing like it")
+                t.nothing(key, "a source of rows has no such option")
         i += 1
     _set(t, "data.train_data", found, prefix)
 

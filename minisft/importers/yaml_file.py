@@ -1,8 +1,8 @@
 """Another trainer's file: YAML or JSON in, a plain dict out. Nothing in it is run.
 
-Three things of YAML bite: `1e-4` without a dot is text (translation.py makes it a number where a number is expected), a key
-that stands twice silently wins the second time (refused here), and aliases may contain themselves, or grow without end in a
-few lines (values are counted as written out).
+YAML has three traps: `1e-4` without a dot is text (translation.py makes it a number where a number is expected); of a key
+that is given twice, the second silently wins (refused here); and aliases may contain themselves, or grow without end in a few
+lines (values are counted with aliases written out).
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
             seen.add(key.value if isinstance(key.value, str) else None)
         return super().construct_mapping(node, deep)
 
@@ -51,13 +51,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         hint = "one document of `key: value` lines"
         raise UserError(f"{where}: not a YAML file that can be read: {problem}", hint=hint) from None
     if not isinstance(table, dict) or not table:
-        raise UserError(f"{path}: holds no `key: value` lines", hint="name the file that the other trainer is given")
+        raise UserError(f"{path}: holds no `key: value` lines", hint="name the other trainer's configuration file")
     _count(table, str(path))
     return table
 
 
 def _count(value: Any, where: str, depth: int = 0) -> int:
-    """How many values are in `value`, aliases written out. Raises UserError where there is no end to them."""
+    """The number of values in `value`, aliases written out. Raises UserError if there are too many."""
     if depth > MAX_DEPTH:
         raise UserError(f"{where}: nested more than {MAX_DEPTH} deep", hint="an alias (*name) may contain itself")
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

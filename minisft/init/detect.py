@@ -1,4 +1,4 @@
-"""What `minisft init` finds out by itself: the hardware, the size of a model, what rows look like, the ready configurations.
+"""What `minisft init` detects: the hardware, the size of a model, the layout of rows, and a ready configuration.
 
 Nothing here imports torch or uses the network.
 """
@@ -52,7 +52,7 @@ def detected_hardware() -> str:
 
 
 def adapter_config(model: str) -> dict[str, Any] | None:
-    """adapter_config.json of a local model that is an adapter."""
+    """The adapter_config.json of a local adapter; None for any other model."""
     folder = folder_of(model)
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         return None
@@ -60,7 +60,7 @@ def adapter_config(model: str) -> dict[str, Any] | None:
 
 
 def model_size(model: str) -> Size | None:
-    """By the config.json of a local folder, else by the name; of an adapter, its base's."""
+    """The size by the config.json of a local folder, else by the name; for an adapter, the size of its base."""
     if adapter := adapter_config(model):
         return model_size(str(adapter.get("base_model_name_or_path")))
     path = folder_of(model) / "config.json"
@@ -70,13 +70,13 @@ def model_size(model: str) -> Size | None:
 
 
 def folder_of(model: str) -> Path:
-    """Of a local model: the folder itself or, of a run's output, the model in it."""
+    """The folder of a local model: the one that is named or, for a run's output folder, the `model` in it."""
     path = Path(os.path.expanduser(model))
     return path / "model" if (path / "model").is_dir() else path
 
 
 def has_template(model: str) -> bool:
-    """Whether the tokenizer of a local folder has a chat template; taken as given for a repository."""
+    """Whether the tokenizer of a local folder has a chat template; assumed for a repository."""
     folder = folder_of(model)
     if (adapter := adapter_config(model)) and not (folder / "tokenizer_config.json").exists():
         return has_template(str(adapter.get("base_model_name_or_path")))
@@ -87,7 +87,7 @@ def has_template(model: str) -> bool:
 
 
 def first_row(source: Any) -> dict | None:
-    """The first row of a local source, None where there is none to be read."""
+    """The first row of a local source; None if no row can be read."""
     entry = source[0] if isinstance(source, list) and source else source
     try:
         parsed = parse_source(entry)
@@ -101,10 +101,10 @@ def first_row(source: Any) -> dict | None:
 
 
 def look_at(path: str, trainer: str, model: str) -> tuple[RowFormat | None, str]:
-    """(what the rows look like, None of a repository; the same in words). Raises UserError for data that does not serve."""
+    """(format of the rows, None for a repository; the same in words). Raises UserError for unusable data."""
     parsed = parse_source(path)
     if is_repository_name(parsed.path):
-        return None, "a repository: its rows are looked at when the run starts"
+        return None, "a repository: its rows are checked when the run starts"
     list_files(parsed)
     row = next(iter(read_rows(parsed)), None)
     if row is None:
@@ -129,8 +129,8 @@ def look_at(path: str, trainer: str, model: str) -> tuple[RowFormat | None, str]
 def ready_config(
     model: str, trainer: str, method: str, hardware: Hardware, max_length: int | None = None
 ) -> tuple[str, dict[str, Any]] | None:
-    """(name and hardware, the keys that it sets) of a file of configs/ for this model, trainer and method; None where
-    there is none, or only one for more memory, other devices or shorter documents than `max_length`."""
+    """(name and hardware, the keys that it sets) of a file of configs/ for this model, trainer and method. None if there is
+    none, or only one for more memory, another number of devices or a smaller max_length."""
     last = model.rstrip("/").rpartition("/")[2].lower()
     for path in sorted(READY.glob("*.toml"), key=lambda path: (len(path.name), path.name)):  # -sft before -sft-long
         made_for = READY_FOR.search(path.read_text(encoding="utf-8"))
@@ -154,7 +154,7 @@ def ready_config(
 
 
 def rebased(value: Any, folder: Path) -> Any:
-    """Local paths of a value, relative to the folder that the configuration lies in."""
+    """The value with its local paths relative to `folder`, where the configuration will be."""
     if isinstance(value, list):
         return [rebased(one, folder) for one in value]
     if isinstance(value, dict):

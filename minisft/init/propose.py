@@ -1,24 +1,25 @@
 """What `minisft init` proposes: keys from the size of the model, the method and the memory, by the arithmetic below.
 
-Bytes a parameter that trains, with AdamW:
+Bytes for each trained parameter, with AdamW:
 
     16    fp32 weights, gradients and two moments
-    14    weights of bf16, gradients that add up in fp32, two fp32 moments
-     8    weights of bf16, gradients in fp32, two moments of 8 bits (adamw_8bit)
+    14    bf16 weights, gradients that add up in fp32, two fp32 moments
+     8    bf16 weights, gradients in fp32, two 8-bit moments (adamw_8bit)
 
 A frozen parameter takes 2 (LoRA beside bf16) or 0.516 (QLoRA: NF4 with scales in 8 bits; embeddings and head stay bf16). LoRA
-of rank r on all linear modules trains r (inputs + outputs) a matrix, at 16 bytes each. DPO with all weights training adds a
+of rank r on all linear modules trains r (inputs + outputs) parameters a matrix, at 16 bytes each. DPO of all weights adds a
 frozen copy, 4 or 2 bytes a parameter; with adapters the reference is the model without them.
 
-A token in a micro-batch takes, of L layers of width D (residual stream fp32, the rest bf16; SwiGLU of about 3 D)
+Bytes for each token of a micro-batch, with L layers of width D (residual stream fp32, the rest bf16; SwiGLU of about 3 D):
 
     60 L D                  without recomputation
     4 L D + 100 D           with gradient_checkpointing: the blocks' inputs, and one block
 
-and never its logits. A tenth of the memory and 1 GB are left to PyTorch. DPO takes two documents a pair.
+Logits take nothing, because they are never all in memory. A tenth of the memory and 1 GB are left to PyTorch. DPO takes two
+documents a pair.
 
-The rules, in their order: fp32 master weights where they fit, else bf16, else bf16 with adamw_8bit; no recomputation where a
-pack fits without; as many packs a micro-batch as fit, up to 16,384 tokens; then accumulation up to about 32,768 tokens a step
+The rules, in their order: fp32 master weights if they fit, else bf16, else bf16 with adamw_8bit; no recomputation if a pack
+fits without it; as many packs a micro-batch as fit, up to 16,384 tokens; then accumulation up to about 32,768 tokens a step
 (DPO: 32 pairs). Learning rates are the usual ones: 2e-5 for all weights, 2e-4 for adapters; DPO 1e-6 and 5e-6.
 """
 
@@ -41,12 +42,12 @@ HARDWARE = re.compile(r"(?:(\d+)\s*x\s*)?(\d+(?:\.\d+)?)\s*gb", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model: as config.json says, or estimated from a number of parameters."""
+    """The size of a model, from its config.json or estimated from its number of parameters."""
 
     parameters: float
     layers: int
     width: int
-    embeddings: float  # of the parameters, those of embedding and head
+    embeddings: float  # the parameters of embedding and head
     exact: bool = True
 
     def __str__(self) -> str:
@@ -71,7 +72,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Proposal:
-    """Full names of keys -> values, why each, and the arithmetic in sentences."""
+    """Values and remarks by the full names of keys, and the arithmetic in sentences."""
 
     values: dict[str, Any]
     remarks: dict[str, str]
@@ -79,7 +80,7 @@ class Proposal:
 
 
 def size_from_config(hf: dict) -> Size | None:
-    """Of the table of a config.json; None where it lacks what is needed."""
+    """The size by a config.json; None if it lacks a key that is needed."""
     hf = hf.get("text_config", hf)
 
     def get(*names: str) -> int | None:
@@ -101,7 +102,7 @@ def size_from_config(hf: dict) -> Size | None:
 
 
 def size_from_name(name: str) -> Size | None:
-    """Of a number as in Qwen3-1.7B or SmolLM2-135M: the last in the last part of the name; None where there is none."""
+    """The size by the last number in the last part of the name, as in Qwen3-1.7B or SmolLM2-135M; None if there is none."""
     last = name.rstrip("/").rpartition("/")[2].lower()
     found = SIZE.findall(last)
     if not found and last not in NAMED:
@@ -131,13 +132,13 @@ def propose(
     max_length: int = 1024,
     epochs: float | None = None,
 ) -> Proposal:
-    """Settings of one stage. trainer: sft or dpo; size: None = unknown, then the smallest settings that always work.
+    """Settings of one stage. trainer: sft or dpo; size: None = unknown, which gives the smallest settings that always work.
 
-    Raises UserError where nothing fits.
+    Raises UserError if nothing fits.
     """
     adapters = method != "full"
     values: dict[str, Any] = {"trainer_type": trainer, "data.max_length": max_length, "data.packing": True}
-    remarks: dict[str, str] = {"data.packing": "whole documents side by side: no padding, attention stays in each"}
+    remarks: dict[str, str] = {"data.packing": "whole documents side by side: no padding, attention stays inside each"}
     if adapters:
         values |= {"lora.r": LORA_RANK, "lora.lora_alpha": 2.0 * LORA_RANK}
     if method == "qlora":
@@ -228,7 +229,7 @@ def _fits(trainer: str, method: str, size: Size | None, hardware: Hardware, max_
 
 
 def _weights(trainer: str, method: str, size: Size, weights: str, optim: str) -> tuple[float, str]:
-    """Bytes of weights, gradients, moments and reference, and how they come about."""
+    """(bytes of weights, gradients, moments and reference; their calculation in words)."""
     n = size.parameters
     if method == "full":
         each = 16 if weights == "fp32" else 14 if optim == "adamw" else 8
@@ -246,5 +247,5 @@ def _weights(trainer: str, method: str, size: Size, weights: str, optim: str) ->
 
 
 def _activations(size: Size, recompute: bool) -> float:
-    """Bytes of a token."""
+    """Bytes for each token of a micro-batch."""
     return 4.0 * size.layers * size.width + 100.0 * size.width if recompute else 60.0 * size.layers * size.width

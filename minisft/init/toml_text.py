@@ -1,4 +1,4 @@
-"""A configuration as text for people: the keys that are set, in the order of the sections, each with where it comes from."""
+"""A configuration as text for people: the keys that are set, in the order of config/sections.py, with a remark on each."""
 
 import os
 import tempfile
@@ -15,11 +15,11 @@ from minisft.errors import SAVE, UserError
 
 WIDTH = 110
 
-Stage = tuple[str, dict[str, Any], dict[str, str]]  # its name, {full key: value}, {full key: a remark}
+StageKeys = tuple[str, dict[str, Any], dict[str, str]]  # name of the stage, {full key: value}, {full key: a remark}
 
 
-def configuration(header: list[str], parts: list[Stage], output_dir: str) -> str:
-    """One table, or stages with what they share above them."""
+def configuration(header: list[str], parts: list[StageKeys], output_dir: str) -> str:
+    """The text of one run, or of several stages below the keys that they share."""
     if len(parts) == 1:
         _, values, remarks = parts[0]
         return render(header, {"output_dir": output_dir} | values, remarks)
@@ -35,10 +35,10 @@ def configuration(header: list[str], parts: list[Stage], output_dir: str) -> str
 
 
 def render(
-    header: list[str], values: dict[str, Any], remarks: dict[str, str], stages: list[Stage] | None = None
+    header: list[str], values: dict[str, Any], remarks: dict[str, str], stages: list[StageKeys] | None = None
 ) -> str:
     """The text of a TOML file. header: paragraphs, "" between blocks; values: full name -> value; remarks: full name ->
-    what stands behind the key. stages: one [[stages]] table each, after the common keys."""
+    the comment behind the key. stages: one [[stages]] table each, after the common keys."""
     lines = [line for paragraph in header for line in _comment(paragraph)]
     lines += _tables(values, remarks, "")
     for name, own, own_remarks in stages or []:
@@ -47,7 +47,7 @@ def render(
 
 
 def _comment(paragraph: str) -> list[str]:
-    """Wrapped at WIDTH; what starts with spaces hangs by them."""
+    """Comment lines, wrapped at WIDTH; a paragraph that starts with spaces keeps that indent on every line."""
     indent = " " * (len(paragraph) - len(paragraph.lstrip()))
     wrapped = textwrap.wrap(paragraph.strip(), WIDTH - len(indent), subsequent_indent="  ", break_long_words=False,
                             break_on_hyphens=False)  # fmt: skip
@@ -70,8 +70,8 @@ def _tables(values: dict[str, Any], remarks: dict[str, str], before: str) -> lis
     return ["", *lines] if lines and lines[0] and not before else lines
 
 
-def check_loads(text: str, path: Path) -> None:
-    """Raises UserError where the configuration, which will be in `path`, does not load."""
+def refuse_broken(text: str, path: Path) -> None:
+    """Raises UserError if the configuration, which will be in `path`, does not load."""
     table = tomllib.loads(text)
     try:
         if "stages" in table:
@@ -84,14 +84,14 @@ def check_loads(text: str, path: Path) -> None:
 
 
 def refuse_to_replace(path: Path, *, force: bool) -> None:
-    """Raises UserError where the file exists and `force` is not set, or is a folder."""
+    """Raises UserError if the path is a folder, or a file and `force` is not set."""
     if path.is_dir() or path.exists() and not force:
         hint = "name another file by --output" + ("" if path.is_dir() else ", or replace this one with --force")
         raise UserError(f"{path} exists", hint=hint)
 
 
 def write(path: Path, text: str, *, force: bool = False) -> None:
-    """The whole file or nothing. Raises UserError where it exists and `force` is not set, and where the disk does not."""
+    """Write the whole file or nothing. Raises UserError if it exists and `force` is not set, or if writing fails."""
     refuse_to_replace(path, force=force)
     temporary = None
     try:

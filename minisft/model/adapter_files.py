@@ -1,4 +1,4 @@
-"""An adapter as PEFT writes it: adapter_config.json and adapter_model.safetensors, beside which the base model is named.
+"""An adapter as PEFT writes it: adapter_config.json, which names the base model, and adapter_model.safetensors.
 
     base_model.model.<module as in the base's files>.lora_A.weight      [r, in]
                                                      .lora_B.weight      [out, r]
@@ -6,11 +6,10 @@
     base_model.model.<module>.weight                                     of modules_to_save
                              .token_adapter.trainable_tokens_delta       [n, D], the rows of trainable_token_indices
 
-PiSSA's is an adapter of rank 2 r, A over A0 and B beside -B0, whose scale is the same because lora_alpha grows with it.
+PiSSA's is written as a plain adapter of rank 2 r, A over A0 and B beside -B0; lora_alpha is raised to keep the scale.
 
-The adapter is exact only beside the base that it was trained on; the config says which that was. Where that base was
-quantised, quantization_config.json says how; PEFT has no place for it, and an adapter without that file belongs to its base as
-the base is stored.
+The adapter is exact only on the base that it was trained on, which the config names. If that base was quantised,
+quantization_config.json says how, because PEFT's config has no field for it. Without that file the base is used as it is stored.
 """
 
 import re
@@ -40,7 +39,7 @@ from minisft.strict_json import read_json, write_json
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A_LEAF, B_LEAF, M_LEAF = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
-# What PEFT can write and we do not compute; other values than these are refused by name.
+# Options of PEFT that are not implemented here, with the values that switch them off. Other values are refused by name.
 NOT_COMPUTED = {
     "bias": ("none", None),
     "lora_bias": (False, None),
@@ -50,13 +49,13 @@ NOT_COMPUTED = {
     "exclude_modules": (None, []),
     "alora_invocation_tokens": (None,),
     "use_qalora": (False, None),
-    # The others take something off the base; PEFT writes True where it made a plain adapter of such a one.
+    # Other initialisations change the base's weights. PEFT writes True after converting such an adapter to a plain one.
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder itself or, of a run's output folder, the model in it. Raises UserError where there is none."""
+    """The folder itself or, for a run's output folder, the `model` in it. Raises UserError if there is no model."""
     files = ("config.json", CONFIG_FILE)
     for path in (folder / "model", folder):
         if any((path / file).exists() for file in files):
@@ -65,8 +64,8 @@ def model_folder(folder: Path) -> Path:
 
 
 def save_adapter(model: Decoder, folder: Path | str, *, base: str | None = None, revision: str | None = None) -> None:
-    """Write the adapter of `model` (apply_lora) into `folder`, made if need be. base: path or repository of the model
-    that it was trained on. Not atomic: the caller writes into an atomic folder. Raises OSError when the disk does."""
+    """Write the adapter of `model` (apply_lora) into `folder`, which is created if missing. base: path or repository of the
+    model that it was trained on. Not atomic: the caller writes into an atomic folder. Raises OSError if writing fails."""
     folder, options = Path(folder), model.lora
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.contiguous().cpu() for key, tensor in adapter_tensors(model).items()}
@@ -104,8 +103,8 @@ def save_adapter(model: Decoder, folder: Path | str, *, base: str | None = None,
 def load_adapter(model: Decoder, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Decoder:
     """Put the adapter of a folder (ours or PEFT's) on a base model: frozen weights, trainable adapters.
 
-    Raises UserError (exit code MODEL), with names, where the adapter is of another kind, asks for what is not computed
-    here, or its tensors are not those that this model would have.
+    Raises UserError (exit code MODEL), with names, if the adapter is of another kind, uses an option that is not
+    implemented here, or has other tensors than an adapter of this model.
     """
     folder = Path(folder)
     options = read_options(model, folder)
@@ -117,7 +116,7 @@ def load_adapter(model: Decoder, folder: Path | str, *, dtype: torch.dtype = tor
 def load_adapted(folder: Path | str, *, device: torch.device | str = "cpu", max_length: int | None = None) -> Decoder:
     """The base model that an adapter folder names, quantised as its record says, with the adapter, in eval mode.
 
-    Raises UserError (exit code MODEL) where the folder names no base, or as load_model and load_adapter.
+    Raises UserError (exit code MODEL) if the folder names no base, and as load_model and load_adapter do.
     """
     base, revision = base_of(Path(folder))
     model = load_model(
@@ -132,7 +131,7 @@ def load_adapted(folder: Path | str, *, device: torch.device | str = "cpu", max_
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
-    """(path or repository, revision) of the base that an adapter folder names. Raises UserError where it names none."""
+    """(path or repository, revision) of the base that an adapter folder names. Raises UserError if it names none."""
     config = _read_config(folder)
     base, revision = (config.get(key) for key in ("base_model_name_or_path", "revision"))
     if not base or not isinstance(base, str) or not isinstance(revision, str | None):
@@ -142,12 +141,12 @@ def base_of(folder: Path) -> tuple[str, str | None]:
 
 
 def least_vocab_size(folder: Path) -> int:
-    """How many rows the embedding has at least beside which the adapter of this folder works; 0: it has no rows of tokens."""
+    """The smallest vocabulary the base model must have for this adapter; 0 if the adapter trains no token rows."""
     return max((i for ids in _by_module(_read_config(folder)).values() for i in ids), default=-1) + 1
 
 
 def load_adapter_weights(model: Decoder, folder: Path | str) -> None:
-    """Fill the adapter that `model` has already. Raises UserError (exit code MODEL) where names or shapes differ."""
+    """Load the weights of an adapter that `model` has already. Raises UserError (exit code MODEL) if names or shapes differ."""
     path, wanted = Path(folder) / WEIGHTS_FILE, adapter_tensors(model)
     try:
         with safe_open(path, framework="pt") as file:
@@ -179,7 +178,7 @@ def load_adapter_weights(model: Decoder, folder: Path | str) -> None:
 
 
 def read_options(model: Decoder, folder: Path) -> LoraOptions:
-    """The adapter_config.json of a folder. Raises UserError (exit code MODEL) for what is not computed here."""
+    """The adapter_config.json of a folder. Raises UserError (exit code MODEL) for options that are not implemented."""
     path, config = folder / CONFIG_FILE, _read_config(folder)
     if config.get("peft_type") != "LORA":
         kind = config.get("peft_type")
@@ -223,7 +222,7 @@ def _by_module(config: dict) -> dict[str, list[int]]:
 
 
 def _token_indices(model: Decoder) -> dict[str, list[int]] | list[int] | None:
-    """The same for writing: by PEFT's names, or of a tied embedding a list, which the head follows."""
+    """The same for writing: by PEFT's names, or for a tied embedding a plain list, which covers the head too."""
     indices = {name: list(ids) for name, ids in model.lora.trainable_token_indices.items()}
     if model.config.tie_word_embeddings and indices:
         return indices["embed_tokens"]
@@ -262,7 +261,7 @@ def _linears(model: Decoder, stored: Stored) -> list[LoraLinear]:
 
 
 def _token_rows(model: Decoder) -> dict[str, str]:
-    """Our name of a module of which rows train -> where they are in the file."""
+    """Our name of a module with trainable rows -> the name of their tensor in the file."""
     stored = _stored(model, [f"{name}.weight" for name in model.lora.trainable_token_indices])
     modules = {s.names[0].removesuffix(".weight"): name.removesuffix(".weight") for name, s in stored.items()}
     return {name: f"{PREFIX}{theirs}.token_adapter.trainable_tokens_delta" for name, theirs in modules.items()}
@@ -274,7 +273,7 @@ def _saved_modules(model: Decoder) -> dict[str, Stored]:
 
 
 def _stored(model: Decoder, names: list[str]) -> dict[str, Stored]:
-    """`stored_tensors` by the names of transformers' modules: those of its files, but for GPT-NeoX's head."""
+    """`stored_tensors` by the names of transformers' modules. Only GPT-NeoX's head has another name in the files."""
     stored = stored_tensors(model.config, names)
     return {re.sub(r"^embed_out\.", "lm_head.", name): parts for name, parts in stored.items()}
 

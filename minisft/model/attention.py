@@ -4,7 +4,7 @@ Each token of a document attends to itself and to the tokens before it in the sa
 which; see data/batch.py). Several query heads may share a key-value head (grouped-query attention, Ainslie et al. 2023,
 arXiv:2305.13245): a smaller cache and less traffic.
 
-What families add: a sliding window (a token sees the newest w only), a soft cap on the scores, an RMSNorm of queries
+Families add more: a sliding window (a token sees the newest w only), a soft cap on the scores, an RMSNorm of queries
 and keys, a clamp on q, k and v, layers without rotary embedding. Each is one switch of the config, and all of them go
 through the kernels' contracts, so that every backend has them.
 """
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         x: Tensor,  # [T, D]
         start: Tensor,
         end: Tensor,
-        cos_sin: tuple[Tensor, Tensor] | None,  # None: this layer turns nothing
+        cos_sin: tuple[Tensor, Tensor] | None,  # None: the layer has no rotary embedding
         kv_cache: KVCache | None = None,
         mean_length: float | None = None,
     ) -> Tensor:
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(-2))  # [T, D]
 
     def _turn(self, q: Tensor, k: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """The rotary embedding, with the norm of each head before it where the model has one: together one op."""
+        """The rotary embedding, together with the norm of each head before it if the model has one: they are one op."""
         norms = {}
         if self.qk_norm == "head":
             assert cos_sin is not None  # no family has both: norms of heads, and layers without rotary embedding

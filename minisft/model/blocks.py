@@ -1,4 +1,4 @@
-"""The blocks that are not Llama's: where the norms stand, and whether attention and MLP run one after the other.
+"""The blocks that differ from Llama's: in the places of the norms, or with attention and MLP side by side.
 
     pre (decoder.py)   x += attention(norm(x));        x += mlp(norm(x))
     scaled             x += r attention(norm(x));      x += r mlp(norm(x))            Granite, a constant r < 1
@@ -6,7 +6,7 @@
     sandwich           x += norm(attention(norm(x)));  x += norm(mlp(norm(x)))        Gemma 2 and 3
     parallel           x += attention(norm(x)) + mlp(norm'(x))                     GPT-NeoX, Phi, Cohere, some StableLM
 
-Norms have the names that most files give them, which do not always say where they stand: the `post_attention_layernorm`
+The norms have the names that most files give them, which do not always match their place: the `post_attention_layernorm`
 of a pre block is the norm before the MLP.
 """
 
@@ -28,7 +28,7 @@ class ScaledBlock(nn.Module):
         self.multiplier = config.residual_multiplier
 
     def forward(self, x: Tensor, *where) -> Tensor:
-        """x [T, D]; `where` is what attention needs to know of the tokens, as in decoder.Block."""
+        """x [T, D]; `where`: the other arguments of attention, as in decoder.Block."""
         attended = self.self_attn(compute_dtype(self.input_layernorm(x)), *where)
         normed, x = self.post_attention_layernorm.add(attended * self.multiplier, x)
         return x + self.mlp(compute_dtype(normed)) * self.multiplier

@@ -7,7 +7,7 @@ something else is the worst outcome. All errors are UserErrors with exit code MO
 from minisft.errors import MODEL, UserError
 
 # Keys that change the maths, with the value that changes nothing (null, false, 0 and empty never do). A family whose
-# class has the key reads it; with all others it is refused.
+# class has the key reads it; in all other families any other value is refused.
 OTHER_MATHS = {
     "add_cross_attention": False,
     "alibi": False,
@@ -80,14 +80,14 @@ def optional_number(values: dict, key: str) -> float | None:
 
 
 def probability(values: dict, key: str) -> float:
-    """Of dropping something; 0 where the family has no such key."""
+    """A dropout rate; 0 if the family has no such key."""
     value = values.get(key, 0.0)
     require(is_number(value) and 0 <= value < 1, f"{key} = {value!r}, expected a number from 0 up to 1")
     return float(value)
 
 
 def flag(values: dict, key: str) -> bool:
-    """False where the family has no such key."""
+    """False if the family has no such key."""
     value = values.get(key, False)
     require(type(value) is bool, f"{key} = {value!r}, expected true or false")
     return value
@@ -105,7 +105,7 @@ def is_number(value: object) -> bool:
 
 
 def refuse_other_maths(values: dict, known: dict) -> None:
-    """Refuses keys of OTHER_MATHS that are set and that the family, whose class has the keys `known`, does not have."""
+    """Refuse keys of OTHER_MATHS that are set and that are not among `known`, the keys of the family's class."""
     quantization = values.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes":
         values = values | {"quantization_config": None}  # load.py reads such weights

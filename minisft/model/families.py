@@ -36,13 +36,13 @@ def from_hf(hf: dict, *, max_length: int | None = None) -> ModelConfig:
     """Reads the dict of a config.json, of either dialect; keys that it leaves out take the family's class defaults.
 
     max_length: the longest text of the run, for the two kinds of rotary embedding that depend on it (rope_config.py);
-    None: within the original context. What was decided stands in `notes`.
+    None: within the original context. `notes` of the result says what was decided.
     Raises UserError (exit code MODEL) for a family, a key or a value that is not supported, naming it.
     """
     model_type, notes, left_out = hf.get("model_type"), [], ()
     if model_type == "gemma3":
         hf, left_out = _text_part(hf), VISION_TENSORS
-        notes.append("gemma3 is trained and saved as its text part, gemma3_text: what sees images is left out")
+        notes.append("gemma3 is trained and saved as its text part, gemma3_text: its vision part is left out")
         model_type = hf["model_type"]
     known = isinstance(model_type, str) and model_type in FAMILIES
     require(known, f"model_type {model_type!r} is not supported", f"supported: {', '.join(FAMILIES)}")
@@ -58,14 +58,14 @@ def from_hf(hf: dict, *, max_length: int | None = None) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig, dtype: str) -> dict:
-    """The config.json of a model whose weights are stored as `dtype` ("float32" ...): what was read, plus the defaults
-    that it left out, so that readers with other defaults agree."""
+    """The config.json of a model whose weights are stored as `dtype` ("float32" ...): the keys that were read, plus the
+    defaults of those that were missing, so that readers with other defaults agree."""
     family = FAMILIES[config.model_type]
     defaults = family.defaults
     if config.hf.get("rope_parameters"):  # the newer dialect has them in that table
         defaults = {key: value for key, value in defaults.items() if key not in FLAT_ROPE_KEYS}
     hf = _complete(config.hf, defaults)
-    hf.pop("quantization_config", None)  # of the files that were read; save_model says how it writes
+    hf.pop("quantization_config", None)  # of the files that were read; save_model adds its own
     hf["architectures"] = hf.get("architectures") or [family.architecture]
     hf["vocab_size"] = config.vocab_size
     hf["torch_dtype" if "torch_dtype" in hf else "dtype"] = dtype
@@ -73,13 +73,13 @@ def to_hf(config: ModelConfig, dtype: str) -> dict:
 
 
 def _complete(hf: dict, defaults: dict) -> dict:
-    """With the defaults of keys that are left out or, where that is no value of its own, null."""
+    """`hf` with defaults for keys that are missing, or null where null only means "default"."""
     null_means_default = defaults.keys() - NULL_IS_A_VALUE
     return defaults | {key: value for key, value in hf.items() if value is not None or key not in null_means_default}
 
 
 def _text_part(hf: dict) -> dict:
-    """The config of the language model inside a config of a model that also sees."""
+    """The config of the language model inside the config of a vision model."""
     text = hf.get("text_config")
     require(isinstance(text, dict), "gemma3 has no text_config", "use the config.json that came with the weights")
     rest = {k: v for k, v in hf.items() if k not in (*VISION_KEYS, "text_config", "architectures")}
@@ -98,8 +98,8 @@ def _decoder(
     rope: dict | None = None,
     **switches,
 ) -> ModelConfig:
-    """Llama's setting but for `switches`. v: config.json with the class defaults, without nulls. eps, act: what this
-    family calls these two keys. rope: options of read_rope."""
+    """Llama's settings, changed by `switches`. v: config.json with the class defaults, without nulls. eps, act: the family's
+    names of these two keys. rope: options of read_rope."""
     heads, layers, head_dim = size(v, "num_attention_heads", 2**16), _num_layers(v), _head_dim(v)
     kv_heads = heads if v.get("num_key_value_heads") is None else size(v, "num_key_value_heads", 2**16)
     require(heads % kv_heads == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
@@ -221,7 +221,7 @@ def _smollm3(v, max_length):
 
 
 def _gemma(v, max_length, **switches):
-    # The first files say "gelu" and mean its tanh approximation, as transformers 5 knows; later ones say so twice.
+    # The first files have "gelu" and mean its tanh approximation, which transformers 5 knows too; later files have it twice.
     if v.get("hidden_act") == "gelu":
         v = v | {"hidden_act": "gelu_pytorch_tanh"}
     other = v.get("hidden_activation", "gelu_pytorch_tanh")

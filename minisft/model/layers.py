@@ -1,4 +1,4 @@
-"""Norms and MLPs: the layers that work on each token alone. A config names its own in NORMS and MLPS."""
+"""Norms and MLPs: the layers that work on each token alone. A config chooses from NORMS and MLPS."""
 
 import torch
 import torch.nn.functional as F
@@ -108,8 +108,8 @@ MLPS = {"glu": GatedMLP, "plain": PlainMLP}
 
 
 def compute_dtype(x: Tensor) -> Tensor:
-    """x in autocast's dtype, where that is on: one copy for the two or three linear layers that read it, each of which
-    would otherwise make its own and keep it for the backward."""
+    """x in autocast's dtype if autocast is on. This is one copy for the two or three linear layers that read it; otherwise
+    each would make its own and keep it for the backward."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
         return x

@@ -1,9 +1,9 @@
 """A decoder from a config, with random weights or with those of a Hugging Face folder.
 
 A model is built on the meta device first, where tensors have shapes and no memory, and filled afterwards, tensor by
-tensor through a memory map: loading needs the model plus its largest tensor, never two models. Between the two comes
-place_quantized, where layers are to be quantised (quantized.py): each tensor is then quantised as soon as it is read, and
-the model in full precision never stands in memory.
+tensor through a memory map: loading needs the model plus its largest tensor, never two models. To quantise layers
+(quantized.py), place_quantized comes between the two: each tensor is then quantised as soon as it is read, and the model is
+never in memory in full precision.
 
 Weights come as safetensors (a JSON header with names, dtypes and shapes, then raw bytes), in model.safetensors or in
 shards listed by model.safetensors.index.json. All headers are checked before the first byte is copied, because most
@@ -33,15 +33,15 @@ from minisft.strict_json import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")
-# Some files have them, files of a model without head do not; two of them come from models that also see.
+# Prefixes of names; files of a model without a head have none. Those with language_model come from vision models.
 PREFIXES = re.compile(r"^(model\.language_model|language_model\.model|language_model|model|transformer|gpt_neox)\.")
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")  # constants that old versions stored
-VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # a row each for every token
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # they have one row for each token
 
 
 def build_model(config: ModelConfig, device: torch.device | str = "meta") -> Decoder:
-    """A decoder in training mode whose weights hold nothing yet: give it memory by `model.to_empty(device=...)` where
-    that is still to do, then fill it by init_weights or load_weights."""
+    """A decoder in training mode with uninitialised weights. On meta it has no memory yet: call `model.to_empty(device=...)`.
+    Then fill it by init_weights or load_weights."""
     with torch.device("meta"):
         model = Decoder(config)
     return model if torch.device(device).type == "meta" else model.to_empty(device=device)
@@ -83,9 +83,9 @@ def load_model(
     quantization: Quantization | None = None,
     least_vocab_size: int = 0,
 ) -> Decoder:
-    """The model of a local folder or a hub repository, in eval mode; max_length as in from_hf, for texts longer than
-    those it was first trained with; quantization as in place_quantized; rows of new tokens as load_weights makes them, up
-    to least_vocab_size. Raises UserError (exit code MODEL)."""
+    """The model of a local folder or a hub repository, in eval mode. max_length: as in from_hf, for texts longer than those
+    it was first trained with. quantization: as in place_quantized. least_vocab_size: a smaller embedding gets rows of new
+    tokens up to this size, as in load_weights. Raises UserError (exit code MODEL)."""
     folder, _ = hub.resolve(path_or_repo, revision, "model")
     config = read_config(folder, max_length=max_length)
     model = build_model(with_vocab_size(config, max(config.vocab_size, least_vocab_size))).to(dtype)
@@ -96,10 +96,10 @@ def load_model(
 
 
 def place_quantized(model: Decoder, source: Path | str, quantization: Quantization | None = None) -> None:
-    """Replaces linear layers of a model on meta by quantised ones, for load_weights to fill: those that the folder stores
-    quantised or, where it stores none so, all of them as `quantization` says (None: none).
+    """Replace linear layers of a model on meta by quantised ones, which load_weights then fills. These are the layers that the
+    folder stores quantised or, if it stores none that way, all of them as `quantization` says (None: no layer).
 
-    The head stays as it is. Raises UserError (exit code MODEL) where the folder stores another kind than is asked for.
+    The head is not quantised. Raises UserError (exit code MODEL) if the folder stores another quantisation than requested.
     """
     folder = Path(source)
     packed = take_parts(_read_headers(folder))
@@ -112,7 +112,7 @@ def place_quantized(model: Decoder, source: Path | str, quantization: Quantizati
                 raise UserError(f"{folder}: {site}.weight: {error}", exit_code=MODEL) from error
             if quantization is not None and quantization.quant_type != wanted.quant_type:
                 raise UserError(
-                    f"{folder} is quantised already, as {wanted.quant_type}; {quantization.quant_type} is asked for",
+                    f"{folder} is quantised already, as {wanted.quant_type}; {quantization.quant_type} is requested",
                     hint="leave load_in_4bit and load_in_8bit out: the weights are taken as they are stored",
                     exit_code=MODEL,
                 )
@@ -123,15 +123,15 @@ def place_quantized(model: Decoder, source: Path | str, quantization: Quantizati
 
 
 def load_weights(model: Decoder, source: Path | str) -> list[str]:
-    """Fills `model` (not on meta) from the safetensors of a folder, converted to the dtype of each parameter, or
-    quantised where the model has a quantised matrix (place_quantized).
+    """Fill `model` (not on meta) from the safetensors of a folder, converted to the dtype of each parameter, or quantised
+    where the model has a quantised matrix (place_quantized).
 
-    Where the config asks for more tokens than the files have (with_vocab_size), the new rows of the embedding and of
-    the head are the mean of the old ones, so that no new token begins as the likeliest (Hewitt 2021).
+    If the config has more tokens than the files (with_vocab_size), the new rows of the embedding and of the head are the
+    mean of the old ones, so that no new token begins as the likeliest (Hewitt 2021).
 
-    Returns what a user should know, in lines: rows that were added, tensors that were left out.
-    Raises UserError (exit code MODEL), naming up to ten tensors, where names, shapes or dtypes differ from what the
-    config asks for, a value is not finite, a tied head differs from the embedding, or a file is not what it should be.
+    Returns lines for the user: rows that were added, tensors that were left out.
+    Raises UserError (exit code MODEL), naming up to ten tensors, if names, shapes or dtypes differ from those of the
+    config, a value is not finite, a tied head differs from the embedding, or a file is missing or damaged.
     """
     folder, config = Path(source), model.config
     parameters, device = named_weights(model), model.head_weight.device
@@ -173,7 +173,7 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
             hint="the files are damaged, or the dtype is too narrow for these weights",
             exit_code=MODEL,
         )
-    # Not weights, but this is where the folder is known, and save_model gives it back.
+    # Not a weight, but the folder is known here, and save_model writes it back.
     generation = folder / "generation_config.json"
     model.generation_config = read_json(generation, exit_code=MODEL) if generation.exists() else {}
     lines = [f"{added} new tokens start at the mean of the {config.vocab_size - added:,} others"] if added else []
@@ -183,7 +183,7 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
 def _set_packed(
     where: str, parts: list[QuantWeight], stored: Stored, tensor: torch.Tensor, leaves: dict, device: torch.device
 ) -> None:
-    """Give matrices what the file has quantised already."""
+    """Fill quantised matrices from a file that stores them quantised."""
     rows = [part.shape[0] for part in parts]
     try:
         quantized = split(unpack(tensor, leaves, [sum(rows), parts[0].shape[1]]), stored, rows)
@@ -196,7 +196,7 @@ def _set_packed(
 
 
 def _compare(folder: Path, wanted: dict, found: dict, parameters: dict, config: ModelConfig, packed: dict) -> None:
-    """Names, shapes and dtypes of the files against those of the model; of quantised weights the names only."""
+    """Compare names, shapes and dtypes of the files with those of the model; for quantised weights only the names."""
     problems = []
     for title, names in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
         if names:
@@ -273,7 +273,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         raise UserError(f"{folder / INDEX}: no weight_map", exit_code=MODEL)
     files: dict[Path, set[str] | None] = {}
     for name, file in weight_map.items():
-        # A path would reach outside the folder.
+        # A path could lead out of the folder.
         if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", file, re.ASCII):
             raise UserError(f"{folder / INDEX}: {file!r} is not the name of a safetensors file", exit_code=MODEL)
         files.setdefault(folder / file, set()).add(name)
@@ -310,7 +310,7 @@ def _read_tensor(path: Path, name: str) -> torch.Tensor:
 
 
 def _bare(name: str) -> str:
-    """Without prefix; of the two names that GPT-NeoX files have for their head, the one that all others have."""
+    """The name without its prefix; GPT-NeoX's second name for the head becomes the usual one."""
     return re.sub(r"^embed_out\.", "lm_head.", PREFIXES.sub("", name))
 
 

@@ -5,18 +5,19 @@ For a linear layer y = W x with W [out, in] frozen, a low-rank adapter adds
     y = W x + s B A dropout(x)        A [r, in], B [out, r], s = lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA)
 
 A starts random and B at zero, so that the adapted model begins as the base. Only A and B have gradients and optimizer
-state: with r = 16 that is half a percent of a 7B model, and what is saved is as small. DoRA also trains the length of each
+state: with r = 16 that is half a percent of a 7B model, and the saved files are as small. DoRA also trains the length of each
 row of the adapted matrix, m [out], apart from its direction:
 
     y = m (W x + s B A x) / ||W + s B A||        the norm of each row, a constant for the gradient
 
-PiSSA starts where the matrix is largest instead of beside it: A0 and B0 are its r largest singular directions, each with the
-root of its value, and what they are made of is taken off W, so that the model begins as the base. W stays as it is here:
+PiSSA starts A and B from the r largest singular directions of W, each scaled by the root of its singular value. The product
+of these initial values, A0 and B0, is subtracted, so that the model begins as the base. W itself stays as it is here:
 
     y = W x + s (B A - B0 A0) x        which is an adapter of rank 2 r, and is saved as one
 
-Sites and files are those of PEFT, so that adapters go both ways. Where a family's files stack several of our matrices into
-one (Phi-3's qkv_proj), PEFT has one adapter for the stack. So have we: the parts share A, and each has its rows of B.
+The adapted modules ("sites") and the files are PEFT's, so that PEFT and we read each other's adapters. Where a family's files
+stack several of our matrices into one (Phi-3's qkv_proj), PEFT has one adapter for the stack. So do we: the parts share A,
+and each has its rows of B.
 
 Papers: LoRA, Hu et al. 2021, arXiv:2106.09685. rsLoRA, Kalajdzievski 2023, arXiv:2312.03732. DoRA, Liu et al. 2024,
 arXiv:2402.09353. PiSSA, Meng et al. 2024, arXiv:2404.02948.
@@ -55,11 +56,11 @@ class LoraOptions:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
-    # Of A: uniform in +-1 / sqrt(in), or "gaussian": N(0, 1 / r^2); of both: "pissa", by the exact decomposition or by
-    # an approximate one with so many iterations, which takes seconds where the exact one takes minutes.
+    # "kaiming" draws A uniform in +-1 / sqrt(in), "gaussian" from N(0, 1 / r^2), both with B = 0. "pissa" takes both from the
+    # exact singular value decomposition, pissa_niter_n from an approximate one of n iterations: seconds instead of minutes.
     init_lora_weights: str = "kaiming"
     modules_to_save: tuple[str, ...] = ()  # trained whole, and saved with the adapter
-    # "embed_tokens" or "lm_head" -> ids of the tokens whose rows there train
+    # "embed_tokens" or "lm_head" -> ids of the tokens whose rows in it are trained
     trainable_token_indices: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
@@ -67,7 +68,7 @@ class LoraOptions:
         return self.init_lora_weights.startswith("pissa")
 
     def plain(self) -> "LoraOptions":
-        """Of the plain adapter that this one is saved as: PiSSA's has twice the rank, at the same scale."""
+        """The options of the plain adapter as which this one is saved. PiSSA's has twice the rank, at the same scale."""
         if not self.is_pissa:
             return self
         times = math.sqrt(2) if self.use_rslora else 2
@@ -91,7 +92,7 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
         self.scale, self.dropout, self.enabled = scale, dropout, True
-        self.lora_A = lora_A  # [r, in]; of a stack of layers, the same parameter in all of them
+        self.lora_A = lora_A  # [r, in]; one parameter for all layers that the files stack into one
         zeros = torch.zeros(base.weight.shape[0], len(lora_A), dtype=lora_A.dtype, device=lora_A.device)
         self.lora_B = nn.Parameter(zeros)  # [out, r]
         self.magnitude = nn.Parameter(dense(base.weight, lora_A.dtype).norm(dim=1)) if use_dora else None  # [out]
@@ -120,13 +121,13 @@ class LoraLinear(nn.Module):
         return self.scale * (B @ A)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B of the plain adapter that this one is: PiSSA's, A over A0 and B beside -B0, have rank 2 r."""
+        """A and B of the equivalent plain adapter. PiSSA's have rank 2 r: A over A0, and B beside -B0."""
         if self.start_A is None:
             return self.lora_A, self.lora_B
         return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], 1)
 
     def set_factors(self, A: Tensor, B: Tensor) -> None:
-        """What `factors` gave."""
+        """Take A and B in the form that `factors` returns."""
         r = len(self.lora_A)
         with torch.no_grad():
             self.lora_A.copy_(A[:r])
@@ -136,7 +137,7 @@ class LoraLinear(nn.Module):
                 self.start_B.copy_(-B[:, r:])
 
     def merged(self) -> Tensor:
-        """The matrix [out, in] that does what weight and adapter do together, in the dtype of the adapter."""
+        """The matrix [out, in] that does the work of weight and adapter together, in the dtype of the adapter."""
         weight = dense(self.weight, self.lora_A.dtype) + self.delta()
         return weight if self.magnitude is None else weight * (self.magnitude / weight.norm(dim=1))[:, None]
 
@@ -149,8 +150,8 @@ class LoraLinear(nn.Module):
 
 
 def adapter_sites(model: Decoder) -> dict[str, Stored]:
-    """Name of a linear module in Hugging Face's files -> how its weight is made of ours. The head is not among them: the
-    loss multiplies by its weight without a module."""
+    """Name of a linear module in Hugging Face's files -> how its weight is made of ours. The head is not among them, because
+    the loss reads its weight and never calls the module."""
     kinds = nn.Linear | QuantLinear | LoraLinear
     linears = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     stored = stored_tensors(model.config, [f"{name}.weight" for name in linears if name != "lm_head"])
@@ -186,9 +187,9 @@ def scale_of(site: str, options: LoraOptions) -> tuple[int, float]:
 def apply_lora(model: Decoder, options: LoraOptions, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[str]:
     """Freeze the model and put an adapter beside every linear layer that the options name.
 
-    The adapters are `dtype`, on the device of their layers, A drawn from `seed` alone. Returns the names of the adapted
-    modules, as in Hugging Face's files. Raises UserError where a name of target_modules, layers_to_transform or
-    modules_to_save fits no module.
+    The adapters are in `dtype`, on the device of their layers, with A drawn from `seed` alone. Returns the names of the adapted
+    modules, as in Hugging Face's files. Raises UserError if a name in target_modules, layers_to_transform or
+    modules_to_save matches no module.
     """
     if options.init_lora_weights not in INITIALISATIONS:
         raise UserError(f"lora.init_lora_weights = {options.init_lora_weights!r}", hint=f"one of {INITIALISATIONS}")
@@ -271,7 +272,7 @@ def _refuse_names_without_module(model, sites: list[str], targets: list[str], op
     for name, ids in options.trainable_token_indices.items():
         if name not in ("embed_tokens", "lm_head") or name not in modules or name in options.modules_to_save:
             problem = f"lora.trainable_token_indices: {name} is no module of this model with rows of its own to train"
-            raise UserError(problem, hint="leave it out, of this key or of modules_to_save")
+            raise UserError(problem, hint="remove it from this key or from modules_to_save")
         if not ids or not all(0 <= i < model.config.vocab_size for i in ids) or len(set(ids)) < len(ids):
             problem = f"lora.trainable_token_indices: {list(ids)} for {model.config.vocab_size} rows"
             raise UserError(problem, hint="give each id of a token once")
@@ -283,13 +284,13 @@ def _refuse_names_without_module(model, sites: list[str], targets: list[str], op
 
 
 def adapters(model: nn.Module) -> list[LoraLinear | TokenRows]:
-    """Everything that can be switched off by its `enabled`."""
+    """All modules of the adapter, which `enabled` switches on and off."""
     return [module for module in model.modules() if isinstance(module, LoraLinear | TokenRows)]
 
 
 @contextlib.contextmanager
 def adapter_disabled(model: Decoder) -> Iterator[Decoder]:
-    """The base model inside the block, bit for bit: adapters off, modules that are trained whole as they were."""
+    """Inside the block the model is the base, bit for bit: adapters off, modules trained whole at their old values."""
     saved = [model.get_submodule(name) for name in model.lora.modules_to_save]
 
     def swap(enabled: bool) -> None:
@@ -307,10 +308,9 @@ def adapter_disabled(model: Decoder) -> Iterator[Decoder]:
 
 
 def merge_adapter(model: Decoder) -> Decoder:
-    """Replace every adapted layer by a plain one that does the same: W + s B A, added in the adapter's dtype and rounded
-    once to that of W. Where W was quantised, it is the dequantised W that the adapter was trained beside, in the dtype of
-    the head; quantised layers without adapter become plain too. In place; returns the model, without adapters, its
-    parameters trainable again."""
+    """Replace every adapted layer, in place, by a plain one that does the same: W + s B A, added in the adapter's dtype and
+    rounded once to that of W. A quantised W is dequantised, as it was in training, and the sum is kept in the dtype of the
+    head; quantised layers without an adapter become plain too. Returns the model, without adapters, its parameters trainable."""
     with torch.no_grad():
         for name, module in list(model.named_modules()):
             if isinstance(module, LoraLinear | QuantLinear):

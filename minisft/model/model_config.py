@@ -1,7 +1,7 @@
 """What a decoder can be: one program with switches.
 
 A model family is a setting of these switches. The defaults are Llama's, so a family only says where it differs
-(families.py). The decoder reads nothing else, and nothing in it asks for a family by name.
+(families.py). The decoder reads nothing else and never asks which family it is.
 """
 
 from dataclasses import dataclass, field, replace
@@ -54,7 +54,7 @@ class ModelConfig:
 
     # ---- blocks (decoder.py and blocks.py)
     block: str = "pre"  # "pre" | "scaled" | "post" | "sandwich" | "parallel"
-    residual_multiplier: float = 1.0  # scaled: what a sublayer adds is multiplied by it
+    residual_multiplier: float = 1.0  # scaled: multiplies the output of each sublayer
     mlp_has_norm: bool = False  # parallel: the MLP has a norm of its own, else it reads what attention reads
     sum_branches_first: bool = False  # parallel: (attention + mlp) + x, else (x + attention) + mlp; rounds differently
 
@@ -69,7 +69,7 @@ class ModelConfig:
     windows: tuple[int | None, ...] = ()  # per layer: how many of the newest tokens a query sees; None: all
 
     # ---- positions
-    ropes: tuple[Rope | None, ...] = ()  # per layer; None: the layer does not know positions
+    ropes: tuple[Rope | None, ...] = ()  # per layer; None: the layer has no rotary embedding
     rope_interleaved: bool = False  # pairs are neighbours (2i, 2i + 1), else (i, i + dim / 2)
     rope_in_fp32: bool = False  # else cos and sin are rounded to the dtype of the residual stream
     learned_positions: bool = False  # an embedding of the position is added to that of the token
@@ -95,7 +95,7 @@ class ModelConfig:
     depth_scaled_init: bool = False  # the projections into the residual stream start at 1 / sqrt(2 num_layers)
 
     stored_vocab_size: int = field(default=0, compare=False)  # embedding rows in the files that it is loaded from
-    notes: tuple[str, ...] = field(default=(), compare=False)  # choices of the reader that a user should see
+    notes: tuple[str, ...] = field(default=(), compare=False)  # decisions that from_hf made and a user should see
     left_out: tuple[str, ...] = field(default=(), compare=False)  # prefixes of tensors in the files that are not read
     hf: dict = field(default_factory=dict, repr=False, compare=False)
 
@@ -108,6 +108,6 @@ def with_vocab_size(config: ModelConfig, vocab_size: int) -> ModelConfig:
 
 
 def without_dropout(config: ModelConfig) -> ModelConfig:
-    """The same model, for a training without dropout; its files keep what they say."""
+    """The same model without dropout in training; its saved config.json keeps the original rates."""
     names = ("attention_dropout", "attention_output_dropout", "mlp_output_dropout", "embedding_dropout")
     return replace(config, **dict.fromkeys(names, 0.0))

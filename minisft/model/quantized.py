@@ -1,13 +1,13 @@
-"""QLoRA's base: the matrices of the layers in 4 or 8 bits, frozen; what trains are adapters beside them (lora.py).
+"""QLoRA's base: the matrices of the layers are frozen and kept in 4 or 8 bits, and adapters beside them train (lora.py).
 
-A quantised layer stores q and no W. Its matrix exists only while it is multiplied, once in the forward and once more in the
-backward, in the dtype of what it multiplies:
+A quantised layer stores q and not W. The matrix exists only during its product, once in the forward and once more in the
+backward, in the dtype of the other factor:
 
     y = x W'^T + b        dx = dy W'        W' = dequantise(q)
 
 Nothing of the size of W is kept for the backward, there is no gradient of W, and y is bitwise what F.linear gives with W'.
 In 4 bits with double quantisation a parameter takes 0.516 bytes, where bf16 takes 2 (kernels/quantize.py has the formats and
-the arithmetic). Embeddings, norms, biases and the head stay as they are: few of the parameters, or the most sensitive ones.
+the arithmetic). Embeddings, norms, biases and the head are not quantised: they are few, or the most sensitive ones.
 
 QLoRA: Dettmers et al. 2023, arXiv:2305.14314.
 """
@@ -40,7 +40,7 @@ from minisft.strict_json import read_json, write_json
 BLOCKSIZE = 64
 QUANTIZE = {"nf4": quantize_nf4, "fp4": quantize_fp4}
 DEQUANTIZE = {"nf4": dequantize_nf4, "fp4": dequantize_fp4, "int8": dequantize_int8}
-RECORD = "quantization_config.json"  # beside an adapter: what its base was
+RECORD = "quantization_config.json"  # beside an adapter: how its base was quantised
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Quantization:
     double_quant: bool = False  # the scales of the 4-bit types in 8 bits
 
     def to_config(self) -> dict:
-        """As bitsandbytes says it in a config.json."""
+        """The quantization_config that bitsandbytes writes into a config.json."""
         config = {"quant_method": "bitsandbytes", "load_in_4bit": self.quant_type != "int8"}
         config["load_in_8bit"] = not config["load_in_4bit"]
         if config["load_in_4bit"]:
@@ -63,9 +63,9 @@ class Quantization:
 
 
 class QuantWeight(nn.Module):
-    """A frozen matrix [out, in], quantised: it stands where a layer has its `weight`, and is no parameter.
+    """A frozen quantised matrix [out, in], which takes the place of a layer's `weight` and is not a parameter.
 
-    Its parts are buffers, so that they move with the model. Without content until `fill` or `set`.
+    Its parts are buffers, so that they move with the model. It is empty until `fill` or `set`.
     """
 
     PARTS = ("data", "absmax", "offset", "nested_absmax")
@@ -83,7 +83,7 @@ class QuantWeight(nn.Module):
         self.set(quantize_int8(values) if is_int8 else QUANTIZE[kind](values, BLOCKSIZE, self.wanted.double_quant))
 
     def set(self, q: NF4Tensor | Int8Tensor) -> None:
-        """Take a quantised matrix, of whatever kind."""
+        """Take over a quantised matrix of any kind."""
         is_int8 = isinstance(q, Int8Tensor)
         self.quant_type, self.blocksize = ("int8", 0) if is_int8 else (q.quant_type, q.blocksize)
         self.dtype, self.absmax = q.dtype, q.absmax
@@ -102,7 +102,7 @@ class QuantWeight(nn.Module):
         return DEQUANTIZE[self.quant_type](self.get(), dtype)
 
     def isfinite(self) -> Tensor:
-        """bool [floating parts]: a NaN or an infinity in the matrix reaches a scale."""
+        """bool [floating parts]. A NaN or an infinity in the matrix always shows in a scale."""
         return torch.stack([b.isfinite().all() for b in self.buffers() if b.is_floating_point()])
 
     @property
@@ -121,7 +121,7 @@ class QuantWeight(nn.Module):
         return self.shape[0] * self.shape[1]
 
     def _apply(self, fn, recurse=True):
-        """Moved with the model but never cast: with scales in bf16 it would be another matrix."""
+        """Move with the model, but never cast: scales in bf16 would give another matrix."""
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 self._buffers[name] = buffer.to(fn(buffer.new_empty(0)).device)
@@ -188,7 +188,7 @@ def quantization_of(model: Decoder) -> Quantization | None:
 
 
 def describe_quantized(model: Decoder) -> str:
-    """A line about what is quantised and what it takes."""
+    """A line with the quantised parameters and the memory that they take."""
     weights = quant_weights(model).values()
     numel, nbytes = sum(w.numel() for w in weights), sum(w.nbytes for w in weights)
     rest = sum(p.nbytes for p in model.parameters())
@@ -202,13 +202,13 @@ def describe_quantized(model: Decoder) -> str:
 
 
 def write_record(model: Decoder, folder: Path) -> None:
-    """Say beside an adapter what its base was: it is exact beside that one only."""
+    """Record beside an adapter how its base was quantised, because the adapter is exact only on that base."""
     if (quantization := quantization_of(model)) is not None:
         write_json(folder / RECORD, quantization.to_config())
 
 
 def read_record(folder: Path) -> Quantization | None:
-    """What `write_record` wrote; None where there is no such file. Raises UserError (exit code MODEL)."""
+    """The quantisation that `write_record` recorded; None if there is no such file. Raises UserError (exit code MODEL)."""
     path = folder / RECORD
     if not path.exists():
         return None

@@ -11,9 +11,9 @@
             .SCB                        fp32 [out]: absmax of the rows
             .weight_format              uint8 []: 0, row by row
 
-Where a family's files stack several of our matrices into one, the rows are dealt out and put together again. Their scales
-are then kept in fp32, the double quantisation undone, since its blocks of 256 scales end elsewhere: the same numbers to the
-last bit, in 0.56 bytes a parameter instead of 0.52.
+Where a family's files stack several of our matrices into one, loading splits its rows and saving joins them again. The
+double quantisation is then undone and the scales are kept in fp32, because its blocks of 256 scales would end elsewhere. The
+values stay the same to the last bit, at 0.56 bytes a parameter instead of 0.52.
 """
 
 import json
@@ -35,8 +35,8 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, 
 
 
 def take_parts(found: dict) -> dict[str, dict]:
-    """Moves what is a part of a quantised weight out of {name: anything}: {name of the weight: {leaf: anything}}, with
-    the leaves "absmax", "quant_state.bitsandbytes__nf4", "SCB", ..."""
+    """Move the parts of quantised weights out of {name: anything} into {name of the weight: {leaf: anything}}, with the
+    leaves "absmax", "quant_state.bitsandbytes__nf4", "SCB", ..."""
     parts = {}
     for name in list(found):
         if match := PART.fullmatch(name):
@@ -46,7 +46,7 @@ def take_parts(found: dict) -> dict[str, dict]:
 
 
 def quant_type_of(leaves: dict) -> str:
-    """ "nf4", "fp4" or "int8", by the names of the parts. Raises ValueError where these are no parts of a weight."""
+    """ "nf4", "fp4" or "int8", by the names of the parts. Raises ValueError if these are not the parts of a weight."""
     states = [leaf.removeprefix(STATE) for leaf in leaves if leaf.startswith(STATE)]
     if "SCB" in leaves and not states:
         return "int8"
@@ -73,8 +73,8 @@ def pack(name: str, q: NF4Tensor | Int8Tensor) -> dict[str, Tensor]:
 
 
 def unpack(weight: Tensor, leaves: dict[str, Tensor], shape: list[int]) -> NF4Tensor | Int8Tensor:
-    """What `pack`, or bitsandbytes, made of a weight [out, in]. Raises ValueError, saying why, for anything else."""
-    kind, blocks_of = quant_type_of(leaves), math.prod(shape)
+    """The weight [out, in] from the tensors that `pack` or bitsandbytes wrote. Raises ValueError, with the reason, for others."""
+    kind, numel = quant_type_of(leaves), math.prod(shape)
     if kind == "int8":
         _expect("weight", weight, torch.int8, shape)
         _expect("SCB", leaves["SCB"], torch.float32, shape[:1])
@@ -89,11 +89,11 @@ def unpack(weight: Tensor, leaves: dict[str, Tensor], shape: list[int]) -> NF4Te
     except (KeyError, TypeError, UserError) as error:
         raise ValueError(f"quant_state is damaged ({type(error).__name__}: {str(error)[:100]})") from error
     packed = weight.flatten().view(torch.uint8)[:, None]  # some files store the bytes as another dtype
-    _expect("weight", packed, torch.uint8, [(blocks_of + 1) // 2, 1])
-    # Not to the bit: whoever multiplies takes the tables from the program, not from the file.
+    _expect("weight", packed, torch.uint8, [(numel + 1) // 2, 1])
+    # Compared with a tolerance: kernels use our own table, the one in the file only has to be the same up to rounding.
     if "quant_map" not in leaves or not _is_table(leaves["quant_map"], torch.tensor(TABLES[kind])):
         raise ValueError(f"quant_map is not the table of {kind}")
-    num_blocks = -(-blocks_of // blocksize)
+    num_blocks = -(-numel // blocksize)
     q = dict(packed=packed, shape=tuple(shape), dtype=dtype, blocksize=blocksize, quant_type=kind)
     absmax = leaves.get("absmax")
     if "nested_absmax" not in leaves:
@@ -124,8 +124,8 @@ def _is_table(found: Tensor, table: Tensor) -> bool:
 
 
 def split(q: NF4Tensor | Int8Tensor, stored: Stored, rows: list[int]) -> list[NF4Tensor] | list[Int8Tensor]:
-    """A stacked matrix -> our matrices, which have that many rows, with the same values. Raises ValueError where a block
-    of numbers with a common scale crosses rows."""
+    """A stacked matrix -> our matrices with so many rows each and the same values. Raises ValueError if a block of numbers
+    that share a scale crosses rows."""
     stored = replace(stored, transposed=False)  # quantised weights are [out, in] in every family
     if isinstance(q, Int8Tensor):
         parts = zip(stored.split(q.values, rows), stored.split(q.absmax[:, None], rows))
@@ -137,7 +137,7 @@ def split(q: NF4Tensor | Int8Tensor, stored: Stored, rows: list[int]) -> list[NF
 
 
 def join(parts: list[NF4Tensor] | list[Int8Tensor], stored: Stored) -> NF4Tensor | Int8Tensor:
-    """`split` undone."""
+    """The inverse of `split`."""
     stored, first = replace(stored, transposed=False), parts[0]
     if isinstance(first, Int8Tensor):
         absmax = stored.join([part.absmax[:, None] for part in parts])[:, 0]
@@ -151,7 +151,7 @@ def _by_row(q: NF4Tensor) -> tuple[Tensor, Tensor]:
     """(bytes [out, in / 2], scales fp32 [out, in / blocksize])."""
     rows, columns = q.shape
     if columns % q.blocksize:
-        raise ValueError(f"{columns} columns are not whole blocks of {q.blocksize}, so its rows cannot be dealt out")
+        raise ValueError(f"{columns} columns are not whole blocks of {q.blocksize}, so its rows cannot be split")
     absmax = q.absmax
     if q.offset is not None:
         scales = q.nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: len(absmax)]

@@ -1,20 +1,22 @@
-"""What a block keeps for its backward, and what is computed again there, or waits in the CPU's memory.
+"""What a block keeps for its backward, what it computes again instead, and what is moved to CPU memory meanwhile.
 
     model.gradient_checkpointing = false        keeps everything
-    model.gradient_checkpointing = "selective"  computes the cheap things again: the norms and the gated units, which read
-                                                and write their tensors and do next to nothing with them
+    model.gradient_checkpointing = "selective"  computes the norms and the gated units again: they are cheap, hardly more
+                                                than reading and writing their tensors
     model.gradient_checkpointing = true         keeps the input of a block [T, D] and runs the whole block once more
-                                                (Chen et al. 2016, arXiv:1604.06174); every = n: of each n-th block
+                                                (Chen et al. 2016, arXiv:1604.06174), in every n-th block with
+                                                model.gradient_checkpointing_every = n
 
-A norm's output is kept by the linear layers that read it, though the norm has kept its input, of which it could be made
-again; so is that of a gated unit, beside gate and up. In a block of Llama's shape in bf16 (the residual stream is fp32),
-with as many key heads as query heads and 8/3 D features in the MLP, a token leaves 18 D 2-byte numbers, and 4.7 D of them
-are of this kind. Korthikanti et al. 2022, arXiv:2205.05198, do so with attention's scores, which no kernel here keeps.
+The linear layer behind a norm saves the norm's output for the backward, although the output can be recomputed from the
+norm's input, which is saved as well. A gated unit's output is saved in the same way beside gate and up. A block of Llama's
+shape in bf16 (fp32 residual stream, as many key heads as query heads, 8/3 D features in the MLP) keeps 18 D 2-byte numbers a
+token, of which 4.7 D can be recomputed in this way. Korthikanti et al. 2022, arXiv:2205.05198, recompute attention's scores,
+which no kernel here keeps.
 
-No op that makes a tensor can say how those who read it should keep it; autograd's hooks on saved tensors can. `droppable`
-notes on a tensor how it is made; inside `dropped`, whoever saves the tensor keeps that note instead.
+The op that makes a tensor cannot control how later ops save it; autograd's saved-tensor hooks can. `droppable` attaches to
+a tensor the function that makes it; inside `dropped`, autograd saves that function instead of the tensor.
 
-All of it is bitwise: the same ops run again on the same inputs, with the same random state.
+All of it is bitwise exact: the same ops run again on the same inputs, with the same random state.
 """
 
 import contextlib
@@ -26,7 +28,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class Recipe:
-    """A tensor as the function that makes it. The first of those who saved it computes it, the last frees it."""
+    """A saved tensor replaced by the function that recomputes it. The first backward that asks computes it, the last frees it."""
 
     def __init__(self, function: Callable[[], Tensor]):
         self.function, self.num_saved, self.num_waiting, self.value = function, 0, 0, None
@@ -43,7 +45,7 @@ class Recipe:
 
 
 def droppable(y: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """y = function(*inputs), with a note of it. The inputs must be what is kept for the backward anyway."""
+    """y, which is function(*inputs), with that function attached. The inputs must be tensors that are saved anyway."""
     if torch.is_grad_enabled():
         inputs = [x.detach() for x in inputs]
         y.recipe = lambda: function(*inputs)
@@ -51,7 +53,7 @@ def droppable(y: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Te
 
 
 def dropped(y: Tensor) -> contextlib.AbstractContextManager:
-    """Inside it nobody keeps y for the backward, where y is `droppable`."""
+    """A context in which ops do not keep y for the backward, if y is `droppable`."""
     function = getattr(y, "recipe", None)
     if function is None:
         return contextlib.nullcontext()
@@ -67,8 +69,8 @@ def dropped(y: Tensor) -> contextlib.AbstractContextManager:
 
 
 def offloaded(shape: torch.Size) -> contextlib.AbstractContextManager:
-    """Inside it saved tensors of this shape wait in the CPU's memory, pinned where they come from a GPU: the host does
-    not wait for the copies, which the GPU makes in the order of its other work."""
+    """A context in which saved tensors of this shape are kept in CPU memory, pinned if they come from a GPU. The host does
+    not wait for the copies; the GPU makes them in the order of its other work."""
 
     def pack(x: Tensor) -> tuple[torch.device, Tensor] | Tensor:
         if x.shape != shape:

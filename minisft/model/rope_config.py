@@ -1,8 +1,8 @@
 """The rotary position embeddings of a config.json, in both dialects.
 
 transformers 4 writes `rope_theta` at the top level, and `rope_scaling` where the context was stretched. transformers 5
-writes one table, `rope_parameters`, with everything in it, or one such table a kind of layer. A value in the table goes
-before one at the top level, and that before the default of the family's class.
+writes one table, `rope_parameters`, with everything in it, or one such table for each kind of layer. A value in the table
+wins over one at the top level, which wins over the default of the family's class.
 
 Two kinds depend on the batch in transformers: `dynamic` raises theta once a batch is longer than the context, and
 `longrope` has a list of factors for batches within the original context and one for longer ones. Whether documents are
@@ -32,10 +32,10 @@ def read_rope(
     partial_key: str | None = None,
     aliases: dict[str, str] | None = None,
 ) -> Rope:
-    """The table of a model whose layers all share one.
+    """The rotary embedding of a model whose layers all share one.
 
-    values: config.json with the class defaults, among them theta_key and partial_key, the share of a head that turns
-    (None: this family always turns whole heads). aliases: other names of rope types.
+    values: config.json with the class defaults. theta_key, partial_key: its keys for theta and for the share of a head that
+    turns (None: this family always turns whole heads). aliases: other names of rope types.
     """
     table = _agreed(_table(values, "rope_scaling"), _table(values, "rope_parameters"))
     if aliases and table.get("rope_type") in list(aliases):
@@ -46,10 +46,10 @@ def read_rope(
 
 
 def read_rope_by_kind(values: dict, head_dim: int, max_length: int | None, theta_keys: dict[str, str]) -> dict:
-    """{"full_attention": Rope, "sliding_attention": Rope}, for models with a table a kind of layer.
+    """{"full_attention": Rope, "sliding_attention": Rope}, for models with one table for each kind of layer.
 
     theta_keys: for each kind, the key of the top level that has its theta. A `rope_scaling` stretches the full layers
-    only: those that slide never see far.
+    only, because sliding ones never see far.
     """
     nested = values.get("rope_parameters", {})
     require(
@@ -66,7 +66,7 @@ def read_rope_by_kind(values: dict, head_dim: int, max_length: int | None, theta
 
 
 def _table(values: dict, name: str) -> dict:
-    """A table of rope keys without nulls; its type is called rope_type, as newer files do."""
+    """A table of rope keys without nulls; its type is in `rope_type`, as in newer files."""
     table = {} if values.get(name) is None else values[name]
     require(isinstance(table, dict), f"{name} = {str(table)[:40]!r} must be an object")
     table = {key: value for key, value in table.items() if value is not None}
@@ -78,14 +78,14 @@ def _table(values: dict, name: str) -> dict:
 
 
 def _agreed(old: dict, new: dict) -> dict:
-    """The table of the older and of the newer dialect; where a file has both they must not contradict each other."""
+    """The tables of the older and of the newer dialect as one; if a file has both, they must not contradict each other."""
     wrong = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
     require(not wrong, f"rope_scaling and rope_parameters differ in {', '.join(wrong)}")
     return old | new
 
 
 def _rope(table: dict, values: dict, original: int | None, head_dim: int, max_length: int | None) -> Rope:
-    """original: the original context where it stands outside the table, which goes before one inside."""
+    """original: the original context if it is outside the table; it wins over one inside."""
     kind, theta = table.get("rope_type", "default"), number(table, "rope_theta")
     require(kind in ROPE_TYPES, f"rope type {kind!r} is not implemented; implemented: {', '.join(ROPE_TYPES)}")
     share = number(table, SHARE)

@@ -1,8 +1,8 @@
 """Writing a model as Hugging Face files, so that transformers, vLLM and the rest load it: config.json, the weights in
 model.safetensors or in shards with an index, and generation_config.json where the model came with one.
 
-The names and shapes are those that the family's class in transformers has, a tied head is left out, and what was
-converted on loading (stacked and transposed matrices) is converted back. Quantised matrices are written as they are, in the
+The names and shapes are those of the family's class in transformers. A tied head is left out, and matrices that were
+converted on loading (stacked or transposed ones) are converted back. Quantised matrices are written as they are, in the
 form of bitsandbytes (quantized_files.py), with the `quantization_config` that makes others read them so.
 """
 
@@ -25,12 +25,12 @@ from minisft.strict_json import write_json
 def save_model(
     model: Decoder, folder: Path | str, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Writes the model into `folder`, made if need be; older weight files there are replaced.
+    """Write the model into `folder`, which is created if missing; older weight files in it are replaced.
 
-    dtype: of the stored weights but the quantised ones, None for the model's own. Shards hold at most max_shard_bytes each
+    dtype: of the stored weights except quantised ones; None = the model's own. Shards hold at most max_shard_bytes each
     (one tensor may be larger). At any time one shard is in memory besides the model. Not atomic: checkpoint.py calls it
-    inside an atomic folder. Raises OSError when the disk does, UserError where quantised rows cannot be stacked as the
-    family's files have them.
+    inside an atomic folder. Raises OSError if writing fails, UserError if quantised rows cannot be stacked as the family's
+    files have them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,11 @@
 
     owner/name       a repository of the hub
     a model folder   config.json and weights, Hugging Face's or ours
-    an adapter       adapter_config.json, PEFT's or ours: the model is then the base that it names, and the adapter
+    an adapter       adapter_config.json, PEFT's or ours: the run starts from the base that it names, with this adapter
     a run's output   the folder `model` in it, which is one of the two
 
-A folder that a run wrote has a manifest. Its contents have one hash, which the checkpoints of a run that starts there record:
-a run that goes on beside another start than it had would be a run of neither.
+A folder that a run wrote has a manifest, from which one hash of its contents is made. A run that starts there records the
+hash in its checkpoints: resuming from another starting model would mix two runs, and is refused.
 """
 
 from dataclasses import dataclass, replace
@@ -26,12 +26,12 @@ class Start:
     revision: str | None
     folder: Path  # with config.json and the weights
     commit: str | None  # of a repository
-    id: str | None  # changes whenever what is trained on from here does; None where that is not known
+    id: str | None  # changes whenever the starting weights do; None if that is not known
     adapter: Path | None = None  # its folder
 
 
 def find_start(path_or_repo: str | Path, revision: str | None = None, *, local_files_only: bool = False) -> Start:
-    """Downloads what is not there. Raises UserError (exit code MODEL) where there is no model, or an adapter without base."""
+    """Download what is missing. Raises UserError (exit code MODEL) if there is no model, or an adapter's base is missing."""
     folder, commit = hub.resolve(path_or_repo, revision, "model", local_files_only=local_files_only)
     if commit is not None:
         return Start(str(path_or_repo), revision, folder, commit, commit)
@@ -54,14 +54,14 @@ def is_adapter(folder: Path) -> bool:
 
 
 def _without_base(folder: Path, base: str, problem: str) -> UserError:
-    """What to say where the base of an adapter is not found."""
+    """The error for an adapter whose base is not found."""
     hint = "an adapter needs its base: put it back, or correct base_model_name_or_path there"
     return UserError(f"{folder / CONFIG_FILE} names the base model {base}: {problem}", hint=hint, exit_code=MODEL)
 
 
 def tokenizer_source(path_or_repo: str, revision: str | None) -> tuple[str, str | None]:
-    """The path or repository, and its revision, of the tokenizer that belongs to a model: its own; for an adapter that came
-    without one, that of its base. Downloads nothing. Raises UserError (exit code MODEL) where that base cannot be."""
+    """(path or repository, revision) of a model's tokenizer. An adapter that came without one uses that of its base.
+    Downloads nothing. Raises UserError (exit code MODEL) if that base is neither a folder nor a repository's name."""
     folder = Path(path_or_repo).expanduser()
     if not folder.is_dir() or (folder / "tokenizer.json").exists():
         return path_or_repo, revision

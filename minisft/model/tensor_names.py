@@ -1,7 +1,7 @@
 """The tensors of Hugging Face files: their names, and how they are made of our parameters.
 
-Our names are Llama's without the leading "model.". Some families call modules otherwise, stack several matrices into
-one, transpose them, or deal the rows of q, k and v out to the heads. To add a family that differs: one entry in NAMES.
+Our names are Llama's without the leading "model.". Some families name modules differently, stack several matrices into
+one, transpose them, or interleave the rows of q, k and v by heads. To add a family that differs: one entry in NAMES.
 """
 
 from collections.abc import Iterable
@@ -15,8 +15,8 @@ from minisft.model.model_config import ModelConfig
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file: our parameters `names`, stacked along dim 0, or with num_heads dealt out head by head (the
-    first head's rows of each, then the second head's), then transposed if so."""
+    """One tensor of a file: our parameters `names`, stacked along dim 0 or, with num_heads, interleaved head by head (the
+    first head's rows of each, then the second head's), and then transposed if `transposed`."""
 
     names: tuple[str, ...]
     num_heads: int = 0
@@ -32,7 +32,7 @@ class Stored:
         return tensor.t() if self.transposed else tensor
 
     def split(self, tensor: Tensor, rows: list[int]) -> list[Tensor]:
-        """The tensor of the file -> our parameters, which have that many rows."""
+        """The tensor of the file -> our parameters. rows: how many each of them has."""
         tensor = tensor.t() if self.transposed else tensor
         if self.num_heads:
             heads = tensor.unflatten(0, (self.num_heads, len(rows), -1))  # [H, 3, Dh, ...]
@@ -40,19 +40,19 @@ class Stored:
         return list(tensor.split(rows)) if len(rows) > 1 else [tensor]
 
     def shape(self, parts: list[Tensor]) -> list[int]:
-        """Of the tensor of the file."""
+        """The shape of the tensor of the file."""
         shape = [sum(part.shape[0] for part in parts), *parts[0].shape[1:]]
         return shape[::-1] if self.transposed else shape
 
 
 @dataclass(frozen=True)
 class Names:
-    """How a family names its tensors where it does not do as Llama does."""
+    """How a family names its tensors, where it differs from Llama."""
 
     prefix: str = "model."  # of everything but the head
     modules: dict[str, str] = field(default_factory=dict)  # our module -> the file's
     stacked: dict[str, tuple[str, ...]] = field(default_factory=dict)  # the file's module -> ours
-    by_head: bool = False  # stacked rows are dealt out head by head
+    by_head: bool = False  # stacked rows are interleaved head by head
     transposed: bool = False  # projections are kept as [in, out]
 
 

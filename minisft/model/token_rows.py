@@ -1,8 +1,8 @@
-"""A frozen embedding or head of which a few rows train: those of tokens that the base model does not know yet.
+"""A frozen embedding or head in which a few rows are trained: those of tokens that are new to the base model.
 
-With adapters everything else of the model is frozen, and a new token would stay what it was made from, the mean of all
-others. Its row is D numbers; the matrix is V x D, and training it whole would cost its size again for the gradient and twice
-for the moments. In PEFT's files the rows are `trainable_tokens_delta`, which holds the rows themselves and no differences.
+With adapters the rest of the model is frozen, so a new token's row would keep its initial value, the mean of all others. The
+row is D numbers; the matrix is V x D, and training it whole would cost its size again for the gradient and twice for the
+moments. In PEFT's files the rows are called `trainable_tokens_delta`, but are the rows themselves and not differences.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class TokenRows(nn.Module):
-    """Stands for an nn.Embedding or for the head; weight [V, D] is the frozen matrix, under its old name."""
+    """Takes the place of an nn.Embedding or of the head; weight [V, D] is the frozen matrix, under its old name."""
 
     def __init__(self, base: nn.Embedding | nn.Linear, ids: tuple[int, ...], dtype: torch.dtype):
         super().__init__()
@@ -37,7 +37,7 @@ class TokenRows(nn.Module):
         return self.weight.index_copy(0, self.index, self.rows.to(self.weight.dtype)) if self.enabled else self.weight
 
     def merged(self) -> nn.Embedding | nn.Linear:
-        """What it stood for, with the trained rows; the same weight, changed in place."""
+        """The module whose place it took, with the trained rows written into its weight, in place."""
         is_head = self.kind is nn.Linear
         module = self.kind(*(self.weight.shape[::-1] if is_head else self.weight.shape), device="meta")
         with torch.no_grad():
