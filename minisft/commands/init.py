@@ -124,9 +124,8 @@ def _parser() -> argparse.ArgumentParser:
 # ------------------------------------------------------------------------------------------------- questions
 
 
-def _answers(arguments: argparse.Namespace, asking: bool) -> argparse.Namespace:
+def _answers(a: argparse.Namespace, asking: bool) -> argparse.Namespace:
     """The options, completed by questions. Raises UserError if one is missing and no question may be asked."""
-    a = arguments
     if a.max_length is not None and a.max_length < 2:
         raise UserError(f"--max-length {a.max_length}", hint="at least 2 tokens")
     if a.epochs is not None and not 0 < a.epochs < float("inf"):
@@ -135,37 +134,36 @@ def _answers(arguments: argparse.Namespace, asking: bool) -> argparse.Namespace:
         raise UserError(
             f"--preference-data with --trainer {a.trainer}", hint="it is for sft+dpo; name the rows by --data"
         )
-    if not asking:
-        needed = ["model", "data"] + (["preference_data"] if a.trainer == "sft+dpo" else [])
-        missing = [f"--{name.replace('_', '-')}" for name in needed if not getattr(a, name)]
-        if missing:
-            raise UserError(
-                f"not given: {', '.join(missing)}",
-                hint="minisft init --trainer sft --model FOLDER --data ROWS.jsonl --method full --hardware 24gb --yes; in a "
-                "terminal, without --yes, minisft asks",
-            )
-        _model(a.model)
-        a.trainer, a.hardware = a.trainer or "sft", a.hardware or detected_hardware()
-        a.method = a.method or _usual_method(a)
-        for path, stage in _data_of(a):
-            print(f"{path}: {look_at(path, stage, a.model)[1]}")
-        return a
+    return _asked(a) if asking else _without_questions(a)
+
+
+def _without_questions(a: argparse.Namespace) -> argparse.Namespace:
+    needed = ["model", "data"] + (["preference_data"] if a.trainer == "sft+dpo" else [])
+    missing = [f"--{name.replace('_', '-')}" for name in needed if not getattr(a, name)]
+    if missing:
+        raise UserError(
+            f"not given: {', '.join(missing)}",
+            hint="minisft init --trainer sft --model FOLDER --data ROWS.jsonl --method full --hardware 24gb --yes; in a "
+            "terminal, without --yes, minisft asks",
+        )
+    _model(a.model)
+    a.trainer, a.hardware = a.trainer or "sft", a.hardware or detected_hardware()
+    a.method = a.method or _usual_method(a)
+    for path, stage in _data_of(a):
+        print(f"{path}: {look_at(path, stage, a.model)[1]}")
+    return a
+
+
+def _asked(a: argparse.Namespace) -> argparse.Namespace:
+    """Asks for what the options do not say. Later questions depend on earlier answers."""
     ask, trainers, methods = _ask, propose.TRAINERS, propose.METHODS
     explained = "sft learns answers, dpo learns which of two answers is better, sft+dpo does both one after the other"
     a.trainer = a.trainer or ask("What to train", explained, "sft", _one_of(trainers))
     explained = "a local folder or a Hugging Face repository, as in Qwen/Qwen3-0.6B"
     a.model = _model(a.model) if a.model else ask("Model", explained, None, _model)
-    names = {"data": "Training data", "preference_data": "Preference data, of the second stage"}
-    stages_of = {"data": a.trainer.partition("+")[0], **({"preference_data": "dpo"} if a.trainer == "sft+dpo" else {})}
-    for name, stage in stages_of.items():
-
-        def looked(path: str, stage: str = stage) -> str:
-            print(f"  {look_at(path, stage, a.model)[1]}")
-            return path
-
-        given = getattr(a, name)
-        setattr(a, name, looked(given) if given else ask(names[name], "a file or glob of rows (.jsonl .json .csv .txt "
-                ".parquet), or a Hugging Face repository", None, looked))  # fmt: skip
+    a.data = _asked_data(a, "data", "Training data", a.trainer.partition("+")[0])
+    if a.trainer == "sft+dpo":
+        a.preference_data = _asked_data(a, "preference_data", "Preference data, of the second stage", "dpo")
 
     def hardware(text: str) -> str:
         propose.parse_hardware(text, cpu_gigabytes())
@@ -194,6 +192,17 @@ def _answers(arguments: argparse.Namespace, asking: bool) -> argparse.Namespace:
     usual = f"{a.model.rstrip('/').rpartition('/')[2].lower()}-{a.trainer.replace('+', '-')}-{a.method}.toml"
     a.output = a.output or a.file or ask("File", "the configuration that is written", usual, file)
     return a
+
+
+def _asked_data(a: argparse.Namespace, option: str, question: str, trainer: str) -> str:
+    explained = "a file or glob of rows (.jsonl .json .csv .txt .parquet), or a Hugging Face repository"
+
+    def looked(path: str) -> str:
+        print(f"  {look_at(path, trainer, a.model)[1]}")
+        return path
+
+    given = getattr(a, option)
+    return looked(given) if given else _ask(question, explained, None, looked)
 
 
 def _data_of(a: argparse.Namespace) -> list[tuple[str, str]]:

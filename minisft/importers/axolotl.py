@@ -5,7 +5,7 @@ import re
 from minisft.errors import UserError
 from minisft.importers.axolotl_data import datasets
 from minisft.importers.training_arguments import CHANGES, HARMLESS, training_arguments
-from minisft.importers.translation import FirstRow, Table, Translation, as_list, as_number, spread
+from minisft.importers.translation import TRANSLATED, FirstRow, Table, Translation, as_list, as_number, spread
 from minisft.importers.trl import common_differences, weights_in_bf16
 
 NAME = "Axolotl"
@@ -154,7 +154,10 @@ def read(table: dict, trainer_type: str | None = None, first_row: FirstRow = lam
     if "data.eval_data" in t.values and "val_set_size" in t.left:
         t.nothing("val_set_size", "test_datasets are given", harmless=True)
     _model(t)
-    _training(t, rl)
+    _loss(t, rl)
+    _rates(t)
+    _trackers(t)
+    _resume_and_order(t)
     training_arguments(t, trainer_type)
     t.table(SAME)
     if not t.values.get("data.packing"):
@@ -177,7 +180,7 @@ def _adapter(t: Translation) -> None:
     adapter = t.get("adapter")
     used = adapter in ("lora", "qlora")
     if used:
-        t.take("adapter", "translated", "lora.r" + (" and model.load_in_4bit" if adapter == "qlora" else ""))
+        t.take("adapter", TRANSLATED, "lora.r" + (" and model.load_in_4bit" if adapter == "qlora" else ""))
         linear = t.on("lora_target_linear")
         if linear and t.get("lora_target_modules"):
             modules = as_list(t.get("lora_target_modules"))
@@ -225,7 +228,7 @@ def _model(t: Translation) -> None:
         t.values["model.new_special_tokens"], t.origins["model.new_special_tokens"] = tuple(map(str, new)), "tokens"
         for name in names:
             if name in t.left:
-                t.take(name, "translated", "model.new_special_tokens")
+                t.take(name, TRANSLATED, "model.new_special_tokens")
     bf16, why = t.get("bf16"), "Axolotl keeps the weights in bf16"
     half = t.on("fp16") or t.on("float16")
     key = next((key for key in ("bfloat16", "bf16") if t.on(key)), "")
@@ -235,7 +238,7 @@ def _model(t: Translation) -> None:
         t.into("bf16", "train.precision", "bf16")
     if not half and (key or bf16 in ("auto", "full") or "bf16" not in t.given):
         if "bfloat16" in t.left:
-            t.take("bfloat16", "translated", 'train.weights_dtype = "bf16"')
+            t.take("bfloat16", TRANSLATED, 'train.weights_dtype = "bf16"')
         weights_in_bf16(t, "", why)
     for key in ("bfloat16", "float16", "float32"):
         if key in t.left:
@@ -246,10 +249,10 @@ def _model(t: Translation) -> None:
         t.origins["model.offload_activations"] = f"gradient_checkpointing = {value}"
 
 
-def _training(t: Translation, rl: str | None) -> None:
+def _loss(t: Translation, rl: str | None) -> None:
     if rl:
         loss = LOSSES[rl]
-        t.take("rl", "translated", f'trainer_type = "dpo", dpo.loss_type = ["{loss}"]')
+        t.take("rl", TRANSLATED, f'trainer_type = "dpo", dpo.loss_type = ["{loss}"]')
         losses, weights = [loss], [1.0]
         extra = "cpo_alpha" if rl == "simpo" else "rpo_alpha"
         weight = as_number(t.get(extra))
@@ -261,7 +264,7 @@ def _training(t: Translation, rl: str | None) -> None:
         if weight:
             losses, weights = [*losses, "sft"], [*weights, weight]
         if extra in t.left:
-            t.take(extra, "translated", "dpo.loss_weights: sft is added" if weight else "no sft is added")
+            t.take(extra, TRANSLATED, "dpo.loss_weights: sft is added" if weight else "no sft is added")
         if "dpo_loss_type" not in t.left:
             t.values["dpo.loss_type"], t.origins["dpo.loss_type"] = tuple(losses), f"rl = {rl}"
             if len(losses) > 1:
@@ -272,6 +275,9 @@ def _training(t: Translation, rl: str | None) -> None:
     elif "rl" in t.left:
         t.nothing("rl", "supervised fine-tuning", harmless=True)
     t.prompts_too("train_on_inputs")
+
+
+def _rates(t: Translation) -> None:
     peak = as_number(t.get("learning_rate"))
     ratio = as_number(t.get("cosine_min_lr_ratio"))
     if ratio is not None and peak:
@@ -279,7 +285,7 @@ def _training(t: Translation, rl: str | None) -> None:
     rates = {}
     if (rate := as_number(t.get("embedding_lr"))) is not None:
         rates["embed_tokens|lm_head"] = rate
-        t.take("embedding_lr", "translated", "train.learning_rates")
+        t.take("embedding_lr", TRANSLATED, "train.learning_rates")
     i = 0
     while f"lr_groups[{i}].lr" in t.left:
         keys = {name: f"lr_groups[{i}].{name}" for name in ("name", "modules", "lr")}
@@ -288,19 +294,25 @@ def _training(t: Translation, rl: str | None) -> None:
             rates["|".join(re.escape(str(module)) for module in modules)] = rate
         for key in keys.values():
             if key in t.left:
-                t.take(key, "translated", "train.learning_rates")
+                t.take(key, TRANSLATED, "train.learning_rates")
         i += 1
     if rates:
         t.values["train.learning_rates"], t.origins["train.learning_rates"] = rates, "embedding_lr, lr_groups"
+
+
+def _trackers(t: Translation) -> None:
     trackers = [tracker for key, tracker in TRACKERS.items() if t.get(key) and t.on(key)]
     if trackers:
         t.values["log.report_to"] = tuple(dict.fromkeys(trackers))
         t.origins["log.report_to"] = ", ".join(key for key in TRACKERS if t.get(key) and t.on(key))
     for key in TRACKERS:
         if key in t.left and t.on(key):
-            t.take(key, "translated", f"log.report_to has {TRACKERS[key]}; its own settings come from its environment")
+            t.take(key, TRANSLATED, f"log.report_to has {TRACKERS[key]}; its own settings come from its environment")
         elif key in t.left:
             t.nothing(key, "off", harmless=True)
+
+
+def _resume_and_order(t: Translation) -> None:
     if "auto_resume_from_checkpoints" in t.left:
         auto = t.on("auto_resume_from_checkpoints")
         t.into("auto_resume_from_checkpoints", "checkpoint.resume", "auto" if auto else "never")

@@ -8,7 +8,17 @@ from pathlib import Path
 
 from minisft.errors import CONFIG, UserError
 from minisft.importers.training_arguments import CHANGES, HARMLESS, training_arguments
-from minisft.importers.translation import FirstRow, Table, Translation, as_list, as_number, fitted_value, source, spread
+from minisft.importers.translation import (
+    TRANSLATED,
+    FirstRow,
+    Table,
+    Translation,
+    as_list,
+    as_number,
+    fitted_value,
+    source,
+    spread,
+)
 from minisft.importers.trl import common_differences, weights_in_bf16
 from minisft.strict_json import read_json
 
@@ -101,7 +111,7 @@ def read(
     trainer_type = "dpo" if stage in ("dpo", "kto") else "sft"
     t.values["trainer_type"], t.origins["trainer_type"] = trainer_type, f"stage = {stage}"
     if "stage" in t.left:
-        t.take("stage", "translated", f'trainer_type = "{trainer_type}"')
+        t.take("stage", TRANSLATED, f'trainer_type = "{trainer_type}"')
     if t.on("use_muon"):
         t.into("use_muon", "train.optim", "muon")
     _method(t, method)
@@ -116,7 +126,7 @@ def read(
         t.values["model.new_special_tokens"], t.origins["model.new_special_tokens"] = tuple(new), "add_special_tokens"
     for key in tokens:
         if tokens[key]:
-            t.take(key, "translated", "model.new_special_tokens")
+            t.take(key, TRANSLATED, "model.new_special_tokens")
         elif key in t.left:
             t.nothing(key, "empty", harmless=True)
     t.table({key: OF_LORA[key] for key in OF_LORA if "lora.r" in t.values})
@@ -140,12 +150,12 @@ def _method(t: Translation, method: str) -> None:
             if key in t.left:
                 t.nothing(key, "finetuning_type is not lora", harmless=key != "quantization_bit")
         if method == "full" and "finetuning_type" in t.left:
-            t.take("finetuning_type", "translated", "all weights train: no [lora]")
+            t.take("finetuning_type", TRANSLATED, "all weights train: no [lora]")
         elif "finetuning_type" in t.left:
             t.nothing("finetuning_type", "lora and full exist here: all weights train")
         return
     if "finetuning_type" in t.left:
-        t.take("finetuning_type", "translated", "lora.r")
+        t.take("finetuning_type", TRANSLATED, "lora.r")
     rank = fitted_value("lora.r", t.get("lora_rank"))
     rank = 8 if rank in (None, MISSING) else rank  # `into` reports an invalid rank
     if "lora_rank" in t.left:
@@ -213,7 +223,7 @@ def _data(t: Translation, stage: str, folder: Path) -> None:
         if sources and not unknown:
             t.values[ours] = sources if len(sources) > 1 else sources[0]
             t.origins[ours] = f"{key} = {', '.join(names)}"
-            t.take(key, "translated", ours)
+            t.take(key, TRANSLATED, ours)
         elif names:
             what = (
                 f"{DATA_INFO} was not found in {directory}"
@@ -223,7 +233,7 @@ def _data(t: Translation, stage: str, folder: Path) -> None:
             t.nothing(key, f"{what}; name the rows as {ours}")
     if "max_samples" in t.left:
         if limit and ("data.train_data" in t.values or "data.eval_data" in t.values):
-            t.take("max_samples", "translated", f"a slice of every source, [:{int(limit)}]")
+            t.take("max_samples", TRANSLATED, f"a slice of every source, [:{int(limit)}]")
         else:
             t.nothing("max_samples", "write it as a slice, as in rows.jsonl[:1000]", harmless=not limit)
     if "mix_strategy" in t.left:
@@ -238,7 +248,7 @@ def _data(t: Translation, stage: str, folder: Path) -> None:
             t.difference("packing: attention stays inside each document; there, without neat_packing, it crosses them")
     for key in ("packing", "neat_packing"):
         if key in t.left:
-            t.take(key, "translated", f"data.packing = {'true' if packs else 'false'}")
+            t.take(key, TRANSLATED, f"data.packing = {'true' if packs else 'false'}")
     template = t.get("template")
     if "template" in t.left:
         t.nothing("template", "the tokenizer's own chat template is used; compare the two with `minisft audit`")
@@ -328,11 +338,11 @@ def _losses(t: Translation, stage: str) -> None:
         if weight:
             t.values["dpo.loss_weights"], t.origins["dpo.loss_weights"] = (1.0, weight), f"pref_ftx = {weight:g}"
         if "pref_loss" in t.left and ours:
-            t.take("pref_loss", "translated", f'dpo.loss_type = ["{ours}"]')
+            t.take("pref_loss", TRANSLATED, f'dpo.loss_type = ["{ours}"]')
         elif "pref_loss" in t.left:
             t.nothing("pref_loss", "this loss of pairs does not exist here: sigmoid is written")
         if "pref_ftx" in t.left:
-            t.take("pref_ftx", "translated", "dpo.loss_weights: sft is added" if weight else "no sft is added")
+            t.take("pref_ftx", TRANSLATED, "dpo.loss_weights: sft is added" if weight else "no sft is added")
         if weight:
             t.difference("sft in the mixture is a mean over tokens; there it is a mean of the pairs' means")
     elif stage == "kto":

@@ -9,7 +9,15 @@ from dataclasses import replace
 from minisft.config.sections import KEYS
 from minisft.errors import UserError
 from minisft.importers import trl
-from minisft.importers.translation import DIFFERENCE, FirstRow, Note, Translation, fitted_value
+from minisft.importers.translation import (
+    DIFFERENCE,
+    NO_COUNTERPART,
+    TRANSLATED,
+    FirstRow,
+    Note,
+    Translation,
+    fitted_value,
+)
 
 NAME = "a file of stages"
 PREFERENCE_WORDS = ("dpo", "pref", "orpo", "kto", "simpo", "ipo", "apo", "align")
@@ -46,12 +54,12 @@ def read(table: dict, first_row: FirstRow = lambda source: None) -> list[tuple[s
                    for note in t.notes if not read_stages or note.key not in common_keys]  # fmt: skip
         read_stages.append((name, t))
     first = read_stages[0][1]
-    first.notes.insert(0, Note("translated", f"stages = {names}  ->  stages", "stages"))
+    first.notes.insert(0, Note(TRANSLATED, f"stages = {names}  ->  stages", "stages"))
     for name in set(map(str, configs)) - set(names):
         given = Translation(configs[name] if isinstance(configs[name], dict) else {"": configs[name]}).given
         for key, value in given.items():
             whole = f"stage_configs.{name}.{key}".rstrip(".")
-            first.notes.append(Note("no counterpart", f"{whole} = {value}: {name} is not in stages", whole, True))
+            first.notes.append(Note(NO_COUNTERPART, f"{whole} = {value}: {name} is not in stages", whole, True))
     return read_stages
 
 
@@ -72,9 +80,9 @@ def _read_stage(name: str, table: dict, folders: set[str], first_row: FirstRow) 
     t.left |= full | {key: table[key] for key in (*from_before, *([written] if written else []))}
     t.given |= t.left
     if written:
-        t.take(written, "translated", f'trainer_type = "{kind}"')
+        t.take(written, TRANSLATED, f'trainer_type = "{kind}"')
     for key in from_before:
-        t.take(key, "translated", "the model of the stage before, from which a stage starts anyway")
+        t.take(key, TRANSLATED, "the model of the stage before, from which a stage starts anyway")
     for key in full:
         known = key in KEYS and fitted_value(key, full[key]) is not None
         t.values.pop(key, None)

@@ -5,7 +5,7 @@ Its defaults are ours except for those below; test_importers.py compares every o
 
 from minisft.config.choices import ADAMW
 from minisft.importers.training_arguments import CHANGES, HARMLESS, training_arguments
-from minisft.importers.translation import FirstRow, Table, Translation, as_list, as_number, spread
+from minisft.importers.translation import TRANSLATED, FirstRow, Table, Translation, as_list, as_number, spread
 from minisft.importers.trl_data import sources
 
 NAME = "TRL"
@@ -191,7 +191,7 @@ def _model(t: Translation) -> None:
         if key in t.left and not uses_lora:
             t.nothing(key, "use_peft is off", harmless=True)
     if uses_lora:
-        t.take("use_peft", "translated", "lora.r")
+        t.take("use_peft", TRANSLATED, "lora.r")
         t.table(OF_LORA)
         for ours, value in LORA_DEFAULTS.values():
             t.default(ours, value, "TRL's default")
@@ -261,7 +261,7 @@ def _dpo(t: Translation) -> None:
     weight = as_number(t.get("rpo_alpha"))
     if weight is not None:  # an older name of a mixture
         losses = as_list(t.get("loss_type", "sigmoid"))
-        t.take("rpo_alpha", "translated", "dpo.loss_type and dpo.loss_weights: sft is added")
+        t.take("rpo_alpha", TRANSLATED, "dpo.loss_type and dpo.loss_weights: sft is added")
         if "loss_type" in t.left:
             t.into("loss_type", "dpo.loss_type", [*losses, "sft"])
         t.values["dpo.loss_type"] = (*losses, "sft")

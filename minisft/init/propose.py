@@ -64,6 +64,11 @@ class Hardware:
     devices: int = 1
     is_cpu: bool = False
 
+    @property
+    def room(self) -> float:
+        """The bytes of a device that are left for training."""
+        return (self.gigabytes * 0.9 - 1) * GB
+
     def __str__(self) -> str:
         if self.is_cpu:
             return f"CPU with {self.gigabytes:.0f} GB"
@@ -136,96 +141,113 @@ def propose(
 
     Raises UserError if nothing fits.
     """
-    adapters = method != "full"
-    values: dict[str, Any] = {"trainer_type": trainer, "data.max_length": max_length, "data.packing": True}
-    remarks: dict[str, str] = {"data.packing": "whole documents side by side: no padding, attention stays inside each"}
-    if adapters:
-        values |= {"lora.r": LORA_RANK, "lora.lora_alpha": 2.0 * LORA_RANK}
-    if method == "qlora":
-        values["model.load_in_4bit"] = True
-    documents = 2 if trainer == "dpo" else 1
-    pack = documents * max_length
-    room = (hardware.gigabytes * 0.9 - 1) * GB
-    fitted = None
-    for weights, optim in (("fp32", "adamw"), ("bf16", "adamw"), ("bf16", "adamw_8bit")):
-        if (weights, optim) != ("bf16", "adamw") and adapters:  # the frozen weights in bf16
-            continue
-        if hardware.is_cpu and weights == "bf16" and not adapters:
-            continue  # slow there, and what fits is small anyway
-        fixed, said = (0.0, "") if size is None else _weights(trainer, method, size, weights, optim)
-        for recompute in (False, True):
-            per_token = 0.0 if size is None else _activations(size, recompute)
-            if fixed + pack * per_token <= room:
-                fitted = fitted or (weights, optim, recompute, fixed, per_token, said)
-    if fitted is None:
-        fits = (
-            other for other in METHODS[METHODS.index(method) + 1 :] if _fits(trainer, other, size, hardware, max_length)
-        )
-        smaller = next((f"--method {other}" for other in fits), "a smaller model")
-        need = math.ceil(((fixed + pack * per_token) / GB + 1) / 0.9)
-        raise UserError(
-            f"{size}, {trainer} {method} with {max_length} tokens needs about {need:,} GB a device; given: {hardware}",
-            hint=f"{smaller}, a smaller --max-length, or more memory",
-        )
-    weights, optim, recompute, fixed, per_token, said = fitted
-    if hardware.is_cpu:
-        values["train.precision"] = "auto"
-        remarks["train.precision"] = "bf16 where the CPU computes in it"
-    if weights == "bf16":
-        values["train.weights_dtype"] = "bf16"
-        remarks["train.weights_dtype"] = "the frozen weights" if adapters else "fp32 master weights would not fit"
-    if optim != "adamw":
-        values["train.optim"] = optim
-        remarks["train.optim"] = "moments of 8 bits"
-    if recompute:
-        values["model.gradient_checkpointing"] = True
-        remarks["model.gradient_checkpointing"] = (
-            f"a pack of {pack:,} tokens would not fit otherwise; about a third slower"
-        )
-
-    tokens = min(TOKENS_A_MICRO_BATCH, (room - fixed) / per_token if per_token else pack)
-    packs = max(1, 2 ** int(math.log2(max(1, tokens // pack))))
-    wanted = PAIRS_A_STEP if trainer == "dpo" else max(1, TOKENS_A_STEP // max_length)
-    packs = min(packs, 2 ** int(math.log2(max(1, wanted // hardware.devices))))
-    accumulation = max(1, round(wanted / (packs * hardware.devices)))
+    pack = max_length * (2 if trainer == "dpo" else 1)  # tokens
+    plan = _first_fit(trainer, method, size, hardware, pack)
+    if plan is None:
+        raise _too_large(trainer, method, size, hardware, max_length, pack)
+    packs, accumulation = _batch(trainer, hardware, plan, max_length, pack)
+    values, remarks = _settings_of_plan(plan, method, hardware, pack)
+    values |= {"trainer_type": trainer, "data.max_length": max_length, "data.packing": trainer != "dpo"}
+    values |= {"train.per_device_train_batch_size": packs, "evaluate.per_device_eval_batch_size": packs}
+    values |= {"train.gradient_accumulation_steps": accumulation}
     if trainer == "dpo":
-        values["data.packing"] = False  # a step is then a known number of pairs
+        values["dpo.beta"] = 0.1  # and without packing, so that a step has a known number of pairs
         remarks["data.packing"] = "true packs pairs: fewer steps, of more pairs each"
-    values["train.per_device_train_batch_size"] = packs
-    values["evaluate.per_device_eval_batch_size"] = packs
-    values["train.gradient_accumulation_steps"] = accumulation
-    remarks["train.per_device_train_batch_size"] = "pairs" if trainer == "dpo" else f"packs of {max_length:,} tokens"
-    rate = LEARNING_RATES[trainer, "lora" if adapters else "full"]
+        remarks["train.per_device_train_batch_size"] = "pairs"
+    else:
+        remarks["data.packing"] = "whole documents side by side: no padding, attention stays inside each"
+        remarks["train.per_device_train_batch_size"] = f"packs of {max_length:,} tokens"
+    trained = "all weights" if method == "full" else "adapters"
+    rate = LEARNING_RATES[trainer, "full" if method == "full" else "lora"]
     values |= {"train.learning_rate": rate, "train.lr_scheduler_type": "cosine", "train.warmup_ratio": 0.03}
     values["train.num_train_epochs"] = epochs if epochs is not None else 1.0 if trainer == "dpo" else 3.0
-    remarks["train.learning_rate"] = (
-        f"usual for {trainer} of {'adapters' if adapters else 'all weights'}; try half and twice"
-    )
-    if trainer == "dpo":
-        values["dpo.beta"] = 0.1
-
-    many = "s" * (packs > 1)
-    each = f"{packs} pair{many}" if trainer == "dpo" else f"{packs} pack{many} x {max_length:,} tokens"
-    total = packs * accumulation * hardware.devices
-    step = f"{total} pairs" if trainer == "dpo" else f"{total * max_length:,} tokens"
-    across = f" x {hardware.devices} devices" if hardware.devices > 1 else ""
-    arithmetic = [f"a step: {each} x {accumulation} accumulated{across} = {step}"]
+    remarks["train.learning_rate"] = f"usual for {trainer} of {trained}; try half and twice"
+    arithmetic = [_step_arithmetic(trainer, hardware, packs, accumulation, max_length)]
     if size is None:
         arithmetic.append("memory: the size of the model is not known; the batch is the smallest")
     else:
-        activations = packs * pack * per_token
+        activations = packs * pack * plan.per_token
         arithmetic.append(
-            f"memory: {said} = {fixed / GB:.1f} GB; activations {packs * pack:,} tokens x {per_token / 1e6:.2f} MB = "
-            f"{activations / GB:.1f} GB; together {(fixed + activations) / GB:.1f} of {hardware.gigabytes:.0f} GB (estimated)"
+            f"memory: {plan.calculation} = {plan.fixed / GB:.1f} GB; activations {packs * pack:,} tokens x "
+            f"{plan.per_token / 1e6:.2f} MB = {activations / GB:.1f} GB; together {(plan.fixed + activations) / GB:.1f} of "
+            f"{hardware.gigabytes:.0f} GB (estimated)"
         )
     return Proposal(values, remarks, arithmetic)
 
 
-def _fits(trainer: str, method: str, size: Size | None, hardware: Hardware, max_length: int) -> bool:
-    try:
-        return bool(propose(trainer, method, size, hardware, max_length=max_length))
-    except UserError:
-        return False
+# ------------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to keep a model and a micro-batch in memory."""
+
+    weights: str  # fp32 or bf16
+    optim: str
+    recompute: bool
+    fixed: float  # bytes of weights, gradients, moments and reference
+    per_token: float  # bytes of activations for each token of a micro-batch
+    calculation: str  # of `fixed`, in words
+
+
+def _plans(trainer: str, method: str, size: Size | None, hardware: Hardware) -> list[Plan]:
+    """All plans for this method, the best one first and the smallest one last."""
+    pairs = [("fp32", "adamw"), ("bf16", "adamw"), ("bf16", "adamw_8bit")]
+    if method != "full":  # the frozen weights are in bf16, and the adapters small
+        pairs = [("bf16", "adamw")]
+    elif hardware.is_cpu:  # bf16 is slow there, and what fits is small anyway
+        pairs = [("fp32", "adamw")]
+    plans = []
+    for weights, optim in pairs:
+        fixed, calculation = (0.0, "") if size is None else _weights(trainer, method, size, weights, optim)
+        for recompute in (False, True):
+            per_token = 0.0 if size is None else _activations(size, recompute)
+            plans.append(Plan(weights, optim, recompute, fixed, per_token, calculation))
+    return plans
+
+
+def _first_fit(trainer: str, method: str, size: Size | None, hardware: Hardware, pack: int) -> Plan | None:
+    plans = _plans(trainer, method, size, hardware)
+    return next((plan for plan in plans if plan.fixed + pack * plan.per_token <= hardware.room), None)
+
+
+def _too_large(
+    trainer: str, method: str, size: Size | None, hardware: Hardware, max_length: int, pack: int
+) -> UserError:
+    smaller = METHODS[METHODS.index(method) + 1 :]
+    fits = next((other for other in smaller if _first_fit(trainer, other, size, hardware, pack) is not None), None)
+    instead = f"--method {fits}" if fits else "a smaller model"
+    least = _plans(trainer, method, size, hardware)[-1]
+    need = math.ceil(((least.fixed + pack * least.per_token) / GB + 1) / 0.9)
+    return UserError(
+        f"{size}, {trainer} {method} with {max_length} tokens needs about {need:,} GB a device; given: {hardware}",
+        hint=f"{instead}, a smaller --max-length, or more memory",
+    )
+
+
+def _settings_of_plan(plan: Plan, method: str, hardware: Hardware, pack: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """The keys that a plan sets, and remarks on them."""
+    values: dict[str, Any] = {}
+    remarks: dict[str, str] = {}
+    if method != "full":
+        values |= {"lora.r": LORA_RANK, "lora.lora_alpha": 2.0 * LORA_RANK}
+    if method == "qlora":
+        values["model.load_in_4bit"] = True
+    if hardware.is_cpu:
+        values["train.precision"] = "auto"
+        remarks["train.precision"] = "bf16 where the CPU computes in it"
+    if plan.weights == "bf16":
+        values["train.weights_dtype"] = "bf16"
+        why = "fp32 master weights would not fit" if method == "full" else "the frozen weights"
+        remarks["train.weights_dtype"] = why
+    if plan.optim != "adamw":
+        values["train.optim"] = plan.optim
+        remarks["train.optim"] = "moments of 8 bits"
+    if plan.recompute:
+        values["model.gradient_checkpointing"] = True
+        why = f"a pack of {pack:,} tokens would not fit otherwise; about a third slower"
+        remarks["model.gradient_checkpointing"] = why
+    return values, remarks
 
 
 def _weights(trainer: str, method: str, size: Size, weights: str, optim: str) -> tuple[float, str]:
@@ -249,3 +271,24 @@ def _weights(trainer: str, method: str, size: Size, weights: str, optim: str) ->
 def _activations(size: Size, recompute: bool) -> float:
     """Bytes for each token of a micro-batch."""
     return 4.0 * size.layers * size.width + 100.0 * size.width if recompute else 60.0 * size.layers * size.width
+
+
+# ------------------------------------------------------------------------------------------------- a step
+
+
+def _batch(trainer: str, hardware: Hardware, plan: Plan, max_length: int, pack: int) -> tuple[int, int]:
+    """(packs of a micro-batch, micro-batches of a step)."""
+    tokens = min(TOKENS_A_MICRO_BATCH, (hardware.room - plan.fixed) / plan.per_token if plan.per_token else pack)
+    packs = max(1, 2 ** int(math.log2(max(1, tokens // pack))))
+    wanted = PAIRS_A_STEP if trainer == "dpo" else max(1, TOKENS_A_STEP // max_length)
+    packs = min(packs, 2 ** int(math.log2(max(1, wanted // hardware.devices))))
+    return packs, max(1, round(wanted / (packs * hardware.devices)))
+
+
+def _step_arithmetic(trainer: str, hardware: Hardware, packs: int, accumulation: int, max_length: int) -> str:
+    many = "s" * (packs > 1)
+    each = f"{packs} pair{many}" if trainer == "dpo" else f"{packs} pack{many} x {max_length:,} tokens"
+    total = packs * accumulation * hardware.devices
+    step = f"{total} pairs" if trainer == "dpo" else f"{total * max_length:,} tokens"
+    across = f" x {hardware.devices} devices" if hardware.devices > 1 else ""
+    return f"a step: {each} x {accumulation} accumulated{across} = {step}"

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from minisft import hub
 from minisft.errors import MODEL, UserError
@@ -155,14 +156,7 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
                 leaves = {leaf: _read_tensor(*where[:2]) for leaf, where in packed[bare].items()}
                 _set_packed(f"{folder}: {name}", parts, stored, tensor, leaves, device)
             else:
-                for part, values in zip(parts, stored.split(tensor, [part.shape[0] for part in parts])):
-                    if isinstance(part, QuantWeight):
-                        part.fill(values.to(device))
-                        continue
-                    part[: len(values)].copy_(values)
-                    if len(values) < len(part):
-                        part[len(values) :] = values.float().mean(0)
-                        added = len(part) - len(values)
+                added = max(added, _set_plain(parts, stored, tensor, device))
             if not all(part.isfinite().all() for part in parts):  # after the conversion: fp16 ends at 65504
                 nonfinite.append(name)
             if head is not None and stored.names == ("embed_tokens.weight",):
@@ -178,6 +172,22 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
     model.generation_config = read_json(generation, exit_code=MODEL) if generation.exists() else {}
     lines = [f"{added} new tokens start at the mean of the {config.vocab_size - added:,} others"] if added else []
     return lines + ([f"{len(left_out)} tensors left out: those of {_list(config.left_out)}"] if left_out else [])
+
+
+def _set_plain(
+    parts: list[nn.Parameter | QuantWeight], stored: Stored, tensor: torch.Tensor, device: torch.device
+) -> int:
+    """Fill our matrices from one tensor of a file. Returns how many rows of new tokens were added."""
+    added = 0
+    for part, values in zip(parts, stored.split(tensor, [part.shape[0] for part in parts])):
+        if isinstance(part, QuantWeight):
+            part.fill(values.to(device))
+            continue
+        part[: len(values)].copy_(values)
+        if len(values) < len(part):
+            part[len(values) :] = values.float().mean(0)
+            added = len(part) - len(values)
+    return added
 
 
 def _set_packed(
