@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from minisft.config.sections import KEYS
+from minisft.config.values import choices
 from minisft.errors import UserError
 from minisft.kernels import common
 from minisft.kernels.common import backend_for, use_backend
@@ -15,6 +17,11 @@ from minisft.kernels.rms_norm import rms_norm
 from minisft.prepare.run import pick_kernels
 
 X = torch.ones(2, 16)
+
+
+def test_the_configuration_offers_every_backend():
+    """Two lists, because kernels know nothing of the configuration, and that knows no torch."""
+    assert choices(KEYS["model.kernels"].type) == common.BACKENDS
 
 
 class OnGPU:

@@ -449,7 +449,7 @@ KNOWN = {
     "trl": [*trl.SAME, *trl.OF_LORA, *trl.OF_SFT, *trl.OF_DPO, *trl.OF_4BIT, *training_arguments.SAME, *trl.ONLY_CHANGES,
             *trl.ONLY_HARMLESS, "bf16", "fp16", "use_peft", "dataset_name", "warmup_steps", "warmup_ratio", "rpo_alpha",
             "eval_strategy", "report_to", "resume_from_checkpoint", "dtype", "typo"],
-    "axolotl": [*axolotl.SAME, *axolotl.OF_LORA, *axolotl.TRACKERS, *axolotl.EASY, *axolotl.HARD, "bf16", "bfloat16",
+    "axolotl": [*axolotl.SAME, *axolotl.OF_LORA, *axolotl.TRACKER_KEYS, *axolotl.EASY, *axolotl.HARD, "bf16", "bfloat16",
                 "fp16", "adapter", "chat_template", "chat_template_jinja", "tokens", "embedding_lr", "cpo_alpha", "rl_beta",
                 "train_on_inputs", "lora_target_linear", "load_in_4bit", "gradient_checkpointing", "typo"],
     "llamafactory": [*llamafactory.SAME, *llamafactory.OF_LORA, *training_arguments.SAME, *llamafactory.EASY,

@@ -9,15 +9,8 @@ from tolerance import relative_error
 
 from minisft.errors import UserError
 from minisft.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
-from minisft.model.lora import (
-    LoraLinear,
-    LoraOptions,
-    adapter_disabled,
-    adapter_sites,
-    adapters,
-    apply_lora,
-    merge_adapter,
-)
+from minisft.model.lora import LoraLinear, adapter_disabled, adapter_sites, adapters, apply_lora, merge_adapter
+from minisft.model.lora_options import LoraOptions
 from minisft.model.save import save_model
 
 # Plain, windows with norms of heads, stacked, stacked head by head, stacked and transposed.

@@ -20,7 +20,8 @@ from minisft.config.load import load
 from minisft.errors import UserError
 from minisft.model.adapter_files import load_adapted, load_adapter, save_adapter
 from minisft.model.load import load_model
-from minisft.model.lora import LoraLinear, LoraOptions, adapter_disabled, adapters, apply_lora, merge_adapter
+from minisft.model.lora import LoraLinear, adapter_disabled, adapters, apply_lora, merge_adapter
+from minisft.model.lora_options import LoraOptions
 from minisft.model.quantized import RECORD, Quantization, QuantWeight, quant_weights
 from minisft.model.save import save_model
 from minisft.prepare.run import prepare

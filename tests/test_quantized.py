@@ -15,12 +15,16 @@ from tiny_models import CONFIGS, stream, tiny
 from torch import nn
 
 from benchmarks.harness import extra_memory
+from minisft.config.sections import KEYS
+from minisft.config.values import choices
 from minisft.errors import UserError
-from minisft.kernels.quantize import dequantize_fp4, quantize_fp4, quantize_int8, quantize_nf4
+from minisft.kernels.quantize import TABLES, dequantize_fp4, quantize_fp4, quantize_int8, quantize_nf4
 from minisft.model.families import from_hf
 from minisft.model.load import build_model, load_model, read_config
 from minisft.model.lora import adapter_sites
 from minisft.model.quantized import (
+    DEQUANTIZE,
+    QUANTIZE,
     Quantization,
     QuantLinear,
     QuantWeight,
@@ -45,6 +49,12 @@ FAMILIES = {
 }
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def test_the_types_are_the_same_everywhere():
+    """The kernels have a table for each 4-bit type, the layers its functions, and the configuration its name."""
+    assert choices(KEYS["model.bnb_4bit_quant_type"].type) == tuple(TABLES) == tuple(QUANTIZE)
+    assert tuple(DEQUANTIZE) == (*QUANTIZE, "int8")
 
 
 def quantized(values: torch.Tensor, kind: Quantization):

@@ -14,6 +14,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from minisft.config.sections import KEYS
+from minisft.config.values import choices
 from minisft.errors import MODEL, UserError
 
 # Largest error of the merged model's logits in fp32, relative to their norm: the same sums in another order.
@@ -26,7 +28,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", help="the output folder of a run, or an adapter folder")
     parser.add_argument("out", help="a new folder for the model")
     parser.add_argument("--merge", action="store_true", required=True, help="write base and adapter as one model")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16", help="of the written weights")
+    parser.add_argument(
+        "--dtype", choices=choices(KEYS["checkpoint.save_dtype"].type), default="bf16", help="of the written weights"
+    )
     arguments = parser.parse_args(argv)
 
     from minisft.atomic_folder import MANIFEST, atomic_folder, read_manifest

@@ -14,6 +14,8 @@ from minisft.config.choices import OPTIMIZERS
 from minisft.data.formats import FORMATS
 from minisft.data.packing_strategies import STRATEGIES
 from minisft.data.row_format import CHOICES, ON_BAD_ROW, TRUNCATIONS
+from minisft.loggers import TRACKERS
+from minisft.model.lora_options import INITS
 from minisft.preference.losses import DIVERGENCES, LOSSES
 from minisft.schedule import SCHEDULES
 
@@ -30,7 +32,6 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 
 
 Sources = str | list | dict | None  # a path, a table with the fields of data/sources.py's Source, or a list of these
-Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 PairLoss = Literal[*LOSSES, "kto"]
 
 
@@ -60,10 +61,10 @@ class ModelSection:
     bnb_4bit_use_double_quant: bool = option(True, "keep the scales in 8 bits too: 0.516 bytes a parameter, not 0.563")
     gradient_checkpointing: bool | Literal["selective"] = option(
         False,
-        "run each block again in the backward: least memory, 15 to 35 % slower; selective = only norms and gated units, "
-        "which saves a quarter of what that saves and takes a few percent longer",
+        "run each block again in the backward: least memory, 15 to 35 % slower; selective = only norms and gated units: a "
+        "quarter of that saving, a few percent slower",
     )
-    gradient_checkpointing_every: int = option(1, "with true: each n-th block only", at_least=1)
+    gradient_checkpointing_every: int = option(1, "with true: only every n-th block", at_least=1)
     offload_activations: bool = option(
         False, "with true: keep the blocks' inputs in CPU memory; only useful on a GPU that is too small otherwise"
     )
@@ -71,7 +72,7 @@ class ModelSection:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSection:
-    """Train thin matrices beside the frozen ones instead of the weights themselves; on where r is set."""
+    """Train thin matrices beside the frozen ones instead of the weights themselves; on if r is set."""
 
     r: int | None = option(None, "rank of the adapters; none = train all weights", at_least=1)
     lora_alpha: float = option(32.0, "adapters are scaled by lora_alpha / r", above=0)
@@ -84,14 +85,16 @@ class LoraSection:
     alpha_pattern: dict = option({}, "other lora_alpha, likewise")
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) (rank-stabilised LoRA)")
     use_dora: bool = option(False, "train the length of each row of a weight apart (DoRA)")
-    init_lora_weights: Literal["kaiming", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16"] = option(
+    init_lora_weights: Literal[INITS] = option(
         "kaiming",
-        "how A starts, B at zero; or pissa: both at the matrix's largest singular directions, niter = about, and fast",
+        "how A starts, with B at zero; pissa = both start at the matrix's largest singular directions; niter = approximately, "
+        "and fast",
     )
     loraplus_lr_ratio: float = option(1.0, "learning rate of B over that of A (LoRA+; 16 is usual)", above=0)
     modules_to_save: tuple[str, ...] = option((), 'trained whole and saved with the adapter, as in ["lm_head"]')
     trainable_token_indices: tuple[int, ...] = option(
-        (), "ids of tokens whose rows train, in the embedding and in the head; those of new_special_tokens do always"
+        (),
+        "ids of tokens whose rows are trained, in the embedding and in the head; those of new_special_tokens always are",
     )
 
 
@@ -315,9 +318,9 @@ class LogSection:
 
     logging_steps: int = option(10, "log every so many steps", at_least=1)
     zero_update_fraction: bool | None = option(
-        None, "log the share of the weights that a step's update did not change; none = if there are bf16 weights"
+        None, "log the share of the weights that a step's update did not change; none = only for bf16 weights"
     )
-    report_to: tuple[Tracker, ...] = option(("tensorboard",), "trackers; [] = none")
+    report_to: tuple[Literal[tuple(TRACKERS)], ...] = option(("tensorboard",), "trackers; [] = none")
     run_name: str | None = option(None, "name of the run in the trackers; none = the output folder's")
     progress_bar: bool = option(True, "one tqdm bar")
 

@@ -4,7 +4,7 @@ import re
 
 from minisft.errors import UserError
 from minisft.importers.axolotl_data import datasets
-from minisft.importers.training_arguments import CHANGES, HARMLESS, training_arguments
+from minisft.importers.training_arguments import CHANGES, HARMLESS, TRACKERS, training_arguments
 from minisft.importers.translation import TRANSLATED, FirstRow, Table, Translation, as_list, as_number, spread
 from minisft.importers.trl import common_differences, weights_in_bf16
 
@@ -68,7 +68,7 @@ DEFAULTS: dict[str, object] = {  # theirs, where they are not ours
     "log.report_to": (),
 }
 LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "simpo": "simpo", "orpo": "orpo", "kto": "kto"}
-TRACKERS = {"use_wandb": "wandb", "wandb_project": "wandb", "use_mlflow": "mlflow", "mlflow_experiment_name": "mlflow",
+TRACKER_KEYS = {"use_wandb": "wandb", "wandb_project": "wandb", "use_mlflow": "mlflow", "mlflow_experiment_name": "mlflow",
             "use_tensorboard": "tensorboard", "use_trackio": "trackio", "trackio_project_name": "trackio"}  # fmt: skip
 EASY = HARMLESS | spread(
     {
@@ -120,7 +120,7 @@ HARD = CHANGES | spread(
         "mixtures of experts are not supported": "quantize_moe_experts use_scattermoe "
         "use_sonicmoe experts_implementation "
         "expert_parallel_size llama4_linearized_experts",
-        "trackers here: tensorboard, wandb, trackio, mlflow": "use_swanlab use_comet comet_project_name",
+        f"trackers here: {', '.join(TRACKERS)}": "use_swanlab use_comet comet_project_name",
         "not supported": "qat.* quantization.* diffusion.* model_config.* model_quantization_config use_onebitllms "
         "model_quantization_config_kwargs.* relora relora_steps relora_prune_ratio "
         "lisa_n_layers spectrum_top_fraction fp8 qat quantization "
@@ -301,13 +301,15 @@ def _rates(t: Translation) -> None:
 
 
 def _trackers(t: Translation) -> None:
-    trackers = [tracker for key, tracker in TRACKERS.items() if t.get(key) and t.on(key)]
+    trackers = [tracker for key, tracker in TRACKER_KEYS.items() if t.get(key) and t.on(key)]
     if trackers:
         t.values["log.report_to"] = tuple(dict.fromkeys(trackers))
-        t.origins["log.report_to"] = ", ".join(key for key in TRACKERS if t.get(key) and t.on(key))
-    for key in TRACKERS:
+        t.origins["log.report_to"] = ", ".join(key for key in TRACKER_KEYS if t.get(key) and t.on(key))
+    for key in TRACKER_KEYS:
         if key in t.left and t.on(key):
-            t.take(key, TRANSLATED, f"log.report_to has {TRACKERS[key]}; its own settings come from its environment")
+            t.take(
+                key, TRANSLATED, f"log.report_to has {TRACKER_KEYS[key]}; its own settings come from its environment"
+            )
         elif key in t.left:
             t.nothing(key, "off", harmless=True)
 

@@ -1,8 +1,10 @@
 """transformers' TrainingArguments, which TRL and LLaMA-Factory inherit: their keys, which are the same in both files."""
 
 from minisft.config.sections import KEYS
+from minisft.config.values import choices
 from minisft.importers.translation import Table, Translation, as_list, as_number, spread
 
+TRACKERS = choices(KEYS["log.report_to"].type)
 KEPT = (  # under the same name
     *("train.learning_rate", "train.lr_scheduler_type", "train.num_train_epochs", "train.max_steps"),
     *("train.per_device_train_batch_size", "train.gradient_accumulation_steps", "train.weight_decay"),
@@ -81,10 +83,10 @@ def training_arguments(t: Translation, trainer_type: str) -> None:
         t.nothing("optim", "adamw is used; stochastic rounding comes with weights_dtype = bf16")
     if "report_to" in t.left:
         wanted = as_list(t.get("report_to"))
-        known = [name for name in wanted if name in ("tensorboard", "wandb", "trackio", "mlflow")]
+        known = [name for name in wanted if name in TRACKERS]
         others = [name for name in wanted if name not in known and name not in ("none", "all")]
         if others or "all" in wanted:
-            t.nothing("report_to", "trackers here: tensorboard, wandb, trackio, mlflow")
+            t.nothing("report_to", f"trackers here: {', '.join(TRACKERS)}")
         else:
             t.into("report_to", "log.report_to", known)
     if t.get("resume_from_checkpoint") is not None:

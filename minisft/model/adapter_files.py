@@ -24,14 +24,8 @@ from torch import Tensor
 from minisft.errors import MODEL, UserError
 from minisft.model.decoder import Decoder
 from minisft.model.load import load_model
-from minisft.model.lora import (
-    ALL_LINEAR,
-    LoraLinear,
-    LoraOptions,
-    adapter_sites,
-    apply_lora,
-    is_target,
-)
+from minisft.model.lora import LoraLinear, adapter_sites, apply_lora
+from minisft.model.lora_options import ALL_LINEAR, LoraOptions, is_target
 from minisft.model.quantized import read_record, write_record
 from minisft.model.tensor_names import LLAMA, NAMES, Stored, stored_tensors
 from minisft.strict_json import read_json, write_json

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from minisft.model.attention import Attention, KVCache
 from minisft.model.blocks import OTHER_BLOCKS
 from minisft.model.layers import MLPS, NORMS, compute_dtype
+from minisft.model.lora_options import LoraOptions
 from minisft.model.model_config import ModelConfig
 from minisft.model.recompute import offloaded
 from minisft.model.rope import rope_table
@@ -74,7 +75,7 @@ class Decoder(nn.Module):
         self.offload_activations = False
         self.neftune_alpha = 0.0
         self.mean_length: float | None = None
-        self.lora = None  # the LoraOptions of a model with adapters (lora.py)
+        self.lora: LoraOptions | None = None  # of a model with adapters (lora.py)
         # False for an adapter that was loaded: switching it off gives the base model, not the model that the run started from.
         self.adapter_is_new = True
         self.generation_config: dict = {}  # generation_config.json of the folder it was loaded from, kept for saving

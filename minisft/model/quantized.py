@@ -213,7 +213,7 @@ def read_record(folder: Path) -> Quantization | None:
     if not path.exists():
         return None
     config = read_json(path, exit_code=MODEL)
-    for kind in (*QUANTIZE, "int8"):
+    for kind in DEQUANTIZE:
         for double_quant in (True, False):
             if config == Quantization(kind, double_quant).to_config():
                 return Quantization(kind, double_quant and kind != "int8")

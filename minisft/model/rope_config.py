@@ -16,7 +16,7 @@ from minisft.model.model_config import Rope
 
 ORIGINAL, SHARE = "original_max_position_embeddings", "partial_rotary_factor"
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-KEYS = {
+TABLE_KEYS = {
     *("rope_type", "rope_theta", SHARE, "factor", "attention_factor", ORIGINAL),
     *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     *("short_factor", "long_factor", "finetuned"),  # the last says where a model comes from
@@ -72,7 +72,7 @@ def _table(values: dict, name: str) -> dict:
     table = {key: value for key, value in table.items() if value is not None}
     kind = table.pop("type", None)
     table = ({} if kind is None else {"rope_type": kind}) | table
-    unknown = sorted(map(str, table.keys() - KEYS))
+    unknown = sorted(map(str, table.keys() - TABLE_KEYS))
     require(not unknown, f"{name} with {', '.join(unknown[:10])} is not implemented")
     return table
 
