@@ -62,9 +62,13 @@ def _run(stages: list[Stage]) -> Result:
     # OpenMP threads spin while they wait for each other. If another program takes one thread's core, all others spin for it:
     # training on 2 busy cores fell to a thirtieth of its speed. After 20,000 turns they now sleep instead.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    from minisft import loop, run_stages
+    if stages[0].title:
+        from minisft.run_stages import run_stages
 
-    return run_stages.run_stages(stages) if stages[0].title else loop.run(stages[0].config, stages[0].origins)
+        return run_stages(stages)
+    from minisft import loop
+
+    return loop.run(stages[0].config, stages[0].origins)
 
 
 def _look_for_data(config: Config) -> None:
