@@ -57,6 +57,7 @@ def make_pairs(num_pairs=7, roles=(CHOSEN, REJECTED), seed=0, weighted=False, lo
         source=np.zeros(2 * num_pairs, dtype=np.int32),
         weights=weights.astype(np.float32) if weighted else None,
         role=role,
+        group=2,
         fingerprint="0123456789abcdef" * 4,
     )
     return Documents(cache, np.arange(2 * num_pairs), offsets[:-1], offsets[1:])

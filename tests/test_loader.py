@@ -33,6 +33,7 @@ def make_documents(num_documents=60, longest=24, weighted=False, seed=0):
         source=rng.integers(0, 3, in_cache).astype(np.int32),
         weights=rng.random(total).astype(np.float32) if weighted else None,
         role=None,
+        group=1,
         fingerprint="0123456789abcdef" * 4,
     )
     index = rng.permutation(in_cache)[:num_documents]

@@ -17,7 +17,7 @@ from hashlib import blake2b
 import numpy as np
 
 from minisft.data.cache import Documents, TokenCache
-from minisft.data.documents import blocks, count_targets, cut, rows_of
+from minisft.data.documents import blocks, count_targets, cut, is_mismatched, rows_of
 from minisft.data.kinds import (
     ANSWER,
     HEADER,
@@ -97,7 +97,7 @@ def quick_findings(cache: TokenCache, tokenizer: Tokenizer, max_length: int | No
     final = cache.kinds[last - 1]
     ends_open = (end == last) & (final >= TRAINED) & np.isin(final & KIND_MASK, OF_ANSWER)
     ends_open &= ~np.isin(cache.ids[last - 1], stops)
-    ours = np.arange(len(first)) if cache.role is None else np.flatnonzero(cache.role != MISMATCHED)
+    ours = np.flatnonzero(~is_mismatched(cache))
     found = {
         "no_label": count_targets(replace(cache, weights=None), first, last) == 0,  # a weight of 0 is somebody's choice
         "lost_answer": (whole > 0) & (kept == 0),
@@ -150,7 +150,7 @@ def overlap(train: Documents, held_out: Documents) -> list[Finding]:
 def _used(documents: Documents) -> np.ndarray:
     """The documents of the cache that are used, once each, int64; without the MISMATCHED."""
     used = np.unique(documents.index)
-    return used if documents.cache.role is None else used[documents.cache.role[used] != MISMATCHED]
+    return used[~is_mismatched(documents.cache)[used]]
 
 
 def _finding(name: str, cache: TokenCache, documents: np.ndarray, total: int) -> Finding:
@@ -224,8 +224,7 @@ def count_tokens(documents: Documents, split_at: int | None = None) -> np.ndarra
         position = token - np.repeat(starts[block], lengths[block])
         kinds = cache.kinds[token]
         target = (kinds >= TRAINED) & (position % (split_at or 2**40) > 0)
-        if cache.role is not None:
-            target &= np.repeat(cache.role[used[block]], lengths[block]) != MISMATCHED
+        target &= ~np.repeat(is_mismatched(cache)[used[block]], lengths[block])
         if cache.weights is not None:
             target &= cache.weights[token] > 0
         source = np.repeat(cache.source[used[block]], lengths[block]).astype(np.int64)

@@ -83,8 +83,13 @@ class TokenCache:
     note: str  # "built", "found", or why it was built again
 
     @property
+    def group(self) -> int:
+        """How many neighbouring documents are a unit: 2 in preference data, else 1."""
+        return 1 if self.role is None else 2
+
+    @property
     def unit(self) -> str:
-        """What is used, cut and packed as a whole: of preference data two neighbouring documents."""
+        """The name of a unit, which is used, cut and packed as a whole."""
         return "documents" if self.role is None else "labelled answers" if self.role[1] == MISMATCHED else "pairs"
 
     def place(self, document: int) -> str:
@@ -145,8 +150,8 @@ class Documents:
 
     @property
     def group(self) -> int:
-        """How many documents go together: 2 in preference data, index[2u : 2u + 2] is unit u; else 1."""
-        return 1 if self.cache.role is None else 2
+        """How many documents are a unit: 2 in preference data, where index[2u : 2u + 2] is unit u; else 1."""
+        return self.cache.group
 
     @property
     def num_units(self) -> int:

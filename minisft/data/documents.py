@@ -77,9 +77,10 @@ def select_documents(
 ) -> tuple[Documents, Accounting]:
     """The documents of one epoch in the order of the cache, none longer than max_length (None = no limit).
 
-    truncation: what happens to a longer document. "error", "drop", "right" keeps its first tokens, "left" its last (`cut`
-    tells of pairs); "turns" has shortened conversations already (tokenise.py), and is "right" for what has no turns.
-    split_at: packing will cut documents into pieces of this length (bfd_split), and the first token of a piece is context.
+    truncation: what happens to a longer document. "error" and "drop" refuse or drop it, "right" keeps its first tokens, "left"
+    its last (see `cut` for pairs), "turns" has shortened conversations already (tokenise.py) and is "right" for rows without
+    turns. split_at: packing will cut documents into pieces of this length (bfd_split), and the first token of a piece is
+    context.
     Documents with no target left are dropped: the first token of a document is never one. So are pairs whose two documents
     are the same after the cut, or have lost their prompt. A source of weight 2.5 gives every document, or pair, twice and a
     half of them, drawn once by `seed`, a third time.
@@ -90,14 +91,12 @@ def select_documents(
     if max_length is not None and max_length < 2:
         raise UserError(f"max_length = {max_length}: the first token of a document is never a target")
     lengths = np.diff(cache.offsets)
-    longer = lengths > (max_length or lengths.max())
-    mismatched = np.zeros(len(lengths), dtype=bool) if cache.role is None else cache.role == MISMATCHED
-    longer &= ~mismatched
+    longer = (lengths > (max_length or lengths.max())) & ~is_mismatched(cache)
     if longer.any() and truncation == "error":
         longest = int(lengths.argmax())
         raise UserError(
-            f"{longer.sum()} of {(~mismatched).sum()} {'rows' if cache.role is None else 'answers, with their prompts,'} "
-            f"are longer than max_length = {max_length}; "
+            f"{longer.sum()} of {(~is_mismatched(cache)).sum()} "
+            f"{'rows' if cache.role is None else 'answers, with their prompts,'} are longer than max_length = {max_length}; "
             f"the longest has {lengths[longest]} tokens: {cache.place(longest)}",
             hint='raise max_length, or set truncation = "right", "left" or "drop"',
             exit_code=DATA,
@@ -105,72 +104,101 @@ def select_documents(
     start, end = cut(cache, max_length, truncation)
     targets = count_targets(cache, start, end)
     if split_at:
-        cuts = np.maximum(end - start - 1, 0) // split_at  # the pieces of each document after its first
-        first_tokens = np.repeat(start, cuts) + split_at * (ragged_arange(np.zeros_like(cuts), cuts) + 1)
-        trained = cache.kinds[first_tokens] >= TRAINED
-        if cache.weights is not None:
-            trained &= cache.weights[first_tokens] > 0
-        targets -= np.bincount(np.repeat(np.arange(len(cuts)), cuts)[trained], minlength=len(cuts))
+        targets -= _count_first_tokens(cache, start, end, split_at)
+    reasons = _reasons(cache, start, end, targets, longer, is_dropped=truncation == "drop")
+    copies = _copies(cache, ~np.any(list(reasons.values()), axis=0), seed)
+    reasons["not drawn (source weight below 1)"] = copies == 0
+    accounting = _account(cache, start, end, targets, copies, reasons)
+    if not copies.any():
+        raise UserError("no row is left to train on\n  " + "\n  ".join(accounting.lines()), exit_code=DATA)
+    unit = np.repeat(np.arange(len(copies)), copies)
+    index = (unit[:, None] * cache.group + np.arange(cache.group)).ravel()
+    return Documents(cache, index, start[index], end[index]), accounting
 
-    group = 1 if cache.role is None else 2  # a unit is used if all of its documents are, and has one reason why not
 
-    def any_of(documents: np.ndarray) -> np.ndarray:
-        return documents.reshape(-1, group).any(axis=1)
+def is_mismatched(cache: TokenCache) -> np.ndarray:
+    """Which documents hold an answer of another row, bool [D]."""
+    return np.zeros(len(cache.source), dtype=bool) if cache.role is None else cache.role == MISMATCHED
 
-    kept, is_cut = end - start, any_of((end - start < lengths) & ~mismatched)
-    without_target = any_of(targets == 0)
-    reasons = {"longer than max_length": any_of(longer & (truncation == "drop"))}  # the first that is true counts
-    if group > 1:
-        reasons["whose answer fills max_length"] = any_of(
-            (start > cache.offsets[:-1]) & (start >= first_trained(cache))
-        )
+
+def _any_of(cache: TokenCache, documents: np.ndarray) -> np.ndarray:
+    """Which units have one of these documents (bool [D]), bool [U]."""
+    return documents.reshape(-1, cache.group).any(axis=1)
+
+
+def _is_cut(cache: TokenCache, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Which units have lost tokens to the cut, bool [U]."""
+    return _any_of(cache, (end - start < np.diff(cache.offsets)) & ~is_mismatched(cache))
+
+
+def _reasons(
+    cache: TokenCache, start: np.ndarray, end: np.ndarray, targets: np.ndarray, longer: np.ndarray, *, is_dropped: bool
+) -> dict[str, np.ndarray]:
+    """Why a unit is not used: reason -> the units to which it applies, bool [U]. A unit is dropped for the first that does.
+
+    targets [D]: of the documents after the cut; longer (bool [D]): than max_length; is_dropped: those are dropped.
+    """
+    without_target, is_longer = _any_of(cache, targets == 0), _any_of(cache, longer)
+    reasons = {"longer than max_length": is_longer & is_dropped}
+    if cache.group > 1:
+        is_cut = _is_cut(cache, start, end)
+        without_prompt = (start > cache.offsets[:-1]) & (start >= first_trained(cache))
+        reasons["whose answer fills max_length"] = _any_of(cache, without_prompt)
         reasons["whose prompt fills max_length"] = without_target & is_cut
         reasons["equal after the cut"] = _are_equal(cache, start, end, is_cut & (cache.unit == "pairs"))
-    reasons["with nothing to train after the cut"] = without_target & any_of(longer)
+    reasons["with nothing to train after the cut"] = without_target & is_longer
     reasons["with nothing to train"] = without_target
-    usable = ~np.any(list(reasons.values()), axis=0)
+    return reasons
+
+
+def _copies(cache: TokenCache, usable: np.ndarray, seed: int) -> np.ndarray:
+    """How often an epoch has each unit, int64 [U]: the weight of its source, 0 where it is not usable (bool [U])."""
     copies = np.zeros(len(usable), dtype=np.int64)
     for number, source in enumerate(cache.sources):
-        units = np.flatnonzero(usable & (cache.source[::group] == number))
+        units = np.flatnonzero(usable & (cache.source[:: cache.group] == number))
         copies[units] = int(source.weight)
         drawn = round((source.weight - int(source.weight)) * len(units))
         copies[np.random.default_rng([seed, number]).permutation(units)[:drawn]] += 1
-    used = copies > 0
-    reasons["not drawn (source weight below 1)"] = ~used
+    return copies
 
-    # Reasons are counted by row: that of its first unit, where none of a row's units is used.
-    row = rows_of(cache)[::group]
-    first_of_row = np.concatenate([[True], row[1:] != row[:-1]])
+
+def _account(
+    cache: TokenCache,
+    start: np.ndarray,
+    end: np.ndarray,
+    targets: np.ndarray,
+    copies: np.ndarray,
+    reasons: dict[str, np.ndarray],
+) -> Accounting:
+    """The account of the documents start[d] : end[d], targets [D], of which an epoch has copies [U]."""
+    entries, lengths, kept, used = cache.manifest["sources"], np.diff(cache.offsets), end - start, copies > 0
+    # A row of which no unit is used is counted once, under the reason of its first unit.
+    row = rows_of(cache)[:: cache.group]
     row_used = np.bincount(row, weights=used) > 0
-    lost = first_of_row & ~row_used[row]
-    dropped = sum((Counter(entry["dropped"]) for entry in cache.manifest["sources"]), Counter())
+    lost = np.concatenate([[True], row[1:] != row[:-1]]) & ~row_used[row]
+    dropped = sum((Counter(entry["dropped"]) for entry in entries), Counter())
     for reason, is_true in reasons.items():
         dropped[reason] += int((lost & is_true).sum())
         lost &= ~is_true
 
-    document_used = np.repeat(used, group)
-    trained = int(targets[document_used & ~mismatched].sum())
-    turns = sum((Counter(entry["turns_cut"]) for entry in cache.manifest["sources"]), Counter())
-    accounting = Accounting(
-        rows_read=sum(entry["rows_read"] for entry in cache.manifest["sources"]),
+    document_used = np.repeat(used, cache.group)
+    trained = int(targets[document_used & ~is_mismatched(cache)].sum())
+    turns = sum((Counter(entry["turns_cut"]) for entry in entries), Counter())
+    return Accounting(
+        rows_read=sum(entry["rows_read"] for entry in entries),
         rows_used=int(row_used.sum()),
         dropped={reason: count for reason, count in dropped.items() if count},
-        rows_cut=int((used & is_cut).sum()) + turns["rows"],
+        rows_cut=int((used & _is_cut(cache, start, end)).sum()) + turns["rows"],
         tokens=int(lengths.sum()) + turns["tokens"],
         trained=trained,
         context=int(kept[document_used].sum()) - trained,
         cut=int((lengths - kept)[document_used].sum()) + turns["tokens"],
         in_dropped=int(lengths[~document_used].sum()),
         dropped_answers=int((~used & row_used[row]).sum()) + turns["lost_answers"],
-        num_documents=int(copies.sum()) * group,
-        tokens_per_epoch=int((np.repeat(copies, group) * kept).sum()),
+        num_documents=int(copies.sum()) * cache.group,
+        tokens_per_epoch=int((np.repeat(copies, cache.group) * kept).sum()),
         unit=cache.unit,
     )
-    if not used.any():
-        raise UserError("no row is left to train on\n  " + "\n  ".join(accounting.lines()), exit_code=DATA)
-    unit = np.repeat(np.arange(len(copies)), copies)
-    index = (unit[:, None] * group + np.arange(group)).ravel()
-    return Documents(cache, index, start[index], end[index]), accounting
 
 
 def cut(cache: TokenCache, max_length: int | None, truncation: str) -> tuple[np.ndarray, np.ndarray]:
@@ -180,7 +208,7 @@ def cut(cache: TokenCache, max_length: int | None, truncation: str) -> tuple[np.
     with the answer before it, and what is still too much is cut at its right, whatever truncation says.
     """
     start, end = np.array(cache.offsets[:-1]), np.array(cache.offsets[1:])
-    mismatched = slice(0) if cache.role is None else cache.role == MISMATCHED
+    mismatched = is_mismatched(cache)
     if max_length and truncation == "left":
         excess = np.maximum(end - start - max_length, 0)
         excess[mismatched] = 0
@@ -228,6 +256,16 @@ def first_trained(cache: TokenCache) -> np.ndarray:
         trained = np.append(np.flatnonzero(cache.kinds[base:stop] >= TRAINED) + base, stop)
         first[block] = np.minimum(first[block], trained[np.searchsorted(trained, cache.offsets[:-1][block])])
     return first
+
+
+def _count_first_tokens(cache: TokenCache, start: np.ndarray, end: np.ndarray, split_at: int) -> np.ndarray:
+    """How many trained tokens of start[d] : end[d] come first in a later piece of split_at tokens, for every document [D]."""
+    cuts = np.maximum(end - start - 1, 0) // split_at  # the pieces of each document after its first
+    first_tokens = np.repeat(start, cuts) + split_at * (ragged_arange(np.zeros_like(cuts), cuts) + 1)
+    trained = cache.kinds[first_tokens] >= TRAINED
+    if cache.weights is not None:
+        trained &= cache.weights[first_tokens] > 0
+    return np.bincount(np.repeat(np.arange(len(cuts)), cuts)[trained], minlength=len(cuts))
 
 
 def _are_equal(cache: TokenCache, start: np.ndarray, end: np.ndarray, units: np.ndarray) -> np.ndarray:
