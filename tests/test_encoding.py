@@ -295,6 +295,16 @@ def test_a_row_that_gives_several_documents(tmp_path):
     assert account.rows_used == 3 and account.dropped == {} and account.dropped_answers == 1
 
 
+@pytest.mark.parametrize("multi_turn", ["auto", "joint", "per_turn"])
+def test_a_row_with_nothing_to_train_is_dropped_however_turns_are_found(tmp_path, multi_turn):
+    silent = [{**message, "train": False} for message in turns("1", "2", "3", "4")]
+    cache = build(tmp_path, [{"messages": silent}, {"messages": turns("5", "6")}], multi_turn=multi_turn)
+    _, account = select_documents(cache, max_length=None)
+    assert (account.rows_used, account.dropped) == (1, {"with nothing to train": 1})
+    cut = build(tmp_path, [{"messages": silent}], multi_turn=multi_turn, turns_max_length=40)  # 4 turns are 46 tokens
+    assert (cut.kinds < TRAINED).all() and cut.manifest["sources"][0]["turns_cut"]["rows"] == 1
+
+
 def test_joint_refuses_what_auto_renders_turn_by_turn(tmp_path):
     tokenizer = replace(TOKENIZER, template=LAST_DIFFERS)
     with pytest.raises(UserError, match=r"rows.jsonl:1: .*differently than at inference: message 1 once other turns"):

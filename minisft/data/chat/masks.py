@@ -273,6 +273,9 @@ def _turn(row: _Conversation, text: str, i: int, found: tuple[int, int] | None =
 
 def _per_turn(row: _Conversation) -> list[Rendered]:
     """D. Turns before the last of each document are context."""
+    if not any(row.trained):  # one document of context, so that the account has it under "with nothing to train"
+        text = row.render()
+        return [Rendered(text, [(0, len(text), HEADER)], [], "prefix", len(row.messages))]
     others = [i for i, on in enumerate(row.trained) if on and row.messages[i]["role"] != "assistant"]
     if others:
         raise RowError(
