@@ -5,6 +5,7 @@ import math
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -116,8 +117,8 @@ def closing(folder: Path, report_to: tuple[str, ...], prompt: str) -> str:
     return "\n".join(lines)
 
 
-def stages_closing(done: list[tuple[str, object]]) -> str:
-    """(title, Result) of every stage -> a line for each."""
+def stages_closing(done: list[tuple[str, Any]]) -> str:
+    """(title, loop.Result) of every stage -> a line for each."""
     lines = ["", "all stages are done:"]
     for title, result in done:
         loss = f", loss {result.metrics['loss']:.4f}" if "loss" in result.metrics else ""

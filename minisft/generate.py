@@ -50,7 +50,16 @@ def generate(
         model.train(was_training)
 
 
-def _generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids, seed) -> list[list[int]]:
+def _generate(
+    model: Decoder,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    stop_ids: set[int],
+    seed: int | None,
+) -> list[list[int]]:
     device = model.head_weight.device
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     uniform = torch.rand(len(prompts), max_new_tokens, generator=generator).to(device)  # [B, max_new_tokens]
@@ -104,7 +113,14 @@ def _choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | No
     return order.gather(-1, drawn).squeeze(-1)
 
 
-def _check(model, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
+def _check(
+    model: Decoder,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
     top_k_is_wrong = top_k is not None and top_k < 1
     top_p_is_wrong = top_p is not None and not 0 < top_p <= 1
     if max_new_tokens < 0 or temperature < 0 or top_k_is_wrong or top_p_is_wrong:

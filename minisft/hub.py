@@ -168,6 +168,7 @@ def list_dataset(repo: str, revision: str | None, *, local_files_only: bool = Fa
         )
     try:
         commit = HfApi().dataset_info(repo, revision=revision, expand=["sha"]).sha
+        assert commit is not None, "the hub names no commit"
         files = sorted(HfApi().list_repo_files(repo, revision=commit, repo_type="dataset"))
     except Exception as error:
         if isinstance(error, RevisionNotFoundError) and revision == CONVERTED:

@@ -3,8 +3,6 @@
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
-from torch import nn
-
 from minisft import runtime
 from minisft.data.detect_format import detect_row_format, rename_fields
 from minisft.data.formats import to_example
@@ -14,6 +12,7 @@ from minisft.data.sources import parse_source, read_rows
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
 from minisft.generate import generate
+from minisft.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Sample:
 
 
 def complete(
-    model: nn.Module,
+    model: Decoder,
     tokenizer: Tokenizer,
     prompts: list[Prompt],
     *,

@@ -13,10 +13,16 @@ of their logits is reported. The merge is refused if the difference is too large
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minisft.config.sections import KEYS
 from minisft.config.values import choices
 from minisft.errors import MODEL, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from minisft.model.decoder import Decoder
 
 # Largest error of the merged model's logits in fp32, relative to their norm: the same sums in another order.
 TOLERANCE = 1e-5
@@ -63,7 +69,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def probe(model, run: Path) -> tuple[str, tuple]:
+def probe(model: "Decoder", run: Path) -> tuple[str, tuple]:
     """(what the tokens are, inputs for both models): rows of the run's data if it is still there, else random tokens."""
     import torch
 
@@ -88,7 +94,7 @@ def probe(model, run: Path) -> tuple[str, tuple]:
     return "random tokens", (tokens, positions, torch.zeros_like(positions), torch.full_like(positions, length))
 
 
-def merge(model, dtype, folder: Path, run: Path) -> list[str]:
+def merge(model: "Decoder", dtype: "torch.dtype", folder: Path, run: Path) -> list[str]:
     """Merge in place; returns lines about the change of the logits. Raises UserError if the merged model is not the adapted one,
     or the adapter changes nothing."""
     import torch
@@ -97,7 +103,7 @@ def merge(model, dtype, folder: Path, run: Path) -> list[str]:
 
     rows, inputs = probe(model, run)
 
-    def logits():
+    def logits() -> torch.Tensor:
         with torch.no_grad():
             return model.logits(model(*inputs)).float()
 
@@ -137,6 +143,6 @@ def merge(model, dtype, folder: Path, run: Path) -> list[str]:
     return lines
 
 
-def relative(a, b) -> float:
+def relative(a: "torch.Tensor", b: "torch.Tensor") -> float:
     """norm(a - b) / norm(b)"""
     return ((a - b).norm() / b.norm()).item()

@@ -18,7 +18,6 @@ from typing import Any
 
 from minisft.config.load import MODEL_FILES
 from minisft.config.sections import KEYS
-from minisft.data.sources import parse_source
 from minisft.errors import UserError
 from minisft.hub import is_repository_name
 from minisft.importers import axolotl, llamafactory, trl
@@ -281,7 +280,7 @@ def _usual_method(a: argparse.Namespace) -> str:
             return method
         except UserError:
             pass
-    return method
+    return propose.METHODS[-1]
 
 
 def _proposed(a: argparse.Namespace) -> tuple[Path, str, int]:
@@ -297,10 +296,9 @@ def _proposed(a: argparse.Namespace) -> tuple[Path, str, int]:
         if "lora.r" in made.values and (adapter := adapter_config(a.model)):
             made.values["lora.r"] = adapter.get("r", made.values["lora.r"])  # it is trained further
             made.values.pop("lora.lora_alpha")
-        if not is_repository_name(parse_source(data).path):
-            row_format, _ = look_at(data, trainer, a.model)
-            if row_format.turns and not has_template(a.model):
-                model["model.chat_template"] = "chatml"
+        row_format, _ = look_at(data, trainer, a.model)
+        if row_format is not None and row_format.turns and not has_template(a.model):
+            model["model.chat_template"] = "chatml"
         rows = {"data.train_data": rebased(data, path.parent)}
         if a.eval_data and trainer == a.trainer.partition("+")[2] or a.eval_data and "+" not in a.trainer:
             look_at(a.eval_data, trainer, a.model)

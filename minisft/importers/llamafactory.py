@@ -171,9 +171,9 @@ def _method(t: Translation, method: str) -> None:
         t.into("lora_target", "lora.target_modules", "all-linear")
     if "additional_target" in t.left:
         t.into("additional_target", "lora.modules_to_save", as_list(t.get("additional_target")))
-    turns = as_number(t.get("pissa_iter", 16))
     if t.on("pissa_init"):
-        name = {-1: "pissa", 4: "pissa_niter_4", 16: "pissa_niter_16"}.get(turns, "pissa_niter_16")
+        names: dict[float | None, str] = {-1: "pissa", 4: "pissa_niter_4"}
+        name = names.get(as_number(t.get("pissa_iter", 16)), "pissa_niter_16")
         t.into("pissa_init", "lora.init_lora_weights", name)
     for key in ("pissa_init", "pissa_iter"):
         if key in t.left:
@@ -278,8 +278,9 @@ def _dataset_info(directory: str, folder: Path) -> tuple[dict | None, Path]:
 def _source(t: Translation, name: str, info: dict, where: Path, limit: int | None, stage: str) -> str | dict:
     """One entry of dataset_info.json as a source of ours."""
     repository, file = info.get("hf_hub_url"), info.get("file_name")
-    columns = info.get("columns") if isinstance(info.get("columns"), dict) else {}
-    tags = info.get("tags") if isinstance(info.get("tags"), dict) else {}
+    columns, tags = info.get("columns"), info.get("tags")
+    columns = columns if isinstance(columns, dict) else {}
+    tags = tags if isinstance(tags, dict) else {}
     if file and not repository and (where / str(file)).is_dir():
         path = f"{where / str(file)}/*"
     else:

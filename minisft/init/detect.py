@@ -14,7 +14,7 @@ from minisft.config.load import load
 from minisft.config.sections import config_to_dict
 from minisft.data.detect_format import detect_row_format
 from minisft.data.row_format import FormatOptions, RowFormat
-from minisft.data.rows import RowError
+from minisft.data.rows import BadRow, RowError
 from minisft.data.sources import list_files, parse_source, read_rows
 from minisft.errors import UserError
 from minisft.hub import is_repository_name
@@ -88,7 +88,7 @@ def has_template(model: str) -> bool:
 
 def first_row(source: Any) -> dict | None:
     """The first row of a local source; None if no row can be read."""
-    entry = source[0] if isinstance(source, list) and source else source
+    entry: Any = source[0] if isinstance(source, list) and source else source
     try:
         parsed = parse_source(entry)
         if is_repository_name(parsed.path):
@@ -109,7 +109,7 @@ def look_at(path: str, trainer: str, model: str) -> tuple[RowFormat | None, str]
     row = next(iter(read_rows(parsed)), None)
     if row is None:
         raise UserError(f"{path} has no rows", hint="one JSON object a line, as in .jsonl")
-    if not hasattr(row, "data"):
+    if isinstance(row, BadRow):
         raise UserError(str(row), hint="mend the row")
     options = FormatOptions(answers="pairs" if trainer == "dpo" else "chosen")
     try:

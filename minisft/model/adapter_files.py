@@ -24,7 +24,7 @@ from torch import Tensor
 from minisft.errors import MODEL, UserError
 from minisft.model.decoder import Decoder
 from minisft.model.load import load_model
-from minisft.model.lora import LoraLinear, adapter_sites, apply_lora
+from minisft.model.lora import LoraLinear, adapter_options, adapter_sites, apply_lora
 from minisft.model.lora_options import ALL_LINEAR, LoraOptions, is_target
 from minisft.model.quantized import read_record, write_record
 from minisft.model.tensor_names import LLAMA, NAMES, Stored, stored_tensors
@@ -60,7 +60,7 @@ def model_folder(folder: Path) -> Path:
 def save_adapter(model: Decoder, folder: Path | str, *, base: str | None = None, revision: str | None = None) -> None:
     """Write the adapter of `model` (apply_lora) into `folder`, which is created if missing. base: path or repository of the
     model that it was trained on. Not atomic: the caller writes into an atomic folder. Raises OSError if writing fails."""
-    folder, options = Path(folder), model.lora
+    folder, options = Path(folder), adapter_options(model)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.contiguous().cpu() for key, tensor in adapter_tensors(model).items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -160,11 +160,11 @@ def load_adapter_weights(model: Decoder, folder: Path | str) -> None:
             A, B = (found[f"{PREFIX}{site}.{leaf}"] for leaf in (A_LEAF, B_LEAF))
             for part, values in zip(parts, stored.split(B, rows)):
                 part.set_factors(A, values)
-            if model.lora.use_dora:
+            if adapter_options(model).use_dora:
                 for part, values in zip(parts, stored.split(found[f"{PREFIX}{site}.{M_LEAF}"], rows)):
                     part.magnitude.copy_(values)
         for name, key in _token_rows(model).items():
-            model.get_submodule(name).rows.copy_(found[key])
+            model.get_parameter(f"{name}.rows").copy_(found[key])
         for name, stored in _saved_modules(model).items():
             parameters = [model.get_parameter(part) for part in stored.names]
             for parameter, values in zip(parameters, stored.split(found[PREFIX + name], [len(p) for p in parameters])):
@@ -217,7 +217,7 @@ def _by_module(config: dict) -> dict[str, list[int]]:
 
 def _token_indices(model: Decoder) -> dict[str, list[int]] | list[int] | None:
     """The same for writing: by PEFT's names, or for a tied embedding a plain list, which covers the head too."""
-    indices = {name: list(ids) for name, ids in model.lora.trainable_token_indices.items()}
+    indices = {name: list(ids) for name, ids in adapter_options(model).trainable_token_indices.items()}
     if model.config.tie_word_embeddings and indices:
         return indices["embed_tokens"]
     return {_file_names(model)[name]: ids for name, ids in indices.items()} or None
@@ -235,10 +235,10 @@ def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
         factors = [part.factors() for part in parts]
         tensors[f"{PREFIX}{site}.{A_LEAF}"] = factors[0][0].detach()
         tensors[f"{PREFIX}{site}.{B_LEAF}"] = stored.join([B.detach() for _, B in factors])
-        if model.lora.use_dora:
+        if adapter_options(model).use_dora:
             tensors[f"{PREFIX}{site}.{M_LEAF}"] = stored.join([part.magnitude.detach() for part in parts])
     for name, key in _token_rows(model).items():
-        tensors[key] = model.get_submodule(name).rows.detach()
+        tensors[key] = model.get_parameter(f"{name}.rows").detach()
     for name, stored in _saved_modules(model).items():
         tensors[PREFIX + name] = stored.join([model.get_parameter(part).detach() for part in stored.names])
     return tensors
@@ -246,8 +246,8 @@ def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
 
 def _targets(model: Decoder) -> dict[str, Stored]:
     """The adapted sites. A and B are [r, in] and [out, r] also where a family's files transpose its weights."""
-    sites = adapter_sites(model).items()
-    return {site: replace(stored, transposed=False) for site, stored in sites if is_target(site, model.lora)}
+    options, sites = adapter_options(model), adapter_sites(model).items()
+    return {site: replace(stored, transposed=False) for site, stored in sites if is_target(site, options)}
 
 
 def _linears(model: Decoder, stored: Stored) -> list[LoraLinear]:
@@ -256,13 +256,14 @@ def _linears(model: Decoder, stored: Stored) -> list[LoraLinear]:
 
 def _token_rows(model: Decoder) -> dict[str, str]:
     """Our name of a module with trainable rows -> the name of their tensor in the file."""
-    stored = _stored(model, [f"{name}.weight" for name in model.lora.trainable_token_indices])
+    stored = _stored(model, [f"{name}.weight" for name in adapter_options(model).trainable_token_indices])
     modules = {s.names[0].removesuffix(".weight"): name.removesuffix(".weight") for name, s in stored.items()}
     return {name: f"{PREFIX}{theirs}.token_adapter.trainable_tokens_delta" for name, theirs in modules.items()}
 
 
 def _saved_modules(model: Decoder) -> dict[str, Stored]:
-    names = [name for name, _ in model.named_parameters() if name.partition(".")[0] in model.lora.modules_to_save]
+    modules = adapter_options(model).modules_to_save
+    names = [name for name, _ in model.named_parameters() if name.partition(".")[0] in modules]
     return _stored(model, names)
 
 

@@ -89,8 +89,7 @@ class Attention(nn.Module):
         v = v.unflatten(-1, (-1, self.head_dim))
         q, k = self._turn(q, k, cos_sin)
 
-        if kv_cache is not None:
-            keys, values = kv_cache.append(self.layer, k, v)
+        keys, values = (k, v) if kv_cache is None else kv_cache.append(self.layer, k, v)
         if kv_cache is not None and kv_cache.is_filled:
             out = flash_attention_with_kvcache(q, keys, values, kv_cache.lengths, **self.options)
         else:

@@ -4,6 +4,8 @@ A key that would change the maths in a way that is not implemented is refused by
 something else is the worst outcome. All errors are UserErrors with exit code MODEL.
 """
 
+from typing import Any
+
 from minisft.errors import MODEL, UserError
 
 # Keys that change the maths, with the value that changes nothing (null, false, 0 and empty never do). A family whose
@@ -63,14 +65,14 @@ def require(holds: bool, message: str, hint: str = "") -> None:
 
 
 def size(values: dict, key: str, limit: int = 2**31) -> int:
-    value = values.get(key)
+    value: Any = values.get(key)
     require(type(value) is int and value > 0, f"{key} = {str(value)[:40]!r}, expected a positive whole number")
     require(value < limit, f"{key} = {str(value)[:40]} is out of range")
     return value
 
 
 def number(values: dict, key: str) -> float:
-    value = values.get(key)
+    value: Any = values.get(key)
     require(is_number(value) and value > 0, f"{key} = {str(value)[:40]!r}, expected a positive number")
     return float(value)
 
@@ -81,7 +83,7 @@ def optional_number(values: dict, key: str) -> float | None:
 
 def probability(values: dict, key: str) -> float:
     """A dropout rate; 0 if the family has no such key."""
-    value = values.get(key, 0.0)
+    value: Any = values.get(key, 0.0)
     require(is_number(value) and 0 <= value < 1, f"{key} = {value!r}, expected a number from 0 up to 1")
     return float(value)
 
@@ -94,13 +96,13 @@ def flag(values: dict, key: str) -> bool:
 
 
 def activation(values: dict, key: str, supported: tuple[str, ...] = tuple(ACTIVATIONS)) -> str:
-    value = values.get(key)
+    value: Any = values.get(key)
     known = isinstance(value, str) and value in supported
     require(known, f"{key} = {value!r} is not implemented; implemented: {', '.join(supported)}")
     return ACTIVATIONS[value]
 
 
-def is_number(value: object) -> bool:
+def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e30  # not NaN, and far from overflow
 
 

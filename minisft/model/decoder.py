@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         if kv_cache is not None:
             kv_cache.place(position_ids, start, end)
         for number, (layer, rope) in enumerate(zip(self.layers, self.config.ropes)):
-            where = start, end, tables.get(rope), kv_cache, self.mean_length
+            where = start, end, None if rope is None else tables[rope], kv_cache, self.mean_length
             if self.gradient_checkpointing and self.training and number % self.gradient_checkpointing_every == 0:
                 with offloaded(x.shape) if self.offload_activations else nullcontext():
                     x = checkpoint(layer, x, *where, use_reentrant=False)  # keeps the RNG: the same dropout

@@ -10,6 +10,7 @@ config.json comes in two dialects. transformers 4 writes `rope_theta` and `rope_
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from minisft.model import class_defaults
 from minisft.model.config_keys import (
@@ -39,7 +40,8 @@ def from_hf(hf: dict, *, max_length: int | None = None) -> ModelConfig:
     None: within the original context. `notes` of the result says what was decided.
     Raises UserError (exit code MODEL) for a family, a key or a value that is not supported, naming it.
     """
-    model_type, notes, left_out = hf.get("model_type"), [], ()
+    model_type: Any = hf.get("model_type")
+    notes, left_out = [], ()
     if model_type == "gemma3":
         hf, left_out = _text_part(hf), VISION_TENSORS
         notes.append("gemma3 is trained and saved as its text part, gemma3_text: its vision part is left out")
@@ -80,7 +82,7 @@ def _complete(hf: dict, defaults: dict) -> dict:
 
 def _text_part(hf: dict) -> dict:
     """The config of the language model inside the config of a vision model."""
-    text = hf.get("text_config")
+    text: Any = hf.get("text_config")
     require(isinstance(text, dict), "gemma3 has no text_config", "use the config.json that came with the weights")
     rest = {k: v for k, v in hf.items() if k not in (*VISION_KEYS, "text_config", "architectures")}
     return rest | text | {"model_type": "gemma3_text"}

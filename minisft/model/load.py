@@ -13,7 +13,7 @@ mistakes (another model's folder, half a download) show there; every tensor is t
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -117,7 +117,9 @@ def place_quantized(model: Decoder, source: Path | str, quantization: Quantizati
                     hint="leave load_in_4bit and load_in_8bit out: the weights are taken as they are stored",
                     exit_code=MODEL,
                 )
-        for name in stored.names if wanted is not None else ():
+        if wanted is None:
+            continue
+        for name in stored.names:
             parent, _, child = name.removesuffix(".weight").rpartition(".")
             layers = model.get_submodule(parent)
             setattr(layers, child, QuantLinear(getattr(layers, child), wanted))
@@ -163,7 +165,7 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
                 _check_tied(folder, tensor, _read_tensor(*head[:2]))
     if nonfinite:
         raise UserError(
-            f"{folder}: NaN or infinite values as {parts[0].dtype} in {_list(nonfinite)}",
+            f"{folder}: NaN or infinite values as {model.head_weight.dtype} in {_list(nonfinite)}",
             hint="the files are damaged, or the dtype is too narrow for these weights",
             exit_code=MODEL,
         )
@@ -191,7 +193,12 @@ def _set_plain(
 
 
 def _set_packed(
-    where: str, parts: list[QuantWeight], stored: Stored, tensor: torch.Tensor, leaves: dict, device: torch.device
+    where: str,
+    parts: list[nn.Parameter | QuantWeight],
+    stored: Stored,
+    tensor: torch.Tensor,
+    leaves: dict,
+    device: torch.device,
 ) -> None:
     """Fill quantised matrices from a file that stores them quantised."""
     rows = [part.shape[0] for part in parts]
@@ -201,6 +208,7 @@ def _set_packed(
         hint = "download the model again, or use the one that it was made from, in bf16, fp16 or fp32"
         raise UserError(f"{where}: {error}", hint=hint, exit_code=MODEL) from error
     for part, q in zip(parts, quantized):
+        assert isinstance(part, QuantWeight)  # _compare refuses other matrices
         tensors = {f.name: getattr(q, f.name) for f in fields(q)}  # copies: the file may change or go
         part.set(replace(q, **{k: v.to(device, copy=True) for k, v in tensors.items() if torch.is_tensor(v)}))
 
@@ -265,7 +273,7 @@ def _read_headers(folder: Path) -> dict[str, tuple[Path, str, list[int], str]]:
     return found
 
 
-def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+def _weight_files(folder: Path) -> Mapping[Path, set[str] | None]:
     """The weight files of a folder, each with the tensor names that the index lists for it (None: no index)."""
     if (folder / SINGLE).is_file():
         return {folder / SINGLE: None}
@@ -281,7 +289,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX}: no weight_map", exit_code=MODEL)
-    files: dict[Path, set[str] | None] = {}
+    files: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
         # A path could lead out of the folder.
         if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", file, re.ASCII):

@@ -44,6 +44,9 @@ class LoraLinear(nn.Module):
     """A linear layer with an adapter. weight [out, in] and bias are the base's own, under their old names; the weight may
     be quantised."""
 
+    start_A: Tensor | None  # PiSSA's A0 [r, in] and B0 [out, r]
+    start_B: Tensor | None
+
     def __init__(
         self, base: nn.Linear | QuantLinear, lora_A: nn.Parameter, scale: float, dropout: float, use_dora: bool
     ):
@@ -54,7 +57,7 @@ class LoraLinear(nn.Module):
         zeros = torch.zeros(base.weight.shape[0], len(lora_A), dtype=lora_A.dtype, device=lora_A.device)
         self.lora_B = nn.Parameter(zeros)  # [out, r]
         self.magnitude = nn.Parameter(dense(base.weight, lora_A.dtype).norm(dim=1)) if use_dora else None  # [out]
-        self.register_buffer("start_A", None)  # PiSSA's A0 [r, in] and B0 [out, r]
+        self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +65,7 @@ class LoraLinear(nn.Module):
         if self.enabled:
             dropped = F.dropout(x, self.dropout, self.training)
             added = F.linear(F.linear(dropped, self.lora_A), self.lora_B)
-            if self.start_A is not None:
+            if self.start_A is not None and self.start_B is not None:
                 added = added - F.linear(F.linear(dropped, self.start_A), self.start_B)
             added = added * self.scale
             if self.magnitude is None:
@@ -80,7 +83,7 @@ class LoraLinear(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the equivalent plain adapter. PiSSA's have rank 2 r: A over A0, and B beside -B0."""
-        if self.start_A is None:
+        if self.start_A is None or self.start_B is None:
             return self.lora_A, self.lora_B
         return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], 1)
 
@@ -90,7 +93,7 @@ class LoraLinear(nn.Module):
         with torch.no_grad():
             self.lora_A.copy_(A[:r])
             self.lora_B.copy_(B[:, :r])
-            if self.start_A is not None:
+            if self.start_A is not None and self.start_B is not None:
                 self.start_A.copy_(A[r:])
                 self.start_B.copy_(-B[:, r:])
 
@@ -183,7 +186,7 @@ def _start_at_singular_vectors(parts: list[LoraLinear], options: LoraOptions, se
             part.start_A, part.start_B = start_A, part.lora_B.detach().clone()
 
 
-def _refuse_names_without_module(model, sites: list[str], targets: list[str], options: LoraOptions) -> None:
+def _refuse_names_without_module(model: Decoder, sites: list[str], targets: list[str], options: LoraOptions) -> None:
     names = sorted({site.rpartition(".")[2] for site in sites})
     missing = []
     if not isinstance(options.target_modules, str):
@@ -218,7 +221,13 @@ def _refuse_names_without_module(model, sites: list[str], targets: list[str], op
         )
 
 
-def adapters(model: nn.Module) -> list[LoraLinear | TokenRows]:
+def adapter_options(model: Decoder) -> LoraOptions:
+    """The options of the adapter that the model has."""
+    assert model.lora is not None, "the model has no adapter"
+    return model.lora
+
+
+def adapters(model: Decoder) -> list[LoraLinear | TokenRows]:
     """All modules of the adapter, which `enabled` switches on and off."""
     return [module for module in model.modules() if isinstance(module, LoraLinear | TokenRows)]
 
@@ -226,7 +235,7 @@ def adapters(model: nn.Module) -> list[LoraLinear | TokenRows]:
 @contextlib.contextmanager
 def adapter_disabled(model: Decoder) -> Iterator[Decoder]:
     """Inside the block the model is the base, bit for bit: adapters off, modules trained whole at their old values."""
-    saved = [model.get_submodule(name) for name in model.lora.modules_to_save]
+    saved = [model.get_submodule(name) for name in adapter_options(model).modules_to_save]
 
     def swap(enabled: bool) -> None:
         for adapter in adapters(model):
@@ -246,6 +255,7 @@ def merge_adapter(model: Decoder) -> Decoder:
     """Replace every adapted layer, in place, by a plain one that does the same: W + s B A, added in the adapter's dtype and
     rounded once to that of W. A quantised W is dequantised, as it was in training, and the sum is kept in the dtype of the
     head; quantised layers without an adapter become plain too. Returns the model, without adapters, its parameters trainable."""
+    options = adapter_options(model)
     with torch.no_grad():
         for name, module in list(model.named_modules()):
             if isinstance(module, LoraLinear | QuantLinear):
@@ -257,9 +267,9 @@ def merge_adapter(model: Decoder) -> Decoder:
                 plain.bias = module.bias
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, plain)
-        for name in model.lora.modules_to_save:
+        for name in options.modules_to_save:
             del model.get_submodule(name).base
-        for name in model.lora.trainable_token_indices:
+        for name in options.trainable_token_indices:
             setattr(model, name, model.get_submodule(name).merged())
     model.lora = None
     return model.requires_grad_(True)

@@ -70,7 +70,7 @@ class QuantWeight(nn.Module):
 
     PARTS = ("data", "absmax", "offset", "nested_absmax")
 
-    def __init__(self, shape: tuple[int, int], quantization: Quantization):
+    def __init__(self, shape: tuple[int, ...], quantization: Quantization):
         super().__init__()
         self.shape, self.wanted = tuple(shape), quantization
         for part in self.PARTS:

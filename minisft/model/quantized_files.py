@@ -94,26 +94,25 @@ def unpack(weight: Tensor, leaves: dict[str, Tensor], shape: list[int]) -> NF4Te
     if "quant_map" not in leaves or not _is_table(leaves["quant_map"], torch.tensor(TABLES[kind])):
         raise ValueError(f"quant_map is not the table of {kind}")
     num_blocks = -(-numel // blocksize)
-    q = dict(packed=packed, shape=tuple(shape), dtype=dtype, blocksize=blocksize, quant_type=kind)
-    absmax = leaves.get("absmax")
+    rest = tuple(shape), dtype, blocksize, kind
     if "nested_absmax" not in leaves:
-        _expect("absmax", absmax, torch.float32, [num_blocks])
-        return NF4Tensor(absmax=absmax, **q)
-    _expect("absmax", absmax, torch.uint8, [num_blocks])
+        return NF4Tensor(packed, _expect("absmax", leaves.get("absmax"), torch.float32, [num_blocks]), *rest)
+    absmax = _expect("absmax", leaves.get("absmax"), torch.uint8, [num_blocks])
     _expect("nested_absmax", leaves["nested_absmax"], torch.float32, [-(-num_blocks // NESTED_BLOCKSIZE)])
     offset, table = state.get("nested_offset"), leaves.get("nested_quant_map")
     if state.get("nested_blocksize") != NESTED_BLOCKSIZE or type(offset) is not float:
         raise ValueError(f"quant_state is {str(state)[:200]}, expected nested_blocksize {NESTED_BLOCKSIZE}, an offset")
     if table is None or not _is_table(table, dynamic_table()):
         raise ValueError("nested_quant_map is not the dynamic table of 8 bits")
-    nested = dict(nested_absmax=leaves["nested_absmax"], nested_table=dynamic_table(), offset=torch.tensor(offset))
-    return NF4Tensor(absmax=absmax, **nested, **q)
+    return NF4Tensor(packed, absmax, *rest, torch.tensor(offset), leaves["nested_absmax"], dynamic_table())
 
 
-def _expect(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: list[int]) -> None:
+def _expect(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    """The tensor, if it is what is expected. Raises ValueError."""
     if tensor is None or tensor.dtype != dtype or list(tensor.shape) != list(shape):
         found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
         raise ValueError(f"{name} is {found}, expected {dtype} {list(shape)}")
+    return tensor
 
 
 def _is_table(found: Tensor, table: Tensor) -> bool:

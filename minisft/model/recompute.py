@@ -47,8 +47,8 @@ class Recipe:
 def droppable(y: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """y, which is function(*inputs), with that function attached. The inputs must be tensors that are saved anyway."""
     if torch.is_grad_enabled():
-        inputs = [x.detach() for x in inputs]
-        y.recipe = lambda: function(*inputs)
+        kept = [x.detach() for x in inputs]
+        y.recipe = lambda: function(*kept)
     return y
 
 

@@ -68,4 +68,5 @@ def rope_table(rope: Rope, position_ids: Tensor, dtype: torch.dtype = torch.floa
     """position_ids int [T] -> cos, sin of the angles times the attention factor [T, dim/2], rounded to dtype at the
     end. Computed once a forward, shared by all layers that have this rope."""
     angle = position_ids.float()[:, None] * inverse_frequencies(rope, position_ids.device)
-    return tuple((x * rope.attention_factor).to(dtype) for x in (angle.cos(), angle.sin()))
+    cos, sin = angle.cos() * rope.attention_factor, angle.sin() * rope.attention_factor
+    return cos.to(dtype), sin.to(dtype)

@@ -41,7 +41,8 @@ def read_rope(
     if aliases and table.get("rope_type") in list(aliases):
         table["rope_type"] = aliases[table["rope_type"]]
     table = {"rope_theta": values[theta_key], SHARE: values[partial_key] if partial_key else 1.0} | table
-    require(partial_key or table[SHARE] == 1, f"{SHARE} = {table[SHARE]} is not implemented for {values['model_type']}")
+    fits = partial_key is not None or table[SHARE] == 1
+    require(fits, f"{SHARE} = {table[SHARE]} is not implemented for {values['model_type']}")
     return _rope(table, values, values.get(ORIGINAL), head_dim, max_length)
 
 

@@ -13,15 +13,18 @@ from torch import Tensor, nn
 class TokenRows(nn.Module):
     """Takes the place of an nn.Embedding or of the head; weight [V, D] is the frozen matrix, under its old name."""
 
+    index: Tensor  # [n], ids
+    place: Tensor  # [V], where a token's row is in `rows`; -1: it is not trained
+
     def __init__(self, base: nn.Embedding | nn.Linear, ids: tuple[int, ...], dtype: torch.dtype):
         super().__init__()
         self.weight, self.bias, self.enabled = base.weight, getattr(base, "bias", None), True
-        self.kind = type(base)
+        self.is_head = isinstance(base, nn.Linear)
         index = torch.tensor(ids, device=base.weight.device)
         place = torch.full((len(base.weight),), -1, device=index.device)
         place[index] = torch.arange(len(ids), device=index.device)
-        self.register_buffer("index", index)  # [n], ids
-        self.register_buffer("place", place)  # [V], where a token's row is in `rows`; -1: it does not train
+        self.register_buffer("index", index)
+        self.register_buffer("place", place)
         self.rows = nn.Parameter(base.weight.detach()[index].to(dtype))  # [n, D]
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -38,11 +41,14 @@ class TokenRows(nn.Module):
 
     def merged(self) -> nn.Embedding | nn.Linear:
         """The module whose place it took, with the trained rows written into its weight, in place."""
-        is_head = self.kind is nn.Linear
-        module = self.kind(*(self.weight.shape[::-1] if is_head else self.weight.shape), device="meta")
+        num_tokens, width = self.weight.shape
         with torch.no_grad():
             self.weight[self.index] = self.rows.to(self.weight.dtype)
+        if self.is_head:
+            module = nn.Linear(width, num_tokens, bias=self.bias is not None, device="meta")
+            if self.bias is not None:
+                module.bias = self.bias
+        else:
+            module = nn.Embedding(num_tokens, width, device="meta")
         module.weight = self.weight
-        if is_head:
-            module.bias = self.bias
         return module
