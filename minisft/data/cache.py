@@ -23,6 +23,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import chain
@@ -216,10 +217,8 @@ def build_cache(
             with waiting_lock(folder.with_name(f".lock-{folder.name}")):  # of several ranks one builds, the others find
                 if problem := _problem(folder):
                     note = "built" if problem == ABSENT else f"built again: {problem}"
-                    if os.path.lexists(folder):
-                        shutil.rmtree(folder)  # refuses a link
-                    remove_leftovers(cache_dir)
-                    gc.freeze()  # else it looks through all that torch has loaded again and again: a tenth of the time
+                    _remove(folder)
+                    gc.freeze()  # else the garbage collector scans all objects of torch again and again, 10 % of the time
                     _build(folder, sources, [str(path) for path in chain(*paths)], tokenizer, options, on_bad_row)
         except OSError as error:
             hint = "set cache_dir to a folder that can be written and has space"
@@ -232,6 +231,13 @@ def build_cache(
 def _problem(folder: Path) -> str | None:
     """None where the cache is there, every byte of it, else what is wrong."""
     return verify_folder(folder) if os.path.lexists(folder) else ABSENT
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that is not a whole cache, and what builds that were killed have left beside it."""
+    if os.path.lexists(folder):
+        shutil.rmtree(folder)  # refuses a link
+    remove_leftovers(folder.parent)
 
 
 def cache_key(
@@ -287,20 +293,12 @@ def _build(
     manifest = {"paths": paths, "sources": [], "bad_rows": []}
     file_numbers = {path: number for number, path in enumerate(paths)}
     num_tokens, is_weighted, has_roles = 0, False, options.answers != "chosen"
+    batches = _batches(sources, tokenizer, options, on_bad_row, manifest)
     with atomic_folder(folder, manifest) as temporary:
-        files = {name: open(temporary / f"{name}.bin", "wb") for name in (*ARRAYS, *OPTIONAL)}
-
-        def batches() -> Iterator[tuple[int, list[Document]]]:
-            for number, source in enumerate(sources):
-                entry = new_entry() | {"commit": source.commit}
-                manifest["sources"].append(entry)
-                for documents in tokenise(source, tokenizer, options, on_bad_row, entry, manifest["bad_rows"]):
-                    yield number, documents
-                assert entry["rows_read"] == entry["rows_used"] + sum(entry["dropped"].values())
-
-        try:
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(open(temporary / f"{name}.bin", "wb")) for name in (*ARRAYS, *OPTIONAL)}
             np.zeros(1, np.int64).tofile(files["offsets"])
-            for number, documents in with_mismatched(batches()) if options.answers == "labels" else batches():
+            for number, documents in with_mismatched(batches) if options.answers == "labels" else batches:
                 lengths = np.array([len(d.ids) for d in documents], dtype=np.int64)
                 columns = {
                     "ids": np.concatenate([d.ids for d in documents]),
@@ -319,12 +317,8 @@ def _build(
                     is_weighted = True
                     _write_ones(files["weights"], num_tokens)
                 if is_weighted:
-                    for document in documents:
-                        np.full(len(document.ids), document.weights, dtype=np.float32).tofile(files["weights"])
+                    _write_weights(files["weights"], documents)
                 num_tokens += int(lengths.sum())
-        finally:
-            for file in files.values():
-                file.close()
         if num_tokens == 0:
             read = sum(entry["rows_read"] for entry in manifest["sources"])
             shown = "".join(f"\n  {bad_row}" for bad_row in manifest["bad_rows"])
@@ -334,6 +328,23 @@ def _build(
                 (temporary / f"{name}.bin").unlink()
 
 
+def _batches(
+    sources: Sequence[Source], tokenizer: Tokenizer, options: FormatOptions, on_bad_row: str, manifest: dict
+) -> Iterator[tuple[int, list[Document]]]:
+    """(number of the source, documents) of all sources; fills the manifest."""
+    for number, source in enumerate(sources):
+        entry = new_entry() | {"commit": source.commit}
+        manifest["sources"].append(entry)
+        for documents in tokenise(source, tokenizer, options, on_bad_row, entry, manifest["bad_rows"]):
+            yield number, documents
+        assert entry["rows_read"] == entry["rows_used"] + sum(entry["dropped"].values())
+
+
 def _write_ones(file: BinaryIO, count: int) -> None:
     for first in range(0, count, BLOCK_TOKENS):
         np.ones(min(BLOCK_TOKENS, count - first), dtype=np.float32).tofile(file)
+
+
+def _write_weights(file: BinaryIO, documents: list[Document]) -> None:
+    for document in documents:
+        np.full(len(document.ids), document.weights, dtype=np.float32).tofile(file)

@@ -15,8 +15,8 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import chain, groupby
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from operator import attrgetter
 
 import numpy as np
@@ -91,80 +91,112 @@ def tokenise(
 
     on_bad_row: "error" raises UserError at the first one, "skip" counts them.
     """
-    row_format = None
-    dropped, strategies = Counter(), Counter()
-    batch: list[_Pending] = []
-    characters = 0
+    work = _Work(source, tokenizer, options, on_bad_row, entry, bad_rows)
+    with ThreadPoolExecutor(THREADS) as pool:
+        encoding: deque[tuple[list[_Pending], Future]] = deque()  # batches whose text is being encoded
+        for batch in work.batches():
+            pieces = [piece for part in batch for piece in part.pieces]
+            encoding.append((batch, pool.submit(raw_encodings, tokenizer, pieces)))
+            if len(encoding) > BATCHES_AT_WORK:
+                yield from work.documents(*encoding.popleft())
+        while encoding:
+            yield from work.documents(*encoding.popleft())
+    entry["dropped"] = dict(work.dropped)
+    entry["strategies"] = {name: rows for name, rows in work.strategies.items() if name}
 
-    def refuse(bad_row: BadRow) -> None:
-        if on_bad_row == "error" and bad_row.reason != TOO_LONG:
-            hint = 'mend the row, or set on_bad_row = "skip" to leave such rows out and count them'
-            raise UserError(str(bad_row), hint=hint, exit_code=DATA)
-        dropped[bad_row.reason] += 1
-        if len(bad_rows) < SHOWN_BAD_ROWS:
-            bad_rows.append(str(bad_row))
 
-    def finish(pending: list[_Pending], encodings: Future) -> Iterator[list[Document]]:
+@dataclass
+class _Work:
+    """A source on its way to documents, and the counts of what becomes of its rows."""
+
+    source: Source
+    tokenizer: Tokenizer
+    options: FormatOptions
+    on_bad_row: str
+    entry: dict
+    bad_rows: list[str]
+    row_format: RowFormat | None = None  # of the first row
+    dropped: Counter = field(default_factory=Counter)  # reason -> rows
+    strategies: Counter = field(default_factory=Counter)  # of conversations -> rows; "" = rows that are none
+
+    def batches(self) -> Iterator[list[_Pending]]:
+        """The rows of the source as texts to encode, some hundred rows at a time."""
+        batch, characters = [], 0
+        for number, row in enumerate(read_rows(self.source)):
+            self.entry["rows_read"] += 1
+            parts = self.parts(number, row)
+            batch += parts
+            characters += sum(len(piece.text) for part in parts for piece in part.pieces)
+            if len(batch) >= BATCH_ROWS or characters > BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+        if batch:
+            yield batch
+
+    def parts(self, number: int, row: Row | BadRow) -> list[_Pending]:
+        """The documents of a row, as text; none where it is bad."""
+        if isinstance(row, BadRow):
+            self.refuse(row)
+            return []
+        try:
+            data = rename_fields(row.data, self.source.field_map)
+            if self.row_format is None:
+                where = place(row.file, row.line)
+                self.row_format = _detect(data, where, self.source.format, self.tokenizer, self.options)
+                # "layout" was the name of a row format when the first caches were written.
+                self.entry["layout"], self.entry["prompt"] = str(self.row_format), self.row_format.prompt
+            parts = []
+            for example in to_examples(data, self.row_format, self.options):
+                parts += _parts(number, row, example, self.row_format, self.tokenizer, self.options)
+        except RowError as error:
+            self.refuse(_bad_row(row, error))
+            return []
+        self.entry["control_tokens"] += any(part.has_control_tokens for part in parts)
+        self.strategies[parts[0].strategy] += 1
+        return parts
+
+    def documents(self, batch: list[_Pending], encodings: Future) -> Iterator[list[Document]]:
+        """The documents of an encoded batch, as one list, if there are any."""
         encoded = iter(encodings.result())
         documents = []
-        for _, parts in groupby(pending, key=attrgetter("number")):
-            made, too_long, error = [], [], None
-            for part in parts:
-                raw = [next(encoded) for _ in part.pieces]
-                try:
-                    made.append(_document(part, raw, row_format, tokenizer, options, entry["turns_cut"]))
-                except RowError as caught:
-                    if caught.reason == TOO_LONG:
-                        too_long.append(caught)
-                    else:
-                        error = caught
-            if options.answers != "chosen" and not error:
-                error = next(iter(too_long), None) or _no_preference(made)
-            if error or not made:
-                refuse(_bad_row(part.row, error or too_long[0]))
-                continue
-            entry["rows_used"] += 1
-            entry["turns_cut"]["lost_answers"] += len(too_long)
-            documents += made
-        entry["documents"] += len(documents)
-        entry["straddling"] += sum(document.straddling for document in documents)
+        for _, parts in groupby(batch, key=attrgetter("number")):
+            documents += self.documents_of_row(list(parts), encoded)
+        self.entry["documents"] += len(documents)
+        self.entry["straddling"] += sum(document.straddling for document in documents)
         if documents:
             yield documents
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        at_work: deque[tuple[list[_Pending], Future]] = deque()
-        for number, row in enumerate(chain(read_rows(source), [None])):
-            if row is not None:
-                entry["rows_read"] += 1
-                if isinstance(row, BadRow):
-                    refuse(row)
-                    continue
-                try:
-                    data = rename_fields(row.data, source.field_map)
-                    if row_format is None:
-                        row_format = _detect(data, place(row.file, row.line), source.format, tokenizer, options)
-                        entry["layout"], entry["prompt"] = str(row_format), row_format.prompt
-                    parts = []
-                    for example in to_examples(data, row_format, options):
-                        parts += _parts(number, row, example, row_format, tokenizer, options)
-                except RowError as error:
-                    refuse(_bad_row(row, error))
-                    continue
-                entry["control_tokens"] += any(part.has_control_tokens for part in parts)
-                strategies[parts[0].strategy] += 1
-                batch += parts
-                characters += sum(len(piece.text) for part in parts for piece in part.pieces)
-            if row is None or len(batch) >= BATCH_ROWS or characters > BATCH_CHARACTERS:
-                at_work.append(
-                    (batch, pool.submit(raw_encodings, tokenizer, [p for part in batch for p in part.pieces]))
+    def documents_of_row(self, parts: list[_Pending], encoded: Iterator[tokenizers.Encoding]) -> list[Document]:
+        """The documents of one row, whose encodings come next from `encoded`; none where the row is bad."""
+        documents, too_long, error = [], [], None
+        for part in parts:
+            raw = [next(encoded) for _ in part.pieces]
+            try:
+                documents.append(
+                    _document(part, raw, self.row_format, self.tokenizer, self.options, self.entry["turns_cut"])
                 )
-                batch, characters = [], 0
-                if len(at_work) > BATCHES_AT_WORK:
-                    yield from finish(*at_work.popleft())
-        for pending, encoding in at_work:
-            yield from finish(pending, encoding)
-    del strategies[""]  # what is no conversation
-    entry["dropped"], entry["strategies"] = dict(dropped), dict(strategies)
+            except RowError as caught:
+                if caught.reason == TOO_LONG:
+                    too_long.append(caught)
+                else:
+                    error = caught
+        if self.options.answers != "chosen" and not error:
+            error = next(iter(too_long), None) or _no_preference(documents)
+        if error or not documents:
+            self.refuse(_bad_row(parts[-1].row, error or too_long[0]))
+            return []
+        self.entry["rows_used"] += 1
+        self.entry["turns_cut"]["lost_answers"] += len(too_long)
+        return documents
+
+    def refuse(self, bad_row: BadRow) -> None:
+        """Count a bad row, or stop at it."""
+        if self.on_bad_row == "error" and bad_row.reason != TOO_LONG:
+            hint = 'mend the row, or set on_bad_row = "skip" to leave such rows out and count them'
+            raise UserError(str(bad_row), hint=hint, exit_code=DATA)
+        self.dropped[bad_row.reason] += 1
+        if len(self.bad_rows) < SHOWN_BAD_ROWS:
+            self.bad_rows.append(str(bad_row))
 
 
 def _detect(row: dict, where: str, format: str, tokenizer: Tokenizer, options: FormatOptions) -> RowFormat:
