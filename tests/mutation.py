@@ -203,7 +203,7 @@ def first_failure(tree: Path, tests: str, limit: float | None = None) -> str | N
 def copy_tree(to: Path) -> Path:
     for name in ("minisft", "kernels", "tests", "configs", "benchmarks"):
         shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md"):
+    for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, to / name)
     return to
 
