@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minisft.data.batch import IGNORE_INDEX, Answers, Batch, document_bounds
 from minisft.data.cache import Documents
@@ -39,18 +40,7 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
     count them. No packs at all make a batch of filler, which trains nothing.
     """
     cache = documents.cache
-    numbers = np.asarray(pack_numbers, dtype=np.int64)
-    first = packs.offsets[numbers]
-    pieces = ragged_arange(first, packs.offsets[numbers + 1] - first)
-    document, skipped, stop = packs.document[pieces], packs.start[pieces], packs.end[pieces]
-    first_position = np.zeros_like(skipped)
-    if documents.group > 1:  # the pieces are units
-        document = (documents.group * document[:, None].astype(np.int64) + np.arange(documents.group)).ravel()
-        stop = documents.end[document] - documents.start[document]
-        first_position = skipped = np.zeros_like(document)
-        if documents.shared is not None:
-            skipped[1::2] = documents.shared[document[1::2] // 2]
-    lengths = (stop - skipped).astype(np.int64)
+    document, skipped, first_position, lengths = _pieces(documents, packs, pack_numbers)
     num_documents, num_tokens = len(lengths), int(lengths.sum())
     filler = np.zeros(-num_tokens % round_to if num_tokens else round_to, dtype=np.int64)
 
@@ -63,16 +53,9 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
     position = ragged_arange(first_position, lengths)  # [T]
     begin = np.concatenate([[0], np.cumsum(lengths)])
     owner = np.repeat(np.arange(len(lengths)), lengths)  # [T]
-    joined = first_position > 0  # goes on from the prompt of the document before
-    cu_seqlens = torch.from_numpy(begin[np.append(~joined, True)].astype(np.int32))
-    start, end = document_bounds(cu_seqlens, len(ids))
-    second = np.flatnonzero(joined)
-    answer = begin[second - 1] + first_position[second]  # where the answer before it begins
-    end[ragged_arange(answer, begin[second] - answer)] = torch.from_numpy(
-        np.repeat(begin[second], begin[second] - answer).astype(np.int32)
-    )
+    cu_seqlens, start, end = _bounds(begin, first_position)
 
-    # The targets: what is trained and not the first token of its piece.
+    # The targets: the trained tokens but the first of each piece.
     trained = ((kinds & TRAINED) != 0) & (position > 0)
     at = np.flatnonzero(trained)
     scored_from, of_document = at - 1, owner[at]
@@ -109,6 +92,39 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
         num_targets=num_targets,
         answers=answers,
     )
+
+
+def _pieces(
+    documents: Documents, packs: Packs, pack_numbers: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The pieces of these packs, int [N] each: (which document, tokens at its front that are not in the piece, position of
+    the first token, number of tokens)."""
+    numbers = np.asarray(pack_numbers, dtype=np.int64)
+    first = packs.offsets[numbers]
+    pieces = ragged_arange(first, packs.offsets[numbers + 1] - first)
+    document, skipped, stop = packs.document[pieces], packs.start[pieces], packs.end[pieces]
+    first_position = np.zeros_like(skipped)
+    if documents.group > 1:  # packs are made of units
+        document = (documents.group * document[:, None].astype(np.int64) + np.arange(documents.group)).ravel()
+        stop = documents.end[document] - documents.start[document]
+        first_position = skipped = np.zeros_like(document)
+        if documents.shared is not None:
+            skipped[1::2] = documents.shared[document[1::2] // 2]
+    return document, skipped, first_position, (stop - skipped).astype(np.int64)
+
+
+def _bounds(begin: np.ndarray, first_position: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """(cu_seqlens, start, end) of a batch whose N pieces begin at begin[:-1] [N+1]. A piece whose first position is not 0
+    follows the prompt that it shares with the piece before, and is one document with it."""
+    joined = first_position > 0
+    cu_seqlens = torch.from_numpy(begin[np.append(~joined, True)].astype(np.int32))
+    start, end = document_bounds(cu_seqlens, int(begin[-1]))
+    second = np.flatnonzero(joined)
+    answer = begin[second - 1] + first_position[second]  # where the answer before it begins
+    end[ragged_arange(answer, begin[second] - answer)] = torch.from_numpy(
+        np.repeat(begin[second], begin[second] - answer).astype(np.int32)
+    )
+    return cu_seqlens, start, end
 
 
 def _answers(documents: Documents, document: np.ndarray, row_answer: np.ndarray, weights: np.ndarray | None) -> Answers:
