@@ -49,7 +49,7 @@ def train(params, steps=3, is_8bit=False, grad_dtype=None, **options):
 
 
 def flat(tensors):
-    """All in one vector: of 8-bit moments the codes and the absmax."""
+    """All in one vector; an 8-bit moment as its codes and its absmax."""
     parts = [part for t in tensors for part in (t if isinstance(t, tuple) else (t,))]
     return torch.cat([part.flatten().double() for part in parts])
 
@@ -59,7 +59,7 @@ def assert_same(a, b):
 
 
 def test_twenty_steps_of_torchs_adamw(backend):
-    """Torch's in fp64: its fp32 multiplies by a rounded 1 - lr wd, which is off by up to 3e-8 the same way in every step."""
+    """Torch's AdamW in fp64: its fp32 multiplies by a rounded 1 - lr wd, which is off by up to 3e-8 the same way every step."""
     params = [torch.randn(size) for size in SIZES]
     theirs = [torch.nn.Parameter(w.double()) for w in params]
     optimizer = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, foreach=False)

@@ -1,4 +1,4 @@
-"""A trained model is taught something new: by all its weights, by adapters, by adapters beside 4 bits. `pytest -m slow`.
+"""A trained model learns something new: in all its weights, in adapters, in adapters beside 4-bit weights. `pytest -m slow`.
 
 The quickstart's model learns four of its five kinds of task; then each method teaches it the fifth, to reverse a word, whose
 instruction it has never seen. On one thread of a busy machine: the base two minutes, each method one.
@@ -72,7 +72,7 @@ def adapted(base):
 
 
 def logits(model: Decoder, folder: Path) -> torch.Tensor:
-    """Of every token of the held-out prompts of all kinds and their answers, as one stream of documents."""
+    """The logits of every token of the held-out prompts of all kinds and their answers, as one stream of documents."""
     tokenizer, rows = load_tokenizer(folder), (CONFIGS / "quickstart" / "held_out.jsonl").read_text().splitlines()
     documents = [tokenizer.encode(row["prompt"] + row["completion"]) for row in map(json.loads, rows)]
     lengths = torch.tensor([len(ids) for ids in documents])
@@ -88,7 +88,7 @@ def test_the_base_knows_the_old_kinds(base):
 
 
 def test_the_base_does_not_know_the_new_one(base, adapted):
-    """Or there would be nothing to teach: one step at a rate that changes nothing leaves its score."""
+    """Otherwise there would be nothing to teach. The score is that of one step at a rate that changes nothing."""
     model = {"model.config": None, "model.model_name_or_path": str(base[0]), "tokenizer_name_or_path": None}
     untaught = teach(base[0].parents[1], "untaught", "new", **model, max_steps=1, learning_rate=1e-12)
     assert untaught[1] <= 0.2

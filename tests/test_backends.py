@@ -1,4 +1,4 @@
-"""Which implementation an op runs, and what a user hears when it is not the one they hoped for."""
+"""Which implementation an op runs, and what the user is told when it is not the fast one."""
 
 import subprocess
 import sys

@@ -100,7 +100,7 @@ def test_nothing_to_score(backend, reduction):
 
 
 def test_another_ignore_index():
-    """Whether it lies outside the vocabulary or inside (a padding token that is never scored)."""
+    """ignore_index may be outside the vocabulary or inside (a padding token that is never scored)."""
     logits, labels = example(dtype=FP64)
     expected = cross_entropy(logits, labels)
     for index in (-1, 50):

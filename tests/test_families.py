@@ -24,7 +24,7 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def rope(hf: dict, **options) -> Rope:
-    """Of the first layer."""
+    """The rotary embedding of the first layer."""
     return from_hf(hf, **options).ropes[0]
 
 
@@ -59,7 +59,7 @@ def test_what_is_written_is_read_as_the_same_model(family):
     config = from_hf(CONFIGS[family])
     written = to_hf(config, "float32")
     assert from_hf(json.loads(json.dumps(written))) == config
-    assert written | CONFIGS[family] == written  # what was there is still there
+    assert written | CONFIGS[family] == written  # keys that were there are still there
     assert written["architectures"] == [FAMILIES[family].architecture] and written["dtype"] == "float32"
     larger = to_hf(with_vocab_size(config, 60), "bfloat16")
     assert {key: larger[key] for key in written if larger[key] != written[key]} == {
@@ -116,10 +116,10 @@ def test_rope_dialects():
     older = LLAMA | {"rope_theta": 9.0, "rope_scaling": LLAMA3 | {ORIGINAL: 16}}
     oldest = LLAMA | {"rope_theta": 9.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
     assert from_hf(newer) == from_hf(older) == from_hf(older | newer)
-    assert from_hf(newer | {"rope_theta": 5.0}) == from_hf(newer)  # the table goes before the top level
+    assert from_hf(newer | {"rope_theta": 5.0}) == from_hf(newer)  # the table wins over the top level
     assert rope(oldest) == Rope(8, 9.0, "linear", 2.0)
     assert rope(LLAMA | {"rope_scaling": LLAMA3}).original_max_position_embeddings == 256  # the model's own
-    assert rope(newer | {ORIGINAL: 32}).original_max_position_embeddings == 32  # outside goes before inside
+    assert rope(newer | {ORIGINAL: 32}).original_max_position_embeddings == 32  # outside wins over inside
 
 
 @pytest.mark.parametrize("family, theta_of_sliding", [("gemma3_text", "rope_local_base_freq"), ("olmo3", "rope_theta")])

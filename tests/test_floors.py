@@ -1,4 +1,4 @@
-"""Who may import whom: the table of DESIGN.md, held for every file by reading its imports, not by running it."""
+"""Who may import whom: the table below, held for every file by reading its imports, not by running it."""
 
 import ast
 import re
@@ -70,7 +70,7 @@ def floor(room: str) -> int:
 
 
 def room_of_module(module: str) -> str | None:
-    """minisft.data.batch -> data/batch; a package is its __init__; None for what is no module of ours."""
+    """minisft.data.batch -> data/batch; a package is its __init__; None for a module that is not ours."""
     name = "/".join(module.split(".")[1:])
     return next((room for room in (name, f"{name}/__init__".lstrip("/")) if room in FILES), None)
 

@@ -61,7 +61,7 @@ def loaded(variant):
 
 
 def hidden_states(model, lengths=(LENGTH,)):
-    """Of the first sum(lengths) tokens of the input, in documents of these lengths: [T, D]."""
+    """Hidden states of the first sum(lengths) tokens of the input, in documents of these lengths: [T, D]."""
     start, end = bounds_of(lengths)
     positions = torch.cat([torch.arange(n) for n in lengths]).int()
     return model(input_ids()[: len(start)], positions, start, end)

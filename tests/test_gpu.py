@@ -75,7 +75,7 @@ def table(tokens, rotated):
 
 
 def rope_case(op, interleaved=False, norms=False):
-    """As a function of q, k (and two weights); the table has the dtype of q."""
+    """rope as a function of q, k (and two weights); the table has the dtype of q."""
 
     def run(q, k, *weights):
         cos, sin = (x.to(q.dtype) for x in table(len(q), q.shape[-1]))
@@ -293,7 +293,7 @@ def test_attention_over_one_long_document(head_dim):
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_attention_repeats_bitwise_if_asked(head_dim):
-    """And the one-pass gradient, whose sums come in any order, differs by rounding only."""
+    """The one-pass gradient, whose sums come in any order, differs by rounding only."""
     inputs, bounds = attention_inputs([1000, 24, 2048, 1024], 8, 2, head_dim, torch.bfloat16)
     repeatable = attention(flash_attention, bounds, deterministic=True)
     first, *others = (run_with_gradients(repeatable, inputs) for _ in range(3))
@@ -468,7 +468,7 @@ def test_offsets_beyond_two_to_the_31_of_the_elementwise_ops(name):
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_four_bits_are_those_of_the_torch_path(kind, dtype, double_quant):
-    """Which is bit-compatible with bitsandbytes."""
+    """The reference is bit-compatible with bitsandbytes."""
     quantize, dequantize = {"nf4": (quantize_nf4, dequantize_nf4), "fp4": (quantize_fp4, dequantize_fp4)}[kind]
     w = (torch.randn(1031, 1027, device="cuda") * 0.02).to(dtype)  # blocks cross the rows, and the last one is ragged
     ours = quantize(w, double_quant=double_quant)

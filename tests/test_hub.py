@@ -227,7 +227,7 @@ def test_half_a_download_is_no_model_and_the_next_call_completes_it(hub, client,
 
 
 def test_a_snapshot_without_a_shard_is_refused(hub, client, home, tmp_path):
-    """As older versions of huggingface_hub hand it out, or where somebody has tidied up the cache."""
+    """A snapshot as older versions of huggingface_hub return it, or after somebody has tidied up the cache."""
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     shards = dict.fromkeys(index["weight_map"].values(), b"bytes")
     files = {"config.json": "{}", "model.safetensors.index.json": json.dumps(index)} | shards

@@ -26,7 +26,7 @@ def forward(model):
 
 
 def randomise(model, seed=3):
-    """As if it had been trained: B is no longer zero."""
+    """Changes the adapter as training would: B is no longer zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""What a block keeps for its backward: less where it is asked for, and never another gradient by a single bit."""
+"""What a block keeps for its backward: less if requested, and never a gradient that differs by a single bit."""
 
 import pytest
 import torch

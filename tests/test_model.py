@@ -83,7 +83,7 @@ def test_packed_equals_one_by_one(model, backend):
 
 
 def gradients(model: Decoder, hidden: Tensor, probe: Tensor) -> list[Tensor]:
-    """Of sum(hidden * probe), for every parameter; without those of k biases, which are zero but for rounding."""
+    """Gradients of sum(hidden * probe) for every parameter except k biases, where they are zero but for rounding."""
     parameters = [p for name, p in model.named_parameters() if not name.endswith("k_proj.bias")]
     return torch.autograd.grad((hidden * probe).sum(), parameters, retain_graph=True, materialize_grads=True)
 

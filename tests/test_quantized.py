@@ -219,7 +219,7 @@ def theirs(name: str, weight: torch.Tensor, kind: Quantization) -> tuple[dict[st
 
 
 def as_near(ours: torch.Tensor, others: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether two FP4 packings are equally good. There are two zeros and there are ties; what becomes of them differs
+    """Whether two FP4 packings are equally good. There are two zeros and there are ties; how they are handled differs
     between their kernels for CUDA, which are ours, and those for the CPU."""
     q, weight = quantize_fp4(weight, 64, double_quant=False), weight.float()
     one, other = ((dequantize_fp4(replace(q, packed=p), torch.float32) - weight).abs() for p in (ours, others))
@@ -240,7 +240,7 @@ def nearer(ours: torch.Tensor, others: torch.Tensor, weight: torch.Tensor, tenso
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_our_files_are_theirs_byte_by_byte(kind, dtype, tmp_path):
-    """Of every plain family; hidden size 32, so that blocks cross rows."""
+    """Every plain family, with hidden size 32, so that blocks cross rows."""
     save_model(tiny("llama"), tmp_path / "plain", dtype=torch.float16)  # the same numbers in all three dtypes
     tensors = {name: t.to(dtype) for name, t in load_file(tmp_path / "plain" / "model.safetensors").items()}
     save_file(tensors, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""A run that starts from an adapter: the same one trained further, or merged into its base and all weights trained."""
+"""A run that starts from an adapter: it is trained further, or merged into its base and all weights are trained."""
 
 import json
 import shutil
@@ -67,7 +67,7 @@ def changed(home: Path, tmp_path: Path, **values) -> Path:
     return folder
 
 
-# ---- trained further -------------------------------------------------------------------------------------------------
+# ---- trained on -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["adapter", "adapter/model"])
@@ -76,7 +76,7 @@ def test_the_adapter_goes_on_where_it_was(home, where):
     assert run.model.adapter_is_new is False
     assert torch.equal(logits(run.model.eval()), logits(load_adapted(home / "adapter" / "model")))
     model_line = next(line for line in run.summary if line.startswith("model "))
-    assert f"{home}/base/model + adapter {home}/adapter/model, trained further" in model_line
+    assert f"{home}/base/model + adapter {home}/adapter/model, trained on" in model_line
     assert run.start.name == str(home / "base" / "model")
 
 
@@ -143,7 +143,7 @@ def test_stopped_and_resumed_it_ends_in_the_same_bytes(home, go, tmp_path, monke
 
 
 def test_pissa_and_rows_of_new_tokens_come_along(home, go, tmp_path):
-    """What was saved is a plain adapter of twice the rank, and so it goes on; the keys of its run fit it."""
+    """The saved adapter is a plain one of twice the rank and is trained further as such; the keys of its run fit it."""
     keys = {"lora.init_lora_weights": "pissa", "model.new_special_tokens": ["<think>"]}
     assert go(home / "base", output_dir=str(tmp_path / "first"), **keys).exit_code == 0
     assert adapter_config(tmp_path / "first")["r"] == 8
@@ -214,7 +214,7 @@ def test_the_base_is_quantised_as_its_record_says(home, go, tmp_path):
     record = (tmp_path / "first" / "model" / RECORD).read_bytes()
     assert (tmp_path / "out" / "model" / RECORD).read_bytes() == record
 
-    with pytest.raises(UserError, match="was nf4 with double quantisation, not int8"):
+    with pytest.raises(UserError, match="was nf4 with double quantisation; int8 is asked for"):
         parts(home, **start(tmp_path / "first"), **LORA, **{"model.load_in_8bit": True})
     # merged is what `minisft export --merge` merges: the dequantised base
     merged, _ = parts(home, **start(tmp_path / "first"))
@@ -224,7 +224,7 @@ def test_the_base_is_quantised_as_its_record_says(home, go, tmp_path):
 
 
 def test_an_adapter_without_record_is_beside_what_is_asked_for(home, tmp_path):
-    """PEFT has no place for it."""
+    """PEFT's config has no field for it."""
     run, _ = parts(home, **start(home / "adapter"), **LORA, **{"model.load_in_8bit": True})
     assert quantization_of(run.model) == Quantization("int8")
 
@@ -302,7 +302,7 @@ def test_a_folder_without_model_is_told(home, tmp_path):
 
 
 def test_a_run_is_not_resumed_beside_another_start(home, go, tmp_path, monkeypatch):
-    """The adapter was trained anew in between: what has been trained since would be on neither."""
+    """The adapter was trained anew in between, so the resumed run would fit neither version."""
     shutil.copytree(home / "adapter", tmp_path / "start")
     with monkeypatch.context() as patch:
         stop_after(patch, 4, signal.SIGTERM)

@@ -47,7 +47,7 @@ assert CONFIGS.keys() == FAMILIES.keys()
 
 
 def tiny(config: dict | str, seed: int = 0) -> Decoder:
-    """With random weights; biases and norms too, which would otherwise start at 0 and 1 and hide mistakes."""
+    """A model with random weights, biases and norms too, which would otherwise start at 0 and 1 and hide mistakes."""
     model = build_model(from_hf(CONFIGS[config] if isinstance(config, str) else config), "cpu")
     init_weights(model, seed)
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,6 @@
 """How a fast op is held to its reference, and the awkward document layouts that it is held to it on.
 
-The rule (DESIGN "Equivalence"): with the error of a tensor defined as norm(a - b) / norm(b),
+The rule: with the error of a tensor defined as norm(a - b) / norm(b),
 
     error(fast op, truth) <= 2 x error(plain torch in the same dtype, truth) + a tiny floor
 
