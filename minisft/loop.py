@@ -102,9 +102,8 @@ def take_steps(
     loggers: None on all ranks but the first. Raises UserError where a step is not finite and on_nonfinite = "stop".
     """
     progress, total_steps = run.progress, run.total_steps
-    evaluated_at = saved_at = (
-        progress.step
-    )  # a resumed run was evaluated and saved at this step already: do neither again
+    # a resumed run was evaluated and saved at this step already: do neither again
+    evaluated_at = saved_at = progress.step
     num_failed_saves, stop, failure = 0, False, None
     values, seconds, tokens = {}, 0.0, 0
 
