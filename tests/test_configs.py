@@ -26,7 +26,8 @@ from minisft.data.tokenizer import train_tokenizer
 from minisft.hub import is_repository_name
 from minisft.model.families import from_hf
 from minisft.model.load import build_model, init_weights
-from minisft.model.lora import LoraOptions, adapter_sites, apply_lora
+from minisft.model.lora import adapter_sites, apply_lora
+from minisft.model.lora_options import LoraOptions
 from minisft.model.model_config import ModelConfig
 from minisft.model.save import save_model
 from minisft.train import run

@@ -16,7 +16,8 @@ from minisft.data.kinds import ANSWER, CHOSEN, MISMATCHED, REJECTED, TRAINED, US
 from minisft.data.loader import Loader, make_batch, shared_prompts
 from minisft.data.packing import pack, plan
 from minisft.errors import UserError
-from minisft.model.lora import LoraOptions, apply_lora
+from minisft.model.lora import apply_lora
+from minisft.model.lora_options import LoraOptions
 from minisft.preference.answer_logps import answer_logps, token_weights
 from minisft.preference.losses import (
     ACROSS_THE_BATCH,

@@ -9,7 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from minisft.errors import UserError
 from minisft.model import recompute
-from minisft.model.lora import LoraOptions, apply_lora
+from minisft.model.lora import apply_lora
+from minisft.model.lora_options import LoraOptions
 from minisft.model.recompute import Recipe, droppable, dropped
 
 MODES = {

@@ -20,7 +20,8 @@ from minisft.data import loader as loader_module
 from minisft.data.loader import Loader, shared_prompts
 from minisft.data.packing import plan
 from minisft.errors import SAVE, UserError
-from minisft.model.lora import LoraOptions, apply_lora
+from minisft.model.lora import apply_lora
+from minisft.model.lora_options import LoraOptions
 from minisft.preference.losses import dpo_loss
 from minisft.preference.reference import cache_logps, check_layout, fingerprint
 

@@ -31,7 +31,8 @@ from minisft.model.adapter_files import (
 from minisft.model.decoder import Decoder
 from minisft.model.families import from_hf
 from minisft.model.load import build_model, init_weights, load_weights, place_quantized, read_config
-from minisft.model.lora import LoraOptions, apply_lora, merge_adapter
+from minisft.model.lora import apply_lora, merge_adapter
+from minisft.model.lora_options import LoraOptions
 from minisft.model.model_config import ModelConfig, with_vocab_size, without_dropout
 from minisft.model.quantized import Quantization, describe_quantized, named_weights, quantization_of, read_record
 from minisft.model.start import Start, find_start
