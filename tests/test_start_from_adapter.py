@@ -67,7 +67,7 @@ def changed(home: Path, tmp_path: Path, **values) -> Path:
     return folder
 
 
-# ---- trained on -------------------------------------------------------------------------------------------------
+# ---- trained further -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["adapter", "adapter/model"])
@@ -76,7 +76,7 @@ def test_the_adapter_goes_on_where_it_was(home, where):
     assert run.model.adapter_is_new is False
     assert torch.equal(logits(run.model.eval()), logits(load_adapted(home / "adapter" / "model")))
     model_line = next(line for line in run.summary if line.startswith("model "))
-    assert f"{home}/base/model + adapter {home}/adapter/model, trained on" in model_line
+    assert f"{home}/base/model + adapter {home}/adapter/model, trained further" in model_line
     assert run.start.name == str(home / "base" / "model")
 
 
@@ -214,7 +214,7 @@ def test_the_base_is_quantised_as_its_record_says(home, go, tmp_path):
     record = (tmp_path / "first" / "model" / RECORD).read_bytes()
     assert (tmp_path / "out" / "model" / RECORD).read_bytes() == record
 
-    with pytest.raises(UserError, match="was nf4 with double quantisation; int8 is asked for"):
+    with pytest.raises(UserError, match="was nf4 with double quantisation, not int8"):
         parts(home, **start(tmp_path / "first"), **LORA, **{"model.load_in_8bit": True})
     # merged is what `minisft export --merge` merges: the dequantised base
     merged, _ = parts(home, **start(tmp_path / "first"))
