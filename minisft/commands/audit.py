@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,35 +235,29 @@ def _tables(data_set: DataSet, in_epoch: "Documents", is_train: bool, config: "C
 
 def _packing(documents: "Documents", is_on: bool, is_train: bool, config: "Config") -> dict[str, Any]:
     """How full packs are, and how many steps an epoch has, with packing and without; on one device."""
-    from minisft.data.loader import shared_prompts
-    from minisft.data.packing import plan
+    from minisft.data.loader import plan_set
     from minisft.schedule import total_steps
 
     data, train, batch_size = config.data, config.train, config.evaluate.per_device_eval_batch_size
     packs_a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    if config.trainer_type == "dpo" and config.dpo.share_prompt:
-        documents = replace(documents, shared=shared_prompts(documents))
-    lengths = documents.unit_lengths
+    strategies = {"packed": data.packing_strategy} if data.max_length else {}
+    tables: dict[str, Any] = {"packed": None}
+    for name, strategy in (strategies | {"unpacked": "none"}).items():
+        documents, plan = plan_set(
+            documents, strategy=strategy, max_length=data.max_length, share_prompt=config.dpo.share_prompt
+        )
+        table = {"packs": plan.num_packs, "fill": round(plan.fill, 6) if data.max_length else None}
+        if is_train:
+            steps = -(-plan.num_packs // packs_a_step)
+            table |= {
+                "steps_per_epoch": steps,
+                "steps": total_steps(steps, train.num_train_epochs, train.max_steps),
+            }
+        else:
+            table["batches"] = -(-plan.num_packs // batch_size)
+        tables[name] = table
     max_length = documents.group * data.max_length if data.max_length else None  # of a pack
-
-    def with_strategy(strategy: str) -> dict[str, Any]:
-        planned = plan(lengths, max_length or int(lengths.max()), strategy)
-        table = {"packs": planned.num_packs, "fill": round(planned.fill, 6) if max_length else None}
-        if not is_train:
-            return table | {"batches": -(-planned.num_packs // batch_size)}
-        steps = -(-planned.num_packs // packs_a_step)
-        return table | {
-            "steps_per_epoch": steps,
-            "steps": total_steps(steps, train.num_train_epochs, train.max_steps),
-        }
-
-    return {
-        "is_on": is_on,
-        "strategy": data.packing_strategy,
-        "max_length": max_length,
-        "packed": with_strategy(data.packing_strategy) if max_length else None,
-        "unpacked": with_strategy("none"),
-    }
+    return {"is_on": is_on, "strategy": data.packing_strategy, "max_length": max_length, **tables}
 
 
 # ------------------------------------------------------------------------------------------------- as text

@@ -20,7 +20,7 @@ pair: each answer sees the prompt and itself. The first token of both answers is
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 from minisft.data.batch import IGNORE_INDEX, Answers, Batch, document_bounds
 from minisft.data.cache import Documents
 from minisft.data.kinds import KIND_MASK, TRAINED
-from minisft.data.packing import Packs, Plan, ragged_arange
+from minisft.data.packing import Packs, Plan, plan, ragged_arange
 
 
 def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], *, round_to: int = 1) -> Batch:
@@ -148,6 +148,21 @@ def _answers(documents: Documents, document: np.ndarray, row_answer: np.ndarray,
         num_answers=tuple(int((role == r).sum()) for r in roles),
         num_targets=tuple(int(length[role == r].sum()) for r in roles),
     )
+
+
+def plan_set(
+    documents: Documents, *, strategy: str, max_length: int | None, share_prompt: bool
+) -> tuple[Documents, Plan]:
+    """How the documents of a set share packs: (the documents, with `shared` where pairs share their prompts, the plan).
+
+    The documents are cut already (documents.py). strategy: a key of packing_strategies.STRATEGIES; "none" makes a pack of
+    each unit. max_length is the limit of a prompt with one answer, so a pack of pairs has room for two of these; None = as
+    much as the longest unit needs.
+    """
+    if share_prompt and documents.group > 1 and documents.shared is None:
+        documents = replace(documents, shared=shared_prompts(documents))
+    lengths = documents.unit_lengths
+    return documents, plan(lengths, documents.group * max_length if max_length else int(lengths.max()), strategy)
 
 
 def shared_prompts(documents: Documents) -> np.ndarray:

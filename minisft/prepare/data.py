@@ -1,6 +1,6 @@
 """The data of a run: the tokenizer, documents read, checked, cut and packed, and what became of every row, in lines."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from minisft import ranks
@@ -8,8 +8,7 @@ from minisft.config.sections import Config, DataSection, eval_sets, source_list
 from minisft.data.audit import quick_findings
 from minisft.data.cache import Documents, build_cache
 from minisft.data.documents import Accounting, select_documents, show_document, split_documents
-from minisft.data.loader import Loader, shared_prompts
-from minisft.data.packing import plan
+from minisft.data.loader import Loader, plan_set
 from minisft.data.packing_strategies import STRATEGIES
 from minisft.data.row_format import FormatOptions
 from minisft.data.sources import parse_source
@@ -61,15 +60,12 @@ def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Loader, dict[str
         )
 
     def loader(documents: Documents, packing: bool, batch_size: int, **options) -> Loader:
-        # Already cut as data.truncation says; without packing each is a pack of its own. max_length is the limit of a prompt
-        # with one answer, so a pack of pairs has room for two of these.
-        if config.dpo.share_prompt and documents.group > 1:
-            documents = replace(documents, shared=shared_prompts(documents))
-        lengths = documents.unit_lengths
-        if packing:
-            packs = plan(lengths, documents.group * data.max_length, data.packing_strategy)
-        else:
-            packs = plan(lengths, lengths.max(), "none")
+        documents, packs = plan_set(
+            documents,
+            strategy=data.packing_strategy if packing else "none",
+            max_length=data.max_length,
+            share_prompt=config.dpo.share_prompt,
+        )
         options |= {"seed": seed, "round_to": ROUND_TO, "rank": ranks.rank(), "world_size": ranks.world_size()}
         return Loader(documents, packs, batch_size, **options)
 
