@@ -15,8 +15,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minisft.data.chat import masks
-from minisft.data.chat.masks import Masking, check_template, render_conversation
+from minisft.data.chat.masks import Masking, render_conversation
 from minisft.data.chat.template import ChatTemplate, render
+from minisft.data.chat.template_check import check_template
 from minisft.data.chat.training_templates import STOCK, tagged_twin
 from minisft.data.kinds import ANSWER, KIND_MASK, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
 from minisft.data.rows import RowError

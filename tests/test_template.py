@@ -2,8 +2,9 @@
 
 import pytest
 
-from minisft.data.chat.masks import Masking, check_template, kinds_of, render_conversation
+from minisft.data.chat.masks import Masking, kinds_of, render_conversation
 from minisft.data.chat.template import ChatTemplate, render
+from minisft.data.chat.template_check import check_template
 from minisft.data.chat.training_templates import CHATML
 from minisft.data.kinds import ANSWER, HEADER, KIND_MASK, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
 from minisft.data.rows import RowError

@@ -24,7 +24,8 @@ import numpy as np
 import tokenizers
 
 from minisft.data.chat.conversations import check_messages
-from minisft.data.chat.masks import Masking, Rendered, check_template, render_conversation
+from minisft.data.chat.masks import Masking, Rendered, render_conversation
+from minisft.data.chat.template_check import check_template
 from minisft.data.formats import Example, Piece
 from minisft.data.kinds import TRAINED
 from minisft.data.row_format import FormatOptions, RowFormat
@@ -159,7 +160,7 @@ def _put_back(piece: Piece, tokens: list[str]) -> Piece:
 
 
 def check_chat_template(tokenizer: Tokenizer) -> None:
-    """The start-up check of the tokenizer's template. Raises UserError; see `masks.check_template`."""
+    """The start-up check of the tokenizer's template. Raises UserError; see chat/template_check.py."""
     specials = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values() if token.special]
     if "eos_token" in tokenizer.special_tokens:
         specials.append(tokenizer.special_tokens["eos_token"])

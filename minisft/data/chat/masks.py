@@ -23,21 +23,19 @@ The characters of the other contents are found by private-use characters put aro
 that inspects a content and renders something else because of them loses only that detail.
 
 A turn's span begins after the header ("<|im_start|>assistant\n" is given at inference, so it is not trained) and ends
-after the terminator, which must be trained or the model never stops: `check_template` refuses a template that fails.
+after the terminator, which must be trained or the model never stops: template_check.py refuses a template that fails.
 """
 
 import json
 import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 from minisft.data.chat.template import END_GENERATION, GENERATION, ChatTemplate, render
 from minisft.data.chat.training_templates import CHATML, tagged_twin
 from minisft.data.kinds import ANSWER, HEADER, KIND_MASK, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
 from minisft.data.rows import RowError
-from minisft.errors import MODEL, UserError
 
 # Markers are private-use characters of the last plane, which a row must not contain: OPEN + i opens the content of
 # message i, CLOSE closes it.
@@ -46,6 +44,7 @@ MARKER = re.compile("([\U00100000-\U0010ffff])")
 KIND_OF_ROLE = {"system": SYSTEM, "developer": SYSTEM, "user": USER, "tool": TOOL, "assistant": ANSWER}
 THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 TAG = re.compile(r"\{%[-+]?\s*generation\b")
+PROBE = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": "An answer."}]
 OURS = ("train", "weight", "part_spans")  # keys of a message that are not for the template
 
 Span = tuple[int, int, int]  # first character, the one after the last, kind | TRAINED
@@ -181,13 +180,12 @@ def _joint(row: _Conversation) -> Rendered:
 @lru_cache(maxsize=32)
 def _tags_hold_header(template: ChatTemplate) -> bool:
     """Whether an answer's tags begin before the answer, as SmolLM3's do: its turns are found by prefix instead."""
-    messages, _ = PROBES[0]
-    row = _Conversation(template, messages, [False] * len(messages), [{}] * len(messages), Masking(), {})
+    row = _Conversation(template, PROBE, [False, False], [{}, {}], Masking(), {})
     try:
         text, turns, _ = _marked(row)
-        prompt = row.prompt(len(messages) - 1)
+        prompt = row.prompt(1)
     except RowError:
-        return False  # whatever it is, `check_template` tells
+        return False  # template_check.py reports whatever it is
     return bool(turns) and text.startswith(prompt) and turns[-1][0] < len(prompt)
 
 
@@ -378,89 +376,8 @@ def _part_spans(row: _Conversation, text: str, start: int, end: int, i: int) -> 
 @lru_cache(maxsize=32)
 def terminator(template: ChatTemplate) -> str:
     """What the template puts after an answer inside the assistant's turn, such as "<|im_end|>"."""
-    probe = "An answer."
-    text = render(template, [{"role": "user", "content": "A question."}, {"role": "assistant", "content": probe}])
-    return text[text.rindex(probe) + len(probe) :].rstrip() if probe in text else ""
-
-
-# ------------------------------------------------------------------------------------------------- the start-up check
-
-USER_TURN = {"role": "user", "content": "A question?"}
-ANSWER_TURN = {"role": "assistant", "content": "An answer."}
-SPACED = [
-    {"role": "user", "content": " Fragen: \u00e4\U0001f600?\n"},
-    {"role": "assistant", "content": "Zwei\n\n W\u00f6rter"},
-]
-THOUGHT = {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
-CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"key": "a"}}, "id": "call00001"}
-TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "Looks up a key.", "parameters": {}}}]
-PROBES = [  # (messages, tools)
-    ([USER_TURN, ANSWER_TURN], None),
-    ([USER_TURN, ANSWER_TURN, *SPACED], None),
-    ([{"role": "system", "content": "Be brief."}, *SPACED], None),
-    ([USER_TURN, ANSWER_TURN, *SPACED, USER_TURN, ANSWER_TURN], None),
-    ([USER_TURN, THOUGHT], None),
-    ([USER_TURN, THOUGHT, *SPACED], None),
-    (
-        [
-            USER_TURN,
-            {"role": "assistant", "content": "", "tool_calls": [CALL]},
-            {"role": "tool", "name": "look_up", "tool_call_id": "call00001", "content": "b"},
-            ANSWER_TURN,
-        ],
-        TOOLS,
-    ),
-]
-
-
-@lru_cache(maxsize=32)
-def check_template(template: ChatTemplate, terminators: tuple[str, ...], masking: Masking = Masking()) -> None:
-    """Refuse a template that would train a model wrongly: a header that is trained, an answer whose end is not.
-
-    terminators: the texts of special tokens and EOS; a turn must end in one of them. Raises UserError.
-    """
-
-    def refuse(what: str, hint: str = "give a chat_template of your own, or chatml") -> None:
-        raise UserError(f"the chat template {what}", hint=hint, exit_code=MODEL)
-
-    for number, (messages, tools) in enumerate(PROBES):
-        try:
-            documents = render_conversation(template, messages, tools=tools, masking=masking)
-        except RowError as error:
-            if number == 0:  # what else a template refuses (system turns, say) is told for the rows that have it
-                refuse(f"cannot render one question and its answer: {error}")
-            continue
-        for document in documents:
-            trained = _trained_text(document)
-            if not trained or not trained[-1].rstrip().endswith(terminators):
-                end = "".join(trained)[-40:]
-                refuse(f"does not train the end of an answer: {end!r} ends in no special token")
-        last = documents[-1]
-        prompt = render(template, messages[:-1], tools=tools, add_generation_prompt=True)
-        text, turn = last.text, _trained_text(last)[-1]
-        if text.startswith(prompt) and text.rindex(turn) < len(prompt):
-            refuse(f"trains the header of an answer: {turn!r}")
-        if messages[-1]["content"].strip() not in turn:
-            refuse(f"does not train the whole answer: {turn!r}")
-
-
-def _trained_text(document: Rendered) -> list[str]:
-    """The stretches of text that are trained."""
-    on = bytearray(len(document.text) + 1)
-    for start, end, byte in document.spans:
-        on[start:end] = bytes([bool(byte & TRAINED)]) * (end - start)
-    borders = [0, *(i for i, (a, b) in enumerate(pairwise(on), 1) if a != b), len(document.text)]
-    return [document.text[a:b] for a, b in pairwise(borders) if a < b and on[a]]
-
-
-def show_document(document: Rendered) -> str:
-    """The text with what is trained in brackets."""
-    shown, at = "", 0
-    for stretch in _trained_text(document):
-        begin = document.text.index(stretch, at)
-        shown += document.text[at:begin] + f"[{stretch}]"
-        at = begin + len(stretch)
-    return shown + document.text[at:]
+    text, answer = render(template, PROBE), PROBE[1]["content"]
+    return text[text.rindex(answer) + len(answer) :].rstrip() if answer in text else ""
 
 
 def kinds_of(document: Rendered) -> bytearray:
