@@ -13,7 +13,7 @@ from minisft.kernels import common
 
 HERE = Path(__file__).parent
 KERNEL_FILES = [file.stem for file in sorted((HERE.parent / "kernels").glob("*.py"))]
-MOST_COMPILES = 152  # what fits 90 seconds on two cores
+MOST_COMPILES = 152  # what fits a minute on two cores
 MATRIX_OPS = {"flash_attention"}  # whose kernels multiply matrices themselves
 TENSOR_MEMORY = 512  # columns, on sm_100
 SPILLS = {  # kernel and one of its constants -> why it may spill on sm_90
@@ -28,18 +28,20 @@ SPILLS = {  # kernel and one of its constants -> why it may spill on sm_90
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory) -> list[dict]:
-    """A row a compiled kernel; see compile_gate.py."""
+def table(tmp_path_factory, pytestconfig) -> list[dict]:
+    """A row a compiled kernel; see compile_gate.py. pytest's cache keeps it for the next run."""
     if not common.HAS_TRITON:
         pytest.skip("needs Triton")
     folder = tmp_path_factory.mktemp("compile")
+    has_cache = hasattr(pytestconfig, "cache")  # not with -p no:cacheprovider
+    file = (pytestconfig.cache.mkdir("compile_gate") if has_cache else folder) / "table.csv"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    command = [sys.executable, str(HERE / "compile_gate.py"), str(folder / "table.csv")]
+    command = [sys.executable, str(HERE / "compile_gate.py"), str(file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    with (folder / "table.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    with file.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
 
 
 def leaves(table: dict, path: tuple = ()):
