@@ -45,6 +45,7 @@ TESTS = {
     "minisft/optimizers.py": "optim optim_memory",
     "minisft/update.py": "optim loop optim_memory",
     "minisft/loop.py": "loop dpo_run trainable optim_memory resume ranks",
+    "minisft/resume.py": "resume optim_memory dpo_run",
     "kernels/rms_norm.py": "norms",
     "kernels/layer_norm.py": "norms",
     "kernels/rope.py": "rope",
@@ -148,8 +149,10 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
         case ast.Call(func=ast.Attribute(attr=name)) if name in NAMES:
             yield changed(node, func=changed(node.func, attr=NAMES[name]))
         case ast.Subscript(slice=ast.Slice(lower=lower, upper=upper) as s):
-            yield from [changed(node, slice=changed(s, lower=None))] * (lower is not None)
-            yield from [changed(node, slice=changed(s, upper=None))] * (upper is not None)
+            if lower is not None and ast.unparse(lower) != "0":  # x[0:] is x[:]
+                yield changed(node, slice=changed(s, lower=None))
+            if upper is not None:
+                yield changed(node, slice=changed(s, upper=None))
         case ast.Return(value=ast.BinOp(left=value) | ast.BoolOp(values=[value, *_]) | ast.IfExp(body=value)):
             yield changed(node, value=value)
     if isinstance(node, ast.AugAssign) or isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant):

@@ -7,7 +7,7 @@ document is compared as text with the trained part in [[brackets]].
 
 import json
 import os
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -347,6 +347,21 @@ def test_tags_that_hold_the_header_of_a_later_answer_are_refused_at_the_start():
         check_template(tagged(header="n == 3"), TERMINATORS)
 
 
+@pytest.mark.parametrize("name", ["chatml", "llama3", "granite", "smollm", "tagged_macro", "tulu"])
+def test_everything_but_the_messages_that_say_no_is_trained(name):
+    messages = TURNS[:4]
+    for flags in product([True, False], repeat=4):
+        flagged = [{**m, "train": on} for m, on in zip(messages, flags)]
+        (document,) = render_conversation(TEMPLATES[name], flagged, masking=Masking("all"))
+        expected = ""
+        for i, (m, on) in enumerate(zip(messages, flags)):
+            before, text, after = BY_HAND[name](m, i, messages)
+            if not on:  # the end of an answer belongs to it, that of a question to the template
+                text = "" if m["role"] == "assistant" else text.replace(m["content"], "", 1)
+            expected += before + text + after
+        assert "".join(trained(document)) == expected, flags
+
+
 # ------------------------------------------------------------------------------------------------- kinds
 
 
@@ -366,6 +381,9 @@ def test_kinds_of_everything():
         ("1+2?", USER), (call, TOOL_CALL), ("<|end_of_text|>", TERMINATOR), ("3", TOOL), ("It is 3.", ANSWER),
         ("<|end_of_text|>", TERMINATOR),
     ]  # fmt: skip
+    both = [user("1+2?"), assistant("I add.", tool_calls=[CALL])]  # an answer and a call in one turn
+    (document,) = render_conversation(TEMPLATES["granite"], both, tools=TOOLS)
+    assert kinds(document)[-4:-1] == [("I add.", ANSWER), (call, TOOL_CALL), ("<|end_of_text|>", TERMINATOR)]
     last = render_conversation(TEMPLATES["qwen3"], CONVERSATIONS["reasoning"])[-1]
     assert ("<think>\nhard\n</think>", REASONING) in kinds(last)
     (document,) = render_conversation(TEMPLATES["llama3"], CONVERSATIONS["system"])
