@@ -402,8 +402,8 @@ def test_an_answer_of_several_documents_is_refused(tmp_path):
         (LABEL, "pairs", "auto", {}, "of no format that has two answers to a prompt"),
         (LABEL, "pairs", "labelled", {}, "format = 'labelled', and what is trained on is two answers to a prompt"),
         (LABEL, "chosen", "labelled", {}, "format = 'labelled', and what is trained on is an answer"),
-        (PAIR, "pairs", "auto", {"completion_only_loss": False}, "completion_only_loss = false, but of preference data"),
-        (CHAT, "pairs", "auto", {"assistant_only_loss": False}, "assistant_only_loss = false, but of preference data"),
+        (PAIR, "pairs", "auto", {"completion_only_loss": False}, "completion_only_loss = false, but in preference data"),
+        (CHAT, "pairs", "auto", {"assistant_only_loss": False}, "assistant_only_loss = false, but in preference data"),
         (CHAT, "both", "auto", {}, "answers = 'both'"),
     ],
 )  # fmt: skip

@@ -6,26 +6,28 @@ against which targets. Everything after the loader reads this and nothing else.
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T", "Batch", "Answers")
 IGNORE_INDEX = -100  # label of a token that is not trained, as in Hugging Face
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Whose the targets of preference data are: U units of two answers each, answers 2u and 2u + 1 to one prompt."""
+    """To which answers the targets of preference data belong. Unit u of U has two answers to one prompt, 2u and 2u + 1."""
 
     row_answer: Tensor  # int64 [M]: the answer of each target; 2U for filler
     role: Tensor  # uint8 [2U]: CHOSEN, REJECTED, MISMATCHED
     length: Tensor  # int64 [2U]: targets of each answer
     document: Tensor  # int64 [2U]: its index in the token cache
-    weight: Tensor  # fp32 [U]: what a unit's loss counts
-    ref_logps: Tensor | None  # fp32 [2U]: log-probabilities under the reference, where they are known already
-    total_weight: float  # known on the host: sums of weight, and answers and their targets by role
-    num_answers: tuple[int, int, int]
-    num_targets: tuple[int, int, int]
+    weight: Tensor  # fp32 [U]: of each unit's loss
+    ref_logps: Tensor | None  # fp32 [2U]: log-probabilities under the reference, if they were computed before the run
+    total_weight: float  # sum of `weight`; this and the counts below are known on the host
+    num_answers: tuple[int, int, int]  # by role
+    num_targets: tuple[int, int, int]  # of these answers
 
     def to(self, device: torch.device | str) -> "Answers":
         return _moved(self, device)
@@ -40,7 +42,7 @@ class Batch:
     start: Tensor  # int32 [T]: key k is visible to query q iff start[q] <= k <= q < end[k]
     end: Tensor  # int32 [T]
     cu_seqlens: (
-        Tensor  # int32 [N+1], 0 first, T last: for the reference and for peers. Pairs that share a prompt are one
+        Tensor  # int32 [N+1], 0 first, T last: for the reference and for peers. A pair with a shared prompt is one
     )
     max_seqlen: int
     loss_rows: Tensor  # int64 [M]: the hidden state of row loss_rows[i] is scored against targets[i]
@@ -52,14 +54,14 @@ class Batch:
     labels: Tensor  # int64 [T] as in Hugging Face: unshifted, -100 = not trained
     num_tokens: int  # real tokens, without filler
     num_targets: int  # real targets, without filler
-    answers: Answers | None = None  # of preference data
+    answers: Answers | None = None  # preference data only
 
     def to(self, device: torch.device | str) -> "Batch":
         return _moved(self, device)
 
 
-def _moved(batch: Batch | Answers, device: torch.device | str):
-    """The same with its tensors on the device."""
+def _moved(batch: T, device: torch.device | str) -> T:
+    """A copy whose tensors are on the device."""
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
     moved = {name: v.to(device, non_blocking=True) for name, v in values.items() if isinstance(v, Tensor)}
     return replace(batch, **moved, **{name: v.to(device) for name, v in values.items() if isinstance(v, Answers)})

@@ -128,7 +128,7 @@ def _answers_only(name: str, turns: bool, options: FormatOptions) -> bool:
     )
     if options.answers != "chosen" and False in asked.values():
         key = next(key for key in asked if asked[key] is False)
-        raise UserError(f"{key} = false, but of preference data only answers are scored", hint=f"leave {key} unset")
+        raise UserError(f"{key} = false, but in preference data only answers are scored", hint=f"leave {key} unset")
     if known.has_prompt or turns:
         ours, other = asked.values() if known.has_prompt else reversed(asked.values())
         answers_only = (other if ours is None else ours) is not False

@@ -1,4 +1,4 @@
-"""From a row to examples: what is the prompt, what is trained.
+"""From a row to examples: which part is the prompt, and which part is trained.
 
 Nine shapes of rows are known, those of the table FORMATS at the end. The first row of a source decides which one its rows
 have (detect_format.py). Nothing is guessed after that: a row that does not fit is a `RowError` that names the field.
@@ -15,18 +15,17 @@ have (detect_format.py). Nothing is guessed after that: a row that does not fit 
     question_answer     {"question", "answer"}
     text                {"text": ...}                                          the field named by dataset_text_field
 
-Any row may have a `weight` that scales its targets. Rows that a chat template renders may have `tools`, `documents` and
-`chat_template_kwargs`, which are given to it.
+Any row may have a `weight` that scales the loss of its targets. Rows that a chat template renders may have `tools`,
+`documents` and `chat_template_kwargs`, which the template receives.
 
-A prompt and its completion are two strings that are encoded apart, so that training sees for the prompt exactly the ids
-that inference will produce for it alone, and the border between them needs no search. instruction and question_answer
-become a conversation where the tokenizer has a chat template and the plain text below where it has none;
-`prompt_format` ("chat", "plain") overrides that. The strings of prompt_completion and preference rows are used as they
-are unless prompt_format is "chat".
+A prompt and its completion are two strings that are encoded separately: training sees the same ids for the prompt as
+inference will, and the border between the two needs no search. instruction and question_answer rows become a conversation
+if the tokenizer has a chat template, else the text of `plain_prompt`; `prompt_format` ("chat", "plain") overrides that.
+The strings of prompt_completion and preference rows are used as they are unless prompt_format is "chat".
 
-What is trained: the answer of rows with a prompt, the assistant's turns of conversations, everything of plain text;
-`completion_only_loss = false` or `assistant_only_loss = false` trains everything. Of a preference row the chosen answer
-is the answer, unless the trainer asks for pairs (both answers are examples) or labels (each answer is one, good or bad).
+Trained are the answer of rows with a prompt, the assistant's turns of conversations, and all of a plain text;
+`completion_only_loss = false` or `assistant_only_loss = false` trains everything. The answer of a preference row is the
+chosen one, unless the trainer asks for pairs (both answers become examples) or labels (each becomes one, good or bad).
 """
 
 import re
@@ -60,14 +59,14 @@ from minisft.data.rows import RowError
 TEMPLATE_FIELDS = ("tools", "documents", "chat_template_kwargs")  # read where a chat template renders the row
 
 
-@dataclass(slots=True)  # of the classes here, those of a single row are not frozen: that costs 0.1 us a field
+@dataclass(slots=True)  # not frozen, like all classes of a single row: that would cost 0.1 us a field
 class Piece:
     """A string that is encoded by itself. Spans are (char start, char end, kind | TRAINED); later ones win."""
 
     text: str
     spans: list[tuple[int, int, int]]
-    weights: list[tuple[int, int, float]] = field(default_factory=list)  # of stretches whose loss has a factor
-    literal: list[tuple[int, int]] = field(default_factory=list)  # where the text of a special token is ordinary text
+    weights: list[tuple[int, int, float]] = field(default_factory=list)  # (char start, char end, factor of the loss)
+    literal: list[tuple[int, int]] = field(default_factory=list)  # text of special tokens to encode as ordinary text
 
 
 @dataclass(slots=True)
@@ -83,7 +82,7 @@ class Example:
     ids: list[int] | None = None  # already tokenised
     labels: list[int] | None = None
     weight: float = 1.0
-    role: int | None = None  # of pairs and labels: CHOSEN | REJECTED
+    role: int | None = None  # CHOSEN or REJECTED in pairs and labels
 
 
 @dataclass(frozen=True)
@@ -106,15 +105,12 @@ class Format:
 
 
 def to_example(row: dict, row_format: RowFormat, options: FormatOptions) -> Example:
-    """One row as an example: of a preference row its chosen answer. Raises RowError."""
+    """The first example of a row, which for a preference row has the chosen answer. Raises RowError."""
     return to_examples(row, row_format, options)[0]
 
 
 def to_examples(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
-    """One row (fields already renamed) as its examples: one, or of pairs the chosen, then the rejected one.
-
-    Raises RowError.
-    """
+    """The examples of a row (fields already renamed): one, or for pairs the chosen and then the rejected one. Raises RowError."""
     check_fields(row, row_format.name, options)
     weight = _weight(row) if "weight" in row else 1.0
     tools = documents = variables = None
@@ -135,7 +131,7 @@ def check_fields(row: dict, name: str, options: FormatOptions) -> None:
 
 
 def missing_field(row: dict, name: str, options: FormatOptions) -> str:
-    """The first field that the format needs and the row lacks, or nothing."""
+    """The first field that the format needs and the row lacks, or ""."""
     for needed in needed_fields(name, options):
         if needed not in row and not any(n in row for n in needed.split("|")):
             return needed
@@ -151,7 +147,7 @@ def _weight(row: dict) -> float:
     try:
         weight = float(weight) if isinstance(weight, str) else weight  # a CSV has it as text
     except ValueError:
-        pass  # the check says that it is no number
+        pass  # check_weight refuses it
     return check_weight(weight, "weight")
 
 
@@ -161,7 +157,7 @@ def _weight(row: dict) -> float:
 def _read_prompt_completion(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
     if row_format.turns:
         prompt = check_messages(row["prompt"], "prompt", needs_answer=False)
-        return [_answered(prompt, check_messages(row["completion"], "completion"), row_format)]
+        return [_of_messages(prompt, check_messages(row["completion"], "completion"))]
     return [_single(string_of(row, "prompt"), string_of(row, "completion"), row_format)]
 
 
@@ -195,13 +191,14 @@ def plain_prompt(instruction: str, input: str = "", system: str = "") -> str:
 def _single(prompt: str, answer: str, row_format: RowFormat, system: str = "") -> Example:
     """The example of a prompt and its answer, two strings. Raises RowError where the answer is empty."""
     check_text_answer("the answer", answer)
-    return _answered(prompt, answer, row_format, system)
+    return _of_texts(prompt, answer, row_format, system)
 
 
-def _answered(prompt: str | list, answer: str | list, row_format: RowFormat, system: str = "") -> Example:
-    """The example of a prompt and its answer, both strings or both messages."""
-    if row_format.turns:
-        return Example(messages=prompt + answer, first_trained=len(prompt))
+def _of_messages(prompt: list[dict], answer: list[dict]) -> Example:
+    return Example(messages=prompt + answer, first_trained=len(prompt))
+
+
+def _of_texts(prompt: str, answer: str, row_format: RowFormat, system: str = "") -> Example:
     if row_format.chat:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         return Example(messages=[{"role": "system", "content": system}, *turns] if system else turns)
@@ -221,11 +218,12 @@ def _read_preference(row: dict, row_format: RowFormat, options: FormatOptions) -
     sides, roles = (SIDES[:1], (None,)) if row_format.answers == "chosen" else (SIDES, (CHOSEN, REJECTED))
     if row_format.turns:
         prompt, answers = preference_turns(row, sides, transcripts=row_format.transcripts)
+        examples = [_of_messages(prompt, answer) for answer in answers]
     else:
         prompt, answers = preference_texts(row, sides)
         if row_format.chat and row.get("prompt") is None:  # the space between prompt and answer belonged to neither
             answers = [answer.lstrip() for answer in answers]
-    examples = [_answered(prompt, answer, row_format) for answer in answers]
+        examples = [_of_texts(prompt, answer, row_format) for answer in answers]
     for example, role in zip(examples, roles):
         example.role = role
     return examples
@@ -234,12 +232,12 @@ def _read_preference(row: dict, row_format: RowFormat, options: FormatOptions) -
 def _read_labelled(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
     role = CHOSEN if label_of(row) else REJECTED
     if row_format.turns:
-        prompt, answer = labelled_turns(row)
+        example = _of_messages(*labelled_turns(row))
     else:
         prompt, answer = string_of(row, "prompt"), string_of(row, "completion")
         check_text_prompt(prompt)
         check_text_answer("completion", answer)
-    example = _answered(prompt, answer, row_format)
+        example = _of_texts(prompt, answer, row_format)
     example.role = role
     return [example]
 

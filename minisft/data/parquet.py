@@ -1,8 +1,8 @@
 """Parquet files as rows of plain JSON values, through the optional package pyarrow.
 
 Parquet stores columns, cut into row groups of some thousand rows. A file is decoded BATCH_ROWS rows at a time, so memory
-holds one batch and the compressed bytes of one row group, whatever the size of the file. The number of rows stands in the
-footer, so that counting them decodes nothing.
+holds one batch and the compressed bytes of one row group, whatever the size of the file. The footer has the number of
+rows, so counting them decodes nothing.
 
     text, numbers, truth values, null    as they are
     lists, structs, maps with text keys  arrays and objects
@@ -74,10 +74,10 @@ def _next_batch(batches: Iterator["RecordBatch"], path: Path, number: int) -> "R
 
 
 def _values(batch: "RecordBatch") -> Iterator[dict | Exception]:
-    """The rows of a batch; an exception in place of one that Python cannot hold: a text that is not UTF-8, nanoseconds."""
+    """The rows of a batch. In place of a row that Python cannot hold (a text that is not UTF-8, nanoseconds): the exception."""
     try:
         yield from batch.to_pylist(maps_as_pydicts="strict")
-    except (ValueError, KeyError):  # some row of the batch: find out which
+    except (ValueError, KeyError):  # one of the rows: find it
         for index in range(batch.num_rows):
             try:
                 yield from batch.slice(index, 1).to_pylist(maps_as_pydicts="strict")

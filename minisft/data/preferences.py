@@ -1,14 +1,14 @@
-"""Preference rows: where the prompt ends, what the two answers to it are, and which single answers are good.
+"""Preference rows: where the prompt ends, which two answers follow it, and which single answers are good.
 
     prompt             chosen, rejected
     a string           two strings
     string, messages   two lists of messages, or two messages; a list may repeat the prompt
     conversations      two ShareGPT turns, or lists of them
-    none               two lists of messages: the prompt is what both have in common, at least up to the last question
-    none               two transcripts as in hh-rlhf, "\n\nHuman: ... \n\nAssistant: ...": up to the last "\n\nAssistant:"
-    none               two other strings: the words with which both begin; the space after these belongs to the answers
+    absent             two lists of messages; the prompt is their common beginning, at least up to the last question
+    absent             two transcripts as in hh-rlhf, "\n\nHuman: ... \n\nAssistant: ...": up to the last "\n\nAssistant:"
+    absent             two other strings; the prompt is the words with which both begin, without the space after them
 
-Nothing here is encoded. A row whose sides do not answer the same prompt, or are the same, teaches no preference.
+Nothing here is encoded. A row whose sides answer different prompts, or are the same, teaches no preference and is refused.
 """
 
 import os
@@ -43,7 +43,7 @@ def _is_transcript(text: object) -> bool:
 def preference_turns(row: dict, sides: tuple[str, ...], *, transcripts: bool) -> tuple[list[dict], list[list[dict]]]:
     """(prompt, the answer of each side) of a row that holds messages, ShareGPT turns or transcripts.
 
-    sides: ("chosen",), then nothing reads the rejected one, or SIDES. Raises RowError.
+    sides: SIDES, or ("chosen",) where the rejected one is not needed. Raises RowError.
     """
     prompt = None
     if is_sharegpt(row):
@@ -65,7 +65,7 @@ def preference_turns(row: dict, sides: tuple[str, ...], *, transcripts: bool) ->
 
 
 def check_answers(prompt: list[dict], answers: dict[str, list[dict]]) -> list[list[dict]]:
-    """The answers, by their fields, as a list. Raises RowError where one is not an answer, or both are the same."""
+    """The values of {field: answer}. Raises RowError where one is not an answer, or both are the same."""
     for name, answer in answers.items():
         roles = [message["role"] for message in answer]
         if "assistant" not in roles or not {"assistant", "tool"}.issuperset(roles):
@@ -77,7 +77,7 @@ def check_answers(prompt: list[dict], answers: dict[str, list[dict]]) -> list[li
 
 
 def check_prompt(prompt: list[dict]) -> None:
-    """Raise RowError where a message of the prompt asks to be trained: of preference data only answers are scored."""
+    """Raise RowError where a message of the prompt asks to be trained: in preference data only answers are scored."""
     for i, message in enumerate(prompt):
         if message.get("train") or any(on for _, _, on in message.get("part_spans", ())):
             raise RowError("train = true in a prompt", f"message {i}: only the answers are scored")
@@ -89,7 +89,7 @@ def check_differ(chosen: object, rejected: object) -> None:
 
 
 def _common_messages(chosen: list[dict], rejected: list[dict] | None = None) -> list[dict]:
-    """The prompt of messages without one: up to the last question, and turns after it that both sides have in common."""
+    """The prompt of two conversations: up to the last question, and the turns after it that both sides have in common."""
     cut = _after_last_question(chosen)
     if cut == 0:
         raise RowError("no prompt", "the row has no prompt, and chosen is an answer alone")
@@ -114,14 +114,16 @@ def _transcript(row: dict, side: str) -> list[dict]:
     if row.get("prompt") is not None:
         raise RowError("not a transcript", "the row has a prompt, and the first row of the source has none")
     if not _is_transcript(text):
-        raise RowError("not a transcript", f"{side} is not written as Human: ... Assistant: ..., as the first row's is")
+        raise RowError(
+            "not a transcript", f"{side} is not written as Human: ... Assistant: ..., unlike the first row's"
+        )
     _, *turns = TURN.split(text)
     messages = [{"role": SPEAKERS[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])]
     return check_messages(messages, side)
 
 
 def labelled_turns(row: dict) -> tuple[list[dict], list[dict]]:
-    """(prompt, answer) of a row of messages with one label: without a prompt the last message is the answer."""
+    """(prompt, answer) of a row of messages with one label. Where it has no prompt, the last message is the answer."""
     if row.get("completion") is not None:
         prompt = check_messages(row.get("prompt"), "prompt", needs_answer=False)
         answer = check_messages(as_list(row["completion"]), "completion")
@@ -171,7 +173,7 @@ def preference_texts(row: dict, sides: tuple[str, ...]) -> tuple[str, list[str]]
 
 def check_text_answer(name: str, answer: str) -> None:
     if not answer.strip():
-        raise RowError("empty answer", f"{name}: there is nothing to learn from it")
+        raise RowError("empty answer", f"{name} has no text")
 
 
 def check_text_prompt(prompt: str) -> None:
@@ -186,19 +188,19 @@ def _common_transcript(chosen: str, rejected: str) -> str:
         raise RowError("prompts differ", f"chosen and rejected are not the same up to their last {ANSWERS!r}")
     for side, text in zip(SIDES, (chosen, rejected)):
         if TURN.search(text, len(prompts[0])):
-            raise RowError(f"{side} is no answer", "a question of Human: stands at its end")
+            raise RowError(f"{side} is no answer", "it ends with a question of Human:")
     return prompts[0]
 
 
 def _common_words(chosen: str, rejected: str) -> str:
-    """The words with which both begin. A word that only begins alike is none of them: it belongs to the answers."""
+    """The words with which both begin. A word of which only the first letters agree belongs to the answers."""
     same = len(os.path.commonprefix([chosen, rejected])) if chosen != rejected else 0
     words = chosen[:same]
     if words and not words[-1].isspace() and not (chosen[same:][:1].isspace() and rejected[same:][:1].isspace()):
         words = " ".join(words.rsplit(maxsplit=1)[:-1])
     if not words.strip():
         begins = "is the same" if chosen == rejected else "begins with other words"
-        raise RowError("no prompt", f"where it ends in the text of chosen cannot be known: rejected {begins}")
+        raise RowError("no prompt", f"its end in the text of chosen cannot be found: rejected {begins}")
     return words.rstrip()
 
 

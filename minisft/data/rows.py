@@ -28,7 +28,7 @@ class BadRow:
 
 
 class RowError(ValueError):
-    """What is wrong with one row: `reason` is the same text for the same mistake, `detail` has the values."""
+    """One row is wrong. `reason` is the same text for the same mistake, `detail` has the values."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -41,6 +41,6 @@ def place(file: str, line: int) -> str:
 
 
 def excerpt(text: str) -> str:
-    """The first 200 characters, with what cannot be printed escaped."""
+    """The first EXCERPT characters; those that cannot be printed are escaped."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:EXCERPT])[:EXCERPT]
     return f"`{shown}`" + ("..." if len(text) > EXCERPT else "")
