@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from minisft.best import Best
 from minisft.samples import Sample, exact_match
 
 NOT_SHOWN = ("logps/", "logits/")  # metrics that are logged and not printed: a line has room for the rewards only
@@ -130,6 +131,12 @@ def finished_already(folder: Path, step: int) -> str:
     return (
         f"finished already, at step {step}: the model is in {folder}/model. To train longer, raise --num_train_epochs or "
         "--max_steps; to start over, choose another --output_dir or --resume never"
+    )
+
+
+def stopped_early(step: int, metric: str | None, best: Best) -> str:
+    return (
+        f"stopped early after step {step}: {metric} is no better since step {best.step}, where it was {best.value:.4g}"
     )
 
 

@@ -58,17 +58,20 @@ def read_model(model: Decoder, folder: Path) -> None:
 def export_model(run: Run, folder: Path, dtype: torch.dtype, config_id: str) -> None:
     """Write folder/model. Its manifest names its origin: the fingerprint of the configuration and the starting model.
 
-    An earlier export there is moved aside, not deleted. Raises UserError where the disk refuses.
+    An earlier export there is moved aside, not deleted, and this is printed. Raises UserError where the disk refuses.
     """
     path = folder / "model"
+    aside = name_aside(path)
     made_by = {"config": config_id, "started_from": run.start.id if run.start else None}
     manifest = {"step": run.progress.step, "checkpoint": checkpoint_id(run, folder), **made_by, **run.prompting}
     try:
-        with atomic_folder(path, manifest, move_existing_to=name_aside(path)) as temporary:
+        with atomic_folder(path, manifest, move_existing_to=aside) as temporary:
             write_model(run, temporary, dtype)
     except (OSError, SafetensorError) as error:
         hint = "nothing is lost: the last checkpoint has all steps. Free some space and give the same command again"
         raise UserError(f"the model could not be written: {error}", hint=hint, exit_code=SAVE) from error
+    if aside.exists():
+        print(f"the model that was in {path} is kept as {aside.name}")
 
 
 def is_exported(run: Run, folder: Path) -> bool:

@@ -7,6 +7,9 @@ Data order, dropout and noise are pure functions of (seed, step). A run that was
 exactly where its last checkpoint was: nothing is replayed, and there is no generator state to save or to lose.
 """
 
+import json
+import math
+import sys
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -15,23 +18,23 @@ from pathlib import Path
 
 import torch
 
-from minisft import console, ranks, runtime
-from minisft.atomic_folder import lock_folder, remove_leftovers
-from minisft.checkpoint import MAX_FAILED_SAVES, require_space_for_checkpoints, try_save
+from minisft import best, console, ranks, runtime, schedule
+from minisft.atomic_folder import lock_folder, remove_leftovers, verify_folder
+from minisft.checkpoint import MAX_FAILED_SAVES, load_checkpoint, require_space_for_checkpoints, try_save
 from minisft.config.load import fingerprint, write_resolved
 from minisft.config.sections import Config, TrainSection, config_to_dict
 from minisft.data.batch import Batch
 from minisft.errors import NONFINITE, STOPPED, UserError
 from minisft.evaluate import evaluate
-from minisft.export import export_model, is_exported, write_state
+from minisft.export import export_model, is_exported, read_model, write_state
 from minisft.loggers import Loggers
-from minisft.metrics import Sums, peak_memory
+from minisft.metrics import Sums, eval_name, peak_memory
 from minisft.optimizers import evaluation_weights
 from minisft.prepare.run import Run, prepare
 from minisft.ranks import sum_gradients
-from minisft.resume import resume, training_state
+from minisft.resume import changed_keys, resume, training_state
 from minisft.samples import complete
-from minisft.schedule import after_evaluation, lr_factor
+from minisft.schedule import lr_factor
 from minisft.strict_json import write_json
 from minisft.update import ZeroUpdates, clip_and_update, gradient_norms, gradients, unscale, update_in_backward
 
@@ -75,7 +78,8 @@ def run(config: Config, origins: dict[str, str]) -> Result:
         saved = resume(config, prepared, folder / "checkpoints")
         if is_main:
             print("\n".join(prepared.summary), flush=True)
-        if progress.step >= total_steps and is_exported(prepared, folder):
+        if is_complete(config, prepared) and is_exported(prepared, folder):
+            require_unchanged(config, folder, saved)
             if is_main:
                 print(console.finished_already(folder, progress.step))
             return Result(folder, folder / "model", progress.step)
@@ -108,18 +112,19 @@ def take_steps(
     values, seconds, tokens = {}, 0.0, 0
 
     while True:
-        done = stop or progress.step >= total_steps
+        done = stop or is_complete(config, run)
 
         # ---- 1. evaluate if due
-        if run.evals and is_evaluation_due(config, progress.step, evaluated_at, total_steps):
+        if is_evaluation_due(config, run, evaluated_at):
             scores, evaluated_at = evaluate_sets(config, run), progress.step
-            values |= scores
+            values, done = values | scores, stop or is_complete(config, run)
             if loggers:
                 loggers.log(progress.step, scores)
                 bar.say(console.console_line(progress.step, scores))
 
-        # ---- 2. save if due, asked for, or last
-        if progress.step > saved_at and (done or progress.step % config.checkpoint.save_steps == 0):
+        # ---- 2. save if due, the best, or last
+        is_due = run.save_steps is not None and progress.step % run.save_steps == 0
+        if progress.step > saved_at and (is_due or done or progress.best.step == progress.step):
             failed_before = MAX_FAILED_SAVES - 1 if done else num_failed_saves  # a last save has no next one to retry
             num_failed_saves, saved_at = save(config, run, folder, loggers, failed_before), progress.step
         if done:
@@ -228,39 +233,70 @@ def start_output(config: Config, origins: dict[str, str], folder: Path, run: Run
     """Tidy the output folder, check that checkpoints fit on its disk, record the configuration, open the logs."""
     for parent in (folder, folder / "checkpoints"):
         remove_leftovers(parent, locked=True)
-    keep = config.checkpoint.save_total_limit
+    keep = config.checkpoint.save_total_limit + (run.best_metric is not None)
     require_space_for_checkpoints(folder / "checkpoints", run.model, run.optimizer, keep)
+    if saved and (changed := changed_keys(config, saved)):
+        with open(folder / "config_history.jsonl", "a", encoding="utf-8") as history:
+            history.write(json.dumps({"step": saved["step"], "changed": changed}) + "\n")
     write_resolved(config, origins, folder)
     (folder / "summary.txt").write_text("\n".join(run.summary) + "\n", encoding="utf-8")
     run_name = config.log.run_name or folder.resolve().name
     return Loggers(folder, list(config.log.report_to), run_name, config_to_dict(config), saved)
 
 
+def require_unchanged(config: Config, folder: Path, saved: dict | None) -> None:
+    """UserError where a finished run is started again with a configuration that would write another model."""
+    if changed := changed_keys(config, saved or {}):
+        told = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items())
+        raise UserError(
+            f"{folder} is finished, at step {saved['step']}, with another configuration: {told}",
+            hint="to train longer with the new values raise num_train_epochs or max_steps (or the patience); to start over "
+            "choose another output_dir, or resume = 'never'",
+        )
+
+
 # ---- during the run ---------------------------------------------------------------------------------------------
 
 
-def is_evaluation_due(config: Config, step: int, evaluated_at: int, total_steps: int) -> bool:
+def is_complete(config: Config, run: Run) -> bool:
+    """All steps are taken, or early stopping has run out of patience."""
+    patience = config.evaluate.early_stopping_patience
+    return run.progress.step >= run.total_steps or patience is not None and run.progress.best.num_bad >= patience
+
+
+def is_evaluation_due(config: Config, run: Run, evaluated_at: int) -> bool:
     """After every eval_steps steps and at the end, once each; with eval_on_start before the first step too."""
-    is_due = step > evaluated_at and (step % config.evaluate.eval_steps == 0 or step == total_steps)
+    step = run.progress.step
+    if not run.evals or run.eval_steps is None:
+        return False
+    is_due = step > evaluated_at and (step % run.eval_steps == 0 or step == run.total_steps)
     return is_due or config.evaluate.eval_on_start and step == 0
 
 
 def evaluate_sets(config: Config, run: Run) -> dict[str, float]:
-    """The means of every evaluation set, as eval_<name>_loss; the first set's loss moves the plateau of the schedule."""
-    progress, means = run.progress, {}
+    """The means of every evaluation set, as eval_<name>_loss. The first set's loss moves the plateau of the schedule, and one
+    metric is compared with the best so far."""
+    progress, section, means = run.progress, config.evaluate, {}
     with evaluation_weights(run.optimizer):
         for name, loader in run.evals.items():
             means[name] = evaluate(run.model, loader, run.loss, run.device, run.precision)
+    scores = {eval_name(name, key): mean for name, of_set in means.items() for key, mean in of_set.items()}
     # An evaluation that is due only because the run ends must not move the plateau: with more epochs it would not have
     # happened, and a run that is resumed to train longer would differ.
-    if progress.step % config.evaluate.eval_steps == 0:
+    is_regular = progress.step % run.eval_steps == 0
+    if is_regular:
         first = next(iter(means.values()))
-        progress.plateau = after_evaluation(progress.plateau, first["loss"], progress.step, **run.schedule)
-    return {
-        f"eval_{name}_{key}" if name else f"eval_{key}": mean
-        for name, of_set in means.items()
-        for key, mean in of_set.items()
-    }
+        progress.plateau = schedule.after_evaluation(progress.plateau, first["loss"], progress.step, **run.schedule)
+    if run.best_metric and progress.step > 0:
+        progress.best = best.after_evaluation(
+            progress.best,
+            scores.get(run.best_metric, math.nan),
+            progress.step,
+            greater_is_better=best.is_greater_better(run.best_metric, section.greater_is_better),
+            threshold=section.early_stopping_threshold,
+            counts=is_regular,
+        )
+    return scores
 
 
 def save(config: Config, run: Run, folder: Path, loggers: Loggers | None, num_failed: int) -> int:
@@ -277,7 +313,12 @@ def save(config: Config, run: Run, folder: Path, loggers: Loggers | None, num_fa
         optimizer=run.optimizer,
         state={**state, **loggers.position()},
         keep=config.checkpoint.save_total_limit,
+        pinned=[best_checkpoint(run, folder)],
     )
+
+
+def best_checkpoint(run: Run, folder: Path) -> Path:
+    return folder / "checkpoints" / f"step-{run.progress.best.step:08d}"
 
 
 def progress_values(run: Run) -> dict[str, float]:
@@ -325,11 +366,15 @@ def handle_nonfinite(run: Run, train: TrainSection, batches: list[Batch], folder
 def finish(config: Config, run: Run, folder: Path, values: dict, signal: runtime.StopSignal) -> Result:
     """Export the model, complete the held-out prompts, and print what is in the output folder and what to do next."""
     is_main, step = ranks.rank() == 0, run.progress.step
-    if step < run.total_steps:
+    if not is_complete(config, run):
         if is_main:
             print(console.stopped(folder, step, run.total_steps, signal.received))
         return Result(folder, None, step, values, exit_code=STOPPED, signal=signal.received)
     if is_main:
+        if step < run.total_steps:
+            print(console.stopped_early(step, run.best_metric, run.progress.best))
+        if config.evaluate.load_best_model_at_end:
+            load_best_model(run, folder)
         with evaluation_weights(run.optimizer):
             dtype = runtime.DTYPES[config.checkpoint.save_dtype or config.train.weights_dtype]
             export_model(run, folder, dtype, fingerprint(config))
@@ -344,3 +389,15 @@ def finish(config: Config, run: Run, folder: Path, values: dict, signal: runtime
         prompt = run.prompts[0].text if run.prompts and run.prompting["prompt"] == "plain" else "..."
         print(console.closing(folder, config.log.report_to, prompt))
     return Result(folder, folder / "model", step, values, signal=signal.received)
+
+
+def load_best_model(run: Run, folder: Path) -> None:
+    """Put the weights of the best evaluation into the model. Prints a warning where its checkpoint is not whole."""
+    chosen, path = run.progress.best, best_checkpoint(run, folder)
+    if chosen.step in (0, run.progress.step):
+        return
+    if reason := verify_folder(path):
+        print(f"minisft: WARNING the best checkpoint {path}: {reason}; the last model is exported", file=sys.stderr)
+        return
+    load_checkpoint(path, run.model, run.optimizer, read_model)  # the moments too: some optimizers keep weights in them
+    print(f"exported   the model of step {chosen.step}, with the best {run.best_metric}, {chosen.value:.4g}")

@@ -68,6 +68,11 @@ class Sums:
         self.add(pairs if rank() == 0 else dict.fromkeys(pairs, (0.0, 0.0)))
 
 
+def eval_name(eval_set: str, metric: str) -> str:
+    """A metric of an evaluation set as it is logged; the set's name is "" where there is one without a name."""
+    return f"eval_{eval_set}_{metric}" if eval_set else f"eval_{metric}"
+
+
 def peak_memory(device: torch.device) -> float:
     """GiB: the most that the GPU has held since the start, or the most the process has held on the CPU."""
     if device.type == "cuda":

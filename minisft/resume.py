@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from minisft.best import Best
 from minisft.checkpoint import find_checkpoint, load_checkpoint
+from minisft.config.load import deciding_values
 from minisft.config.sections import Config
 from minisft.errors import UserError
 from minisft.export import read_model
@@ -39,8 +41,15 @@ def resume(config: Config, run: Run, folder: Path) -> dict | None:
     if state["precision"] == run.precision:
         progress.loss_scale = LossScale(**state["loss_scale"])
     progress.plateau = Plateau(**state.get("plateau", {}))
+    best = dict(state.get("best", {}))
+    if best.pop("metric", None) == run.best_metric:  # else its values are those of another metric
+        progress.best = Best(**best)
     progress.sums.restore(state["sums"])
     run.summary.append(f"resumed    from {path}")
+    run.summary.extend(
+        f"changed since step {progress.step}: {key} {before} -> {now}"
+        for key, (before, now) in changed_keys(config, state).items()
+    )
     return state
 
 
@@ -69,6 +78,18 @@ def require_same_run(config: Config, run: Run, path: Path, state: dict) -> None:
         raise UserError(f"{path} holds the state of {used}, but train.optim = '{optim}'", hint=hint)
 
 
+def settings(config: Config) -> dict[str, str]:
+    """The deciding values, without the paths whose contents a checkpoint identifies by hash: the files may have moved."""
+    by_hash = ("model.model_name_or_path", "model.tokenizer_name_or_path", "model.chat_template", "data.train_data")
+    return {key: value for key, value in deciding_values(config).items() if key not in by_hash}
+
+
+def changed_keys(config: Config, state: dict) -> dict[str, tuple[str, str]]:
+    """{full name: (value in TOML when the checkpoint with this trainer_state was written, value now)} where they differ."""
+    was = state.get("config", {})
+    return {key: (was[key], now) for key, now in settings(config).items() if was.get(key, now) != now}
+
+
 def training_state(config: Config, run: Run) -> dict:
     """The part of a checkpoint that is JSON: everything but weights and moments. All ranks call it."""
     progress = run.progress
@@ -78,7 +99,9 @@ def training_state(config: Config, run: Run) -> dict:
         "precision": run.precision,
         "loss_scale": asdict(progress.loss_scale),
         "plateau": asdict(progress.plateau),
+        "best": {"metric": run.best_metric, **asdict(progress.best)},
         "optim": config.train.optim,
+        "config": settings(config),
         "started_from": run.start.id if run.start else None,
         "sums": progress.sums.state(),
         "order": data_order(config, run),

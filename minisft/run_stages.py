@@ -26,8 +26,6 @@ def run_stages(stages: list[Stage]) -> Result:
                 done.append((stage.title, Result(Path(folder), stage.model_dir, step)))
                 continue
             say(f"\n{stage.title} -> {folder}")
-            if changed := stage.changed_keys():
-                say(f"its configuration has changed since it was finished: {', '.join(changed)}")
             result = loop.run(stage.config, stage.origins)
             done.append((stage.title, result))
             release_memory(device)

@@ -12,6 +12,7 @@ from minisft.errors import UserError
 from minisft.preference.losses import WITH_DIVERGENCE, WITH_LABEL_SMOOTHING, WITHOUT_REFERENCE
 from minisft.schedule import HAVE_NO_FLOOR, wrong_option
 
+OF_THE_BEST = ("metric_for_best_model", "greater_is_better", "load_best_model_at_end", "early_stopping_patience")
 Refuse = Callable[[str, str, str], None]  # keys with spaces between them, the problem, a hint: raises UserError
 
 
@@ -100,7 +101,8 @@ def check_schedule(config: Config, refuse: Refuse) -> None:
     if train.optim == "schedule_free_adamw" and train.lr_scheduler_type != "constant":
         keys = "train.optim train.lr_scheduler_type"
         refuse(keys, "it averages the weights instead of lowering the rate", "set lr_scheduler_type to constant")
-    if train.lr_scheduler_type == "reduce_on_plateau" and not (data.eval_data or data.eval_fraction):
+    is_evaluated = (data.eval_data or data.eval_fraction) and config.evaluate.eval_steps != "never"
+    if train.lr_scheduler_type == "reduce_on_plateau" and not is_evaluated:
         refuse("train.lr_scheduler_type", "there is nothing to evaluate", "set data.eval_data or data.eval_fraction")
     for key, value in train.lr_scheduler_kwargs.items():
         if expected := wrong_option(train.lr_scheduler_type, key, value):
@@ -151,7 +153,15 @@ def check_trained(config: Config, refuse: Refuse) -> None:
 
 
 def check_evaluation(config: Config, refuse: Refuse) -> None:
-    data, evaluate = config.data, config.evaluate
+    data, evaluate, values = config.data, config.evaluate, config_to_dict(config)
+    for key in OF_THE_BEST:
+        if values[f"evaluate.{key}"] != KEYS[f"evaluate.{key}"].default:
+            if not (data.eval_data or data.eval_fraction):
+                refuse(f"evaluate.{key}", "there is nothing to evaluate", "set data.eval_data or data.eval_fraction")
+            if evaluate.eval_steps == "never":
+                refuse(f"evaluate.{key} evaluate.eval_steps", "nothing is evaluated", "set eval_steps to a number")
+    if evaluate.early_stopping_threshold and evaluate.early_stopping_patience is None:
+        refuse("evaluate.early_stopping_threshold", "nothing stops early", "set early_stopping_patience too")
     if evaluate.generate_group_field and not evaluate.generate_data:
         refuse("evaluate.generate_group_field", "there is nothing to group", "set generate_data to a file of rows")
     for name in eval_sets(data.eval_data):

@@ -84,12 +84,15 @@ def resolve(layers: list[dict[str, Given]], where: str) -> tuple[Config, dict[st
     return config, origins
 
 
-def fingerprint(config: Config) -> str:
-    """A hash of the keys that decide which model a run writes, without those of logging, saving and auditing."""
+def deciding_values(config: Config) -> dict[str, str]:
+    """{full name: value in TOML} of the keys that decide which model a run writes, without those of logging and saving."""
     free = ("output_dir", "verbose", "log.", "audit.", "checkpoint.save_steps", "checkpoint.save_total_limit")
-    free += ("checkpoint.resume", "data.cache_dir")
-    values = {key: as_toml(value) for key, value in config_to_dict(config).items() if not key.startswith(free)}
-    return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()
+    free += ("checkpoint.resume", "data.cache_dir", "evaluate.generate_samples_shown")
+    return {key: as_toml(value) for key, value in config_to_dict(config).items() if not key.startswith(free)}
+
+
+def fingerprint(config: Config) -> str:
+    return hashlib.sha256(repr(sorted(deciding_values(config).items())).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------- files and layers

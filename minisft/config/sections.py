@@ -271,8 +271,21 @@ class DpoSection:
 class EvaluateSection:
     """Loss on held-out rows, and sampled answers."""
 
-    eval_steps: int = option(500, "evaluate every so many steps, and at the end", at_least=1)
+    eval_steps: int | Literal["epoch", "never"] = option(
+        500, "evaluate every so many steps, or after every epoch, and at the end", at_least=1
+    )
     eval_on_start: bool = option(False, "evaluate before the first step too")
+    metric_for_best_model: str | None = option(
+        None,
+        "save a checkpoint whenever this metric of the evaluations is better than ever, and never rotate the best one away; "
+        'as in "eval_loss", which none means where one of the next keys is set',
+    )
+    greater_is_better: bool | None = option(None, "none = as the name of that metric says")
+    load_best_model_at_end: bool = option(False, "export the best evaluated model, not the last one")
+    early_stopping_patience: int | None = option(
+        None, "stop after so many evaluations in a row that are not better", at_least=1
+    )
+    early_stopping_threshold: float = option(0.0, "by how much they must be better", at_least=0)
     per_device_eval_batch_size: int = option(8, "rows, or packs, of an evaluation batch", at_least=1)
     generate_data: str | None = option(
         None, "prompt/completion rows to answer by sampling, scored by exact match", is_path="data"
@@ -286,8 +299,10 @@ class EvaluateSection:
 class CheckpointSection:
     """What is saved, and where a run starts again."""
 
-    save_steps: int = option(500, "save every so many steps, and at the end", at_least=1)
-    save_total_limit: int = option(3, "verified checkpoints kept", at_least=1)
+    save_steps: int | Literal["epoch", "never"] = option(
+        500, "save every so many steps, or after every epoch, and at the end", at_least=1
+    )
+    save_total_limit: int = option(3, "verified checkpoints kept, besides the best one", at_least=1)
     resume: str = option("auto", '"auto" = the newest checkpoint that verifies; "never"; or a checkpoint folder')
     save_dtype: Literal["fp32", "bf16", "fp16"] | None = option(
         None, "of the final model folder; none = weights_dtype. Checkpoints are exact"

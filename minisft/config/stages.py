@@ -25,7 +25,6 @@ from typing import Any
 
 from minisft.atomic_folder import contents_id, read_manifest, verify_folder
 from minisft.config.load import (
-    RESOLVED_NAME,
     Given,
     file_layer,
     fingerprint,
@@ -34,7 +33,7 @@ from minisft.config.load import (
     read_files,
     resolve,
 )
-from minisft.config.sections import Config, config_to_dict
+from minisft.config.sections import Config
 from minisft.config.values import as_toml
 from minisft.errors import UserError
 
@@ -62,16 +61,6 @@ class Stage:
         manifest = read_manifest(self.model_dir)
         same_start = self.previous is None or manifest.get("started_from") == contents_id(self.previous.model_dir)
         return manifest["step"] if manifest.get("config") == fingerprint(self.config) and same_start else None
-
-    def changed_keys(self) -> list[str]:
-        """The keys whose values differ from those that the finished stage was run with; empty if it never finished."""
-        try:
-            if verify_folder(self.model_dir, hashes=False) is not None:
-                return []
-            there = config_to_dict(load(Path(self.config.output_dir) / RESOLVED_NAME)[0])
-        except UserError:
-            return []
-        return [key for key, value in config_to_dict(self.config).items() if there[key] != value]
 
 
 def load_stages(

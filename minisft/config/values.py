@@ -66,7 +66,8 @@ def expected(f: Field) -> str:
     if get_origin(f.type) in (Literal, tuple):
         kinds = [f.type]
     limits = [f"{name.replace('_', ' ')} {f.metadata[name]}" for name in LIMITS if name in f.metadata]
-    words = " or ".join(map(_in_words, kinds)) + (" " + " and ".join(limits) if limits else "")
+    limited = f" {' and '.join(limits)}" if limits else ""
+    words = " or ".join(_in_words(kind) + (limited if get_origin(kind) is not Literal else "") for kind in kinds)
     return words + (' or "none"' if NoneType in get_args(f.type) else "")
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from minisft import dpo, ranks, runtime, sft
+from minisft.best import Best, best_metric, is_greater_better
 from minisft.config.sections import Config
-from minisft.data.loader import Loader
+from minisft.data.loader import Loader, make_batch
 from minisft.data.tokenizer import Tokenizer
-from minisft.metrics import Sums
+from minisft.metrics import Sums, eval_name
 from minisft.model.decoder import Decoder
 from minisft.model.quantized import named_weights
 from minisft.model.start import Start
@@ -39,6 +40,7 @@ class Progress:
     sums: Sums  # the open log window
     loss_scale: LossScale
     plateau: Plateau = Plateau()
+    best: Best = Best()
     step: int = 0  # optimizer steps taken
     num_tokens: int = 0  # over all ranks
     nonfinite_steps: int = 0
@@ -56,6 +58,9 @@ class Run:
     optimizer: torch.optim.Optimizer
     train: Loader
     evals: dict[str, Loader]  # evaluation sets by name; "" where there is one without a name
+    eval_steps: int | None  # evaluate after so many steps; None: never
+    save_steps: int | None  # save after so many steps; None: at the end only
+    best_metric: str | None  # name of the metric whose best value is kept; None: of none
     prompts: list[Prompt]  # to be completed at the end
     weight: Callable  # the objective: see sft.py
     loss: Callable
@@ -124,6 +129,9 @@ def prepare(config: Config, device: torch.device) -> Run:
         optimizer=trained.optimizer,
         train=loader,
         evals=evals,
+        eval_steps=interval(config.evaluate.eval_steps, loader),
+        save_steps=interval(config.checkpoint.save_steps, loader),
+        best_metric=prepare_best_metric(config, model, evals, loss, device, precision),
         prompts=prompts,
         weight=weight,
         loss=loss,
@@ -160,7 +168,32 @@ def max_token_id(loaders: list[Loader]) -> int:
     return max(int(loader.documents.cache.ids.max()) for loader in loaders)
 
 
+def prepare_best_metric(
+    config: Config, model: Decoder, evals: dict[str, Loader], loss: Callable, device: torch.device, precision: str
+) -> str | None:
+    """The name of the metric whose best value is kept, if one is. Raises UserError for a name that evaluations do not have."""
+    section = config.evaluate
+    if not (section.metric_for_best_model or section.load_best_model_at_end or section.early_stopping_patience):
+        return None
+    known = []
+    for name, loader in evals.items():
+        with torch.no_grad(), runtime.autocast(device, precision):
+            # a batch of filler trains nothing, and has the names of all metrics
+            filler = make_batch(loader.documents, loader.packs(0), [], round_to=loader.round_to).to(device)
+            known += [eval_name(name, key) for key in loss(model, filler, 1.0)[1]]
+    metric = best_metric(section.metric_for_best_model, known)
+    is_greater_better(metric, section.greater_is_better)
+    return metric
+
+
 # ---- arithmetic -------------------------------------------------------------------------------------------------
+
+
+def interval(steps: int | str, loader: Loader) -> int | None:
+    """eval_steps or save_steps as a number; None for "never"."""
+    if steps == "epoch":
+        return loader.steps_per_epoch
+    return None if steps == "never" else int(steps)
 
 
 def prepare_schedule(config: Config, loader: Loader) -> dict:
