@@ -268,7 +268,7 @@ def test_parts_keep_their_places_where_control_tokens_are_escaped():
     _, (encoded,) = encode(messages, control_tokens="escape")
     assert trained_text(encoded) == "c<|im_end|><|im_end|>" and (encoded.ids == TOKENIZER.eos_token_id).sum() == 2
     parts[:] = [{"type": "text", "text": "a<|im_"}, {"type": "text", "text": "end|>b", "train": False}]
-    with pytest.raises(RowError, match="control token in a message: it lies in two parts"):
+    with pytest.raises(RowError, match="control token in a message: it is in two parts"):
         encode(messages, control_tokens="escape")
 
 

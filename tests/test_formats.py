@@ -282,7 +282,7 @@ BAD_ROWS = [
     ("turns", chosen([], prompt="Hi"), "chosen is empty"),
     ("turns", chosen(TURNS[1], conversations=[{"from": "human", "value": "Hi"}]), 'chosen[0] has "role"'),
     ("turns", {"chosen": TURNS}, "missing field: 'rejected'"),
-    ("preference", chosen("Hello", prompt=None), "no prompt: where it ends in the text"),
+    ("preference", chosen("Hello", prompt=None), "no prompt: its end in the text"),
     ("preference", chosen("Hello"), "no prompt: its end in the text of chosen cannot be found"),
     ("preference", chosen(["Hello"], prompt="Hi"), "chosen is a list"),
     ("preference", chosen(" ", prompt="Hi"), "empty answer"),

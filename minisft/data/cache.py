@@ -1,19 +1,19 @@
-"""The token cache: every row tokenised once, in flat memory-mapped arrays that the next start finds again.
+"""The token cache: every row tokenised once, in flat memory-mapped arrays that the next run finds again.
 
     ids      uint32 [N]    all tokens of all documents, end to end
     kinds    uint8  [N]    what each token is (7 bits) and whether it is trained (top bit); see kinds.py
     offsets  int64  [D+1]  document d is tokens offsets[d] : offsets[d + 1]
     source   int32  [D]    which source it came from            row   int64 [D]   its row number there, from 0
     file     int32  [D]    which of manifest["paths"]           line  int64 [D]   its line there
-    weights  float32 [N]   only where something has a weight other than 1
-    role     uint8  [D]    only of preference data: CHOSEN, REJECTED, MISMATCHED; there documents 2u and 2u + 1 are a unit,
+    weights  float32 [N]   only if a token has a weight other than 1
+    role     uint8  [D]    only in preference data: CHOSEN, REJECTED, MISMATCHED; there documents 2u and 2u + 1 are a unit,
                            two answers to one prompt
 
 Five bytes a token. The folder is named by the sha256 of everything that shaped it: the bytes of every data file, the
 tokenizer's files, the template, the options, and CACHE_VERSION. It is written as an atomic folder (atomic_folder.py) and every
-byte of it is verified against its manifest before use; one that does not match is built again.
+byte of it is verified against its manifest before use; a cache that does not match is built again.
 
-Building streams: tokenise.py brings a batch of documents, which is appended to the files, so memory holds two batches,
+The build streams: tokenise.py yields a batch of documents, which is appended to the files. Memory holds a few batches,
 whatever the size of the data.
 """
 
@@ -78,8 +78,8 @@ class TokenCache:
     file: np.ndarray  # int32 [D]
     line: np.ndarray  # int64 [D]
     weights: np.ndarray | None  # float32 [N]
-    role: np.ndarray | None  # uint8 [D]: CHOSEN, REJECTED, MISMATCHED; of preference data only
-    manifest: dict  # rows read, used, dropped by reason, and what was detected, for each source
+    role: np.ndarray | None  # uint8 [D]: CHOSEN, REJECTED, MISMATCHED; preference data only
+    manifest: dict  # for each source the rows read, used, and dropped by reason, and its row format
     fingerprint: str  # sha256 (hex) of the tokens, their kinds, and where documents and sources begin
     note: str  # "built", "found", or why it was built again
 
@@ -98,7 +98,7 @@ class TokenCache:
         return place(self.manifest["paths"][self.file[document]], int(self.line[document]))
 
     def describe(self) -> list[str]:
-        """What was detected and dropped, for the start of a run."""
+        """Lines for the start of a run: the format of each source, the rows dropped, and what else the user should know."""
         lines = [
             f"{source.label}{f' at {source.origin}' if source.commit else ''}: {entry['layout']}"
             for source, entry in zip(self.sources, self.manifest["sources"])
@@ -110,7 +110,7 @@ class TokenCache:
             lines += [f"  {bad_row}" for bad_row in self.manifest["bad_rows"]]
         entries = self.manifest["sources"]
         strategies = sum((Counter(entry["strategies"]) for entry in entries), Counter())
-        if strategies["per_turn"] and self.role is None:  # of preference data each answer is one document in any case
+        if strategies["per_turn"] and self.role is None:  # in preference data each answer is one document anyway
             answers = sum(entry["documents"] for entry in entries) - sum(entry["rows_used"] for entry in entries)
             lines.append(
                 f"{strategies['per_turn']:,} conversations are rendered turn by turn, as at inference: {answers:,} more documents"
@@ -123,23 +123,23 @@ class TokenCache:
         if rows := sum(entry["control_tokens"] for entry in entries):
             lines.append(f"{rows:,} rows contain the text of a control token")
         if straddling := sum(entry["straddling"] for entry in entries):
-            lines.append(f"{straddling:,} trained tokens begin before or end after what is trained")
+            lines.append(f"{straddling:,} trained tokens begin before or end after the trained text")
         return lines
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Pieces of a cache to train or evaluate on: document index[p], its tokens ids[start[p] : end[p]] of the cache.
+    """Pieces of a cache to train or evaluate on. Piece p is document index[p], cut to the cache's tokens start[p] : end[p].
 
-    Of preference data, documents 2u and 2u + 1 are unit u: they are never parted.
+    In preference data pieces 2u and 2u + 1 are unit u, which is never split.
     """
 
     cache: TokenCache
     index: np.ndarray  # int64 [P]
     start: np.ndarray  # int64 [P]
     end: np.ndarray  # int64 [P]
-    # Of preference data:
-    shared: np.ndarray | None = None  # int64 [U]: tokens that the second of a unit has from the first, its prompt
+    # In preference data:
+    shared: np.ndarray | None = None  # int64 [U]: tokens of the prompt, if the two of a unit share one copy of it
     ref_logps: np.ndarray | None = None  # fp32 [D]: log-probabilities of the cache's documents under the reference
 
     def __len__(self) -> int:
@@ -151,7 +151,7 @@ class Documents:
 
     @property
     def group(self) -> int:
-        """How many documents are a unit: 2 in preference data, where index[2u : 2u + 2] is unit u; else 1."""
+        """How many pieces are a unit: 2 in preference data, else 1."""
         return self.cache.group
 
     @property
@@ -160,12 +160,12 @@ class Documents:
 
     @property
     def unit_lengths(self) -> np.ndarray:
-        """Tokens of each unit, int64 [U]; a prompt that is shared counts once."""
+        """Tokens of each unit, int64 [U]; a shared prompt counts once."""
         lengths = self.lengths.reshape(-1, self.group).sum(1)
         return lengths if self.shared is None else lengths - self.shared
 
     def take(self, units: np.ndarray) -> "Documents":
-        """These units only, bool [U]."""
+        """Only the units that are True in `units`, bool [U]."""
         documents = np.repeat(units, self.group)
         shared = None if self.shared is None else self.shared[units]
         cut = {name: getattr(self, name)[documents] for name in ("index", "start", "end")}
@@ -188,9 +188,9 @@ def build_cache(
 ) -> TokenCache:
     """The tokenised rows of all sources, from the cache or built now.
 
-    format, field_map: for the sources that name none of their own.
+    format, field_map: of the sources that name none of their own.
     on_bad_row: "error" stops at the first bad row, naming file and line; "skip" counts bad rows by reason.
-    local_files_only: take hub repositories from the local cache.
+    local_files_only: take hub repositories from the hub's local cache.
     Raises UserError (exit code DATA) for anything wrong with the data.
     """
     if on_bad_row not in ON_BAD_ROW:
@@ -214,14 +214,14 @@ def build_cache(
     if _problem(folder) is not None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with waiting_lock(folder.with_name(f".lock-{folder.name}")):  # of several ranks one builds, the others find
+            with waiting_lock(folder.with_name(f".lock-{folder.name}")):  # one rank builds, the others wait and find it
                 if problem := _problem(folder):
                     note = "built" if problem == ABSENT else f"built again: {problem}"
                     _remove(folder)
-                    gc.freeze()  # else the garbage collector scans all objects of torch again and again, 10 % of the time
+                    gc.freeze()  # without this the collector rescans every object torch has loaded, 10 % of the build time
                     _build(folder, sources, [str(path) for path in chain(*paths)], tokenizer, options, on_bad_row)
         except OSError as error:
-            hint = "set cache_dir to a folder that can be written and has space"
+            hint = "set cache_dir to a writable folder with enough space"
             raise UserError(f"the token cache: {error}", hint=hint, exit_code=SAVE) from None
         finally:
             gc.unfreeze()
@@ -229,12 +229,12 @@ def build_cache(
 
 
 def _problem(folder: Path) -> str | None:
-    """None where the cache is there, every byte of it, else what is wrong."""
+    """None if the cache is there and every byte verifies, else what is wrong."""
     return verify_folder(folder) if os.path.lexists(folder) else ABSENT
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder that is not a whole cache, and what builds that were killed have left beside it."""
+    """Remove a folder that is no complete cache, and the leftovers of killed builds beside it."""
     if os.path.lexists(folder):
         shutil.rmtree(folder)  # refuses a link
     remove_leftovers(folder.parent)
@@ -243,7 +243,7 @@ def _remove(folder: Path) -> None:
 def cache_key(
     sources: Sequence[Source], paths: list[list[Path]], tokenizer: Tokenizer, options: FormatOptions, on_bad_row: str
 ) -> str:
-    """sha256 (hex) of everything that shapes the cache. Names and weights of sources do not."""
+    """sha256 (hex) of everything that shapes the cache. The names and weights of sources do not shape it."""
     parts = {
         "version": [CACHE_VERSION, tokenizers.__version__],
         "sources": [
@@ -264,7 +264,7 @@ def cache_key(
 
 def _open(folder: Path, sources: tuple[Source, ...], note: str) -> TokenCache:
     manifest = read_manifest(folder)
-    # Of what was made, not of how: the same tokens in another place are dealt in the same order.
+    # The fingerprint hashes the tokens, not where they came from: the same tokens in another folder give the same order.
     shaping = ("ids", "kinds", "offsets", "source", "role")
     content = [manifest["files"][f"{name}.bin"]["sha256"] for name in shaping if f"{name}.bin" in manifest["files"]]
     fingerprint = sha256("".join(content).encode()).hexdigest()

@@ -1,16 +1,16 @@
-"""Which documents of the cache are trained on, cut how, how often; and the account of every row and token.
+"""Which documents of the cache are used, how they are cut, and how often an epoch has them; the account of rows and tokens.
 
 The account closes, and `Accounting` asserts it:
 
     rows read = rows used + rows dropped, by reason
     tokens    = trained + context + cut + in dropped documents
 
-Nothing is cut or dropped that is not in it. It counts rows once; a source's weight may repeat them in an epoch. A row is
-used if one of its documents is: a conversation that is rendered turn by turn has one for each answer.
+It contains everything that is cut or dropped. It counts a row once, though the weight of its source may repeat it in an
+epoch. A row is used if one of its documents is: a conversation that is rendered turn by turn has one for each answer.
 
-Of preference data two documents, two answers to one prompt, are a unit: both are used or none is, and where the front of
-one is cut off, the other loses as much, so that both still answer the same prompt. An answer of another row (MISMATCHED) is
-measured and not trained: all of it is context.
+In preference data two neighbouring documents, two answers to one prompt, form a unit. Either both are used or neither. If
+one is cut at the left, the other is cut by the same number of tokens, so that both keep the same prompt. A document with
+the answer of another row (MISMATCHED) is measured and not trained: all of it is context.
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ from minisft.data.row_format import TRUNCATIONS
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
 
-BLOCK_TOKENS = 2**24  # tokens whose kinds are looked at together, to bound memory
+BLOCK_TOKENS = 2**24  # tokens whose kinds are read at a time, to bound memory
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Accounting:
     context: int  # seen, not trained
     cut: int
     in_dropped: int
-    dropped_answers: int  # documents that are dropped, of rows that are used all the same
-    num_documents: int  # of one epoch, with the repeats of source weights
+    dropped_answers: int  # dropped documents of rows that are used nevertheless
+    num_documents: int  # in one epoch, with the repeats of source weights
     tokens_per_epoch: int
-    unit: str = "documents"  # or "pairs", "labelled answers": then two documents are one of these
+    unit: str = "documents"  # or "pairs", "labelled answers", of two documents each
 
     def __post_init__(self) -> None:
         assert self.rows_read == self.rows_used + sum(self.dropped.values()), self
@@ -65,7 +65,7 @@ class Accounting:
             lines.append(f"truncated: {self.rows_cut:,} rows, {self.cut:,} tokens")
         if self.dropped_answers:
             lines.append(
-                f"{self.dropped_answers:,} answers of used rows are dropped, as too long or with nothing to train"
+                f"{self.dropped_answers:,} answers of used rows are dropped: too long, or nothing to train in them"
             )
         if num_units != self.rows_used:
             lines.append(f"{num_units:,} {self.unit}, {self.tokens_per_epoch:,} tokens an epoch")
@@ -77,14 +77,13 @@ def select_documents(
 ) -> tuple[Documents, Accounting]:
     """The documents of one epoch in the order of the cache, none longer than max_length (None = no limit).
 
-    truncation: what happens to a longer document. "error" and "drop" refuse or drop it, "right" keeps its first tokens, "left"
-    its last (see `cut` for pairs), "turns" has shortened conversations already (tokenise.py) and is "right" for rows without
-    turns. split_at: packing will cut documents into pieces of this length (bfd_split), and the first token of a piece is
-    context.
-    Documents with no target left are dropped: the first token of a document is never one. So are pairs whose two documents
-    are the same after the cut, or have lost their prompt. A source of weight 2.5 gives every document, or pair, twice and a
-    half of them, drawn once by `seed`, a third time.
-    Raises UserError where truncation is "error" and a document is longer, and where nothing is left.
+    truncation: what happens to a longer document. "error" refuses it, "drop" drops it, "right" keeps its first tokens, "left"
+    its last (`cut` has the details of pairs). "turns" has shortened conversations already (tokenise.py) and cuts the rest
+    like "right". split_at: packing will cut documents into pieces of this length (bfd_split), whose first token is context.
+    Dropped are documents with no target left (their first token is never one), and pairs whose two documents are the same
+    after the cut or have lost their prompt. A source of weight 2.5 gives every document, or pair, twice, and half of them,
+    drawn once by `seed`, a third time.
+    Raises UserError if truncation is "error" and a document is longer, and if nothing is left.
     """
     if truncation not in TRUNCATIONS:
         raise UserError(f"truncation = {truncation!r}", hint=f"one of {', '.join(TRUNCATIONS)}")
@@ -117,12 +116,12 @@ def select_documents(
 
 
 def is_mismatched(cache: TokenCache) -> np.ndarray:
-    """Which documents hold an answer of another row, bool [D]."""
+    """Which documents of the cache hold an answer of another row, bool [D]."""
     return np.zeros(len(cache.source), dtype=bool) if cache.role is None else cache.role == MISMATCHED
 
 
 def _any_of(cache: TokenCache, documents: np.ndarray) -> np.ndarray:
-    """Which units have one of these documents (bool [D]), bool [U]."""
+    """Which units have at least one of these documents (bool [D]), bool [U]."""
     return documents.reshape(-1, cache.group).any(axis=1)
 
 
@@ -134,9 +133,10 @@ def _is_cut(cache: TokenCache, start: np.ndarray, end: np.ndarray) -> np.ndarray
 def _reasons(
     cache: TokenCache, start: np.ndarray, end: np.ndarray, targets: np.ndarray, longer: np.ndarray, *, is_dropped: bool
 ) -> dict[str, np.ndarray]:
-    """Why a unit is not used: reason -> the units to which it applies, bool [U]. A unit is dropped for the first that does.
+    """Why units are not used: {reason: the units to which it applies, bool [U]}. The first that applies is reported.
 
-    targets [D]: of the documents after the cut; longer (bool [D]): than max_length; is_dropped: those are dropped.
+    targets [D]: targets of each document after the cut. longer (bool [D]): longer than max_length, which drops a document if
+    is_dropped.
     """
     without_target, is_longer = _any_of(cache, targets == 0), _any_of(cache, longer)
     reasons = {"longer than max_length": is_longer & is_dropped}
@@ -152,7 +152,7 @@ def _reasons(
 
 
 def _copies(cache: TokenCache, usable: np.ndarray, seed: int) -> np.ndarray:
-    """How often an epoch has each unit, int64 [U]: the weight of its source, 0 where it is not usable (bool [U])."""
+    """How often an epoch has each unit, int64 [U]: as its source's weight says, 0 if it is not usable (bool [U])."""
     copies = np.zeros(len(usable), dtype=np.int64)
     for number, source in enumerate(cache.sources):
         units = np.flatnonzero(usable & (cache.source[:: cache.group] == number))
@@ -170,9 +170,9 @@ def _account(
     copies: np.ndarray,
     reasons: dict[str, np.ndarray],
 ) -> Accounting:
-    """The account of the documents start[d] : end[d], targets [D], of which an epoch has copies [U]."""
+    """The account of documents that are cut to start[d] : end[d], with targets [D]; an epoch has copies [U] of each unit."""
     entries, lengths, kept, used = cache.manifest["sources"], np.diff(cache.offsets), end - start, copies > 0
-    # A row of which no unit is used is counted once, under the reason of its first unit.
+    # A row without a used unit is dropped, for the reason of its first unit.
     row = rows_of(cache)[:: cache.group]
     row_used = np.bincount(row, weights=used) > 0
     lost = np.concatenate([[True], row[1:] != row[:-1]]) & ~row_used[row]
@@ -202,10 +202,10 @@ def _account(
 
 
 def cut(cache: TokenCache, max_length: int | None, truncation: str) -> tuple[np.ndarray, np.ndarray]:
-    """(start, end), int64 [D]: what is left of each document of the cache. "drop" and "error" cut nothing.
+    """(start, end), int64 [D]: the tokens that are left of each document of the cache. "drop" and "error" cut nothing.
 
-    Of a pair, "left" takes from the front of both documents what the longer one has too much. A MISMATCHED document goes
-    with the answer before it, and what is still too much is cut at its right, whatever truncation says.
+    "left" cuts the same number of tokens from both documents of a pair: the excess of the longer one. A MISMATCHED document
+    is cut together with the answer before it, and then at its right if it is still too long, whatever truncation says.
     """
     start, end = np.array(cache.offsets[:-1]), np.array(cache.offsets[1:])
     mismatched = is_mismatched(cache)
@@ -228,7 +228,7 @@ def rows_of(cache: TokenCache) -> np.ndarray:
 
 
 def blocks(cache: TokenCache) -> Iterator[tuple[slice, int, int]]:
-    """(documents, first token, token after the last) of neighbouring documents, some million tokens at a time."""
+    """The documents of the cache in blocks of some million tokens: (documents, first token, token after the last)."""
     first, num_documents = 0, len(cache.offsets) - 1
     while first < num_documents:
         last = int(np.searchsorted(cache.offsets, cache.offsets[first] + BLOCK_TOKENS, side="right")) - 1
@@ -238,7 +238,7 @@ def blocks(cache: TokenCache) -> Iterator[tuple[slice, int, int]]:
 
 
 def count_targets(cache: TokenCache, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """How many tokens of start[d] : end[d], without the first, are trained, for every document d of the cache [D]."""
+    """The targets of every document of the cache, int64 [D]: the trained tokens of start[d] : end[d], without the first."""
     targets = np.zeros(len(start), dtype=np.int64)
     for block, base, stop in blocks(cache):
         trained = cache.kinds[base:stop] >= TRAINED
@@ -250,7 +250,7 @@ def count_targets(cache: TokenCache, start: np.ndarray, end: np.ndarray) -> np.n
 
 
 def first_trained(cache: TokenCache) -> np.ndarray:
-    """Where the first trained token of each document is, or its end, int64 [D]: places in the cache."""
+    """The place in the cache of each document's first trained token, int64 [D]; its end if it has none."""
     first = np.array(cache.offsets[1:])
     for block, base, stop in blocks(cache):
         trained = np.append(np.flatnonzero(cache.kinds[base:stop] >= TRAINED) + base, stop)
@@ -259,7 +259,7 @@ def first_trained(cache: TokenCache) -> np.ndarray:
 
 
 def _count_first_tokens(cache: TokenCache, start: np.ndarray, end: np.ndarray, split_at: int) -> np.ndarray:
-    """How many trained tokens of start[d] : end[d] come first in a later piece of split_at tokens, for every document [D]."""
+    """How many trained tokens become the first of a piece when start[d] : end[d] is cut every split_at tokens, int64 [D]."""
     cuts = np.maximum(end - start - 1, 0) // split_at  # the pieces of each document after its first
     first_tokens = np.repeat(start, cuts) + split_at * (ragged_arange(np.zeros_like(cuts), cuts) + 1)
     trained = cache.kinds[first_tokens] >= TRAINED
@@ -269,7 +269,7 @@ def _count_first_tokens(cache: TokenCache, start: np.ndarray, end: np.ndarray, s
 
 
 def _are_equal(cache: TokenCache, start: np.ndarray, end: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """Which of these units (bool [U]) hold the same tokens twice."""
+    """Which of these units (bool [U]) hold the same tokens twice, bool [U]."""
     equal = np.zeros(len(units), dtype=bool)
     for unit in np.flatnonzero(units):
         chosen, rejected = (cache.ids[start[d] : end[d]] for d in (2 * unit, 2 * unit + 1))
@@ -280,9 +280,9 @@ def _are_equal(cache: TokenCache, start: np.ndarray, end: np.ndarray, units: np.
 def split_documents(documents: Documents, fraction: float, seed: int) -> tuple[Documents, Documents]:
     """(train, held out): a `fraction` of the rows, drawn by the seed, is held out, once each; no row is in both.
 
-    Raises UserError where a side would be empty.
+    Raises UserError if a side would be empty.
     """
-    unit = documents.index[:: documents.group]  # by its first document
+    unit = documents.index[:: documents.group]  # the first document of each unit
     row = rows_of(documents.cache)[unit]
     rows = np.unique(row)
     count = round(fraction * len(rows))
@@ -290,12 +290,12 @@ def split_documents(documents: Documents, fraction: float, seed: int) -> tuple[D
         raise UserError(f"holding out {fraction} of {len(rows)} rows leaves {count} and {len(rows) - count}")
     chosen = np.random.default_rng([seed, 1]).permutation(rows)[:count]
     held = np.isin(row, chosen)
-    first = np.concatenate([[True], unit[1:] != unit[:-1]])  # not a repeat: they are sorted
+    first = np.concatenate([[True], unit[1:] != unit[:-1]])  # no repeat; the units are sorted
     return documents.take(~held), documents.take(held & first)
 
 
 def show_document(documents: Documents, number: int, tokenizer: Tokenizer, *, colour: bool = False) -> str:
-    """The text of one document with what is trained in [brackets], or in green."""
+    """The text of one document, its trained tokens in [brackets] or in green."""
     cache, span = documents.cache, slice(documents.start[number], documents.end[number])
     ids, trained = cache.ids[span], cache.kinds[span] >= TRAINED
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]

@@ -1,15 +1,15 @@
 """From text with spans to tokens with kinds.
 
-A text is encoded once as a whole and every token carries the range of characters it came from; a token belongs to a span
-if the two overlap. No mask is ever derived from an id: <|im_end|> is trained where it ends an answer and is context
-where it ends a question. Several tokens may share one character (an emoji is four bytes), a token may cover the border
-of a span (counted as straddling: part of it was given), and a token may have no characters at all.
+A text is encoded once as a whole, and every token has the range of characters it came from; a token belongs to a span if
+the two overlap. No mask is ever derived from an id: <|im_end|> is trained where it ends an answer and is context where it
+ends a question. Several tokens may share one character (an emoji is four bytes), a token may cover the border of a span
+(counted as straddling: a part of it belongs to the prompt), and a token may have no characters at all.
 
-Control tokens. The text "<|im_end|>" inside a message would become that token, and a user could end his turn and begin the
-assistant's. Such a row is refused ("error"), or the stretch is encoded as ordinary text ("escape"): that is what a
-careful server does with its users' input. "allow" lets it become the token. Outside of templates: what fills the plain text
-of instructions and questions is treated alike; prompts and completions that are used as they are were written so on
-purpose, and are escaped where asked but never refused; plain text is neither. Rows with control tokens are counted.
+Control tokens. The text "<|im_end|>" inside a message would become that token, so that a user could end his turn and begin
+the assistant's. With "error" such a row is refused; with "escape" the text of the token is encoded as ordinary text, as a
+careful server does with its users' input; with "allow" it becomes the token. Outside of templates, instructions and
+questions are treated in the same way. Prompts and completions that are used as they are may contain control tokens on
+purpose: "escape" applies to them, "error" does not. Neither applies to plain text. Rows with control tokens are counted.
 """
 
 import re
@@ -33,7 +33,7 @@ from minisft.data.rows import RowError
 from minisft.data.tokenizer import LITERAL_START, Tokenizer
 from minisft.errors import UserError
 
-ESCAPE = 0xF0000  # private-use characters that stand for the control tokens of a row while it is rendered
+ESCAPE = 0xF0000  # private-use characters in place of a row's control tokens while it is rendered
 ESCAPED = re.compile("[\U000f0000-\U000ffffd]")
 
 
@@ -99,7 +99,7 @@ def _control_token(token: str, where: str) -> RowError:
 
 
 def _without_control_tokens(tokenizer: Tokenizer, example: Example) -> tuple[Example, dict[str, str]]:
-    """The row with a private character for each control token in it, and where each was first: {token: place}."""
+    """(the row with a private character for each control token, {control token: the place where it occurs first})."""
     found: dict[str, str] = {}
 
     def walk(value: Any, where: str) -> Any:
@@ -120,7 +120,7 @@ def _without_control_tokens(tokenizer: Tokenizer, example: Example) -> tuple[Exa
         if _is_clean(tokenizer, message):
             return message
         walked = walk(message, where)
-        if "part_spans" in message:  # places in the content, which became shorter
+        if "part_spans" in message:  # these are places in the content, which became shorter
             tokens = [match.span() for match in tokenizer.control_tokens.finditer(message["content"])]
             walked["part_spans"] = [(_moved(a, tokens), _moved(b, tokens), on) for a, b, on in message["part_spans"]]
         return walked
@@ -131,22 +131,22 @@ def _without_control_tokens(tokenizer: Tokenizer, example: Example) -> tuple[Exa
 
 
 def _moved(at: int, tokens: list[tuple[int, int]]) -> int:
-    """A place in a text after each of its control tokens has become one character."""
+    """Where a place of a text is after each of its control tokens has become one character."""
     if any(a < at < b for a, b in tokens):
-        raise RowError("control token in a message", "it lies in two parts of a content")
+        raise RowError("control token in a message", "it is in two parts of a content")
     return at - sum(b - a - 1 for a, b in tokens if b <= at)
 
 
 def _is_clean(tokenizer: Tokenizer, message: dict) -> bool:
-    """Nearly all messages: a role and a content without control tokens."""
+    """Whether a message is only a role and a content without control tokens, as nearly all are."""
     content = message["content"]
     is_free = content.isascii() or not ESCAPED.search(content)
     return is_free and len(message) == 2 and not tokenizer.control_tokens.search(content)
 
 
 def _put_back(piece: Piece, tokens: list[str]) -> Piece:
-    """The piece with its private characters written out again, and their places as `literal`."""
-    places = [0]  # character of the piece -> where it starts in the text
+    """The piece with control tokens again in place of private characters, and their places in `literal`."""
+    places = [0]  # character of the piece -> its place in the new text
     text, literal = [], []
     for character in piece.text:
         written = tokens[ord(character) - ESCAPE] if ESCAPED.match(character) else character
@@ -175,12 +175,12 @@ class Encoded:
 
     ids: np.ndarray  # uint32 [n]
     kinds: np.ndarray  # uint8 [n]: kind | TRAINED
-    straddling: int  # trained tokens that begin before or end after what is trained
+    straddling: int  # trained tokens that begin before or end after the trained text
     weights: np.ndarray | None  # float32 [n], None = all 1
 
 
 def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[Encoded]:
-    """Encode pieces in one batch on all cores. Raises RowError where a control token cannot be escaped."""
+    """Encode pieces in one batch on all cores. Raises RowError if a control token cannot be escaped."""
     return [with_kinds(tokenizer, *both) for both in zip(pieces, raw_encodings(tokenizer, pieces))]
 
 
@@ -204,9 +204,12 @@ def with_kinds(tokenizer: Tokenizer, piece: Piece, encoding: tokenizers.Encoding
 def _encode_literally(
     tokenizer: Tokenizer, piece: Piece, encoding: tokenizers.Encoding
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """(ids, offsets) of a piece in which some special tokens are ordinary text. What lies between two real special
-    tokens and holds such a stretch is encoded by a tokenizer that knows no special tokens; the rest stays as it is."""
-    real = [  # tokens of the usual encoding, and the end
+    """(ids, offsets) of a piece in which the text of some special tokens is ordinary text.
+
+    A stretch between two real special tokens that contains such text is encoded by a tokenizer without special tokens; the
+    other stretches keep their usual encoding.
+    """
+    real = [  # places of the real special tokens in the usual encoding, and its end
         k
         for k, (i, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets))
         if i in tokenizer.special_ids and not any(a < end and start < b for a, b in piece.literal)
@@ -243,7 +246,7 @@ def _token_weights(offsets: list[tuple[int, int]], weights: list[tuple[int, int,
 
 
 def _piece_kinds(encoding: tokenizers.Encoding, piece: Piece) -> tuple[np.ndarray, int]:
-    """`token_kinds` of an encoding. Asking Rust for the few borders is ten times as fast as fetching all offsets."""
+    """`token_kinds` of an encoding. Fetching only the borders of spans from Rust is ten times as fast as all offsets."""
     tokens = {0: 0, len(piece.text): len(encoding)}  # character -> the token that starts there
     for border in {border for start, end, _ in piece.spans for border in (start, end)} - tokens.keys():
         token = encoding.char_to_token(border)
@@ -257,7 +260,7 @@ def _piece_kinds(encoding: tokenizers.Encoding, piece: Piece) -> tuple[np.ndarra
 
 
 def token_kinds(offsets: list[tuple[int, int]], spans: list[tuple[int, int, int]]) -> tuple[np.ndarray, int]:
-    """What each token is: offsets (char start, end) of n tokens -> (kinds uint8 [n], tokens over a trained border)."""
+    """(kinds uint8 [n], straddling tokens) of n tokens with these offsets (char start, char end)."""
     kinds = np.zeros(len(offsets), dtype=np.uint8)
     straddling = 0
     for start, end, byte in spans:
@@ -278,8 +281,8 @@ def tokenize_conversation(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids uint32 [n], kinds uint8 [n]: kind | TRAINED) of one conversation.
 
-    train_on: "assistant" = every assistant turn, "last" = the last one, "all" = everything. Raises UserError where the
-    messages are malformed or the turns cannot be found exactly.
+    train_on: "assistant" = every assistant turn, "last" = the last one, "all" = everything. Raises UserError if the messages
+    are malformed or the turns cannot be found exactly.
     """
     if train_on not in ("assistant", "last", "all"):
         raise UserError(f"train_on = {train_on!r}", hint="one of assistant, last, all")

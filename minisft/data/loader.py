@@ -1,21 +1,21 @@
 """From packs of documents to batches, in an order that is a pure function.
 
-Which packs are in step s of epoch e depends on (seed, data fingerprint, e, s) and nothing else. There is no sampler
-state to save: a resumed run deals the epoch again and asks for step s. A step is a window of consecutive packs that the
-ranks share out, so its packs are the same whatever the number of ranks and micro-batches, as long as batch_size x
-accumulation x world_size is the same.
+The packs of step s of epoch e depend on (seed, data fingerprint, e, s) and nothing else. There is no sampler state to
+save: a resumed run deals the epoch again and continues with step s. A step is a window of consecutive packs, divided among
+the ranks, so its packs are the same whatever the number of ranks and micro-batches, as long as batch_size x accumulation
+x world_size is the same.
 
 `make_batch` copies the tokens of its packs out of the memory-mapped cache with one gather and does the shift by index:
 a trained token at position j >= 1 of a piece is a target, scored from the row before it. So the first token of a piece
 is never a target, and no document predicts its neighbour's first token.
 
-Preference data comes in units of two documents, two answers to one prompt, which no pack parts. Where they share the prompt
-it stands there once, and the second answer follows the first:
+Preference data comes in units of two documents, two answers to one prompt, which are always in the same pack. If they share
+the prompt, the pack has one copy of it, and the second answer follows the first:
 
     prompt | chosen | rejected          positions of rejected restart at the prompt's length
 
-Of the keys, those of `chosen` are visible up to its own end only, those of the prompt and of `rejected` up to the end of the
-pair: each answer sees the prompt and itself. The first token of both answers is scored from the prompt's last row.
+The keys of `chosen` are visible up to its own end only, those of the prompt and of `rejected` up to the end of the pair, so
+that each answer sees the prompt and itself. The first token of both answers is scored from the prompt's last row.
 """
 
 import math
@@ -37,7 +37,7 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
 
     T and M are rounded up to a multiple of `round_to`, for fixed shapes. Filler comes last: a filler token (id 0) is a
     document of its own, a filler row has target -100, weight 0 and document -1, and num_tokens and num_targets do not
-    count them. No packs at all make a batch of filler, which trains nothing.
+    count them. An empty list of packs makes a batch of filler, which trains nothing.
     """
     cache = documents.cache
     document, skipped, first_position, lengths = _pieces(documents, packs, pack_numbers)
@@ -55,11 +55,11 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
     owner = np.repeat(np.arange(len(lengths)), lengths)  # [T]
     cu_seqlens, start, end = _bounds(begin, first_position)
 
-    # The targets: the trained tokens but the first of each piece.
+    # The targets: all trained tokens except the first of each piece.
     trained = ((kinds & TRAINED) != 0) & (position > 0)
     at = np.flatnonzero(trained)
     scored_from, of_document = at - 1, owner[at]
-    opens = at == begin[of_document]  # of an answer whose prompt is elsewhere
+    opens = at == begin[of_document]  # the first token of an answer that shares the prompt before the other answer
     scored_from[opens] = begin[of_document[opens] - 1] + first_position[of_document[opens]] - 1
     num_targets = len(at)
     index = documents.index[document[of_document]]
@@ -97,8 +97,11 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
 def _pieces(
     documents: Documents, packs: Packs, pack_numbers: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The pieces of these packs, int [N] each: (which document, tokens at its front that are not in the piece, position of
-    the first token, number of tokens)."""
+    """(document, skipped, first_position, length), int [N] each: the pieces of these packs.
+
+    A piece is `length` tokens of documents.index[document], after the first `skipped`; their positions start at
+    first_position.
+    """
     numbers = np.asarray(pack_numbers, dtype=np.int64)
     first = packs.offsets[numbers]
     pieces = ragged_arange(first, packs.offsets[numbers + 1] - first)
@@ -114,8 +117,10 @@ def _pieces(
 
 
 def _bounds(begin: np.ndarray, first_position: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    """(cu_seqlens, start, end) of a batch whose N pieces begin at begin[:-1] [N+1]. A piece whose first position is not 0
-    follows the prompt that it shares with the piece before, and is one document with it."""
+    """(cu_seqlens, start, end) of a batch, whose piece i is tokens begin[i] : begin[i + 1] (int [N+1]).
+
+    A piece whose first position is not 0 shares the prompt of the piece before it, and is one document with it.
+    """
     joined = first_position > 0
     cu_seqlens = torch.from_numpy(begin[np.append(~joined, True)].astype(np.int32))
     start, end = document_bounds(cu_seqlens, int(begin[-1]))
@@ -128,7 +133,8 @@ def _bounds(begin: np.ndarray, first_position: np.ndarray) -> tuple[Tensor, Tens
 
 
 def _answers(documents: Documents, document: np.ndarray, row_answer: np.ndarray, weights: np.ndarray | None) -> Answers:
-    """document [2U], row_answer [M] with 2U for filler, weights of the M targets without filler or None = 1."""
+    """The `Answers` of a batch. document [2U]: index into `documents`; row_answer [M]: 2U for filler; weights: of the targets
+    without filler, None = all 1."""
     index = documents.index[document]
     role = documents.cache.role[index]
     length = np.bincount(row_answer, minlength=len(index) + 1)[:-1]
@@ -153,11 +159,11 @@ def _answers(documents: Documents, document: np.ndarray, row_answer: np.ndarray,
 def plan_set(
     documents: Documents, *, strategy: str, max_length: int | None, share_prompt: bool
 ) -> tuple[Documents, Plan]:
-    """How the documents of a set share packs: (the documents, with `shared` where pairs share their prompts, the plan).
+    """(documents, plan): how the documents of a set share packs. The documents get `shared` if pairs share their prompts.
 
-    The documents are cut already (documents.py). strategy: a key of packing_strategies.STRATEGIES; "none" makes a pack of
-    each unit. max_length is the limit of a prompt with one answer, so a pack of pairs has room for two of these; None = as
-    much as the longest unit needs.
+    They are cut already (documents.py). strategy: a key of packing_strategies.STRATEGIES; "none" makes a pack of each unit.
+    max_length: the limit of a prompt with one answer, so a pack of pairs has room for two of these; None = room for the
+    longest unit.
     """
     if share_prompt and documents.group > 1 and documents.shared is None:
         documents = replace(documents, shared=shared_prompts(documents))
@@ -166,7 +172,7 @@ def plan_set(
 
 
 def shared_prompts(documents: Documents) -> np.ndarray:
-    """Of each pair, how many tokens both documents begin with and neither trains: the prompt, int64 [U]."""
+    """The length of each pair's prompt, int64 [U]: the tokens with which both documents begin and that neither trains."""
     cache, shared = documents.cache, np.zeros(documents.num_units, dtype=np.int64)
     lengths = documents.lengths.reshape(-1, 2).min(1).tolist()
     for unit, ((a, b), length) in enumerate(zip(documents.start.reshape(-1, 2).tolist(), lengths)):
@@ -178,12 +184,12 @@ def shared_prompts(documents: Documents) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Loader:
-    """The batches of one rank. An optimizer step takes batch_size * accumulation * world_size packs over all ranks."""
+    """The batches of one rank. An optimizer step has batch_size * accumulation * world_size packs over all ranks."""
 
     documents: Documents
     plan: Plan  # of documents.unit_lengths
     batch_size: int  # packs in a micro-batch
-    accumulation: int = 1  # micro-batches that one rank adds up in a step
+    accumulation: int = 1  # micro-batches of one rank in a step
     seed: int = 0
     rank: int = 0
     world_size: int = 1
@@ -200,11 +206,11 @@ class Loader:
         return math.ceil(self.plan.num_packs / self.packs_per_step)
 
     def num_packs(self, s: int) -> int:
-        """Packs of step s over all ranks: packs_per_step, or what is left for the last step of an epoch."""
+        """Packs of step s over all ranks: packs_per_step, or the rest in the last step of an epoch."""
         return min(self.packs_per_step, self.plan.num_packs - s * self.packs_per_step)
 
     def packs(self, epoch: int) -> Packs:
-        """The packs of an epoch, dealt once and kept until another epoch is asked for."""
+        """The packs of an epoch, dealt once and kept until another epoch is requested."""
         if epoch not in self._dealt:
             data = int(self.documents.cache.fingerprint[:16], 16)
             packs = self.plan.deal((self.seed, data, epoch) if self.shuffle else None)
@@ -213,9 +219,9 @@ class Loader:
         return self._dealt[epoch]
 
     def step(self, epoch: int, s: int) -> list[Batch]:
-        """This rank's micro-batches of step s. The packs of the step in chunks of batch_size go to the ranks in turn.
+        """This rank's micro-batches of step s: the packs of the step go to the ranks in turn, batch_size at a time.
 
-        The last step of an epoch may have fewer chunks, and a smaller one. All ranks get the same number of
+        The last step of an epoch may have fewer chunks of packs, and a smaller one. All ranks get the same number of
         micro-batches, so that their collectives match: a rank without a chunk gets filler, which trains nothing.
         """
         assert 0 <= s < self.steps_per_epoch, f"step {s} of {self.steps_per_epoch}"

@@ -8,7 +8,7 @@ packs are shuffled. That is a few passes over integer arrays. Without a seed, de
 `packing_strategies.pack_ref`.
 
 Every piece is a document of its own in a batch (positions restart, attention stays inside), so "wrapped" leaks nothing
-from one document into the next, unlike its namesake elsewhere. The cost of a cut is the context before it.
+from one document into the next, unlike the strategy of that name elsewhere. A cut costs the later piece its context.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from minisft.errors import DATA, UserError
 
 @dataclass(frozen=True, eq=False)
 class Packs:
-    """Packs of pieces: pack i holds pieces offsets[i]:offsets[i + 1], side by side in this order."""
+    """Packs of pieces: pack i holds pieces offsets[i]:offsets[i + 1] in this order."""
 
     document: np.ndarray  # int32 [P]: which document
     start: np.ndarray  # int32 [P]: the piece is tokens start:end of that document
@@ -41,7 +41,7 @@ class Packs:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How many packs there are and which lengths share one; `deal` says which documents. Made by `plan`."""
+    """How many packs there are and which lengths share one; `deal` decides which documents. Made by `plan`."""
 
     strategy: str
     max_length: int
@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def fill(self) -> float:
-        """The part of all places that holds a token, 0 to 1."""
+        """The share of all places that hold a token, 0 to 1."""
         return self.num_tokens / (self.num_packs * self.max_length)
 
     def deal(self, seed: int | Sequence[int] | None = None) -> Packs:
@@ -99,8 +99,7 @@ class Plan:
 def plan(lengths: Sequence[int] | np.ndarray, max_length: int, strategy: str) -> Plan:
     """Plan packs of at most max_length tokens for documents of these lengths (int [D], each at least 1).
 
-    Raises UserError for an unknown strategy, max_length < 1 or no documents, ValueError for a length that is not
-    positive.
+    Raises UserError for an unknown strategy, max_length < 1 or no documents, ValueError for a length that is not positive.
     """
     if strategy not in STRATEGIES:
         raise UserError(f"unknown packing strategy {strategy!r}", hint=f"choose one of {', '.join(STRATEGIES)}")
@@ -138,7 +137,7 @@ def plan(lengths: Sequence[int] | np.ndarray, max_length: int, strategy: str) ->
     elif fit is None:
         groups, num_packs = [Group(0, len(end), 0, 0, ((0, 1),))], len(end)
     else:
-        # Two bytes where they do: numpy sorts those in linear time.
+        # Two bytes if they suffice: numpy sorts those in linear time.
         missing = (room - size).astype(np.uint16 if room < 2**16 else np.int32)
         order = np.argsort(missing, kind="stable").astype(np.int32)
         counts = np.bincount(missing)
@@ -164,13 +163,13 @@ def ragged_arange(start: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 
 def _wrap(lengths: np.ndarray, max_length: int, rng: np.random.Generator | None) -> Packs:
-    """Lay the documents end to end, in an order drawn anew, and cut every max_length tokens."""
+    """Lay the documents end to end, in an order drawn by rng, and cut every max_length tokens."""
     order = np.arange(len(lengths), dtype=np.int32)
     if rng:
         rng.shuffle(order)
     ends = np.cumsum(lengths[order], dtype=np.int64)  # [D] document order[i] is tokens starts[i]:ends[i] of the stream
     starts = ends - lengths[order]
-    first, last = starts // max_length, (ends - 1) // max_length  # [D] the packs that it touches
+    first, last = starts // max_length, (ends - 1) // max_length  # [D] the packs in which it begins and ends
     at = np.repeat(np.arange(len(order), dtype=np.int32), last - first + 1)  # [P]
     packs = ragged_arange(first, last - first + 1)  # [P]
     start = np.maximum(packs * max_length - starts[at], 0).astype(np.int32)

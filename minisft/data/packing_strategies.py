@@ -48,7 +48,7 @@ def pack_ref(lengths: Sequence[int], max_length: int, strategy: str) -> list[lis
     if strategy == "none":
         return [[piece] for piece in pieces]
 
-    packs, space, since = [], [], []  # of each pack: its pieces, its free tokens, since when it has just so many
+    packs, space, since = [], [], []  # each pack's pieces, free tokens, and when it last got a piece
     for time, (d, start, end) in enumerate(sorted(pieces, key=lambda piece: piece[1] - piece[2])):
         fits = [i for i in range(len(packs)) if space[i] >= end - start]
         if not fits:
@@ -72,8 +72,8 @@ class Group(NamedTuple):
 
     first: int
     number: int
-    space: int  # tokens that are still free in each pack
-    arrival: int  # groups of equal space came to it in this order
+    space: int  # free tokens in each pack
+    arrival: int  # the order in which groups of equal space came to have it
     runs: tuple[tuple[int, int], ...]
 
 
@@ -130,9 +130,11 @@ def _fit(counts: list[int], room: int, priority: Callable[[Group], Any]) -> list
 
 
 class Strategy(NamedTuple):
-    """What becomes of a long document, and how pieces of known lengths are fitted into packs."""
+    """What happens to a document longer than max_length, and how pieces are fitted into packs by their lengths."""
 
-    cut: str  # "front" = it keeps its first tokens; "pieces" = of max_length tokens; "stream" = wherever a pack ends
+    cut: (
+        str  # "front" = keeps its first tokens; "pieces" = is cut every max_length tokens; "stream" = where a pack ends
+    )
     fit: Callable[[list[int], int], list[Group]] | None  # None: nothing is fitted, documents are taken in order
 
 
@@ -141,5 +143,5 @@ STRATEGIES = {
     "ffd": Strategy("front", first_fit),
     "bfd_split": Strategy("pieces", best_fit),
     "wrapped": Strategy("stream", None),
-    "none": Strategy("front", None),  # a pack for each document: how documents become batches without packing
+    "none": Strategy("front", None),  # packing is off: a pack for each document
 }

@@ -1,17 +1,17 @@
-"""From rows to tokenised documents, in batches: what the token cache is filled with.
+"""From rows to tokenised documents, in batches, which cache.py writes to disk.
 
 Python reads, checks and renders a batch of rows while the Rust tokenizer encodes the one before on the other cores (it
-releases the interpreter). A row gives one document, or several where its conversation is rendered turn by turn (chat/masks.py,
-strategy D). Every row is either used or dropped with a reason that is counted. Preference data gives two documents for each
-comparison, one after the other: the chosen and the rejected answer, or (labels) an answer and another row's to its prompt.
+releases the interpreter). A row gives one document, or several if its conversation is rendered turn by turn (chat/masks.py,
+strategy D). Every row is either used or dropped, with a reason that is counted. Preference data gives two documents for each
+comparison, one after the other: the chosen and the rejected answer, or (labels) an answer and the same prompt with the
+answer of another row.
 
 `truncation = "turns"`: a conversation that is too long loses its oldest whole turns (a question with all that follows up
-to the next one) and is rendered again, so that what remains is what the model would be given at inference. The system
-turn, the tools and the answer at the end stay.
+to the next one) and is rendered again, so that the remainder is exactly the text that the model would see at inference. The
+system turn, the tools and the answer at the end stay.
 """
 
 import json
-import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,7 +42,8 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
 
 BATCH_ROWS, BATCH_CHARACTERS = 512, 8_000_000  # a batch ends at whichever comes first
-THREADS, BATCHES_AT_WORK = 2, 3  # a thread waits up to 5 ms for the interpreter at each end of its batch; Rust must not
+# A thread may wait 5 ms for the interpreter before and after it encodes, and Rust should have the next batch meanwhile.
+THREADS, BATCHES_AT_WORK = 2, 3
 SHOWN_BAD_ROWS = 5
 TOO_LONG = "too long even without its earlier turns"
 
@@ -51,29 +52,31 @@ TOO_LONG = "too long even without its earlier turns"
 class Document:
     ids: np.ndarray  # uint32 [n]
     kinds: np.ndarray  # uint8 [n]: kind | TRAINED
-    weights: np.ndarray | float  # float32 [n], or one for all
-    straddling: int  # trained tokens that begin before or end after what is trained
-    row: int  # its number in the source, from 0
+    weights: np.ndarray | float  # float32 [n], or one for all tokens
+    straddling: int  # trained tokens that begin before or end after the trained text
+    row: int  # the number of its row in the source, from 0
     file: str
     line: int
-    role: int | None = None  # of pairs and labels: CHOSEN, REJECTED, MISMATCHED
+    role: int | None = None  # CHOSEN, REJECTED or MISMATCHED in pairs and labels
 
 
 @dataclass(slots=True)
 class _Pending:
     """A document on its way to the tokenizer."""
 
-    number: int
+    number: int  # of its row
     row: Row
     example: Example
     pieces: tuple[Piece, ...]
     has_control_tokens: bool = False
-    end: int = 0  # of a conversation: how many of its messages the document holds
-    strategy: str = ""  # of a conversation, see chat/masks.py; per_turn: only the last answer is trained
+    end: int = 0  # how many messages of a conversation the document holds
+    strategy: str = (
+        ""  # how the turns of a conversation were found (chat/masks.py); per_turn: only the last answer is trained
+    )
 
 
 def new_entry() -> dict:
-    """What is counted of a source; `tokenise` fills it."""
+    """The counts of a source, which `tokenise` fills in."""
     turns = {"rows": 0, "turns": 0, "tokens": 0, "lost_answers": 0}
     counts = {"rows_read": 0, "rows_used": 0, "documents": 0, "dropped": {}, "control_tokens": 0, "straddling": 0}
     return {"layout": "", "prompt": "", **counts, "strategies": {}, "turns_cut": turns}
@@ -87,9 +90,9 @@ def tokenise(
     entry: dict,
     bad_rows: list[str],
 ) -> Iterator[list[Document]]:
-    """The documents of a source in batches; fills `entry` and appends the first bad rows to `bad_rows`.
+    """The documents of a source in batches; fills in `entry` and appends the first bad rows to `bad_rows`.
 
-    on_bad_row: "error" raises UserError at the first one, "skip" counts them.
+    on_bad_row: "error" raises UserError at the first bad row, "skip" counts bad rows.
     """
     work = _Work(source, tokenizer, options, on_bad_row, entry, bad_rows)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -107,7 +110,7 @@ def tokenise(
 
 @dataclass
 class _Work:
-    """A source on its way to documents, and the counts of what becomes of its rows."""
+    """A source on its way to documents, and the counts of its rows."""
 
     source: Source
     tokenizer: Tokenizer
@@ -115,9 +118,9 @@ class _Work:
     on_bad_row: str
     entry: dict
     bad_rows: list[str]
-    row_format: RowFormat | None = None  # of the first row
+    row_format: RowFormat | None = None  # decided by the first row
     dropped: Counter = field(default_factory=Counter)  # reason -> rows
-    strategies: Counter = field(default_factory=Counter)  # of conversations -> rows; "" = rows that are none
+    strategies: Counter = field(default_factory=Counter)  # how turns were found -> rows; "" = rows without turns
 
     def batches(self) -> Iterator[list[_Pending]]:
         """The rows of the source as texts to encode, some hundred rows at a time."""
@@ -134,7 +137,7 @@ class _Work:
             yield batch
 
     def parts(self, number: int, row: Row | BadRow) -> list[_Pending]:
-        """The documents of a row, as text; none where it is bad."""
+        """The documents of a row, as text; none if it is bad."""
         if isinstance(row, BadRow):
             self.refuse(row)
             return []
@@ -156,7 +159,7 @@ class _Work:
         return parts
 
     def documents(self, batch: list[_Pending], encodings: Future) -> Iterator[list[Document]]:
-        """The documents of an encoded batch, as one list, if there are any."""
+        """The documents of an encoded batch in one list; nothing if there are none."""
         encoded = iter(encodings.result())
         documents = []
         for _, parts in groupby(batch, key=attrgetter("number")):
@@ -167,7 +170,8 @@ class _Work:
             yield documents
 
     def documents_of_row(self, parts: list[_Pending], encoded: Iterator[tokenizers.Encoding]) -> list[Document]:
-        """The documents of one row, whose encodings come next from `encoded`; none where the row is bad."""
+        """The documents of one row, whose encodings come next from `encoded`; none if the row is bad."""
+        assert self.row_format is not None  # the first row decided it
         documents, too_long, error = [], [], None
         for part in parts:
             raw = [next(encoded) for _ in part.pieces]
@@ -190,7 +194,7 @@ class _Work:
         return documents
 
     def refuse(self, bad_row: BadRow) -> None:
-        """Count a bad row, or stop at it."""
+        """Count a bad row, or raise UserError."""
         if self.on_bad_row == "error" and bad_row.reason != TOO_LONG:
             hint = 'mend the row, or set on_bad_row = "skip" to leave such rows out and count them'
             raise UserError(str(bad_row), hint=hint, exit_code=DATA)
@@ -253,15 +257,18 @@ def _bad_row(row: Row, error: RowError) -> BadRow:
 
 
 def _without_oldest_turns(
-    part: _Pending, length: int, row_format: RowFormat, tokenizer: Tokenizer, options: FormatOptions
+    part: _Pending, length: int, limit: int, row_format: RowFormat, tokenizer: Tokenizer, options: FormatOptions
 ) -> tuple[Encoded, int]:
-    """The same document with as few turns less as fit, and how many. Raises RowError where none fits."""
-    messages = part.example.messages[: part.end]
+    """(the document without its oldest turns, how many were removed): the fewest so that it has at most `limit` tokens.
+
+    length: its tokens with all turns. Raises RowError if it is too long without any of them.
+    """
+    messages = (part.example.messages or [])[: part.end]
     first = next((i for i, m in enumerate(messages) if m["role"] not in ("system", "developer")), 0)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     cuts = [i for i, m in enumerate(messages) if m["role"] == "user" and first < i < answers[-1]]
     is_alone = part.strategy == "per_turn"
-    if is_alone:  # what a message says of its own training was heard when the documents were made
+    if is_alone:  # `train` of a message decided already which answers have a document
         messages = [{k: v for k, v in m.items() if k != "train"} for m in messages]
 
     def shortened(cut: int) -> Encoded:
@@ -274,16 +281,16 @@ def _without_oldest_turns(
         pieces = conversation_pieces(tokenizer, fewer, replace(options, multi_turn="joint"), train_on).pieces
         return encode_pieces(tokenizer, pieces)[0]
 
-    low, high, best = 0, len(cuts), None  # the fewest turns cut with which it fits, by bisection
+    low, high, best = 0, len(cuts), None  # bisection for the first cut with which the document fits
     while low < high:
         middle = (low + high) // 2
         candidate = shortened(cuts[middle])
-        if len(candidate.ids) <= options.turns_max_length:
+        if len(candidate.ids) <= limit:
             best, high = candidate, middle
         else:
             low = middle + 1
     if best is None:
-        raise RowError(TOO_LONG, f"{length} tokens, at most {options.turns_max_length}")
+        raise RowError(TOO_LONG, f"{length} tokens, at most {limit}")
     return best, low + 1
 
 
@@ -298,11 +305,11 @@ def _document(
     options: FormatOptions,
     turns_cut: dict,
 ) -> Document:
-    """The tokens of a document, shortened where it is too long; fills `turns_cut`. Raises RowError."""
+    """The tokens of a document, without its oldest turns if it is too long; counts these in `turns_cut`. Raises RowError."""
     encoded = [with_kinds(tokenizer, piece, encoding) for piece, encoding in zip(part.pieces, raw)]
-    if part.example.messages is not None and len(encoded[0].ids) > (options.turns_max_length or math.inf):
-        length = len(encoded[0].ids)
-        encoded[0], num_turns = _without_oldest_turns(part, length, row_format, tokenizer, options)
+    limit = options.turns_max_length
+    if part.example.messages is not None and limit and (length := len(encoded[0].ids)) > limit:
+        encoded[0], num_turns = _without_oldest_turns(part, length, limit, row_format, tokenizer, options)
         turns_cut["rows"] += 1
         turns_cut["turns"] += num_turns
         turns_cut["tokens"] += length - len(encoded[0].ids)
@@ -316,7 +323,7 @@ def _document(
 def _join(
     example: Example, encoded: list[Encoded], tokenizer: Tokenizer, options: FormatOptions
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | float]:
-    """Ids, kinds and weights of a whole document; text outside of a template gets its BOS and EOS here, once each."""
+    """(ids, kinds, weights) of a whole document. Text outside of a template gets its BOS and EOS here, once each."""
     if example.ids is not None:
         ids = np.array(example.ids, dtype=np.uint32)
         kinds = np.full(len(ids), TEXT | TRAINED, dtype=np.uint8)
@@ -350,20 +357,20 @@ def _join(
 
 
 def _no_preference(answers: list[Document]) -> RowError | None:
-    """What only shows in the tokens of a row's answers: that one has nothing to score, or that two are the same."""
+    """The error of a row of which an answer has no token to score, or both answers have the same tokens."""
     if any((answer.kinds < TRAINED).all() for answer in answers):
         return RowError("answer without a trained token", "nothing in it can be scored")
     if len(answers) > 1 and np.array_equal(answers[0].ids, answers[1].ids):
-        return RowError("chosen equals rejected", "they differ as text, and give the same tokens")
+        return RowError("chosen equals rejected", "they differ as text, but not as tokens")
     return None
 
 
 def with_mismatched(batches: Iterable[tuple[int, list[Document]]]) -> Iterator[tuple[int, list[Document]]]:
-    """Batches (source, labelled answers) with a document after each answer: its prompt with an answer of the next row.
+    """Batches (source, labelled answers), each answer followed by a MISMATCHED document: its prompt, another row's answer.
 
-    After the last row of a batch comes its first; a batch of one row takes an answer of the batch before (the very first
-    one, of the batch after). KTO measures on these how far the policy is from its reference (arXiv:2402.01306, section
-    4). Raises UserError where there is one row in all.
+    That answer is from the next row of the batch; the last row takes the first one's. A batch of one row takes an answer of
+    the batch before it, or after it if it is the first. On these documents KTO measures how far the policy is from its
+    reference (arXiv:2402.01306, section 4). Raises UserError if there is only one row in all.
     """
     before, waiting = [], None
     for source, answers in batches:
@@ -379,14 +386,16 @@ def with_mismatched(batches: Iterable[tuple[int, list[Document]]]) -> Iterator[t
         before = answers[-1:]
     if waiting:
         raise UserError(
-            "one row of labelled answers is too few: KTO compares with answers of other rows", exit_code=DATA
+            "one row of labelled answers is too few: KTO needs answers of other rows to compare with", exit_code=DATA
         )
 
 
 def _paired(answers: list[Document], others: list[Document]) -> list[Document]:
     documents = []
     for answer, other in zip(answers, others):
-        prompt, begins = (int((document.kinds >= TRAINED).argmax()) for document in (answer, other))
+        prompt, begins = (
+            int((document.kinds >= TRAINED).argmax()) for document in (answer, other)
+        )  # first trained token
         ids = np.concatenate([answer.ids[:prompt], other.ids[begins:]])
         kinds = np.concatenate([answer.kinds[:prompt], other.kinds[begins:]])
         documents += [answer, replace(answer, ids=ids, kinds=kinds, weights=1.0, straddling=0, role=MISMATCHED)]
