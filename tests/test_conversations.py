@@ -283,7 +283,7 @@ BAD_MESSAGES = [
     # reasoning
     ([answer(reasoning="a", thinking="b")], "reasoning given twice: messages[0] has it as reasoning and thinking"),
     ([answer(reasoning={"effort": "low"})], "messages[0].reasoning is a dict"),
-    ([message(reasoning_content="Hm.")], "reasoning of another role: messages[0] is of 'user'"),
+    ([message(reasoning_content="Hm.")], "reasoning of another role: messages[0] has the role 'user'"),
     # tools
     ([message(tool_calls=[{"name": "f"}])], "tool call by another role"),
     ([answer(tool_calls="f")], "tool_calls is a str, not a list"),
@@ -296,7 +296,7 @@ BAD_MESSAGES = [
     ([call(name="f", arguments='{"a": 1, "a": 2}')], "'a' occurs twice"),
     ([call(name="f", arguments="null")], "arguments is null, not an object"),
     ([call(name="f", arguments=[1])], "arguments is a list, not an object"),
-    ([answer(function_call={"name": "f"})], "calls are written as tool_calls"),
+    ([answer(function_call={"name": "f"})], "write calls as tool_calls"),
     ([message("tool", "7", tool_call_id=1)], "messages[0].tool_call_id is a int"),
     ([message(name=["a"])], "messages[0].name is a list"),
     ([message(part_spans=[(0, 1, True)])], "messages[0].part_spans"),
@@ -341,7 +341,7 @@ def test_bad_messages_say_what_is_wrong(messages, what):
         ([{"from": ["gpt"], "value": "x"}], "unknown role"),
         ([{"from": "function_call", "value": "f(x)"}], "not valid JSON: conversations[0].value"),
         ([{"from": "function_call", "value": "3"}], "conversations[0].tool_calls[0] has no function name"),
-        ([{"from": "function_call", "value": "[]"}], "conversations[0].value holds no call"),
+        ([{"from": "function_call", "value": "[]"}], "conversations[0].value has no call"),
         ([{"from": "human", "value": "x"}], "no assistant turn"),
         ([{"from": "human", "value": "x"}, {"from": "gpt", "value": ""}], "empty answer: conversations[1]"),
         ([{"from": "gpt", "value": "x", "loss": 3}], "conversations[0].loss is 3"),
@@ -369,8 +369,8 @@ def test_bad_turns_say_what_is_wrong(turns, what):
         (check_documents, [{"score": float("nan")}], "documents[0].score is nan"),
         (check_variables, "x", "bad chat_template_kwargs: they are a str"),
         (check_variables, {"x": b"y"}, "chat_template_kwargs.x is a bytes"),
-        (check_variables, {"messages": []}, "'messages' is not a row's to set"),
-        (check_variables, {"_minisft_mark": True}, "'_minisft_mark' is not a row's to set"),
+        (check_variables, {"messages": []}, "a row cannot set 'messages'"),
+        (check_variables, {"_minisft_mark": True}, "a row cannot set '_minisft_mark'"),
     ],
     ids=lambda value: str(value)[:40],
 )

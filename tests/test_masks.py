@@ -206,7 +206,7 @@ def test_masks_are_those_written_by_hand(name, conversation):
             render_conversation(TEMPLATES[name], messages, tools=tools)
         return
     if conversation == "tools" and name in NO_CALLS:
-        with pytest.raises(RowError, match="the chat template leaves out a tool call"):
+        with pytest.raises(RowError, match="the chat template omits a tool call"):
             render_conversation(TEMPLATES[name], messages, tools=tools)
         return
     documents = render_conversation(TEMPLATES[name], messages, tools=tools)

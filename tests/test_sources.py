@@ -123,7 +123,7 @@ def test_json_array_names_rows_by_index(tmp_path):
         ('[{"a": 1} {"a": 2}]', "comma or ] is missing after element 0"),
         ('[{"a": 1}, ]', "element 1 is not valid JSON"),
         ('[{"a": 1}, {"a": tru}]', "element 1 is not valid JSON"),
-        ('[{"a": 1}] x', "something follows the array"),
+        ('[{"a": 1}] x', "there is text after the array"),
         (b'[{"a": "\xe9"}]', "not UTF-8 text"),
     ],
 )

@@ -197,7 +197,7 @@ def test_a_template_that_inspects_contents_renders_the_same_and_loses_only_detai
         ("{% for m in messages if m.role == 'assistant' %}{% generation %}{{ m.content | upper }}{% endgeneration %}"
          "{% endfor %}", "one", "changed an answer"),
         ("{% for m in messages %}{% set t %}{% generation %}{{ m.content }}\n\n{% endgeneration %}{% endset %}"
-         "{{ t | trim }}{% endfor %}", "one", "reads what its generation tags hold"),
+         "{{ t | trim }}{% endfor %}", "one", "reads the text of its generation tags"),
         ("{{ raise_exception('no system turn') }}", "one", "no system turn"),
         ("{{ messages[0].content + 1 }}", "one", "TypeError"),
         ("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "one", "SecurityError"),

@@ -1,21 +1,21 @@
 """Data sets of the hub by their name: which files of a repository are the rows, and where they are once downloaded.
 
-The rules, the first that applies. Where they do not decide, the error lists what there is; nothing is guessed.
+The first rule that applies decides. If none does, the error lists the files; nothing is guessed.
 
-1. `data_files` of the source: names or globs (* stays in its folder, ** does not), inside `data_dir`. All is "train".
-2. Without data_dir: what the YAML at the top of README.md declares under `configs`: each configuration's files by split.
-3. The names of the files. The file, or the nearest folder whose name tells it, is called like the split; what is left
-   of the folders (not data/) is the configuration:
+1. `data_files` of the source: names or globs (* stays in its folder, ** does not), inside `data_dir`. All are "train".
+2. Without data_dir, `configs` in the YAML at the top of README.md: the files of each configuration by split.
+3. The names of the files. The file, or else the nearest folder with such a name, is named after the split; the other
+   folders (except data/) are the configuration:
 
        train.jsonl   data/train-00000-of-00002.parquet   main/test-00000-of-00001.parquet   default/train/0000.parquet
 
-   Exactly that name wins (train before train_extra), else the only one that has it as a word (gsm8k_train). valid, val
-   and dev are validation, eval is test. Of several formats of the same split the first of FORMATS is taken. Where all
-   files have one name, and no split in it (alpaca_data.json), they are "train".
-4. Where nothing in it can be read, or a script of its own made the data set: the files that the hub has converted, in
-   the branch refs/convert/parquet, by rule 3. Not with a `revision` of yours: the branch would not follow it.
+   Exactly the split's name wins (train before train_extra), else the only name that has it as a word (gsm8k_train).
+   valid, val and dev mean validation, eval means test. If a split has several formats, the first of SUFFIXES is used. If
+   all files have the same name without a split in it (alpaca_data.json), they are "train".
+4. If no file can be read, or the data set is made by a script of the repository: the files that the hub has converted, in
+   the branch refs/convert/parquet, by rule 3. Not if a `revision` is given, because the branch does not follow it.
 
-`name` picks one of several configurations, as in load_dataset(path, name); without it the only one, or "default".
+`name` chooses one of several configurations, as in load_dataset(path, name); the default is the only one, or "default".
 Code in a repository is never run, and only the chosen files and README.md are downloaded.
 """
 
@@ -29,7 +29,7 @@ from minisft import hub
 from minisft.data.sources import Source
 from minisft.errors import DATA, UserError
 
-FORMATS = (".jsonl", ".parquet", ".json", ".csv", ".txt")
+SUFFIXES = (".jsonl", ".parquet", ".json", ".csv", ".txt")
 SPLITS = {  # words in names of files and folders -> the split that they mean
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -42,7 +42,7 @@ DECLARED_KEYS = {"config_name", "data_files", "data_dir", "default", "descriptio
 
 
 def locate(source: Source, *, local_files_only: bool = False) -> Source:
-    """The source with its files: unchanged where it is local, else downloaded, with the commit that they came from.
+    """The source with its files, which are downloaded, and their commit; a local source unchanged.
 
     Raises UserError (exit code DATA).
     """
@@ -68,9 +68,9 @@ def locate(source: Source, *, local_files_only: bool = False) -> Source:
 
 
 def choose_files(listed: Iterable[str], source: Source, configs: object = None) -> list[str]:
-    """The files of a repository that hold the rows of `source`, by rules 1 to 3 above; none where rule 4 applies.
+    """The files of a repository that hold the rows of `source`, by rules 1 to 3 above; none if rule 4 applies.
 
-    listed: paths of all its files. configs: what its README.md declares. Raises UserError.
+    listed: paths of all its files. configs: those of its README.md. Raises UserError.
     """
     listed = sorted(listed)
     if source.data_files:
@@ -139,7 +139,7 @@ def _by_name(listed: list[str], source: Source) -> list[str]:
     if not holding:
         raise _error(source, f"no split {source.split_name!r}; by their names, files are of {', '.join(names)}", listed)
     files = holding[_pick(source, holding, listed, "default")]
-    suffix = next(suffix for suffix in FORMATS if any(file.endswith(suffix) for file in files))
+    suffix = next(suffix for suffix in SUFFIXES if any(file.endswith(suffix) for file in files))
     return [file for file in files if file.endswith(suffix)]
 
 
@@ -147,7 +147,7 @@ def _by_name(listed: list[str], source: Source) -> list[str]:
 
 
 def _configuration_and_split(file: str) -> tuple[str, str]:
-    """("main", "train") for main/train-00000-of-00001.parquet; a name of the file where no split is named."""
+    """("main", "train") for main/train-00000-of-00001.parquet. A file that names no split is a split of its own."""
     *folders, name = PurePosixPath(file).parts
     stem = SHARD.sub("", name[: name.rindex(".")])
     named = next((part for part in (stem, *reversed(folders)) if _splits_in(part)), None)
@@ -171,7 +171,7 @@ def _of_split(splits: dict[str, list[str]], wanted: str) -> list[str]:
 
 
 def _pick(source: Source, names: Iterable[str], listed: list[str], default: str) -> str:
-    """The configuration that the source means. A name that a repository without configurations lacks is only a label."""
+    """The configuration that the source means. If the repository has no configurations, `name` is only a label."""
     names = list(names)
     if source.name and source.name in names:
         return source.name
@@ -185,14 +185,14 @@ def _pick(source: Source, names: Iterable[str], listed: list[str], default: str)
 
 
 def _matching(listed: list[str], patterns: list[str], source: Source) -> list[str]:
-    """The files of each pattern in turn, each file once. A glob passes over files of other formats; a name may not."""
+    """The files of each pattern in turn, each file once. A glob skips files of other formats; a name must not be one."""
     files: dict[str, None] = {}
     for pattern in patterns:
         found = _glob(listed, pattern)
         readable = [file for file in found if _is_readable(file)]
         if not readable:
             what = f"{', '.join(found[:3])}: not a file of rows" if found else f"no file matches {pattern!r}"
-            raise _error(source, f"{what}; what can be read ends in {' '.join(FORMATS)}", listed)
+            raise _error(source, f"{what}; what can be read ends in {' '.join(SUFFIXES)}", listed)
         files |= dict.fromkeys(readable)
     return list(files)
 
@@ -200,7 +200,7 @@ def _matching(listed: list[str], patterns: list[str], source: Source) -> list[st
 def _is_readable(file: str) -> bool:
     path = PurePosixPath(file)
     is_hidden = any(part.startswith(".") for part in path.parts)
-    return path.suffix in FORMATS and path.name not in NOT_ROWS and not is_hidden
+    return path.suffix in SUFFIXES and path.name not in NOT_ROWS and not is_hidden
 
 
 def _glob(listed: list[str], pattern: str) -> list[str]:

@@ -1,16 +1,16 @@
 """From files to rows: the first thing that happens to data, and the place where most of it breaks.
 
 A source is a path or a glob of files, with a weight and perhaps a slice. Reading is strict, because a lenient reader
-loses data without a word: `str.splitlines` cuts a JSON string at U+2028, a JSON parser takes NaN and keeps the last of
-two equal keys, a wrong encoding is guessed. So files are read as bytes, split on 0x0A only, decoded as UTF-8, and each
-row is either a `Row` or a `BadRow` that says what is wrong with it; nothing is skipped here.
+loses data silently: `str.splitlines` cuts a JSON string at U+2028, a JSON parser accepts NaN and keeps the last of two
+equal keys, an encoding is guessed wrongly. So files are read as bytes, split on 0x0A only and decoded as UTF-8. Each row
+becomes a `Row`, or a `BadRow` that says what is wrong with it; nothing is skipped here.
 
     .jsonl   one JSON object a line (CR before the newline is tolerated; an empty line is a bad row)
     .json    one JSON array of objects; rows are named by their index from 0
     .csv     RFC 4180 with a header line; every value is text
     .parquet rows of plain values, through pyarrow (parquet.py)
-    .txt     one file is one row {"text": ...}: a newline inside prose means nothing we could rely on. Many documents
-             are many files and a glob, or a .jsonl
+    .txt     one file is one row {"text": ...}, because a newline inside prose is no reliable border. For many documents
+             use many files and a glob, or a .jsonl
 """
 
 import csv
@@ -35,7 +35,7 @@ from minisft.strict_json import parse_json
 MAX_ROW_BYTES = 64 * 2**20
 
 SLICE = re.compile(r"\[\s*(-?\d+%?)?\s*:\s*(-?\d+%?)?\s*\]$")
-MAGIC = {  # first bytes of what people name .jsonl by mistake
+MAGIC = {  # first bytes of files that people name .jsonl by mistake
     b"\x1f\x8b": "gzip data; unpack it first",
     b"\x28\xb5\x2f\xfd": "zstandard data; unpack it first",
     b"PK\x03\x04": "a zip archive; unpack it first",
@@ -54,16 +54,17 @@ class Source:
     """One entry of a data set."""
 
     path: str  # a file or a glob of .jsonl .json .csv .txt .parquet; or a hub repository: owner/name
-    name: str = ""  # for reports, the path where empty; of a repository: the configuration, as in load_dataset
+    name: str = ""  # for reports, "" = the path; for a repository the configuration, as in load_dataset
     weight: float = 1.0  # passes over this source per epoch: 2 = twice, 0.5 = a half drawn once by the seed
-    split: str = ""  # "[:10%]", "[100:200]", "[-5:]", "train[:10%]"; of a repository also another split: "test[:10%]"
+    split: str = ""  # "[:10%]", "[100:200]", "[-5:]", "train[:10%]"; a repository has other splits too: "test[:10%]"
     format: str = "auto"  # "auto", or a key of formats.FORMATS
     field_map: dict[str, str] = field(default_factory=dict)  # the user's field -> ours
-    revision: str = ""  # of a repository: branch, tag or commit
-    data_dir: str = ""  # of a repository: the folder in it
-    data_files: tuple[str, ...] = ()  # of a repository: names or globs
-    files: tuple[str, ...] = ()  # of a repository, once repositories.locate has downloaded them: local paths
-    commit: str = ""  # and where they came from
+    # Of a repository only:
+    revision: str = ""  # branch, tag or commit
+    data_dir: str = ""  # the folder in it
+    data_files: tuple[str, ...] = ()  # names or globs
+    files: tuple[str, ...] = ()  # local paths, once repositories.locate has downloaded them
+    commit: str = ""  # that they are from
 
     @property
     def label(self) -> str:
@@ -71,7 +72,7 @@ class Source:
 
     @property
     def origin(self) -> str:
-        """Of a repository: the commit, and the files that were chosen."""
+        """The commit and the chosen files of a repository."""
         names = [file.partition(f"/{self.commit}/")[2] for file in self.files]
         return f"{self.commit}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -84,13 +85,13 @@ class Source:
         return self.split.removeprefix(self.split.partition("[")[0])
 
 
-# ------------------------------------------------------------------------------------------------- what to read
+# ------------------------------------------------------------------------------------------------- sources and their files
 
 
 def parse_source(value: str | dict | Source) -> Source:
     """A source from a path ("data/*.jsonl[:10%]") or from a table with the fields of `Source`.
 
-    Raises UserError on an unknown key, a wrong type or a value out of range.
+    Raises UserError for an unknown key, a wrong type or a value out of range.
     """
     if isinstance(value, Source):
         return value
@@ -142,9 +143,9 @@ def parse_source(value: str | dict | Source) -> Source:
 
 
 def list_files(source: Source) -> list[Path]:
-    """The files of a source, sorted by path. Raises UserError where there are none or one cannot be read.
+    """The files of a source, sorted by path; of a repository those that repositories.locate has found.
 
-    A repository's files are known once repositories.locate has found them.
+    Raises UserError if there are none or one cannot be read.
     """
     if source.files:
         for name in source.files:
@@ -170,7 +171,8 @@ def _check_file(name: str) -> None:
 
     shown = os.fsencode(name).decode("utf-8", "backslashreplace")
     if shown != name:
-        raise UserError(f"{shown}: the name is not UTF-8 text, and no record could hold it: rename it", exit_code=DATA)
+        hint = "rename the file: its name could not be recorded"
+        raise UserError(f"{shown}: the name is not UTF-8 text", hint=hint, exit_code=DATA)
     if Path(name).suffix not in READERS:
         refuse(f"unknown kind of file; known are {' '.join(READERS)}")
     try:
@@ -192,14 +194,14 @@ def _check_file(name: str) -> None:
 
 
 def read_rows(source: Source) -> Iterator[Row | BadRow]:
-    """All rows of a source in order, or those of its slice, which counts the rows of all its files, bad ones included.
+    """All rows of a source in order, or those of its slice. A slice counts the rows of all files together, bad ones too.
 
-    One row at a time is in memory (a .json file is read whole). Raises UserError where a whole file cannot be read.
+    One row at a time is in memory (a .json file is read whole). Raises UserError if a whole file cannot be read.
     """
     records = _records(source)
     sliced = SLICE.fullmatch(source.slice)
     if sliced:
-        # Counting costs a pass over the file, so only bounds that need the number of rows pay for it.
+        # Counting costs a pass over the files, so the rows are counted only for bounds that need their number.
         needs_total = any(bound and bound[-1] == "%" or bound and bound[0] == "-" for bound in sliced.groups())
         total = sum(map(_count, list_files(source))) if needs_total else None
         first, last = (_row_number(bound, total) for bound in sliced.groups())
@@ -228,7 +230,7 @@ def _row_number(bound: str | None, total: int | None) -> int | None:
 
 
 def _records(source: Source) -> Iterator[tuple[str, int, bytes | Row | BadRow]]:
-    """(file, line, record): a record that is still JSON stays bytes, so that rows outside a slice are never parsed."""
+    """(file, line, record) of each row. A JSON record stays bytes, so that rows outside a slice are never parsed."""
     for path in list_files(source):
         for line, value in READERS[path.suffix](path):
             yield str(path), line, value
@@ -259,7 +261,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The elements of an array, cut apart by a lenient scan so that each one is then judged strictly on its own."""
+    """The elements of an array, found by a lenient scan; `_parse` then reads each one strictly."""
 
     def refuse(what: str) -> None:
         raise UserError(
@@ -293,12 +295,12 @@ def _read_json(path: Path) -> Iterator[tuple[int, bytes]]:
             refuse(f"a comma or ] is missing after element {index - 1}")
         at = skip_space(text, at + 1).end()
     if text[at + 1 :].strip():
-        refuse("something follows the array")
+        refuse("there is text after the array")
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
     csv.field_size_limit(MAX_ROW_BYTES)
-    # Undecodable bytes become lone surrogates, so that a wrong byte costs its own row and not the rest of the file.
+    # Undecodable bytes become lone surrogates, so that a wrong byte makes one bad row and not a bad file.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:

@@ -1,10 +1,10 @@
 """A tokenizer without transformers: the Rust library and the few files around it.
 
-`tokenizer.json` is all that encoding needs. Around it lie tokenizer_config.json (which tokens are BOS, EOS, padding;
-the chat template) and chat_template.jinja. Truncation and padding saved inside tokenizer.json apply silently to every
-encoding (34 ids became 8), so they are switched off. Special tokens are never added by the library: a rendered template
-holds its own, and for other text `prefix_ids` and `suffix_ids` are put around the whole document once, so BOS cannot
-be doubled. We do not patch the wrong pre-tokenizer of some early Mistral files as transformers 5 does.
+`tokenizer.json` is all that encoding needs. Beside it are tokenizer_config.json (which tokens are BOS, EOS, padding; the
+chat template) and chat_template.jinja. Truncation and padding saved inside tokenizer.json would apply silently to every
+encoding (34 ids became 8), so they are switched off. The library never adds special tokens: a rendered template holds its
+own, and around other text `prefix_ids` and `suffix_ids` are put once a document, so BOS cannot be doubled. Unlike
+transformers 5, we do not patch the wrong pre-tokenizer of some early Mistral files.
 
 train_tokenizer learns a byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): every text round-trips, nothing is
 unknown.
@@ -42,12 +42,12 @@ class Tokenizer:
 
     backend: tokenizers.Tokenizer
     files: dict[str, bytes]  # what `save` writes
-    special_tokens: dict[str, str]  # "eos_token" -> its text, those that are set
+    special_tokens: dict[str, str]  # "eos_token" -> its text, if set
     template: ChatTemplate | None = None
-    tool_template: ChatTemplate | None = None  # some tokenizers have one of its own for rows with tools
-    template_names: tuple[str, ...] = ()  # of all templates that came with it
-    prefix_ids: list[int] = field(default_factory=list)  # what the tokenizer puts before a text, usually BOS
-    suffix_ids: list[int] = field(default_factory=list)  # and after it
+    tool_template: ChatTemplate | None = None  # for rows with tools; few tokenizers have one
+    template_names: tuple[str, ...] = ()  # of all its templates
+    prefix_ids: list[int] = field(default_factory=list)  # put before a text, usually BOS
+    suffix_ids: list[int] = field(default_factory=list)  # put after it
 
     def _id(self, name: str) -> int | None:
         return self.backend.token_to_id(self.special_tokens[name]) if name in self.special_tokens else None
@@ -62,20 +62,20 @@ class Tokenizer:
 
     @property
     def pad_token_id(self) -> int | None:
-        """Never read by training, which has no padding; EOS where the tokenizer names none."""
+        """EOS if the tokenizer names none. Training has no padding and never reads it."""
         return self._id("eos_token") if self._id("pad_token") is None else self._id("pad_token")
 
     @cached_property
     def stop_ids(self) -> set[int]:
-        """The tokens that end an answer: EOS, and what the chat template puts after one, which may be another token."""
+        """The tokens that end an answer: EOS, and the token that the chat template puts after one, which may be another."""
         ids = {self.eos_token_id}
         if self.template is not None:
             ids.add(self.backend.token_to_id(terminator(self.template)))
-        return ids - {None}
+        return {i for i in ids if i is not None}
 
     @cached_property
     def vocab_size(self) -> int:
-        """The largest id + 1, whatever ids below it are unused: the model's embedding has at least this many rows."""
+        """The largest id + 1, counting unused ids below it: the model's embedding needs at least this many rows."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
@@ -91,8 +91,8 @@ class Tokenizer:
 
     @cached_property
     def literal_backend(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, to which the text of a special token is ordinary text. LITERAL_START is one token: what
-        follows it is encoded as what follows a special token, which some tokenizers treat unlike the start of a text."""
+        """The same tokenizer, but the text of a special token is ordinary text to it. LITERAL_START is one token: the text
+        after it is encoded as after a special token, which some tokenizers treat unlike the start of a text."""
         copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
         copy.encode_special_tokens = True
         copy.add_tokens([AddedToken(LITERAL_START, normalized=False)])
@@ -119,7 +119,7 @@ class Tokenizer:
     ) -> str:
         """The conversation as text, byte-equal to transformers. Encode it without special tokens.
 
-        Raises UserError where there is no template or it refuses the conversation.
+        Raises UserError if there is no template or it refuses the conversation.
         """
         try:
             return render(
@@ -141,13 +141,13 @@ class Tokenizer:
         return chosen
 
     def fingerprint(self) -> str:
-        """Changes whenever a file, a token, the template or its date does."""
+        """A hash that changes with every file, special token, template and template date."""
         parts = {name: sha256(data).hexdigest() for name, data in self.files.items()}
         templates = [vars(t) for t in (self.template, self.tool_template) if t]
         return sha256(json.dumps([parts, templates, self.special_tokens], sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: Path | str) -> None:
-        """Write the files into a folder (made where absent) that this module and transformers load."""
+        """Write the files into a folder (made if absent), from which this module and transformers load them."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, data in self.files.items():
             path = Path(folder) / name
@@ -174,10 +174,10 @@ def load_tokenizer(
 
     chat_template: None = the tokenizer's own; the name of one of its named templates; "chatml" = ours; the path of a
     .jinja file; or the template itself. chat_template_kwargs: variables that every rendering gets, such as
-    enable_thinking. template_date: the ISO date that a template's strftime_now sees; today where None.
-    eos_token, pad_token: other tokens than the files say. new_special_tokens: added with the next ids, where the
-    vocabulary has not got them; the model's embedding must grow with them.
-    Raises UserError where a file is missing, broken or contradicts another, and where an override does not fit.
+    enable_thinking. template_date: the ISO date that a template's strftime_now sees; None = today.
+    eos_token, pad_token: tokens in place of those in the files. new_special_tokens: added with the next ids if the vocabulary
+    lacks them; the model's embedding must grow with them.
+    Raises UserError if a file is missing, broken or contradicts another, and if an override does not fit.
     """
     folder, _ = resolve(path_or_repo, revision, "tokenizer", local_files_only=local_files_only)
     parts = assemble(
@@ -238,7 +238,7 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Learn a byte-level BPE from texts. The same texts give the same tokenizer.
 
-    vocab_size counts the 256 bytes and the special tokens. chat_template as in `load_tokenizer`, None = none.
+    vocab_size includes the 256 bytes and the special tokens. chat_template: as in `load_tokenizer`, but None = no template.
     """
     for name in (eos_token, pad_token):
         if name not in special_tokens:

@@ -1,16 +1,16 @@
-"""The files of a tokenizer, read as transformers 5 reads them, and overridden where the user says so.
+"""The files of a tokenizer, read as transformers 5 reads them, with the user's overrides.
 
     tokenizer.json                       all that encoding needs; truncation and padding saved in it are switched off
     tokenizer_config.json                which tokens are BOS, EOS, padding; tokens to add; the chat template(s)
-    special_tokens_map.json and added_tokens.json   read, and then stronger, where the config has no added_tokens_decoder
+    special_tokens_map.json and added_tokens.json   override the config if it has no added_tokens_decoder, else not read
     chat_template.jinja                  the default template
     additional_chat_templates/*.jinja    templates with names, such as tool_use; files replace all of the config's
 
-A special token that is named but in no list of added tokens is added, with the next id or that of its vocabulary entry, as
-transformers does. BOS and EOS are used in training, so for them a name that the vocabulary lacks is an error instead.
+A special token that is named but not listed as an added token is added, with the next id or that of its vocabulary entry,
+as in transformers. BOS and EOS are used in training, so the vocabulary must have them, else it is an error.
 
-What is overridden (EOS, padding, template, new tokens) is written into the files that `Tokenizer.save` writes, so that
-whoever loads them next, with transformers or here, gets the same.
+The files that `Tokenizer.save` writes contain the overrides (EOS, padding, template, new tokens), so that they load as the
+same tokenizer, with transformers or here.
 """
 
 import re
@@ -37,16 +37,16 @@ NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 @dataclass(frozen=True)
 class Parts:
-    """What the files hold."""
+    """The contents of the files, with the overrides."""
 
     backend: tokenizers.Tokenizer
-    files: dict[str, bytes]  # as they are to be saved: name -> content
-    special_tokens: dict[str, str]  # "eos_token" -> its text, those that are set
-    templates: dict[str, str]  # name -> text; "default" is used where nothing else is asked for
+    files: dict[str, bytes]  # name -> content to save
+    special_tokens: dict[str, str]  # "eos_token" -> its text, if set
+    templates: dict[str, str]  # name -> text; "default" is used unless another is requested
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """The tokenizer's files in a folder. Raises UserError where there is no tokenizer.json."""
+    """The tokenizer's files in a folder. Raises UserError if there is no tokenizer.json."""
     paths = [folder / name for name in FILES] + sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}
     config = _table(files, "tokenizer_config.json", str(folder))
@@ -66,7 +66,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 def _for_our_version(names: object) -> str:
-    """Of tokenizer.4.0.json and the like, written for transformers from that version on: the one that 5 takes."""
+    """The name of the file that transformers 5 reads, among files such as tokenizer.4.0.json (for versions from 4.0 on)."""
     numbered = {}
     for name in names if isinstance(names, list) else []:
         match = re.fullmatch(r"tokenizer\.(\d+(?:\.\d+)*)\.json", str(name))
@@ -97,7 +97,7 @@ def assemble(
         _add_listed_tokens(backend, config, where)
         named = {name: config[name] for name in NAMES if config.get(name)}
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-        own = {  # names of this model alone, which its template may use: an image token, say
+        own = {  # tokens that only this model has, such as an image token; its template may use them
             name: token
             for name, token in config.items()
             if name.endswith("_token") and name not in NAMES and isinstance(token, str)
@@ -137,7 +137,7 @@ def assemble(
 
 
 def _config(files: dict[str, bytes], where: str) -> dict:
-    """tokenizer_config.json, with what older files say beside it; those win, as in transformers."""
+    """tokenizer_config.json, overridden by the older files as in transformers."""
     config = _table(files, "tokenizer_config.json", where)
     if "added_tokens_decoder" in config:
         return config
@@ -159,12 +159,12 @@ def _check_token(backend: tokenizers.Tokenizer, name: str, text: str, where: str
     hint = "add it to tokenizer.json, or name another in tokenizer_config.json"
     if is_override:
         similar = f"similar: {', '.join(near)}; " if near else ""
-        hint = f"{similar}a new token is named in new_special_tokens too"
+        hint = f"{similar}to add a new token, name it in new_special_tokens too"
     raise UserError(f"{where}: {name} {text!r} is not in the vocabulary", hint=hint, exit_code=MODEL)
 
 
 def _add_listed_tokens(backend: tokenizers.Tokenizer, config: dict, where: str) -> None:
-    """Add what the config's added_tokens_decoder (or added_tokens.json) lists; its flags win over tokenizer.json's."""
+    """Add the tokens of the config's added_tokens_decoder (or added_tokens.json); its flags override tokenizer.json's."""
     listed = {int(number): _added_token(token) for number, token in (config.get("added_tokens_decoder") or {}).items()}
     present = backend.get_added_tokens_decoder().values()
     texts, specials = (
@@ -193,7 +193,7 @@ def _contradiction(backend: tokenizers.Tokenizer, text: str, number: int, where:
 
 
 def _add_missing(backend: tokenizers.Tokenizer, tokens: list[str | dict], later: Sequence[str]) -> None:
-    """Special tokens that no list of added tokens has: they get the next ids, or keep that of the vocabulary."""
+    """Add special tokens that are not among the added tokens: with the next ids, or their ids in the vocabulary."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     known |= {text for text in later if backend.token_to_id(text) is None}
     missing = {token.content: token for token in map(_added_token, tokens) if token.content not in known}
@@ -201,7 +201,7 @@ def _add_missing(backend: tokenizers.Tokenizer, tokens: list[str | dict], later:
 
 
 def _add_new(backend: tokenizers.Tokenizer, text: str) -> None:
-    """A new special token with the next id; nothing where the vocabulary has it."""
+    """Add a special token with the next id, unless the vocabulary has it."""
     if not text.strip():
         raise UserError(f"new_special_tokens: {text!r} is not the text of a token")
     if backend.token_to_id(text) is not None:

@@ -1,22 +1,22 @@
-"""Conversations as people write them down, checked and brought into one form.
+"""Conversations as people write them, checked and brought into one form.
 
-The form is the one that chat templates know: a list of messages, each a dict with
+It is the form that chat templates know: a list of messages, each a dict with
 
     role               system, developer, user, assistant or tool
     content            text, always
-    reasoning_content  what an assistant thought before the answer (rows may call it `reasoning` or `thinking`)
+    reasoning_content  an assistant's reasoning before the answer (rows may call it `reasoning` or `thinking`)
     tool_calls         [{"type": "function", "function": {"name", "arguments": an object}, "id"?}, ...]
     name, tool_call_id and any other key that a template may know, as they are
 
-and, where the row asks for it, three keys that are for us and not for the template:
+and, if the row has them, three keys that are for us and not for the template:
 
     train              true or false: the row decides whether this turn is trained (also `training`, `loss`)
     weight             a factor on the loss of this turn, other than 1; 0 becomes train = false
-    part_spans         [(start, end, train)]: characters of `content` from a part with a `train` of its own
+    part_spans         [(start, end, train)]: the characters of `content` that are a part with a `train` of its own
 
-`content` may be a list of parts: texts are joined, reasoning that comes first becomes reasoning_content, and an image or
-a sound is refused. A key whose value is null counts as absent, as in transformers (a Parquet file writes every key that
-any row has), and so does an empty list of tool calls. Nothing is reordered, mended or guessed.
+`content` may be a list of parts. Texts are joined, reasoning at the front becomes reasoning_content, and an image or a
+sound is refused. A key whose value is null counts as absent, as in transformers (a Parquet file has every key in every
+row), and so does an empty list of tool calls. Nothing is reordered, mended or guessed.
 """
 
 from difflib import get_close_matches
@@ -35,10 +35,10 @@ SHAREGPT_ROLES = {
 SHAREGPT_CALLS = ("function_call", "tool_call")  # their value is the call, as JSON text
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 TRAIN_KEYS = ("train", "training", "loss")
-SHAREGPT_KEYS = (*TRAIN_KEYS, "weight", *REASONING_KEYS, "name", "tool_call_id")  # what a turn may have besides
+SHAREGPT_KEYS = (*TRAIN_KEYS, "weight", *REASONING_KEYS, "name", "tool_call_id")  # other keys of a turn that are read
 RENDER_NAMES = ("messages", "tools", "documents", "add_generation_prompt")  # not for a row's chat_template_kwargs
-MAX_DEPTH = 100  # of a JSON value inside a row: far more than data has, far less than exhausts the stack
-MAX_WEIGHT = 3e38  # above that, fp32 has infinity
+MAX_DEPTH = 100  # of a JSON value in a row: far more than real data has, far less than the stack holds
+MAX_WEIGHT = 3e38  # larger numbers are infinite in fp32
 
 
 def describe_type(value: object) -> str:
@@ -49,8 +49,9 @@ def describe_type(value: object) -> str:
 
 
 def check_messages(value: object, name: str, *, needs_answer: bool = True) -> list[dict]:
-    """The messages of a row in the form above, a new list. A message that has that form already is the row's own dict,
-    not a copy: leave it as it is. `name` is the field, for what is wrong. Raises RowError.
+    """The messages of a row in the form above, in a new list. name: the field, for error messages. Raises RowError.
+
+    A message that has the form already is the row's own dict, not a copy, and must not be changed.
     """
     if not isinstance(value, list) or not value:
         raise RowError("not a list of messages", f"{name} is {describe_type(value) if value != [] else 'empty'}")
@@ -67,7 +68,7 @@ def check_messages(value: object, name: str, *, needs_answer: bool = True) -> li
 
 
 def _is_plain(message: object) -> bool:
-    """A known role and a text that is not blank, nothing else: so are nearly all messages, and they are done."""
+    """Whether a message is only a known role and a text that is not blank, as nearly all are. It needs no other check."""
     if type(message) is not dict or len(message) != 2:
         return False
     content = message.get("content")
@@ -85,7 +86,7 @@ def _message(message: object, where: str) -> dict:
         raise _unknown_role(f"{where}.role", role, ROLES)
     for key in ("part_spans", "function_call"):
         if key in message:
-            what = "calls are written as tool_calls" if key == "function_call" else "the name is ours"
+            what = "write calls as tool_calls" if key == "function_call" else "the name is reserved"
             raise RowError("key of a message that cannot be used", f"{where}.{key}: {what}")
 
     calls = message.pop("tool_calls", None) or None
@@ -101,7 +102,7 @@ def _message(message: object, where: str) -> dict:
         content = ""
 
     if calls and role != "assistant":
-        raise RowError("tool call by another role", f"{where} is of {role!r}")
+        raise RowError("tool call by another role", f"{where} has the role {role!r}")
     if not isinstance(content, str):
         raise RowError("content is not a string", f"{where}.content is {describe_type(content)}")
     if role == "assistant" and not content.strip() and not calls and training.get("train") is not False:
@@ -128,19 +129,19 @@ def _unknown_role(where: str, role: object, known: tuple[str, ...]) -> RowError:
 
 
 def _one_reasoning(reasoning: dict[str, object], role: str, where: str) -> str:
-    """The one text that all of them hold; `reasoning` is not empty."""
+    """The text that all values of `reasoning`, at least one, have."""
     for key, text in reasoning.items():
         if not isinstance(text, str):
             raise RowError("reasoning is not a string", f"{where}.{key} is {describe_type(text)}")
     if role != "assistant":
-        raise RowError("reasoning of another role", f"{where} is of {role!r}")
+        raise RowError("reasoning of another role", f"{where} has the role {role!r}")
     if len(set(reasoning.values())) > 1:
         raise RowError("reasoning given twice", f"{where} has it as {' and '.join(reasoning)}, and they differ")
     return next(iter(reasoning.values()))
 
 
 def _take_training(message: dict, where: str) -> dict:
-    """Remove from a message (or part) what says how it is trained; return that as {"train"?: bool, "weight"?: float}."""
+    """Remove the keys about training from a message (or part), and return them as {"train"?: bool, "weight"?: float}."""
     training = {}
     for key in TRAIN_KEYS:
         if key not in message:
@@ -200,9 +201,9 @@ def _join_parts(parts: list, where: str) -> tuple[str, str | None, list[tuple[in
 
 
 def check_turns(value: object, name: str, *, system: str = "", needs_answer: bool = True) -> list[dict]:
-    """The messages of ShareGPT turns [{"from", "value"}, ...], with `system` before them where it is not empty.
+    """The messages of ShareGPT turns [{"from", "value"}, ...], after a system message if `system` is not empty.
 
-    A turn may also have reasoning, a name, `train` and `weight` as messages have them; its other keys are not read.
+    A turn may also have reasoning, a name, `train` and `weight` like a message; its other keys are not read.
     Raises RowError.
     """
     if not isinstance(value, list) or not value:
@@ -215,7 +216,7 @@ def check_turns(value: object, name: str, *, system: str = "", needs_answer: boo
 
 
 def _turn(turn: object, where: str) -> dict:
-    """A ShareGPT turn as a message that is still to be checked."""
+    """A ShareGPT turn as a message that is not checked yet."""
     if isinstance(turn, dict) and "role" in turn and "from" not in turn:
         raise RowError("not a turn", f'{where} has "role", as messages have; map the field to messages')
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
@@ -228,7 +229,7 @@ def _turn(turn: object, where: str) -> dict:
         calls = _json(turn["value"], f"{where}.value")
         message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
         if not calls:
-            raise RowError("bad tool call", f"{where}.value holds no call")
+            raise RowError("bad tool call", f"{where}.value has no call")
     if len(turn) > 2:
         message |= {key: turn[key] for key in SHAREGPT_KEYS if key in turn}
     return message
@@ -238,7 +239,7 @@ def _turn(turn: object, where: str) -> dict:
 
 
 def _tool_calls(calls: object, where: str) -> list[dict]:
-    """Calls as {"type": "function", "function": {"name", "arguments"}, "id"?}, from that form or {"name", "arguments"}."""
+    """Calls as {"type": "function", "function": {"name", "arguments"}, "id"?}; rows may also write {"name", "arguments"}."""
     if not isinstance(calls, list):
         raise RowError("bad tool call", f"{where} is {describe_type(calls)}, not a list")
     checked = []
@@ -251,7 +252,7 @@ def _tool_calls(calls: object, where: str) -> list[dict]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError("bad tool call", f"{at} has no function name")
         arguments = function.get("arguments")
-        if isinstance(arguments, str):  # as in OpenAI's files; templates want the object
+        if isinstance(arguments, str):  # as in OpenAI's files; templates need the object
             arguments = _json(arguments, f"{at}.arguments") if arguments.strip() else {}
         elif arguments is None:
             arguments = {}
@@ -264,8 +265,10 @@ def _tool_calls(calls: object, where: str) -> list[dict]:
 
 
 def check_tools(tools: object) -> list[dict] | None:
-    """The `tools` of a row: a list, or that list as JSON text, of {"type": "function", "function": {"name", ...}} or of
-    such a function alone, which is put into that form. None where there are none. Raises RowError."""
+    """The `tools` of a row as a list of {"type": "function", "function": {"name", ...}}, None if there are none.
+
+    The row may give the list as JSON text, and the functions alone, without "type". Raises RowError.
+    """
     if isinstance(tools, str):
         tools = _json(tools, "tools") if tools.strip() else None
     if tools is None:
@@ -304,13 +307,13 @@ def check_variables(variables: object) -> dict | None:
     check_json(variables, "chat_template_kwargs")
     for name in variables:
         if name in RENDER_NAMES or name.startswith("_"):
-            raise RowError("bad chat_template_kwargs", f"{name!r} is not a row's to set")
+            raise RowError("bad chat_template_kwargs", f"a row cannot set {name!r}")
     return {name: value for name, value in variables.items() if value is not None} or None
 
 
 def check_json(value: object, where: str, depth: int = 0) -> None:
-    """Raise RowError unless JSON can hold the value: a Parquet file also brings dates, bytes, decimals and NaN, and a
-    template would print them in whatever way Python does."""
+    """Raise RowError unless JSON can hold the value. Parquet files also have dates, bytes, decimals and NaN, which a template
+    would print as Python does."""
     if depth > MAX_DEPTH:
         raise RowError("nested too deeply", where)
     kind = type(value)

@@ -1,26 +1,26 @@
-"""Masks: of every character of a rendered conversation, what it is and whether it is trained.
+"""Masks: what each character of a rendered conversation is, and whether it is trained.
 
-Where the assistant's turns lie in the text is found in one of four ways, and by none is an error, never a guess.
+The places of the assistant's turns in the text are found in one of four ways. If none works it is an error, never a guess.
 
-A. "tags": the template marks them: `{% generation %} ... {% endgeneration %}`, not the header with them. Recording output
-   positions while rendering, as transformers does, goes wrong inside a macro, a `{% set %}` block or a filter block, whose
-   output is buffered and placed later. Here the tag puts a private-use character before and after its text; they are found
-   and stripped from the result, and what is left must equal a rendering without them.
+A. "tags": the template marks the turns, without their headers, by `{% generation %} ... {% endgeneration %}`. To record the
+   output position while rendering, as transformers does, goes wrong inside a macro, a `{% set %}` block or a filter block,
+   whose output is buffered and placed later. Here the tag puts a private-use character before and after its text. These are
+   found in the output and removed, and the remaining text must equal a rendering without them.
 B. "known": the template is a stock one without tags, known by its sha256, for which we have a tagged twin
-   (training_templates.py). Both are rendered, and where they differ the twin is not used.
-C. "prefix": with h the messages before an assistant turn a, the turn is what render(h + [a]) adds to
-   render(h, add_generation_prompt=True), where each of these is a prefix of the next and of the whole. It is checked for
-   every trained turn of every row (a third of the stock templates fail somewhere).
-D. "per_turn": one document for each trained turn, which ends with it: rendered exactly as at inference, so right by
-   construction for templates that render a turn differently once others follow (Qwen 3 drops earlier reasoning). Each
-   document repeats what came before it as context; that is its price.
+   (training_templates.py). Both are rendered, and the twin is used only if they give the same text.
+C. "prefix": let h be the messages before an assistant turn a. Then the turn is the text that render(h + [a]) adds to
+   render(h, add_generation_prompt=True), provided that each of these is a prefix of the next and of the whole. This is
+   checked for every trained turn of every row (a third of the stock templates fail somewhere).
+D. "per_turn": each trained turn gets a document of its own, which ends with it. It is rendered exactly as at inference, so
+   it is right by construction for templates that render a turn differently once others follow (Qwen 3 drops earlier
+   reasoning). The price: each document repeats the earlier messages as context.
 
-`multi_turn = "auto"` takes A, B or C where the whole conversation at once shows to each trained turn exactly what it would
-be given at inference, and D elsewhere; "joint" refuses such rows instead (and trusts the tags of a template that has
-them); "per_turn" always takes D.
+`multi_turn = "auto"` uses A, B or C if, in the whole conversation rendered at once, the text before each trained turn is
+exactly the prompt that inference would give; otherwise D. "joint" refuses such rows instead of using D (and trusts the tags
+of a template that has them). "per_turn" always uses D.
 
-The characters of the other contents are found by private-use characters put around the contents themselves. A template
-that inspects a content and renders something else because of them loses only that detail.
+The places of the other contents are found by private-use characters around the contents themselves. If a template inspects a
+content and therefore renders it differently, only this detail is lost.
 
 A turn's span begins after the header ("<|im_start|>assistant\n" is given at inference, so it is not trained) and ends
 after the terminator, which must be trained or the model never stops: template_check.py refuses a template that fails.
@@ -45,14 +45,14 @@ KIND_OF_ROLE = {"system": SYSTEM, "developer": SYSTEM, "user": USER, "tool": TOO
 THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 TAG = re.compile(r"\{%[-+]?\s*generation\b")
 PROBE = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": "An answer."}]
-OURS = ("train", "weight", "part_spans")  # keys of a message that are not for the template
+OURS = ("train", "weight", "part_spans")  # keys of a message that the template does not get
 
 Span = tuple[int, int, int]  # first character, the one after the last, kind | TRAINED
 
 
 @dataclass(frozen=True)
 class Masking:
-    """What of a conversation is trained; see the configuration's [data] section."""
+    """Which part of a conversation is trained; see the configuration's [data] section."""
 
     train_on: str = "assistant"  # "assistant" | "last" | "all"
     multi_turn: str = "auto"  # "auto" | "joint" | "per_turn"
@@ -65,19 +65,19 @@ class Rendered:
 
     text: str
     spans: list[Span]  # the first covers everything as header; later ones win
-    weights: list[tuple[int, int, float]] = field(default_factory=list)  # of stretches whose loss has a factor
+    weights: list[tuple[int, int, float]] = field(default_factory=list)  # first character, end, factor of the loss
     strategy: str = "tags"  # "tags" | "known" | "prefix" | "per_turn"
-    end: int = 0  # the number of messages that it holds
+    end: int = 0  # the number of its messages
 
 
 @dataclass(frozen=True)
 class _Conversation:
-    """A row while it is rendered: what the template sees, and what we know about each message."""
+    """A row while it is rendered: the template's input, and our notes about each message."""
 
     template: ChatTemplate
     messages: list[dict]
     trained: list[bool]
-    notes: list[dict]  # OURS, of each message
+    notes: list[dict]  # the keys OURS of each message
     masking: Masking
     given: dict[str, Any]  # tools, documents and variables, for render()
 
@@ -85,7 +85,7 @@ class _Conversation:
         return render(self.template, self.messages[:stop], **self.given, **options)
 
     def prompt(self, i: int) -> str:
-        """What the model is given before it writes message i."""
+        """The text that the model is given before it writes message i."""
         return self.render(i, add_generation_prompt=True)
 
 
@@ -99,11 +99,11 @@ def render_conversation(
     first_trained: int = 0,
     variables: dict | None = None,
 ) -> list[Rendered]:
-    """The documents of a conversation, one unless it is rendered turn by turn.
+    """The documents of a conversation: one, or several if it is rendered turn by turn.
 
-    messages: as check_messages of conversations.py gives them. first_trained: assistant turns before it are context.
-    A message's `train` overrides all rules; its `weight` is a factor on the loss of what is trained in it.
-    Raises RowError where the template refuses, or the turns cannot be found exactly.
+    messages: as check_messages of conversations.py returns them. first_trained: assistant turns before this message are
+    context. A message's `train` overrides all rules; its `weight` is a factor on the loss of its trained text.
+    Raises RowError if the template refuses the conversation or the turns cannot be found exactly.
     """
     if len(messages) > MAX_MESSAGES or tools or documents or not all(map(_is_unmarked, messages)):
         if len(messages) > MAX_MESSAGES or MARKER.search(json.dumps([messages, tools, documents], ensure_ascii=False)):
@@ -130,7 +130,7 @@ def render_conversation(
 
 
 def _is_unmarked(message: dict) -> bool:
-    """Nearly all messages: a role and a content without private characters."""
+    """Whether a message is only a role and a content without private characters, as nearly all are."""
     content = message["content"]
     return len(message) == 2 and (content.isascii() or not MARKER.search(content))
 
@@ -147,11 +147,11 @@ def _without_reasoning(message: dict, note: dict) -> dict:
     return {**message, "content": content}
 
 
-# ------------------------------------------------------------------------------------------------- the whole at once
+# ------------------------------------------------------------------------------------------------- the whole conversation at once
 
 
 def _joint(row: _Conversation) -> Rendered:
-    """A, B or C. Raises RowError where none is exact."""
+    """A, B or C. Raises RowError if none is exact."""
     answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
     text, turns, contents, strategy = None, [], [], "prefix"
     twin = tagged_twin(row.template.text)
@@ -179,7 +179,7 @@ def _joint(row: _Conversation) -> Rendered:
 
 @lru_cache(maxsize=32)
 def _tags_hold_header(template: ChatTemplate) -> bool:
-    """Whether an answer's tags begin before the answer, as SmolLM3's do: its turns are found by prefix instead."""
+    """Whether the tags include the header, as SmolLM3's do. Turns are then found by prefix instead."""
     row = _Conversation(template, PROBE, [False, False], [{}, {}], Masking(), {})
     try:
         text, turns, _ = _marked(row)
@@ -190,22 +190,22 @@ def _tags_hold_header(template: ChatTemplate) -> bool:
 
 
 def _marked(row: _Conversation, plain: str | None = None) -> tuple[str, list, dict]:
-    """(text, tagged turns, {message: span of its content}), found by markers. plain: what the text must be."""
+    """(text, tagged turns, {message: span of its content}), found by markers. plain: the text that must result."""
     marked = [_mark_content(i, message) for i, message in enumerate(row.messages)]
     text, turns, contents = _read_markers(replace(row, messages=marked).render(_minisft_mark=True))
-    if row.template.text == CHATML:  # ours reads no content, so there is nothing that a mark could change
+    if row.template.text == CHATML:  # our own template inspects no content, so marks change nothing
         return text, turns, contents
     plain = row.render() if plain is None else plain
-    if text != plain:  # the template looked at a content: again, without marks in contents
+    if text != plain:  # the template inspected a content: render again without marks in contents
         text, turns, contents = _read_markers(row.render(_minisft_mark=True))
         if text != plain:
-            raise RowError("the chat template reads what its generation tags hold", "their place cannot be found")
+            raise RowError("the chat template reads the text of its generation tags", "their place cannot be found")
     return text, turns, contents
 
 
 def _mark_content(i: int, message: dict) -> dict:
-    """Markers around a content, inside its outer whitespace, which many templates strip. Not around the assistant's: its
-    place is known, and templates look for reasoning in it."""
+    """The message with markers around its content, inside the outer whitespace, which many templates strip. An assistant's
+    content gets none: its place is known, and templates search it for reasoning."""
     content = message["content"]
     inner = content.strip()
     if message["role"] == "assistant" or not inner:
@@ -233,7 +233,7 @@ def _read_markers(marked: str) -> tuple[str, list[tuple[int, int]], dict[int, tu
 
 
 def _turns_by_prefix(row: _Conversation, text: str, answers: list[int]) -> list[tuple[int, int]]:
-    """C. Turns that are context need not be found: their place is a detail."""
+    """C. Turns that are context need not be found, because only their kind depends on it."""
     turns = []
     for i in answers:
         try:
@@ -246,8 +246,11 @@ def _turns_by_prefix(row: _Conversation, text: str, answers: list[int]) -> list[
 
 
 def _turn(row: _Conversation, text: str, i: int, found: tuple[int, int] | None = None) -> tuple[int, int]:
-    """The span of assistant turn i in `text`. Raises RowError unless what stands before it there is the prompt that
-    inference gives, and the turn what the template renders after that prompt: all of it, or the part found by tags."""
+    """The span of assistant turn i in `text`. found: the span that tags gave.
+
+    Raises RowError unless the text before the turn is the prompt that inference gives, and the turn is the text that the
+    template renders after that prompt, or a part of it that the tags enclose.
+    """
     prompt, so_far = row.prompt(i), row.render(i + 1)
     if found is not None and found[0] < len(prompt):
         raise RowError("the generation tags hold more than the answer", f"message {i}: {text[slice(*found)]!r}")
@@ -270,8 +273,8 @@ def _turn(row: _Conversation, text: str, i: int, found: tuple[int, int] | None =
 
 
 def _per_turn(row: _Conversation) -> list[Rendered]:
-    """D. Turns before the last of each document are context."""
-    if not any(row.trained):  # one document of context, so that the account has it under "with nothing to train"
+    """D. All turns of a document but the last are context."""
+    if not any(row.trained):  # one document of context, which the account counts under "with nothing to train"
         text = row.render()
         return [Rendered(text, [(0, len(text), HEADER)], [], "prefix", len(row.messages))]
     others = [i for i, on in enumerate(row.trained) if on and row.messages[i]["role"] != "assistant"]
@@ -291,7 +294,7 @@ def _per_turn(row: _Conversation) -> list[Rendered]:
 
 
 def _everything(row: _Conversation) -> Rendered:
-    """train_on = "all": where the turns lie is only a detail, but for messages that say train = false."""
+    """train_on = "all". The places of turns only decide their kinds, unless a message has train = false."""
     if not all(row.trained):
         rendered = _joint(row)
         untrained = [span for span in rendered.spans[1:] if not span[2] & TRAINED]
@@ -338,7 +341,7 @@ def _answer_spans(row: _Conversation, text: str, start: int, end: int, message: 
     for call in (message.get("tool_calls") or []) if trained else []:
         name = str((call.get("function") or call).get("name"))
         if name not in turn:
-            raise RowError("the chat template leaves out a tool call", f"of {name!r}")
+            raise RowError("the chat template omits a tool call", f"of {name!r}")
     spans = [(start, end, (TOOL_CALL if message.get("tool_calls") else ANSWER) | trained)]
     if message.get("tool_calls") and answer in turn:
         at = start + turn.rindex(answer)
@@ -353,14 +356,14 @@ def _answer_spans(row: _Conversation, text: str, start: int, end: int, message: 
 
 
 def _reasoning_end(turn: str, reasoning: str) -> int:
-    """How many characters at the beginning of a turn are reasoning and what closes it."""
+    """How many characters at the beginning of a turn are reasoning, with the tag that closes it."""
     at = turn.index(reasoning) + len(reasoning) if reasoning and reasoning in turn else 0
     closing = turn.find("</think>", at)
     return closing + len("</think>") if closing >= 0 else at
 
 
 def _part_spans(row: _Conversation, text: str, start: int, end: int, i: int) -> list[Span]:
-    """The parts of a content that say themselves whether they are trained."""
+    """The spans of the parts of a content that have a `train` of their own."""
     content = row.messages[i]["content"]
     inner = content.strip()
     if text[start:end].count(inner) != 1:
@@ -375,13 +378,13 @@ def _part_spans(row: _Conversation, text: str, start: int, end: int, i: int) -> 
 
 @lru_cache(maxsize=32)
 def terminator(template: ChatTemplate) -> str:
-    """What the template puts after an answer inside the assistant's turn, such as "<|im_end|>"."""
+    """The text that the template puts after an answer inside the assistant's turn, such as "<|im_end|>"."""
     text, answer = render(template, PROBE), PROBE[1]["content"]
     return text[text.rindex(answer) + len(answer) :].rstrip() if answer in text else ""
 
 
 def kinds_of(document: Rendered) -> bytearray:
-    """The byte of each character."""
+    """kind | TRAINED of each character."""
     kinds = bytearray(len(document.text))
     for start, end, byte in document.spans:
         kinds[start:end] = bytes([byte & (KIND_MASK | TRAINED)]) * (end - start)

@@ -1,19 +1,20 @@
 """The environment in which chat templates run: Jinja's sandbox, with limits on time, memory and output.
 
 A chat template is a program that came with somebody's tokenizer. Jinja's sandbox keeps it away from Python's internals,
-but not from `'a' * 10**10`, from two nested loops, or from forty lists that each hold the one before twice. Nothing can
-stop one long operation of Python from outside, so every operation is kept short:
+but does not prevent `'a' * 10**10`, two nested loops, or forty lists that each contain the one before twice. A long
+operation of Python cannot be stopped from outside, so every operation is kept short:
 
-- What makes much out of little (`*`, `**`, `%`, padding, replace, join, format ...) is measured before it runs.
-- What puts values together (`+`, `~`, lists, dicts, the text inside a macro or a block) is measured when it has run. All
-  that a rendering makes in these two ways is added up, and the sum has a limit.
-- Every loop step and macro call ticks: steps are counted, and now and then so are the seconds and how far
-  the process has grown.
+- Operations that make a large value of a small one (`*`, `**`, `%`, padding, replace, join, format ...) are measured before
+  they run.
+- Operations that join values (`+`, `~`, lists, dicts, the text inside a macro or a block) are measured after they have run.
+  The sizes of both kinds are added up over a rendering, and the sum has a limit.
+- Every loop step and macro call is a tick. Ticks are counted, and every now and then the time and the growth of the process
+  are checked.
 
-Measures and ticks are filters that are put into the syntax tree before it is compiled. What only flows into the output or
-into a variable is not measured: the output is counted by render(), a variable by its tick. So ordinary templates pay
-for a few ticks a message, a tenth of a microsecond each. Who exceeds a limit gets a LimitError, which render() turns
-into a bad row.
+Measures and ticks are filters that are inserted into the syntax tree before it is compiled. A sum that goes straight to the
+output or into a variable is not measured here: render() limits the output, and the tick of an assignment the variable. So
+ordinary templates pay for a few ticks a message, a tenth of a microsecond each. A template that exceeds a limit gets a
+LimitError, which render() turns into a bad row.
 """
 
 import re
@@ -30,18 +31,18 @@ from jinja2.visitor import NodeTransformer
 
 try:
     import resource
-except ImportError:  # Windows: no limit on memory but those on what is made
+except ImportError:  # Windows: memory is limited by the sizes of values only
     resource = None
 
 MAX_SECONDS = 10.0  # of one rendering
 MAX_STEPS = 2_000_000  # loop steps and macro calls of one rendering
 MAX_GROWTH = 2**30  # bytes of memory
 MAX_SIZE = 2**24  # characters of the output; characters of one value, with ELEMENT for each thing in a list or dict
-MAX_MADE = 2**27  # the same of all values that are measured, and of one rendering
-MAX_BITS = 2**12  # of a whole number that a template makes
+MAX_MADE = 2**27  # the same, summed over all measured values of one rendering
+MAX_BITS = 2**12  # of a whole number that a template computes
 
-ELEMENT = 64  # a thing in a list counts as so many characters: about its bytes
-MAX_OPERANDS = 64  # of one sum whose steps are not measured
+ELEMENT = 64  # characters that an element of a list counts as: about its bytes
+MAX_OPERANDS = 64  # of a sum that is not measured step by step
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
 PADDING = ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice")
@@ -64,24 +65,24 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any):
         super().__init__(**options)
         self.start()
-        # A filter costs less than a call, which is checked.
+        # Filters, because a call would cost more: the sandbox checks each.
         self.filters |= {"_steps": self.loop, "_tick": self.tick, "_made": self.made}
-        del self.globals["lipsum"]  # as much random text as one asks for
+        del self.globals["lipsum"]  # makes random text of any length
 
     def start(self) -> None:
         self.steps = self.spent = 0
         self.deadline = time.monotonic() + MAX_SECONDS
-        self.memory = None  # measured at the first check: asking takes 20 us, as long as a short rendering
+        self.memory = None  # read at the first check, because reading takes 20 us, as long as a short rendering
 
     def add_measures(self) -> None:
-        """To be called when all filters are there."""
+        """Measure the filters. Call it when all of them are set."""
         for name in MEASURED:
             if name in self.filters:
                 self.filters[name] = self._measured(name, self.filters[name])
 
-    @jinja2.pass_context  # so that Jinja does not compute it when it compiles
+    @jinja2.pass_context  # so that Jinja does not evaluate it at compile time
     def loop(self, context: Any, things: Any) -> Iterator:
-        """What a loop runs over."""
+        """The same things for a loop, each with a tick."""
         for thing in things:
             self.steps += 1
             if self.steps % 64 == 0:
@@ -90,7 +91,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     @jinja2.pass_context
     def tick(self, context: Any, value: Any) -> None:
-        """One step; `value` is what has just been assigned, or None."""
+        """One step. value: the one that was just assigned, or None."""
         self.steps += 1
         size = len(value) if isinstance(value, (str, list)) else 0
         if size > 16 and isinstance(value, list):
@@ -112,18 +113,18 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     @jinja2.pass_context
     def made(self, context: Any, value: Any) -> Any:
-        """Measure a value, and give it back."""
+        """Measure a value and return it."""
         self.spend(len(value) if isinstance(value, str) else weight(value))
         return value
 
     def spend(self, size: int) -> None:
-        """Something of that size is made."""
+        """Count a value of this size, which is or will be made."""
         self.spent += size
         if size > MAX_SIZE or self.spent > MAX_MADE:
             what = f"{size:,} characters" if size > MAX_SIZE else f"{self.spent:,} characters in all"
             raise LimitError(f"would make {what}; at most {MAX_SIZE:,}, and {MAX_MADE:,} in all")
 
-    # --------------------------------------------------------------------------------------------- what Jinja asks
+    # --------------------------------------------------------------------------------------------- what Jinja calls
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return _Measure().visit(super()._parse(source, name, filename))
@@ -166,14 +167,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return super().call_test(name, value, args, *rest, **more)
 
     def _inner_step(self, value: Any, args: Any) -> None:
-        """A step of map, select or reject, which loop inside one operation: ('a' * 10**7) may be searched every time."""
+        """A step of map, select or reject, which loop inside one operation. Each may search a long text."""
         self.steps += 1
         self.spend(weight([value, args]) // 16)
         if self.steps % 64 == 0:
             self._look()
 
     def _measured(self, name: str, function: Any) -> Any:
-        """A filter that is measured first. Filters that ask for the context get it as their first argument."""
+        """The filter, measured before it runs. Filters that use the context get it as their first argument."""
 
         def measured(*args: Any, **kwargs: Any) -> Any:
             args = _without_iterators(args)
@@ -193,8 +194,10 @@ class _Measure(NodeTransformer):
     """Puts ticks and measures into a template."""
 
     def __init__(self) -> None:
-        self.free: set[int] = set()  # ids of sums that flow into the output or a variable
-        self.is_buffered = False  # inside of what gathers text before it is placed
+        self.free: set[int] = (
+            set()
+        )  # ids of sums that go straight to the output or into a variable, and are not measured
+        self.is_buffered = False  # inside a block whose text is collected before it is placed
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
         self._free(node.nodes)
@@ -213,7 +216,7 @@ class _Measure(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
-        if node.recursive:  # loop(...) brings other things to run over
+        if node.recursive:  # loop(...) runs over other things
             node.body.insert(0, _tick(nodes.Const(None), node.lineno))
         else:
             node.iter = _filter(node.iter, "_steps")
@@ -255,7 +258,7 @@ class _Measure(NodeTransformer):
     visit_List = visit_Tuple = visit_Dict = _display
 
     def _free(self, exprs: list[nodes.Node]) -> bool:
-        """Whether these values are sums that now are free."""
+        """Mark the sums that make these values as free, unless they are long. Whether there are any."""
         sums = list(_sums(exprs))
         if sum(len(getattr(node, "nodes", "ab")) for node in sums) <= MAX_OPERANDS:
             self.free.update(map(id, sums))
@@ -264,7 +267,7 @@ class _Measure(NodeTransformer):
 
 
 def _sums(exprs: list[nodes.Node]) -> Iterator[nodes.Node]:
-    """The sums that make these values, not those inside of calls and the like."""
+    """The sums that make these values, without sums inside calls and the like."""
     for node in exprs:
         if isinstance(node, (nodes.Add, nodes.Concat)):
             yield node
@@ -278,7 +281,7 @@ def _assigned(target: nodes.Node) -> nodes.Expr:
         return nodes.Name(target.name, "load")
     if isinstance(target, nodes.NSRef):
         return nodes.Getattr(nodes.Name(target.name, "load"), target.attr, "load")
-    return nodes.Const(None)  # several names at once, from a tuple, which was measured
+    return nodes.Const(None)  # several names at once: their tuple was measured
 
 
 def _tick(value: nodes.Expr, line: int) -> nodes.Node:
@@ -293,8 +296,7 @@ def _filter(value: nodes.Expr, name: str) -> nodes.Expr:
 
 
 def weight(value: Any) -> int:
-    """Characters of a value, ELEMENT for each thing inside of it, counted as often as it is there; no further than just
-    above MAX_SIZE."""
+    """The characters of a value, with ELEMENT for each thing in it, as often as it occurs. Counting stops above MAX_SIZE."""
     total, inner = 0, [value]
     while inner and total <= MAX_SIZE:
         value = inner.pop()
@@ -307,12 +309,13 @@ def weight(value: Any) -> int:
 
 
 def _without_iterators(args: tuple) -> tuple:
-    """The same arguments, with lists for what map, select and the like give, which has no size."""
+    """The same arguments, with lists in place of iterators (of map, select and the like), which have no size."""
     return tuple(list(arg) if isinstance(arg, Iterator) else arg for arg in args)
 
 
 def _format_size(text: str, values: Any) -> int:
-    """Widths and precisions stand in the format, or as * or {} among the values; a value may be named many times."""
+    """The largest size of a formatted text. Widths and precisions are in the format, or as * or {} among the values; a value
+    may be used many times."""
     fields = text.count("%") + text.count("{") + 1
     widths = [int(digits[:20]) for digits in re.findall(r"\d+", text)]
     if "*" in text or text.count("{") > 1:
@@ -321,7 +324,7 @@ def _format_size(text: str, values: Any) -> int:
 
 
 def _size(name: str, args: tuple, kwargs: dict) -> int:
-    """What a filter or a method of strings would make at most. args: the value, and what it is called with."""
+    """The largest size that a filter or a method of strings could make. args: the value, and the arguments of the call."""
     value, *others = args
     others += kwargs.values()
     numbers = [abs(other) for other in others if isinstance(other, int)]
@@ -329,23 +332,23 @@ def _size(name: str, args: tuple, kwargs: dict) -> int:
         old, new = (str(other) for other in (*others, "", "")[:2])
         text = str(value)
         return (len(text) // max(len(old), 1) + 1) * len(new) + len(text)
-    if name == "join":  # as a method, the separator comes first
+    if name == "join":  # the method has the separator first
         parts = next((part for part in (*others, value) if isinstance(part, (list, tuple))), [])
         return weight(parts) + len(parts) * max((len(s) for s in (value, *others) if isinstance(s, str)), default=0)
     if name in ("format", "format_map"):
         return _format_size(str(value), others)
     if name in ("round", "int"):  # 10 to the power of the precision; the digits of a number
         return MAX_SIZE + 1 if max(numbers, default=0) > 300 or len(str(value)) > MAX_BITS // 5 else 0
-    if name == "sum":  # of lists, it copies all that came before for each
+    if name == "sum":  # a sum of lists copies all earlier ones for each list
         return MAX_SIZE + 1 if any(isinstance(other, (list, tuple)) for other in others) else 0
     size = weight(value)
-    if name == "urlencode":  # 4 bytes of 3 characters each
+    if name == "urlencode":  # a character may be 4 bytes, of 3 characters each
         return 12 * size
     if name in QUADRATIC:
         return size**2 // ELEMENT**2
-    if name == "tojson":  # an indentation for each level of each thing
+    if name == "tojson":  # each thing has an indentation for each level
         levels = size // ELEMENT + 1 if numbers or any(isinstance(other, str) for other in others) else 0
         return size + levels * (sum(numbers) * 8 + weight(others))
-    # A width stands alone, or is repeated for each line or tab.
+    # A width counts once, or for each line or tab.
     times = str(value).count("\n") + str(value).count("\t") + 1 if name in ("indent", "expandtabs") else 1
     return size + max(numbers, default=0) * times + weight(others) * times

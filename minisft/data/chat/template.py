@@ -1,8 +1,8 @@
 """Chat templates: a conversation becomes text.
 
 A template is a Jinja program that ships with a tokenizer. It renders here exactly as in transformers (same sandbox,
-options and variables), because the served model will see what transformers renders; the tests compare byte by byte. What
-it may use of time and memory is limited (sandbox.py). Where the answers lie in the text is told by masks.py.
+options and variables), because the served model will see the text that transformers renders; the tests compare byte by
+byte. Its time and memory are limited (sandbox.py). masks.py finds the answers in the text.
 """
 
 import json
@@ -15,38 +15,37 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.utils import Namespace
 
 from minisft.data.chat import sandbox
 from minisft.data.rows import RowError
 from minisft.errors import MODEL, UserError
 
-GENERATION, END_GENERATION = "\U0010fff0", "\U0010fff1"  # around what {% generation %} holds, where asked for
+GENERATION, END_GENERATION = "\U0010fff0", "\U0010fff1"  # around the text of {% generation %}, on request
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template and what it may read besides the conversation. Hashable: compiled templates are cached by it."""
+    """A template and its variables besides the conversation. Hashable, because it is the key of compiled templates."""
 
     text: str
-    special_tokens: tuple[tuple[str, str], ...] = ()  # ("bos_token", "<s>"), ... only those that are set
+    special_tokens: tuple[tuple[str, str], ...] = ()  # ("bos_token", "<s>"), ... if set
     date: str = ""  # ISO date that strftime_now sees, frozen so that a row renders the same all day
-    variables: tuple[
-        tuple[str, str], ...
-    ] = ()  # chat_template_kwargs of the run: ("enable_thinking", "false"), as JSON
+    variables: tuple[tuple[str, str], ...] = ()  # the run's chat_template_kwargs, as JSON: ("enable_thinking", "false")
 
 
 # ------------------------------------------------------------------------------------------------- rendering
 
 
 class _Generation(Extension):
-    """The tag {% generation %}: its text, between markers where the rendering asked for them. Variables that are set
-    inside stay inside, as in transformers, where the tag is a call."""
+    """The tag {% generation %}: its text, between markers if the rendering requests them. Variables that are set inside it
+    stay inside, as in transformers, where the tag is a call."""
 
     tags = {"generation"}
 
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+    def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -58,7 +57,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """`dict` for templates: to call, without the attributes of the class."""
+    """`dict` for templates, without the attributes of the class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict:
         return dict(*args, **kwargs)
@@ -81,7 +80,7 @@ class _Namespace(Namespace):
             raise jinja2.exceptions.SecurityError(f"a template may not set namespace attribute {name!r}")
         Namespace.__setitem__(self, name, value)
 
-    def __repr__(self) -> str:  # Jinja writes out the values: a chain of namespaces doubles at every step
+    def __repr__(self) -> str:  # Jinja's writes out all values, which a chain of namespaces doubles at every step
         return "<Namespace>"
 
 
@@ -124,7 +123,7 @@ def _compile(template: ChatTemplate) -> jinja2.Template:
 
 
 def _clean(messages: list[dict]) -> list[dict]:
-    """Messages as transformers hands them to a template: no None values, reasoning under its usual names."""
+    """Messages as transformers gives them to a template: no None values, reasoning under its usual names."""
     cleaned = []
     for message in messages:
         if len(message) == 2 and message["content"] is not None:  # a role and a text, as nearly all are
@@ -149,16 +148,17 @@ def render(
 ) -> str:
     """The conversation as text, byte-equal to transformers' apply_chat_template(tokenize=False).
 
-    Raises RowError where the template refuses the conversation or fails on it.
+    Raises RowError if the template refuses the conversation or fails on it.
     """
     compiled = _compile(template)
+    assert isinstance(compiled.environment, sandbox.LimitedEnvironment)
     given = {name: json.loads(value) for name, value in template.variables}
     pieces, size = [], 0
     try:
         compiled.environment.start()
         for piece in compiled.generate(
             messages=_clean(messages),
-            tools=tools,  # passed even when None: templates ask whether tools is defined
+            tools=tools,  # passed even if None: templates test whether tools is defined
             documents=documents,
             add_generation_prompt=add_generation_prompt,
             **{**dict(template.special_tokens), **given, **variables},
@@ -167,6 +167,6 @@ def render(
             size += len(piece)
             if size > sandbox.MAX_SIZE:
                 raise sandbox.LimitError(f"more than {sandbox.MAX_SIZE:,} characters of output")
-    except Exception as error:  # a template is a program of somebody else: any error in it is about this row
+    except Exception as error:  # a template is somebody else's program, and any error of it makes a bad row
         raise RowError("the chat template refuses the conversation", f"{type(error).__name__}: {error}") from None
     return "".join(pieces)

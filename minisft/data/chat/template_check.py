@@ -1,7 +1,7 @@
-"""The start-up check of a chat template: would what it trains teach a model to answer, and to stop?
+"""The start-up check of a chat template: would a model that is trained with it learn to answer, and to stop?
 
-Probes are rendered and masked as rows are (masks.py). In each, the trained text must hold the whole answer, end in a special
-token, and begin after the header.
+Probes are rendered and masked like rows (masks.py). In each, the trained text must begin after the header, contain the whole
+answer and end in a special token.
 """
 
 from functools import lru_cache
@@ -53,7 +53,7 @@ def check_template(template: ChatTemplate, terminators: tuple[str, ...]) -> None
         try:
             documents = render_conversation(template, messages, tools=tools)
         except RowError as error:
-            if number == 0:  # what else a template refuses (system turns, say) is told for the rows that have it
+            if number == 0:  # a template may refuse the other probes (system turns, say): rows with these are bad rows
                 refuse(f"cannot render one question and its answer: {error}")
             continue
         for document in documents:
@@ -71,7 +71,7 @@ def check_template(template: ChatTemplate, terminators: tuple[str, ...]) -> None
 
 
 def _trained_text(document: Rendered) -> list[str]:
-    """The stretches of text that are trained."""
+    """The trained stretches of the text."""
     on = bytearray(len(document.text) + 1)
     for start, end, byte in document.spans:
         on[start:end] = bytes([bool(byte & TRAINED)]) * (end - start)

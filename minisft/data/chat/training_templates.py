@@ -1,15 +1,15 @@
 """Chat templates that we wrote: ChatML, and twins with generation tags of stock templates that lack them.
 
-A twin is picked by the sha256 of the stock text, which is not copied here, and is used for a row only where it renders the
-same text as the stock template (chat/masks.py, strategy B). A test compares them on a folder of stock templates where the
-environment variable MINISFT_STOCK_TEMPLATES names one.
+A twin is found by the sha256 of the stock text, which is not copied here, and is used for a row only if it renders the same
+text as the stock template (chat/masks.py, strategy B). If the environment variable MINISFT_STOCK_TEMPLATES names a folder of
+stock templates, a test compares them.
 """
 
 from functools import lru_cache
 from hashlib import sha256
 
 # Our own template: the ChatML layout. Tools are described in a system turn, a call is JSON between <tool_call> tags,
-# a result comes back inside a user turn; reasoning stands between <think> tags before the answer.
+# a result comes back inside a user turn; reasoning is between <think> tags before the answer.
 CHATML = """\
 {%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}
 {%- if system or tools %}
@@ -53,7 +53,7 @@ CHATML = """\
 
 
 def _twin(header: str, content: str, end: str, *, start: str = "", messages: str = "messages", finish: str = "") -> str:
-    """A template of equal turns: header, content, end for each message, what is generated in tags. All are Jinja."""
+    """A template that renders each message as header, content, end (Jinja texts), with tags around the generated part."""
     return (
         f"{{{{- {start or repr('')} }}}}"
         f"{{%- for m in {messages} %}}"
@@ -69,8 +69,8 @@ NEWLINE = "{{- '\\n' }}"
 GEMMA_HEADER = "'<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n'"
 FIRST_SYSTEM = "messages[0].role == 'system'"
 
-# Twins of stock templates, for conversations without tools: with tools they render something else than the stock template,
-# so those rows go the other ways. Ends of a whole conversation (Phi 3's EOS after the last turn) are not trained.
+# Twins of stock templates, for conversations without tools. With tools a twin renders another text than the stock template,
+# so that it is not used. The end of a whole conversation (Phi 3's EOS after the last turn) is not trained.
 TWINS = {
     "chatml": _twin("'<|im_start|>' + m.role + '\\n'", "m.content", "<|im_end|>", finish=NEWLINE),
     "llama3": _twin(
@@ -104,6 +104,6 @@ STOCK = {  # sha256 of a stock template -> name of its twin
 
 @lru_cache(maxsize=32)
 def tagged_twin(stock: str) -> str | None:
-    """Our tagged twin of a stock template, None where there is none."""
+    """Our tagged twin of a stock template, or None."""
     name = STOCK.get(sha256(stock.encode("utf-8")).hexdigest())
     return None if name is None else TWINS[name]
