@@ -396,12 +396,12 @@ def test_an_answer_of_several_documents_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "row, answers, format, options, message",
     [
-        ({"prompt": "a", "completion": "b"}, "pairs", "auto", {}, "of no format that has two answers to a prompt"),
-        ({"prompt": "a", "completion": "b"}, "labels", "auto", {}, "of no format that has answers that are good or bad"),
-        ({"messages": HISTORY}, "pairs", "messages", {}, "format = 'messages', and what is trained on is two answers"),
-        (LABEL, "pairs", "auto", {}, "of no format that has two answers to a prompt"),
-        (LABEL, "pairs", "labelled", {}, "format = 'labelled', and what is trained on is two answers to a prompt"),
-        (LABEL, "chosen", "labelled", {}, "format = 'labelled', and what is trained on is an answer"),
+        ({"prompt": "a", "completion": "b"}, "pairs", "auto", {}, "of no format with two answers to a prompt"),
+        ({"prompt": "a", "completion": "b"}, "labels", "auto", {}, "of no format with answers that are good or bad"),
+        ({"messages": HISTORY}, "pairs", "messages", {}, "format = 'messages', but training needs two answers"),
+        (LABEL, "pairs", "auto", {}, "of no format with two answers to a prompt"),
+        (LABEL, "pairs", "labelled", {}, "format = 'labelled', but training needs two answers to a prompt"),
+        (LABEL, "chosen", "labelled", {}, "format = 'labelled', but training needs an answer"),
         (PAIR, "pairs", "auto", {"completion_only_loss": False}, "completion_only_loss = false, but in preference data"),
         (CHAT, "pairs", "auto", {"assistant_only_loss": False}, "assistant_only_loss = false, but in preference data"),
         (CHAT, "both", "auto", {}, "answers = 'both'"),

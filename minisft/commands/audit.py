@@ -1,7 +1,7 @@
-"""`minisft audit CONFIG.toml`: what a run would train on, and what is wrong with it, told on the CPU.
+"""`minisft audit CONFIG.toml`: report the data that a run would train on, and its problems, on the CPU.
 
 It reads the data as the run would, through the same cache, masks and cuts, but needs the tokenizer only. The exit code is
-65 where a share exceeds its limit in the [audit] section, else 0.
+65 if a share exceeds its limit in the [audit] section, else 0.
 """
 
 import json
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: minisft audit CONFIG.toml [--show N] [--row PLACE] [--html FILE] [--json] [--KEY VALUE ...]
 
-Read the whole data set as the run of CONFIG.toml would, and tell what is trained and what is wrong; of a file with stages,
-in each of them.
+Read the whole data set as the run of CONFIG.toml would, and report which part of it is trained and which problems it has.
+If the file has stages, each of them is audited.
 
-  --show N      print N rows of each set, what is trained in colour (in [brackets] where the output is no terminal)
-  --row PLACE   print this row only, whole; PLACE as in the report: data.jsonl:12, or data.json[12] of an array
+  --show N      print N rows of each set, trained text in colour (in [brackets] if the output is no terminal)
+  --row PLACE   print only this row, in full; PLACE as in the report: data.jsonl:12, or data.json[12] of an array
   --html FILE   write one page with charts and rows to browse; it needs no network
-  --json        print the report as JSON, and nothing else, on stdout
+  --json        print only the report, as JSON
 
-Other options are keys of the configuration, as for `minisft train`. The exit code is 65 where the share of a finding
-exceeds its limit:
+Other options are keys of the configuration, as for `minisft train`. The exit code is 65 if the share of a finding exceeds
+its limit:
 
 """
 TOKENS_SHOWN = 4000  # of a row of --show
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     stages = load_stages(*parse_arguments(rest))
     if len(stages) > 1 and (alone := [f"--{name}" for name in ("html", "json", "row") if options.get(name)]):
         raise UserError(
-            f"command line: {alone[0]} with {len(stages)} stages", hint="it is about one; name the stage's file"
+            f"command line: {alone[0]} with {len(stages)} stages", hint="it needs one; name the stage's file"
         )
     html = options.get("html")
     if html and not Path(html).absolute().parent.is_dir():
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
 
 
 def _audit_one(config: "Config", options: dict[str, Any]) -> int:
-    """The exit code of one configuration."""
+    """Audit one configuration, and return the exit code."""
     from minisft.data.audit import printable
 
     if place := options.get("row"):
@@ -89,7 +89,7 @@ def _audit_one(config: "Config", options: dict[str, Any]) -> int:
     if "json" in options:
         print(json.dumps(report, indent=2, allow_nan=False))
     else:
-        print(printable("\n".join(text_report(report))))  # names of fields and files are as untrusted as the rows
+        print(printable("\n".join(text_report(report))))  # names of fields and files are untrusted like the rows
         for name, data_set in sets.items():
             _show_rows(name, data_set.documents, tokenizer, options.get("show", 0))
     if html := options.get("html"):
@@ -122,7 +122,7 @@ def _own_options(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
             raise UserError(f"command line: --show {options['show']}: expected a number of rows")
         options["show"] = int(options["show"])
     if "json" in options and ("show" in options or "row" in options):
-        raise UserError("command line: --json prints nothing but the report", hint="leave --show and --row out")
+        raise UserError("command line: --json prints nothing but the report", hint="omit --show and --row")
     return options, rest
 
 
@@ -146,7 +146,7 @@ def open_sets(config: "Config") -> tuple["Tokenizer", str, dict[str, DataSet]]:
 
 
 def audit(config: "Config") -> tuple[dict[str, Any], "Tokenizer", dict[str, DataSet], dict[str, list["Finding"]]]:
-    """(report for JSON, tokenizer, the sets, their findings). Raises UserError for data that cannot be read at all."""
+    """(report for JSON, tokenizer, the sets, their findings). Raises UserError if the data cannot be read at all."""
     from minisft.data.audit import TITLES, all_findings, overlap
     from minisft.data.documents import split_documents
     from minisft.prepare.data import cut_length
@@ -201,7 +201,7 @@ def audit(config: "Config") -> tuple[dict[str, Any], "Tokenizer", dict[str, Data
 
 
 def _tables(data_set: DataSet, in_epoch: "Documents", is_train: bool, config: "Config") -> dict[str, Any]:
-    """The account and the tables of a set. in_epoch: its documents without those that are held out."""
+    """The account and the tables of a set. in_epoch: its documents without the held-out ones."""
     from minisft.data.audit import count_tokens, kind_table, length_histogram, length_summary, source_table
     from minisft.prepare.data import split_length
 
@@ -234,7 +234,7 @@ def _tables(data_set: DataSet, in_epoch: "Documents", is_train: bool, config: "C
 
 
 def _packing(documents: "Documents", is_on: bool, is_train: bool, config: "Config") -> dict[str, Any]:
-    """How full packs are, and how many steps an epoch has, with packing and without; on one device."""
+    """How full packs are, and how many steps an epoch has on one device, with packing and without."""
     from minisft.data.loader import plan_set
     from minisft.schedule import total_steps
 
@@ -266,14 +266,14 @@ def _packing(documents: "Documents", is_on: bool, is_train: bool, config: "Confi
 def _show_rows(name: str, documents: "Documents", tokenizer: "Tokenizer", count: int) -> None:
     from minisft.data.audit import place_of, printable
 
-    for number in range(min(count, documents.num_units) * documents.group):  # of a pair both answers
+    for number in range(min(count, documents.num_units) * documents.group):  # both answers of a pair
         d, start, end = int(documents.index[number]), int(documents.start[number]), int(documents.end[number])
         print(f"\n-- {name}, {printable(place_of(documents.cache, d))}")
         print(_row_text(documents, d, start, end, tokenizer, TOKENS_SHOWN))
 
 
 def _show_row(config: "Config", place: str) -> None:
-    """The documents of one row, used or not. Raises UserError where there is none."""
+    """Print the documents of one row, used or not. Raises UserError if it has none."""
     from minisft.data.audit import place_of, printable
 
     match = re.fullmatch(r"(.+?)(?::(\d+)|\[(\d+)\])", place)
@@ -293,13 +293,13 @@ def _show_row(config: "Config", place: str) -> None:
             print(_row_text(documents, int(d), start, end, tokenizer, 2**40))
             shown += 1
     if not shown:
-        hint = "a row that cannot be read is among the bad rows of the report"
+        hint = "rows that cannot be read are in the report as bad rows"
         raise UserError(f"--row {place}: no document comes from there", hint=hint, exit_code=DATA)
 
 
 def _row_text(documents: "Documents", d: int, start: int, end: int, tokenizer: "Tokenizer", limit: int) -> str:
-    """The text of a document: what is trained green, special tokens bold or blue, what is cut grey and struck out; where
-    there are no colours [trained] and {cut}."""
+    """The text of a document: trained text green, special tokens bold or blue, cut text grey and struck out; without colours
+    [trained] and {cut}."""
     from minisft.data.audit import stretches
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -1,12 +1,11 @@
-"""What is wrong with a data set, counted before a GPU is paid for.
+"""The problems of a data set, counted before a GPU is paid for.
 
-Most lost runs are lost in the data: answers cut off, an end of turn that is never trained, a mask that is empty, rows that
-are in the evaluation too. All of it can be read from the token cache. `quick_findings` looks at kinds and bounds only (a
-fraction of a second for ten million tokens) and is part of every run; `all_findings` also decodes, encodes and hashes
-every document.
+Most failed runs fail because of their data: answers cut off, an end of turn that is never trained, an empty mask, rows that
+are in the evaluation too. The token cache shows all of these. `quick_findings` reads kinds and bounds only (a fraction of a
+second for ten million tokens) and is part of every run; `all_findings` also decodes, encodes and hashes every document.
 
-A finding is a count of documents, its share of those looked at, and where the first ones are. Which share is too much is
-told by the limits (the configuration's [audit] section).
+A finding has the number of documents with a problem, their share of all documents that were checked, and the places of the
+first ones. The limits of the configuration's [audit] section say which share is too large.
 """
 
 import re
@@ -35,21 +34,21 @@ from minisft.data.packing import ragged_arange
 from minisft.data.tokenizer import Tokenizer
 
 NUM_EXAMPLES = 3
-ROUND_TRIP_ROWS = 512  # documents that are decoded and encoded together
+ROUND_TRIP_ROWS = 512  # documents that are decoded and encoded at a time
 OF_ANSWER = (ANSWER, REASONING, TOOL_CALL)
-NO_PROMPT = (SPECIAL, HEADER, SYSTEM)  # a document that shares only these with another does not share its prompt
-BY_THE_TEMPLATE = (SPECIAL, HEADER, TERMINATOR)  # here special tokens belong
+NO_PROMPT = (SPECIAL, HEADER, SYSTEM)  # two documents that share only these tokens do not share a prompt
+BY_THE_TEMPLATE = (SPECIAL, HEADER, TERMINATOR)  # kinds that special tokens of the template have
 
 TITLES = {  # name of a finding, and of its limit: max_<name>
     "no_label": "documents with nothing to train",
     "lost_answer": "documents with nothing left to train after the cut at max_length",
     "untrained_end": "documents with an answer whose end is not trained: the model would not learn to stop",
     "double_bos": "documents that begin with two BOS tokens",
-    "cut_answer": "documents that lose a part of what is trained to the cut at max_length",
+    "cut_answer": "documents that lose a part of their targets by the cut at max_length",
     "too_long": "documents longer than max_length",
     "control_token": "rows with the text of a control token in a message",
-    "straddling": "trained tokens that begin before or end after what is trained",
-    "round_trip": "documents whose text is encoded to other tokens than they hold",
+    "straddling": "trained tokens that begin before or end after the trained text",
+    "round_trip": "documents whose text is encoded to other tokens than theirs",
     "duplicate": "documents that are a copy of an earlier one",
     "eval_overlap": "evaluation documents that are trained on too",
     "eval_prompt_overlap": "evaluation documents whose prompt is trained on too",
@@ -60,16 +59,16 @@ TITLES = {  # name of a finding, and of its limit: max_<name>
 class Finding:
     name: str  # a key of TITLES
     count: int
-    total: int  # of how many
-    examples: tuple[str, ...] = ()  # places, such as data.jsonl:12
-    documents: tuple[int, ...] = ()  # all of them, by their number in the cache
+    total: int  # documents, rows or tokens that were checked
+    examples: tuple[str, ...] = ()  # places of the first ones, such as data.jsonl:12
+    documents: tuple[int, ...] = ()  # their numbers in the cache
 
     @property
     def share(self) -> float:
         return self.count / self.total if self.total else 0.0
 
     def exceeds(self, limits: dict[str, float]) -> bool:
-        """limits: {"max_<name>": largest share}, of every name in TITLES."""
+        """limits: {"max_<name>": largest share} for every name in TITLES."""
         return self.share > limits[f"max_{self.name}"]
 
     def __str__(self) -> str:
@@ -81,10 +80,10 @@ class Finding:
 
 
 def quick_findings(cache: TokenCache, tokenizer: Tokenizer, max_length: int | None, truncation: str) -> list[Finding]:
-    """What kinds and bounds tell of all documents of the cache, also those that selection drops.
+    """The findings that kinds and bounds show, for all documents of the cache, also those that `select_documents` drops.
 
-    Of preference data both answers are looked at, and never the MISMATCHED documents, which are put together from them.
-    max_length, truncation: how `select_documents` cuts them. Findings with a count of 0 are left out.
+    In preference data both answers are checked, but not the MISMATCHED documents, which are made of others.
+    max_length, truncation: how `select_documents` cuts. Findings with a count of 0 are left out.
     """
     first, last = np.array(cache.offsets[:-1]), np.array(cache.offsets[1:])
     start, end = cut(cache, max_length, truncation)
@@ -92,14 +91,14 @@ def quick_findings(cache: TokenCache, tokenizer: Tokenizer, max_length: int | No
 
     bos = -1 if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     second = np.minimum(first + 1, last - 1)
-    # The stop token of rows that came as ids is not known as a terminator, but it is one.
+    # In rows of ids the stop token does not have the kind TERMINATOR, so it is recognised by its id.
     stops = list(tokenizer.stop_ids)
     final = cache.kinds[last - 1]
     ends_open = (end == last) & (final >= TRAINED) & np.isin(final & KIND_MASK, OF_ANSWER)
     ends_open &= ~np.isin(cache.ids[last - 1], stops)
     ours = np.flatnonzero(~is_mismatched(cache))
     found = {
-        "no_label": count_targets(replace(cache, weights=None), first, last) == 0,  # a weight of 0 is somebody's choice
+        "no_label": count_targets(replace(cache, weights=None), first, last) == 0,  # a weight of 0 is the user's choice
         "lost_answer": (whole > 0) & (kept == 0),
         "untrained_end": (_count_open_ends(cache, start, np.minimum(end, last - 1), stops) > 0) | ends_open,
         "double_bos": (last - first > 1) & (cache.ids[first] == bos) & (cache.ids[second] == bos),
@@ -115,17 +114,17 @@ def quick_findings(cache: TokenCache, tokenizer: Tokenizer, max_length: int | No
 
 
 def all_findings(documents: Documents, tokenizer: Tokenizer, max_length: int | None, truncation: str) -> list[Finding]:
-    """The quick ones, and those that need every used document decoded or hashed."""
+    """The quick findings, and those for which every used document is decoded or hashed."""
     cache, used = documents.cache, _used(documents)
     changed, with_control_token = _read_again(cache, used, tokenizer)
     findings = quick_findings(cache, tokenizer, max_length, truncation)
     for i, finding in enumerate(findings):
-        if finding.name == "control_token":  # counted when the rows were read, row by row; here is where
+        if finding.name == "control_token":  # counted when the rows were read; only their places are found here
             places = tuple(cache.place(d) for d in with_control_token[:NUM_EXAMPLES])
             findings[i] = replace(finding, examples=places, documents=tuple(with_control_token))
     seen, copies = set(), []
     digests = list(_digests(cache, used))
-    size = 2 if cache.unit == "pairs" else 1  # a pair is a copy where both of its answers are
+    size = 2 if cache.unit == "pairs" else 1  # a pair is a copy if both of its answers are
     for i in range(0, len(used), size):
         digest = b"".join(digests[i : i + size])
         copies += used[i : i + size].tolist() if digest in seen else []
@@ -136,19 +135,19 @@ def all_findings(documents: Documents, tokenizer: Tokenizer, max_length: int | N
 
 
 def overlap(train: Documents, held_out: Documents) -> list[Finding]:
-    """Evaluation documents that are trained on: whole, and by their prompt (the tokens before the first trained one)."""
+    """Evaluation documents that are trained on too: the whole, or only the prompt (the tokens before the first trained one)."""
     findings = []
     for name, prompt_only in (("eval_overlap", False), ("eval_prompt_overlap", True)):
         trained = set(_digests(train.cache, _used(train), prompt_only)) - {None}
-        looked_at = _used(held_out)
-        digests = _digests(held_out.cache, looked_at, prompt_only)
-        both = [d for d, digest in zip(looked_at, digests) if digest in trained]
-        findings.append(_finding(name, held_out.cache, np.array(both, dtype=int), len(looked_at)))
+        used = _used(held_out)
+        digests = _digests(held_out.cache, used, prompt_only)
+        both = [d for d, digest in zip(used, digests) if digest in trained]
+        findings.append(_finding(name, held_out.cache, np.array(both, dtype=int), len(used)))
     return [finding for finding in findings if finding.count]
 
 
 def _used(documents: Documents) -> np.ndarray:
-    """The documents of the cache that are used, once each, int64; without the MISMATCHED."""
+    """The documents of the cache that are used, each once, without the MISMATCHED, int64."""
     used = np.unique(documents.index)
     return used[~is_mismatched(documents.cache)[used]]
 
@@ -159,8 +158,8 @@ def _finding(name: str, cache: TokenCache, documents: np.ndarray, total: int) ->
 
 
 def _count_open_ends(cache: TokenCache, start: np.ndarray, end: np.ndarray, stops: list[int]) -> np.ndarray:
-    """How many of the tokens start[d] : end[d] are trained, of an answer, no stop token, and followed by what is neither
-    trained nor of an answer, for every document."""
+    """How often an answer has an untrained end, for every document, int64 [D]: tokens among start[d] : end[d] that are trained
+    and of an answer, but no stop token, and whose next token is neither trained nor of an answer."""
     counts = np.zeros(len(start), dtype=np.int64)
     for block, base, stop in blocks(cache):
         kinds = np.append(cache.kinds[base:stop], np.uint8(0))
@@ -173,7 +172,7 @@ def _count_open_ends(cache: TokenCache, start: np.ndarray, end: np.ndarray, stop
 
 
 def _digests(cache: TokenCache, documents: np.ndarray, prompt_only: bool = False) -> Iterator[bytes | None]:
-    """A hash of the ids of each document, or of its prompt: None where it has none."""
+    """A hash of the ids of each document, or of its prompt; None if it has none."""
     for d in documents:
         ids = cache.ids[cache.offsets[d] : cache.offsets[d + 1]]
         if prompt_only:
@@ -185,8 +184,11 @@ def _digests(cache: TokenCache, documents: np.ndarray, prompt_only: bool = False
 
 
 def _read_again(cache: TokenCache, documents: np.ndarray, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Documents with encode(decode(ids)) != ids: text that was encoded in parts, or that the tokenizer cannot hold. And
-    those with a control token in a content, as ordinary text or as the token."""
+    """(documents with encode(decode(ids)) != ids, documents with a control token in a content).
+
+    The ids of the former were encoded in parts, or decoding loses some of their text. A control token of the latter may be
+    encoded as the token or as ordinary text.
+    """
     changed, with_control_token = [], []
     look_for_them = any(entry["control_tokens"] for entry in cache.manifest["sources"])
     special = list(tokenizer.special_ids)
@@ -211,8 +213,10 @@ def _read_again(cache: TokenCache, documents: np.ndarray, tokenizer: Tokenizer) 
 
 
 def count_tokens(documents: Documents, split_at: int | None = None) -> np.ndarray:
-    """Tokens of the documents, once each, int64 [sources, kinds, 2]: [..., 0] context, [..., 1] targets. What is counted
-    as a target is what `select_documents` counts, so that the sums are those of its account."""
+    """Tokens of the documents, each once, int64 [sources, kinds, 2]: [..., 0] context, [..., 1] targets.
+
+    Targets are the same as in `select_documents`, so that the sums are those of its account. split_at: as there.
+    """
     cache = documents.cache
     shape = (len(cache.sources), len(TOKEN_KINDS), 2)
     counts = np.zeros(shape, dtype=np.int64).ravel()
@@ -239,7 +243,7 @@ def kind_table(counts: np.ndarray) -> dict[str, dict[str, int]]:
 
 
 def source_table(documents: Documents, counts: np.ndarray) -> list[dict]:
-    """What became of the rows and tokens of each source. rows_read = rows_used + the rest, which is dropped."""
+    """The rows and tokens of each source. Rows that are read but not used are dropped."""
     cache = documents.cache
     rows = rows_of(cache)
     _, first = np.unique(rows[documents.index], return_index=True)  # a document of each row that is used
@@ -262,8 +266,8 @@ def source_table(documents: Documents, counts: np.ndarray) -> list[dict]:
 
 
 def length_histogram(lengths: np.ndarray, bins: int = 16) -> list[dict[str, int]]:
-    """Documents by length: [{"from", "to", "documents"}] with `to` excluded, in steps of 1, 2 or 5 times a power of ten
-    that divide the lengths up to the 99th percentile; the last bin holds all that are longer."""
+    """Documents by length: [{"from", "to", "documents"}] with `to` excluded. A bin is 1, 2 or 5 times a power of ten wide, so
+    that about `bins` reach the 99th percentile; the last bin has all longer documents too."""
     high, low = int(np.percentile(lengths, 99, method="higher")), int(lengths.min())
     wanted = (high - low + 1) / bins
     step = next(m * 10**e for e in range(12) for m in (1, 2, 5) if m * 10**e >= wanted)
@@ -287,19 +291,19 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069
 
 
 def printable(text: str) -> str:
-    """The text with what could repaint a terminal or reorder a line written as Python writes it."""
+    """The text with Python's escapes in place of characters that could repaint a terminal or reorder a line."""
     return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def place_of(cache: TokenCache, d: int) -> str:
-    """Where document d comes from, and which answer of a pair it is: data.jsonl:12, chosen."""
+    """The place of document d, and which answer of a unit it is: data.jsonl:12, chosen."""
     names = ("chosen", "rejected") if cache.unit == "pairs" else ("good", "bad", "with an answer of another row")
     return cache.place(d) if cache.role is None else f"{cache.place(d)}, {names[cache.role[d]]}"
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring tokens of a document that are alike."""
+    """Neighbouring tokens of a document with the same kind and state."""
 
     text: str
     kind: str  # of TOKEN_KINDS
@@ -308,8 +312,8 @@ class Stretch:
 
 
 def stretches(cache: TokenCache, d: int, start: int, end: int, tokenizer: Tokenizer, limit: int) -> list[Stretch]:
-    """Document d, at most its first `limit` tokens, of which start : end are used. Special tokens are written out, and
-    what could repaint a terminal or reorder a line is escaped."""
+    """The first `limit` tokens of document d, of which start : end are used. Special tokens are written out, and characters
+    that could repaint a terminal or reorder a line are escaped."""
     span = slice(int(cache.offsets[d]), min(int(cache.offsets[d + 1]), int(cache.offsets[d]) + limit))
     ids, kinds, at = cache.ids[span], cache.kinds[span], np.arange(span.start, span.stop)
     state = ((kinds >= TRAINED) & (at > start)).astype(int)

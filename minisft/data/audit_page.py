@@ -27,7 +27,7 @@ def write_page(
     findings: dict[str, list[Finding]],
     tokenizer: Tokenizer,
 ) -> None:
-    """Write the page. report: as commands/audit.py makes it; sets, findings: by the name of the set. Raises UserError."""
+    """Write the page. report: made by commands/audit.py; sets, findings: by the name of the set. Raises UserError."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -50,7 +50,7 @@ def write_page(
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--html {path}: {error.strerror}", hint="name a file that can be written") from None
+        raise UserError(f"--html {path}: {error.strerror}", hint="name a writable file") from None
 
 
 # ------------------------------------------------------------------------------------------------- charts
@@ -91,7 +91,7 @@ def _charts(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _chart(rows: Iterable[Bar]) -> dict[str, Any]:
-    """Where the horizontal bars of a chart are: what the template's macro `bars` draws."""
+    """The places of a chart's horizontal bars, for the template's macro `bars`."""
     rows = list(rows)
     longest = max((sum(lengths) for _, lengths, _ in rows), default=1) or 1
     scale = (WIDTH - LEFT - 190) / longest

@@ -16,7 +16,7 @@ def text_report(report: dict[str, Any]) -> list[str]:
 
 
 def _exceeded_text(e: dict[str, Any]) -> str:
-    """One limit that is exceeded. The count is told, as one of 25,000 is 0.00 %."""
+    """A limit that is exceeded, with the count, because one of 25,000 is 0.00 %."""
     share = f"{e['count']:,} of {e['of']:,} ({e['share']:.2%}) {e['title']}"
     return f"{e['set']}: {share}; {e['limit']} = {e['at_most']:g} is the limit"
 

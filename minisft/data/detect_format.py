@@ -1,6 +1,6 @@
-"""Which format the rows of a source have and what is trained in them, decided from the first row.
+"""The format of a source's rows, and which part of them is trained, decided from the first row.
 
-formats.py has the table of formats. What cannot be decided from the row and the options is an error, never a guess.
+formats.py has the table of formats. If the row and the options do not decide, it is an error, never a guess.
 """
 
 from difflib import get_close_matches
@@ -15,7 +15,7 @@ from minisft.errors import DATA, UserError
 
 
 def rename_fields(row: dict, field_map: dict[str, str]) -> dict:
-    """The row with the user's field names replaced by ours. Raises RowError where one is absent or taken."""
+    """The row with the user's field names replaced by ours. Raises RowError if one is absent, or ours is taken."""
     if not field_map:
         return row
     for theirs, ours in field_map.items():
@@ -27,7 +27,7 @@ def rename_fields(row: dict, field_map: dict[str, str]) -> dict:
 
 
 def check_field_map(field_map: dict[str, str], options: FormatOptions) -> None:
-    """Raise UserError where field_map names a field that no format has, or one field twice."""
+    """Raise UserError if field_map names a field that no format has, or one field twice."""
     ours = {name for format in FORMATS for name in _fields(format)} | {"weight", options.dataset_text_field}
     for theirs, name in field_map.items():
         if name not in ours:
@@ -50,10 +50,10 @@ def _fields(format: str) -> set[str]:
 
 
 def detect_row_format(row: dict, format: str, options: FormatOptions, has_template: bool) -> RowFormat:
-    """Decide the format and what is trained from a first row (fields already renamed).
+    """Decide the format and the trained part from a first row (fields already renamed).
 
-    Raises UserError where no format fits or an option asks for something that the format does not have, and RowError where
-    the row lacks a field of the format that was named.
+    Raises UserError if no format fits or an option asks for something that the format does not have, and RowError if the row
+    lacks a field of the format that the user named.
     """
     for key, choices in CHOICES.items():
         if getattr(options, key) not in choices:
@@ -73,7 +73,7 @@ def detect_row_format(row: dict, format: str, options: FormatOptions, has_templa
     answer = known.answers[options.answers]
     if turns and not known.has_prompt:
         answer = "the assistant's last turn" if options.last_turn_only else "the assistant's turns"
-    everything = "what labels say" if name == "input_ids" else "everything"
+    everything = "the tokens with a label" if name == "input_ids" else "everything"
     return RowFormat(
         name,
         chat=chat,
@@ -98,9 +98,9 @@ def _format_of(row: dict, format: str, options: FormatOptions) -> str:
     usable = [name for name in FORMATS if options.answers in FORMATS[name].answers]
     if format not in ("auto", *usable):
         raise UserError(
-            f"format = {format!r}, and what is trained on is {ANSWERS[options.answers]}",
-            hint=f"formats that would do: {', '.join(usable)}"
-            + ("; labels are what loss_type = kto of trainer_type = dpo learns from" if format == "labelled" else ""),
+            f"format = {format!r}, but training needs {ANSWERS[options.answers]}",
+            hint=f"usable formats: {', '.join(usable)}"
+            + ("; to train on labels, set trainer_type = dpo and loss_type = kto" if format == "labelled" else ""),
             exit_code=DATA,
         )
     if format != "auto":
@@ -113,7 +113,7 @@ def _format_of(row: dict, format: str, options: FormatOptions) -> str:
         rename = "rename fields by field_map" + (", or name the text field by dataset_text_field" if is_sft else "")
         raise UserError(
             f"the fields {', '.join(row) or '(none)'} are those of no "
-            + ("known format" if is_sft else f"format that has {ANSWERS[options.answers]}"),
+            + ("known format" if is_sft else f"format with {ANSWERS[options.answers]}"),
             hint=f"{rename}. Needed: {wanted}",
             exit_code=DATA,
         )
@@ -121,7 +121,7 @@ def _format_of(row: dict, format: str, options: FormatOptions) -> str:
 
 
 def _answers_only(name: str, turns: bool, options: FormatOptions) -> bool:
-    """Whether only answers are trained. Raises UserError where the options ask for something that the rows do not have."""
+    """Whether only answers are trained. Raises UserError if the options ask for something that the rows do not have."""
     known, asked = (
         FORMATS[name],
         {key: getattr(options, key) for key in ("completion_only_loss", "assistant_only_loss")},

@@ -87,7 +87,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Format:
-    """One shape of rows: its fields, and the function that reads it. Functions of a row alone see the first row."""
+    """One shape of rows: its fields, and the function that reads it. Functions without a RowFormat get the first row."""
 
     needs: tuple[str, ...]  # fields that a row must have; "a|b" = one of the two
     may_have: tuple[str, ...]  # other fields that are read
@@ -95,9 +95,9 @@ class Format:
     has_turns: Callable[[dict], bool] = lambda row: False  # whether the row holds messages
     has_prompt: bool = True  # besides the turns
     is_question: bool = False  # the prompt is a bare question, which the chat template or `plain_prompt` wraps
-    # A key of row_format.ANSWERS -> what it trains, in words. The other keys cannot be had from this format.
+    # Key of row_format.ANSWERS -> the trained part in words. The rows cannot be used in the ways of the other keys.
     answers: dict[str, str] = field(default_factory=lambda: {"chosen": "the answer"})
-    # (row, row_format.turns, row_format.answers) -> fields of the two lists above that are not read after all
+    # (row, row_format.turns, row_format.answers) -> fields among needs and may_have that are not read in such rows
     unread: Callable[[dict, bool, str], set[str]] = lambda row, turns, answers: set()
 
 

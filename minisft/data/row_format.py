@@ -1,16 +1,16 @@
-"""What is known about the rows of a source, and the options by which they are read.
+"""The format of a source's rows, and the options by which rows are read.
 
 The first row of a source decides its `RowFormat` (detect_format.py); every other row of that source must fit it (formats.py).
-The trainer decides what preference rows are used for (`answers`): "chosen" trains their chosen answer, for SFT; "pairs" both
-answers to a prompt, for DPO; "labels" single answers, each good or bad, for KTO. These come from labelled rows, or two from a
-preference row.
+The trainer decides the use of preference rows (`answers`): "chosen" trains their chosen answer, for SFT; "pairs" both answers
+to a prompt, for DPO; "labels" single answers, each good or bad, for KTO, of which a labelled row has one and a preference row
+two.
 
-The tables of this module hold the values that options may have. The configuration's [data] section takes its own from them.
+The tables of this module list the values of the options. The configuration's [data] section takes its choices from them.
 """
 
 from dataclasses import dataclass
 
-ANSWERS = {  # what the trainer uses rows for -> what it needs them to have
+ANSWERS = {  # how the trainer uses rows -> what the rows must have
     "chosen": "an answer",
     "pairs": "two answers to a prompt",
     "labels": "answers that are good or bad",
@@ -37,7 +37,7 @@ class FormatOptions:
     response_marker: str = ""  # plain text: the text after it is trained
     instruction_marker: str = ""  # plain text: ends the trained text
     add_eos: bool = True  # plain text and prompt/completion end in EOS; conversations get it from the template
-    add_special_tokens: bool = True  # outside of templates: the tokenizer's own BOS (and what else it adds)
+    add_special_tokens: bool = True  # outside of templates: BOS, or whatever the tokenizer adds by itself
     control_tokens: str = "error"  # a special token's text inside a content: error | escape | allow
     reasoning: str = "train"  # of assistant turns: train | mask | strip
     multi_turn: str = "auto"  # auto | joint | per_turn
@@ -48,13 +48,13 @@ class FormatOptions:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """What the first row of a source decided."""
+    """The decisions of a source's first row."""
 
     name: str  # a key of formats.FORMATS
     chat: bool  # rendered by the chat template
-    prompt: str  # how a question becomes a prompt: "chat" by the template, "instruction" by `plain_prompt`, "plain" as it is
+    prompt: str  # a question becomes a prompt by the template ("chat"), by `plain_prompt` ("instruction"), or as it is ("plain")
     answers_only: bool  # False = everything is trained
-    trained: str  # the same in words
+    trained: str  # the trained part in words
     turns: bool = False  # the rows hold lists of messages
     transcripts: bool = False  # or two transcripts, which become messages
     answers: str = "chosen"  # as in FormatOptions

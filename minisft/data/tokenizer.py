@@ -41,7 +41,7 @@ class Tokenizer:
     """Made by `load_tokenizer` or `train_tokenizer`."""
 
     backend: tokenizers.Tokenizer
-    files: dict[str, bytes]  # what `save` writes
+    files: dict[str, bytes]  # name -> content, for `save`
     special_tokens: dict[str, str]  # "eos_token" -> its text, if set
     template: ChatTemplate | None = None
     tool_template: ChatTemplate | None = None  # for rows with tools; few tokenizers have one
