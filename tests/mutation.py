@@ -37,8 +37,10 @@ SHARE = 0.92
 TESTS = {
     "minisft/schedule.py": "schedule",
     "minisft/data/packing.py": "packing",
+    "minisft/data/packing_strategies.py": "packing",
     "minisft/data/loader.py": "loader dpo",
     "minisft/data/chat/masks.py": "template masks encoding",
+    "minisft/data/chat/template_check.py": "template masks",
     "minisft/preference/losses.py": "preference_losses dpo",
     "minisft/dpo.py": "dpo dpo_run",
     "minisft/checkpoint.py": "checkpoint optim resume",
@@ -90,11 +92,13 @@ class Mutant:
 
 def mutants(source: bytes, is_kernel: bool = False) -> list[Mutant]:
     """Every mutant that can be made of this file."""
+    tree, made = ast.parse(source), []
+    if is_kernel:
+        tree.body = run_by_torch(tree.body)
     begins = [0]
     for line in source.splitlines(keepends=True):
         begins.append(begins[-1] + len(line))
-    made = []
-    for node in nodes(ast.parse(source), is_kernel):
+    for node in nodes(tree):
         first = begins[node.lineno - 1] + node.col_offset
         last = begins[node.end_lineno - 1] + node.end_col_offset
         for new in changes(node):
@@ -103,31 +107,40 @@ def mutants(source: bytes, is_kernel: bool = False) -> list[Mutant]:
     return made
 
 
-def nodes(tree: ast.AST, is_kernel: bool) -> Iterator[ast.AST]:
+def run_by_torch(body: list[ast.stmt]) -> list[ast.stmt]:
+    """The functions and classes of a kernel file that run without Triton: not the kernels, what launches them, and helpers
+    of these alone."""
+    made = {node.name: node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    users = {
+        name: {other for other, node in made.items() if other != name and re.search(rf"\b{name}\b", ast.unparse(node))}
+        for name in made
+    }
+    triton = {
+        name
+        for name, node in made.items()
+        if "jit" in map(ast.unparse, node.decorator_list)
+        or "triton" in name.lower()
+        or re.search(r"kernel\[", ast.unparse(node))
+    }
+    while helpers := {name for name in made.keys() - triton if users[name] and users[name] <= triton}:
+        triton |= helpers
+    return [node for name, node in made.items() if name not in triton]
+
+
+def nodes(tree: ast.AST) -> Iterator[ast.expr | ast.stmt]:
     """Every expression and statement that may be changed."""
     for name, value in ast.iter_fields(tree):
-        if name in ("annotation", "returns", "decorator_list", "bases", "keywords") and not isinstance(tree, ast.Call):
+        if name in ("annotation", "returns", "decorator_list", "bases"):
             continue
         for node in value if isinstance(value, list) else [value]:
             if not isinstance(node, ast.AST) or isinstance(node, ast.Assert | ast.Raise | ast.JoinedStr):
                 continue
-            if is_kernel and isinstance(tree, ast.Module) and not isinstance(node, ast.FunctionDef | ast.ClassDef):
-                continue  # tables of launch configurations, sizes of blocks
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and needs_triton(node):
-                continue
             if isinstance(node, ast.If) and re.search("cuda|triton", ast.unparse(node.test)):
-                for other in node.orelse:
-                    yield from nodes(ast.Module([other], []), False)
+                yield from nodes(ast.Module(node.orelse, []))
                 continue
             if isinstance(node, ast.expr | ast.stmt):
                 yield node
-            yield from nodes(node, is_kernel)
-
-
-def needs_triton(node: ast.FunctionDef | ast.ClassDef) -> bool:
-    """A kernel, or a function that launches one."""
-    decorated = any(isinstance(d, ast.Name) and d.id == "jit" for d in node.decorator_list)
-    return decorated or "triton" in node.name.lower() or bool(re.search(r"kernel\[", ast.unparse(node)))
+            yield from nodes(node)
 
 
 def changes(node: ast.AST) -> Iterator[ast.AST]:

@@ -116,6 +116,20 @@ def test_bf16_weights_with_fp32_moments_keep_both_dtypes(tmp_path):
         assert torch.equal(p, q) and torch.equal(opt.state[p]["exp_avg"], other_opt.state[q]["exp_avg"])
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_state_lives_with_its_parameter_but_for_the_counters_of_a_plain_optimizer(tmp_path, fused):
+    """The device "meta" stands in for a GPU."""
+    model, opt = make()
+    train(model, opt)
+    path = save(tmp_path, 1, model, opt)
+    with torch.device("meta"):
+        other, other_opt = make()
+    other_opt.param_groups[0]["fused"] = fused
+    checkpoint.load_checkpoint(path, other, other_opt, lambda model, path: None)
+    devices = {key: value.device.type for state in other_opt.state.values() for key, value in state.items()}
+    assert devices == {"step": "meta" if fused else "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
+
+
 def test_other_trainable_parameters_are_an_error_that_names_them(tmp_path):
     model, opt = make()
     train(model, opt)

@@ -52,6 +52,14 @@ def test_a_fused_projection_as_a_whole(unit):
         assert relative_error(whole["gradient of input 0"], gradients) < 3e-7
 
 
+def test_what_swiglu_keeps_for_its_backward_is_gate_and_up():
+    gate, up = (torch.randn(4, 8, requires_grad=True) for _ in range(2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        swiglu(gate, up)
+    assert sorted(x.data_ptr() for x in kept) == sorted(x.data_ptr() for x in (gate, up))
+
+
 @pytest.mark.parametrize("unit", UNITS)
 def test_gradcheck(unit):
     inputs = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]

@@ -88,6 +88,16 @@ def test_a_parameter_that_is_left_out_is_one_or_zero(backend):
             assert all(torch.equal(left_out[name], given[name]) for name in given)
 
 
+@pytest.mark.parametrize(
+    "norm", [rms_norm, lambda x, weight, eps: layer_norm(x, weight, None, eps)], ids=["rms", "layer"]
+)
+def test_the_input_is_kept_for_the_backward_and_no_copy_of_it(norm):
+    x, weight, kept = leaf(9, 16, dtype=torch.bfloat16), leaf(16), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        norm(x, weight, 1e-5)
+    assert [tensor.data_ptr() for tensor in kept if tensor.shape == x.shape] == [x.data_ptr()]
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_gradcheck(backend):
     x, residual, weight, bias = (leaf(*s, dtype=torch.float64) for s in [(3, 5), (3, 5), (5,), (5,)])
