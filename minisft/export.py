@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from minisft.atomic_folder import atomic_folder, read_manifest, verify_folder
 from minisft.checkpoint import name_aside
 from minisft.errors import SAVE, UserError
+from minisft.generate import stop_ids
 from minisft.model.adapter_files import load_adapter_weights, save_adapter
 from minisft.model.decoder import Decoder
 from minisft.model.load import load_weights
@@ -23,8 +24,7 @@ def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None) -> Non
     The written generation_config lists every token that ended an answer in the training data. It is often not the base
     model's EOS, and a server without it would never stop.
     """
-    listed = run.model.generation_config.get("eos_token_id") or []
-    stops = run.tokenizer.stop_ids | set(listed if isinstance(listed, list) else [listed])
+    stops = stop_ids(run.model, run.tokenizer)
     run.model.generation_config |= {"eos_token_id": sorted(stops)} if stops else {}
     if run.model.lora is None:
         save_model(run.model, folder, dtype=dtype)

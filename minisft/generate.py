@@ -15,9 +15,17 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.model.attention import KVCache
 from minisft.model.decoder import Decoder
+
+
+def stop_ids(model: Decoder, tokenizer: Tokenizer) -> set[int]:
+    """The tokens that end an answer: the tokenizer's, and those of the model's generation_config.json, one id or a list."""
+    listed = model.generation_config.get("eos_token_id")
+    listed = listed if isinstance(listed, list) else [listed]
+    return tokenizer.stop_ids | set(listed) - {None}
 
 
 @torch.no_grad()

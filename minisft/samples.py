@@ -11,7 +11,7 @@ from minisft.data.rows import BadRow, RowError, place
 from minisft.data.sources import parse_source, read_rows
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
-from minisft.generate import generate
+from minisft.generate import generate, stop_ids
 from minisft.model.decoder import Decoder
 
 
@@ -82,13 +82,11 @@ def complete(
     batch_size: int = 64,
 ) -> list[Sample]:
     """Greedy completions of the prompts, up to a token that ends an answer."""
-    device, samples = next(model.parameters()).device, []
+    device, stops, samples = next(model.parameters()).device, stop_ids(model, tokenizer), []
     for i in range(0, len(prompts), batch_size):
         chunk = prompts[i : i + batch_size]
         with runtime.autocast(device, precision):
-            outputs = generate(
-                model, [p.ids for p in chunk], max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids
-            )
+            outputs = generate(model, [p.ids for p in chunk], max_new_tokens=max_new_tokens, stop_ids=stops)
         samples += [Sample(p, tokenizer.decode(ids)) for p, ids in zip(chunk, outputs)]
     return samples
 

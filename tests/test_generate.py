@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from minisft.data.batch import document_bounds
+from minisft.data.tokenizer import train_tokenizer
 from minisft.errors import UserError
-from minisft.generate import generate
+from minisft.generate import generate, stop_ids
 from minisft.kernels.common import use_backend
 from minisft.model.decoder import Decoder
 from minisft.model.families import from_hf
 from minisft.model.load import build_model, init_weights
+from minisft.samples import Prompt, complete
 
 LLAMA = {
     "model_type": "llama",
@@ -64,6 +66,24 @@ def test_stop_tokens_end_a_row_and_no_other(model):
     assert len({len(row) for row in expected}) > 1  # rows leave at different steps
     assert generate(model, PROMPTS, max_new_tokens=10, stop_ids=stops) == expected
     assert generate(model, PROMPTS, max_new_tokens=10, stop_ids=range(53)) == [[]] * 4
+
+
+@pytest.mark.parametrize("listed, more", [(None, []), (0, [0]), (7, [7]), ([7, 258], [7, 258])])
+def test_stop_ids_are_the_tokenizer_s_and_the_model_s(model, listed, more):
+    tokenizer = train_tokenizer([], vocab_size=259)
+    model.generation_config = {} if listed is None else {"eos_token_id": listed}
+    assert stop_ids(model, tokenizer) == tokenizer.stop_ids | set(more)
+
+
+def test_held_out_prompts_end_at_the_second_terminator_of_the_model():
+    """As Llama 3 does, whose generation_config lists <|end_of_text|> beside <|eot_id|>: its answers end at either."""
+    model, tokenizer = tiny(LLAMA | {"vocab_size": 259}), train_tokenizer([], vocab_size=259)
+    prompt = Prompt(tokenizer.encode("abc"), "abc", "", "all")
+    (full,) = generate(model, [prompt.ids], max_new_tokens=8)
+    end = next(i for i in range(1, 8) if full[i] not in full[:i])
+    model.generation_config = {"eos_token_id": [tokenizer.eos_token_id, full[end]]}
+    (sample,) = complete(model, tokenizer, [prompt], max_new_tokens=8, precision="fp32")
+    assert sample.output == tokenizer.decode(full[:end]) != tokenizer.decode(full)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from minisft.data.tokenizer import load_tokenizer
-    from minisft.generate import generate
+    from minisft.generate import generate, stop_ids
     from minisft.model.adapter_files import load_adapted, model_folder
     from minisft.model.load import load_model
 
@@ -42,8 +42,6 @@ def main(argv: list[str]) -> int:
     load = load_model if (folder / "config.json").exists() else load_adapted
     model = load(folder, device=device, max_length=trained.get("max_length"))
     tokenizer = load_tokenizer(folder, chat_template_kwargs=trained.get("chat_template_kwargs"))
-    listed = model.generation_config.get("eos_token_id") or []  # the model's own list: one id or several
-    stop_ids = tokenizer.stop_ids | set(listed if isinstance(listed, list) else [listed])
     layout = trained.get("prompt", "plain" if tokenizer.template is None else "chat")
     layout = "plain" if arguments.plain else layout
     prompts = arguments.prompt or (line.rstrip("\n") for line in sys.stdin)
@@ -56,7 +54,7 @@ def main(argv: list[str]) -> int:
             temperature=arguments.temperature,
             top_k=arguments.top_k,
             top_p=arguments.top_p,
-            stop_ids=stop_ids,
+            stop_ids=stop_ids(model, tokenizer),
             seed=arguments.seed,
         )
         print(tokenizer.decode(output), flush=True)
