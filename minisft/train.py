@@ -1,6 +1,6 @@
 """The command `python -m minisft.train config.toml`, and `run` for notebooks:
 
-    from minisft.train import run
+    from minisft import run
     result = run("config.toml", learning_rate=1e-4, packing=True)
 
 A file with `stages` is several runs, one after the other (config/stages.py). Every mistake that can be found

@@ -107,6 +107,23 @@ def test_python_dash_m(module):
     assert done.returncode == 0 and done.stdout.startswith(f"usage: python -m {module}") and not done.stderr
 
 
+def test_the_package_imports_nothing_until_a_name_is_used():
+    code = """
+import sys, minisft
+assert [name for name in sys.modules if name.startswith("minisft.")] == []
+from minisft import run
+assert run is sys.modules["minisft.train"].run and "torch" not in sys.modules
+import minisft.generate
+from minisft import generate, load_model, load_tokenizer
+assert generate is sys.modules["minisft.generate"]
+assert load_model is sys.modules["minisft.model.load"].load_model
+assert load_tokenizer is sys.modules["minisft.data.tokenizer"].load_tokenizer
+assert all(hasattr(minisft, name) for name in minisft.__all__) and not hasattr(minisft, "rum")
+"""
+    done = run_python(["-c", code])
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # ------------------------------------------------------------------------------------------------- in this process
 
 
