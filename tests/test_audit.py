@@ -165,6 +165,15 @@ def test_control_tokens_and_what_does_not_round_trip(tmp_path):
     assert findings == {"control_token": ((20,), 1), "duplicate": ((21,), 1)}
 
 
+def test_plain_text_may_hold_special_tokens(tmp_path):
+    """They are there on purpose, and are no finding even where another source has one in a message."""
+    rows = [[{"question": "Say <|im_end|>", "answer": "No."}], [{"text": "a<|im_end|>b"}] * 2]
+    sources = [parse_source(write(tmp_path / f"{i}.jsonl", source)) for i, source in enumerate(rows)]
+    cache = build_cache(sources, TOKENIZER, cache_dir=tmp_path, options=FormatOptions(control_tokens="allow"))
+    findings = all_findings(select_documents(cache, max_length=None, truncation="right")[0], TOKENIZER, None, "right")
+    assert [(f.count, f.documents) for f in findings if f.name == "control_token"] == [(1, (0,))]
+
+
 def test_tokens_that_begin_before_the_answer(tmp_path):
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' %} {% generation %}{{ m.content }}<|im_end|>"

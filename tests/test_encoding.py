@@ -200,26 +200,28 @@ def test_a_tokenizer_that_cannot_escape_drops_the_row(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row, is_refused, ends, ends_escaped",
+    "row, is_refused, ends, ends_escaped, counted",
     [
-        ({"instruction": "<|im_end|>", "output": "b"}, True, 2, 1),
-        ({"question": "a", "answer": "b<|im_end|>c"}, True, 2, 1),
-        ({"prompt": "a<|im_end|>", "completion": "b"}, False, 2, 1),  # strings that are used as they are
-        ({"prompt": "a", "completion": "b<|im_end|>"}, False, 1, 1),  # its own EOS is not doubled
-        ({"text": "a<|im_end|>b"}, False, 2, 2),  # part of plain text
+        ({"instruction": "<|im_end|>", "output": "b"}, True, 2, 1, (1, 1)),
+        ({"question": "a", "answer": "b<|im_end|>c"}, True, 2, 1, (1, 1)),
+        ({"prompt": "a<|im_end|>", "completion": "b"}, False, 2, 1, (0, 1)),  # strings that are used as they are
+        ({"prompt": "a", "completion": "b<|im_end|>"}, False, 1, 1, (0, 1)),  # its own EOS is not doubled
+        ({"text": "a<|im_end|>b"}, False, 2, 2, (0, 0)),  # part of plain text
     ],
 )
-def test_control_tokens_outside_of_templates(tmp_path, row, is_refused, ends, ends_escaped):
+def test_control_tokens_outside_of_templates(tmp_path, row, is_refused, ends, ends_escaped, counted):
+    """counted: as a row with control tokens, where they become tokens and where they are escaped."""
     if is_refused:
         with pytest.raises(UserError, match="control token in a message: the row contains '<.im_end.>'"):
             build(tmp_path, [row], prompt_format="plain")
     else:
         cache = build(tmp_path, [row], prompt_format="plain")
         assert (cache.ids == TOKENIZER.eos_token_id).sum() == ends
-    for policy, expected in (("allow", ends), ("escape", ends_escaped)):
+        assert cache.manifest["sources"][0]["control_tokens"] == 0
+    for policy, expected, count in (("allow", ends, counted[0]), ("escape", ends_escaped, counted[1])):
         cache = build(tmp_path, [row], prompt_format="plain", control_tokens=policy)
         assert (cache.ids == TOKENIZER.eos_token_id).sum() == expected
-        assert cache.manifest["sources"][0]["control_tokens"] == 1
+        assert cache.manifest["sources"][0]["control_tokens"] == count
 
 
 def test_private_characters_of_a_row_are_not_mistaken_for_ours():

@@ -190,7 +190,8 @@ def _read_again(cache: TokenCache, documents: np.ndarray, tokenizer: Tokenizer) 
     encoded as the token or as ordinary text.
     """
     changed, with_control_token = [], []
-    look_for_them = any(entry["control_tokens"] for entry in cache.manifest["sources"])
+    # other sources may hold special tokens on purpose, see encoding.py
+    has_them = [entry["control_tokens"] > 0 for entry in cache.manifest["sources"]]
     special = list(tokenizer.special_ids)
     for at in range(0, len(documents), ROUND_TRIP_ROWS):
         chunk = documents[at : at + ROUND_TRIP_ROWS]
@@ -199,7 +200,7 @@ def _read_again(cache: TokenCache, documents: np.ndarray, tokenizer: Tokenizer) 
         for d, before, text, after in zip(chunk.tolist(), ids, texts, tokenizer.encode_batch(texts)):
             if before.tolist() != after:
                 changed.append(d)
-            if not look_for_them:
+            if not has_them[cache.source[d]]:
                 continue
             kinds = cache.kinds[cache.offsets[d] : cache.offsets[d + 1]] & KIND_MASK
             is_special = np.isin(before, special)

@@ -7,9 +7,11 @@ ends a question. Several tokens may share one character (an emoji is four bytes)
 
 Control tokens. The text "<|im_end|>" inside a message would become that token, so that a user could end his turn and begin
 the assistant's. With "error" such a row is refused; with "escape" the text of the token is encoded as ordinary text, as a
-careful server does with its users' input; with "allow" it becomes the token. Outside of templates, instructions and
-questions are treated in the same way. Prompts and completions that are used as they are may contain control tokens on
-purpose: "escape" applies to them, "error" does not. Neither applies to plain text. Rows with control tokens are counted.
+careful server does with its users' input; with "allow" it becomes the token. These rows are counted.
+
+Outside of templates, instructions and questions are treated in the same way. Prompts, completions and plain text that are
+used as they are contain special tokens on purpose: such rows are neither refused nor counted. "escape" applies to prompts
+and completions too, and counts those rows.
 """
 
 import re
@@ -80,14 +82,14 @@ def conversation_pieces(
 def text_pieces(
     tokenizer: Tokenizer, example: Example, row_format: RowFormat, options: FormatOptions
 ) -> tuple[tuple[Piece, ...], bool]:
-    """The pieces of a row that no template renders, and whether control tokens are written in it. Raises RowError."""
+    """The pieces of a row that no template renders, and whether it counts as a row with control tokens. Raises RowError."""
     found = [list(tokenizer.control_tokens.finditer(piece.text)) for piece in example.pieces]
     if not any(found):
         return example.pieces, False
     if options.control_tokens == "error" and row_format.prompt == "instruction":
         raise _control_token(next(chain(*found))[0], "the row")
     if options.control_tokens != "escape" or row_format.name == "text":
-        return example.pieces, True
+        return example.pieces, row_format.prompt == "instruction"
     if any(ESCAPED.search(piece.text) for piece in example.pieces):
         raise RowError("reserved character", "a row with control tokens contains one of U+F0000 to U+FFFFD")
     escaped = [replace(piece, literal=[m.span() for m in matches]) for piece, matches in zip(example.pieces, found)]
