@@ -367,7 +367,8 @@ def _imported(arguments: argparse.Namespace, name: str) -> tuple[Path, str, list
             ):
                 t.values[key], t.origins[key] = value, f"--{option.replace('_', '-')}"
         rebase = {
-            key: rebased(v, path.parent) if KEYS[key].metadata.get("is_path") else v for key, v in t.values.items()
+            key: rebased(v, path.parent) if KEYS[key].metadata.get("is_path") in ("data", "model") else v
+            for key, v in t.values.items()
         }
         tables.append((stage, rebase, t.origins))
     told = _told(parts)

@@ -2,10 +2,19 @@
 
 from typing import Any
 
+ATTENTION = {
+    "flash_attention_2": "auto",
+    "flash_attn2": "auto",
+    "sdpa": "torch",
+    "vanilla": "torch",
+    "eager": "reference",
+}
+
 # Other trainers' names. "theirs": "ours", or ("ours", {their value: our value}) where the values differ; None as our value
 # means that theirs has no effect.
 ALIASES: dict[str, str | tuple[str, dict]] = {
     "model_name": "model.model_name_or_path",
+    "repo_id": "model.model_name_or_path",
     "base_model": "model.model_name_or_path",
     "model_revision": "model.revision",
     "tokenizer_name": "model.tokenizer_name_or_path",
@@ -28,19 +37,25 @@ ALIASES: dict[str, str | tuple[str, dict]] = {
     "enable_activation_offloading": "model.offload_activations",
     "use_flash_attention": ("model.kernels", {True: "auto", False: "torch"}),
     "use_liger_kernel": ("model.kernels", {True: "auto", False: "torch"}),
-    "attn_mechanism": ("model.kernels", {"flash_attention_2": "auto", "sdpa": "torch", "eager": "reference"}),
-    "attn_implementation": ("model.kernels", {"flash_attention_2": "auto", "sdpa": "torch", "eager": "reference"}),
+    "attn_mechanism": ("model.kernels", ATTENTION),
+    "attn_implementation": ("model.kernels", ATTENTION),
     "train_file": "data.train_data",
     "train_dataset": "data.train_data",
     "dataset_name": "data.train_data",
     "dataset_path": "data.train_data",
     "dataset_name_or_path": "data.train_data",
+    "dataset_split": "data.train_data.split",
+    "dataset_train_split": "data.train_data.split",
+    "dataset_config": "data.train_data.name",
+    "dataset_config_name": "data.train_data.name",
+    "data_dir": "data.train_data.data_dir",
     "validation_file": "data.eval_data",
     "eval_file": "data.eval_data",
     "eval_dataset": "data.eval_data",
     "val_size": "data.eval_fraction",
     "val_set_size": "data.eval_fraction",
     "max_seq_length": "data.max_length",
+    "max_sequence_length": "data.max_length",
     "max_seq_len": "data.max_length",
     "sequence_len": "data.max_length",
     "cutoff_len": "data.max_length",
@@ -56,6 +71,7 @@ ALIASES: dict[str, str | tuple[str, dict]] = {
     "num_epochs": "train.num_train_epochs",
     "max_iters": "train.max_steps",
     "batch_size": "train.per_device_train_batch_size",
+    "per_device_batch_size": "train.per_device_train_batch_size",
     "micro_batch_size": "train.per_device_train_batch_size",
     "total_batch_size": "train.gradient_accumulation_steps",  # divided by the rows of a micro-batch: see config/load.py
     "optimizer": "train.optim",
@@ -69,9 +85,14 @@ ALIASES: dict[str, str | tuple[str, dict]] = {
     "fp16": ("train.precision", {True: "fp16", False: None}),  # false says nothing about which other precision
     "label_smoothing_factor": "train.label_smoothing",
     "data_seed": "train.seed",
+    "eval_strategy": ("evaluate.eval_steps", {"epoch": "epoch", "no": "never", "steps": None}),
+    "evaluation_strategy": ("evaluate.eval_steps", {"epoch": "epoch", "no": "never", "steps": None}),
+    "save_strategy": ("checkpoint.save_steps", {"epoch": "epoch", "no": "never", "best": "never", "steps": None}),
+    "save_directory": "output_dir",
     "eval_batch_size": "evaluate.per_device_eval_batch_size",
     "resume_from_checkpoint": ("checkpoint.resume", {True: "auto", False: "never"}),
-    "enable_tracking": ("log.report_to", {True: ["tensorboard"], False: []}),
+    "enable_tracking": ("log.report_to", {True: ["trackio"], False: []}),
+    "use_wandb": ("log.report_to", {True: ["wandb"], False: None}),
     "experiment_name": "log.run_name",
     "disable_tqdm": ("log.progress_bar", {True: False, False: True}),
 }
@@ -96,6 +117,7 @@ VALUE_ALIASES: dict[str, dict[str, Any]] = {
         "paged_adamw_32bit": "adamw",
         "paged_adamw_8bit": "adamw_8bit",
     },
+    "dpo.loss_type": {"nll": None},  # TRL's name for the loss of SFT
     "log.report_to": {"none": []},
 }
 
@@ -113,15 +135,23 @@ NOT_NEEDED: dict[str, str] = {
     "shuffle_dataset": "rows are dealt anew every epoch, as TRL does too without it; data.shuffle = false keeps their order",
     "remove_unused_columns": "fields that no format names are never read",
     "do_last_save": "the last step is always saved",
+    "num_of_sequences": "packing plans the whole data set at once, without a buffer",
+    "chars_per_token": "packing counts the tokens and does not estimate them",
+    "dataset_batch_size": "the tokenizer takes rows in batches of its own size",
+    "group_by_length": "there is no padding, so rows of one length need not be together",
+    "tf32": "matrix products are computed in train.precision, and those of fp32 in full fp32",
+    "stage_name": "a stage is named after its file",
 }
 
 # Keys of things that minisft does not do: refused, unless they are false.
 UNSUPPORTED: dict[str, str] = {
     "use_peft": "adapters are switched on by a rank: lora.r = 16",
-    "trackio_url": "a remote Trackio server is not supported yet",
-    "deepspeed": "weights are not shared out over devices yet; torchrun trains with a whole copy on each",
-    "fsdp": "weights are not shared out over devices yet; torchrun trains with a whole copy on each",
-    "torch_compile": "torch.compile is not supported yet",
+    "trackio_url": 'a remote Trackio server is not supported; report_to = "trackio" keeps its files on this machine',
+    "deepspeed": "weights are not sharded over devices; torchrun trains with a whole copy on each",
+    "fsdp": "weights are not sharded over devices; torchrun trains with a whole copy on each",
+    "torch_compile": "torch.compile is not used; the kernels are compiled already",
+    "dataset_kwargs": "use data.add_special_tokens and data.add_eos; rows that are token ids already need no option",
+    "hub_model_id": "uploading is not supported; the final model folder can be uploaded with `hf upload`",
     "push_to_hub": "uploading is not supported; the final model folder can be uploaded with `hf upload`",
     "trust_remote_code": "code from a model repository never runs here",
 }

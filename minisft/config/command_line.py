@@ -5,7 +5,7 @@ import tomllib
 from dataclasses import MISSING
 from typing import Any, Literal, get_args, get_origin
 
-from minisft.config.aliases import ALIASES, UNSUPPORTED
+from minisft.config.aliases import ALIASES
 from minisft.config.load import full_name
 from minisft.config.sections import KEYS, SECTIONS, Config
 from minisft.config.values import as_toml, choices
@@ -52,7 +52,7 @@ def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
         name = name.replace("-", "_")
         kinds = _kinds(name)
         if not has_value:
-            follows = bool(rest) and not rest[0].startswith("--")
+            follows = bool(rest) and not _is_option(rest[0])
             if bool in kinds and str not in kinds:
                 words = [word for kind in kinds for word in choices(kind)]
                 follows = follows and rest[0].lower() in ("true", "false", "none", *words)
@@ -63,12 +63,23 @@ def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
     return path, overrides
 
 
+def _is_option(word: str) -> bool:
+    """Whether a word is --name of a key. Any other word may be the value of the key before it."""
+    try:
+        full_name(word[2:].partition("=")[0].replace("-", "_"), "command line", by_last_part=True)
+    except UserError:
+        return False
+    return word.startswith("--")
+
+
 def _kinds(name: str) -> set[type]:
     """The types of value that --name takes; empty where it takes any."""
     key, entry = full_name(name, "command line", by_last_part=True)
     last = name.rpartition(".")[2]
-    if entry or key is None:
-        return {bool} if not entry and last in UNSUPPORTED else set()
+    if key is None:  # a key that is not needed or not supported: with or without a value
+        return {bool, str}
+    if entry:
+        return set()
     alias = ALIASES.get(last)
     if isinstance(alias, tuple) and name not in KEYS:
         return {type(theirs) for theirs in alias[1]} | ({str} if KEYS[key].type is str else set())

@@ -33,6 +33,8 @@ from minisft.errors import UserError
 RESOLVED_NAME = "config.toml"  # in the output folder
 SLICE = re.compile(r"\[[^\[\]]*:[^\[\]]*\]$")  # the end of data.jsonl[:10%]
 DEFAULTS = {"sft": {}, "dpo": {"train.learning_rate": 1e-6}}  # of a trainer, where config/sections.py has another one
+SOURCES = ("data.train_data", "data.eval_data")
+SOURCE_FIELDS = ("name", "split", "data_dir", "revision", "data_files", "weight", "format", "field_map")
 MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 MODEL_FILES += ("model/config.json", "model/adapter_config.json")  # of a run's output folder
 
@@ -68,6 +70,12 @@ def resolve(layers: list[dict[str, Given]], where: str) -> tuple[Config, dict[st
     given: dict[str, Given] = {}
     for layer in layers:
         _merge(given, layer)
+    for key in SOURCES:
+        if key in given and isinstance(given[key].value, SourceFields):
+            hint = f"name the data set too: {key}"
+            raise UserError(
+                f"{given[key].origin}: {given[key].written} is a field of a data set that is absent", hint=hint
+            )
     values = {key: _fitted(key, g) for key, g in given.items() if not isinstance(g.value, TotalBatch)}
     of_trainer = DEFAULTS[values.get("trainer_type", "sft")]
     values = of_trainer | values
@@ -107,13 +115,13 @@ def read_files(
     if isinstance(source, dict):
         table, folder, chain = dict(source), folder or Path.cwd(), []
     else:
-        path = Path(source)
+        path = Path(source).expanduser()
         table, name, folder, chain = _read_toml(path), str(path), path.parent, [path]
     files = [(table, name, folder)]
     while (base := table.pop("extends", None)) is not None:
         if not isinstance(base, str):
             raise UserError(f"{name}: extends = {as_toml(base)}: expected the path of one TOML file")
-        path = folder / base
+        path = folder / os.path.expanduser(base)
         again = path.resolve() in [p.resolve() for p in chain]
         chain.append(path)
         if again:
@@ -128,6 +136,11 @@ def read_files(
 
 def _read_toml(path: Path, extended_by: str = "") -> dict:
     what = f"{path} (extended by {extended_by})" if extended_by else str(path)
+    if path.suffix in (".yaml", ".yml"):
+        hint = (
+            f"another trainer's file is translated by `python -m minisft init --from-trl {path}` (or --from-axolotl, "
+        )
+        raise UserError(f"{what}: not a TOML file", hint=hint + "--from-llamafactory, --from-stages)")
     try:
         return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
@@ -169,10 +182,16 @@ def _layer(pairs: Iterable[tuple[str, Any]], origin: str, folder: Path, by_last_
         if translated is None:
             continue
         key, value = translated
-        if (kind := KEYS[key].metadata.get("is_path")) and value is not None:
+        if (kind := KEYS[key].metadata.get("is_path")) and value is not None and not isinstance(value, SourceFields):
             value = _find_paths(value, folder, kind)
         new = Given(value, origin, written)
-        if key in layer and layer[key].value != value and not _is_table(key):
+        merges = (
+            _is_table(key)
+            or isinstance(value, SourceFields)
+            or key in layer
+            and isinstance(layer[key].value, SourceFields)
+        )
+        if key in layer and layer[key].value != value and not merges:
             hint = f"both set {key}: keep one of them"
             raise UserError(f"{origin}: {layer[key].written} and {written} contradict each other", hint=hint)
         _merge(layer, {key: new})
@@ -192,7 +211,25 @@ def _merge(given: dict[str, Given], layer: dict[str, Given]) -> None:
         if old and _is_table(key) and isinstance(old.value, dict) and isinstance(new.value, dict):
             origin = new.origin if new.origin == old.origin else f"{old.origin}, {new.origin}"
             new = replace(new, value=_deep_merge(old.value, new.value), origin=origin)
+        if old and SourceFields in (type(old.value), type(new.value)):
+            new = replace(new, value=_with_fields(old, new))
         given[key] = new
+
+
+def _with_fields(old: Given, new: Given) -> Any:
+    """A source with fields that were given apart from its path."""
+    fields = [g.value.fields for g in (old, new) if isinstance(g.value, SourceFields)]
+    source = next((g.value for g in (new, old) if not isinstance(g.value, SourceFields)), None)
+    if source is None:
+        return SourceFields(fields[0] | fields[1])
+    if isinstance(source, str):
+        source = {"path": source}
+    if not isinstance(source, dict):
+        hint = 'give each source a table of its own, as in {path = "owner/name", split = "train"}'
+        raise UserError(
+            f"{new.origin}: {old.written} and {new.written}: {as_toml(source)} are several sources", hint=hint
+        )
+    return source | fields[-1]
 
 
 def _deep_merge(old: dict, new: dict) -> dict:
@@ -233,6 +270,13 @@ class TotalBatch:
     rows: Any
 
 
+@dataclass(frozen=True)
+class SourceFields:
+    """Fields of a source of rows without its path, as in --dataset_split train: they join the path that is given elsewhere."""
+
+    fields: dict[str, Any]
+
+
 def _translate(written: str, value: Any, origin: str, by_last_part: bool) -> tuple[str, Any] | None:
     """Our full name and value; None for a key that nothing here needs. Prints every translation."""
     if isinstance(value, Path):
@@ -245,6 +289,10 @@ def _translate(written: str, value: Any, origin: str, by_last_part: bool) -> tup
     if key is None:
         _tell(f"{origin}: {before} has no effect" + (f": {NOT_NEEDED[last]}" if last in NOT_NEEDED else ""))
         return None
+    if rest and not _is_table(key):  # data.train_data.split = "train"
+        if last not in key.split(".") and not written.startswith(key):
+            _tell(f"{origin}: {before} is read as {key}.{rest} = {as_toml(value)}")
+        return key, SourceFields({rest: value})
     if rest:  # model.config.hidden_size = 64: an entry of a table
         for name in reversed(rest.split(".")):
             value = {name: value}
@@ -279,12 +327,15 @@ def full_name(written: str, origin: str, by_last_part: bool) -> tuple[str | None
         raise UserError(f"{origin}: {written} is ambiguous: {' or '.join(homes)}", hint="use the full name")
     if section in ("", *SECTIONS) and last in ALIASES:
         ours = ALIASES[last]
-        return ours if isinstance(ours, str) else ours[0], ""
+        name = ours if isinstance(ours, str) else ours[0]
+        key = next(key for key in KEYS if name == key or name.startswith(f"{key}."))
+        return key, name.removeprefix(key).removeprefix(".")
     if section in ("", *SECTIONS) and (last in NOT_NEEDED or last in UNSUPPORTED):
         return None, ""
     for key in KEYS:
-        if written.startswith(f"{key}.") and _is_table(key):
-            return key, written.removeprefix(f"{key}.")
+        rest = written.removeprefix(f"{key}.")
+        if rest != written and (_is_table(key) or key in SOURCES and rest in SOURCE_FIELDS):
+            return key, rest
     if written in SECTIONS:
         raise UserError(f"{origin}: {written} is a section, not a key", hint=f"its keys are {written}.NAME")
     raise UserError(f"{origin}: unknown key {written}", hint=_nearest_key(written, homes))

@@ -24,7 +24,7 @@ from minisft.schedule import SCHEDULES
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
-    """One key: default, line of --help, and limits: above, at_least, below, at_most; is_path = "data" | "model"."""
+    """One key: default, line of --help, and limits: above, at_least, below, at_most; is_path = "data" | "model" | "folder"."""
     metadata = {"help": help, **limits}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
@@ -150,7 +150,9 @@ class DataSection:
     )
     eval_packing: bool | None = option(None, "packing for evaluation; none = as packing")
     shuffle: bool = option(True, "deal the rows anew every epoch")
-    cache_dir: str | None = option(None, "folder of the token cache; none = token_cache beside output_dir")
+    cache_dir: str | None = option(
+        None, "folder of the token cache; none = token_cache beside output_dir", is_path="folder"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,7 +305,9 @@ class CheckpointSection:
         500, "save every so many steps, or after every epoch, and at the end", at_least=1
     )
     save_total_limit: int = option(3, "verified checkpoints kept, besides the best one", at_least=1)
-    resume: str = option("auto", '"auto" = the newest checkpoint that verifies; "never"; or a checkpoint folder')
+    resume: str = option(
+        "auto", '"auto" = the newest checkpoint that verifies; "never"; or a checkpoint folder', is_path="folder"
+    )
     save_dtype: Literal["fp32", "bf16", "fp16"] | None = option(
         None, "of the final model folder; none = weights_dtype. Checkpoints are exact"
     )
@@ -347,7 +351,7 @@ class Config:
     trainer_type: Literal["sft", "dpo"] = option(
         "sft", "objective: supervised fine-tuning, or preference tuning (then learning_rate is 1e-6 unless set)"
     )
-    output_dir: str = option("output", "folder of the run, relative to the working directory")
+    output_dir: str = option("output", "folder of the run, relative to the working directory", is_path="folder")
     verbose: bool = option(False, "show the first example with its trained tokens marked, and more")
     model: ModelSection = field(default_factory=ModelSection)
     lora: LoraSection = field(default_factory=LoraSection)
