@@ -4,6 +4,7 @@ It reads the data as the run would, through the same cache, masks and cuts, but 
 65 if a share exceeds its limit in the [audit] section, else 0.
 """
 
+import io
 import json
 import os
 import re
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
     html = options.get("html")
     if html and not Path(html).absolute().parent.is_dir():
         raise UserError(f"--html {html}: there is no such folder")
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character of the data
     codes = []
     for stage in stages:

@@ -126,7 +126,7 @@ def all_findings(documents: Documents, tokenizer: Tokenizer, max_length: int | N
     digests = list(_digests(cache, used))
     size = 2 if cache.unit == "pairs" else 1  # a pair is a copy if both of its answers are
     for i in range(0, len(used), size):
-        digest = b"".join(digests[i : i + size])
+        digest = b"".join(digest or b"" for digest in digests[i : i + size])
         copies += used[i : i + size].tolist() if digest in seen else []
         seen.add(digest)
     for name, found in (("round_trip", changed), ("duplicate", copies)):
@@ -281,7 +281,7 @@ def length_histogram(lengths: np.ndarray, bins: int = 16) -> list[dict[str, int]
 
 def length_summary(lengths: np.ndarray) -> dict[str, float]:
     quantiles = {"median": 50, "p90": 90, "p99": 99}
-    summary = {"shortest": int(lengths.min()), "mean": round(float(lengths.mean()), 1)}
+    summary: dict[str, float] = {"shortest": int(lengths.min()), "mean": round(float(lengths.mean()), 1)}
     summary |= {name: int(np.percentile(lengths, q, method="higher")) for name, q in quantiles.items()}
     return summary | {"longest": int(lengths.max())}
 

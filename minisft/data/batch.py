@@ -26,8 +26,8 @@ class Answers:
     weight: Tensor  # fp32 [U]: of each unit's loss
     ref_logps: Tensor | None  # fp32 [2U]: log-probabilities under the reference, if they were computed before the run
     total_weight: float  # sum of `weight`; this and the counts below are known on the host
-    num_answers: tuple[int, int, int]  # by role
-    num_targets: tuple[int, int, int]  # of these answers
+    num_answers: tuple[int, ...]  # by role
+    num_targets: tuple[int, ...]  # of these answers
 
     def to(self, device: torch.device | str) -> "Answers":
         return _moved(self, device)

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import tokenizers
@@ -268,7 +268,7 @@ def _open(folder: Path, sources: tuple[Source, ...], note: str) -> TokenCache:
     shaping = ("ids", "kinds", "offsets", "source", "role")
     content = [manifest["files"][f"{name}.bin"]["sha256"] for name in shaping if f"{name}.bin" in manifest["files"]]
     fingerprint = sha256("".join(content).encode()).hexdigest()
-    arrays = {
+    arrays: dict[str, Any] = {
         name: np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r") if f"{name}.bin" in manifest["files"] else None
         for name, dtype in (ARRAYS | OPTIONAL).items()
     }
@@ -290,7 +290,7 @@ def _build(
     options: FormatOptions,
     on_bad_row: str,
 ) -> None:
-    manifest = {"paths": paths, "sources": [], "bad_rows": []}
+    manifest: dict[str, Any] = {"paths": paths, "sources": [], "bad_rows": []}
     file_numbers = {path: number for number, path in enumerate(paths)}
     num_tokens, is_weighted, has_roles = 0, False, options.answers != "chosen"
     batches = _batches(sources, tokenizer, options, on_bad_row, manifest)
@@ -333,7 +333,7 @@ def _batches(
 ) -> Iterator[tuple[int, list[Document]]]:
     """(number of the source, documents) of all sources; fills the manifest."""
     for number, source in enumerate(sources):
-        entry = new_entry() | {"commit": source.commit}
+        entry = {**new_entry(), "commit": source.commit}
         manifest["sources"].append(entry)
         for documents in tokenise(source, tokenizer, options, on_bad_row, entry, manifest["bad_rows"]):
             yield number, documents

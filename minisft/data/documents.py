@@ -122,7 +122,7 @@ def is_mismatched(cache: TokenCache) -> np.ndarray:
 
 def _any_of(cache: TokenCache, documents: np.ndarray) -> np.ndarray:
     """Which units have at least one of these documents (bool [D]), bool [U]."""
-    return documents.reshape(-1, cache.group).any(axis=1)
+    return np.any(documents.reshape(-1, cache.group), axis=1)
 
 
 def _is_cut(cache: TokenCache, start: np.ndarray, end: np.ndarray) -> np.ndarray:

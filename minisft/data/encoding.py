@@ -55,6 +55,7 @@ def conversation_pieces(
     """A row of messages rendered by the chat template. Raises RowError."""
 
     def rendered(row: Example) -> list[Rendered]:
+        assert row.messages is not None
         return render_conversation(
             tokenizer.template_for(example.tools),
             row.messages,
@@ -102,6 +103,7 @@ def _control_token(token: str, where: str) -> RowError:
 
 def _without_control_tokens(tokenizer: Tokenizer, example: Example) -> tuple[Example, dict[str, str]]:
     """(the row with a private character for each control token, {control token: the place where it occurs first})."""
+    assert example.messages is not None
     found: dict[str, str] = {}
 
     def walk(value: Any, where: str) -> Any:
@@ -252,7 +254,8 @@ def _piece_kinds(encoding: tokenizers.Encoding, piece: Piece) -> tuple[np.ndarra
     tokens = {0: 0, len(piece.text): len(encoding)}  # character -> the token that starts there
     for border in {border for start, end, _ in piece.spans for border in (start, end)} - tokens.keys():
         token = encoding.char_to_token(border)
-        if token is None or encoding.token_to_chars(token)[0] != border:  # no token starts exactly there
+        characters = None if token is None else encoding.token_to_chars(token)
+        if token is None or characters is None or characters[0] != border:  # no token starts exactly there
             return token_kinds(encoding.offsets, piece.spans)
         tokens[border] = token
     kinds = np.zeros(len(encoding), dtype=np.uint8)

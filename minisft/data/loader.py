@@ -135,6 +135,7 @@ def _bounds(begin: np.ndarray, first_position: np.ndarray) -> tuple[Tensor, Tens
 def _answers(documents: Documents, document: np.ndarray, row_answer: np.ndarray, weights: np.ndarray | None) -> Answers:
     """The `Answers` of a batch. document [2U]: index into `documents`; row_answer [M]: 2U for filler; weights: of the targets
     without filler, None = all 1."""
+    assert documents.cache.role is not None
     index = documents.index[document]
     role = documents.cache.role[index]
     length = np.bincount(row_answer, minlength=len(index) + 1)[:-1]

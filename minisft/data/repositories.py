@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
+from typing import Any
 
 from minisft import hub
 from minisft.data.sources import Source
@@ -67,7 +68,7 @@ def locate(source: Source, *, local_files_only: bool = False) -> Source:
     return replace(source, files=tuple(map(str, paths)), commit=commit)
 
 
-def choose_files(listed: Iterable[str], source: Source, configs: object = None) -> list[str]:
+def choose_files(listed: Iterable[str], source: Source, configs: Any = None) -> list[str]:
     """The files of a repository that hold the rows of `source`, by rules 1 to 3 above; none if rule 4 applies.
 
     listed: paths of all its files. configs: those of its README.md. Raises UserError.
@@ -92,7 +93,7 @@ def _by_pattern(listed: list[str], source: Source) -> list[str]:
     return _matching(listed, [folder + pattern for pattern in source.data_files], source)
 
 
-def _declared(listed: list[str], source: Source, configs: object) -> list[str]:
+def _declared(listed: list[str], source: Source, configs: Any) -> list[str]:
     """Files by the `configs` of a README.md: a list of tables with config_name, data_files, perhaps data_dir, default."""
     try:
         default = next((c["config_name"] for c in configs if c.get("default")), "default")

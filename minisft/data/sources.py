@@ -25,6 +25,7 @@ from difflib import get_close_matches
 from itertools import islice
 from math import isfinite
 from pathlib import Path
+from typing import NoReturn
 
 from minisft.data.parquet import count_parquet, read_parquet
 from minisft.data.rows import EXCERPT, BadRow, Row, excerpt
@@ -47,6 +48,7 @@ MAGIC = {  # first bytes of files that people name .jsonl by mistake
     b"<html": "an HTML page, not the data; the download failed",
 }
 BOM = b"\xef\xbb\xbf"
+SPACE = re.compile(r"[ \t\r\n]+")  # between the elements of a JSON array
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def list_files(source: Source) -> list[Path]:
 
 
 def _check_file(name: str) -> None:
-    def refuse(what: str) -> None:
+    def refuse(what: str) -> NoReturn:
         raise UserError(f"{name}: {what}", exit_code=DATA)
 
     shown = os.fsencode(name).decode("utf-8", "backslashreplace")
@@ -181,7 +183,7 @@ def _check_file(name: str) -> None:
         with open(name, "rb") as file:
             head = file.read(64)
     except OSError as error:
-        refuse(error.strerror)
+        refuse(error.strerror or str(error))
     if not head:
         refuse("empty file (0 bytes)")
     if Path(name).suffix == ".parquet":
@@ -203,9 +205,9 @@ def read_rows(source: Source) -> Iterator[Row | BadRow]:
     if sliced:
         # Counting costs a pass over the files, so the rows are counted only for bounds that need their number.
         needs_total = any(bound and bound[-1] == "%" or bound and bound[0] == "-" for bound in sliced.groups())
-        total = sum(map(_count, list_files(source))) if needs_total else None
+        total = sum(map(_count, list_files(source))) if needs_total else 0
         first, last = (_row_number(bound, total) for bound in sliced.groups())
-        if last is not None and (first or 0) >= last or total is not None and (first or 0) >= total:
+        if last is not None and (first or 0) >= last or needs_total and (first or 0) >= total:
             raise UserError(f"{source.label}: the slice holds no row", exit_code=DATA)
         records = islice(records, first, last)
     for file, line, value in records:
@@ -216,7 +218,7 @@ def _count(path: Path) -> int:
     return count_parquet(path) if path.suffix == ".parquet" else sum(1 for _ in READERS[path.suffix](path))
 
 
-def _row_number(bound: str | None, total: int | None) -> int | None:
+def _row_number(bound: str | None, total: int) -> int | None:
     """A slice's bound as a row number; percentages round down, so [:10%] and [10%:] meet without overlap."""
     if not bound:
         return None
@@ -263,7 +265,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
 def _read_json(path: Path) -> Iterator[tuple[int, bytes]]:
     """The elements of an array, found by a lenient scan; `_parse` then reads each one strictly."""
 
-    def refuse(what: str) -> None:
+    def refuse(what: str) -> NoReturn:
         raise UserError(
             f"{path}: {what}",
             hint="a .json file is one array of objects; name a file with one object a line .jsonl",
@@ -274,12 +276,11 @@ def _read_json(path: Path) -> Iterator[tuple[int, bytes]]:
         text = path.read_bytes().removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         refuse(f"not UTF-8 text at byte {error.start}")
-    skip_space = re.compile(r"[ \t\r\n]*").match
     scan = json.JSONDecoder().raw_decode
-    at = skip_space(text).end()
+    at = _skip_space(text, 0)
     if text[at : at + 1] != "[":
         refuse("not a JSON array")
-    at = skip_space(text, at + 1).end()
+    at = _skip_space(text, at + 1)
     index = 0
     while text[at : at + 1] != "]" or index > 0:
         try:
@@ -288,14 +289,19 @@ def _read_json(path: Path) -> Iterator[tuple[int, bytes]]:
             refuse(f"element {index} is not valid JSON: {error}; it begins {excerpt(text[at : at + EXCERPT + 1])}")
         yield index, text[at:stop].encode("utf-8")
         index += 1
-        at = skip_space(text, stop).end()
+        at = _skip_space(text, stop)
         if text[at : at + 1] == "]":
             break
         if text[at : at + 1] != ",":
             refuse(f"a comma or ] is missing after element {index - 1}")
-        at = skip_space(text, at + 1).end()
+        at = _skip_space(text, at + 1)
     if text[at + 1 :].strip():
         refuse("there is text after the array")
+
+
+def _skip_space(text: str, at: int) -> int:
+    space = SPACE.match(text, at)
+    return space.end() if space else at
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Row | BadRow]]:

@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -75,7 +76,7 @@ class _Pending:
     )
 
 
-def new_entry() -> dict:
+def new_entry() -> dict[str, Any]:
     """The counts of a source, which `tokenise` fills in."""
     turns = {"rows": 0, "turns": 0, "tokens": 0, "lost_answers": 0}
     counts = {"rows_read": 0, "rows_used": 0, "documents": 0, "dropped": {}, "control_tokens": 0, "straddling": 0}

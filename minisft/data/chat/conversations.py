@@ -21,6 +21,7 @@ row), and so does an empty list of tool calls. Nothing is reordered, mended or g
 
 from difflib import get_close_matches
 from math import isfinite
+from typing import Any
 
 from minisft.data.rows import RowError
 from minisft.errors import UserError
@@ -128,7 +129,7 @@ def _unknown_role(where: str, role: object, known: tuple[str, ...]) -> RowError:
     return RowError("unknown role", f"{where} is {role!r:.80}; {hint}")
 
 
-def _one_reasoning(reasoning: dict[str, object], role: str, where: str) -> str:
+def _one_reasoning(reasoning: dict[str, Any], role: str, where: str) -> str:
     """The text that all values of `reasoning`, at least one, have."""
     for key, text in reasoning.items():
         if not isinstance(text, str):
@@ -311,7 +312,7 @@ def check_variables(variables: object) -> dict | None:
     return {name: value for name, value in variables.items() if value is not None} or None
 
 
-def check_json(value: object, where: str, depth: int = 0) -> None:
+def check_json(value: Any, where: str, depth: int = 0) -> None:
     """Raise RowError unless JSON can hold the value. Parquet files also have dates, bytes, decimals and NaN, which a template
     would print as Python does."""
     if depth > MAX_DEPTH:

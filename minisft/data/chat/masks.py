@@ -153,7 +153,7 @@ def _without_reasoning(message: dict, note: dict) -> dict:
 def _joint(row: _Conversation) -> Rendered:
     """A, B or C. Raises RowError if none is exact."""
     answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
-    text, turns, contents, strategy = None, [], [], "prefix"
+    text, turns, contents, strategy = None, [], {}, "prefix"
     twin = tagged_twin(row.template.text)
     if TAG.search(row.template.text) and not _tags_hold_header(row.template):
         text, turns, contents = _marked(row)

@@ -20,7 +20,7 @@ LimitError, which render() turns into a bad row.
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jinja2
@@ -206,7 +206,7 @@ class _Measure(NodeTransformer):
             node.nodes = [_filter(expr, "_made") for expr in node.nodes]
         return node
 
-    def visit_Assign(self, node: nodes.Assign) -> list[nodes.Node]:
+    def visit_Assign(self, node: nodes.Assign) -> nodes.Node | list[nodes.Node]:
         grows = self._free([node.node])
         self.generic_visit(node)
         return [node, _tick(_assigned(node.target), node.lineno)] if grows else node
@@ -257,7 +257,7 @@ class _Measure(NodeTransformer):
 
     visit_List = visit_Tuple = visit_Dict = _display
 
-    def _free(self, exprs: list[nodes.Node]) -> bool:
+    def _free(self, exprs: Sequence[nodes.Node]) -> bool:
         """Mark the sums that make these values as free, unless they are long. Whether there are any."""
         sums = list(_sums(exprs))
         if sum(len(getattr(node, "nodes", "ab")) for node in sums) <= MAX_OPERANDS:
@@ -266,7 +266,7 @@ class _Measure(NodeTransformer):
         return False
 
 
-def _sums(exprs: list[nodes.Node]) -> Iterator[nodes.Node]:
+def _sums(exprs: Sequence[nodes.Node | None]) -> Iterator[nodes.Node]:
     """The sums that make these values, without sums inside calls and the like."""
     for node in exprs:
         if isinstance(node, (nodes.Add, nodes.Concat)):
@@ -288,8 +288,10 @@ def _tick(value: nodes.Expr, line: int) -> nodes.Node:
     return nodes.ExprStmt(_filter(value, "_tick")).set_lineno(line, override=True)
 
 
-def _filter(value: nodes.Expr, name: str) -> nodes.Expr:
-    return nodes.Filter(value, name, [], [], None, None).set_lineno(value.lineno)
+def _filter(value: nodes.Node, name: str) -> nodes.Expr:
+    filtered = nodes.Filter(value, name, [], [], None, None)
+    filtered.set_lineno(value.lineno)
+    return filtered
 
 
 # ------------------------------------------------------------------------------------------------- sizes
