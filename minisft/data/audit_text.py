@@ -53,7 +53,7 @@ def _account_text(entry: dict[str, Any]) -> list[str]:
         f" + {tokens['cut']:,} cut + {tokens['in_dropped']:,} in dropped documents"
     )
     if rows["cut"]:
-        lines.append(f"cut        {rows['cut']:>12,} rows, as longer than max_length")
+        lines.append(f"cut        {rows['cut']:>12,} rows longer than max_length")
     if entry["held_out"]:
         lines.append(f"held out   {entry['held_out']:>12,} documents, for evaluation")
     lines.append(f"an epoch   {entry['epoch']['tokens']:>12,} tokens in {entry['epoch']['documents']:,} documents")

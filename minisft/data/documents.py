@@ -31,7 +31,7 @@ BLOCK_TOKENS = 2**24  # tokens whose kinds are read at a time, to bound memory
 
 @dataclass(frozen=True)
 class Accounting:
-    """What became of every row and token."""
+    """The account of every row and token."""
 
     rows_read: int
     rows_used: int

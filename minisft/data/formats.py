@@ -125,7 +125,7 @@ def to_examples(row: dict, row_format: RowFormat, options: FormatOptions) -> lis
 
 
 def check_fields(row: dict, name: str, options: FormatOptions) -> None:
-    """Raise RowError where the row lacks a field of the format."""
+    """Raise RowError if the row lacks a field of the format."""
     if missing := missing_field(row, name, options):
         raise RowError("missing field", f"{missing!r}; the row has {', '.join(row) or 'no field'}")
 
@@ -189,7 +189,7 @@ def plain_prompt(instruction: str, input: str = "", system: str = "") -> str:
 
 
 def _single(prompt: str, answer: str, row_format: RowFormat, system: str = "") -> Example:
-    """The example of a prompt and its answer, two strings. Raises RowError where the answer is empty."""
+    """The example of a prompt and its answer, two strings. Raises RowError if the answer is empty."""
     check_text_answer("the answer", answer)
     return _of_texts(prompt, answer, row_format, system)
 

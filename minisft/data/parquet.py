@@ -30,7 +30,7 @@ BATCH_ROWS = 512
 
 
 def read_parquet(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
-    """(row number from 1, row). Raises UserError where pyarrow is missing or the file is damaged."""
+    """(row number from 1, row). Raises UserError if pyarrow is missing or the file is damaged."""
     number = 0
     with _opened(path) as file:
         batches = file.iter_batches(batch_size=BATCH_ROWS)

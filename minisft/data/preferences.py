@@ -65,7 +65,7 @@ def preference_turns(row: dict, sides: tuple[str, ...], *, transcripts: bool) ->
 
 
 def check_answers(prompt: list[dict], answers: dict[str, list[dict]]) -> list[list[dict]]:
-    """The values of {field: answer}. Raises RowError where one is not an answer, or both are the same."""
+    """The values of {field: answer}. Raises RowError if one is not an answer, or both are the same."""
     for name, answer in answers.items():
         roles = [message["role"] for message in answer]
         if "assistant" not in roles or not {"assistant", "tool"}.issuperset(roles):
@@ -77,7 +77,7 @@ def check_answers(prompt: list[dict], answers: dict[str, list[dict]]) -> list[li
 
 
 def check_prompt(prompt: list[dict]) -> None:
-    """Raise RowError where a message of the prompt asks to be trained: in preference data only answers are scored."""
+    """Raise RowError if a message of the prompt asks to be trained: in preference data only answers are scored."""
     for i, message in enumerate(prompt):
         if message.get("train") or any(on for _, _, on in message.get("part_spans", ())):
             raise RowError("train = true in a prompt", f"message {i}: only the answers are scored")

@@ -80,7 +80,7 @@ TWINS = {
         start="bos_token",
     ),
     "gemma": _twin(GEMMA_HEADER, "m.content | trim", "<end_of_turn>", start="bos_token", finish=NEWLINE),
-    "gemma3": _twin(  # the system text stands at the head of the first question
+    "gemma3": _twin(  # the system text comes before the first question
         f"{GEMMA_HEADER} + (messages[0].content + '\\n\\n' if loop.first and {FIRST_SYSTEM} else '')",
         "m.content | trim",
         "<end_of_turn>",
