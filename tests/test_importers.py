@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import time
@@ -16,6 +17,11 @@ from minisft.config.load import DEFAULTS, load
 from minisft.config.sections import KEYS
 from minisft.config.stages import load_stages
 from minisft.config.values import fit
+from minisft.data.detect_format import detect_row_format, rename_fields
+from minisft.data.formats import to_examples
+from minisft.data.row_format import FormatOptions
+from minisft.data.sources import parse_source, read_rows
+from minisft.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
 from minisft.errors import UserError
 from minisft.importers import axolotl, llamafactory, stages, training_arguments, trl
 from minisft.importers.translation import DIFFERENCE, NO_COUNTERPART, TRANSLATED, as_number, fitted_value
@@ -439,6 +445,338 @@ def test_llamafactory(folder):
         assert key in texts(m, NO_COUNTERPART)
 
 
+# ------------------------------------------------------------------------------------------------- preference data
+
+OWN_TEMPLATE = (  # unlike ChatML, so that the two are told apart
+    "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+QUESTION, GOOD, BAD = "Capital of France?", "It is Paris.", "It is Lyon."
+ASKED = [{"role": "user", "content": QUESTION}]
+GOOD_TURN, BAD_TURN = ({"role": "assistant", "content": answer} for answer in (GOOD, BAD))
+PAIR = {"chosen": GOOD, "rejected": BAD}
+CONVERSATIONS = {"chosen": [*ASKED, GOOD_TURN], "rejected": [*ASKED, BAD_TURN]}
+SHAREGPT = {"conversations": [{"from": "human", "value": QUESTION}]}
+SHAREGPT_PAIR = {side: {"from": "gpt", "value": text} for side, text in PAIR.items()}
+AS_IS = (QUESTION, GOOD)
+OWN = (f"<user>{QUESTION}</s><assistant>", f"{GOOD}</s>")
+CHATML = (f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n", f"{GOOD}<|im_end|>\n")
+# TRL puts EOS, here <|im_end|>, after an answer that ends otherwise.
+LLAMA3 = (
+    f"<|start_header_id|>user<|end_header_id|>\n\n{QUESTION}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    f"{GOOD}<|eot_id|><|im_end|>",
+)
+INST = (f"[INST] {QUESTION} [/INST]", f"{GOOD}<|im_end|>")
+
+
+@pytest.fixture(scope="module")
+def own_tokenizer(tmp_path_factory):
+    tokens = [*SPECIAL_TOKENS, "</s>"]
+    made = train_tokenizer([f"{QUESTION} {GOOD} {BAD}"] * 5, 300, chat_template=OWN_TEMPLATE, special_tokens=tokens)
+    made.save(folder := tmp_path_factory.mktemp("tokenizer"))
+    return folder
+
+
+def first_example(name: str, text: str, rows: list[dict], folder: Path) -> tuple[str, str]:
+    """(prompt, answer) of the first row, as the configuration trains it that `text` becomes."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "theirs.yaml").write_text(text)
+    assert init.main([f"--from-{name}", "theirs.yaml", "ours.toml", "--force"]) == 0
+    config, _ = load("ours.toml")
+    tokenizer = load_tokenizer(config.model.model_name_or_path, chat_template=config.model.chat_template)
+    source = parse_source(config.data.train_data)
+    row = rename_fields(next(iter(read_rows(source))).data, source.field_map)
+    answers = "labels" if "kto" in config.dpo.loss_type else "pairs"
+    options = FormatOptions(answers=answers, prompt_format=config.data.prompt_format)
+    row_format = detect_row_format(row, source.format, options, has_template=True)
+    example = to_examples(row, row_format, options)[0]
+    if example.messages is None:
+        return tuple(piece.text for piece in example.pieces)
+    prompt = tokenizer.apply_chat_template(example.messages[:-1], add_generation_prompt=True)
+    return prompt, tokenizer.apply_chat_template(example.messages).removeprefix(prompt)
+
+
+AXOLOTL_TYPES = [
+    ("dpo", "{0}.intel", {"question": QUESTION, **PAIR}),
+    ("ipo", "{0}.icr", {"input": QUESTION, **PAIR}),
+    ("dpo", "{0}.prompt_pairs", {"prompt": QUESTION, **PAIR}),
+    ("simpo", "{0}.argilla", {"instruction": QUESTION, "chosen_response": GOOD, "rejected_response": BAD}),
+    ("dpo", "{0}.ultra", {"prompt": QUESTION, **CONVERSATIONS}),
+    ("dpo", "{0}.argilla_chat", CONVERSATIONS),
+    ("dpo", "{0}", {"question": QUESTION, "chosen_response": GOOD, "rejected_response": BAD}),
+    ("kto", "{0}.argilla", {"instruction": QUESTION, "completion": GOOD, "label": True}),
+    ("kto", "{0}.intel", {"question": QUESTION, "completion": GOOD, "label": True}),
+    ("kto", "{0}.prompt_pairs", {"prompt": QUESTION, "completion": GOOD, "label": True}),
+    ("kto", "{0}.ultra", {"prompt": QUESTION, "completion": GOOD, "label": True}),
+    ("kto", "{0}.argilla_chat", {"completion": [*ASKED, GOOD_TURN], "label": True}),
+]  # fmt: skip
+FROM_VALUE = "message_property_mappings: {role: from, content: value}, field_messages: conversations"
+
+
+@pytest.mark.parametrize(
+    ("rl", "kind", "row", "expected"),
+    [
+        *((rl, kind.format("chatml"), row, CHATML) for rl, kind, row in AXOLOTL_TYPES),
+        *((rl, kind.format("llama3"), row, LLAMA3) for rl, kind, row in AXOLOTL_TYPES),
+        ("dpo", "chat_template.default", {"messages": ASKED, "chosen": GOOD_TURN, "rejected": BAD_TURN}, OWN),
+        ("dpo", "chat_template", {"messages": QUESTION, **PAIR}, OWN),
+        ("dpo", f"chat_template, {FROM_VALUE}", SHAREGPT | SHAREGPT_PAIR, OWN),
+        ("dpo", "chat_template.argilla_chat", CONVERSATIONS, OWN),
+        ("orpo", "chat_template.argilla", CONVERSATIONS, OWN),
+        ("dpo", "passthrough", {"prompt": QUESTION, **PAIR}, AS_IS),
+        ("dpo", "null", {"prompt": QUESTION, **PAIR}, AS_IS),
+        ("dpo", "{field_prompt: q, field_chosen: a, field_rejected: b}", {"q": QUESTION, "a": GOOD, "b": BAD}, AS_IS),
+        ("kto", "{field_prompt: q, field_completion: a, field_label: l}", {"q": QUESTION, "a": GOOD, "l": True}, AS_IS),
+        ("dpo", '{prompt_format: "[INST] {prompt} [/INST]"}', {"prompt": QUESTION, **PAIR}, INST),
+    ],
+)  # fmt: skip
+def test_axolotl_preference_types_train_prompt_and_template_as_there(folder, own_tokenizer, rl, kind, row, expected):
+    text = f"base_model: {own_tokenizer}\nrl: {rl}\ndatasets:\n- {{path: rows.jsonl, type: {kind}}}\n"
+    assert first_example("axolotl", text, [row], folder) == expected
+
+
+@pytest.mark.parametrize(
+    ("rl", "kind", "row", "told"),
+    [
+        ("dpo", "zephyr.nectar", {"prompt": QUESTION, "answers": [{"answer": GOOD, "rank": 1}]}, "ranked answers"),
+        ("dpo", "chatml.argilla_chat", CONVERSATIONS, "of each conversation the first question"),
+        ("dpo", "chatml.intel", {"question": QUESTION, **PAIR}, "after <|im_end|> comes the tokenizer's EOS"),
+        ("dpo", "llama3.intel", {"question": QUESTION, **PAIR}, "a prompt begins with BOS there"),
+        ("dpo", "chatml.intel", {"question": QUESTION, "prompt": "x", **PAIR}, "the rows have prompt too"),
+        ("dpo", "mine.own", {"prompt": QUESTION, **PAIR}, "type mine.own is not known"),
+        ("dpo", '{prompt_format: "{prompt!r}"}', {"prompt": QUESTION, **PAIR}, "this text is not written here"),
+        ("dpo", '{chosen_format: "{chosen}!"}', {"prompt": QUESTION, **PAIR}, "written around the rejected answer too"),
+        ("dpo", "chat_template", {"messages": ASKED, **PAIR}, "these are text, and must be rewritten"),
+        ("orpo", "chat_template.argilla", CONVERSATIONS, "(ChatML's newline) is context here"),
+        ("null", "context_qa", {"text": "x"}, "the prompts of type context_qa are written in another way"),
+        ("null", '{field_instruction: q, format: "Q: {instruction}"}', {"q": "x"}, "what the type's format says there"),
+    ],
+)
+def test_what_of_an_axolotl_type_differs_here_is_said(folder, rl, kind, row, told):
+    (folder / "rows.jsonl").write_text(json.dumps(row))
+    t = translated("axolotl", f"rl: {rl}\ndatasets:\n- {{path: rows.jsonl, type: {kind}}}\n", folder)
+    accounted(t)
+    assert told in texts(t, DIFFERENCE)
+
+
+def test_data_sets_of_two_types_cannot_have_a_template_each(folder):
+    text = "rl: dpo\ndatasets:\n- {path: a/b, type: chatml.intel}\n- {path: c/d, type: llama3.intel}\n- {path: e/f}\n"
+    told = texts(translated("axolotl", text, folder), DIFFERENCE)
+    assert "c/d (type llama3.intel): model.chat_template" in told and "e/f (type absent" in told
+    text = "rl: dpo\nchat_template: gemma\ndatasets:\n- {path: a/b, type: chatml.intel}\n- {path: c/d, type: chat_template}"
+    t = translated("axolotl", text, folder)
+    assert "is that of one data set" in texts(t, DIFFERENCE) and "chat_template = " in texts(t, NO_COUNTERPART)
+
+
+def test_axolotls_files_keep_their_slices_and_all_of_them_are_read():
+    t = axolotl.read({"datasets": [{"path": "json", "data_files": ["a.jsonl", "b.jsonl"], "split": "train[:10%]"},
+                                   {"path": "owner/rows.v1", "split": "test"}]})  # fmt: skip
+    hub = {"path": "owner/rows.v1", "split": "test"}
+    assert t.values["data.train_data"] == [{"path": f"{name}.jsonl", "split": "[:10%]"} for name in "ab"] + [hub]
+
+
+ALPACA_PAIR = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
+ROLES = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+OF_TURNS = {"messages": "turns", "chosen": "good", "rejected": "bad"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "info", "row"),
+    [
+        ("dpo", {"ranking": True, "columns": ALPACA_PAIR}, {"instruction": QUESTION, "input": "", **PAIR}),
+        (
+            "dpo",
+            {"ranking": True, "columns": {"prompt": "q", "chosen": "a", "rejected": "b"}},
+            {"q": QUESTION, "a": GOOD, "b": BAD},
+        ),
+        (
+            "dpo",
+            {"ranking": True, "formatting": "sharegpt", "columns": OF_TURNS},
+            {"turns": SHAREGPT["conversations"], "good": SHAREGPT_PAIR["chosen"], "bad": SHAREGPT_PAIR["rejected"]},
+        ),
+        (
+            "dpo",
+            {"ranking": True, "formatting": "sharegpt", "columns": OF_TURNS, "tags": ROLES},
+            {"turns": ASKED, "good": GOOD_TURN, "bad": BAD_TURN},
+        ),
+        (
+            "kto",
+            {"columns": {"prompt": "instruction", "query": "input", "response": "output", "kto_tag": "good"}},
+            {"instruction": QUESTION, "input": "", "output": GOOD, "good": True},
+        ),
+        (
+            "kto",
+            {"formatting": "sharegpt", "columns": {"messages": "messages", "kto_tag": "kto_tag"}, "tags": ROLES},
+            {"messages": [*ASKED, GOOD_TURN], "kto_tag": True},
+        ),
+    ],
+)
+def test_llamafactory_preference_rows_train_the_prompt_in_a_template(folder, own_tokenizer, stage, info, row):
+    described = {"mine": {"file_name": "../rows.jsonl", **info}}
+    (folder / "data" / "dataset_info.json").write_text(json.dumps(described))
+    text = f"model_name_or_path: {own_tokenizer}\nstage: {stage}\ndataset: mine\ntemplate: "
+    assert first_example("llamafactory", f"{text}qwen", [row], folder) == OWN
+    assert first_example("llamafactory", f"{text}chatml", [row], folder) == CHATML
+
+
+@pytest.mark.parametrize(
+    ("info", "row", "told"),
+    [
+        ({"ranking": True, "columns": ALPACA_PAIR}, {"instruction": QUESTION, **PAIR}, "prompts and answers that are text"),
+        ({"columns": {"prompt": "q", "query": "c"}}, {"q": QUESTION, "c": "Europe"}, "joined by a newline there"),
+        ({"columns": {"prompt": "q"}}, {"q": QUESTION, "system": "Be brief."}, "names no column for system"),
+        ({"formatting": "sharegpt", "tags": {"user_tag": "prompter"}}, SHAREGPT, "user_tag = prompter"),
+        ({"formatting": "openai", "tags": ROLES}, {"messages": ASKED}, "detailed thinking off"),
+    ],
+)  # fmt: skip
+def test_what_of_a_llamafactory_data_set_differs_here_is_said(folder, info, row, told):
+    (folder / "data" / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "mine.json", **info}}))
+    (folder / "data" / "mine.json").write_text(json.dumps([row]))
+    stage = "dpo" if info.get("ranking") else "sft"
+    assert told in texts(translated("llamafactory", f"stage: {stage}\ndataset: mine", folder), DIFFERENCE)
+
+
+# ------------------------------------------------------------------------------------------------- differences
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("trl", "dataset_name: a/b", "(ChatML's newline) is context here"),
+        ("llamafactory", "stage: sft", "(ChatML's newline) is context here"),
+        ("trl", "dataset_name: a/b", "the embedding of the pad token is trained here"),
+        ("axolotl", "base_model: a/b", "the embedding of the pad token is trained here"),
+        ("trl", "{use_peft: true, use_dora: true, weight_decay: 0.1}", "DoRA's magnitudes do not decay"),
+        ("axolotl", "{adapter: lora, peft_use_dora: true, weight_decay: 0.1}", "DoRA's magnitudes do not decay"),
+        ("trl", "{beta: 0.1, truncation_mode: keep_end}", "keep_end cuts each alone and keeps the pair"),
+        ("axolotl", "rl: orpo", "counts the tokens of its prompt there"),
+        ("axolotl", "rl: kto", "KTO: the answers that are set beside the prompts of other rows"),
+        ("llamafactory", "stage: kto", "KTO: the answers that are set beside the prompts of other rows"),
+        ("trl", "{loss_type: kto}", "KTO: the answers that are set beside the prompts of other rows"),
+        ("trl", "lr_scheduler_type: polynomial", "train.min_lr = 1e-07: transformers' polynomial ends"),
+        ("trl", "{dataset_name: rows.jsonl, eval_strategy: steps}", "no evaluation: rows.jsonl has no splits"),
+    ],
+)
+def test_what_differs_there_is_said(folder, name, text, told):
+    t = translated(name, text, folder)
+    accounted(t)
+    assert told in texts(t, DIFFERENCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "not_told"),
+    [
+        ("trl", "{dataset_name: rows.jsonl}", "ChatML's newline"),  # messages, of which all is trained
+        ("llamafactory", "stage: pt", "ChatML's newline"),
+        ("trl", "{use_peft: true, use_dora: true}", "pad token"),
+        ("trl", "{use_peft: true, use_dora: true}", "DoRA's"),
+        ("trl", "{truncation_mode: keep_end, packing: false}", "keeps the pair"),
+        ("llamafactory", "{stage: dpo, pref_loss: orpo}", "counts the tokens of its prompt"),
+        ("axolotl", "rl: dpo", "KTO:"),
+        ("trl", "{lr_scheduler_type: polynomial, lr_scheduler_kwargs: {lr_end: 1e-6}}", "1e-07"),
+    ],
+)
+def test_what_does_not_apply_is_not_said(folder, name, text, not_told):
+    assert not_told not in texts(translated(name, text, folder), DIFFERENCE)
+
+
+def test_a_local_file_gets_no_split_that_it_lacks(folder):
+    local = (
+        "{dataset_name: rows.jsonl, eval_strategy: steps, dataset_train_split: 'train[:50%]', dataset_test_split: test}"
+    )
+    t = translated("trl", local, folder)
+    accounted(t)
+    assert "data.eval_data" not in t.values and "dataset_test_split" in texts(t, NO_COUNTERPART)
+    assert t.values["data.train_data"] == {"path": "rows.jsonl", "split": "[:50%]"}
+    t = translated("trl", "{dataset_mixer: {rows.jsonl: 1.0}, evaluation_strategy: steps}", folder)
+    assert t.values["data.train_data"] == "rows.jsonl" and "data.eval_data" not in t.values
+    t = translated("trl", "datasets: [{path: json, data_files: rows.jsonl}]", folder)
+    assert t.values["data.train_data"] == "rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("trl", "lora_r: 16"),  # without use_peft, and TRL trains all weights
+        ("trl", "{use_peft: true, lora_target_parameters: [experts]}"),
+        ("trl", "env: {OMP_NUM_THREADS: 1}"),
+        ("trl", "streaming: true"),
+        ("trl", "tf32: true"),
+        ("trl", "{lr_scheduler_type: reduce_lr_on_plateau, metric_for_best_model: accuracy}"),
+        ("trl", "data_seed: 0"),
+        ("axolotl", "dataset_shard_num: 8"),
+        ("axolotl", "skip_prepare_dataset: true"),
+        ("axolotl", "tokenizer_use_mistral_common: true"),
+        ("axolotl", "{adapter: lora, peft_ensure_weight_tying: true}"),
+        ("axolotl", "{adapter: lora, peft_autocast_adapter_dtype: false}"),
+        ("axolotl", "{adapter: lora, lora_target_linear: true, lora_target_modules: [lm_head]}"),
+        ("axolotl", "datasets: [{path: a/b, type: sharegpt, conversation: vicuna}]"),
+        ("axolotl", "pretraining_dataset: [{path: a/b, skip: 100}]"),
+        ("llamafactory", "tokenized_path: saves/tokens"),
+        ("llamafactory", "ignore_pad_token_for_loss: false"),
+        ("llamafactory", "{adapter_name_or_path: a, create_new_adapter: true}"),
+        ("llamafactory", "do_train: false"),
+    ],
+)
+def test_a_key_with_an_effect_there_is_never_said_to_have_none(folder, name, text):
+    t = translated(name, text, folder)
+    accounted(t)
+    key = next(key for key in reversed(t.given))
+    assert [note for note in t.notes if note.key == key and note.kind == NO_COUNTERPART and not note.harmless]
+
+
+SCHEDULES = [
+    ({"lr_scheduler_type": "polynomial"}, 1e-7, {}),
+    ({"lr_scheduler_type": "polynomial", "kwargs": {"lr_end": 1e-6, "power": 2.0}}, 1e-6, {"power": 2}),
+    ({"lr_scheduler_type": "cosine_with_min_lr", "kwargs": {"min_lr_rate": "0.1"}}, 1e-5, {}),
+    ({"lr_scheduler_type": "cosine_with_restarts", "kwargs": {"num_cycles": 3}}, None, {"num_cycles": 3}),
+    (
+        {
+            "lr_scheduler_type": "warmup_stable_decay",
+            "max_steps": 49,
+            "kwargs": {"num_decay_steps": 7, "min_lr_ratio": 0.01},
+        },
+        1e-6,
+        {"decay_ratio": 7, "decay_type": "cosine"},
+    ),
+    (
+        {
+            "lr_scheduler_type": "warmup_stable_decay",
+            "max_steps": 10,
+            "kwargs": {"num_decay_steps": 3, "decay_type": "1-sqrt"},
+        },
+        None,
+        {"decay_ratio": 3, "decay_type": "1-sqrt"},
+    ),
+]
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(("keys", "min_lr", "options"), SCHEDULES)
+def test_transformers_schedules_keep_their_options(name, keys, min_lr, options):
+    """decay_ratio: as the number of steps that it makes of max_steps."""
+    table = {("lr_scheduler_kwargs" if key == "kwargs" else key): value for key, value in keys.items()}
+    if name == "axolotl":
+        table["lr_scheduler"] = table.pop("lr_scheduler_type")
+    t = READERS[name].read(table | {"learning_rate": 1e-4, "datasets": []})
+    assert t.values.get("train.min_lr") == (min_lr and pytest.approx(min_lr))
+    written = dict(t.values.get("train.lr_scheduler_kwargs", {}))
+    if "decay_ratio" in written:
+        written["decay_ratio"] = math.ceil(keys["max_steps"] * written["decay_ratio"])
+    assert written == options
+    assert "lr_scheduler" not in texts(t, NO_COUNTERPART)
+
+
+def test_decay_steps_of_a_run_of_unknown_length_are_a_difference():
+    kwargs = {"num_decay_steps": 100}
+    t = trl.read({"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": kwargs, "num_train_epochs": 1})
+    assert "lr_scheduler_kwargs.num_decay_steps = 100" in texts(t, DIFFERENCE)
+    default = trl.read({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}, "dpo")
+    assert default.values["train.min_lr"] == pytest.approx(1e-7)  # of TRL's learning rate for pairs
+    constant = trl.read({"lr_scheduler_type": "constant", "warmup_ratio": 0.1})  # which has no warm-up in transformers
+    assert "train.warmup_ratio" not in constant.values
+
+
 # ------------------------------------------------------------------------------------------------- properties
 
 VALUES = st.one_of(
@@ -599,6 +937,34 @@ stage_configs:
     assert (warm.train.learning_rate, align.train.learning_rate) == (1e-5, 1e-6)
     assert (align.dpo.beta, align.train.seed, warm.train.seed) == (0.2, 3, 42)
     assert align.model.model_name_or_path.endswith("out/warm/model")
+
+
+LAUNCHED = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "packing": True, "completion_only_loss": None,
+            "neftune_noise_alpha": 5.0, "dataset_name_or_path": "rows.jsonl", "validation_split": 0.1,
+            "use_4bit": True, "bnb_4bit_use_double_quant": False, "bnb_4bit_quant_type": "fp4"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "rank"), [({}, 16), ({"use_peft": False}, None), ({"lora_r": None}, None)])
+def test_the_rank_of_a_stage_switches_adapters_on(folder, more, rank):
+    [(_, t)] = stages.read({"stages": ["trl_sft"], "stage_configs": {"trl_sft": LAUNCHED | more}}, init.first_row)
+    given = {key.rpartition(".")[2]: note for note in t.notes if (key := note.key)}
+    assert t.values.get("lora.r") == rank and t.values["data.eval_fraction"] == 0.1
+    assert t.values["data.assistant_only_loss"] is False  # the rows were seen
+    if rank:
+        expected = {"lora.lora_alpha": 32, "lora.lora_dropout": 0.1, "model.load_in_4bit": True,
+                    "model.bnb_4bit_use_double_quant": False, "model.bnb_4bit_quant_type": "fp4"}  # fmt: skip
+        assert {key: t.values[key] for key in expected} == expected and given["lora_r"].kind == TRANSLATED
+    else:
+        assert given["lora_alpha"].harmless == ("use_peft" in more)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"), [("trl_orpo", "orpo"), ("kto", "kto"), ("simpo_1", "simpo"), ("trl_dpo", None)]
+)
+def test_the_name_of_a_stage_says_its_loss(name, loss):
+    [(_, t)] = stages.read({"stages": [name], "stage_configs": {name: {"beta": 0.2}}})
+    assert t.values.get("dpo.loss_type") == (loss and (loss,))
+    assert ("counts the tokens of its prompt" in texts(t, DIFFERENCE)) == (loss == "orpo")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from minisft.errors import UserError
 from minisft.importers.axolotl_data import datasets
 from minisft.importers.training_arguments import CHANGES, HARMLESS, TRACKERS, training_arguments
 from minisft.importers.translation import TRANSLATED, FirstRow, Table, Translation, as_list, as_number, spread
-from minisft.importers.trl import common_differences, weights_in_bf16
+from minisft.importers.trl import ORPO_PROMPT, common_differences, weights_in_bf16
 
 NAME = "Axolotl"
 WHOLE = ("chat_template_kwargs", "lora_rank_pattern", "lora_alpha_pattern", "message_property_mappings", "roles")
@@ -74,7 +74,7 @@ EASY = HARMLESS | spread(
     {
         "the model's and the tokenizer's own files say what they are": "model_type tokenizer_type tokenizer_use_fast "
         "tokenizer_legacy processor_type base_model_config is_llama_derived_model is_mistral_derived_model "
-        "is_qwen_derived_model is_falcon_derived_model tokenizer_use_mistral_common tokenizer_save_jinja_files",
+        "is_qwen_derived_model is_falcon_derived_model tokenizer_save_jinja_files",
         "the kernels are chosen for the device by themselves": "flash_attention sdp_attention xformers_attention "
         "flex_attention eager_attention sage_attention flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_mlp "
         "sdpa_varlen lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel chunked_cross_entropy fused_attn_kernel "
@@ -84,7 +84,7 @@ EASY = HARMLESS | spread(
         "there is no padding in a batch": "pad_to_sequence_len batch_flattening multipack_real_batches "
         "sample_packing_bin_size sample_packing_group_size sample_packing_eff_est total_num_tokens",
         "tokens are kept in a cache beside the output folder, keyed by everything that shaped them": "dataset_prepared_path "
-        "dataset_processes dataset_keep_in_memory skip_prepare_dataset dataset_shard_num num_dataset_shards_to_save "
+        "dataset_processes dataset_keep_in_memory num_dataset_shards_to_save "
         "push_dataset_to_hub hf_use_auth_token preprocess_iterable",
         "rows are shuffled anew every epoch, with a seed": "shuffle_merged_datasets shuffle_before_merging_datasets",
         "about several devices or the loading of the model": "device_map max_memory gpu_memory_limit low_cpu_mem_usage "
@@ -97,7 +97,7 @@ EASY = HARMLESS | spread(
         "about images and experts of other models": "freeze_mm_modules image_size image_resize_algorithm",
         "loading, not training": "experimental_skip_move_to_device flex_attn_compile_kwargs.* liger_rms_norm_gated "
         "streaming_multipack_buffer_size merge_lora merge_method gptq_disable_exllama",
-        "adapters here keep fp32": "peft_autocast_adapter_dtype peft_ensure_weight_tying lora_fan_in_fan_out",
+        "the model's own files say how its matrices are stored": "lora_fan_in_fan_out",
     }
 )
 HARD = CHANGES | spread(
@@ -111,8 +111,11 @@ HARD = CHANGES | spread(
         "plugins change the model or the loss": "plugins",
         "the tokenizer's own": "special_tokens.bos_token special_tokens.unk_token added_tokens_overrides.* "
         "default_system_message eot_tokens",
-        "shards and streams of rows are not supported: a slice as in rows.jsonl[:10%] is": "dataset_shard_idx "
-        "streaming",
+        "shards and streams of rows are not supported: a slice as in rows.jsonl[:10%] is": "dataset_shard_num "
+        "dataset_shard_idx streaming",
+        "rows are always prepared here, and those that are too long are cut or dropped": "skip_prepare_dataset",
+        "tokens are those of the tokenizer's own files": "tokenizer_use_mistral_common",
+        "modules_to_save are trained apart, tied or not": "peft_ensure_weight_tying",
         "`minisft audit` reports duplicates; they are not removed": "dataset_exact_deduplication",
         "embeddings of new tokens start at the mean of the others": "fix_untrained_tokens "
         "resize_token_embeddings_to_32x "
@@ -148,9 +151,9 @@ def read(table: dict, trainer_type: str | None = None, first_row: FirstRow = lam
     if "optimizer" in t.left:
         t.into("optimizer", "train.optim")
     _adapter(t)
-    datasets(t, "datasets", "data.train_data", trainer_type)
-    datasets(t, "pretraining_dataset", "data.train_data", trainer_type)
-    datasets(t, "test_datasets", "data.eval_data", trainer_type)
+    datasets(t, "datasets", "data.train_data", rl, first_row)
+    datasets(t, "pretraining_dataset", "data.train_data", rl, first_row)
+    datasets(t, "test_datasets", "data.eval_data", rl, first_row)
     if "data.eval_data" in t.values and "val_set_size" in t.left:
         t.nothing("val_set_size", "test_datasets are given", harmless=True)
     _model(t)
@@ -164,7 +167,8 @@ def read(table: dict, trainer_type: str | None = None, first_row: FirstRow = lam
         t.values.pop("data.packing_strategy", None)
     t.finish(EASY, HARD, [*SAME, *OF_LORA, "datasets", "rl", "adapter"])
     for ours, value in DEFAULTS.items():
-        if not (ours == "train.warmup_ratio" and "train.warmup_steps" in t.values):
+        has_warmup = "train.warmup_steps" not in t.values and t.given.get("lr_scheduler") != "constant"
+        if ours != "train.warmup_ratio" or has_warmup:
             most = ", there at most 100 steps" if ours == "train.warmup_ratio" else ""
             t.default(ours, value, f"Axolotl's default{most}")
     if "checkpoint.save_steps" not in t.values and "saves_per_epoch" not in t.given:
@@ -184,8 +188,13 @@ def _adapter(t: Translation) -> None:
         linear = t.on("lora_target_linear")
         if linear and t.get("lora_target_modules"):
             modules = as_list(t.get("lora_target_modules"))
+            more = [module for module in map(str, modules) if "embed" in module or "head" in module]
             t.nothing(
-                "lora_target_modules", f"{len(modules)} modules: lora_target_linear names all of them", harmless=True
+                "lora_target_modules",
+                f"lora_target_linear is on: no adapters on {', '.join(more)}"
+                if more
+                else "lora_target_linear names all of them",
+                harmless=not more,
             )
         if linear:
             t.into("lora_target_linear", "lora.target_modules", "all-linear")
@@ -196,6 +205,10 @@ def _adapter(t: Translation) -> None:
             t.default("lora.target_modules", ("q_proj", "v_proj"), "PEFT's default for most families")
     elif adapter is not None:
         t.nothing("adapter", "only lora and qlora exist here: all weights train")
+    if used and t.left.get("peft_autocast_adapter_dtype") is False:
+        t.nothing("peft_autocast_adapter_dtype", "adapters here keep fp32")
+    elif "peft_autocast_adapter_dtype" in t.left:
+        t.nothing("peft_autocast_adapter_dtype", "adapters in fp32, as here" if used else "no adapters", harmless=True)
     for key in ("load_in_4bit", "load_in_8bit"):
         if key in t.left and used:
             t.into(key, f"model.{key}")
@@ -211,12 +224,24 @@ def _adapter(t: Translation) -> None:
 
 def _model(t: Translation) -> None:
     template, jinja = t.get("chat_template"), t.get("chat_template_jinja")
+    types = [str(value) for key, value in t.given.items() if key.endswith("].type")]
+    if "model.chat_template" in t.values:  # of types that write their turns themselves
+        is_used = any(kind.startswith("chat_template") for kind in types)
+        same = template == t.values["model.chat_template"] and jinja is None
+        if is_used and not same:
+            t.difference("model.chat_template is that of one data set, and is used for all; there each has its own")
+        for key in ("chat_template", "chat_template_jinja"):
+            if key in t.left:
+                t.nothing(key, "the types of the data sets say how turns are written", harmless=same or not is_used)
+        template = jinja = None
     if isinstance(jinja, str) and jinja.endswith((".jinja", ".jinja2", ".j2")):
         t.into("chat_template_jinja", "model.chat_template")
     elif jinja is not None:
         t.nothing("chat_template_jinja", "put it into a .jinja file and name that as model.chat_template")
     if template == "chatml" and jinja is None:
         t.into("chat_template", "model.chat_template")
+    elif template is not None and "model.chat_template" in t.values:
+        t.nothing("chat_template", "the type of a data set says how its turns are written there too", harmless=True)
     elif template in ("tokenizer_default", "jinja"):
         t.nothing(
             "chat_template", "the tokenizer's own" if template != "jinja" else "see chat_template_jinja", harmless=True
@@ -269,6 +294,8 @@ def _loss(t: Translation, rl: str | None) -> None:
             t.values["dpo.loss_type"], t.origins["dpo.loss_type"] = tuple(losses), f"rl = {rl}"
             if len(losses) > 1:
                 t.values["dpo.loss_weights"], t.origins["dpo.loss_weights"] = tuple(weights), extra
+        if rl == "orpo":
+            t.difference(ORPO_PROMPT)
         for key in ("trl.beta", "rl_beta", "dpo_beta", "orpo_alpha"):
             if key in t.left:
                 t.into(key, "dpo.beta")

@@ -19,7 +19,7 @@ from minisft.importers.translation import (
     source,
     spread,
 )
-from minisft.importers.trl import common_differences, weights_in_bf16
+from minisft.importers.trl import AFTER_THE_END, common_differences, weights_in_bf16
 from minisft.strict_json import read_json
 
 NAME = "LLaMA-Factory"
@@ -54,11 +54,21 @@ DEFAULTS: dict[str, object] = {  # theirs, where they are not ours
     "log.report_to": (),
 }
 LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
-COLUMNS = {"alpaca": ("prompt", "query", "response", "system"), "sharegpt": ("messages", "system", "tools")}
+ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}  # the columns where none are named
+SHAREGPT_TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
+                 "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}  # fmt: skip
+# The names of roles that turns may have here: with from and value, with role and content.
+NAMES = {
+    "user_tag": (("human", "user"), ("user",)),
+    "assistant_tag": (("gpt", "assistant"), ("assistant",)),
+    "system_tag": (("system",), ("system", "developer")),
+    "observation_tag": (("observation", "tool", "function_response", "tool_response"), ("tool",)),
+    "function_tag": (("function_call", "tool_call"), ()),
+}
 EASY = HARMLESS | spread(
     {
         "tokens are kept in a cache beside the output folder, keyed by everything that shaped them": "overwrite_cache "
-        "preprocessing_batch_size tokenized_path data_shared_file_system dataset_dir cache_dir buffer_size media_dir",
+        "preprocessing_batch_size data_shared_file_system dataset_dir cache_dir buffer_size media_dir",
         "the kernels are chosen for the device by themselves": "flash_attn enable_liger_kernel "
         "use_unsloth_gc low_cpu_mem_usage "
         "use_reentrant_gc block_diag_attn use_v1_kernels use_kv_cache use_unsloth",
@@ -67,8 +77,6 @@ EASY = HARMLESS | spread(
         "include_effective_tokens_per_second compute_accuracy infer_backend infer_dtype offload_folder pissa_convert "
         "predict_with_generate enable_torch_profiler swanlab_project swanlab_run_name swanlab_mode ray_run_name "
         "ray_num_workers resources_per_worker.* placement_strategy master_addr master_port",
-        "the mean is over the trained tokens, always": "ignore_pad_token_for_loss",
-        "adapters are always new": "create_new_adapter",
         "this command trains; see `minisft export`": "export_size export_device "
         "export_legacy_format export_hub_model_id",
         "about images": "video_fps video_maxlen image_max_pixels "
@@ -79,7 +87,9 @@ EASY = HARMLESS | spread(
 HARD = CHANGES | spread(
     {
         "code from a model repository never runs here": "trust_remote_code",
-        "to start from an adapter, name its folder as model.model_name_or_path": "adapter_name_or_path adapter_folder",
+        "to start from an adapter, name its folder as model.model_name_or_path": "adapter_name_or_path adapter_folder "
+        "create_new_adapter",
+        "tokens that are there are trained there; here the rows of the data set are": "tokenized_path",
         "sampling rows of several sources: see `weight` of a source": "interleave_probs",
         "write it into the rows as a system message": "default_system",
         "tools are rendered by the chat template": "tool_format",
@@ -115,8 +125,13 @@ def read(
     if t.on("use_muon"):
         t.into("use_muon", "train.optim", "muon")
     _method(t, method)
-    _data(t, stage, folder)
+    _data(t, stage, folder, first_row)
     _losses(t, stage)
+    if "ignore_pad_token_for_loss" in t.left:
+        ignored = t.left["ignore_pad_token_for_loss"] is not False
+        t.nothing("ignore_pad_token_for_loss", "there are no pad tokens to train", harmless=ignored)
+    if t.get("do_train") is False:
+        t.nothing("do_train", "this command trains")
     if t.on("disable_gradient_checkpointing"):
         t.into("disable_gradient_checkpointing", "model.gradient_checkpointing", False)
     if t.get("model_revision", "main") == "main" and "model_revision" in t.left:
@@ -132,7 +147,7 @@ def read(
     t.table({key: OF_LORA[key] for key in OF_LORA if "lora.r" in t.values})
     t.table({"optim": "train.optim"})
     _precision(t)
-    training_arguments(t, trainer_type)
+    training_arguments(t, trainer_type, learning_rate=5e-5)
     t.table(SAME)
     t.finish(EASY, HARD, [*SAME, *OF_LORA, "dataset", "template", "finetuning_type"])
     for ours, value in DEFAULTS.items():
@@ -140,6 +155,8 @@ def read(
     t.difference(
         "truncation cuts the end of a document; there question and answer are shortened in proportion to their lengths"
     )
+    if stage != "pt":
+        t.difference(f"{AFTER_THE_END}; most of LLaMA-Factory's templates train it")
     common_differences(t)
     return t
 
@@ -209,7 +226,7 @@ def _precision(t: Translation) -> None:
         t.default("train.precision", "fp32", "LLaMA-Factory without bf16 or fp16 trains in fp32")
 
 
-def _data(t: Translation, stage: str, folder: Path) -> None:
+def _data(t: Translation, stage: str, folder: Path, first_row: FirstRow) -> None:
     directory = str(t.get("dataset_dir", "data"))
     limit = as_number(t.get("max_samples"))
     info, where = _dataset_info(directory, folder)
@@ -217,7 +234,9 @@ def _data(t: Translation, stage: str, folder: Path) -> None:
         names, sources, unknown = as_list(t.get(key)), [], []
         for name in names:
             if info is not None and isinstance(info.get(name), dict):
-                sources.append(_source(t, str(name), info[name], where, int(limit) if limit else None, stage))
+                sources.append(
+                    _source(t, str(name), info[name], where, int(limit) if limit else None, stage, first_row)
+                )
             else:
                 unknown.append(str(name))
         if sources and not unknown:
@@ -241,16 +260,28 @@ def _data(t: Translation, stage: str, folder: Path) -> None:
         t.nothing("mix_strategy", "as here" if same else "see `weight` of a source", harmless=same)
     t.prompts_too("train_on_prompt")
     plain, neat = t.get("packing"), t.on("neat_packing")
-    packs = bool(plain) or neat or plain is None and stage == "pt"
-    if packs and stage in ("pt", "sft"):
+    packs = stage in ("pt", "sft") and (bool(plain) or neat or plain is None and stage == "pt")
+    if packs:
         t.values["data.packing"], t.origins["data.packing"] = True, "neat_packing" if neat else "packing"
         if not neat:
             t.difference("packing: attention stays inside each document; there, without neat_packing, it crosses them")
     for key in ("packing", "neat_packing"):
-        if key in t.left:
+        if key in t.left and stage in ("pt", "sft"):
             t.take(key, TRANSLATED, f"data.packing = {'true' if packs else 'false'}")
+        elif key in t.left:
+            t.nothing(key, "preference data is not packed there", harmless=True)
+    _template(t, stage)
+
+
+def _template(t: Translation, stage: str) -> None:
+    """How turns are written. LLaMA-Factory has templates of its own, by name."""
     template = t.get("template")
-    if "template" in t.left:
+    if stage == "pt":
+        if "template" in t.left:
+            t.nothing("template", "rows of plain text have no turns, and end with the tokenizer's EOS")
+    elif template == "chatml":
+        t.into("template", "model.chat_template")
+    elif "template" in t.left:
         t.nothing("template", "the tokenizer's own chat template is used; compare the two with `minisft audit`")
     if "enable_thinking" in t.left:
         if isinstance(t.left["enable_thinking"], bool):
@@ -261,8 +292,8 @@ def _data(t: Translation, stage: str, folder: Path) -> None:
         t.difference("answers without reasoning get an empty <think> block there; here they are as in the rows")
     if stage != "pt":
         t.difference(
-            "prompts: LLaMA-Factory writes turns, BOS and EOS by its own code; here the chat template of the tokenizer does, "
-            "and rows of instruction and output go through it too"
+            "prompts: LLaMA-Factory writes turns, BOS, EOS and a default system prompt by its own code; here the chat template "
+            "does" + (", around prompts and answers that are text too" if "data.prompt_format" in t.values else "")
         )
 
 
@@ -275,12 +306,11 @@ def _dataset_info(directory: str, folder: Path) -> tuple[dict | None, Path]:
     return None, folder
 
 
-def _source(t: Translation, name: str, info: dict, where: Path, limit: int | None, stage: str) -> str | dict:
+def _source(
+    t: Translation, name: str, info: dict, where: Path, limit: int | None, stage: str, first_row: FirstRow
+) -> str | dict:
     """One entry of dataset_info.json as a source of ours."""
     repository, file = info.get("hf_hub_url"), info.get("file_name")
-    columns, tags = info.get("columns"), info.get("tags")
-    columns = columns if isinstance(columns, dict) else {}
-    tags = tags if isinstance(tags, dict) else {}
     if file and not repository and (where / str(file)).is_dir():
         path = f"{where / str(file)}/*"
     else:
@@ -295,38 +325,72 @@ def _source(t: Translation, name: str, info: dict, where: Path, limit: int | Non
         "data_dir": info.get("folder") if repository else None,
         "split": f"{split}{slice}" if repository else slice,
     }
-    messages = columns.get("messages") or "conversations"
-    wanted: dict[str, str | None] = {"system": columns.get("system"), "tools": columns.get("tools")}
-    if info.get("formatting", "alpaca") == "alpaca":
-        wanted = {"system": columns.get("system")}
-        if info.get("ranking") or stage == "kto":
-            wanted |= {"prompt": columns.get("prompt") or "instruction"}
-            if columns.get("query"):
-                t.difference(f"{name}: the column {columns['query']} (query) is not read; join it with the prompt")
-        elif stage == "pt":
-            wanted = {"text": columns.get("prompt") or "text"}
-        else:
-            wanted |= {
-                "instruction": columns.get("prompt"),
-                "input": columns.get("query"),
-                "output": columns.get("response"),
-            }
-        if columns.get("history"):
-            t.difference(f"{name}: the column {columns['history']} (earlier turns) is not read; write rows as messages")
-    elif (tags.get("role_tag"), tags.get("content_tag")) == ("role", "content"):
-        wanted["prompt" if info.get("ranking") else "messages"] = messages
-    else:
-        wanted["conversations"] = messages
-        if tags and (tags.get("role_tag", "from"), tags.get("content_tag", "value")) != ("from", "value"):
-            t.difference(f"{name}: turns must have from and value, or role and content")
-    if info.get("ranking"):
-        wanted |= {"chosen": columns.get("chosen"), "rejected": columns.get("rejected")}
-    if stage == "kto":
-        wanted |= {"completion": columns.get("response"), "label": columns.get("kto_tag")}
+    row = first_row(source(path))
+    wanted = _columns(t, name, info, stage, row)
     entries["field_map"] = {theirs: ours for ours, theirs in wanted.items() if theirs and theirs != ours}
+    return source(path, **entries)
+
+
+def _columns(t: Translation, name: str, info: dict, stage: str, row: dict | None) -> dict[str, str | None]:
+    """{our field: their column} of one data set. row: its first row, None if it cannot be read."""
+    columns, tags = info.get("columns"), info.get("tags")
+    columns = columns if isinstance(columns, dict) else ALPACA  # a column that is not named is not read
+    tags = tags if isinstance(tags, dict) else {}
+    style, ranking, kto = info.get("formatting", "alpaca"), bool(info.get("ranking")), stage == "kto"
+    tags = SHAREGPT_TAGS | {key: value for key, value in tags.items() if value}
+    if style == "alpaca" and stage == "pt":
+        return {"text": columns.get("prompt") or "text"}
+    wanted: dict[str, str | None] = {"system": columns.get("system")}
+    if style == "alpaca":
+        t.agree("data.prompt_format", "chat", f"{name}, through LLaMA-Factory's template")
+        wanted |= _alpaca(t, name, columns, ranking or kto, row)
+    else:
+        wanted |= {"tools": columns.get("tools")}
+        messages = columns.get("messages") or "conversations"
+        written = (tags["role_tag"], tags["content_tag"])
+        if written == ("role", "content"):
+            wanted["prompt" if ranking else "messages"] = messages
+        else:
+            wanted["conversations"] = messages
+        if written not in (("from", "value"), ("role", "content")):
+            t.difference(f"{name}: turns must have from and value, or role and content; there {' and '.join(written)}")
+        given = info.get("tags") if isinstance(info.get("tags"), dict) else {}
+        names = {key: NAMES[key][written == ("role", "content")] for key in NAMES if given.get(key)}
+        others = [f"{key} = {given[key]}" for key, ours in names.items() if given[key] not in ours]
+        if others:
+            t.difference(f"{name}: these names of roles are not known here: {', '.join(others)}")
+        if style == "openai":
+            t.difference(f'{name}: formatting openai adds "detailed thinking off" to the system prompt there, not here')
+    if ranking:
+        wanted |= {"chosen": columns.get("chosen"), "rejected": columns.get("rejected")}
+    if kto:
+        answer = {"completion": columns.get("response")} if style == "alpaca" else {}
+        wanted |= {**answer, "label": columns.get("kto_tag")}
+    system = columns.get("system")
+    if system and (ranking or kto) and "conversations" not in wanted and (row is None or row.get(system)):
+        t.difference(f"{name}: the column {system} (system) is not read in preference rows; write the rows as messages")
     if any(columns.get(kind) for kind in ("images", "videos", "audios")):
         t.difference(f"{name}: images, sounds and videos are not supported")
-    return source(path, **entries)
+    for ours in () if ranking or kto else ("system", *(["input"] if style == "alpaca" else ["tools"])):
+        if not wanted.get(ours) and (row or {}).get(ours):
+            t.difference(
+                f"{name}: its description names no column for {ours}, and the rows have {ours}: it is read here"
+            )
+    return wanted
+
+
+def _alpaca(t: Translation, name: str, columns: dict, is_preference: bool, row: dict | None) -> dict[str, str | None]:
+    """The columns of questions and answers."""
+    question, query = columns.get("prompt"), columns.get("query")
+    if query and not is_preference and (row is None or row.get(query)):
+        t.difference(f"{name}: {question} and {query} are joined by a newline there, by an empty line here")
+    if columns.get("history"):
+        t.difference(f"{name}: the column {columns['history']} (earlier turns) is not read; write rows as messages")
+    if is_preference:
+        if query and (row is None or row.get(query)):
+            t.difference(f"{name}: the column {query} (query) is not read in preference rows; join it with {question}")
+        return {"prompt": question}
+    return {"instruction": question, "input": query, "output": columns.get("response")}
 
 
 def _losses(t: Translation, stage: str) -> None:

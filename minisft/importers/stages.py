@@ -21,6 +21,13 @@ from minisft.importers.translation import (
 
 NAME = "a file of stages"
 PREFERENCE_WORDS = ("dpo", "pref", "orpo", "kto", "simpo", "ipo", "apo", "align")
+LOSSES = {
+    "orpo": "orpo",
+    "kto": "kto",
+    "simpo": "simpo",
+    "ipo": "ipo",
+    "apo": "apo_zero",
+}  # a word of its name -> its loss
 TYPE_KEYS = ("trainer_type", "trainer", "stage_type", "type", "method", "task")
 
 
@@ -76,7 +83,8 @@ def _read_stage(name: str, table: dict, folders: set[str], first_row: FirstRow) 
     sections = {key for key in rest if isinstance(rest[key], dict) and any(k.startswith(f"{key}.") for k in KEYS)}
     for key in sections:  # [train] as a table, as in our files
         full |= {f"{key}.{inner}": value for inner, value in rest.pop(key).items()}
-    t = trl.read(rest, kind, first_row)
+    loss = next((LOSSES[word] for word in LOSSES if word in words), None)
+    t = trl.read(rest, kind, first_row, loss=loss, lora_by_rank=True)
     t.left |= full | {key: table[key] for key in (*from_before, *([written] if written else []))}
     t.given |= t.left
     if written:

@@ -1,8 +1,21 @@
 """transformers' TrainingArguments, which TRL and LLaMA-Factory inherit: their keys, which are the same in both files."""
 
+import math
+
+from minisft.config.load import DEFAULTS
 from minisft.config.sections import KEYS
-from minisft.config.values import choices
-from minisft.importers.translation import Table, Translation, as_list, as_number, spread
+from minisft.config.values import as_toml, choices
+from minisft.importers.translation import (
+    DIFFERENCE,
+    TRANSLATED,
+    Table,
+    Translation,
+    as_list,
+    as_number,
+    fitted_value,
+    spread,
+)
+from minisft.schedule import SCHEDULES, wrong_option
 
 TRACKERS = choices(KEYS["log.report_to"].type)
 KEPT = (  # under the same name
@@ -23,7 +36,7 @@ SAME: Table = {key.rpartition(".")[2]: key for key in KEPT} | {
 HARMLESS = spread(
     {
         "the kernels are chosen for the device by themselves": "use_liger_kernel liger_kernel_config attn_implementation "
-        "use_cache tf32 torch_empty_cache_steps dataloader_pin_memory",
+        "use_cache torch_empty_cache_steps dataloader_pin_memory",
         "batches are cut from a memory-mapped cache, which takes no workers": "dataloader_num_workers dataset_num_proc "
         "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order "
         "dataset_kwargs accelerator_config parallelism_config preprocessing_num_workers",
@@ -37,13 +50,12 @@ HARMLESS = spread(
         "blocks are run again without reentrance": "gradient_checkpointing_kwargs.* gradient_checkpointing_kwargs "
         "activation_checkpointing_kwargs.* activation_checkpointing_kwargs",
         "about several devices": "ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend "
-        "ddp_static_graph local_rank save_on_each_node fsdp_config fsdp_config.* num_machines mixed_precision",
+        "ddp_static_graph local_rank save_on_each_node fsdp_config fsdp_config.* num_machines",
         "only with push_to_hub": "hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
         "safetensors always": "save_safetensors",
         "a signal saves and stops a run, always": "enable_jit_checkpoint",
         "only with torch_compile": "torch_compile_backend torch_compile_mode",
         "this command trains": "do_train do_eval do_predict overwrite_output_dir",
-        "only with load_best_model_at_end": "metric_for_best_model greater_is_better",
     }
 )
 CHANGES = spread(
@@ -54,6 +66,7 @@ CHANGES = spread(
         "the last weights are exported; every verified checkpoint stays in the output folder": "load_best_model_at_end",
         "checkpoints hold everything that resuming needs": "save_only_model",
         "evaluation begins after eval_steps": "eval_delay",
+        "fp32 products are not rounded to TF32": "tf32",
         "resuming continues at the exact row": "ignore_data_skip restore_callback_states_from_checkpoint",
         "one seed for everything: train.seed": "data_seed",
         "sharding does not exist here: with torchrun each device holds the whole model": "deepspeed fsdp fsdp.* "
@@ -65,9 +78,10 @@ CHANGES = spread(
 )
 
 
-def training_arguments(t: Translation, trainer_type: str) -> None:
-    """Translate the keys that every trainer on top of transformers has."""
-    _schedule(t)
+def training_arguments(t: Translation, trainer_type: str, learning_rate: float | None = None) -> None:
+    """Translate the keys that every trainer on top of transformers has. learning_rate: where the file has none, None = ours."""
+    default = learning_rate or DEFAULTS[trainer_type].get("train.learning_rate", KEYS["train.learning_rate"].default)
+    _schedule(t, as_number(t.get("learning_rate")) or default)
     _precision(t)
     _evaluation(t)
     if (devices := as_number(t.get("num_processes"))) and devices > 1:
@@ -98,28 +112,93 @@ def training_arguments(t: Translation, trainer_type: str) -> None:
         asked = t.left["average_tokens_across_devices"] is not False
         why = "the mean is over all tokens of a step, on all devices" + ("" if asked else ", always")
         t.nothing("average_tokens_across_devices", why, harmless=asked)
+    for key in ("metric_for_best_model", "greater_is_better"):
+        if key in t.left:
+            used = t.on("load_best_model_at_end") or t.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
+            usual = t.left[key] in (None, "loss", "eval_loss", False)
+            why = (
+                "only with load_best_model_at_end"
+                if not used
+                else "the loss decides, as here"
+                if usual
+                else "the loss decides"
+            )
+            t.nothing(key, why, harmless=usual or not used)
     if "train_sampling_strategy" in t.left and t.get("train_sampling_strategy", "random") == "random":
         t.nothing("train_sampling_strategy", "as here", harmless=True)
     if t.get("data_seed") is not None and t.get("data_seed") == t.get("seed", KEYS["train.seed"].default):
         t.nothing("data_seed", "the same as seed", harmless=True)
+    elif t.get("data_seed") is not None:
+        t.nothing("data_seed", CHANGES["data_seed"])
     t.table({key: SAME[key] for key in SAME if key in t.left})
     if trainer_type == "sft" and t.values.get("train.neftune_noise_alpha"):
         t.difference("NEFTune's noise is scaled by the length of each document, there by that of the padded row")
 
 
-def _schedule(t: Translation) -> None:
-    kwargs = {key: t.left[key] for key in t.left if key.startswith("lr_scheduler_kwargs.")}
-    peak = as_number(t.get("learning_rate"))
-    for key, value in kwargs.items():
-        name, number = key.partition(".")[2], as_number(value)
-        if name == "min_lr" and number is not None:
+def _schedule(t: Translation, peak: float) -> None:
+    """The schedule's options and its warm-up. peak: the learning rate."""
+    written = next((t.get(key) for key in ("lr_scheduler_type", "lr_scheduler") if t.get(key)), "linear")
+    name = fitted_value("train.lr_scheduler_type", written)
+    options = {key.partition(".")[2]: key for key in t.left if key.startswith("lr_scheduler_kwargs.")}
+    kwargs: dict[str, object] = {}
+    for option, key in options.items():
+        value, number = t.left[key], as_number(t.left[key])
+        if option in ("min_lr", "lr_end") and number is not None:
             t.into(key, "train.min_lr", number)
-        elif name == "min_lr_rate" and number is not None and peak:
+        elif option in ("min_lr_rate", "min_lr_ratio") and number is not None:
             t.into(key, "train.min_lr", number * peak)
+        elif option == "num_decay_steps" and name == "warmup_stable_decay" and number is not None:
+            _decay_steps(t, key, int(number), kwargs)
+        elif (option, number) == ("num_cycles", 0.5) and name in ("cosine", "warmup_stable_decay"):
+            t.nothing(key, "half a period, as here", harmless=True)
+        elif name in SCHEDULES and option in SCHEDULES[name] and not wrong_option(name, option, _plain(value)):
+            kwargs[option] = _plain(value)
+            t.take(key, TRANSLATED, f"train.lr_scheduler_kwargs = {{{option} = {as_toml(kwargs[option])}}}")
         else:
-            t.nothing(key, "see train.lr_scheduler_kwargs and schedule.py for the options of a schedule")
+            t.nothing(key, f"{name if name in SCHEDULES else written} has no such option; see schedule.py")
     if t.get("lr_scheduler_kwargs") is not None:
         t.nothing("lr_scheduler_kwargs", "see train.lr_scheduler_kwargs and schedule.py for the options of a schedule")
+    if name == "polynomial":
+        t.default("train.min_lr", 1e-7, "transformers' polynomial ends at lr_end = 1e-7")
+    if name == "warmup_stable_decay":
+        if "decay_type" not in kwargs and options.get("decay_type") is None:
+            kwargs["decay_type"] = "cosine"
+            t.difference(
+                'train.lr_scheduler_kwargs: decay_type = "cosine", transformers\' default (default here: "linear")'
+            )
+        if t.values.get("train.min_lr"):
+            t.difference("warm-up: from 0 here, from min_lr there")
+    if kwargs:
+        t.values["train.lr_scheduler_kwargs"], t.origins["train.lr_scheduler_kwargs"] = kwargs, "lr_scheduler_kwargs"
+    _warmup(t, written)
+
+
+def _plain(value: object) -> object:
+    """A number that YAML read as text as a number; whole ones without a point."""
+    number = as_number(value)
+    return value if number is None else int(number) if float(number).is_integer() else number
+
+
+def _decay_steps(t: Translation, key: str, steps: int, kwargs: dict[str, object]) -> None:
+    """decay_ratio for a number of steps, if the file says how many steps there are."""
+    total = as_number(t.get("max_steps"))
+    if total and 0 < steps <= total:
+        ratio = steps / total
+        if math.ceil(total * ratio) != steps:  # rounded up
+            ratio = (steps - 0.5) / total
+        kwargs["decay_ratio"] = ratio
+        t.take(key, TRANSLATED, f"train.lr_scheduler_kwargs = {{decay_ratio = {ratio:g}}}, of max_steps")
+    else:
+        why = "the decay is a part of all steps here, whose number is not known: write decay_ratio into train.lr_scheduler_kwargs"
+        t.take(key, DIFFERENCE, why)
+
+
+def _warmup(t: Translation, schedule: object) -> None:
+    if schedule in ("constant", "reduce_lr_on_plateau"):  # constant_with_warmup has one
+        for key in ("warmup_steps", "warmup_ratio"):
+            if key in t.left:
+                t.nothing(key, f"{schedule} has no warm-up there; none is written", harmless=True)
+        return
     steps = as_number(t.get("warmup_steps"))
     if steps:  # a number below 1 is a part of all steps
         t.into("warmup_steps", "train.warmup_steps" if steps >= 1 else "train.warmup_ratio", steps)
@@ -140,6 +219,11 @@ def _precision(t: Translation) -> None:
         t.into("bf16", "train.precision", "bf16")
     if "fp16" in t.left:
         t.into("fp16", "train.precision", "fp16")
+    if (mixed := t.get("mixed_precision")) is not None:  # of accelerate, which the switches override
+        if "train.precision" in t.values or mixed in ("no", False):
+            t.nothing("mixed_precision", "bf16 and fp16 decide" if mixed not in ("no", False) else "off", harmless=True)
+        else:
+            t.into("mixed_precision", "train.precision")
 
 
 def _evaluation(t: Translation) -> None:

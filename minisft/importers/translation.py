@@ -19,11 +19,13 @@ from minisft.config.load import DEFAULTS
 from minisft.config.sections import KEYS
 from minisft.config.values import as_toml, expected, fit
 from minisft.errors import UserError
+from minisft.hub import is_repository_name
 from minisft.importers.yaml_file import MAX_KEYS, leaves
 
 TRANSLATED, DIFFERENCE, NO_COUNTERPART = "translated", "difference", "no counterpart"
 NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 OUR_NAMES = [key.rpartition(".")[2] for key in KEYS]
+LOADERS = ("json", "csv", "parquet", "text")
 OFF = (None, False, "", "none", "None", "no", "off", "false", 0, [], {})
 
 # A key of theirs: ours, or (ours, {their value: ours}).
@@ -97,7 +99,17 @@ class Translation:
         self.take(key, NO_COUNTERPART, text, harmless)
 
     def difference(self, text: str) -> None:
-        self.notes.append(Note(DIFFERENCE, text))
+        if Note(DIFFERENCE, text) not in self.notes:
+            self.notes.append(Note(DIFFERENCE, text))
+
+    def agree(self, ours: str, value: Any, why: str) -> None:
+        """Write what one of several data sets asks for. A second one that asks for something else is a difference."""
+        written = self.values.setdefault(ours, value)
+        first = self.origins.setdefault(ours, why)
+        if written != value:
+            self.difference(
+                f"{why}: {ours} = {short(value)} there; {short(written)} is written for all, as {first} asks"
+            )
 
     def default(self, ours: str, value: Any, why: str) -> None:
         """Write a default of theirs that is not ours, unless the file has set the key."""
@@ -198,6 +210,18 @@ def source(path: str, **entries: object) -> str | dict:
     """One entry of train_data; a plain path if it needs nothing else."""
     entries = {name: value for name, value in entries.items() if value not in (None, "", {}, [], "train")}
     return {"path": path, **entries} if entries else path
+
+
+def local_split(path: object, split: object) -> object:
+    """The split of a source. Of a local one, which has no splits, only the slice: "[:10%]" of "test[:10%]"."""
+    if isinstance(path, str) and isinstance(split, str) and not is_repository_name(path):
+        return split[len(split.partition("[")[0]) :]
+    return split
+
+
+def loaded_files(path: object, files: list) -> tuple[list[object], list]:
+    """([path], data_files) of a data set; with a loader of `datasets` as its path, its local files are the paths."""
+    return (files, []) if path in LOADERS and files else ([path], files)
 
 
 def spread(table: dict[str, str]) -> dict[str, str]:

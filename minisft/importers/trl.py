@@ -3,12 +3,20 @@
 Its defaults are ours except for those below; test_importers.py compares every one with the installed TRL.
 """
 
+from minisft.config.aliases import ALIASES
 from minisft.config.choices import ADAMW
 from minisft.importers.training_arguments import CHANGES, HARMLESS, training_arguments
 from minisft.importers.translation import TRANSLATED, FirstRow, Table, Translation, as_list, as_number, spread
 from minisft.importers.trl_data import sources
 
 NAME = "TRL"
+AFTER_THE_END = (
+    "what the chat template writes after the token that ends an answer (ChatML's newline) is context here (GSM8K on SmolLM2: "
+    "loss 1.511, and 1.497 if it is trained)"
+)
+ORPO_PROMPT = (
+    "orpo: the likelihood of the chosen answer counts the tokens of its prompt there, and only the answer's here"
+)
 WHOLE = ("chat_template_kwargs",)
 SAME: Table = {
     "model_name_or_path": "model.model_name_or_path",
@@ -24,6 +32,7 @@ SAME: Table = {
     "max_seq_length": "data.max_length",
     "truncation_mode": "data.truncation",
     "test_split_size": "data.eval_fraction",
+    "validation_split": "data.eval_fraction",  # of launchers
 }
 OF_LORA: Table = {
     "lora_r": "lora.r",
@@ -82,12 +91,9 @@ FOR_SFT = ("nll", "chunked_nll", "dft")
 ONLY_HARMLESS = HARMLESS | spread(
     {
         "adapters here are for causal language models": "lora_task_type",
-        "only with use_peft": "lora_target_parameters",
-        "quantised weights are multiplied in train.precision, and stored as bytes": "bnb_4bit_quant_storage "
-        "bnb_4bit_compute_dtype",
+        "quantised weights are stored as bytes": "bnb_4bit_quant_storage",
         "kept in fp32 as they are": "ignore_bias_buffers",
-        "rows are read as a stream and kept in a memory-mapped cache": "dataset_streaming streaming dataset_batch_size",
-        "environment variables belong to the shell": "env.*",
+        "rows are read as a stream and kept in a memory-mapped cache": "dataset_batch_size",
         "the length of prompt and answer together is limited": "use_logits_to_keep label_pad_token_id is_encoder_decoder",
     }
 )
@@ -95,6 +101,11 @@ ONLY_CHANGES = CHANGES | spread(
     {
         "code from a model repository never runs here": "trust_remote_code",
         "read from the model's own files": "model_init_kwargs model_init_kwargs.*",
+        "adapters on single parameters do not exist here": "lora_target_parameters",
+        "biases are not trained beside adapters": "lora_bias",
+        "a stream is trained in the order of its rows there; data.shuffle = false does that": "dataset_streaming streaming",
+        "set environment variables in the shell": "env.*",
+        "quantised weights are multiplied in train.precision": "bnb_4bit_compute_dtype",
         "prompt and answer are limited together, by data.max_length": "max_prompt_length max_completion_length",
         "TR-DPO and mixtures aside, the reference is the policy as it starts": "reference_free force_use_ref_model",
         "see evaluate.generate_data for sampled answers": "generate_during_eval",
@@ -102,25 +113,40 @@ ONLY_CHANGES = CHANGES | spread(
 )
 
 
-def read(table: dict, trainer_type: str | None = None, first_row: FirstRow = lambda source: None) -> Translation:
+def read(
+    table: dict,
+    trainer_type: str | None = None,
+    first_row: FirstRow = lambda source: None,
+    *,
+    loss: str | None = None,
+    lora_by_rank: bool = False,
+) -> Translation:
     """TRL's table -> our values and notes. trainer_type: "sft" or "dpo"; None = detected from the keys.
 
-    first_row: reads the first row of a source, on which depends what TRL trains.
+    first_row: reads the first row of a source, on which depends what TRL trains. loss: of pairs, where the file names none.
+    lora_by_rank: lora_r switches adapters on, without use_peft.
     """
     t = Translation(table, WHOLE)
     trainer_type = trainer_type or ("dpo" if is_dpo(table) else "sft")
     t.values["trainer_type"], t.origins["trainer_type"] = trainer_type, "the keys of the file"
-    if t.get("truncation_mode") == "keep_end":
+    if t.get("truncation_mode") == "keep_end" and trainer_type == "sft":
         t.difference("truncation keeps the end of a document, its first tokens (and a BOS) are lost, as there")
+    elif t.get("truncation_mode") == "keep_end":
+        t.difference(
+            'truncation = "left": both answers of a pair lose as many tokens at the front as the longer one has too many, and a '
+            "pair whose prompt is lost is dropped; keep_end cuts each alone and keeps the pair (223 of 299 rows at 256 tokens)"
+        )
     if "max_length" in t.left and t.left["max_length"] is None:
         t.left["max_length"] = "none"
     sources(t)
+    t.table({key: "data.train_data" for key in t.left if ALIASES.get(key) == "data.train_data"})
     training_arguments(t, trainer_type)
-    _model(t)
+    row = first_row(t.values["data.train_data"]) if "data.train_data" in t.values else None
+    _model(t, lora_by_rank)
     if trainer_type == "sft":
-        _sft(t, first_row)
+        _sft(t, row)
     else:
-        _dpo(t)
+        _dpo(t, row, loss)
     t.table(SAME)
     known = {*SAME, *OF_SFT, *OF_DPO, *OF_LORA, *OF_4BIT, "dataset_name", "use_peft"}
     t.finish(ONLY_HARMLESS, ONLY_CHANGES, known)
@@ -132,8 +158,19 @@ def read(table: dict, trainer_type: str | None = None, first_row: FirstRow = lam
         t.difference(
             "packing: attention stays inside each document, with any kernel" + ("; there it crosses" if wrapped else "")
         )
+    if trainer_type == "dpo" or _has_answers(t, row):
+        t.difference(f"{AFTER_THE_END}; TRL trains it")
     common_differences(t)
     return t
+
+
+def _has_answers(t: Translation, row: dict | None) -> bool:
+    """Whether a chat template may end trained answers: not in plain text, nor where all turns are trained."""
+    if row is None:
+        return True
+    if "messages" in row or "conversations" in row:
+        return bool(t.values.get("data.assistant_only_loss"))
+    return isinstance(row.get("completion"), list) and t.values.get("data.completion_only_loss") is not False
 
 
 def is_dpo(table: dict) -> bool:
@@ -143,6 +180,14 @@ def is_dpo(table: dict) -> bool:
 
 def common_differences(t: Translation) -> None:
     """The differences from every trainer on top of transformers' Trainer."""
+    modules = t.values.get("lora.modules_to_save", ())
+    if "lora.r" not in t.values or any("embed" in module for module in modules):
+        t.difference(
+            "the embedding of the pad token is trained here; there it is frozen if config.json names a pad_token_id, which in "
+            "some models, as SmolLM2, is that of EOS"
+        )
+    if t.values.get("lora.use_dora") and t.values.get("train.weight_decay"):
+        t.difference("DoRA's magnitudes do not decay; there weight_decay shrinks them too")
     if "checkpoint.save_total_limit" not in t.values:
         t.difference("checkpoint.save_total_limit: there every checkpoint is kept, here the newest 3 that verify")
     if "checkpoint.resume" not in t.values:
@@ -155,7 +200,12 @@ def common_differences(t: Translation) -> None:
         )
     t.difference("seed: the same number gives another order of rows and other dropout")
     if t.values["trainer_type"] == "dpo":
-        rows = "answers" if "kto" in t.values.get("dpo.loss_type", ()) else "pairs"
+        losses = t.values.get("dpo.loss_type", ())
+        rows = "answers" if "kto" in losses else "pairs"
+        if "kto" in losses:
+            t.difference(
+                "KTO: the answers that are set beside the prompts of other rows, for the KL term, are other ones"
+            )
         t.difference(
             f"the loss is the mean over the {rows} of a whole step; there a short last micro-batch counts as much as others"
         )
@@ -179,33 +229,42 @@ def weights_in_bf16(t: Translation, key: str, why: str) -> None:
         t.default("train.stochastic_rounding", False, "theirs rounds weights to the nearest; small updates are lost")
 
 
-def _model(t: Translation) -> None:
+def _model(t: Translation, lora_by_rank: bool) -> None:
     for key in ("chat_template", "chat_template_path"):
         template = t.get(key)
         if isinstance(template, str) and not template.endswith((".jinja", ".jinja2", ".j2")) and template != "chatml":
             t.nothing(key, "put the template into a .jinja file, and name that as model.chat_template")
     if t.get("model_revision") == "main":
         t.nothing("model_revision", "the repository's main branch, as here", harmless=True)
-    uses_lora = t.on("use_peft")
+    rank = as_number(t.get("lora_r", t.get("lora_rank")))
+    has_switch = "use_peft" in t.left
+    uses_lora = t.on("use_peft") or lora_by_rank and not has_switch and bool(rank)
+    without = "lora_r is not set" if lora_by_rank else "as in TRL without use_peft"
     for key in ("use_peft", *OF_LORA):
         if key in t.left and not uses_lora:
-            t.nothing(key, "use_peft is off", harmless=True)
+            t.nothing(
+                key,
+                "use_peft is off" if has_switch else f"all weights train, {without}",
+                harmless=has_switch or not t.on(key),  # without the switch, a rank may be meant as one
+            )
     if uses_lora:
-        t.take("use_peft", TRANSLATED, "lora.r")
-        t.table(OF_LORA)
+        if has_switch:
+            t.take("use_peft", TRANSLATED, "lora.r")
+        t.table(OF_LORA | {"lora_rank": "lora.r"})
         for ours, value in LORA_DEFAULTS.values():
             t.default(ours, value, "TRL's default")
-        if "lora.target_modules" not in t.values:
+        if "lora.target_modules" not in t.values and not lora_by_rank:  # else ours, all-linear
             model = str(t.get("model_name_or_path", "")).lower().replace("-", "_")
             modules = next((m for name, m in ATTENTION_MODULES.items() if name in model), USUAL_MODULES)
             t.default("lora.target_modules", modules, "PEFT's default for this family; all-linear trains more")
-    for key in ("load_in_4bit", "load_in_8bit"):
+    for key in ("load_in_4bit", "load_in_8bit", "use_4bit", "use_8bit"):
         if key in t.left and not uses_lora:
             t.nothing(key, "quantised weights need adapters: use_peft is off", harmless=not t.on(key))
-    for key in OF_4BIT:
-        if key in t.left and not t.on("load_in_4bit"):
+    in_4bit = t.on("load_in_4bit") or t.on("use_4bit")
+    for key in (*OF_4BIT, "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"):
+        if key in t.left and not in_4bit:
             t.nothing(key, "load_in_4bit is off", harmless=True)
-    if t.on("load_in_4bit") and "use_bnb_nested_quant" not in t.left:
+    if in_4bit and not {"use_bnb_nested_quant", "bnb_4bit_use_double_quant"} & set(t.left):
         t.default("model.bnb_4bit_use_double_quant", False, "TRL's default")
     t.table(OF_4BIT)
     for key in ("dtype", "torch_dtype", "model_init_kwargs.dtype", "model_init_kwargs.torch_dtype"):
@@ -224,7 +283,7 @@ def _model(t: Translation) -> None:
         t.default("model.gradient_checkpointing", True, "TRL's default")
 
 
-def _sft(t: Translation, first_row: FirstRow) -> None:
+def _sft(t: Translation, row: dict | None) -> None:
     if "loss_type" in t.left:
         if t.get("loss_type", "nll") in ("nll", "chunked_nll"):
             t.nothing("loss_type", "the same loss; it is always computed in pieces", harmless=True)
@@ -236,7 +295,6 @@ def _sft(t: Translation, first_row: FirstRow) -> None:
     t.table(OF_SFT)
     for key in FOR_DPO & set(t.left):
         t.nothing(key, "preference tuning only")
-    row = first_row(t.values["data.train_data"]) if "data.train_data" in t.values else None
     turns = row is not None and ("messages" in row or "conversations" in row)
     if row is None and "data.dataset_text_field" not in t.values and "dataset_text_field" not in t.left:
         if "assistant_only_loss" not in given and "completion_only_loss" not in given:
@@ -252,7 +310,8 @@ def _sft(t: Translation, first_row: FirstRow) -> None:
         )
 
 
-def _dpo(t: Translation) -> None:
+def _dpo(t: Translation, row: dict | None, loss: str | None) -> None:
+    t.default("data.prompt_format", "plain", "TRL takes prompts and answers that are text as they are")
     for key in set(OF_SFT) & set(t.left):
         if key == "packing":
             t.into(key, "data.packing")
@@ -268,3 +327,7 @@ def _dpo(t: Translation) -> None:
         t.values["dpo.loss_weights"] = (*(1.0 for _ in losses), weight)
         t.origins |= {"dpo.loss_type": "rpo_alpha", "dpo.loss_weights": "rpo_alpha"}
     t.table(OF_DPO)
+    if loss and "dpo.loss_type" not in t.values:
+        t.default("dpo.loss_type", (loss,), "the name of the stage")
+    if "orpo" in t.values.get("dpo.loss_type", ()):
+        t.difference(ORPO_PROMPT)

@@ -5,7 +5,16 @@ the alignment handbook, whose recipes are TRL files with keys of their own:
     dataset_mixture: {datasets: [{id: owner/name, config: ..., split: ..., weight: 0.5}], seed: 0}
 """
 
-from minisft.importers.translation import TRANSLATED, Translation, as_list, as_number, source
+from minisft.hub import is_repository_name
+from minisft.importers.translation import (
+    TRANSLATED,
+    Translation,
+    as_list,
+    as_number,
+    loaded_files,
+    local_split,
+    source,
+)
 
 NO_COLUMNS = "fields that no format names are never read"
 
@@ -33,17 +42,24 @@ def _one_dataset(t: Translation, wants_eval: bool) -> None:
     name, config = t.get("dataset_name"), t.get("dataset_config")
     split, test = t.get("dataset_train_split", "train"), t.get("dataset_test_split", "test")
     if isinstance(name, str):
-        t.into("dataset_name", "data.train_data", source(name, name=config, split=split))
-        if wants_eval:
+        t.into("dataset_name", "data.train_data", source(name, name=config, split=local_split(name, split)))
+        has_test = wants_eval and is_repository_name(name)
+        if has_test:
             _set(t, "data.eval_data", [source(name, name=config, split=test)], f"dataset_name, split {test}")
         for key in ("dataset_config", "dataset_train_split"):
             if key in t.left:
                 t.take(key, TRANSLATED, "data.train_data")
         if "dataset_test_split" in t.left:
-            if wants_eval:
+            if has_test:
                 t.take("dataset_test_split", TRANSLATED, "data.eval_data")
-            else:
+            elif not wants_eval:
                 t.nothing("dataset_test_split", "eval_strategy is off", harmless=True)
+            else:
+                t.nothing("dataset_test_split", f"{name} has no splits")
+        if wants_eval and not has_test:
+            t.difference(
+                f"no evaluation: {name} has no splits; name data.eval_data, or hold rows out by data.eval_fraction"
+            )
     for key in ("dataset_config", "dataset_train_split", "dataset_test_split"):
         if key in t.left:
             t.nothing(key, "there is no dataset_name", harmless=True)
@@ -55,11 +71,14 @@ def _mixture(t: Translation, prefix: str, names: dict[str, str]) -> None:
     while any(key.startswith(f"{prefix}[{i}].") for key in t.left):
         written = {key.partition("].")[2]: key for key in t.left if key.startswith(f"{prefix}[{i}].")}
         keys = {names.get(name, name): key for name, key in written.items()}
-        entries = {name: t.left[keys[name]] for name in ("name", "split", "data_dir", "data_files") if name in keys}
+        entries = {name: t.left[keys[name]] for name in ("name", "data_dir") if name in keys}
+        split = t.left.get(keys.get("split", ""))
         if (weight := as_number(t.left.get(keys.get("weight", "")))) is not None and 0 < weight < 1:
             entries["weight"] = weight
-        if path := t.left.get(keys.get("path", "")):
-            found.append(source(str(path), **entries))
+        paths, entries["data_files"] = loaded_files(
+            t.left.get(keys.get("path", "")), as_list(t.left.get(keys.get("data_files", "")))
+        )
+        found += [source(str(path), split=local_split(path, split), **entries) for path in paths if path]
         for name, key in keys.items():
             if name == "fraction":
                 if t.get(key) is not None:
@@ -86,8 +105,13 @@ def _mixer(t: Translation, wants_eval: bool) -> None:
     for i, (key, part) in enumerate(parts.items()):
         path, name = key.partition(".")[2], configs[i] if i < len(configs) else None
         slice = f"[:{round(100 * part)}%]" if part is not None and part < 1 else ""
-        train += [source(path, name=name, split=split + slice) for split in splits if "train" in split]
-        test += [source(path, name=name, split=split) for split in splits if "test" in split]
+        has_splits = is_repository_name(path)
+        if not has_splits:
+            t.difference(f"{path} has no splits: all of it is trained on, none evaluated")
+        train += [
+            source(path, name=name, split=local_split(path, split + slice)) for split in splits if "train" in split
+        ]
+        test += [source(path, name=name, split=split) for split in splits if "test" in split and has_splits]
         t.take(key, TRANSLATED, "data.train_data")
     _set(t, "data.train_data", train, "dataset_mixer")
     if wants_eval:
