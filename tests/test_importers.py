@@ -725,6 +725,23 @@ def test_a_key_with_an_effect_there_is_never_said_to_have_none(folder, name, tex
     assert [note for note in t.notes if note.key == key and note.kind == NO_COUNTERPART and not note.harmless]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "ours"),
+    [
+        ("axolotl", "{rl: ipo, dpo_loss_type: [hinge], dpo_label_smoothing: 0.1}", ("dpo.loss_type", ("ipo",))),
+        ("axolotl", "{rl: kto, dpo_label_smoothing: 0.1}", ("train.label_smoothing", None)),
+        ("axolotl", "{rl: simpo, rl_beta: 2.0, orpo_alpha: 0.1}", ("dpo.beta", 2.0)),
+        ("axolotl", "{dpo_loss_type: [hinge], rl_beta: 0.3}", ("dpo.loss_type", None)),
+        ("llamafactory", "{stage: kto, dpo_label_smoothing: 0.1}", ("train.label_smoothing", None)),
+        ("llamafactory", "{stage: dpo, kto_chosen_weight: 2.0}", ("dpo.desirable_weight", None)),
+    ],
+)
+def test_a_key_of_another_loss_has_no_effect_as_there(folder, name, text, ours):
+    t = translated(name, text, folder)
+    accounted(t)
+    assert t.values.get(ours[0]) == ours[1] and texts(t, NO_COUNTERPART) == ""
+
+
 SCHEDULES = [
     ({"lr_scheduler_type": "polynomial"}, 1e-7, {}),
     ({"lr_scheduler_type": "polynomial", "kwargs": {"lr_end": 1e-6, "power": 2.0}}, 1e-6, {"power": 2}),

@@ -68,6 +68,14 @@ DEFAULTS: dict[str, object] = {  # theirs, where they are not ours
     "log.report_to": (),
 }
 LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "simpo": "simpo", "orpo": "orpo", "kto": "kto"}
+# Keys of one loss or another: the values of rl with which they have an effect.
+ONLY_WITH = {
+    **dict.fromkeys(("dpo_loss_type", "dpo_loss_weights", "dpo_label_smoothing"), ("dpo",)),
+    **dict.fromkeys(("dpo_use_weighting", "precompute_ref_log_probs"), ("dpo", "ipo")),
+    **dict.fromkeys(("simpo_gamma", "cpo_alpha"), ("simpo",)),
+    **dict.fromkeys(("kto_desirable_weight", "kto_undesirable_weight"), ("kto",)),
+    **dict.fromkeys(("rl_beta", "dpo_beta", "orpo_alpha", "rpo_alpha", "trl.beta"), tuple(LOSSES)),
+}
 TRACKER_KEYS = {"use_wandb": "wandb", "wandb_project": "wandb", "use_mlflow": "mlflow", "mlflow_experiment_name": "mlflow",
             "use_tensorboard": "tensorboard", "use_trackio": "trackio", "trackio_project_name": "trackio"}  # fmt: skip
 EASY = HARMLESS | spread(
@@ -275,6 +283,9 @@ def _model(t: Translation) -> None:
 
 
 def _loss(t: Translation, rl: str | None) -> None:
+    for key, values in ONLY_WITH.items():
+        if key in t.left and rl not in values:
+            t.nothing(key, f"only with rl: {', '.join(values)}", harmless=True)
     if rl:
         loss = LOSSES[rl]
         t.take("rl", TRANSLATED, f'trainer_type = "dpo", dpo.loss_type = ["{loss}"]')
@@ -296,8 +307,10 @@ def _loss(t: Translation, rl: str | None) -> None:
                 t.values["dpo.loss_weights"], t.origins["dpo.loss_weights"] = tuple(weights), extra
         if rl == "orpo":
             t.difference(ORPO_PROMPT)
-        for key in ("trl.beta", "rl_beta", "dpo_beta", "orpo_alpha"):
-            if key in t.left:
+        for key in ("trl.beta", "rl_beta", "dpo_beta", "orpo_alpha"):  # the first one wins
+            if t.get(key) is not None and "dpo.beta" in t.values:
+                t.nothing(key, "another key says beta there too", harmless=True)
+            elif key in t.left:
                 t.into(key, "dpo.beta")
     elif "rl" in t.left:
         t.nothing("rl", "supervised fine-tuning", harmless=True)

@@ -54,6 +54,11 @@ DEFAULTS: dict[str, object] = {  # theirs, where they are not ours
     "log.report_to": (),
 }
 LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
+ONLY_IN = {  # the stages in which a key has an effect
+    **dict.fromkeys(("pref_beta", "ref_model"), ("dpo", "kto")),
+    **dict.fromkeys(("dpo_label_smoothing", "simpo_gamma", "ld_alpha"), ("dpo",)),
+    **dict.fromkeys(("kto_chosen_weight", "kto_rejected_weight"), ("kto",)),
+}
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}  # the columns where none are named
 SHAREGPT_TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
                  "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}  # fmt: skip
@@ -416,8 +421,6 @@ def _losses(t: Translation, stage: str) -> None:
             t.nothing("pref_ftx", "kto is not mixed with sft here")
     for key in [key for key in ("pref_loss", "pref_ftx") if key in t.left]:
         t.nothing(key, "no effect in this stage", harmless=True)
-    if stage not in ("dpo", "kto"):
-        for key in ("pref_beta", "dpo_label_smoothing", "simpo_gamma", "kto_chosen_weight", "kto_rejected_weight", "ld_alpha",
-                    "ref_model"):  # fmt: skip
-            if key in t.left:
-                t.nothing(key, "no effect in this stage", harmless=True)
+    for key, stages in ONLY_IN.items():
+        if key in t.left and stage not in stages:
+            t.nothing(key, f"only in stage {' and '.join(stages)}", harmless=True)

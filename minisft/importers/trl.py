@@ -90,7 +90,6 @@ FOR_DPO = {"rpo_alpha", "max_prompt_length", "max_completion_length", "reference
 FOR_SFT = ("nll", "chunked_nll", "dft")
 ONLY_HARMLESS = HARMLESS | spread(
     {
-        "adapters here are for causal language models": "lora_task_type",
         "quantised weights are stored as bytes": "bnb_4bit_quant_storage",
         "kept in fp32 as they are": "ignore_bias_buffers",
         "rows are read as a stream and kept in a memory-mapped cache": "dataset_batch_size",
@@ -103,6 +102,7 @@ ONLY_CHANGES = CHANGES | spread(
         "read from the model's own files": "model_init_kwargs model_init_kwargs.*",
         "adapters on single parameters do not exist here": "lora_target_parameters",
         "biases are not trained beside adapters": "lora_bias",
+        "adapters here are for causal language models": "lora_task_type",
         "a stream is trained in the order of its rows there; data.shuffle = false does that": "dataset_streaming streaming",
         "set environment variables in the shell": "env.*",
         "quantised weights are multiplied in train.precision": "bnb_4bit_compute_dtype",
@@ -260,6 +260,8 @@ def _model(t: Translation, lora_by_rank: bool) -> None:
     for key in ("load_in_4bit", "load_in_8bit", "use_4bit", "use_8bit"):
         if key in t.left and not uses_lora:
             t.nothing(key, "quantised weights need adapters: use_peft is off", harmless=not t.on(key))
+    if t.get("lora_task_type") == "CAUSAL_LM":
+        t.nothing("lora_task_type", "as here", harmless=True)
     in_4bit = t.on("load_in_4bit") or t.on("use_4bit")
     for key in (*OF_4BIT, "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"):
         if key in t.left and not in_4bit:
