@@ -16,13 +16,14 @@ Triton runs, and the tables of launch configurations.
 
 import argparse
 import ast
+import contextlib
 import copy
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -45,8 +46,8 @@ TESTS = {
     "minisft/dpo.py": "dpo dpo_run",
     "minisft/checkpoint.py": "checkpoint optim resume",
     "minisft/optimizers.py": "optim optim_memory",
-    "minisft/update.py": "optim loop optim_memory",
-    "minisft/loop.py": "loop dpo_run trainable optim_memory resume ranks",
+    "minisft/update.py": "optim_memory loop optim",
+    "minisft/loop.py": "intervals loop optim_memory resume dpo_run trainable ranks",
     "minisft/resume.py": "resume optim_memory dpo_run",
     "kernels/rms_norm.py": "norms",
     "kernels/layer_norm.py": "norms",
@@ -191,29 +192,51 @@ def choose(file: str, source: bytes, number: int, seed: int) -> list[Mutant]:
 # ---- running the tests ------------------------------------------------------------------------------------------
 
 
+def warm_up() -> None:
+    """Import what takes seconds, and nothing of this project. The tests run in forks of this process."""
+    sys.path[:] = [path for path in sys.path if not Path(path or ".").resolve().is_relative_to(ROOT)]
+    # CI: hypothesis draws the same examples every time
+    os.environ |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "20000", "HF_HUB_OFFLINE": "1", "CI": "1"}
+    import pytest  # noqa: F401
+    import torch._dynamo  # noqa: F401
+
+
+def run_pytest(tree: Path, tests: str, output: Path) -> None:
+    """In a process of its own: the tests of the tree, its exit code that of pytest."""
+    os.setsid()  # so that what the tests start ends with them
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    os.environ["PYTHONPATH"] = str(tree)
+    files = [f"tests/test_{name}.py" for name in tests.split()]
+    import pytest
+
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", "not triton", *files]))
+
+
 def first_failure(tree: Path, tests: str, limit: float | None = None) -> str | None:
     """The test that failed, "a hang" after `limit` seconds, or None where all passed."""
-    files = [f"tests/test_{name}.py" for name in tests.split()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "not triton", *files]
-    # CI: hypothesis draws the same examples every time
-    env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "CI": "1"}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=tree, env=env, start_new_session=True, **streams)
+    output = tree / "output.txt"
+    process = multiprocessing.get_context("fork").Process(target=run_pytest, args=(tree, tests, output))
+    process.start()
     try:
-        out, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        return "a hang"
+        process.join(limit)
+        hangs = process.is_alive()
     finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)  # and what the tests have started
-        except ProcessLookupError:
-            pass
-        process.wait()
-    assert process.returncode != 5, f"no tests in {tests}"
-    if process.returncode == 0:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    assert process.exitcode != 5, f"no tests in {tests}"
+    if hangs:
+        return "a hang"
+    if process.exitcode == 0:
         return None
-    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", out, re.MULTILINE)
-    return failed[1] if failed else out.strip().splitlines()[-1]
+    said = output.read_text()
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", said, re.MULTILINE)
+    return failed[1] if failed else said.strip().splitlines()[-1]
 
 
 def copy_tree(to: Path) -> Path:
@@ -230,6 +253,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--per-file", type=int, default=8, help="mutants of each file")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the tests, removes the copy
+    warm_up()
     counts, limits = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         tree = copy_tree(Path(folder))

@@ -150,9 +150,11 @@ def test_the_partial_last_window(tmp_path, batch_size, accumulation):
     assert_same(gradients_of_step(tmp_path, step=5, **split), gradients_of_step(tmp_path, step=5, **whole))
 
 
-def test_fractional_weights(tmp_path):
+@pytest.mark.parametrize("scale", [1, 2**-20], ids=["usual", "tiny"])
+def test_fractional_weights(tmp_path, scale):
+    """Only their proportions count."""
     rows = [json.loads(line) for line in write_rows(tmp_path / "rows.jsonl").read_text().splitlines()]
-    text = "".join(json.dumps({**row, "weight": i % 4 * 0.5}) + "\n" for i, row in enumerate(rows))
+    text = "".join(json.dumps({**row, "weight": i % 4 * 0.5 * scale}) + "\n" for i, row in enumerate(rows))
     (tmp_path / "rows.jsonl").write_text(text)
     assert_same(gradients_of_step(tmp_path), naive_step(tmp_path))
     split = {"train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 4}

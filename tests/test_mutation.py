@@ -1,6 +1,8 @@
 """The mutants of tests/mutation.py: each is a file that Python reads, and another one; a sample of them is killed."""
 
 import ast
+import subprocess
+import sys
 
 import mutation
 import pytest
@@ -51,4 +53,5 @@ def test_every_mutant_is_another_program_and_the_choice_repeats(file):
 def test_a_sample_is_killed():
     """In files whose tests take seconds; `python tests/mutation.py` has the others."""
     files = ["minisft/schedule.py", "minisft/data/packing.py", "minisft/preference/losses.py", "kernels/rope.py"]
-    assert mutation.main(["--files", *files, "--per-file", "6"]) == 0
+    command = [sys.executable, mutation.__file__, "--per-file", "6", "--files", *files]
+    assert subprocess.run(command).returncode == 0
