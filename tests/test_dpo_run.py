@@ -175,6 +175,21 @@ def test_resumed_is_uninterrupted(go, keys, monkeypatch):
     assert logged(resumed.output_dir, "rewards/margins") == logged(whole.output_dir, "rewards/margins")
 
 
+def test_a_run_whose_packs_hold_shared_prompts_resumes_with_these_only(go, monkeypatch):
+    """Pairs that share their prompt are shorter, so that other pairs share a pack. Without packs it makes no difference."""
+    for packing in (True, False):
+        keys = {"data.packing": packing, "train.max_steps": 3, "dpo.share_prompt": True}
+        with monkeypatch.context() as patch:
+            stop_after(patch, 2, signal.SIGTERM)
+            go(f"packing-{packing}", **keys)
+        other = keys | {"dpo.share_prompt": False}
+        if packing:
+            with pytest.raises(UserError, match="packing was bfd of pairs that share a prompt, is bfd"):
+                go(f"packing-{packing}", **other)
+        else:
+            assert go(f"packing-{packing}", **other).exit_code == 0
+
+
 def test_a_new_adapter_has_its_base_as_the_reference(go):
     """Switched off or copied (TR-DPO that never comes): the same."""
     off = go("off", **{"lora.r": 4})
