@@ -189,6 +189,27 @@ def test_every_package_is_installed():
     assert [name for name in settings["package-data"]["minisft"] if not (ROOT / "minisft" / name).is_file()] == []
 
 
+def test_the_walk_in_the_readme_goes_through_functions_that_exist():
+    section = (ROOT / "README.md").read_text().partition("## How a step works")[2]
+    walk = re.findall(r"^\| `([\w.]+)` \| \[`([\w/.]+)`\]", section, re.MULTILINE)
+    assert len(walk) == 7 and len({file for _, file in walk}) == 6
+    for function, file in walk:
+        assert f"def {function.rpartition('.')[2]}(" in (ROOT / file).read_text(), function
+
+
+def test_the_map_in_the_readme_has_every_room():
+    block = (ROOT / "README.md").read_text().partition("### The rooms")[2].split("```")[1]
+    mapped, folder = set(), ""
+    for line in block.strip("\n").split("\n"):
+        indent, name = re.match(r"( *)(\S+)", line).groups()
+        folder = folder if indent else name
+        found = set(ROOT.glob(folder + name if indent else name))
+        assert found, f"{line.strip()}: nothing has this name"
+        mapped |= found
+    rooms = [path for top in ("minisft", "kernels") for path in (ROOT / top).iterdir() if path.name != "__pycache__"]
+    assert [path.name for path in rooms if path not in mapped] == []
+
+
 # ------------------------------------------------------------------------------------------------- the test of the test
 
 
