@@ -699,6 +699,7 @@ def test_a_local_file_gets_no_split_that_it_lacks(folder):
     [
         ("trl", "lora_r: 16"),  # without use_peft, and TRL trains all weights
         ("trl", "{use_peft: true, lora_target_parameters: [experts]}"),
+        ("trl", "{use_peft: true, lora_task_type: SEQ_CLS}"),
         ("trl", "env: {OMP_NUM_THREADS: 1}"),
         ("trl", "streaming: true"),
         ("trl", "tf32: true"),

@@ -6,7 +6,8 @@ Its `dataset` names entries of a dataset_info.json, which is read too if it is f
 from dataclasses import MISSING
 from pathlib import Path
 
-from minisft.errors import CONFIG, UserError
+from minisft.errors import UserError
+from minisft.importers.llamafactory_data import DATA_INFO, dataset_info, described_source
 from minisft.importers.training_arguments import CHANGES, HARMLESS, training_arguments
 from minisft.importers.translation import (
     TRANSLATED,
@@ -16,15 +17,12 @@ from minisft.importers.translation import (
     as_list,
     as_number,
     fitted_value,
-    source,
     spread,
 )
 from minisft.importers.trl import AFTER_THE_END, common_differences, weights_in_bf16
-from minisft.strict_json import read_json
 
 NAME = "LLaMA-Factory"
 WHOLE = ("rope_scaling",)
-DATA_INFO = "dataset_info.json"
 SAME: Table = {
     "model_name_or_path": "model.model_name_or_path",
     "val_size": "data.eval_fraction",
@@ -59,21 +57,11 @@ ONLY_IN = {  # the stages in which a key has an effect
     **dict.fromkeys(("dpo_label_smoothing", "simpo_gamma", "ld_alpha"), ("dpo",)),
     **dict.fromkeys(("kto_chosen_weight", "kto_rejected_weight"), ("kto",)),
 }
-ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}  # the columns where none are named
-SHAREGPT_TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
-                 "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}  # fmt: skip
-# The names of roles that turns may have here: with from and value, with role and content.
-NAMES = {
-    "user_tag": (("human", "user"), ("user",)),
-    "assistant_tag": (("gpt", "assistant"), ("assistant",)),
-    "system_tag": (("system",), ("system", "developer")),
-    "observation_tag": (("observation", "tool", "function_response", "tool_response"), ("tool",)),
-    "function_tag": (("function_call", "tool_call"), ()),
-}
 EASY = HARMLESS | spread(
     {
         "tokens are kept in a cache beside the output folder, keyed by everything that shaped them": "overwrite_cache "
-        "preprocessing_batch_size data_shared_file_system dataset_dir cache_dir buffer_size media_dir",
+        "preprocessing_batch_size data_shared_file_system cache_dir buffer_size media_dir",
+        "where the descriptions of the data are": "dataset_dir",
         "the kernels are chosen for the device by themselves": "flash_attn enable_liger_kernel "
         "use_unsloth_gc low_cpu_mem_usage "
         "use_reentrant_gc block_diag_attn use_v1_kernels use_kv_cache use_unsloth",
@@ -234,13 +222,13 @@ def _precision(t: Translation) -> None:
 def _data(t: Translation, stage: str, folder: Path, first_row: FirstRow) -> None:
     directory = str(t.get("dataset_dir", "data"))
     limit = as_number(t.get("max_samples"))
-    info, where = _dataset_info(directory, folder)
+    info, where = dataset_info(directory, folder)
     for key, ours in (("dataset", "data.train_data"), ("eval_dataset", "data.eval_data")):
         names, sources, unknown = as_list(t.get(key)), [], []
         for name in names:
             if info is not None and isinstance(info.get(name), dict):
                 sources.append(
-                    _source(t, str(name), info[name], where, int(limit) if limit else None, stage, first_row)
+                    described_source(t, str(name), info[name], where, int(limit) if limit else None, stage, first_row)
                 )
             else:
                 unknown.append(str(name))
@@ -300,102 +288,6 @@ def _template(t: Translation, stage: str) -> None:
             "prompts: LLaMA-Factory writes turns, BOS, EOS and a default system prompt by its own code; here the chat template "
             "does" + (", around prompts and answers that are text too" if "data.prompt_format" in t.values else "")
         )
-
-
-def _dataset_info(directory: str, folder: Path) -> tuple[dict | None, Path]:
-    """The descriptions of the data, and the folder that they are in."""
-    for place in dict.fromkeys((folder / directory, Path(directory), folder, *(p / directory for p in folder.parents))):
-        if (place / DATA_INFO).is_file():
-            info = read_json(place / DATA_INFO, exit_code=CONFIG)
-            return (info if isinstance(info, dict) else {}), place
-    return None, folder
-
-
-def _source(
-    t: Translation, name: str, info: dict, where: Path, limit: int | None, stage: str, first_row: FirstRow
-) -> str | dict:
-    """One entry of dataset_info.json as a source of ours."""
-    repository, file = info.get("hf_hub_url"), info.get("file_name")
-    if file and not repository and (where / str(file)).is_dir():
-        path = f"{where / str(file)}/*"
-    else:
-        path = str(repository) if repository else str(where / str(file or info.get("script_url") or name))
-    if not repository and not file:
-        t.difference(f"{name}: only files and Hugging Face repositories are read; name its rows as data.train_data")
-    limit = min(filter(None, (limit, info.get("num_samples"))), default=None)
-    slice = f"[:{limit}]" if limit else ""
-    split = str(info.get("split") or "train")
-    entries: dict[str, object] = {
-        "name": info.get("subset"),
-        "data_dir": info.get("folder") if repository else None,
-        "split": f"{split}{slice}" if repository else slice,
-    }
-    row = first_row(source(path))
-    wanted = _columns(t, name, info, stage, row)
-    entries["field_map"] = {theirs: ours for ours, theirs in wanted.items() if theirs and theirs != ours}
-    return source(path, **entries)
-
-
-def _columns(t: Translation, name: str, info: dict, stage: str, row: dict | None) -> dict[str, str | None]:
-    """{our field: their column} of one data set. row: its first row, None if it cannot be read."""
-    columns, tags = info.get("columns"), info.get("tags")
-    columns = columns if isinstance(columns, dict) else ALPACA  # a column that is not named is not read
-    tags = tags if isinstance(tags, dict) else {}
-    style, ranking, kto = info.get("formatting", "alpaca"), bool(info.get("ranking")), stage == "kto"
-    tags = SHAREGPT_TAGS | {key: value for key, value in tags.items() if value}
-    if style == "alpaca" and stage == "pt":
-        return {"text": columns.get("prompt") or "text"}
-    wanted: dict[str, str | None] = {"system": columns.get("system")}
-    if style == "alpaca":
-        t.agree("data.prompt_format", "chat", f"{name}, through LLaMA-Factory's template")
-        wanted |= _alpaca(t, name, columns, ranking or kto, row)
-    else:
-        wanted |= {"tools": columns.get("tools")}
-        messages = columns.get("messages") or "conversations"
-        written = (tags["role_tag"], tags["content_tag"])
-        if written == ("role", "content"):
-            wanted["prompt" if ranking else "messages"] = messages
-        else:
-            wanted["conversations"] = messages
-        if written not in (("from", "value"), ("role", "content")):
-            t.difference(f"{name}: turns must have from and value, or role and content; there {' and '.join(written)}")
-        given = info.get("tags") if isinstance(info.get("tags"), dict) else {}
-        names = {key: NAMES[key][written == ("role", "content")] for key in NAMES if given.get(key)}
-        others = [f"{key} = {given[key]}" for key, ours in names.items() if given[key] not in ours]
-        if others:
-            t.difference(f"{name}: these names of roles are not known here: {', '.join(others)}")
-        if style == "openai":
-            t.difference(f'{name}: formatting openai adds "detailed thinking off" to the system prompt there, not here')
-    if ranking:
-        wanted |= {"chosen": columns.get("chosen"), "rejected": columns.get("rejected")}
-    if kto:
-        answer = {"completion": columns.get("response")} if style == "alpaca" else {}
-        wanted |= {**answer, "label": columns.get("kto_tag")}
-    system = columns.get("system")
-    if system and (ranking or kto) and "conversations" not in wanted and (row is None or row.get(system)):
-        t.difference(f"{name}: the column {system} (system) is not read in preference rows; write the rows as messages")
-    if any(columns.get(kind) for kind in ("images", "videos", "audios")):
-        t.difference(f"{name}: images, sounds and videos are not supported")
-    for ours in () if ranking or kto else ("system", *(["input"] if style == "alpaca" else ["tools"])):
-        if not wanted.get(ours) and (row or {}).get(ours):
-            t.difference(
-                f"{name}: its description names no column for {ours}, and the rows have {ours}: it is read here"
-            )
-    return wanted
-
-
-def _alpaca(t: Translation, name: str, columns: dict, is_preference: bool, row: dict | None) -> dict[str, str | None]:
-    """The columns of questions and answers."""
-    question, query = columns.get("prompt"), columns.get("query")
-    if query and not is_preference and (row is None or row.get(query)):
-        t.difference(f"{name}: {question} and {query} are joined by a newline there, by an empty line here")
-    if columns.get("history"):
-        t.difference(f"{name}: the column {columns['history']} (earlier turns) is not read; write rows as messages")
-    if is_preference:
-        if query and (row is None or row.get(query)):
-            t.difference(f"{name}: the column {query} (query) is not read in preference rows; join it with {question}")
-        return {"prompt": question}
-    return {"instruction": question, "input": query, "output": columns.get("response")}
 
 
 def _losses(t: Translation, stage: str) -> None:

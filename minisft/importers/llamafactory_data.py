@@ -1,0 +1,112 @@
+"""LLaMA-Factory's data sets: where the rows are, and what their description in dataset_info.json says of the columns."""
+
+from pathlib import Path
+
+from minisft.errors import CONFIG
+from minisft.importers.translation import FirstRow, Translation, source
+from minisft.strict_json import read_json
+
+DATA_INFO = "dataset_info.json"
+ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}  # the columns where none are named
+# The names of roles that turns may have here: with from and value, with role and content.
+NAMES = {
+    "user_tag": (("human", "user"), ("user",)),
+    "assistant_tag": (("gpt", "assistant"), ("assistant",)),
+    "system_tag": (("system",), ("system", "developer")),
+    "observation_tag": (("observation", "tool", "function_response", "tool_response"), ("tool",)),
+    "function_tag": (("function_call", "tool_call"), ()),
+}
+
+
+def dataset_info(directory: str, folder: Path) -> tuple[dict | None, Path]:
+    """The descriptions of the data, and the folder that they are in."""
+    for place in dict.fromkeys((folder / directory, Path(directory), folder, *(p / directory for p in folder.parents))):
+        if (place / DATA_INFO).is_file():
+            info = read_json(place / DATA_INFO, exit_code=CONFIG)
+            return (info if isinstance(info, dict) else {}), place
+    return None, folder
+
+
+def described_source(
+    t: Translation, name: str, info: dict, where: Path, limit: int | None, stage: str, first_row: FirstRow
+) -> str | dict:
+    """One entry of dataset_info.json as a source of ours."""
+    repository, file = info.get("hf_hub_url"), info.get("file_name")
+    if file and not repository and (where / str(file)).is_dir():
+        path = f"{where / str(file)}/*"
+    else:
+        path = str(repository) if repository else str(where / str(file or info.get("script_url") or name))
+    if not repository and not file:
+        t.difference(f"{name}: only files and Hugging Face repositories are read; name its rows as data.train_data")
+    limit = min(filter(None, (limit, info.get("num_samples"))), default=None)
+    slice = f"[:{limit}]" if limit else ""
+    split = str(info.get("split") or "train")
+    entries: dict[str, object] = {
+        "name": info.get("subset"),
+        "data_dir": info.get("folder") if repository else None,
+        "split": f"{split}{slice}" if repository else slice,
+    }
+    row = first_row(source(path))
+    wanted = _columns(t, name, info, stage, row)
+    entries["field_map"] = {theirs: ours for ours, theirs in wanted.items() if theirs and theirs != ours}
+    return source(path, **entries)
+
+
+def _columns(t: Translation, name: str, info: dict, stage: str, row: dict | None) -> dict[str, str | None]:
+    """{our field: their column} of one data set. row: its first row, None if it cannot be read."""
+    columns, tags = info.get("columns"), info.get("tags")
+    columns = columns if isinstance(columns, dict) else ALPACA  # a column that is not named is not read
+    tags = tags if isinstance(tags, dict) else {}
+    style, ranking, kto = info.get("formatting", "alpaca"), bool(info.get("ranking")), stage == "kto"
+    if style == "alpaca" and stage == "pt":
+        return {"text": columns.get("prompt") or "text"}
+    wanted: dict[str, str | None] = {"system": columns.get("system")}
+    if style == "alpaca":
+        t.agree("data.prompt_format", "chat", f"{name}, through LLaMA-Factory's template")
+        wanted |= _alpaca(t, name, columns, ranking or kto, row)
+    else:
+        wanted |= {"tools": columns.get("tools")}
+        messages = columns.get("messages") or "conversations"
+        written = (tags.get("role_tag") or "from", tags.get("content_tag") or "value")
+        if written == ("role", "content"):
+            wanted["prompt" if ranking else "messages"] = messages
+        else:
+            wanted["conversations"] = messages
+        if written not in (("from", "value"), ("role", "content")):
+            t.difference(f"{name}: turns must have from and value, or role and content; there {' and '.join(written)}")
+        names = {key: NAMES[key][written == ("role", "content")] for key in NAMES if tags.get(key)}
+        others = [f"{key} = {tags[key]}" for key, ours in names.items() if tags[key] not in ours]
+        if others:
+            t.difference(f"{name}: these names of roles are not known here: {', '.join(others)}")
+        if style == "openai":
+            t.difference(f'{name}: formatting openai adds "detailed thinking off" to the system prompt there, not here')
+    if ranking:
+        wanted |= {"chosen": columns.get("chosen"), "rejected": columns.get("rejected")}
+    if kto:
+        answer = {"completion": columns.get("response")} if style == "alpaca" else {}
+        wanted |= {**answer, "label": columns.get("kto_tag")}
+    system = columns.get("system")
+    if system and (ranking or kto) and "conversations" not in wanted and (row is None or row.get(system)):
+        t.difference(f"{name}: the column {system} (system) is not read in preference rows; write the rows as messages")
+    if any(columns.get(kind) for kind in ("images", "videos", "audios")):
+        t.difference(f"{name}: images, sounds and videos are not supported")
+    for ours in () if ranking or kto else ("system", *(["input"] if style == "alpaca" else ["tools"])):
+        if not wanted.get(ours) and (row or {}).get(ours):
+            t.difference(
+                f"{name}: its description names no column for {ours}, and the rows have {ours}: it is read here"
+            )
+    return wanted
+
+
+def _alpaca(t: Translation, name: str, columns: dict, is_preference: bool, row: dict | None) -> dict[str, str | None]:
+    """The columns of questions and answers."""
+    question, query = columns.get("prompt"), columns.get("query")
+    if query and not is_preference and (row is None or row.get(query)):
+        t.difference(f"{name}: {question} and {query} are joined by a newline there, by an empty line here")
+    if columns.get("history"):
+        t.difference(f"{name}: the column {columns['history']} (earlier turns) is not read; write rows as messages")
+    if is_preference:
+        if query and (row is None or row.get(query)):
+            t.difference(f"{name}: the column {query} (query) is not read in preference rows; join it with {question}")
+        return {"prompt": question}
+    return {"instruction": question, "input": query, "output": columns.get("response")}
