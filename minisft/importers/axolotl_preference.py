@@ -59,7 +59,7 @@ def preference_fields(
             )
         elif kind and family not in ("passthrough", "user_defined"):
             t.difference(f"{where}: type {kind} is not known; its rows are read as prompt, {' and '.join(answers)}")
-    if (system := wanted.get("system")) and (row is None or row.get(system)):
+    if (system := wanted.get("system")) and (row is None or system in row):
         t.difference(
             f"{where}: the system prompt in {system} is not read in preference rows; write the rows as messages"
         )

@@ -86,12 +86,12 @@ def _columns(t: Translation, name: str, info: dict, stage: str, row: dict | None
         answer = {"completion": columns.get("response")} if style == "alpaca" else {}
         wanted |= {**answer, "label": columns.get("kto_tag")}
     system = columns.get("system")
-    if system and (ranking or kto) and "conversations" not in wanted and (row is None or row.get(system)):
+    if system and (ranking or kto) and "conversations" not in wanted and (row is None or system in row):
         t.difference(f"{name}: the column {system} (system) is not read in preference rows; write the rows as messages")
     if any(columns.get(kind) for kind in ("images", "videos", "audios")):
         t.difference(f"{name}: images, sounds and videos are not supported")
     for ours in () if ranking or kto else ("system", *(["input"] if style == "alpaca" else ["tools"])):
-        if not wanted.get(ours) and (row or {}).get(ours):
+        if not wanted.get(ours) and ours in (row or {}):
             t.difference(
                 f"{name}: its description names no column for {ours}, and the rows have {ours}: it is read here"
             )
@@ -101,12 +101,12 @@ def _columns(t: Translation, name: str, info: dict, stage: str, row: dict | None
 def _alpaca(t: Translation, name: str, columns: dict, is_preference: bool, row: dict | None) -> dict[str, str | None]:
     """The columns of questions and answers."""
     question, query = columns.get("prompt"), columns.get("query")
-    if query and not is_preference and (row is None or row.get(query)):
+    if query and not is_preference and (row is None or query in row):
         t.difference(f"{name}: {question} and {query} are joined by a newline there, by an empty line here")
     if columns.get("history"):
         t.difference(f"{name}: the column {columns['history']} (earlier turns) is not read; write rows as messages")
     if is_preference:
-        if query and (row is None or row.get(query)):
+        if query and (row is None or query in row):
             t.difference(f"{name}: the column {query} (query) is not read in preference rows; join it with {question}")
         return {"prompt": question}
     return {"instruction": question, "input": query, "output": columns.get("response")}
