@@ -65,7 +65,8 @@ def test_every_answer_gives_a_file_that_loads(folder, capsys, monkeypatch, train
     assert text in capsys.readouterr().out
 
 
-def test_two_stages(folder, capsys):
+def test_two_stages(folder, capsys, monkeypatch):
+    monkeypatch.setattr(init, "measure", lambda data: None)
     assert init.main(options(trainer="sft+dpo", preference_data="pairs.jsonl")) == 0
     sft, dpo = (stage.config for stage in load_stages("a.toml"))
     assert (sft.trainer_type, dpo.trainer_type) == ("sft", "dpo")
@@ -79,6 +80,7 @@ def test_two_stages(folder, capsys):
 
 
 def test_a_ready_configuration_is_copied_without_its_data(folder, monkeypatch):
+    monkeypatch.setattr(init, "measure", lambda data: None)
     (folder / "ready").mkdir()
     (folder / "ready" / "base.toml").write_text("[train]\nlearning_rate = 3e-5\n")
     text = '# Hardware: one GPU with 24 GB.\nextends = "base.toml"\noutput_dir = "x"\n'
@@ -107,6 +109,34 @@ def test_a_ready_configuration_is_copied_without_its_data(folder, monkeypatch):
 def test_the_plain_configuration_of_a_model_comes_before_its_variants():
     name, values = detect.ready_config("HuggingFaceTB/SmolLM3-3B-Base", "sft", "full", Hardware(80.0))
     assert name.startswith("configs/smollm3-3b-sft.toml") and values["data.max_length"] == 8192
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+@pytest.mark.parametrize("number, words", [(40, 10), (600, 60), (20_000, 600)])
+def test_the_data_decides_the_length_and_the_number_of_steps(folder, trainer, number, words):
+    """A run has 50 steps if there are rows for them, and logs, evaluates and saves within it."""
+    text = "word " * words
+    row = {"prompt": text, "completion": "b"} if trainer == "sft" else {"prompt": "a", "chosen": text, "rejected": "c"}
+    (folder / "many.jsonl").write_text((json.dumps(row) + "\n") * number)
+    assert init.main([*options(trainer=trainer, data="many.jsonl", hardware="80gb"), "--force"]) == 0
+    config, _ = load("a.toml")
+    train, tokens = config.train, 5 * words / 4
+    assert tokens < config.data.max_length <= max(128, 4 * tokens)  # no row is cut, and no room is wasted
+    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    units = number if trainer == "dpo" else number * tokens / config.data.max_length
+    steps = units * train.num_train_epochs / step
+    assert steps >= 45 or step == 1  # the characters of the other fields are not counted here
+    assert max(config.log.logging_steps, config.evaluate.eval_steps, config.checkpoint.save_steps) <= max(1, steps)
+    assert number * config.data.eval_fraction >= 1
+    header = (folder / "a.toml").read_text()
+    assert f"about {number:,} rows" in header
+
+
+def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
+    (tmp_path / "limit").write_text("3000000000\n")
+    (tmp_path / "none").write_text("max\n")
+    monkeypatch.setattr(detect, "CGROUP_LIMITS", (tmp_path / "none", tmp_path / "absent", tmp_path / "limit"))
+    assert detect.cpu_gigabytes() == 3.0
 
 
 def test_a_model_of_several_devices_is_started_on_them(folder, capsys, monkeypatch):
@@ -184,7 +214,7 @@ def test_conversations_of_a_model_without_a_template_get_one(folder, capsys):
         ({"max_length": "1"}, "--max-length 1"),
         ({"epochs": "0"}, "--epochs 0"),
         ({"epochs": "nan"}, "--epochs nan"),
-        ({"model": "acme/base-70b", "hardware": "24gb"}, "needs about 628 GB"),
+        ({"model": "acme/base-70b", "hardware": "24gb"}, "needs about 62"),
         ({"eval_data": "no.jsonl"}, "no file matches no.jsonl"),
         ({"preference_data": "pairs.jsonl", "trainer": "sft"}, "it is for sft"),
         ({"model": "./nowhere"}, "./nowhere is neither a folder nor a repository"),

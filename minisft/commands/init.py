@@ -32,6 +32,7 @@ from minisft.init.detect import (
     first_row,
     has_template,
     look_at,
+    measure,
     model_size,
     ready_config,
     rebased,
@@ -187,7 +188,9 @@ def _asked(a: argparse.Namespace) -> argparse.Namespace:
     if ready := _ready(a, a.method, a.max_length):
         print(f"\nthe settings are those of {ready[0]}")
     elif a.max_length is None:
-        a.max_length = ask("Longest document", "in tokens; longer ones are cut and counted", "1024", length)
+        measured = _measured(a, a.data)
+        usual = str(measured.max_length if measured else propose.USUAL_LENGTH)
+        a.max_length = ask("Longest document", "in tokens; longer ones are cut and counted", usual, length)
     usual = f"{a.model.rstrip('/').rpartition('/')[2].lower()}-{a.trainer.replace('+', '-')}-{a.method}.toml"
     a.output = a.output or a.file or ask("File", "the configuration that is written", usual, file)
     return a
@@ -267,8 +270,16 @@ def _settings(a: argparse.Namespace, method: str, max_length: int | None) -> lis
         values |= {"train.num_train_epochs": a.epochs} if a.epochs else {}
         return [propose.Proposal(values, {}, [f"the settings are those of {name}"])]
     hardware = propose.parse_hardware(a.hardware, cpu_gigabytes())
-    arguments = method, model_size(a.model), hardware, max_length or 1024, a.epochs
-    return [propose.propose(trainer, *arguments) for _, trainer in _data_of(a)]
+    arguments = method, model_size(a.model), hardware, max_length, a.epochs
+    return [propose.propose(trainer, *arguments, _measured(a, data)) for data, trainer in _data_of(a)]
+
+
+def _measured(a: argparse.Namespace, data: str) -> propose.Rows | None:
+    """`measure`, once for each data set."""
+    measured = vars(a).setdefault("measured", {})
+    if data not in measured:
+        measured[data] = measure(data)
+    return measured[data]
 
 
 def _usual_method(a: argparse.Namespace) -> str:
@@ -303,8 +314,10 @@ def _proposed(a: argparse.Namespace) -> tuple[Path, str, int]:
         if a.eval_data and trainer == a.trainer.partition("+")[2] or a.eval_data and "+" not in a.trainer:
             look_at(a.eval_data, trainer, a.model)
             rows["data.eval_data"] = rebased(a.eval_data, path.parent)
-        else:
-            rows["data.eval_fraction"] = 0.02
+        elif (number := getattr(_measured(a, data), "number", None)) is None or number > 1:
+            rows["data.eval_fraction"] = (
+                0.02 if number is None or number >= 500 else max(0.1, round(1 / number + 0.005, 2))
+            )
         parts.append((trainer, made.values | model | rows, made.remarks, made.arithmetic))
     header += [
         f"Model: {size or 'of unknown size'}. Hardware: {hardware}. init/propose.py has the rules behind these numbers."

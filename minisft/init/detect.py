@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,35 @@ from minisft.config.load import load
 from minisft.config.sections import config_to_dict
 from minisft.data.detect_format import detect_row_format
 from minisft.data.row_format import FormatOptions, RowFormat
-from minisft.data.rows import BadRow, RowError
+from minisft.data.rows import BadRow, Row, RowError
 from minisft.data.sources import list_files, parse_source, read_rows
 from minisft.errors import UserError
 from minisft.hub import is_repository_name
-from minisft.init.propose import Hardware, Size, size_from_config, size_from_name
+from minisft.init.propose import Hardware, Rows, Size, size_from_config, size_from_name
 from minisft.strict_json import read_json
 
 READY = Path(__file__).parents[2] / "configs"  # in a checkout
 OF_THE_DATA = ("data.train_data", "data.eval_data", "data.format", "data.field_map", "data.dataset_text_field",
                "data.eval_fraction", "evaluate.generate_data", "evaluate.generate_group_field", "output_dir")  # fmt: skip
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # version 2, 1
 READY_FOR = re.compile(r"^# Hardware: ((?:one GPU|(\d+) GPUs) with (\d+) GB)", re.MULTILINE)  # in their headers
 
 
+MOST_ROWS = 100_000  # are read to measure a data set; more are a long run in any case
+
+
 def cpu_gigabytes() -> float:
+    """The memory of this machine, or of the container (cgroup) that the program runs in if that is less."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (AttributeError, ValueError, OSError):
-        return 16.0
+        sizes = [16_000_000_000]
+    for path in CGROUP_LIMITS:
+        try:
+            sizes.append(int(path.read_text()))
+        except (OSError, ValueError):  # absent, or "max"
+            pass
+    return min(sizes) / 1e9
 
 
 def detected_hardware() -> str:
@@ -98,6 +110,24 @@ def first_row(source: Any) -> dict | None:
     except UserError:
         return None
     return getattr(row, "data", None)
+
+
+def measure(path: str) -> Rows | None:
+    """The number and the lengths of the rows of a local source, by its first 100,000; None for a repository."""
+    parsed = parse_source(path)
+    if is_repository_name(parsed.path):
+        return None
+    lengths = sorted(characters(row.data) for row in islice(read_rows(parsed), MOST_ROWS) if isinstance(row, Row))
+    return Rows(len(lengths), sum(lengths), lengths[int(0.99 * (len(lengths) - 1))]) if lengths else None
+
+
+def characters(value: Any) -> int:
+    """Of all strings in a row."""
+    if isinstance(value, dict):
+        return sum(map(characters, value.values()))
+    if isinstance(value, list):
+        return sum(map(characters, value))
+    return len(value) if isinstance(value, str) else 0
 
 
 def look_at(path: str, trainer: str, model: str) -> tuple[RowFormat | None, str]:

@@ -18,6 +18,9 @@ Bytes for each token of a micro-batch, with L layers of width D (residual stream
 Logits take nothing, because they are never all in memory. A tenth of the memory and 1 GB are left to PyTorch. DPO takes two
 documents a pair.
 
+With local rows, max_length is the power of two that holds 99 in 100 of them, if the memory allows it, and the step is as
+small as it must be for a run of at least 50 steps. A token is taken to be four characters (three for max_length).
+
 The rules, in their order: fp32 master weights if they fit, else bf16, else bf16 with adamw_8bit; no recomputation if a pack
 fits without it; as many packs a micro-batch as fit, up to 16,384 tokens; then accumulation up to about 32,768 tokens a step
 (DPO: 32 pairs). Learning rates are the usual ones: 2e-5 for all weights, 2e-4 for adapters; DPO 1e-6 and 5e-6.
@@ -34,6 +37,8 @@ TRAINERS, METHODS = ("sft", "dpo", "sft+dpo"), ("full", "lora", "qlora")
 GB = 1e9
 TOKENS_A_STEP, PAIRS_A_STEP, TOKENS_A_MICRO_BATCH = 32768, 32, 16384
 LORA_RANK = 16
+LEAST_STEPS = 50  # of a run: fewer do not show whether it learns
+USUAL_LENGTH, LENGTHS = 1024, (128, 8192)
 LEARNING_RATES = {("sft", "full"): 2e-5, ("sft", "lora"): 2e-4, ("dpo", "full"): 1e-6, ("dpo", "lora"): 5e-6}
 NAMED = {"gpt2": 124e6, "gpt2-medium": 355e6, "gpt2-large": 774e6, "gpt2-xl": 1558e6, "distilgpt2": 82e6}
 SIZE = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)\s*([bm])(?![a-z0-9])", re.IGNORECASE)
@@ -73,6 +78,25 @@ class Hardware:
         if self.is_cpu:
             return f"CPU with {self.gigabytes:.0f} GB"
         return f"{self.devices} x {self.gigabytes:g} GB" if self.devices > 1 else f"{self.gigabytes:g} GB"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a data set, in characters."""
+
+    number: int
+    characters: int  # of all rows
+    long: int  # 99 in 100 rows have no more
+
+    @property
+    def tokens(self) -> float:
+        return self.characters / 4
+
+    @property
+    def max_length(self) -> int:
+        """A power of two in tokens."""
+        least, most = LENGTHS
+        return min(most, max(least, 2 ** math.ceil(math.log2(max(1, self.long / 3)))))
 
 
 @dataclass(frozen=True)
@@ -134,18 +158,27 @@ def propose(
     method: str,
     size: Size | None,
     hardware: Hardware,
-    max_length: int = 1024,
+    max_length: int | None = None,
     epochs: float | None = None,
+    rows: Rows | None = None,
 ) -> Proposal:
     """Settings of one stage. trainer: sft or dpo; size: None = unknown, which gives the smallest settings that always work.
+    max_length: None = as the rows want it, if they are known. rows: None = unknown.
 
     Raises UserError if nothing fits.
     """
-    pack = max_length * (2 if trainer == "dpo" else 1)  # tokens
+    per_unit = 2 if trainer == "dpo" else 1  # documents of max_length in a pack or pair
+    if max_length is None:
+        max_length = rows.max_length if rows else USUAL_LENGTH
+        while max_length > USUAL_LENGTH and not _first_fit(trainer, method, size, hardware, per_unit * max_length):
+            max_length //= 2
+    pack = per_unit * max_length  # tokens
     plan = _first_fit(trainer, method, size, hardware, pack)
     if plan is None:
         raise _too_large(trainer, method, size, hardware, max_length, pack)
-    packs, accumulation = _batch(trainer, hardware, plan, max_length, pack)
+    epochs = epochs if epochs is not None else 1.0 if trainer == "dpo" else 3.0
+    units = None if rows is None else epochs * (rows.number if trainer == "dpo" else rows.tokens / max_length)
+    packs, accumulation = _batch(trainer, hardware, plan, max_length, pack, units)
     values, remarks = _settings_of_plan(plan, method, hardware, pack)
     values |= {"trainer_type": trainer, "data.max_length": max_length, "data.packing": trainer != "dpo"}
     values |= {"train.per_device_train_batch_size": packs, "evaluate.per_device_eval_batch_size": packs}
@@ -160,9 +193,15 @@ def propose(
     trained = "all weights" if method == "full" else "adapters"
     rate = LEARNING_RATES[trainer, "full" if method == "full" else "lora"]
     values |= {"train.learning_rate": rate, "train.lr_scheduler_type": "cosine", "train.warmup_ratio": 0.03}
-    values["train.num_train_epochs"] = epochs if epochs is not None else 1.0 if trainer == "dpo" else 3.0
+    values["train.num_train_epochs"] = epochs
     remarks["train.learning_rate"] = f"usual for {trainer} of {trained}; try half and twice"
     arithmetic = [_step_arithmetic(trainer, hardware, packs, accumulation, max_length)]
+    if rows is not None and units is not None:
+        steps = max(1, math.ceil(units / (packs * accumulation * hardware.devices)))
+        values |= {"log.logging_steps": min(10, max(1, steps // 20))}
+        values |= dict.fromkeys(("evaluate.eval_steps", "checkpoint.save_steps"), min(500, max(1, steps // 4)))
+        amount = f"about {rows.number:,} rows, {rows.tokens:,.0f} tokens"
+        arithmetic.insert(0, f"data: {amount}; x {epochs:g} epochs = about {steps:,} steps (estimated by characters)")
     if size is None:
         arithmetic.append("memory: the size of the model is not known; the batch is the smallest")
     else:
@@ -276,13 +315,18 @@ def _activations(size: Size, recompute: bool) -> float:
 # ------------------------------------------------------------------------------------------------- a step
 
 
-def _batch(trainer: str, hardware: Hardware, plan: Plan, max_length: int, pack: int) -> tuple[int, int]:
-    """(packs of a micro-batch, micro-batches of a step)."""
+def _batch(
+    trainer: str, hardware: Hardware, plan: Plan, max_length: int, pack: int, units: float | None
+) -> tuple[int, int]:
+    """(packs of a micro-batch, micro-batches of a step). units: packs or pairs of the whole run, if they are known."""
     tokens = min(TOKENS_A_MICRO_BATCH, (hardware.room - plan.fixed) / plan.per_token if plan.per_token else pack)
     packs = max(1, 2 ** int(math.log2(max(1, tokens // pack))))
     wanted = PAIRS_A_STEP if trainer == "dpo" else max(1, TOKENS_A_STEP // max_length)
+    if units is not None:
+        wanted = min(wanted, max(1, int(units / LEAST_STEPS)))
     packs = min(packs, 2 ** int(math.log2(max(1, wanted // hardware.devices))))
-    return packs, max(1, round(wanted / (packs * hardware.devices)))
+    accumulation = wanted / (packs * hardware.devices)
+    return packs, max(1, round(accumulation) if units is None else int(accumulation))
 
 
 def _step_arithmetic(trainer: str, hardware: Hardware, packs: int, accumulation: int, max_length: int) -> str:
