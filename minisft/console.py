@@ -1,46 +1,86 @@
-"""What a run prints: one progress bar, or plain lines where the output is not a terminal, and a summary at the end."""
+"""What a run prints: a summary before the first step, a line for each log step and evaluation, and how it ended.
+
+Everything but paths and commands fits in 100 columns. A line of a step has its loss, learning rate, gradient norm, tokens/s and
+the time that is left; in preference tuning also rewards/accuracies (acc) and rewards/margins (margin). Whatever else is logged
+is in metrics.jsonl and in the trackers.
+"""
 
 import json
 import math
 import shlex
 import sys
+import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from minisft import ranks
 from minisft.best import Best
 from minisft.samples import Sample, exact_match
 
-NOT_SHOWN = ("logps/", "logits/")  # metrics that are logged and not printed: a line has room for the rewards only
+WIDTH = 100  # columns
+TITLE = 11  # columns of the titles of the summary
 
 
 class ProgressBar:
-    """One tqdm bar with loss, learning rate, tokens/s and ETA. Where the output is not a terminal, a line for each log step."""
+    """The lines of a run while it trains; where stderr is a terminal, with one tqdm bar below them."""
 
     def __init__(self, step: int, total: int, enabled: bool):
-        self.enabled = enabled
+        self.first_step, self.total, self.enabled, self.began = step, total, enabled, time.perf_counter()
+        self.step = step
+        self.timed_from: tuple[int, float] | None = (
+            None  # the first step and when it ended: it takes longer than others
+        )
+        self.num_skipped, self.loss_scale = 0, math.inf  # as they were in the line before
         self.bar = tqdm(
             initial=step, total=total, unit="step", dynamic_ncols=True, disable=not enabled or not sys.stderr.isatty()
         )
 
-    def show(self, *, loss: float, lr: float, tok_s: float) -> None:
-        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {tok_s:,.0f} tok/s", refresh=False)
+    def log(self, step: int, values: dict[str, float], tokens_per_second: float) -> None:
+        """Print the line of a log step."""
+        if not self.enabled:
+            return
+        self.bar.set_postfix_str(f"loss {digits(values['loss'], 4)}", refresh=False)
+        left = None
+        if self.timed_from:
+            first, then = self.timed_from
+            left = (time.perf_counter() - then) / (step - first) * (self.total - step)
+        self.say(step_line(step, self.total, values, tokens_per_second, left, self._unusual(values)))
 
-    def log(self, line: str) -> None:
-        """A line that is printed only where the bar is not shown."""
-        if self.enabled and self.bar.disable:
-            print(line, flush=True)
+    def evaluated(self, step: int, scores: dict[str, float]) -> None:
+        """Print the lines of an evaluation."""
+        self.say(evaluation_lines(step, self.total, scores))
 
     def say(self, line: str) -> None:
-        """A line that is always shown, above the bar."""
+        """Print above the bar."""
         tqdm.write(line)
+        sys.stdout.flush()
 
     def update(self) -> None:
+        self.step += 1
+        self.timed_from = self.timed_from or (self.step, time.perf_counter())
         self.bar.update()
+
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self.began
 
     def close(self) -> None:
         self.bar.close()
+
+    def _unusual(self, values: dict[str, float]) -> list[str]:
+        parts = []
+        num_skipped, loss_scale = values.get("nonfinite_steps", 0), values.get("loss_scale", self.loss_scale)
+        if num_skipped > self.num_skipped:
+            parts.append(f"{num_skipped} non-finite steps skipped")
+        if loss_scale < self.loss_scale:
+            parts.append(f"loss scale {loss_scale:g}")
+        if (fraction := values.get("zero_update_fraction", 0.0)) > 0.5:
+            parts.append(f"zero updates {fraction:.0%}")
+        self.num_skipped, self.loss_scale = num_skipped, loss_scale
+        return parts
 
     def __enter__(self):
         return self
@@ -49,18 +89,94 @@ class ProgressBar:
         self.close()
 
 
-def console_line(step: int, values: dict[str, float]) -> str:
-    """ "step 10 | loss 1.2500 | learning_rate 2.00e-05 | num_tokens 40960": one line for people."""
-    shown = {name: value for name, value in values.items() if not any(part in name for part in NOT_SHOWN)}
-    return " | ".join([f"step {step}", *(f"{name} {_readable(value)}" for name, value in shown.items())])
+def step_line(
+    step: int,
+    total: int,
+    values: dict[str, float],
+    tokens_per_second: float,
+    seconds_left: float | None,
+    unusual: list[str],
+) -> str:
+    """ "step 20/153  loss 0.6931  lr 7.50e-5  grad 4.49  2.23k tok/s  ETA 12m" """
+    parts = [
+        f"step {step:>{len(str(total))}}/{total}",
+        f"loss {digits(values['loss'], 4)}",
+        f"lr {digits(values['learning_rate'], 3)}",
+        f"grad {digits(values['grad_norm'], 3)}",
+        *_rewards(values, ""),
+        f"{thousands(tokens_per_second)} tok/s",
+    ]
+    if seconds_left is not None and step < total:
+        is_minutes = 60 <= seconds_left < 3600
+        parts.append(f"ETA {seconds_left // 60:.0f}m" if is_minutes else f"ETA {duration(seconds_left)}")
+    return fit(parts + unusual)
 
 
-def _readable(value: float) -> str:
-    if isinstance(value, int) or not math.isfinite(value):
-        return str(value)
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:.4f}"
-    return f"{value:.2e}"
+def evaluation_lines(step: int, total: int, scores: dict[str, float]) -> str:
+    """ "eval 50/153  loss 0.6612  acc 0.643  margin 0.0731", a line for each evaluation set."""
+    lines = []
+    for prefix in (key.removesuffix("loss") for key in scores if key.endswith("loss")):  # "eval_" or "eval_<name>_"
+        name = prefix.removeprefix("eval_").removesuffix("_")
+        lines.append(
+            fit(
+                [
+                    f"eval {step:>{len(str(total))}}/{total}",
+                    *([name[:40]] if name else []),
+                    f"loss {digits(scores[f'{prefix}loss'], 4)}",
+                    *_rewards(scores, prefix),
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def _rewards(values: dict[str, float], prefix: str) -> list[str]:
+    shown = {"acc": f"{prefix}rewards/accuracies", "margin": f"{prefix}rewards/margins"}
+    return [f"{label} {digits(values[name], 3)}" for label, name in shown.items() if name in values]
+
+
+def wrap(lines: list[str], indent: int = TITLE) -> str:
+    """The lines broken between words at column 100; what follows a break is indented. A path or a long word stays whole."""
+    options = {"subsequent_indent": " " * indent, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(line, WIDTH, **options) for line in "\n".join(lines).split("\n"))
+
+
+def fit(parts: list[str]) -> str:
+    """The parts in one line, or in several where they are wider than 100 columns."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + 2 + len(part) <= WIDTH:
+            lines[-1] += "  " + part
+        else:
+            lines.append(" " * (len(parts[0]) + 2) + part)
+    return "\n".join(lines)
+
+
+def digits(value: float, count: int) -> str:
+    """So many significant digits: 0.0119, 4.49, 123, 7.50e-5; nan, inf."""
+    is_small = 0 < abs(value) < 1e-3
+    text = f"{value:.{count - 1}e}" if is_small else f"{value:#.{count}g}".rstrip(".")
+    return text.replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+
+
+def thousands(value: float) -> str:
+    """Three significant digits: 167, 2.23k, 12.3k, 3.17M."""
+    value = float(f"{value:.3g}")
+    unit, size = next((u for u in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)) if value >= u[1]), ("", 1.0))
+    return digits(value / size, 3) + unit
+
+
+def duration(seconds: float) -> str:
+    """9s, 1m05s, 3h12m or 2d04h."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+# ---- the end ------------------------------------------------------------------------------------------------------
 
 
 def write_samples(path: Path, samples: list[Sample]) -> None:
@@ -83,7 +199,13 @@ def sample_report(samples: list[Sample], num_shown: int) -> str:
     step = max(1, len(samples) // max(1, num_shown))
     for sample in samples[::step][:num_shown]:
         mark = "right" if sample.correct else f"wrong, expected {sample.prompt.answer!r}"
-        lines.append(f"  {sample.prompt.text!r} -> {sample.output!r}  ({mark})")
+        line = f"  {sample.prompt.text!r} -> {sample.output!r}  ({mark})"
+        if len(line) <= WIDTH:
+            lines.append(line)
+            continue
+        mark = "right" if sample.correct else "wrong"
+        texts = {"prompt": sample.prompt.text, mark: sample.output, "expected": sample.prompt.answer}
+        lines += [shortened(f"  {title:<9} {text!r}") for title, text in texts.items()]
     table = exact_match(samples)
     right = sum(sample.correct for sample in samples)
     width = max(len(group) for group in (*table, "all"))
@@ -93,9 +215,17 @@ def sample_report(samples: list[Sample], num_shown: int) -> str:
     return "\n".join(lines)
 
 
-def closing(folder: Path, report_to: tuple[str, ...], prompt: str) -> str:
-    """The contents of the output folder and what to do next. prompt: one to try."""
-    shell_quoted = shlex.quote(prompt.replace("\n", "\\n"))
+def shortened(line: str) -> str:
+    return line if len(line) <= WIDTH else line[: WIDTH - 4] + " ..."
+
+
+def closing(
+    folder: Path, *, step: int, report_to: tuple[str, ...], prompt: str, longer: str, base: str | None = None
+) -> str:
+    """The contents of the output folder, and commands to paste for what comes next.
+
+    prompt: one to try. longer: the option with which the run would take more steps. base: of an adapter, its base model.
+    """
     contents = {
         "model/": "the trained model and tokenizer, as Hugging Face files",
         "checkpoints/": "to resume from, exactly",
@@ -106,32 +236,53 @@ def closing(folder: Path, report_to: tuple[str, ...], prompt: str) -> str:
         "summary.txt": "the data, the trained parameters, the arithmetic of the steps",
         "config.toml": "the whole configuration, with where each value came from",
     }
+    if base is not None:
+        contents["model/"] = f"the trained adapter and tokenizer, as PEFT files; its base is {base}"
     lines = ["", f"{folder}/"]
     lines += [f"  {name:<15} {what}" for name, what in contents.items() if (folder / name).exists()]
-    place = shlex.quote(str(folder))
-    lines += ["", "next:", f"  python -m minisft generate {place} --prompt {shell_quoted}"]
+    config, place = str(folder / "config.toml"), str(folder)
+    launch = ["python"]
+    if ranks.world_size() > 1:
+        launch = ["torchrun", "--nproc_per_node", str(ranks.world_size())]
+    commands = [["python", "-m", "minisft", "generate", place, "--prompt", prompt]]
+    if base is not None:
+        commands.append(["python", "-m", "minisft", "export", place, str(folder / f"merged-{step}"), "--merge"])
     if "tensorboard" in report_to:
-        lines.append(f"  tensorboard --logdir {place}")
-    lines.append(
-        f"  python -m minisft train {place}/config.toml with a larger --num_train_epochs or --max_steps trains longer"
-    )
-    return "\n".join(lines)
+        commands.append(["tensorboard", "--logdir", place])
+    commands.append([*launch, "-m", "minisft", "train", config, *longer.split()])
+    return "\n".join([*lines, "", "next:", *(f"  {shlex.join(command)}" for command in commands)])
+
+
+def summing_up(rows: list[dict[str, float]], seconds: float, first_step: int) -> str:
+    """The last line of a run. rows: its metrics.jsonl. first_step: of this process, which took so many seconds."""
+    losses = [row["loss"] for row in rows if "loss" in row]
+    parts = [f"done: loss {digits(losses[0], 4)} -> {digits(losses[-1], 4)}"] if losses else ["done"]
+    name = next((key for row in rows for key in row if key.startswith("eval_") and key.endswith("loss")), None)
+    if evaluated := [(row[name], row["step"]) for row in rows if name in row and not math.isnan(row[name])]:
+        best, step = min(evaluated)
+        parts.append(f"best {name} {digits(best, 4)} at step {step}")
+    if rows and "eval_exact_match" in rows[-1]:
+        parts.append(f"exact match {rows[-1]['eval_exact_match']:.1%}")
+    if num_tokens := [row["num_tokens"] for row in rows if "num_tokens" in row]:
+        parts.append(f"{thousands(num_tokens[-1])} tokens")
+    return fit([*parts, duration(seconds) + (f" since step {first_step}" if first_step else "")])
 
 
 def stages_closing(done: list[tuple[str, Any]]) -> str:
     """(title, loop.Result) of every stage -> a line for each."""
     lines = ["", "all stages are done:"]
     for title, result in done:
-        loss = f", loss {result.metrics['loss']:.4f}" if "loss" in result.metrics else ""
+        loss = f", loss {digits(result.metrics['loss'], 4)}" if "loss" in result.metrics else ""
         lines.append(f"  {title:<30} {result.step:,} steps{loss}: {result.model_dir}")
     return "\n".join(lines)
 
 
 def finished_already(folder: Path, step: int) -> str:
-    return (
+    line = (
         f"finished already, at step {step}: the model is in {folder}/model. To train longer, raise --num_train_epochs or "
         "--max_steps; to start over, choose another --output_dir or --resume never"
     )
+    return wrap([line], indent=2)
 
 
 def stopped_early(step: int, metric: str | None, best: Best) -> str:
@@ -142,4 +293,5 @@ def stopped_early(step: int, metric: str | None, best: Best) -> str:
 
 def stopped(folder: Path, step: int, total: int, signal: str | None) -> str:
     signal = signal or "a signal to another rank"
-    return f"stopped by {signal} after step {step} of {total}, saved in {folder}/checkpoints; the same command resumes"
+    line = f"stopped by {signal} after step {step} of {total}, saved in {folder}/checkpoints; the same command resumes"
+    return wrap([line], indent=2)

@@ -116,6 +116,19 @@ class JSONLines:
         return self.written + len(self.pending)
 
 
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl; without one that a full disk left unfinished."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(
+                {key: float(value) if isinstance(value, str) else value for key, value in json.loads(line).items()}
+            )
+        except ValueError:
+            continue
+    return rows
+
+
 def _finite_or_string(value):
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

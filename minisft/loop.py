@@ -27,13 +27,13 @@ from minisft.data.batch import Batch
 from minisft.errors import NONFINITE, STOPPED, UserError
 from minisft.evaluate import evaluate
 from minisft.export import export_model, is_exported, read_model, write_state
-from minisft.loggers import Loggers
+from minisft.loggers import Loggers, read_metrics
 from minisft.metrics import Sums, eval_name, peak_memory
 from minisft.optimizers import evaluation_weights
 from minisft.prepare.run import Run, prepare
 from minisft.ranks import sum_gradients
 from minisft.resume import changed_keys, resume, training_state
-from minisft.samples import complete
+from minisft.samples import complete, example_prompt
 from minisft.schedule import lr_factor
 from minisft.strict_json import write_json
 from minisft.update import ZeroUpdates, clip_and_update, gradient_norms, gradients, unscale, update_in_backward
@@ -77,7 +77,7 @@ def run(config: Config, origins: dict[str, str]) -> Result:
         progress, total_steps = prepared.progress, prepared.total_steps
         saved = resume(config, prepared, folder / "checkpoints")
         if is_main:
-            print("\n".join(prepared.summary), flush=True)
+            print(console.wrap(prepared.summary), flush=True)
         if is_complete(config, prepared) and is_exported(prepared, folder):
             require_unchanged(config, folder, saved)
             if is_main:
@@ -90,7 +90,7 @@ def run(config: Config, origins: dict[str, str]) -> Result:
         bar = stack.enter_context(console.ProgressBar(progress.step, total_steps, config.log.progress_bar and is_main))
         values = take_steps(config, prepared, folder, loggers, bar, signal)
         bar.close()
-        return finish(config, prepared, folder, values, signal)
+        return finish(config, prepared, folder, loggers, bar, values, signal)
 
 
 def take_steps(
@@ -120,7 +120,7 @@ def take_steps(
             values, done = values | scores, stop or is_complete(config, run)
             if loggers:
                 loggers.log(progress.step, scores)
-                bar.say(console.console_line(progress.step, scores))
+                bar.evaluated(progress.step, scores)
 
         # ---- 2. save if due, the best, or last
         is_due = run.save_steps is not None and progress.step % run.save_steps == 0
@@ -159,10 +159,9 @@ def take_steps(
             window = progress.sums.means() | progress_values(run)
             timings = {"tokens_per_second": tokens / seconds, "peak_memory_gib": peak_memory(run.device)}
             values, seconds, tokens = values | window, 0.0, 0
-            bar.show(loss=window["loss"], lr=window["learning_rate"], tok_s=timings["tokens_per_second"])
             if loggers:
                 loggers.log(progress.step, window, timings)
-                bar.log(console.console_line(progress.step, window | timings))
+                bar.log(progress.step, window, timings["tokens_per_second"])
         bar.update()
 
     if failure:
@@ -324,12 +323,13 @@ def best_checkpoint(run: Run, folder: Path) -> Path:
 def progress_values(run: Run) -> dict[str, float]:
     """Where the run is: logged values that are not sums over the window."""
     progress = run.progress
-    skipped = {"nonfinite_steps": progress.nonfinite_steps} if progress.nonfinite_steps else {}
+    unusual = {"nonfinite_steps": progress.nonfinite_steps} if progress.nonfinite_steps else {}
+    unusual |= {"loss_scale": progress.loss_scale.scale} if run.precision == "fp16" else {}
     return {
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "epoch": progress.step / run.train.steps_per_epoch,
         "num_tokens": progress.num_tokens,
-        **skipped,
+        **unusual,
     }
 
 
@@ -363,14 +363,22 @@ def handle_nonfinite(run: Run, train: TrainSection, batches: list[Batch], folder
 # ---- the end -----------------------------------------------------------------------------------------------------
 
 
-def finish(config: Config, run: Run, folder: Path, values: dict, signal: runtime.StopSignal) -> Result:
+def finish(
+    config: Config,
+    run: Run,
+    folder: Path,
+    loggers: Loggers | None,
+    bar: console.ProgressBar,
+    values: dict[str, float],
+    signal: runtime.StopSignal,
+) -> Result:
     """Export the model, complete the held-out prompts, and print what is in the output folder and what to do next."""
     is_main, step = ranks.rank() == 0, run.progress.step
     if not is_complete(config, run):
         if is_main:
             print(console.stopped(folder, step, run.total_steps, signal.received))
         return Result(folder, None, step, values, exit_code=STOPPED, signal=signal.received)
-    if is_main:
+    if loggers:
         if step < run.total_steps:
             print(console.stopped_early(step, run.best_metric, run.progress.best))
         if config.evaluate.load_best_model_at_end:
@@ -385,9 +393,22 @@ def finish(config: Config, run: Run, folder: Path, values: dict, signal: runtime
                 )
                 console.write_samples(folder / "samples.jsonl", samples)
                 print(console.sample_report(samples, config.evaluate.generate_samples_shown))
-                values["exact_match"] = sum(sample.correct for sample in samples) / len(samples)
-        prompt = run.prompts[0].text if run.prompts and run.prompting["prompt"] == "plain" else "..."
-        print(console.closing(folder, config.log.report_to, prompt))
+                scores = {"eval_exact_match": sum(sample.correct for sample in samples) / len(samples)}
+                values |= scores
+                loggers.log(step, scores)
+        documents = next(iter(run.evals.values()), run.train).documents
+        max_steps, epochs = config.train.max_steps, config.train.num_train_epochs
+        print(
+            console.closing(
+                folder,
+                step=step,
+                report_to=config.log.report_to,
+                prompt=example_prompt(documents, run.tokenizer, run.prompting["prompt"]),
+                longer=f"--max_steps {2 * max_steps}" if max_steps > 0 else f"--num_train_epochs {2 * epochs:g}",
+                base=run.start.name if run.model.lora is not None else None,
+            )
+        )
+        print("\n" + console.summing_up(read_metrics(folder / "metrics.jsonl"), bar.seconds(), bar.first_step))
     return Result(folder, folder / "model", step, values, signal=signal.received)
 
 

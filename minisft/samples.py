@@ -3,9 +3,13 @@
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from minisft import runtime
+from minisft.data.cache import Documents
 from minisft.data.detect_format import detect_row_format, rename_fields
-from minisft.data.formats import to_example
+from minisft.data.formats import plain_prompt, to_example
+from minisft.data.kinds import KIND_MASK, USER
 from minisft.data.row_format import FormatOptions
 from minisft.data.rows import BadRow, RowError, place
 from minisft.data.sources import parse_source, read_rows
@@ -13,6 +17,8 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
 from minisft.generate import generate, stop_ids
 from minisft.model.decoder import Decoder
+
+LONGEST_EXAMPLE = 150  # characters of a prompt that is shown as an example
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,30 @@ def read_prompts(
         group = str(row.data.get(group_field, "")) if group_field else "all"
         prompts.append(Prompt(ids, text, answer, group))
     return prompts
+
+
+def example_prompt(documents: Documents, tokenizer: Tokenizer, layout: str) -> str:
+    """The shortest of the first prompts of the data, as `minisft generate --prompt` takes it; "Hello" if none of them is a short
+    line.
+
+    layout: how a question became a prompt, as in RowFormat.prompt.
+    """
+    cache, prompts = documents.cache, []
+    before, after = plain_prompt("\0").split("\0") if layout == "instruction" else ("", "")
+    for d in documents.index[:100]:
+        span = slice(int(cache.offsets[d]), int(cache.offsets[d + 1]))
+        is_user = np.append((cache.kinds[span] & KIND_MASK) == USER, False)
+        first = int(is_user.argmax())
+        length = int((~is_user[first:]).argmax())  # 0 if the document has no user's turn
+        text = tokenizer.decode(cache.ids[span][first : first + length])
+        if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
+            continue
+        text = text[len(before) : len(text) - len(after)]
+        if layout == "plain":
+            text = text.replace("\n", "\\n") if "\\" not in text else ""  # a backslash could begin a newline there
+        if 0 < len(text) <= LONGEST_EXAMPLE and text.isprintable():
+            prompts.append(text.strip() if layout == "chat" else text)
+    return min(prompts, key=len, default="Hello")
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def teach(folder: Path, name: str, kinds: str, **keys) -> tuple[Path, float]:
         progress_bar=False,
         **keys,
     )
-    return result.model_dir, result.metrics["exact_match"]
+    return result.model_dir, result.metrics["eval_exact_match"]
 
 
 @pytest.fixture(scope="module")

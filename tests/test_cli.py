@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minisft import __main__, __version__, console, errors, train
+from minisft import __main__, __version__, errors, train
 from minisft.config.sections import KEYS
 from minisft.errors import DATA, SAVE, UserError
 
@@ -190,13 +190,6 @@ def test_every_data_file_is_looked_for_before_the_run(folder, loop, capsys, key)
     fake = loop(Outcome())
     assert train.main(["run.toml", f"--{key}", "missing.jsonl"]) == DATA
     assert "no file matches missing.jsonl" in capsys.readouterr().err and not hasattr(fake, "seen")
-
-
-def test_the_closing_commands_can_be_pasted(tmp_path):
-    said = console.closing(tmp_path / "my runs", ("tensorboard",), "Sort: b a\n")
-    place = f"'{tmp_path}/my runs'"
-    for command in (f"generate {place} --prompt 'Sort: b a\\n'", f"--logdir {place}", f"train {place}/config.toml"):
-        assert command in said
 
 
 def test_every_command_exists_and_is_dispatched_lazily(monkeypatch, capsys):

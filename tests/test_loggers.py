@@ -9,9 +9,8 @@ import types
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minisft.console import console_line
 from minisft.errors import CONFIG, UserError
-from minisft.loggers import JSONLines, Loggers
+from minisft.loggers import JSONLines, Loggers, read_metrics
 
 
 def lines(path) -> list[dict]:
@@ -45,6 +44,10 @@ def test_values_that_are_not_finite_are_valid_json_and_read_back(tmp_path):
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
     assert row == {"step": 1, "a": "NaN", "b": "Infinity", "c": "-Infinity", "d": 0.1}
     assert math.isnan(float(row["a"])) and float(row["b"]) == math.inf and float(row["c"]) == -math.inf
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "a"')  # the disk was full
+    (read,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert math.isnan(read.pop("a")) and read == {"step": 1, "b": math.inf, "c": -math.inf, "d": 0.1}
 
 
 @pytest.mark.parametrize("killed_after", [2, 3, 5])
@@ -198,17 +201,3 @@ def test_a_full_disk_delays_lines_but_loses_none(tmp_path, capsys):
     assert log.sync() == (tmp_path / "metrics.jsonl").stat().st_size
     assert capsys.readouterr().err.count("No space left") == 2
     real.close()
-
-
-def test_a_console_line_is_short_and_says_nan():
-    values = {
-        "loss": 1.25,
-        "grad_norm": math.nan,
-        "learning_rate": 2e-5,
-        "num_tokens": 40960,
-        "big": 1.5e9,
-        "zero": 0.0,
-    }
-    assert console_line(10, values) == (
-        "step 10 | loss 1.2500 | grad_norm nan | learning_rate 2.00e-05 | num_tokens 40960 | big 1.50e+09 | zero 0.0000"
-    )

@@ -372,9 +372,9 @@ def test_a_skipped_step_is_logged_as_nan_and_counted(tmp_path, monkeypatch):
 def test_low_precision_learns_like_fp32(tmp_path, precision):
     options = {"train.max_steps": 8}
     exact = logged(train(tmp_path, output_dir=str(tmp_path / "fp32"), **options).output_dir)
-    low = logged(
-        train(tmp_path, output_dir=str(tmp_path / "low"), **options, **{"train.precision": precision}).output_dir
-    )
+    result = train(tmp_path, output_dir=str(tmp_path / "low"), **options, **{"train.precision": precision})
+    low = logged(result.output_dir)
+    assert ("loss_scale" in result.metrics) == (precision == "fp16")
     assert low[0] == pytest.approx(exact[0], rel=2**-8)  # bf16 keeps 8 bits; fp16 more
     assert low[-1] == pytest.approx(exact[-1], rel=0.02)
 

@@ -120,18 +120,25 @@ def test_generate_answers(trained, capsys, monkeypatch):
     assert capsys.readouterr().out == answers
 
 
-@pytest.mark.parametrize("template, layout", [(None, "instruction"), ("chatml", "chat")])
-def test_generate_asks_as_the_training_data_did(tmp_path, template, layout):
-    """A question becomes the tokens that stood before its answer in training."""
+@pytest.mark.parametrize(
+    "template, layout, row, prompt",
+    [
+        (None, "instruction", {"question": (question := "How many legs do 3 dogs have?"), "answer": "12"}, question),
+        ("chatml", "chat", {"question": question, "answer": "12"}, question),
+        (None, "plain", {"prompt": f"{question}\n", "completion": "12"}, f"{question}\\n"),
+    ],
+)
+def test_generate_asks_as_the_training_data_did(tmp_path, capsys, template, layout, row, prompt):
+    """A question becomes the tokens that stood before its answer in training; it is the one that the last page shows."""
     train_tokenizer([], vocab_size=259, chat_template=template).save(tmp_path / "tokenizer")
-    row = {"question": "How many legs do 3 dogs have?", "answer": "12"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     options = {"data.max_length": 256, "train.max_steps": 1}
     result = train(tmp_path, **options)
     ready, _ = parts(tmp_path, **options)
     (batch,) = ready.train.step(0, 0)
     asked = read_manifest(result.model_dir)["prompt"]
-    ids = generate.prompt_ids(load_tokenizer(result.model_dir), row["question"], asked)
+    assert f"generate {result.output_dir} --prompt '{prompt}'\n" in capsys.readouterr().out
+    ids = generate.prompt_ids(load_tokenizer(result.model_dir), prompt, asked)
     assert asked == layout
     listed = json.loads((result.model_dir / "generation_config.json").read_text())["eos_token_id"]
     assert set(listed) == load_tokenizer(result.model_dir).stop_ids  # whoever serves it stops where the answers ended
@@ -190,8 +197,11 @@ def test_the_quickstart_starts(tmp_path, capsys):
         "".join(f'{{"prompt": "Last: ab{i}\\\\n", "completion": "{i}", "kind": "{i}"}}\n' for i in range(2))
     )
     result = run(QUICKSTART, output_dir=tmp_path / "out", max_steps=2, generate_data=tmp_path / "few.jsonl")
-    assert result.step == 2 and 0 <= result.metrics["exact_match"] <= 1
-    assert "exact match on held-out prompts:" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    rate = result.metrics["eval_exact_match"]  # a metric like the others
+    assert result.step == 2 and logged(result.output_dir, "eval_exact_match") == [rate] and 0 <= rate <= 1
+    assert "exact match on held-out prompts:" in said and f"exact match {rate:.1%}" in said.splitlines()[-1]
+    assert "control token" not in said and all(len(line) <= 100 or "/" in line for line in said.splitlines())  # paths
 
 
 @pytest.mark.slow

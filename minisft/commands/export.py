@@ -40,6 +40,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
 
     from minisft.atomic_folder import MANIFEST, atomic_folder, read_manifest
+    from minisft.console import wrap
     from minisft.data.tokenizer import load_tokenizer
     from minisft.model.adapter_files import CONFIG_FILE, load_adapted, model_folder
     from minisft.model.save import save_model
@@ -56,8 +57,7 @@ def main(argv: list[str]) -> int:
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     model = load_adapted(folder, max_length=manifest.get("max_length"))
-    for line in merge(model, DTYPES[arguments.dtype], folder, Path(arguments.run)):
-        print(line)
+    print(wrap(merge(model, DTYPES[arguments.dtype], folder, Path(arguments.run))))
     if (folder / "generation_config.json").exists():
         model.generation_config = read_json(folder / "generation_config.json")
     asked = {key: manifest[key] for key in ("prompt", "chat_template_kwargs", "max_length") if key in manifest}
