@@ -52,11 +52,12 @@ def read_prompts(
             raise UserError(f"{place(row.file, row.line)}: {error}", exit_code=DATA) from None
         if example.messages:
             *prompt, answer = example.messages
-            text = tokenizer.apply_chat_template(prompt, tools=example.tools, add_generation_prompt=True)
+            given = {"tools": example.tools, "documents": example.documents, **(example.variables or {})}
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **given)
             ids, answer = tokenizer.encode(text), answer["content"]
         elif len(example.pieces) == 2:
             text, answer = (piece.text for piece in example.pieces)
-            ids = (tokenizer.prefix_ids if options.add_special_tokens else []) + tokenizer.encode(text)
+            ids = tokenizer.encode_prompt(text, add_special_tokens=options.add_special_tokens)
         else:
             raise UserError(
                 f"{place(row.file, row.line)}: {row_format.name} rows have no prompt to complete",

@@ -69,4 +69,4 @@ def prompt_ids(tokenizer: "Tokenizer", prompt: str, layout: str) -> list[int]:
         messages = [{"role": "user", "content": prompt}]
         return tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
     text = plain_prompt(prompt) if layout == "instruction" else prompt.replace("\\n", "\n")
-    return tokenizer.prefix_ids + tokenizer.encode(text)
+    return tokenizer.encode_prompt(text)

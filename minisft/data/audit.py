@@ -196,7 +196,7 @@ def _read_again(cache: TokenCache, documents: np.ndarray, tokenizer: Tokenizer) 
     for at in range(0, len(documents), ROUND_TRIP_ROWS):
         chunk = documents[at : at + ROUND_TRIP_ROWS]
         ids = [cache.ids[cache.offsets[d] : cache.offsets[d + 1]] for d in chunk]
-        texts = tokenizer.backend.decode_batch([i.tolist() for i in ids], skip_special_tokens=False)
+        texts = tokenizer.decode_documents([i.tolist() for i in ids])
         for d, before, text, after in zip(chunk.tolist(), ids, texts, tokenizer.encode_batch(texts)):
             if before.tolist() != after:
                 changed.append(d)
@@ -328,7 +328,7 @@ def stretches(cache: TokenCache, d: int, start: int, end: int, tokenizer: Tokeni
     borders = [0, *(np.flatnonzero(np.diff(look).any(axis=0)) + 1).tolist(), len(ids)]
     return [
         Stretch(
-            printable(tokenizer.decode(ids[a:b])),
+            printable(tokenizer.decode_between(ids, a, b)),
             TOKEN_KINDS[look[0, a]],
             ("context", "trained", "cut")[look[1, a]],
             bool(look[2, a]),

@@ -302,6 +302,6 @@ def show_document(documents: Documents, number: int, tokenizer: Tokenizer, *, co
     before, after = ("\x1b[32m", "\x1b[0m") if colour else ("[", "]")
     shown = ""
     for start, end in zip(borders, borders[1:]):
-        text = tokenizer.decode(ids[start:end])
+        text = tokenizer.decode_between(ids, start, end)
         shown += before + text + after if trained[start] else text
     return shown

@@ -16,9 +16,9 @@ and completions too, and counts those rows.
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, pairwise
 from operator import itemgetter
 from typing import Any
 
@@ -32,7 +32,7 @@ from minisft.data.formats import Example, Piece
 from minisft.data.kinds import TRAINED
 from minisft.data.row_format import FormatOptions, RowFormat
 from minisft.data.rows import RowError
-from minisft.data.tokenizer import LITERAL_START, Tokenizer
+from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 
 ESCAPE = 0xF0000  # private-use characters in place of a row's control tokens while it is rendered
@@ -84,6 +84,13 @@ def text_pieces(
     tokenizer: Tokenizer, example: Example, row_format: RowFormat, options: FormatOptions
 ) -> tuple[tuple[Piece, ...], bool]:
     """The pieces of a row that no template renders, and whether it counts as a row with control tokens. Raises RowError."""
+    pieces, has_control_tokens = _pieces_of_text(tokenizer, example, row_format, options)
+    return _continued(tokenizer, pieces), has_control_tokens
+
+
+def _pieces_of_text(
+    tokenizer: Tokenizer, example: Example, row_format: RowFormat, options: FormatOptions
+) -> tuple[tuple[Piece, ...], bool]:
     found = [list(tokenizer.control_tokens.finditer(piece.text)) for piece in example.pieces]
     if not any(found):
         return example.pieces, False
@@ -95,6 +102,42 @@ def text_pieces(
         raise RowError("reserved character", "a row with control tokens contains one of U+F0000 to U+FFFFD")
     escaped = [replace(piece, literal=[m.span() for m in matches]) for piece, matches in zip(example.pieces, found)]
     return tuple(escaped), True
+
+
+def _continued(tokenizer: Tokenizer, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+    """The pieces, cut so that each is either the start of a text to the tokenizer or continues one.
+
+    Only for tokenizers that put a space before a text: an answer continues its prompt, so that their tokens read as the two
+    strings do. After a special token the tokenizer's own rule applies.
+    """
+    if len(pieces) < 2 or not tokenizer.has_prefix_space:
+        return pieces
+    cut = [pieces[0]]
+    for before, piece in pairwise(pieces):
+        if tokenizer.has_space_after_special and any(end == len(before.text) for _, end in _tokens(tokenizer, before)):
+            cut.append(piece)
+            continue
+        first = next(_tokens(tokenizer, piece), (len(piece.text), 0))[0]
+        cut.append(replace(_part(piece, 0, first), continues=True))
+        if first < len(piece.text):
+            cut.append(_part(piece, first, len(piece.text)))
+    return tuple(cut)
+
+
+def _tokens(tokenizer: Tokenizer, piece: Piece) -> Iterator[tuple[int, int]]:
+    """The places of added tokens in a piece, without those that are ordinary text."""
+    places = (match.span() for match in tokenizer.added_tokens.finditer(piece.text))
+    return ((a, b) for a, b in places if not any(start < b and a < end for start, end in piece.literal))
+
+
+def _part(piece: Piece, start: int, end: int) -> Piece:
+    """The characters start : end of a piece."""
+
+    def inside(spans: list) -> list:
+        moved = [(max(a, start) - start, min(b, end) - start, *rest) for a, b, *rest in spans]
+        return [span for span in moved if span[0] < span[1]]
+
+    return Piece(piece.text[start:end], inside(piece.spans), inside(piece.weights), inside(piece.literal))
 
 
 def _control_token(token: str, where: str) -> RowError:
@@ -190,7 +233,14 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[Encoded
 
 def raw_encodings(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[tokenizers.Encoding]:
     """The part of encode_pieces that is Rust, which releases the interpreter."""
-    return tokenizer.backend.encode_batch([piece.text for piece in pieces], add_special_tokens=False)
+    if not any(piece.continues for piece in pieces):
+        return tokenizer.backend.encode_batch([piece.text for piece in pieces], add_special_tokens=False)
+    encodings = {}
+    for continues, backend in ((False, tokenizer.backend), (True, tokenizer.continuing_backend)):
+        numbers = [n for n, piece in enumerate(pieces) if piece.continues == continues]
+        texts = [pieces[n].text for n in numbers]
+        encodings |= zip(numbers, backend.encode_batch(texts, add_special_tokens=False))
+    return [encodings[n] for n in range(len(pieces))]
 
 
 def with_kinds(tokenizer: Tokenizer, piece: Piece, encoding: tokenizers.Encoding) -> Encoded:
@@ -211,7 +261,7 @@ def _encode_literally(
     """(ids, offsets) of a piece in which the text of some special tokens is ordinary text.
 
     A stretch between two real special tokens that contains such text is encoded by a tokenizer without special tokens; the
-    other stretches keep their usual encoding.
+    other stretches keep their usual encoding. After a special token that tokenizer must treat a text as the usual one does.
     """
     real = [  # places of the real special tokens in the usual encoding, and its end
         k
@@ -224,16 +274,16 @@ def _encode_literally(
         end = usual_offsets[k][0]
         written = [piece.text[a:b] for a, b in piece.literal if start <= a and b <= end]
         if written:
-            skip = int(start > 0)  # LITERAL_START, one character and one token
-            text = LITERAL_START * skip + piece.text[start:end]
-            literal = tokenizer.literal_backend.encode(text, add_special_tokens=False)
-            decoded = tokenizer.decode(literal.ids[skip:])
+            continues = not tokenizer.has_space_after_special if start else piece.continues
+            backend = tokenizer.continuing_literal_backend if continues else tokenizer.literal_backend
+            literal = backend.encode(piece.text[start:end], add_special_tokens=False)
+            decoded = tokenizer.decode(literal.ids)
             if any(decoded.count(token) < written.count(token) for token in written):
                 raise RowError(
                     "control token that cannot be escaped", f"the tokenizer has no other way to write {written}"
                 )
-            ids += literal.ids[skip:]
-            offsets += [(a + start - skip, b + start - skip) for a, b in literal.offsets[skip:]]
+            ids += literal.ids
+            offsets += [(a + start, b + start) for a, b in literal.offsets]
             at = k
         ids += usual_ids[at : k + 1]
         offsets += usual_offsets[at : min(k + 1, len(encoding))]

@@ -19,7 +19,8 @@ Any row may have a `weight` that scales the loss of its targets. Rows that a cha
 `documents` and `chat_template_kwargs`, which the template receives.
 
 A prompt and its completion are two strings that are encoded separately: training sees the same ids for the prompt as
-inference will, and the border between the two needs no search. instruction and question_answer rows become a conversation
+inference will, and the border between the two needs no search. A completion continues its prompt: a tokenizer that puts a space
+before every text puts none before it. instruction and question_answer rows become a conversation
 if the tokenizer has a chat template, else the text of `plain_prompt`; `prompt_format` ("chat", "plain") overrides that.
 The strings of prompt_completion and preference rows are used as they are unless prompt_format is "chat".
 
@@ -67,6 +68,7 @@ class Piece:
     spans: list[tuple[int, int, int]]
     weights: list[tuple[int, int, float]] = field(default_factory=list)  # (char start, char end, factor of the loss)
     literal: list[tuple[int, int]] = field(default_factory=list)  # text of special tokens to encode as ordinary text
+    continues: bool = False  # it continues the piece before it: no space is put in front (encoding.py)
 
 
 @dataclass(slots=True)

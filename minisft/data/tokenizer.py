@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minisft.data.chat.conversations import RENDER_NAMES
 from minisft.data.chat.masks import terminator
@@ -32,7 +34,6 @@ from minisft.errors import MODEL, UserError
 from minisft.hub import resolve
 from minisft.strict_json import dump_json
 
-LITERAL_START = "\U000ffffd"  # private use; rows that are encoded with it contain none
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
@@ -90,18 +91,49 @@ class Tokenizer:
         return {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     @cached_property
+    def added_tokens(self) -> re.Pattern:
+        """Matches an added token, special or not, with the whitespace before it that the token swallows."""
+        tokens = sorted(self.backend.get_added_tokens_decoder().values(), key=lambda t: len(t.content), reverse=True)
+        return re.compile("|".join(r"\s*" * t.lstrip + re.escape(t.content) for t in tokens) or r"(?!)")
+
+    @cached_property
+    def continuing_backend(self) -> tokenizers.Tokenizer:
+        """The same tokenizer for text that continues another. Some (Llama 2, Mistral 0.1) put a space before every text, which
+        belongs before its start only. It is `backend` itself where the tokenizer puts none."""
+        return _without_prefix_space(self.backend)
+
+    @property
+    def has_prefix_space(self) -> bool:
+        return self.continuing_backend is not self.backend
+
+    @cached_property
+    def has_space_after_special(self) -> bool:
+        """Whether the text after a special token gets a space too, as at the start of a text."""
+        special = next((t.content for t in self.backend.get_added_tokens_decoder().values() if t.special), None)
+        if special is None or not self.has_prefix_space:
+            return False
+        after = self.backend.encode(special + "a", add_special_tokens=False).ids[1:]
+        return after != self.continuing_backend.encode("a", add_special_tokens=False).ids
+
+    @cached_property
     def literal_backend(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, but the text of a special token is ordinary text to it. LITERAL_START is one token: the text
-        after it is encoded as after a special token, which some tokenizers treat unlike the start of a text."""
-        copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        copy.encode_special_tokens = True
-        copy.add_tokens([AddedToken(LITERAL_START, normalized=False)])
-        return copy
+        """The same tokenizer, but the text of a special token is ordinary text to it."""
+        return _literal(self.backend)
+
+    @cached_property
+    def continuing_literal_backend(self) -> tokenizers.Tokenizer:
+        """`literal_backend` for text that continues another."""
+        return _literal(self.continuing_backend) if self.has_prefix_space else self.literal_backend
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """The ids of a text; add_special_tokens puts `prefix_ids` before and `suffix_ids` after it."""
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return self.prefix_ids + ids + self.suffix_ids if add_special_tokens else ids
+
+    def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a prompt outside of a template, exactly as in training: after `prefix_ids`, unless it brings its own."""
+        before, ids = self.prefix_ids if add_special_tokens else [], self.encode(text)
+        return ids if ids[: len(before)] == before else before + ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of many texts, without special tokens, on all cores."""
@@ -109,6 +141,24 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def decode_between(self, ids: Sequence[int] | np.ndarray, start: int, end: int) -> str:
+        """The text of ids[start:end]. By itself it would lose the space before it, if the tokenizer puts one before a text."""
+        if start == 0 or not self.has_prefix_space:
+            return self.decode(ids[start:end])
+        return self.decode(ids[start - 1 : end])[len(self.decode(ids[start - 1 : start])) :]
+
+    def decode_documents(self, documents: Sequence[list[int]]) -> list[str]:
+        """The texts of whole documents, special tokens written out, without the spaces that encoding puts before them."""
+        if not self.has_space_after_special:
+            return self.backend.decode_batch(documents, skip_special_tokens=False)
+        # Decoding removes the space at the start only. So the text between two special tokens is decoded by itself.
+        cut = [
+            [list(part) for _, part in groupby(ids, key=lambda i: i if i in self.special_ids else None)]
+            for ids in documents
+        ]
+        texts = iter(self.backend.decode_batch([part for parts in cut for part in parts], skip_special_tokens=False))
+        return ["".join(next(texts) for _ in parts) for parts in cut]
 
     def apply_chat_template(
         self,
@@ -153,6 +203,37 @@ class Tokenizer:
             path = Path(folder) / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(data)
+
+
+def _literal(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _without_prefix_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A copy that puts no space before a text; the tokenizer itself if it does not."""
+    found = False
+
+    def walk(step: dict | None) -> dict | None:
+        nonlocal found
+        if step is None:
+            return None
+        for name in ("normalizers", "pretokenizers"):
+            if name in step:
+                steps = [walk(inner) for inner in step[name]]
+                return {**step, name: [inner for inner in steps if inner is not None]}
+        without = {
+            "Prepend": None,
+            "Metaspace": {**step, "prepend_scheme": "never"},
+            "ByteLevel": {**step, "add_prefix_space": False},
+        }.get(step["type"], step)
+        found = found or without != step
+        return without
+
+    parts = {"normalizer": backend.normalizer, "pre_tokenizer": backend.pre_tokenizer}
+    parts = {name: walk(part and json.loads(part.__getstate__())) for name, part in parts.items()}
+    return tokenizers.Tokenizer.from_str(json.dumps(json.loads(backend.to_str()) | parts)) if found else backend
 
 
 # ------------------------------------------------------------------------------------------------- loading
