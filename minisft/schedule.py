@@ -14,7 +14,7 @@ alike, and then fall in a way of their own, from 1 to the floor:
     polynomial              fall = (1 - p)^power
     warmup_stable_decay     fall = 1 until the last decay_ratio of the steps (MiniCPM, arXiv 2404.06395), then with q from
                             0 to 1 over these: 1 - q (linear), (1 + cos(pi q)) / 2 (cosine), 1 - sqrt(q) (1-sqrt,
-                            arXiv 2405.18392)
+                            arXiv 2405.18392); it warms up from min_factor and not from 0
     inverse_sqrt            f = sqrt(t / (step - W + t)), t = timescale, or W, or 10,000   (T5; arXiv 2106.04560)
     constant                f = 1
     reduce_on_plateau       f = 1, lowered step by step by the evaluation loss, see `after_evaluation`
@@ -77,7 +77,8 @@ def lr_factor(
     assert options.keys() <= SCHEDULES[name].keys(), options
     options = SCHEDULES[name] | options
     if step < warmup_steps:
-        return step / warmup_steps
+        start = min_factor if name == "warmup_stable_decay" else 0.0
+        return start + (1.0 - start) * step / warmup_steps
     if name in ("constant", "reduce_on_plateau"):
         return 1.0
     if name == "inverse_sqrt":

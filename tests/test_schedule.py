@@ -25,7 +25,8 @@ FALLS = [name for name in SCHEDULES if name not in HAVE_NO_FLOOR and name != "re
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 def test_warms_up_to_the_peak_then_never_rises(name, warmup, floor):
     factors = [lr_factor(name, step, 100, warmup, floor) for step in range(101)]
-    assert factors[:warmup] == [step / warmup for step in range(warmup)]
+    start = floor if name == "warmup_stable_decay" else 0.0
+    assert factors[:warmup] == pytest.approx([start + (1 - start) * step / warmup for step in range(warmup)], abs=1e-15)
     after = factors[warmup:]
     assert after[0] == 1.0 or warmup == 100
     assert all(a >= b for a, b in zip(after, after[1:]))
@@ -116,7 +117,7 @@ def test_equals_transformers(warmup):
         ),
         "inverse_sqrt": lambda o: optimization.get_inverse_sqrt_schedule(o, warmup, timescale=7),
         "warmup_stable_decay": lambda o: optimization.get_wsd_schedule(
-            o, warmup, 5, num_stable_steps=15 - warmup, decay_type="1-sqrt"
+            o, warmup, 5, num_stable_steps=15 - warmup, decay_type="1-sqrt", min_lr_ratio=0.1
         ),
     }
     options = {
@@ -124,7 +125,7 @@ def test_equals_transformers(warmup):
         "cosine_with_restarts": dict(num_cycles=3),
         "polynomial": dict(min_factor=0.1, power=2.0),
         "inverse_sqrt": dict(timescale=7),
-        "warmup_stable_decay": dict(decay_ratio=0.25, decay_type="1-sqrt"),
+        "warmup_stable_decay": dict(decay_ratio=0.25, decay_type="1-sqrt", min_factor=0.1),
     }
     assert peers.keys() | {"reduce_on_plateau"} == SCHEDULES.keys()
     for name, make in peers.items():
