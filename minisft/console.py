@@ -253,14 +253,27 @@ def closing(
     return "\n".join([*lines, "", "next:", *(f"  {shlex.join(command)}" for command in commands)])
 
 
-def summing_up(rows: list[dict[str, float]], seconds: float, first_step: int) -> str:
-    """The last line of a run. rows: its metrics.jsonl. first_step: of this process, which took so many seconds."""
+def summing_up(
+    rows: list[dict[str, float]],
+    seconds: float,
+    first_step: int,
+    best_metric: str | None = None,
+    best: Best | None = None,
+) -> str:
+    """The last line of a run.
+
+    rows: its metrics.jsonl. first_step: where this process began, which took so many seconds. best: the best evaluation, where
+    the run compares them by a metric; otherwise it is the one with the lowest loss of the first set.
+    """
     losses = [row["loss"] for row in rows if "loss" in row]
     parts = [f"done: loss {digits(losses[0], 4)} -> {digits(losses[-1], 4)}"] if losses else ["done"]
     name = next((key for row in rows for key in row if key.startswith("eval_") and key.endswith("loss")), None)
-    if evaluated := [(row[name], row["step"]) for row in rows if name in row and not math.isnan(row[name])]:
-        best, step = min(evaluated)
-        parts.append(f"best {name} {digits(best, 4)} at step {step}")
+    evaluated = [(row[name], row["step"]) for row in rows if name in row and not math.isnan(row[name])]
+    if best_metric and best and best.step:
+        parts.append(f"best {best_metric} {digits(best.value, 4)} at step {best.step}")
+    elif evaluated:
+        value, step = min(evaluated)
+        parts.append(f"best {name} {digits(value, 4)} at step {step}")
     if rows and "eval_exact_match" in rows[-1]:
         parts.append(f"exact match {rows[-1]['eval_exact_match']:.1%}")
     if num_tokens := [row["num_tokens"] for row in rows if "num_tokens" in row]:
@@ -286,9 +299,8 @@ def finished_already(folder: Path, step: int) -> str:
 
 
 def stopped_early(step: int, metric: str | None, best: Best) -> str:
-    return (
-        f"stopped early after step {step}: {metric} is no better since step {best.step}, where it was {best.value:.4g}"
-    )
+    line = f"stopped early after step {step}: {metric} is no better since step {best.step}, where it was "
+    return wrap([line + digits(best.value, 4)], indent=2)
 
 
 def stopped(folder: Path, step: int, total: int, signal: str | None) -> str:

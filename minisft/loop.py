@@ -397,19 +397,29 @@ def finish(
                 values |= scores
                 loggers.log(step, scores)
         documents = next(iter(run.evals.values()), run.train).documents
-        max_steps, epochs = config.train.max_steps, config.train.num_train_epochs
         print(
             console.closing(
                 folder,
                 step=step,
                 report_to=config.log.report_to,
                 prompt=example_prompt(documents, run.tokenizer, run.prompting["prompt"]),
-                longer=f"--max_steps {2 * max_steps}" if max_steps > 0 else f"--num_train_epochs {2 * epochs:g}",
+                longer=longer(config, stopped_early=step < run.total_steps),
                 base=run.start.name if run.model.lora is not None else None,
             )
         )
-        print("\n" + console.summing_up(read_metrics(folder / "metrics.jsonl"), bar.seconds(), bar.first_step))
+        rows = read_metrics(folder / "metrics.jsonl")
+        summary = console.summing_up(rows, bar.seconds(), bar.first_step, run.best_metric, run.progress.best)
+        print("\n" + summary)
     return Result(folder, folder / "model", step, values, signal=signal.received)
+
+
+def longer(config: Config, stopped_early: bool) -> str:
+    """The option with which a finished run would take more steps."""
+    if stopped_early:
+        return f"--early_stopping_patience {2 * config.evaluate.early_stopping_patience}"
+    if config.train.max_steps > 0:
+        return f"--max_steps {2 * config.train.max_steps}"
+    return f"--num_train_epochs {2 * config.train.num_train_epochs:g}"
 
 
 def load_best_model(run: Run, folder: Path) -> None:
