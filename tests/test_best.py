@@ -92,7 +92,8 @@ def test_early_stopping_ends_the_run_and_survives_a_resume(tmp_path, monkeypatch
         assert train(tmp_path, **keys).exit_code == STOPPED
     resumed = train(tmp_path, **keys)
     assert resumed.step == whole.step and weights(resumed.output_dir) == weights(whole.output_dir)
-    capsys.readouterr()
+    # the last page names the option with which it would continue
+    assert "out/config.toml --early_stopping_patience 4\n" in capsys.readouterr().out
     assert train(tmp_path, **keys).step == whole.step
     assert "finished already" in capsys.readouterr().out
     patient = train(tmp_path, **keys | {"evaluate.early_stopping_patience": 3})  # continues
