@@ -1,6 +1,6 @@
 """minisft: a from-scratch, pure-PyTorch engine that fine-tunes language models.
 
-    from minisft import run, load_model, load_tokenizer
+    from minisft import run, load_model, load_tokenizer, generate, evaluate
 
 `import minisft` imports nothing else, torch included; each of these names does when it is first used.
 """
@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minisft.data.tokenizer import load_tokenizer
+    from minisft.evaluation import evaluate
+    from minisft.generation import generate
     from minisft.model.load import load_model
     from minisft.train import run
 
-__all__ = ["__version__", "load_model", "load_tokenizer", "run"]
+__all__ = ["__version__", "evaluate", "generate", "load_model", "load_tokenizer", "run"]
 __version__ = "0.1.0"
 
 # The kernels live in the top-level folder kernels/ and import as minisft.kernels. An installation maps that folder
@@ -22,9 +24,9 @@ __version__ = "0.1.0"
 if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).resolve().parents[1]))
 
-# The functions `generate` and `evaluate` are not among them: modules of the package have these names, so that an import would
-# give the function or the module, depending on what was imported before.
 _MODULE_OF = {
+    "evaluate": "minisft.evaluation",
+    "generate": "minisft.generation",
     "load_model": "minisft.model.load",
     "load_tokenizer": "minisft.data.tokenizer",
     "run": "minisft.train",

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from minisft.atomic_folder import atomic_folder, read_manifest, verify_folder
 from minisft.checkpoint import name_aside
 from minisft.errors import SAVE, UserError
-from minisft.generate import stop_ids
+from minisft.generation import stop_ids
 from minisft.model.adapter_files import load_adapter_weights, save_adapter
 from minisft.model.decoder import Decoder
 from minisft.model.load import load_weights

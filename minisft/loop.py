@@ -25,7 +25,7 @@ from minisft.config.load import fingerprint, write_resolved
 from minisft.config.sections import Config, TrainSection, config_to_dict
 from minisft.data.batch import Batch
 from minisft.errors import NONFINITE, STOPPED, UserError
-from minisft.evaluate import evaluate
+from minisft.evaluation import evaluate
 from minisft.export import export_model, is_exported, read_model, write_state
 from minisft.loggers import Loggers, read_metrics
 from minisft.metrics import Sums, eval_name, peak_memory

@@ -15,7 +15,7 @@ from minisft.data.rows import BadRow, RowError, place
 from minisft.data.sources import parse_source, read_rows
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
-from minisft.generate import generate, stop_ids
+from minisft.generation import generate, stop_ids
 from minisft.model.decoder import Decoder
 
 LONGEST_EXAMPLE = 150  # characters of a prompt that is shown as an example

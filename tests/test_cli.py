@@ -113,9 +113,8 @@ import sys, minisft
 assert [name for name in sys.modules if name.startswith("minisft.")] == []
 from minisft import run
 assert run is sys.modules["minisft.train"].run and "torch" not in sys.modules
-import minisft.generate
-from minisft import generate, load_model, load_tokenizer
-assert generate is sys.modules["minisft.generate"]
+from minisft import evaluate, generate, load_model, load_tokenizer
+assert evaluate is sys.modules["minisft.evaluation"].evaluate and generate is sys.modules["minisft.generation"].generate
 assert load_model is sys.modules["minisft.model.load"].load_model
 assert load_tokenizer is sys.modules["minisft.data.tokenizer"].load_tokenizer
 assert all(hasattr(minisft, name) for name in minisft.__all__) and not hasattr(minisft, "rum")

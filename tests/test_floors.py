@@ -46,7 +46,13 @@ EXTRA_PACKAGES = {
 # Kernels made of others: rope norms the heads of q and k first, where a model does; both losses score rows of logits; 8-bit
 # states are quantised. And ops whose file is split.
 EXTRA_ROOMS = {
-    "__init__": {"train", "model/load", "data/tokenizer"},  # the public API, imported when first used
+    "__init__": {
+        "train",
+        "model/load",
+        "data/tokenizer",
+        "generation",
+        "evaluation",
+    },  # the public API, imported when first used
     "kernels/rope": {"kernels/rms_norm"},
     "kernels/linear_cross_entropy": {"kernels/cross_entropy", "kernels/linear_cross_entropy_torch"},
     "kernels/flash_attention": {"kernels/flash_attention_kernels", "kernels/flash_attention_torch"},

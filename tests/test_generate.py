@@ -6,7 +6,7 @@ import torch
 from minisft.data.batch import document_bounds
 from minisft.data.tokenizer import train_tokenizer
 from minisft.errors import UserError
-from minisft.generate import generate, stop_ids
+from minisft.generation import generate, stop_ids
 from minisft.kernels.common import use_backend
 from minisft.model.decoder import Decoder
 from minisft.model.families import from_hf

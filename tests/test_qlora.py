@@ -198,7 +198,7 @@ def test_the_adapter_says_what_its_base_was(trained):
 
 def test_generate_reads_the_quantised_base(trained, monkeypatch):
     models = []
-    monkeypatch.setattr("minisft.generate.generate", lambda model, *a, **k: models.append(model) or [[65]])
+    monkeypatch.setattr("minisft.generation.generate", lambda model, *a, **k: models.append(model) or [[65]])
     assert generate.main([str(trained), "--prompt", "abc", "--max_new_tokens", "3"]) == 0
     assert len(quant_weights(models[0])) == 14
 

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from minisft.data.tokenizer import load_tokenizer
-    from minisft.generate import generate, stop_ids
+    from minisft.generation import generate, stop_ids
     from minisft.model.adapter_files import load_adapted, model_folder
     from minisft.model.load import load_model
 
