@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minisft.best import Best
 from minisft.console import (
     ProgressBar,
     closing,
@@ -140,6 +141,8 @@ def test_the_last_line_sums_up():
         + "5s since step 2"
     )
     assert summing_up([], 1.0, 0) == "done  1s"
+    by_metric = summing_up(rows, 65.0, 0, "eval_b_rewards/accuracies", Best(0.75, 3))
+    assert "  best eval_b_rewards/accuracies 0.7500 at step 3  " in by_metric
 
 
 def test_long_samples_are_shortened():
