@@ -407,6 +407,17 @@ def test_any_word_may_be_a_value(value):
     assert parse_arguments(["--response_marker", value])[1] == parse_arguments([f"--response_marker={value}"])[1]
 
 
+def test_the_ready_configurations_are_read_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert load("configs/quickstart.toml")[0].data.train_data == str(QUICKSTART.parent / "quickstart" / "train.jsonl")
+    assert f"the installed one is read: {QUICKSTART}" in capsys.readouterr().err
+    (tmp_path / "configs").mkdir()
+    write(tmp_path / "configs" / "quickstart.toml", "model.model_name_or_path = 'a/b'\ndata.train_data = 'own'")
+    assert load("configs/quickstart.toml")[0].data.train_data == "own"
+    with pytest.raises(UserError, match="configs/quick.toml: there is no such file"):
+        load("configs/quick.toml")
+
+
 def test_a_yaml_file_names_the_command_that_translates_it(tmp_path):
     with pytest.raises(UserError, match="init --from-trl .*run.yaml"):
         load(write(tmp_path / "run.yaml", "learning_rate: 1"))

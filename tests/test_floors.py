@@ -191,7 +191,7 @@ def test_every_package_is_installed():
     settings = PYPROJECT["tool"]["setuptools"]
     folders = {path.parent.relative_to(ROOT).as_posix() for path in FILES.values()}
     names = {folder.replace("/", ".").replace("kernels", "minisft.kernels") for folder in folders}
-    assert settings["packages"] == sorted(names)
+    assert settings["packages"] == sorted({*names, "minisft.configs"})
     assert [name for name in settings["package-data"]["minisft"] if not (ROOT / "minisft" / name).is_file()] == []
 
 

@@ -35,6 +35,9 @@ SLICE = re.compile(r"\[[^\[\]]*:[^\[\]]*\]$")  # the end of data.jsonl[:10%]
 DEFAULTS = {"sft": {}, "dpo": {"train.learning_rate": 1e-6}}  # of a trainer, where config/sections.py has another one
 SOURCES = ("data.train_data", "data.eval_data")
 SOURCE_FIELDS = ("name", "split", "data_dir", "revision", "data_files", "weight", "format", "field_map")
+PACKAGE = Path(__file__).parents[1]
+# the ready configurations, in an installation and in a checkout
+READY = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 MODEL_FILES += ("model/config.json", "model/adapter_config.json")  # of a run's output folder
 
@@ -61,8 +64,15 @@ def load(
     if listing := next((name for table, name, _ in files if "stages" in table), None):
         hint = "name the configuration of one of its stages: the file, or <output_dir>/config.toml once it has begun"
         raise UserError(f"{listing} lists stages, which are several runs; one is wanted here", hint=hint)
+    return load_files(files, overrides, origin)
+
+
+def load_files(
+    files: list[tuple[dict, str, Path]], overrides: dict[str, Any] | None, origin: str
+) -> tuple[Config, dict[str, str]]:
+    """The same of files that `read_files` has read."""
     layers = [*map(file_layer, files), override_layer(overrides or {}, origin)]
-    return resolve(layers, where=origin if source is None else files[-1][1])
+    return resolve(layers, where=files[-1][1] if files else origin)
 
 
 def resolve(layers: list[dict[str, Given]], where: str) -> tuple[Config, dict[str, str]]:
@@ -116,6 +126,9 @@ def read_files(
         table, folder, chain = dict(source), folder or Path.cwd(), []
     else:
         path = Path(source).expanduser()
+        if path.parts[0] == "configs" and not path.exists() and (READY / path.name).exists():
+            path = READY / path.name
+            _tell(f"{source} is not here; the installed one is read: {path}")
         table, name, folder, chain = _read_toml(path), str(path), path.parent, [path]
     files = [(table, name, folder)]
     while (base := table.pop("extends", None)) is not None:

@@ -28,7 +28,7 @@ from minisft.config.load import (
     Given,
     file_layer,
     fingerprint,
-    load,
+    load_files,
     override_layer,
     read_files,
     resolve,
@@ -70,7 +70,7 @@ def load_stages(
     files = read_files(source)
     lists = [(table.pop("stages"), name, folder) for table, name, folder in files if "stages" in table]
     if not lists:
-        return [Stage("", *load(source, overrides, origin))]
+        return [Stage("", *load_files(files, overrides, origin))]
     items, name, folder = lists[-1]
     if not isinstance(items, list) or not items:
         hint = 'name a file for each, as in stages = ["sft.toml", "dpo.toml"], or write each as a [[stages]] table'

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from minisft.config.load import load
+from minisft.config.load import READY, load
 from minisft.config.sections import config_to_dict
 from minisft.data.detect_format import detect_row_format
 from minisft.data.row_format import FormatOptions, RowFormat
@@ -22,7 +22,6 @@ from minisft.hub import is_repository_name
 from minisft.init.propose import Hardware, Rows, Size, size_from_config, size_from_name
 from minisft.strict_json import read_json
 
-READY = Path(__file__).parents[2] / "configs"  # in a checkout
 OF_THE_DATA = ("data.train_data", "data.eval_data", "data.format", "data.field_map", "data.dataset_text_field",
                "data.eval_fraction", "evaluate.generate_data", "evaluate.generate_group_field", "output_dir")  # fmt: skip
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # version 2, 1
