@@ -166,8 +166,6 @@ def _schedule(t: Translation, peak: float) -> None:
             t.difference(
                 'train.lr_scheduler_kwargs: decay_type = "cosine", transformers\' default (default here: "linear")'
             )
-        if t.values.get("train.min_lr"):
-            t.difference("warm-up: from 0 here, from min_lr there")
     if kwargs:
         t.values["train.lr_scheduler_kwargs"], t.origins["train.lr_scheduler_kwargs"] = kwargs, "lr_scheduler_kwargs"
     _warmup(t, written)
