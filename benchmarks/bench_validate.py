@@ -70,7 +70,7 @@ def validate(path: str) -> dict:
             dropped[row.reason] += 1
             continue
         try:
-            data = rename_fields(row.data, source.field_map)
+            data = rename_fields(row.data, source.field_map, source.ignore)
             row_format = row_format or detect_row_format(data, source.format, options, has_template=True)
             to_example(data, row_format, options)
         except RowError as error:

@@ -94,6 +94,22 @@ def test_all_formats_together(tmp_path):
     assert len(cache.describe()) == 7
 
 
+def test_columns_that_change_the_loss_or_may_be_missed_are_reported_on_lines_of_their_own(tmp_path):
+    rows = [{"question": "Hi", "answer": "Hello", "query": "x", "note": "y", "weight": w} for w in (72.5, 2)]
+    rows += [{"question": "Hi", "answer": "Hello", "query": empty, "weight": None} for empty in ("", None)]
+    _, unread, weight = build(tmp_path, jsonl(tmp_path / "a.jsonl", rows)).describe()
+    assert (
+        unread.startswith("WARNING: the column query has a value in 2 rows and is not used;") and "note" not in unread
+    )
+    assert weight.startswith("the column weight scales the loss of 2 rows by 2 to 72.5;")
+    source = {"path": str(tmp_path / "a.jsonl"), "ignore": ["query", "weight"]}
+    cache = build(tmp_path, source)
+    assert cache.weights is None and len(cache.describe()) == 1 and "query" not in cache.describe()[0]
+    turns = [{"role": "user", "content": 'Say "Hi"\n'}, {"role": "assistant", "content": "Hi"}]
+    rows = [{"prompt": 'Say "Hi"', "messages": turns}, {"prompt": "Ho", "messages": turns}]  # the first is no loss
+    assert "prompt has a value in 1 rows" in build(tmp_path, jsonl(tmp_path / "b.jsonl", rows)).describe()[1]
+
+
 def test_everything_is_trained_where_asked(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"question": "Hi", "answer": "Hello"}])
     for options in ({"completion_only_loss": False}, {"assistant_only_loss": False}):

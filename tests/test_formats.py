@@ -104,7 +104,13 @@ def test_every_field_is_read_or_named_as_unused(name):
         "documents": [{"title": "T"}],
         "chat_template_kwargs": {"enable_thinking": False},
         "system": "Be brief.",
+        "system_prompt": "Be brief.",
+        "instruction": "Add.",
+        "question": "How many?",
+        "query": "How many?",
         "input": "1 2",
+        "context": "1 2",
+        "history": [["Hi", "Hello"]],
         "labels": [-100, 2],
         "weight": 0.5,
         "id": 7,
@@ -115,7 +121,9 @@ def test_every_field_is_read_or_named_as_unused(name):
             continue
         without = to_example(ROWS[name], detect_row_format(ROWS[name], name, options, template), options)
         for field, value in values.items():
-            row = {**ROWS[name], field: value}
+            row = {**ROWS[name], field: ROWS[name].get(field, value)}
+            if field in ROWS[name]:
+                continue
             row_format = detect_row_format(row, name, options, template)
             assert (to_example(row, row_format, options) == without) == (field in row_format.ignored), (field, template)
             assert (f"fields not used: {', '.join(row_format.ignored)}" in str(row_format)) == bool(row_format.ignored)
@@ -149,6 +157,7 @@ def test_field_map():
         rename_fields(row, {"x": "prompt"})
     with pytest.raises(RowError, match="has already"):
         rename_fields({"q": 1, "prompt": 2}, {"q": "prompt"})
+    assert rename_fields({"q": 1, "prompt": 2, "id": 3}, {"q": "prompt"}, ("prompt", "id", "x")) == {"prompt": 1}
     check_field_map({"body": "doc"}, FormatOptions(dataset_text_field="doc"))
     with pytest.raises(UserError, match="did you mean 'completion'"):
         check_field_map({"a": "compeltion"}, FormatOptions())
@@ -218,7 +227,7 @@ SAID_TURNS = {name: {"from": "gpt", "value": name} for name in ("yes", "no")}
         ({"prompt": "Hi", "chosen": SAID["yes"], "rejected": SAID["no"]}, "rejected"),
         ({"prompt": "Hi", "chosen": TURNS[:1] + SAID["yes"], "rejected": TURNS[:1] + SAID["no"]}, "rejected"),
         ({"chosen": TURNS[:1] + SAID["yes"], "rejected": TURNS[:1] + SAID["no"]}, "rejected"),
-        ({"chosen": TURNS[:1] + SAID["yes"], "rejected": None, "messages": TURNS}, "rejected, messages"),
+        ({"chosen": TURNS[:1] + SAID["yes"], "rejected": 0, "messages": TURNS}, "rejected, messages"),
         ({"conversations": [{"from": "human", "value": "Hi"}], "chosen": SAID_TURNS["yes"], "rejected": 0}, "rejected"),
     ],
     ids=str,
@@ -237,6 +246,105 @@ def test_a_preference_of_strings_is_like_prompt_and_completion():
     assert example(row, prompt_format="chat") == example(ROWS["prompt_completion"], prompt_format="chat")
     line = "preference, as text; trained: the chosen answer; fields not used: rejected"
     assert str(detect_row_format(row, "auto", FormatOptions(), False)) == line
+
+
+SYSTEM = {"role": "system", "content": "S"}
+ASKED = {"role": "user", "content": "And?\n\n1 2"}
+
+
+@pytest.mark.parametrize(
+    "columns, prompt, plain",
+    [
+        ({"instruction": "And?", "input": "1 2"}, [ASKED], plain_prompt("And?", "1 2")),
+        ({"question": "And?", "context": "1 2", "system": "S"}, [SYSTEM, ASKED], plain_prompt("And?", "1 2", "S")),
+        ({"query": "Hi", "system_prompt": "S"}, [SYSTEM, TURNS[0]], plain_prompt("Hi", "", "S")),
+        ({"input": "Hi", "instruction": None}, [TURNS[0]], plain_prompt("Hi")),
+        (
+            {"instruction": "And?", "context": "1 2", "history": [["Hi", "Hello"]], "system": "S"},
+            [SYSTEM, *TURNS, ASKED],
+            "S\n\n### Instruction:\nHi\n\n### Response:\nHello\n\n"
+            "### Instruction:\nAnd?\n\n### Input:\n1 2\n\n### Response:\n",
+        ),
+        ({"prompt": "Hi", "system": "S"}, [SYSTEM, TURNS[0]], "S\n\nHi"),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
+)
+def test_the_columns_of_a_prompt_mean_the_same_in_every_format(columns, prompt, plain):
+    """Also where both answers begin alike, which would give another prompt."""
+    rows = [({**columns, "chosen": "The yes", "rejected": "The no"}, {"answers": "pairs"})]
+    rows.append(({**columns, "completion": "The yes", "label": True}, {"answers": "labels"}))
+    rows.append((rows[0][0], {}))
+    rows += [({**columns, "answer": "The yes"}, {})] if "question" in columns else []
+    rows += [({**columns, "output": "The yes"}, {})] if columns.get("instruction") else []
+    rows += [({**columns, "completion": "The yes"}, {})] if "prompt" in columns else []
+    for row, options in rows:
+        found = example(row, **options)
+        assert found.messages == [*prompt, {"role": "assistant", "content": "The yes"}]
+        assert found.first_trained in ((0,) if "history" not in columns else (len(prompt),))
+        for template in (True, False):
+            found = example(row, template=template, prompt_format="plain", **options)
+            assert [piece.text for piece in found.pieces] == [plain, "The yes"]
+    for side in (TURNS[1], TURNS[1:]):
+        found = example({**columns, "chosen": side, "rejected": SAID["no"]}, answers="pairs")
+        assert found.messages == [*prompt, TURNS[1]] and found.first_trained == len(prompt)
+
+
+def test_a_system_column_is_the_system_turn_of_messages():
+    share = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    for row in ({"messages": TURNS}, share, {"prompt": TURNS[:1], "completion": TURNS[1:]}, chosen(TURNS)):
+        assert example({**row, "system": "S"}).messages == [SYSTEM, *TURNS]
+        assert example({**row, "system": " "}).messages == TURNS
+    assert example({"messages": [SYSTEM, *TURNS], "system": "S"}).messages == [SYSTEM, *TURNS]  # said twice
+
+
+def test_the_first_row_may_lack_a_system_prompt():
+    first = {"prompt": "Hi", "completion": "Hello", "system": None}
+    row_format = detect_row_format(first, "auto", FormatOptions(), True)
+    assert to_example(first, row_format, FormatOptions()).messages == TURNS
+    assert to_example({**first, "system": "S"}, row_format, FormatOptions()).messages == [SYSTEM, *TURNS]
+
+
+@pytest.mark.parametrize("column", ["topic", "context", "text", "output"])
+def test_a_prompt_is_not_guessed_beside_a_column_that_may_hold_it(column):
+    row = {"chosen": "The capital is Paris.", "rejected": "The capital is Lyon."}
+    assert [piece.text for piece in example(row, answers="pairs").pieces] == ["The capital is", " Paris."]
+    assert example({**row, column: " ", "score": 3}, answers="pairs") == example(row, answers="pairs")
+    with pytest.raises(RowError, match=f"no prompt: .*the text of {column} is not used; rename .* ignore = "):
+        example({**row, column: "Which city?"}, answers="pairs")
+
+
+LONG = [*TURNS, {"role": "user", "content": "And a lake."}]
+
+
+@pytest.mark.parametrize(
+    "prompt, before, common",
+    [
+        ("Hi", LONG, LONG),  # the first question
+        ("And a lake.", LONG, LONG),  # the last one
+        ("And a lake.", [SYSTEM, *LONG], [SYSTEM, *LONG]),
+        ("Hi", LONG[1:], LONG),  # the conversation goes on after it
+        ("", LONG, LONG),
+    ],
+)
+def test_a_string_beside_whole_conversations_is_a_label(prompt, before, common):
+    row = {"chosen": before + SAID["yes"], "rejected": before + SAID["no"]}
+    for name in ("prompt", "instruction"):
+        found = example({name: prompt, **row}, answers="pairs")
+        assert found.messages == common + SAID["yes"] and found.first_trained == len(common)
+
+
+def test_null_is_absent_in_every_column_of_every_format():
+    """The null columns of one format in the rows of another, as in data sets that were joined, and its own optional ones."""
+    columns = {
+        name for format in FORMATS.values() for field in format.needs + format.may_have for name in field.split("|")
+    }
+    for name, row in ROWS.items():
+        options = made_for(name)
+        nulls = dict.fromkeys(columns - {"system", "system_prompt"} - row.keys())
+        for joined in ({**nulls, **row, "weight": None}, {**row, "weight": None, **nulls}):
+            row_format = detect_row_format(joined, "auto", options, True)
+            assert row_format.name == name
+            assert to_example(joined, row_format, options) == example(row, **vars(options))
 
 
 def test_earlier_turns_of_a_preference_are_context():
@@ -293,7 +401,7 @@ BAD_ROWS = [
     ("messages", {"messages": TURNS, "documents": {}}, "bad documents"),
     ("messages", {"messages": TURNS, "chat_template_kwargs": []}, "bad chat_template_kwargs"),
     ("sharegpt", {"conversations": [{"from": "gpt", "value": "Hi"}], "system": 3}, "system is a int"),
-    ("prompt_completion", {"prompt": "Hi", "completion": None}, "completion is null"),
+    ("prompt_completion", {"prompt": "Hi", "completion": None}, "missing field: 'completion'; the row has prompt"),
     ("prompt_completion", {"prompt": "Hi", "completion": ""}, "empty answer"),
     ("prompt_completion", {"prompt": 3, "completion": "Hi"}, "prompt is a int"),
     ("prompt_completion", {"prompt": "Hi", "completion": TURNS[1:]}, "completion is a list"),
@@ -303,7 +411,7 @@ BAD_ROWS = [
     ("instruction", {"instruction": "", "input": "", "output": "x"}, "empty prompt"),
     ("instruction", {"instruction": "Hi", "input": 3, "output": "x"}, "input is a int"),
     ("instruction", {"instruction": "Hi"}, "missing field: 'output|response'"),
-    ("question_answer", {"question": None, "answer": "x"}, "question is null"),
+    ("question_answer", {"question": None, "answer": "x"}, "missing field: 'question'"),
     ("text", {"text": ""}, "empty text"),
     ("text", {"text": " \n"}, "empty text"),
     ("text", {"text": ["a"]}, "text is a list"),
@@ -311,7 +419,21 @@ BAD_ROWS = [
     ("text", {"text": "a", "weight": True}, "bad weight"),
     ("text", {"text": "a", "weight": "nan"}, "bad weight"),
     ("text", {"text": "a", "weight": 1e39}, "bad weight"),
-    ("text", {"text": "a", "weight": None}, "bad weight"),
+    (
+        "text",
+        {"text": "a", "weight": ""},
+        "bad weight: weight is '', not a finite number from 0 up; if the column means",
+    ),
+    ("instruction", {"instruction": "Hi", "output": "x", "history": "Ho"}, "bad history: not a list of pairs"),
+    ("instruction", {"instruction": "Hi", "output": "x", "history": [["a", ""]]}, "bad history: a turn has no text"),
+    ("instruction", {"instruction": "Hi", "output": "x", "system": "S", "system_prompt": "T"}, "two system prompts"),
+    ("messages", {"messages": [{"role": "system", "content": "S"}, *TURNS], "system": "T"}, "two system prompts"),
+    ("question_answer", {"question": "Hi", "answer": "x", "tools": "a, b"}, "not valid JSON: tools: "),
+    (
+        "question_answer",
+        {"question": "Hi", "answer": "x", "documents": ["a"]},
+        "leave it out by `ignore` of the source",
+    ),
     ("input_ids", {"input_ids": []}, "not a list of token ids: input_ids"),
     ("input_ids", {"input_ids": "1 2"}, "not a list of token ids"),
     ("input_ids", {"input_ids": [1, 2.0]}, "not a list of token ids"),

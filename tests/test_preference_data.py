@@ -262,6 +262,15 @@ def test_earlier_answers_of_a_labelled_conversation_are_context(tmp_path):
     assert documents_of(build(tmp_path, rows, answers="labels"))[0] == by_template(HISTORY, [said("Fine.")], CHOSEN)
 
 
+@pytest.mark.parametrize("label, said_of_it", [(True, "true (good)"), (False, "false (bad)")])
+def test_labels_of_one_class_are_a_warning(tmp_path, label, said_of_it):
+    rows = [{"prompt": "Hi", "completion": text, "label": label} for text in "ab"]
+    (line,) = [line for line in build(tmp_path, rows, answers="labels").describe() if "WARNING" in line]
+    assert line.startswith(f"WARNING: every label is {said_of_it}")
+    both = [*rows, {**rows[0], "label": not label}]
+    assert "WARNING" not in "".join(build(tmp_path, both, answers="labels").describe())
+
+
 def test_pairs_are_two_labelled_answers_and_are_not_mixed_with_themselves(tmp_path):
     rows = [{"prompt": f"{i}?", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(3)]
     documents = documents_of(build(tmp_path, rows, PLAIN, "labels"))
@@ -297,7 +306,7 @@ BAD = [  # (row that decides the format, changes that spoil it, what is said)
     (PAIR, {"rejected": "a"}, "chosen equals rejected"),
     (PAIR, {"rejected": " \n"}, "empty answer: rejected"),
     (PAIR, {"chosen": ""}, "empty answer: chosen"),
-    (PAIR, {"rejected": None}, "not a string: rejected is null"),
+    (PAIR, {"rejected": None}, "missing field: 'rejected'"),
     (PAIR, {"rejected": [said("b")]}, "not a string: rejected is a list"),
     (PAIR, {"prompt": ""}, "no prompt: prompt is empty"),
     (PAIR, {"prompt": 3}, "not a string: prompt is a int"),
@@ -328,18 +337,18 @@ BAD = [  # (row that decides the format, changes that spoil it, what is said)
     (SHARE, {"rejected": SHARE["chosen"]}, "chosen equals rejected"),
     (SHARE, {"rejected": human("b")}, "no assistant turn"),
     (TRANSCRIPT, {"rejected": "b"}, "not a transcript: rejected"),
-    (TRANSCRIPT, {"rejected": None}, "not a string: rejected is null"),
+    (TRANSCRIPT, {"rejected": None}, "missing field: 'rejected'; the row has chosen"),
     (TRANSCRIPT, {"prompt": "Hi"}, "not a transcript: the row has a prompt"),
     (TRANSCRIPT, {"rejected": HH.replace("Hi", "Ho") + " b"}, "prompts differ"),
     (TRANSCRIPT, {"rejected": HH}, "empty answer: rejected[3].content"),
     (TRANSCRIPT, {"rejected": f"{HH} b\n\nHuman: Hi"}, "prompts differ"),
-    (LABEL, {"label": None}, "label is not true or false: label is None"),
+    (LABEL, {"label": None}, "missing field: 'label|kto_tag'; the row has"),
     (LABEL, {"label": "yes"}, "label is not true or false: label is 'yes'"),
     (LABEL, {"label": 0.5}, "label is not true or false: label is 0.5"),
     (LABEL, {"label": 2}, "label is not true or false: label is 2"),
     (LABEL, {"label": ...}, "missing field: 'label|kto_tag'"),
     (LABEL, {"completion": " "}, "empty answer: completion"),
-    (LABEL, {"prompt": ...}, "not a string: prompt is null"),
+    (LABEL, {"prompt": ...}, "no prompt: the row has completion, label"),
     (LABEL, {"prompt": " "}, "no prompt"),
     (LABEL_CHAT, {"messages": [user("Hi"), said("a"), user("b")]}, "no final answer"),
     (LABEL_CHAT, {"messages": [said("a")]}, "no final answer"),

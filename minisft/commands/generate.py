@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 def prompt_ids(tokenizer: "Tokenizer", prompt: str, layout: str) -> list[int]:
     """The tokens of a prompt, exactly as in training."""
-    from minisft.data.formats import plain_prompt
+    from minisft.data.prompts import plain_prompt
 
     if layout == "chat":
         messages = [{"role": "user", "content": prompt}]

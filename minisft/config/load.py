@@ -34,7 +34,7 @@ RESOLVED_NAME = "config.toml"  # in the output folder
 SLICE = re.compile(r"\[[^\[\]]*:[^\[\]]*\]$")  # the end of data.jsonl[:10%]
 DEFAULTS = {"sft": {}, "dpo": {"train.learning_rate": 1e-6}}  # of a trainer, where config/sections.py has another one
 SOURCES = ("data.train_data", "data.eval_data")
-SOURCE_FIELDS = ("name", "split", "data_dir", "revision", "data_files", "weight", "format", "field_map")
+SOURCE_FIELDS = ("name", "split", "data_dir", "revision", "data_files", "weight", "format", "field_map", "ignore")
 PACKAGE = Path(__file__).parents[1]
 # the ready configurations, in an installation and in a checkout
 READY = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"

@@ -85,6 +85,7 @@ def _sources_text(entry: dict[str, Any]) -> list[str]:
         lines.append(f"{name[-width:]:<{width}}{numbers}")
         ways = ", ".join(f"{ways} ({rows:,} rows)" for ways, rows in s["found_by"].items())
         lines.append(f"  {s['layout']}" + (f"; turns found by {ways}" if ways else ""))
+        lines += [f"  {note}" for note in s["notes"]]
     return lines
 
 

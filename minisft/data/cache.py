@@ -42,7 +42,7 @@ from minisft.atomic_folder import (
     waiting_lock,
 )
 from minisft.data.detect_format import check_field_map
-from minisft.data.kinds import MISMATCHED
+from minisft.data.kinds import CHOSEN, MISMATCHED
 from minisft.data.repositories import locate
 from minisft.data.row_format import ON_BAD_ROW, FormatOptions
 from minisft.data.rows import place
@@ -97,12 +97,20 @@ class TokenCache:
         """Where a document came from, such as data.jsonl:12."""
         return place(self.manifest["paths"][self.file[document]], int(self.line[document]))
 
+    def _only_label(self) -> str:
+        """The label that all labelled answers have, "" if they have both."""
+        assert self.role is not None
+        is_good = self.role[::2] == CHOSEN
+        return "true (good)" if is_good.all() else "" if is_good.any() else "false (bad)"
+
     def describe(self) -> list[str]:
         """Lines for the start of a run: the format of each source, the rows dropped, and what else the user should know."""
-        lines = [
-            f"{source.label}{f' at {source.origin}' if source.commit else ''}: {entry['layout']}"
-            for source, entry in zip(self.sources, self.manifest["sources"])
-        ]
+        lines = []
+        for source, entry in zip(self.sources, self.manifest["sources"]):
+            lines.append(f"{source.label}{f' at {source.origin}' if source.commit else ''}: {entry['layout']}")
+            lines += column_notes(entry)
+        if self.unit == "labelled answers" and (one := self._only_label()):
+            lines.append(f"WARNING: every label is {one}: KTO learns from good and from bad answers")
         dropped = sum(sum(entry["dropped"].values()) for entry in self.manifest["sources"])
         if dropped:
             reasons = sum((Counter(entry["dropped"]) for entry in self.manifest["sources"]), Counter())
@@ -125,6 +133,20 @@ class TokenCache:
         if straddling := sum(entry["straddling"] for entry in entries):
             lines.append(f"{straddling:,} trained tokens begin before or end after the trained text")
         return lines
+
+
+def column_notes(entry: dict) -> list[str]:
+    """Lines about the columns of a source: what a prompt may lack, and what scales the loss. entry: of the manifest."""
+    notes = [
+        f"WARNING: the column {name} has a value in {rows:,} rows and is not used; rename it by field_map, or leave it out: "
+        f'ignore = ["{name}"]'
+        for name, rows in entry["unread"].items()
+    ]
+    if weight := entry["weight"]:
+        factors = f"{weight['min']:g}" + (f" to {weight['max']:g}" if weight["max"] > weight["min"] else "")
+        rows = f"{weight['rows']:,} rows"
+        notes.append(f'the column weight scales the loss of {rows} by {factors}; to leave it out: ignore = ["weight"]')
+    return notes
 
 
 @dataclass(frozen=True)
@@ -252,6 +274,7 @@ def cache_key(
                 "split": source.split,
                 "format": source.format,
                 "field_map": source.field_map,
+                "ignore": source.ignore,
             }
             for source, files in zip(sources, paths)
         ],

@@ -3,10 +3,12 @@
 formats.py has the table of formats. If the row and the options do not decide, it is an error, never a guess.
 """
 
+import json
 from difflib import get_close_matches
 
-from minisft.data.formats import FORMATS, TEMPLATE_FIELDS, check_fields, missing_field, needed_fields
+from minisft.data.formats import FORMATS, TEMPLATE_FIELDS, check_fields, missing_field, needed_fields, without_nulls
 from minisft.data.preferences import has_transcripts
+from minisft.data.prompts import PROMPT_FIELDS, SYSTEMS
 from minisft.data.row_format import ANSWERS, CHOICES, FormatOptions, RowFormat
 from minisft.data.rows import RowError
 from minisft.errors import DATA, UserError
@@ -14,8 +16,17 @@ from minisft.errors import DATA, UserError
 # ------------------------------------------------------------------------------------------------- names of fields
 
 
-def rename_fields(row: dict, field_map: dict[str, str]) -> dict:
-    """The row with the user's field names replaced by ours. Raises RowError if one is absent, or ours is taken."""
+# What an answer may have been written for. If such a column is not read, that is worth a warning.
+PROMPT_COLUMNS = ("prompt", *dict.fromkeys(PROMPT_FIELDS), "tools", "documents", "chat_template_kwargs")
+
+
+def rename_fields(row: dict, field_map: dict[str, str], ignore: tuple[str, ...] = ()) -> dict:
+    """The row with the user's field names replaced by ours and without the columns of `ignore`.
+
+    Raises RowError if a field of field_map is absent, or ours is taken.
+    """
+    if ignore:
+        row = {name: value for name, value in row.items() if name not in ignore}
     if not field_map:
         return row
     for theirs, ours in field_map.items():
@@ -58,12 +69,15 @@ def detect_row_format(row: dict, format: str, options: FormatOptions, has_templa
     for key, choices in CHOICES.items():
         if getattr(options, key) not in choices:
             raise UserError(f"{key} = {getattr(options, key)!r}", hint=f"one of {', '.join(choices)}")
+    columns, row = row, without_nulls(row)
     name = _format_of(row, format, options)
     known, wants_chat = FORMATS[name], options.prompt_format == "chat"
     may_be_chat = wants_chat or options.prompt_format == "auto" and has_template
     transcripts = may_be_chat and name == "preference" and has_transcripts(row)
     turns = known.has_turns(row) or transcripts
-    chat = turns or known.has_prompt and wants_chat or known.is_question and may_be_chat
+    is_question = not turns and known.is_question(row)
+    has_system = not {*SYSTEMS}.isdisjoint(columns) and known.has_prompt  # also if it is null in this row
+    chat = turns or known.has_prompt and wants_chat or (is_question or has_system) and may_be_chat
     if chat and not has_template:
         raise UserError(
             f"{name} rows need a chat template and the tokenizer has none",
@@ -77,7 +91,7 @@ def detect_row_format(row: dict, format: str, options: FormatOptions, has_templa
     return RowFormat(
         name,
         chat=chat,
-        prompt="chat" if chat else "instruction" if known.is_question else "plain",
+        prompt="chat" if chat else "instruction" if is_question else "plain",
         answers_only=answers_only,
         trained=answer if answers_only else everything,
         turns=turns,
@@ -85,7 +99,8 @@ def detect_row_format(row: dict, format: str, options: FormatOptions, has_templa
         answers=options.answers,
         last_turn_only=options.last_turn_only,
         weighted="weight" in row,
-        ignored=_ignored(row, name, chat, turns, options),
+        ignored=(ignored := _ignored(columns, row, name, chat, turns, options)),
+        unread=tuple(column for column in ignored if column in PROMPT_COLUMNS),
     )
 
 
@@ -147,8 +162,15 @@ def _answers_only(name: str, turns: bool, options: FormatOptions) -> bool:
     return answers_only
 
 
-def _ignored(row: dict, name: str, chat: bool, turns: bool, options: FormatOptions) -> tuple[str, ...]:
-    """The fields of a row that are not read."""
+def _ignored(columns: dict, row: dict, name: str, chat: bool, turns: bool, options: FormatOptions) -> tuple[str, ...]:
+    """The columns that are not read. row: without those that are null."""
     used = _fields(name) | {"weight"} | ({options.dataset_text_field} if name == "text" else set())
     used -= FORMATS[name].unread(row, turns, options.answers) | (set() if chat else set(TEMPLATE_FIELDS))
-    return tuple(field for field in row if field not in used)
+    return tuple(field for field in columns if field not in used)
+
+
+def is_repeated(row: dict, column: str, ignored: tuple[str, ...]) -> bool:
+    """Whether the text of a column is also in one that is read, as the prompt beside the messages that begin with it."""
+    text = row[column]
+    read = [value for name, value in row.items() if name not in ignored]
+    return isinstance(text, str) and json.dumps(text.strip())[1:-1] in json.dumps(read, default=str)

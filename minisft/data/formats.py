@@ -6,23 +6,26 @@ have (detect_format.py). Nothing is guessed after that: a row that does not fit 
     input_ids           {"input_ids": [...], "labels": [...]?}                 labels: input_ids, or -100 = not trained
     preference          {"prompt"?, "chosen", "rejected"}                      strings, or messages; see preferences.py
                         {"conversations", "chosen", "rejected"}                ShareGPT turns
+                        {"instruction", "input"?, "chosen", "rejected"}        the prompt in columns of its own; see prompts.py
     labelled            {"prompt", "completion", "label"}                      one answer, good (true) or bad (false)
                         {"messages" or "conversations", "label"}               the last message is the answer
     messages            {"messages": [{"role", "content"}, ...]}               chat/conversations.py has all that is allowed
-    sharegpt            {"conversations": [{"from", "value"}, ...], "system"?}
+    sharegpt            {"conversations": [{"from", "value"}, ...]}
     prompt_completion   {"prompt", "completion"}                               two strings, or two lists of messages
-    instruction         {"instruction", "input"?, "output" or "response", "system"?}
-    question_answer     {"question", "answer"}
+    instruction         {"instruction", "input"?, "context"?, "history"?, "output" or "response"}
+    question_answer     {"question", "input"?, "context"?, "history"?, "answer"}
     text                {"text": ...}                                          the field named by dataset_text_field
 
-Any row may have a `weight` that scales the loss of its targets. Rows that a chat template renders may have `tools`,
-`documents` and `chat_template_kwargs`, which the template receives.
+Any row may have a `weight` that scales the loss of its targets. Rows with a prompt or turns may have a `system` prompt. Rows that
+a chat template renders may have `tools`, `documents` and `chat_template_kwargs`, which the template receives. A column whose
+value is null counts as absent.
 
 A prompt and its completion are two strings that are encoded separately: training sees the same ids for the prompt as
 inference will, and the border between the two needs no search. A completion continues its prompt: a tokenizer that puts a space
 before every text puts none before it. instruction and question_answer rows become a conversation
-if the tokenizer has a chat template, else the text of `plain_prompt`; `prompt_format` ("chat", "plain") overrides that.
-The strings of prompt_completion and preference rows are used as they are unless prompt_format is "chat".
+if the tokenizer has a chat template, else the text of `plain_prompt`; `prompt_format` ("chat", "plain") overrides that. So do
+preference and labelled rows with a question in place of `prompt`. A string in `prompt` is used as it is unless prompt_format is
+"chat"; beside a `system` prompt it becomes a turn too, if the tokenizer has a chat template.
 
 Trained are the answer of rows with a prompt, the assistant's turns of conversations, and all of a plain text;
 `completion_only_loss = false` or `assistant_only_loss = false` trains everything. The answer of a preference row is the
@@ -46,13 +49,25 @@ from minisft.data.preferences import (
     SIDES,
     check_text_answer,
     check_text_prompt,
+    has_prompt,
     is_sharegpt,
     label_of,
     labelled_turns,
     preference_texts,
     preference_turns,
+)
+from minisft.data.prompts import (
+    PROMPT_FIELDS,
+    QUESTIONS,
+    SYSTEMS,
+    Prompt,
+    plain_prompt,
+    prompt_of,
+    question_field,
+    question_of,
     string_of,
     system_of,
+    with_system,
 )
 from minisft.data.row_format import FormatOptions, RowFormat
 from minisft.data.rows import RowError
@@ -96,7 +111,8 @@ class Format:
     read: Callable[[dict, RowFormat, FormatOptions], list[Example]]
     has_turns: Callable[[dict], bool] = lambda row: False  # whether the row holds messages
     has_prompt: bool = True  # besides the turns
-    is_question: bool = False  # the prompt is a bare question, which the chat template or `plain_prompt` wraps
+    # Whether a row's prompt is a bare question, which the chat template or `plain_prompt` wraps.
+    is_question: Callable[[dict], bool] = lambda row: False
     # Key of row_format.ANSWERS -> the trained part in words. The rows cannot be used in the ways of the other keys.
     answers: dict[str, str] = field(default_factory=lambda: {"chosen": "the answer"})
     # (row, row_format.turns, row_format.answers) -> fields among needs and may_have that are not read in such rows
@@ -113,17 +129,27 @@ def to_example(row: dict, row_format: RowFormat, options: FormatOptions) -> Exam
 
 def to_examples(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
     """The examples of a row (fields already renamed): one, or for pairs the chosen and then the rejected one. Raises RowError."""
+    row = without_nulls(row)
     check_fields(row, row_format.name, options)
-    weight = _weight(row) if "weight" in row else 1.0
     tools = documents = variables = None
-    if row_format.chat:
-        tools = check_tools(row.get("tools"))
-        documents = check_documents(row.get("documents"))
-        variables = check_variables(row.get("chat_template_kwargs"))
+    try:
+        weight = _weight(row) if "weight" in row else 1.0
+        if row_format.chat:
+            tools = check_tools(row.get("tools"))
+            documents = check_documents(row.get("documents"))
+            variables = check_variables(row.get("chat_template_kwargs"))
+    except RowError as error:
+        hint = "if the column means something else, leave it out by `ignore` of the source"
+        raise RowError(error.reason, f"{error.detail}; {hint}") from None
     examples = FORMATS[row_format.name].read(row, row_format, options)
     for example in examples:
         example.weight, example.tools, example.documents, example.variables = weight, tools, documents, variables
     return examples
+
+
+def without_nulls(row: dict) -> dict:
+    """The row without the columns that are null, such as those that another of two joined data sets has."""
+    return {name: value for name, value in row.items() if value is not None} if None in row.values() else row
 
 
 def check_fields(row: dict, name: str, options: FormatOptions) -> None:
@@ -159,53 +185,48 @@ def _weight(row: dict) -> float:
 def _read_prompt_completion(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
     if row_format.turns:
         prompt = check_messages(row["prompt"], "prompt", needs_answer=False)
+        prompt = with_system(prompt, system_of(row), "prompt")
         return [_of_messages(prompt, check_messages(row["completion"], "completion"))]
-    return [_single(string_of(row, "prompt"), string_of(row, "completion"), row_format)]
+    prompt = Prompt(string_of(row, "prompt"), system=system_of(row))
+    return [_single(prompt, string_of(row, "completion"), row_format)]
 
 
 def _read_question_answer(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
-    question, answer = string_of(row, "question"), string_of(row, "answer")
-    if not question.strip():
-        raise RowError("empty prompt")
-    return [_single(question if row_format.chat else plain_prompt(question), answer, row_format)]
+    return [_asked(question_of(row, "question"), string_of(row, "answer"), row_format)]
 
 
 def _read_instruction(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
-    system = system_of(row)
-    extra = string_of(row, "input") if row.get("input") is not None else ""
-    instruction = string_of(row, "instruction")
     answer = string_of(row, "output" if "output" in row else "response")
-    if not instruction.strip() and not extra.strip():
+    return [_asked(question_of(row, "instruction"), answer, row_format)]
+
+
+def _asked(question: Prompt, answer: str, row_format: RowFormat) -> Example:
+    if question.is_empty:
         raise RowError("empty prompt")
-    if not row_format.chat:
-        return [_single(plain_prompt(instruction, extra, system), answer, row_format)]
-    question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    return [_single(question, answer, row_format, system)]
+    return _single(question, answer, row_format)
 
 
-def plain_prompt(instruction: str, input: str = "", system: str = "") -> str:
-    """The text of a prompt for a tokenizer without a chat template; the answer follows its last newline."""
-    system = f"{system}\n\n" if system.strip() else ""
-    input = f"### Input:\n{input}\n\n" if input.strip() else ""
-    return f"{system}### Instruction:\n{instruction}\n\n{input}### Response:\n"
-
-
-def _single(prompt: str, answer: str, row_format: RowFormat, system: str = "") -> Example:
-    """The example of a prompt and its answer, two strings. Raises RowError if the answer is empty."""
+def _single(prompt: Prompt, answer: str, row_format: RowFormat) -> Example:
+    """The example of a prompt and its answer. Raises RowError if the answer is empty."""
     check_text_answer("the answer", answer)
-    return _of_texts(prompt, answer, row_format, system)
+    return _of_texts(prompt, answer, row_format)
 
 
 def _of_messages(prompt: list[dict], answer: list[dict]) -> Example:
     return Example(messages=prompt + answer, first_trained=len(prompt))
 
 
-def _of_texts(prompt: str, answer: str, row_format: RowFormat, system: str = "") -> Example:
+def _of_texts(prompt: Prompt, answer: str, row_format: RowFormat) -> Example:
     if row_format.chat:
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        return Example(messages=[{"role": "system", "content": system}, *turns] if system else turns)
-    pieces = (whole(prompt, USER if row_format.answers_only else USER | TRAINED), whole(answer, ANSWER | TRAINED))
-    return Example(pieces if prompt else pieces[1:])
+        turns = prompt.messages()
+        first_trained = len(turns) if prompt.history else 0  # the answers of the history are context
+        return Example(messages=[*turns, {"role": "assistant", "content": answer}], first_trained=first_trained)
+    if row_format.prompt == "instruction":
+        text = plain_prompt(prompt.text, prompt.extra, prompt.system, prompt.history)
+    else:
+        text = prompt.plain()
+    pieces = (whole(text, USER if row_format.answers_only else USER | TRAINED), whole(answer, ANSWER | TRAINED))
+    return Example(pieces if text else pieces[1:])
 
 
 def whole(text: str, byte: int) -> Piece:
@@ -223,7 +244,7 @@ def _read_preference(row: dict, row_format: RowFormat, options: FormatOptions) -
         examples = [_of_messages(prompt, answer) for answer in answers]
     else:
         prompt, answers = preference_texts(row, sides)
-        if row_format.chat and row.get("prompt") is None:  # the space between prompt and answer belonged to neither
+        if row_format.chat and not has_prompt(row):  # the space between prompt and answer belonged to neither
             answers = [answer.lstrip() for answer in answers]
         examples = [_of_texts(prompt, answer, row_format) for answer in answers]
     for example, role in zip(examples, roles):
@@ -236,7 +257,9 @@ def _read_labelled(row: dict, row_format: RowFormat, options: FormatOptions) -> 
     if row_format.turns:
         example = _of_messages(*labelled_turns(row))
     else:
-        prompt, answer = string_of(row, "prompt"), string_of(row, "completion")
+        prompt, answer = prompt_of(row), string_of(row, "completion")
+        if prompt is None:
+            raise RowError("no prompt", f"the row has {', '.join(row)}")
         check_text_prompt(prompt)
         check_text_answer("completion", answer)
         example = _of_texts(prompt, answer, row_format)
@@ -245,16 +268,28 @@ def _read_labelled(row: dict, row_format: RowFormat, options: FormatOptions) -> 
 
 
 def _unread_of_preference(row: dict, turns: bool, answers: str) -> set[str]:
-    unread = {"prompt"} if is_sharegpt(row) else {"conversations", "system"}
-    return unread | {"rejected"} if answers == "chosen" and (turns or row.get("prompt") is not None) else unread
+    if is_sharegpt(row):
+        unread = {"prompt", *PROMPT_FIELDS} - {*SYSTEMS}
+    else:
+        unread = {"conversations"} | _unread_of_prompt(row)
+    return unread | {"rejected"} if answers == "chosen" and (turns or has_prompt(row)) else unread
+
+
+def _unread_of_prompt(row: dict) -> set[str]:
+    """The columns of a prompt that `prompt_of` does not read."""
+    if row.get("prompt") is not None:
+        return {*PROMPT_FIELDS} - {*SYSTEMS}
+    head = question_field(row)
+    return {*QUESTIONS, "prompt"} - {head, "input"} | ({"context", "history"} if head is None else set())
 
 
 def _unread_of_labelled(row: dict, turns: bool, answers: str) -> set[str]:
     """Completion, messages, conversations: only the first that the row has is read."""
     if row.get("completion") is not None:
-        unread = {"messages", "conversations", "system"}
+        unread = {"messages", "conversations"} | _unread_of_prompt(row)
     else:
-        unread = {"prompt"} | ({"conversations", "system"} if row.get("messages") is not None else set())
+        unread = {"prompt", *PROMPT_FIELDS} - {*SYSTEMS}
+        unread |= {"conversations"} if row.get("messages") is not None else set()
     return unread | {"kto_tag"} if row.get("label") is not None else unread
 
 
@@ -262,11 +297,12 @@ def _unread_of_labelled(row: dict, turns: bool, answers: str) -> set[str]:
 
 
 def _read_messages(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
-    return [Example(messages=check_messages(row["messages"], "messages"))]
+    return [Example(messages=with_system(check_messages(row["messages"], "messages"), system_of(row), "messages"))]
 
 
 def _read_sharegpt(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
-    return [Example(messages=check_turns(row["conversations"], "conversations", system=system_of(row)))]
+    turns = check_turns(row["conversations"], "conversations")
+    return [Example(messages=with_system(turns, system_of(row), "conversations"))]
 
 
 def _read_text(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
@@ -311,9 +347,10 @@ FORMATS = {
     "input_ids": Format(("input_ids",), ("labels",), _read_input_ids, has_prompt=False),
     "preference": Format(
         ("chosen", "rejected"),
-        ("prompt", "conversations", "system", *TEMPLATE_FIELDS),
+        ("prompt", "conversations", *PROMPT_FIELDS, *TEMPLATE_FIELDS),
         _read_preference,
         has_turns=lambda row: is_sharegpt(row) or not isinstance(row["chosen"], str),
+        is_question=lambda row: row.get("prompt") is None and question_field(row) is not None,
         answers={
             "chosen": "the chosen answer",
             "pairs": "the chosen answer against the rejected one",
@@ -323,32 +360,44 @@ FORMATS = {
     ),
     "labelled": Format(
         ("completion|messages|conversations", "label|kto_tag"),
-        ("prompt", "system", *TEMPLATE_FIELDS),
+        ("prompt", *PROMPT_FIELDS, *TEMPLATE_FIELDS),
         _read_labelled,
         has_turns=lambda row: not isinstance(row.get("completion"), str),
+        is_question=lambda row: row.get("prompt") is None and question_field(row) is not None,
         answers={"labels": "the answer, as its label says"},
         unread=_unread_of_labelled,
     ),
-    "messages": Format(("messages",), TEMPLATE_FIELDS, _read_messages, has_turns=lambda row: True, has_prompt=False),
+    "messages": Format(
+        ("messages",),
+        (*SYSTEMS, *TEMPLATE_FIELDS),
+        _read_messages,
+        has_turns=lambda row: True,
+        has_prompt=False,
+    ),
     "sharegpt": Format(
         ("conversations",),
-        ("system", *TEMPLATE_FIELDS),
+        (*SYSTEMS, *TEMPLATE_FIELDS),
         _read_sharegpt,
         has_turns=lambda row: True,
         has_prompt=False,
     ),
     "prompt_completion": Format(
         ("prompt", "completion"),
-        TEMPLATE_FIELDS,
+        (*SYSTEMS, *TEMPLATE_FIELDS),
         _read_prompt_completion,
         has_turns=lambda row: isinstance(row["prompt"], list),
     ),
     "instruction": Format(
         ("instruction", "output|response"),
-        ("input", "system", *TEMPLATE_FIELDS),
+        ("input", "context", "history", *SYSTEMS, *TEMPLATE_FIELDS),
         _read_instruction,
-        is_question=True,
+        is_question=lambda row: True,
     ),
-    "question_answer": Format(("question", "answer"), TEMPLATE_FIELDS, _read_question_answer, is_question=True),
+    "question_answer": Format(
+        ("question", "answer"),
+        ("input", "context", "history", *SYSTEMS, *TEMPLATE_FIELDS),
+        _read_question_answer,
+        is_question=lambda row: True,
+    ),
     "text": Format(("text",), (), _read_text, has_prompt=False),
 }

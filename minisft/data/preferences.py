@@ -3,18 +3,33 @@
     prompt             chosen, rejected
     a string           two strings
     string, messages   two lists of messages, or two messages; a list may repeat the prompt
+    a string           two whole conversations that have it in a turn: the prompt is the turns that both have in common
     conversations      two ShareGPT turns, or lists of them
     absent             two lists of messages; the prompt is their common beginning, at least up to the last question
     absent             two transcripts as in hh-rlhf, "\n\nHuman: ... \n\nAssistant: ...": up to the last "\n\nAssistant:"
-    absent             two other strings; the prompt is the words with which both begin, without the space after them
+    absent             two other strings; the prompt is the words with which both begin, without the space after them. Only in
+                       rows without another column of text, which may hold the prompt
+
+The string may also be in the columns of a question, such as instruction and input, and the system turn in `system`
+(prompts.py).
 
 Nothing here is encoded. A row whose sides answer different prompts, or are the same, teaches no preference and is refused.
 """
 
 import os
 import re
+from dataclasses import replace
 
-from minisft.data.chat.conversations import check_messages, check_turns, describe_type
+from minisft.data.chat.conversations import check_messages, check_turns
+from minisft.data.prompts import (
+    SYSTEMS,
+    Prompt,
+    prompt_of,
+    question_field,
+    string_of,
+    system_of,
+    with_system,
+)
 from minisft.data.rows import RowError
 
 SIDES = ("chosen", "rejected")
@@ -30,7 +45,12 @@ def is_sharegpt(row: dict) -> bool:
 
 def has_transcripts(row: dict) -> bool:
     """Whether a preference row has no prompt and its chosen side is a transcript."""
-    return row.get("prompt") is None and not is_sharegpt(row) and _is_transcript(row["chosen"])
+    return not has_prompt(row) and not is_sharegpt(row) and _is_transcript(row["chosen"])
+
+
+def has_prompt(row: dict) -> bool:
+    """Whether the row has a prompt of its own, in `prompt` or in the columns of a question."""
+    return row.get("prompt") is not None or question_field(row) is not None
 
 
 def _is_transcript(text: object) -> bool:
@@ -45,23 +65,52 @@ def preference_turns(row: dict, sides: tuple[str, ...], *, transcripts: bool) ->
 
     sides: SIDES, or ("chosen",) where the rejected one is not needed. Raises RowError.
     """
-    prompt = None
     if is_sharegpt(row):
-        prompt = check_turns(row["conversations"], "conversations", system=system_of(row), needs_answer=False)
+        prompt = check_turns(row["conversations"], "conversations", needs_answer=False)
+        prompt = with_system(prompt, system_of(row), "conversations")
         return prompt, check_answers(prompt, {side: check_turns(as_list(row[side]), side) for side in sides})
     if transcripts:
         said = [_transcript(row, side) for side in sides]
     else:
         said = [check_messages(as_list(row[side]), side) for side in sides]
-        prompt = row.get("prompt")
-    if prompt is None:
-        prompt = _common_messages(*said)
-        answers = [messages[len(prompt) :] for messages in said]
-    else:
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        prompt = check_messages(prompt, "prompt", needs_answer=False)
+    prompt = None if transcripts else _prompt_of_messages(row)
+    if prompt is not None:
         answers = [messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages for messages in said]
+        whole = None if isinstance(row.get("prompt"), list) else _conversations(prompt, said, answers)
+        if whole is None:
+            prompt = with_system(prompt, system_of(row), "prompt")
+            return prompt, check_answers(prompt, dict(zip(sides, answers)))
+        said = whole
+    common = _common_messages(*said)
+    answers = [messages[len(common) :] for messages in said]
+    prompt = with_system(common, system_of(row), sides[0])
     return prompt, check_answers(prompt, dict(zip(sides, answers)))
+
+
+def _conversations(prompt: list[dict], said: list[list[dict]], answers: list[list[dict]]) -> list[list[dict]] | None:
+    """The sides as whole conversations, None if they are answers to the prompt.
+
+    A string beside conversations that have it in a turn is only a label. If they begin with an answer, they follow it.
+    """
+    if all(message["role"] in ("assistant", "tool") for answer in answers for message in answer):
+        return None
+    if all(messages[0]["role"] == "assistant" for messages in said):
+        return [prompt + messages for messages in said]
+    asked = prompt[-1]["content"].strip()
+    questions = [[m["content"] for m in messages if m["role"] not in ("assistant", "tool")] for messages in said]
+    return said if all(any(asked in text for text in texts) for texts in questions) else None
+
+
+def _prompt_of_messages(row: dict) -> list[dict] | None:
+    """The prompt of a row of messages without its system turn, None if it is in the answers."""
+    if isinstance(row.get("prompt"), str) or row.get("prompt") is None:
+        asked = prompt_of(row)
+        if asked is None:
+            return None
+        prompt = replace(asked, system="").messages()
+    else:
+        prompt = row["prompt"]
+    return check_messages(prompt, "prompt", needs_answer=False)
 
 
 def check_answers(prompt: list[dict], answers: dict[str, list[dict]]) -> list[list[dict]]:
@@ -111,7 +160,7 @@ def _after_last_question(messages: list[dict]) -> int:
 
 def _transcript(row: dict, side: str) -> list[dict]:
     text = string_of(row, side)
-    if row.get("prompt") is not None:
+    if has_prompt(row):
         raise RowError("not a transcript", "the row has a prompt, and the first row of the source has none")
     if not _is_transcript(text):
         raise RowError(
@@ -125,14 +174,18 @@ def _transcript(row: dict, side: str) -> list[dict]:
 def labelled_turns(row: dict) -> tuple[list[dict], list[dict]]:
     """(prompt, answer) of a row of messages with one label. Where it has no prompt, the last message is the answer."""
     if row.get("completion") is not None:
-        prompt = check_messages(row.get("prompt"), "prompt", needs_answer=False)
+        prompt = _prompt_of_messages(row)
+        if prompt is None:
+            raise RowError("no prompt", "the row has a completion alone")
+        prompt = with_system(prompt, system_of(row), "prompt")
         answer = check_messages(as_list(row["completion"]), "completion")
         check_answers(prompt, {"completion": answer})
     else:
         if row.get("messages") is not None:
             said = check_messages(row["messages"], "messages")
         else:
-            said = check_turns(row.get("conversations"), "conversations", system=system_of(row))
+            said = check_turns(row.get("conversations"), "conversations")
+        said = with_system(said, system_of(row), "messages" if row.get("messages") is not None else "conversations")
         prompt, answer = said[:-1], said[-1:]
         roles = [message["role"] for message in said]
         if roles[-1] != "assistant" or "user" not in roles:
@@ -153,16 +206,20 @@ def label_of(row: dict) -> bool:
 # ------------------------------------------------------------------------------------------------- strings
 
 
-def preference_texts(row: dict, sides: tuple[str, ...]) -> tuple[str, list[str]]:
+def preference_texts(row: dict, sides: tuple[str, ...]) -> tuple[Prompt, list[str]]:
     """(prompt, the answer of each side) of a row of strings. Raises RowError."""
-    if row.get("prompt") is not None:
-        prompt, answers = string_of(row, "prompt"), [string_of(row, side) for side in sides]
+    prompt = prompt_of(row)
+    if prompt is not None:
+        answers = [string_of(row, side) for side in sides]
     else:
         said = [string_of(row, side) for side in SIDES]
         if len(sides) > 1:
             check_differ(*said)
-        prompt = _common_transcript(*said) if _is_transcript(said[0]) else _common_words(*said)
-        answers = [text[len(prompt) :] for text in said[: len(sides)]]
+        if not _is_transcript(said[0]):
+            _check_nothing_unused(row)
+        common = _common_transcript(*said) if _is_transcript(said[0]) else _common_words(*said)
+        answers = [text[len(common) :] for text in said[: len(sides)]]
+        prompt = Prompt(common, system=system_of(row))
     for side, answer in zip(sides, answers):
         check_text_answer(side, answer)
     if len(sides) > 1:
@@ -176,8 +233,8 @@ def check_text_answer(name: str, answer: str) -> None:
         raise RowError("empty answer", f"{name} has no text")
 
 
-def check_text_prompt(prompt: str) -> None:
-    if not prompt.strip():
+def check_text_prompt(prompt: Prompt) -> None:
+    if prompt.is_empty:
         raise RowError("no prompt", "prompt is empty, and an answer is scored given its prompt")
 
 
@@ -204,17 +261,15 @@ def _common_words(chosen: str, rejected: str) -> str:
     return words.rstrip()
 
 
-# ------------------------------------------------------------------------------------------------- fields
-
-
-def string_of(row: dict, name: str) -> str:
-    if not isinstance(row.get(name), str):
-        raise RowError("not a string", f"{name} is {describe_type(row.get(name))}")
-    return row[name]
-
-
-def system_of(row: dict) -> str:
-    return string_of(row, "system") if row.get("system") is not None else ""
+def _check_nothing_unused(row: dict) -> None:
+    """Raise RowError if the prompt may be in a column that is not read: then it is not guessed from the answers."""
+    texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
+    if unused := [name for name in texts if name not in (*SIDES, *SYSTEMS, "weight")]:
+        raise RowError(
+            "no prompt",
+            f"the row has none, and the text of {', '.join(unused)} is not used; rename the prompt's column by field_map, "
+            f"or leave columns out, as in ignore = {unused}",
+        )
 
 
 def as_list(value: object) -> object:

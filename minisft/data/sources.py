@@ -47,6 +47,7 @@ MAGIC = {  # first bytes of files that people name .jsonl by mistake
     b"<!doctype": "an HTML page, not the data; the download failed",
     b"<html": "an HTML page, not the data; the download failed",
 }
+LISTS = {"data_files": "names of files", "ignore": "names of fields"}  # fields of a source that are lists
 BOM = b"\xef\xbb\xbf"
 SPACE = re.compile(r"[ \t\r\n]+")  # between the elements of a JSON array
 
@@ -61,6 +62,7 @@ class Source:
     split: str = ""  # "[:10%]", "[100:200]", "[-5:]", "train[:10%]"; a repository has other splits too: "test[:10%]"
     format: str = "auto"  # "auto", or a key of formats.FORMATS
     field_map: dict[str, str] = field(default_factory=dict)  # the user's field -> ours
+    ignore: tuple[str, ...] = ()  # the user's fields that are left out, as if no row had them
     # Of a repository only:
     revision: str = ""  # branch, tag or commit
     data_dir: str = ""  # the folder in it
@@ -106,16 +108,17 @@ def parse_source(value: str | dict | Source) -> Source:
             near = get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise UserError(f"unknown key {key!r} in the data source {table}", hint=f"{hint}keys: {', '.join(known)}")
-        expected = {"weight": (int, float), "field_map": dict, "data_files": (str, list, tuple)}.get(key, str)
+        expected = {"weight": (int, float), "field_map": dict, **dict.fromkeys(LISTS, (str, list, tuple))}.get(key, str)
         if not isinstance(given, expected) or isinstance(given, bool):
             raise UserError(f"{key} = {given!r} in a data source: expected {known[key].type}")
     if not table.get("path"):
         raise UserError(f"a data source without a path: {table}", hint='give path = "data.jsonl"')
-    files = table.get("data_files", ())
-    files = (files,) if isinstance(files, str) else tuple(files)
-    if not all(isinstance(file, str) and file for file in files):
-        raise UserError(f"data_files = {table['data_files']!r} in a data source: expected names of files")
-    source = Source(**{**table, "weight": float(table.get("weight", 1.0)), "data_files": files})
+    lists = {key: table.get(key, ()) for key in LISTS}
+    lists = {key: (names,) if isinstance(names, str) else tuple(names) for key, names in lists.items()}
+    for key, names in lists.items():
+        if not all(isinstance(name, str) and name for name in names):
+            raise UserError(f"{key} = {table[key]!r} in a data source: expected {LISTS[key]}")
+    source = Source(**{**table, "weight": float(table.get("weight", 1.0)), **lists})
     if not all(isinstance(name, str) for name in source.field_map.values()):
         raise UserError(f"field_map = {source.field_map} in a data source: names must be text")
     if not isfinite(source.weight) or source.weight <= 0:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from minisft.data.detect_format import detect_row_format, rename_fields
+from minisft.data.detect_format import detect_row_format, is_repeated, rename_fields
 from minisft.data.encoding import (
     Encoded,
     check_chat_template,
@@ -80,7 +80,8 @@ def new_entry() -> dict[str, Any]:
     """The counts of a source, which `tokenise` fills in."""
     turns = {"rows": 0, "turns": 0, "tokens": 0, "lost_answers": 0}
     counts = {"rows_read": 0, "rows_used": 0, "documents": 0, "dropped": {}, "control_tokens": 0, "straddling": 0}
-    return {"layout": "", "prompt": "", **counts, "strategies": {}, "turns_cut": turns}
+    columns = {"unread": {}, "weight": {}}
+    return {"layout": "", "prompt": "", **counts, **columns, "strategies": {}, "turns_cut": turns}
 
 
 def tokenise(
@@ -143,21 +144,34 @@ class _Work:
             self.refuse(row)
             return []
         try:
-            data = rename_fields(row.data, self.source.field_map)
+            data = rename_fields(row.data, self.source.field_map, self.source.ignore)
             if self.row_format is None:
                 where = place(row.file, row.line)
                 self.row_format = _detect(data, where, self.source.format, self.tokenizer, self.options)
                 # "layout" was the name of a row format when the first caches were written.
                 self.entry["layout"], self.entry["prompt"] = str(self.row_format), self.row_format.prompt
             parts = []
-            for example in to_examples(data, self.row_format, self.options):
+            examples = to_examples(data, self.row_format, self.options)
+            for example in examples:
                 parts += _parts(number, row, example, self.row_format, self.tokenizer, self.options)
         except RowError as error:
             self.refuse(_bad_row(row, error))
             return []
+        self.count_columns(data, examples[0].weight)
         self.entry["control_tokens"] += any(part.has_control_tokens for part in parts)
         self.strategies[parts[0].strategy] += 1
         return parts
+
+    def count_columns(self, row: dict, weight: float) -> None:
+        """Count what the user should know of a row's columns: those of a prompt that are not read, and a weight."""
+        assert self.row_format is not None
+        for name in self.row_format.unread:
+            if row.get(name) and not is_repeated(row, name, self.row_format.ignored):
+                self.entry["unread"][name] = self.entry["unread"].get(name, 0) + 1
+        if row.get("weight") is not None:
+            seen = self.entry["weight"] or {"rows": 0, "min": weight, "max": weight}
+            limits = {"min": min(weight, seen["min"]), "max": max(weight, seen["max"])}
+            self.entry["weight"] = {"rows": seen["rows"] + 1, **limits}
 
     def documents(self, batch: list[_Pending], encodings: Future) -> Iterator[list[Document]]:
         """The documents of an encoded batch in one list; nothing if there are none."""

@@ -201,8 +201,8 @@ def _join_parts(parts: list, where: str) -> tuple[str, str | None, list[tuple[in
 # ------------------------------------------------------------------------------------------------- ShareGPT
 
 
-def check_turns(value: object, name: str, *, system: str = "", needs_answer: bool = True) -> list[dict]:
-    """The messages of ShareGPT turns [{"from", "value"}, ...], after a system message if `system` is not empty.
+def check_turns(value: object, name: str, *, needs_answer: bool = True) -> list[dict]:
+    """The messages of ShareGPT turns [{"from", "value"}, ...].
 
     A turn may also have reasoning, a name, `train` and `weight` like a message; its other keys are not read.
     Raises RowError.
@@ -210,10 +210,7 @@ def check_turns(value: object, name: str, *, system: str = "", needs_answer: boo
     if not isinstance(value, list) or not value:
         raise RowError("not a list of turns", f"{name} is {describe_type(value) if value != [] else 'empty'}")
     turns = [_turn(turn, f"{name}[{i}]") for i, turn in enumerate(value)]
-    messages = check_messages(turns, name, needs_answer=needs_answer)
-    if system and messages[0]["role"] == "system":
-        raise RowError("two system prompts", f"the field system, and {name}[0]")
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    return check_messages(turns, name, needs_answer=needs_answer)
 
 
 def _turn(turn: object, where: str) -> dict:
