@@ -25,6 +25,41 @@ if find_spec("triton") is not None and (os.environ.get("TRITON_INTERPRET") == "1
     del os.environ["TRITON_INTERPRET"]
 
 
+@pytest.hookimpl(optionalhook=True)  # the tests run without xdist too, with `-o addopts=-q`
+def pytest_xdist_auto_num_workers(config) -> int:
+    """How many processes `-n auto` in pyproject.toml starts: one a core, up to 4, for the whole suite. None (0) for tests that
+    are named on the command line, and none where there is a GPU, which tests in parallel would have to share."""
+    is_whole_suite = config.args_source is config.ArgsSource.TESTPATHS
+    return min(os.cpu_count(), 4) if is_whole_suite and not torch.cuda.is_available() else 0
+
+
+# Tests that are not `quick` unless they are marked so: files of whole runs, files that import a large library
+# or start processes, and single tests with thousands of examples.
+NOT_QUICK = (
+    *("test_compile.py", "test_dpo_run.py", "test_hub.py", "test_lora_run.py", "test_optim_memory.py", "test_qlora.py"),
+    *("test_ranks.py", "test_reference.py", "test_resume.py", "test_run.py", "test_stages.py"),
+    *("test_start_from_adapter.py", "test_trainable.py", "transformers", "peft", "bitsandbytes"),
+    "test_the_account_closes_over_1000_random_corpora",
+    "test_the_kernels_import_without_triton_and_do_not_load_it_for_a_cpu",
+    "test_as_toml_is_read_back_by_a_toml_reader",
+    "test_the_triton_kernels_give_the_same_step",
+    "test_the_full_model_never_stands_in_memory",
+    "test_every_case_of_dpo_counts_the_same_tokens_of_a_pair",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items) -> None:
+    """Marks `quick`: of every other test the first case."""
+    seen = set()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        is_long = any(word in test for word in NOT_QUICK) or any(map(item.get_closest_marker, ("slow", "gpu")))
+        if test not in seen and not is_long:
+            item.add_marker("quick")
+        seen.add(test)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

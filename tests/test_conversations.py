@@ -372,7 +372,7 @@ def test_bad_turns_say_what_is_wrong(turns, what):
         (check_variables, {"messages": []}, "a row cannot set 'messages'"),
         (check_variables, {"_minisft_mark": True}, "a row cannot set '_minisft_mark'"),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=lambda value: getattr(value, "__name__", str(value)[:40]),
 )
 def test_bad_tools_documents_and_variables_say_what_is_wrong(check, value, what):
     with pytest.raises(RowError) as caught:

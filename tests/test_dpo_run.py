@@ -70,6 +70,7 @@ def same(a: Path, b: Path, tolerance=1e-6):
     assert max(relative_error(ours[name], others[name]) for name in ours) < tolerance
 
 
+@pytest.mark.quick
 def test_it_starts_at_ln_2_and_learns(go, home):
     result = go(**{"train.num_train_epochs": 6})
     loss, accuracy, margin = (logged(result.output_dir, n) for n in ("loss", "rewards/accuracies", "rewards/margins"))

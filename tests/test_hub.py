@@ -145,6 +145,7 @@ def model(hub, tmp_path_factory):
 # ------------------------------------------------------------------------------------------------- models, tokenizers
 
 
+@pytest.mark.quick
 def test_a_model_and_its_tokenizer_by_name(hub, client, home, model):
     folder, commit = model
     for revision in (None, "main", commit):

@@ -69,6 +69,7 @@ def test_only_adapters_are_in_the_optimizer(home):
     assert size == round(sum(p.nbytes for p in run.model.parameters() if p.requires_grad) / 1e5)
 
 
+@pytest.mark.quick
 def test_a_stopped_run_ends_in_the_same_bytes(go, trained, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 6, signal.SIGTERM)
@@ -107,6 +108,7 @@ def test_generate_reads_base_and_adapter(trained):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.quick
 def test_merging_gives_a_plain_model_that_does_the_same(trained, tmp_path, capsys):
     assert export.main([str(trained), str(tmp_path / "merged"), "--merge", "--dtype", "fp32"]) == 0
     shown = capsys.readouterr().out

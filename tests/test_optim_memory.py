@@ -189,6 +189,7 @@ def test_weights_gradients_and_files_are_bf16(go, home):
     assert all(torch.equal(x, exported[name]) and exported[name].dtype == x.dtype for name, x in saved.items())
 
 
+@pytest.mark.quick
 def test_gradients_of_micro_batches_add_up_in_fp32(home):
     """Each is rounded to bf16 once, as it comes out of its backward pass; their sum is not."""
     options = BF16 | {"train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 4}

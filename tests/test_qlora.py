@@ -103,6 +103,7 @@ def keep(run, models):
     return run
 
 
+@pytest.mark.quick
 def test_it_is_lora_beside_the_dequantised_weights(home, base, tmp_path, go):
     """The same run with plain layers that hold the dequantised values; the sums are the same, so the bytes are too."""
     plain = load_model(home / "first" / "model", quantization=Quantization("nf4", True))

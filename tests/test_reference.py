@@ -241,6 +241,7 @@ def test_losses_of_sure_and_of_hopeless_answers_are_finite(name, options, logp):
 # ------------------------------------------------------------------------------------------------- resuming
 
 
+@pytest.mark.quick
 def test_packs_of_shared_prompts_are_another_order(go, home):
     packed = {"data.packing": True, "train.max_steps": 1}
     go(**packed)

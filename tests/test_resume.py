@@ -187,6 +187,7 @@ def test_never_starts_over(go, whole):
     assert_same(outcome(out), whole("plain"))
 
 
+@pytest.mark.quick
 def test_a_path_goes_back_to_that_checkpoint(go, whole):
     out = go(**{"checkpoint.save_steps": 4, "checkpoint.save_total_limit": 9}).output_dir
     result = go(**{"checkpoint.resume": str(out / "checkpoints" / "step-00000008")})

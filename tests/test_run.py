@@ -108,6 +108,7 @@ def test_the_output_folder_holds_what_the_end_says(trained):
 # ---- what is done with the model --------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_generate_answers(trained, capsys, monkeypatch):
     out = str(trained[0].output_dir)
     few = ["--max_new_tokens", "8"]
@@ -171,6 +172,7 @@ def test_transformers_loads_the_model(trained):
 # ---- from Python ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_run_from_python_takes_short_and_full_names(tmp_path):
     result = run(settings(tmp_path), max_steps=2, **{"train.learning_rate": 1e-3, "log.run_name": "mine"})
     assert result.step == 2 and result.metrics["learning_rate"] == 5e-4  # linear: half of the peak at the second step

@@ -70,6 +70,7 @@ def refused(*arguments, code: int = CONFIG, **overrides) -> UserError:
 # ---- what a list means ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_each_stage_has_the_common_keys_then_its_own_then_the_command_line(write, tmp_path):
     (tmp_path / "base.toml").write_text("train.seed = 1\ntrain.warmup_steps = 1\ntrain.learning_rate = 0.5\n")
     path = write('extends = "base.toml"\ntrain.seed = 2\n', "train.seed = 3\n")
@@ -415,6 +416,7 @@ def test_two_ranks_go_through_both_stages_in_one_group(write, tmp_path):
         assert logged(tmp_path / "out" / name) == pytest.approx(losses, rel=1e-4)  # Adam amplifies the last bits
 
 
+@pytest.mark.quick
 def test_one_stage_is_a_list_too(write, tmp_path):
     path = write(names="first")
     assert run(path).output_dir == tmp_path / "out" / "1-first"

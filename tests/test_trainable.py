@@ -121,6 +121,7 @@ def test_near_names_are_few_and_shown_with_any_pattern():
 FREEZE = {"train.frozen": ["embed_tokens", r"layers\.0\.", r"1\.mlp\.up", "^norm"]}
 
 
+@pytest.mark.quick
 def test_gradients_of_what_trains_are_those_of_full_training_bitwise(home):
     loss, full, _ = step_of(home)
     frozen_loss, grads, run = step_of(home, **FREEZE)
