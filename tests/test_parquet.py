@@ -9,13 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisft.data.cache import build_cache
 from minisft.data.parquet import BATCH_ROWS
-from minisft.data.rows import BadRow
+from minisft.data.rows import NotJson
 from minisft.data.sources import list_files, parse_source, read_rows
+from minisft.data.tokenizer import train_tokenizer
 from minisft.errors import DATA, UserError
 
 pyarrow = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402
+
+TOKENIZER = train_tokenizer(["a text"], 300)
 
 
 def write(path, table, **options):
@@ -78,21 +82,31 @@ def test_maps_are_objects(tmp_path):
     assert [row.data["m"] for row in rows] == [{"a": 1, "b": None}, {}, None]
     numbers = pyarrow.array([[(1, 2)]], pyarrow.map_(pyarrow.int64(), pyarrow.int64()))
     (bad,) = read(write(tmp_path / "b.parquet", pyarrow.table({"m": numbers})))
-    assert isinstance(bad, BadRow) and "column 'm': a map whose keys are not texts" in str(bad)
+    assert bad.data == {"m": NotJson("a map whose keys are not texts has no JSON form")}
 
 
-def test_a_value_without_json_form_costs_its_own_row(tmp_path):
+def test_a_value_without_json_form_costs_its_own_row_and_only_if_it_is_read(tmp_path):
     columns = {
         "bytes": pyarrow.array([None, b"x", None]),
         "number": pyarrow.array([1.0, float("nan"), 2.0]),
         "inf": pyarrow.array([[1.0], [float("-inf")], []]),
         "length": pyarrow.array([None, datetime.timedelta(seconds=1), None]),
+        "nanoseconds": pyarrow.array([None, 1, None], pyarrow.timestamp("ns")),
+        "year 0": pyarrow.array([None, -(10**6), None], pyarrow.date32()),
         "twice": pyarrow.array([[("a", 1)], [("a", 1), ("a", 2)], []], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
     }
     for name, column in columns.items():
-        first, bad, last = read(write(tmp_path / "a.parquet", pyarrow.table({name: column})))
-        assert isinstance(bad, BadRow) and (bad.line, bad.reason) == (2, "not a JSON value"), name
-        assert f"{tmp_path}/a.parquet:2: " in str(bad) and list(first.data) == list(last.data) == [name]
+        texts = ["a", "b", "c"]
+        path = write(tmp_path / "a.parquet", pyarrow.table({name: column, "text": texts}))
+        rows = read(path)
+        assert [isinstance(row.data[name], NotJson) for row in rows] == [False, True, False], name
+        assert [row.data["text"] for row in rows] == texts
+        options = {"cache_dir": tmp_path / "cache"}
+        assert len(build_cache([parse_source(path)], TOKENIZER, **options).source) == 3
+        read_it = parse_source({"path": path, "field_map": {name: "text"}, "ignore": ["text"], "format": "text"})
+        with pytest.raises(UserError) as caught:
+            build_cache([read_it], TOKENIZER, on_bad_row="skip", **options)
+        assert f"{path}:2: not a JSON value: column 'text': " in str(caught.value)
 
 
 def test_text_that_is_not_utf8_costs_its_own_row(tmp_path):
@@ -102,7 +116,23 @@ def test_text_that_is_not_utf8_costs_its_own_row(tmp_path):
     )
     text = pyarrow.Array.from_buffers(pyarrow.string(), 3, [None, offsets, data])
     first, bad, last = read(write(tmp_path / "a.parquet", pyarrow.table({"t": text})))
-    assert (first.data["t"], last.data["t"]) == ("a", "b") and bad.line == 2 and "utf-8" in bad.detail
+    assert (first.data["t"], last.data["t"]) == ("a", "b") and bad.line == 2 and "utf-8" in bad.data["t"].why
+
+
+def test_null_keys_below_tools_and_calls_are_absent(tmp_path):
+    """Every struct of a column has the keys of all rows; what was written is what a JSONL file of the rows gives."""
+    written = []
+    for name, arguments in (("weather", {"city": "Oslo"}), ("add", {"a": 2, "b": {"c": [1]}}), ("now", {"x": 1})):
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        properties = {key: {"type": "string", "enum": ["a", None]} for key in arguments}
+        tool = {"name": name, "parameters": {"type": "object", "properties": properties}}
+        tools = [{"type": "function", "function": tool}, {**tool, "name": "bare", f"only_{name}": True}]
+        written.append({"messages": turns, "tools": tools, "chat_template_kwargs": {"d": {f"of_{name}": 1}}})
+    del written[0]["messages"][0]["content"], written[0]["messages"][1]["content"]
+    for row in read(write(tmp_path / "a.parquet", written)):
+        turns = [{key: value for key, value in turn.items() if value is not None} for turn in row.data["messages"]]
+        assert {**row.data, "messages": turns} == written[row.line - 1]
 
 
 @pytest.mark.parametrize("total", [1, BATCH_ROWS, 2 * BATCH_ROWS + 7])

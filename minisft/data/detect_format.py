@@ -6,7 +6,15 @@ formats.py has the table of formats. If the row and the options do not decide, i
 import json
 from difflib import get_close_matches
 
-from minisft.data.formats import FORMATS, TEMPLATE_FIELDS, check_fields, missing_field, needed_fields, without_nulls
+from minisft.data.formats import (
+    FORMATS,
+    check_fields,
+    check_readable,
+    fields_read,
+    missing_field,
+    needed_fields,
+    without_nulls,
+)
 from minisft.data.preferences import has_transcripts
 from minisft.data.prompts import PROMPT_FIELDS, SYSTEMS
 from minisft.data.row_format import ANSWERS, CHOICES, FormatOptions, RowFormat
@@ -72,6 +80,7 @@ def detect_row_format(row: dict, format: str, options: FormatOptions, has_templa
     columns, row = row, without_nulls(row)
     name = _format_of(row, format, options)
     known, wants_chat = FORMATS[name], options.prompt_format == "chat"
+    check_readable(row, name, has_template, False, options)
     may_be_chat = wants_chat or options.prompt_format == "auto" and has_template
     transcripts = may_be_chat and name == "preference" and has_transcripts(row)
     turns = known.has_turns(row) or transcripts
@@ -164,8 +173,7 @@ def _answers_only(name: str, turns: bool, options: FormatOptions) -> bool:
 
 def _ignored(columns: dict, row: dict, name: str, chat: bool, turns: bool, options: FormatOptions) -> tuple[str, ...]:
     """The columns that are not read. row: without those that are null."""
-    used = _fields(name) | {"weight"} | ({options.dataset_text_field} if name == "text" else set())
-    used -= FORMATS[name].unread(row, turns, options.answers) | (set() if chat else set(TEMPLATE_FIELDS))
+    used = fields_read(row, name, chat, turns, options)
     return tuple(field for field in columns if field not in used)
 
 

@@ -70,7 +70,7 @@ from minisft.data.prompts import (
     with_system,
 )
 from minisft.data.row_format import FormatOptions, RowFormat
-from minisft.data.rows import RowError
+from minisft.data.rows import NotJson, RowError
 
 TEMPLATE_FIELDS = ("tools", "documents", "chat_template_kwargs")  # read where a chat template renders the row
 
@@ -131,6 +131,7 @@ def to_examples(row: dict, row_format: RowFormat, options: FormatOptions) -> lis
     """The examples of a row (fields already renamed): one, or for pairs the chosen and then the rejected one. Raises RowError."""
     row = without_nulls(row)
     check_fields(row, row_format.name, options)
+    check_readable(row, row_format.name, row_format.chat, row_format.turns, options)
     tools = documents = variables = None
     try:
         weight = _weight(row) if "weight" in row else 1.0
@@ -156,6 +157,23 @@ def check_fields(row: dict, name: str, options: FormatOptions) -> None:
     """Raise RowError if the row lacks a field of the format."""
     if missing := missing_field(row, name, options):
         raise RowError("missing field", f"{missing!r}; the row has {', '.join(row) or 'no field'}")
+
+
+def fields_read(row: dict, name: str, chat: bool, turns: bool, options: FormatOptions) -> set[str]:
+    """The fields that are read in such a row."""
+    known = FORMATS[name]
+    fields = {name for field in (*known.needs, *known.may_have) for name in field.split("|")} | {"weight"}
+    fields |= {options.dataset_text_field} if name == "text" else set()
+    return fields - known.unread(row, turns, options.answers) - (set() if chat else {*TEMPLATE_FIELDS})
+
+
+def check_readable(row: dict, name: str, chat: bool, turns: bool, options: FormatOptions) -> None:
+    """Raise RowError if a field that is read has no JSON form, which only a Parquet file can hold."""
+    if NotJson not in map(type, row.values()):
+        return
+    for column in row.keys() & fields_read(row, name, chat, turns, options):
+        if isinstance(row[column], NotJson):
+            raise RowError("not a JSON value", f"column {column!r}: {row[column].why}")
 
 
 def missing_field(row: dict, name: str, options: FormatOptions) -> str:

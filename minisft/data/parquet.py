@@ -9,7 +9,11 @@ rows, so counting them decodes nothing.
     dates, times, timestamps             text as in ISO 8601
     decimals                             text with all their digits
 
-Everything else (bytes, durations, NaN) has no exact JSON form: a row that holds one is a bad row that names the column.
+Everything else (bytes, durations, NaN) has no exact JSON form and becomes NotJson: a row is bad only if a column that is read
+holds one.
+
+All structs of a column have the same keys, which are null where a row has none. So null keys of `tools`, and of structs inside
+other structs (tool calls with their arguments), are left out. Maps have keys of their own, which stay.
 """
 
 import datetime
@@ -19,25 +23,34 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minisft.data.rows import BadRow, Row, excerpt
+from minisft.data.rows import NotJson, Row
 from minisft.errors import DATA, UserError
 
 if TYPE_CHECKING:
-    from pyarrow import RecordBatch
+    from pyarrow import DataType, RecordBatch
     from pyarrow.parquet import ParquetFile
 
 BATCH_ROWS = 512
+UNREADABLE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    NotImplementedError,
+)  # of a value; pyarrow's are among them
 
 
-def read_parquet(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
+def read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
     """(row number from 1, row). Raises UserError if pyarrow is missing or the file is damaged."""
     number = 0
     with _opened(path) as file:
+        shapes = {column.name: _shape(column.type) for column in file.schema_arrow}
         batches = file.iter_batches(batch_size=BATCH_ROWS)
         while (batch := _next_batch(batches, path, number)) is not None:
             for values in _values(batch):
                 number += 1
-                yield number, _row(values, path, number)
+                row = {name: _json_value(value, shapes[name], 2 * (name == "tools")) for name, value in values.items()}
+                yield number, Row(row, str(path), number)
 
 
 def count_parquet(path: Path) -> int:
@@ -73,32 +86,47 @@ def _next_batch(batches: Iterator["RecordBatch"], path: Path, number: int) -> "R
         raise UserError(f"{path}: damaged after row {number}: {error}", exit_code=DATA) from None
 
 
-def _values(batch: "RecordBatch") -> Iterator[dict | Exception]:
-    """The rows of a batch. In place of a row that Python cannot hold (a text that is not UTF-8, nanoseconds): the exception."""
+def _values(batch: "RecordBatch") -> Iterator[dict]:
+    """The rows of a batch. In place of a value that Python cannot hold (a text that is not UTF-8, nanoseconds): the exception."""
     try:
         yield from batch.to_pylist(maps_as_pydicts="strict")
-    except (ValueError, KeyError):  # one of the rows: find it
+    except UNREADABLE:  # one of the values: find it
         for index in range(batch.num_rows):
-            try:
-                yield from batch.slice(index, 1).to_pylist(maps_as_pydicts="strict")
-            except (ValueError, KeyError) as error:
-                yield error
+            yield {name: _value(batch, name, index) for name in batch.schema.names}
 
 
-def _row(values: dict[str, Any] | Exception, path: Path, number: int) -> Row | BadRow:
-    if isinstance(values, Exception):
-        return BadRow(str(path), number, "not a JSON value", str(values))
-    row = {}
-    for name, value in values.items():
-        try:
-            row[name] = _plain(value)
-        except TypeError as error:
-            shown = excerpt(str(value)[:1000])
-            return BadRow(str(path), number, "not a JSON value", f"column {name!r}: {error}", shown)
-    return Row(row, str(path), number)
+def _value(batch: "RecordBatch", name: str, index: int) -> Any:
+    try:
+        return batch.column(name)[index].as_py(maps_as_pydicts="strict")
+    except UNREADABLE as error:
+        return error
 
 
-def _plain(value: Any) -> Any:
+def _shape(type: "DataType") -> Any:
+    """Where the structs of a type are: {key: shape} of a struct, [shape] of a list or a map, None of anything else."""
+    from pyarrow import types
+
+    if types.is_struct(type):
+        return {field.name: _shape(field.type) for field in type}
+    if types.is_map(type):
+        return [_shape(type.item_type)]
+    if hasattr(type, "value_field"):  # the kinds of lists
+        return [_shape(type.value_type)]
+    return None
+
+
+def _json_value(value: Any, shape: Any, depth: int) -> Any:
+    """A column's value as JSON has it, or NotJson."""
+    try:
+        if isinstance(value, Exception):
+            raise TypeError(str(value))
+        return _plain(value, shape, depth)
+    except TypeError as error:
+        return NotJson(str(error))
+
+
+def _plain(value: Any, shape: Any, depth: int) -> Any:
+    """depth: how many structs are around the value; in the second one, keys that are null are left out."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
@@ -106,11 +134,15 @@ def _plain(value: Any) -> Any:
             raise TypeError(f"{value} is not JSON")
         return value
     if isinstance(value, list):
-        return [_plain(inner) for inner in value]
+        return [_plain(inner, shape[0] if shape else None, depth) for inner in value]
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
             raise TypeError("a map whose keys are not texts has no JSON form")
-        return {key: _plain(inner) for key, inner in value.items()}
+        if not isinstance(shape, dict):  # a map
+            return {key: _plain(inner, shape[0] if shape else None, depth) for key, inner in value.items()}
+        return {
+            key: _plain(inner, shape[key], depth + 1) for key, inner in value.items() if inner is not None or depth == 0
+        }
     if isinstance(value, (datetime.date, datetime.time)):  # a datetime is a date too
         return value.isoformat()
     if isinstance(value, Decimal):

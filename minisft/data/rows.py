@@ -13,6 +13,13 @@ class Row:
 
 
 @dataclass(frozen=True)
+class NotJson:
+    """The value of a column that has no JSON form. The row is bad only if the column is read."""
+
+    why: str
+
+
+@dataclass(frozen=True)
 class BadRow:
     """A row that cannot be used. `reason` is the same text for the same mistake, so that mistakes can be counted."""
 

@@ -15,8 +15,8 @@ and, if the row has them, three keys that are for us and not for the template:
     part_spans         [(start, end, train)]: the characters of `content` that are a part with a `train` of its own
 
 `content` may be a list of parts. Texts are joined, reasoning at the front becomes reasoning_content, and an image or a
-sound is refused. A key whose value is null counts as absent, as in transformers (a Parquet file has every key in every
-row), and so does an empty list of tool calls. Nothing is reordered, mended or guessed.
+sound is refused. A key whose value is null counts as absent, as in transformers (parquet.py does the same for keys further
+down), and so does an empty list of tool calls. Nothing is reordered, mended or guessed.
 """
 
 from difflib import get_close_matches
