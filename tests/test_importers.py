@@ -451,7 +451,7 @@ OWN_TEMPLATE = (  # unlike ChatML, so that the two are told apart
     "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-QUESTION, GOOD, BAD = "Capital of France?", "It is Paris.", "It is Lyon."
+SYSTEM, QUESTION, GOOD, BAD = "Be brief.", "Capital of France?", "It is Paris.", "It is Lyon."
 ASKED = [{"role": "user", "content": QUESTION}]
 GOOD_TURN, BAD_TURN = ({"role": "assistant", "content": answer} for answer in (GOOD, BAD))
 PAIR = {"chosen": GOOD, "rejected": BAD}
@@ -460,6 +460,8 @@ SHAREGPT = {"conversations": [{"from": "human", "value": QUESTION}]}
 SHAREGPT_PAIR = {side: {"from": "gpt", "value": text} for side, text in PAIR.items()}
 AS_IS = (QUESTION, GOOD)
 OWN = (f"<user>{QUESTION}</s><assistant>", f"{GOOD}</s>")
+SYSTEM_TURNS = {"chatml": f"<|im_start|>system\n{SYSTEM}<|im_end|>\n",
+                "llama3": f"<|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|>"}  # fmt: skip
 CHATML = (f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n", f"{GOOD}<|im_end|>\n")
 # TRL puts EOS, here <|im_end|>, after an answer that ends otherwise.
 LLAMA3 = (
@@ -485,7 +487,7 @@ def first_example(name: str, text: str, rows: list[dict], folder: Path) -> tuple
     config, _ = load("ours.toml")
     tokenizer = load_tokenizer(config.model.model_name_or_path, chat_template=config.model.chat_template)
     source = parse_source(config.data.train_data)
-    row = rename_fields(next(iter(read_rows(source))).data, source.field_map)
+    row = rename_fields(next(iter(read_rows(source))).data, source.field_map, source.ignore)
     answers = "labels" if "kto" in config.dpo.loss_type else "pairs"
     options = FormatOptions(answers=answers, prompt_format=config.data.prompt_format)
     row_format = detect_row_format(row, source.format, options, has_template=True)
@@ -518,6 +520,7 @@ FROM_VALUE = "message_property_mappings: {role: from, content: value}, field_mes
     [
         *((rl, kind.format("chatml"), row, CHATML) for rl, kind, row in AXOLOTL_TYPES),
         *((rl, kind.format("llama3"), row, LLAMA3) for rl, kind, row in AXOLOTL_TYPES),
+        ("dpo", "chatml.intel", {"question": QUESTION, "prompt": "another", **PAIR}, CHATML),
         ("dpo", "chat_template.default", {"messages": ASKED, "chosen": GOOD_TURN, "rejected": BAD_TURN}, OWN),
         ("dpo", "chat_template", {"messages": QUESTION, **PAIR}, OWN),
         ("dpo", f"chat_template, {FROM_VALUE}", SHAREGPT | SHAREGPT_PAIR, OWN),
@@ -532,7 +535,20 @@ FROM_VALUE = "message_property_mappings: {role: from, content: value}, field_mes
 )  # fmt: skip
 def test_axolotl_preference_types_train_prompt_and_template_as_there(folder, own_tokenizer, rl, kind, row, expected):
     text = f"base_model: {own_tokenizer}\nrl: {rl}\ndatasets:\n- {{path: rows.jsonl, type: {kind}}}\n"
+    prompt, answer = expected
     assert first_example("axolotl", text, [row], folder) == expected
+    turn = SYSTEM_TURNS.get(kind.partition(".")[0], "")  # the other types read no system prompt
+    turn = "" if kind.endswith("argilla_chat") else f"<system>{SYSTEM}</s>" if rl == "orpo" else turn
+    more = {"system": SYSTEM, "weight": 2.0, "history": [["a", "b"]]}
+    assert first_example("axolotl", text, [row | more], folder) == (turn + prompt, answer)
+
+
+def test_the_system_prompt_of_a_user_defined_type(folder, own_tokenizer):
+    kind = '{field_system: s, prompt_format: "<s>{system}</s>{prompt}"}'
+    text = f"base_model: {own_tokenizer}\nrl: dpo\ndatasets:\n- {{path: rows.jsonl, type: {kind}}}\n"
+    row = {"prompt": QUESTION, **PAIR}
+    assert first_example("axolotl", text, [row], folder)[0] == f"<s></s>{QUESTION}"
+    assert first_example("axolotl", text, [row | {"s": SYSTEM}], folder)[0] == f"<s>{SYSTEM}</s>{QUESTION}"
 
 
 @pytest.mark.parametrize(
@@ -542,7 +558,6 @@ def test_axolotl_preference_types_train_prompt_and_template_as_there(folder, own
         ("dpo", "chatml.argilla_chat", CONVERSATIONS, "of each conversation the first question"),
         ("dpo", "chatml.intel", {"question": QUESTION, **PAIR}, "after <|im_end|> comes the tokenizer's EOS"),
         ("dpo", "llama3.intel", {"question": QUESTION, **PAIR}, "a prompt begins with BOS there"),
-        ("dpo", "chatml.intel", {"question": QUESTION, "prompt": "x", **PAIR}, "the rows have prompt too"),
         ("dpo", "mine.own", {"prompt": QUESTION, **PAIR}, "type mine.own is not known"),
         ("dpo", '{prompt_format: "{prompt!r}"}', {"prompt": QUESTION, **PAIR}, "this text is not written here"),
         ("dpo", '{chosen_format: "{chosen}!"}', {"prompt": QUESTION, **PAIR}, "written around the rejected answer too"),
@@ -617,6 +632,15 @@ def test_llamafactory_preference_rows_train_the_prompt_in_a_template(folder, own
     text = f"model_name_or_path: {own_tokenizer}\nstage: {stage}\ndataset: mine\ntemplate: "
     assert first_example("llamafactory", f"{text}qwen", [row], folder) == OWN
     assert first_example("llamafactory", f"{text}chatml", [row], folder) == CHATML
+    more = {"sys": SYSTEM, "input": "Now."} if "input" in row else {"sys": SYSTEM}
+    prompt = OWN[0].replace(QUESTION, f"{QUESTION}\n\nNow.") if "input" in row else OWN[0]
+    assert first_example("llamafactory", f"{text}qwen", [row | more], folder) == (prompt, OWN[1])  # no column is named
+    described["mine"]["columns"] = info["columns"] | {"system": "sys"}
+    (folder / "data" / "dataset_info.json").write_text(json.dumps(described))
+    assert first_example("llamafactory", f"{text}qwen", [row | more], folder) == (
+        f"<system>{SYSTEM}</s>{prompt}",
+        OWN[1],
+    )
 
 
 @pytest.mark.parametrize(
@@ -624,7 +648,7 @@ def test_llamafactory_preference_rows_train_the_prompt_in_a_template(folder, own
     [
         ({"ranking": True, "columns": ALPACA_PAIR}, {"instruction": QUESTION, **PAIR}, "prompts and answers that are text"),
         ({"columns": {"prompt": "q", "query": "c"}}, {"q": QUESTION, "c": "Europe"}, "joined by a newline there"),
-        ({"columns": {"prompt": "q"}}, {"q": QUESTION, "system": "Be brief."}, "names no column for system"),
+        ({"columns": {"prompt": "q", "history": "h"}}, {"q": QUESTION, "h": []}, "the answers in h (earlier turns)"),
         ({"formatting": "sharegpt", "tags": {"user_tag": "prompter"}}, SHAREGPT, "user_tag = prompter"),
         ({"formatting": "openai", "tags": ROLES}, {"messages": ASKED}, "detailed thinking off"),
     ],
@@ -678,6 +702,24 @@ def test_what_differs_there_is_said(folder, name, text, told):
 )
 def test_what_does_not_apply_is_not_said(folder, name, text, not_told):
     assert not_told not in texts(translated(name, text, folder), DIFFERENCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "row", "ignored"),
+    [
+        ("trl", "{dataset_name: rows.jsonl, beta: 0.1}", {"prompt": "", **PAIR, "system": "", "weight": 2}, ["system", "weight"]),
+        ("trl", "dataset_name: rows.jsonl", {"messages": ASKED, "system": "s", "tools": []}, ["system"]),
+        ("axolotl", "datasets: [{path: rows.jsonl, type: alpaca}]", {"instruction": "", "output": "", "system": ""}, ["system"]),
+        ("axolotl", "datasets: [{path: rows.jsonl, type: chat_template}]", {"messages": ASKED, "weight": 2}, ["weight"]),
+        ("axolotl", "{rl: dpo, datasets: [{path: rows.jsonl}]}", {"prompt": "q", **PAIR, "tools": []}, ["tools"]),
+    ],
+)  # fmt: skip
+def test_a_column_that_is_not_read_there_is_left_out(folder, name, text, row, ignored):
+    (folder / "rows.jsonl").write_text(json.dumps(row))
+    t = translated(name, text, folder)
+    assert t.values["data.train_data"]["ignore"] == ignored
+    assert "cannot be read yet" not in texts(t, DIFFERENCE)
+    assert "cannot be read yet" in texts(translated(name, text.replace("rows.jsonl", "acme/rows"), folder), DIFFERENCE)
 
 
 def test_a_local_file_gets_no_split_that_it_lacks(folder):

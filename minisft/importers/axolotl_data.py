@@ -9,6 +9,7 @@ from minisft.importers.translation import (
     FirstRow,
     Translation,
     as_list,
+    columns_left_out,
     loaded_files,
     local_split,
     source,
@@ -62,9 +63,14 @@ def _dataset(
     where = paths[0] if paths else ours
     row = first_row(source(where, split=local_split(where, split))) if paths else None
     if loss:
-        entries["field_map"] = preference_fields(t, where, here, value, row, loss)
+        entries["field_map"], entries["ignore"] = preference_fields(t, where, here, value, row, loss)
     else:
-        entries["format"], entries["field_map"] = _format(t, here, value, where, row)
+        entries["format"], fields = _format(t, here, value, where, row)
+        entries["field_map"] = {theirs: mine for theirs, mine in fields.items() if theirs != mine}
+        if entries["format"] in ("messages", "sharegpt", "instruction"):
+            entries["ignore"] = columns_left_out(
+                t, row, (*fields, "messages", "conversations", "prompt")
+            )  # of other formats
     for name in READ_OF_A_DATASET:
         if name in here and here[name] in t.left:
             t.take(here[name], TRANSLATED, ours)
@@ -80,7 +86,7 @@ def _dataset(
 def _format(
     t: Translation, here: dict[str, str], value: Callable, where: str, row: dict | None
 ) -> tuple[str | None, dict]:
-    """(our format, {their field: ours}) of rows for supervised fine-tuning."""
+    """(our format, {their field: ours} of the fields that are read) of rows for supervised fine-tuning."""
     if any(name.startswith("type.") for name in here):
         return _user_defined(t, here, value, where, row)
     kind = value("type")
@@ -95,11 +101,10 @@ def _format(
         theirs = value("field_messages", home if kind == "sharegpt" else "messages")
         if not is_sharegpt and (role, content) != ("role", "content"):
             t.difference(f"{where}: messages must have role and content; there they are {role} and {content}")
-        wanted = {theirs: home, value("field_tools", "tools"): "tools"}
-        return "sharegpt" if is_sharegpt else "messages", {name: mine for name, mine in wanted.items() if name != mine}
+        return "sharegpt" if is_sharegpt else "messages", {theirs: home, value("field_tools", "tools"): "tools"}
     if kind.startswith(("completion", "pretrain")):
         field = value("field", value("text_column", "text"))
-        return "text", {field: "text"} if field != "text" else {}
+        return "text", {field: "text"}
     if kind == "input_output" or kind.startswith("bradley_terry"):
         t.difference(f"{where}: rows of type {kind} must be written anew, as prompt and completion or with labels")
         return None, {}
@@ -112,7 +117,7 @@ def _format(
             t.difference(
                 f"{where}: type {kind} is read as alpaca; what else it writes or reads is not written or read here"
             )
-        return "instruction", {}
+        return "instruction", {name: name for name in ("instruction", "input", "output")}
     if kind:
         t.difference(
             f"{where}: the prompts of type {kind} are written in another way there; see `minisft audit --show 1`"
@@ -132,7 +137,7 @@ def _user_defined(
     t.difference(
         f"{where}: prompts are what the type's format says there; here the chat template, or plain text without one"
     )
-    return "instruction", {theirs: mine for mine, theirs in columns.items() if theirs != mine and mine not in optional}
+    return "instruction", {theirs: mine for mine, theirs in columns.items() if mine not in optional}
 
 
 def _training_of_turns(t: Translation, here: dict[str, str], value: Callable) -> None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from string import Formatter
 
-from minisft.importers.translation import DIFFERENCE, TRANSLATED, Translation
+from minisft.importers.translation import DIFFERENCE, TRANSLATED, Translation, columns_left_out
 from minisft.importers.trl import AFTER_THE_END
 
 # The column with the question, by the last part of the type's name.
@@ -28,13 +28,14 @@ TEMPLATES = {
 }
 BOS = "a prompt begins with BOS there if the tokenizer adds it to text, here it does not"
 ONE_QUESTION = "of each conversation the first question and its answer are trained there, here the last answer"
+OPTIONAL = ("system",)
 FORMATS_OF_TEXTS = ("prompt_format", "chosen_format", "rejected_format", "completion_format")
 
 
 def preference_fields(
     t: Translation, where: str, here: dict[str, str], value: Callable, row: dict | None, loss: str
-) -> dict[str, str]:
-    """{their column: ours} of preference rows. What else the type says is written into t.
+) -> tuple[dict[str, str], list[str]]:
+    """({their column: ours}, columns to leave out) of preference rows. What else the type says is written into t.
 
     where: the data set's name for people; here: {name of a field: its key in the file}; row: the first one, None if it
     cannot be read; loss: what `rl` says.
@@ -50,7 +51,7 @@ def preference_fields(
     elif family == "chat_template":
         wanted = _chat_template(t, where, name or "default", value, row)
     else:
-        wanted = {"chosen": value("field_chosen"), "rejected": value("field_rejected")}
+        wanted = {"chosen": value("field_chosen"), "rejected": value("field_rejected"), "prompt": "prompt"}
         t.agree("data.prompt_format", "plain", f"{where} (type {kind or 'absent'}, texts as they are)")
         if kind == "zephyr.nectar":
             t.difference(
@@ -59,27 +60,12 @@ def preference_fields(
             )
         elif kind and family not in ("passthrough", "user_defined"):
             t.difference(f"{where}: type {kind} is not known; its rows are read as prompt, {' and '.join(answers)}")
-    if (system := wanted.get("system")) and (row is None or system in row):
-        t.difference(
-            f"{where}: the system prompt in {system} is not read in preference rows; write the rows as messages"
-        )
-    return _renames(t, where, wanted, row)
-
-
-def _renames(t: Translation, where: str, wanted: dict[str, str | None], row: dict | None) -> dict[str, str]:
-    """{their column: ours} where the two differ, as far as the first row has them."""
     renames = {}
     for mine, theirs in wanted.items():
-        if not theirs or theirs == mine:
-            continue
-        if row is not None and theirs not in row and (mine in row or mine == "system"):
-            continue  # an optional column, or a row that is already as here
-        renames[theirs] = mine
-        if row is not None and mine in row and mine not in wanted.values():
-            t.difference(
-                f"{where}: its type reads {theirs}, and the rows have {mine} too: rename or remove that column"
-            )
-    return renames
+        if theirs and theirs != mine and (row is None or theirs in row or mine not in row and mine not in OPTIONAL):
+            renames[theirs] = mine
+    read = [theirs if row is None or theirs in row else mine for mine, theirs in wanted.items()]
+    return renames, columns_left_out(t, row, read)
 
 
 def _turns(
@@ -95,7 +81,7 @@ def _turns(
         t.difference(f"{where}: {BOS}, other than Llama 3's")
     if name == "argilla_chat":
         t.difference(f"{where}: {ONE_QUESTION}")
-        return {"messages": "completion"} if answers == ("completion",) else {}
+        return {"messages": "completion"} if answers == ("completion",) else {}  # the prompt is in the answers
     columns = {answer: answer for answer in answers}
     if name == "argilla" and "chosen" in answers:
         columns = {"chosen": "chosen_response", "rejected": "rejected_response"}
@@ -126,6 +112,7 @@ def _chat_template(t: Translation, where: str, name: str, value: Callable, row: 
         if name == "argilla":
             t.difference(f"{where}: a column prompt stands there for every question of chosen; here for the first")
             t.difference(f"{AFTER_THE_END}; there it is trained")
+            return {**answers, "prompt": "prompt", "system": "system"}
         return answers
     if name != "default":
         t.difference(f"{where}: type chat_template.{name} is not known; it is read as chat_template.default")

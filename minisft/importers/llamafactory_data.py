@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from minisft.errors import CONFIG
-from minisft.importers.translation import FirstRow, Translation, source
+from minisft.importers.translation import FirstRow, Translation, columns_left_out, source
 from minisft.strict_json import read_json
 
 DATA_INFO = "dataset_info.json"
@@ -47,13 +47,14 @@ def described_source(
         "split": f"{split}{slice}" if repository else slice,
     }
     row = first_row(source(path))
-    wanted = _columns(t, name, info, stage, row)
+    wanted = _columns(t, name, info, stage)
     entries["field_map"] = {theirs: ours for ours, theirs in wanted.items() if theirs and theirs != ours}
+    entries["ignore"] = columns_left_out(t, row, wanted.values()) if stage != "pt" else []
     return source(path, **entries)
 
 
-def _columns(t: Translation, name: str, info: dict, stage: str, row: dict | None) -> dict[str, str | None]:
-    """{our field: their column} of one data set. row: its first row, None if it cannot be read."""
+def _columns(t: Translation, name: str, info: dict, stage: str) -> dict[str, str | None]:
+    """{our field: their column} of one data set."""
     columns, tags = info.get("columns"), info.get("tags")
     columns = columns if isinstance(columns, dict) else ALPACA  # a column that is not named is not read
     tags = tags if isinstance(tags, dict) else {}
@@ -63,7 +64,7 @@ def _columns(t: Translation, name: str, info: dict, stage: str, row: dict | None
     wanted: dict[str, str | None] = {"system": columns.get("system")}
     if style == "alpaca":
         t.agree("data.prompt_format", "chat", f"{name}, through LLaMA-Factory's template")
-        wanted |= _alpaca(t, name, columns, ranking or kto, row)
+        wanted |= _alpaca(t, name, columns, ranking or kto)
     else:
         wanted |= {"tools": columns.get("tools")}
         messages = columns.get("messages") or "conversations"
@@ -85,28 +86,17 @@ def _columns(t: Translation, name: str, info: dict, stage: str, row: dict | None
     if kto:
         answer = {"completion": columns.get("response")} if style == "alpaca" else {}
         wanted |= {**answer, "label": columns.get("kto_tag")}
-    system = columns.get("system")
-    if system and (ranking or kto) and "conversations" not in wanted and (row is None or system in row):
-        t.difference(f"{name}: the column {system} (system) is not read in preference rows; write the rows as messages")
     if any(columns.get(kind) for kind in ("images", "videos", "audios")):
         t.difference(f"{name}: images, sounds and videos are not supported")
-    for ours in () if ranking or kto else ("system", *(["input"] if style == "alpaca" else ["tools"])):
-        if not wanted.get(ours) and ours in (row or {}):
-            t.difference(
-                f"{name}: its description names no column for {ours}, and the rows have {ours}: it is read here"
-            )
     return wanted
 
 
-def _alpaca(t: Translation, name: str, columns: dict, is_preference: bool, row: dict | None) -> dict[str, str | None]:
+def _alpaca(t: Translation, name: str, columns: dict, is_preference: bool) -> dict[str, str | None]:
     """The columns of questions and answers."""
     question, query = columns.get("prompt"), columns.get("query")
-    if query and not is_preference and (row is None or query in row):
+    if query:
         t.difference(f"{name}: {question} and {query} are joined by a newline there, by an empty line here")
-    if columns.get("history"):
-        t.difference(f"{name}: the column {columns['history']} (earlier turns) is not read; write rows as messages")
-    if is_preference:
-        if query and (row is None or query in row):
-            t.difference(f"{name}: the column {query} (query) is not read in preference rows; join it with {question}")
-        return {"prompt": question}
-    return {"instruction": question, "input": query, "output": columns.get("response")}
+    if columns.get("history") and not is_preference:
+        t.difference(f"{name}: the answers in {columns['history']} (earlier turns) are trained there, and context here")
+    asked = {"history": columns.get("history"), "input": query, "instruction": question}
+    return asked if is_preference else asked | {"output": columns.get("response")}

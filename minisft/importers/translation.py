@@ -18,6 +18,8 @@ from minisft.config.aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIAS
 from minisft.config.load import DEFAULTS
 from minisft.config.sections import KEYS
 from minisft.config.values import as_toml, expected, fit
+from minisft.data.formats import TEMPLATE_FIELDS
+from minisft.data.prompts import PROMPT_FIELDS
 from minisft.errors import UserError
 from minisft.hub import is_repository_name
 from minisft.importers.yaml_file import MAX_KEYS, leaves
@@ -25,6 +27,8 @@ from minisft.importers.yaml_file import MAX_KEYS, leaves
 TRANSLATED, DIFFERENCE, NO_COUNTERPART = "translated", "difference", "no counterpart"
 NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 OUR_NAMES = [key.rpartition(".")[2] for key in KEYS]
+# Columns that rows may have besides the answers. Which of them are read depends on the format.
+READ_HERE = ("prompt", "messages", "conversations", *dict.fromkeys(PROMPT_FIELDS), *TEMPLATE_FIELDS, "weight")
 LOADERS = ("json", "csv", "parquet", "text")
 OFF = (None, False, "", "none", "None", "no", "off", "false", 0, [], {})
 
@@ -210,6 +214,17 @@ def source(path: str, **entries: object) -> str | dict:
     """One entry of train_data; a plain path if it needs nothing else."""
     entries = {name: value for name, value in entries.items() if value not in (None, "", {}, [], "train")}
     return {"path": path, **entries} if entries else path
+
+
+def columns_left_out(t: Translation, row: dict | None, read: Iterable[str | None]) -> list[str]:
+    """The columns of the first row that are read here and not there. read: those that are read there."""
+    if row is None:
+        t.difference(
+            "where the rows cannot be read yet: columns such as system, input, history or weight are read here even if they are "
+            "not there; `ignore` of a source leaves them out"
+        )
+        return []
+    return [column for column in READ_HERE if column in row and column not in {*read}]
 
 
 def local_split(path: object, split: object) -> object:

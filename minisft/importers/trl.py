@@ -6,7 +6,16 @@ Its defaults are ours except for those below; test_importers.py compares every o
 from minisft.config.aliases import ALIASES
 from minisft.config.choices import ADAMW
 from minisft.importers.training_arguments import CHANGES, HARMLESS, training_arguments
-from minisft.importers.translation import TRANSLATED, FirstRow, Table, Translation, as_list, as_number, spread
+from minisft.importers.translation import (
+    TRANSLATED,
+    FirstRow,
+    Table,
+    Translation,
+    as_list,
+    as_number,
+    columns_left_out,
+    spread,
+)
 from minisft.importers.trl_data import sources
 
 NAME = "TRL"
@@ -142,6 +151,9 @@ def read(
     t.table({key: "data.train_data" for key in t.left if ALIASES.get(key) == "data.train_data"})
     training_arguments(t, trainer_type)
     row = first_row(t.values["data.train_data"]) if "data.train_data" in t.values else None
+    for ours in ("data.train_data", "data.eval_data"):
+        if ours in t.values:
+            t.values[ours] = _without_other_columns(t, t.values[ours], first_row)
     _model(t, lora_by_rank)
     if trainer_type == "sft":
         _sft(t, row)
@@ -162,6 +174,19 @@ def read(
         t.difference(f"{AFTER_THE_END}; TRL trains it")
     common_differences(t)
     return t
+
+
+def _without_other_columns(t: Translation, data: list | dict | str, first_row: FirstRow) -> list | dict | str:
+    """The sources, without the columns that TRL does not read."""
+    found = []
+    for one in data if isinstance(data, list) else [data]:
+        entries = {"path": one} if isinstance(one, str) else one
+        row = first_row(one)
+        names = ("messages", "conversations") if t.values["trainer_type"] == "sft" else ()
+        turns = next((name for name in names if name in (row or {})), "prompt")
+        ignored = columns_left_out(t, row, (turns, "tools", "chat_template_kwargs"))
+        found.append({**entries, "ignore": ignored} if ignored else one)
+    return found if isinstance(data, list) else found[0]
 
 
 def _has_answers(t: Translation, row: dict | None) -> bool:
