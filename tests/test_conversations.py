@@ -345,12 +345,11 @@ def test_bad_messages_say_what_is_wrong(messages, what):
         ([{"from": "human", "value": "x"}], "no assistant turn"),
         ([{"from": "human", "value": "x"}, {"from": "gpt", "value": ""}], "empty answer: conversations[1]"),
         ([{"from": "gpt", "value": "x", "loss": 3}], "conversations[0].loss is 3"),
-        ([{"from": "system", "value": "T"}, {"from": "gpt", "value": "x"}], "two system prompts"),
     ],
 )
 def test_bad_turns_say_what_is_wrong(turns, what):
     with pytest.raises(RowError) as caught:
-        check_turns(turns, "conversations", system="S")
+        check_turns(turns, "conversations")
     assert what in str(caught.value)
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ADDED = {  # file -> what is added at its end
     "minisft/data/formats.py": """
 def _read_fable(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
-    return [_single(string_of(row, "fable"), string_of(row, "moral"), row_format)]
+    return [_single(Prompt(string_of(row, "fable")), string_of(row, "moral"), row_format)]
 
 
 FORMATS["fable"] = Format(("fable", "moral"), (), _read_fable)
