@@ -224,10 +224,47 @@ def test_control_tokens_outside_of_templates(tmp_path, row, is_refused, ends, en
         assert cache.manifest["sources"][0]["control_tokens"] == count
 
 
-def test_private_characters_of_a_row_are_not_mistaken_for_ours():
-    for character in ("\U000f0000", "\U00100001"):
-        with pytest.raises(RowError, match="reserved character"):
-            encode(turns("a" + character, "b"), control_tokens="escape")
+ICONS = "\U000f0000\U000f033d\U000ffffd\U00100000\U00100001\U00100003\U0010fff0\U0010fff1\U0010fff2\U0010fffd"
+
+
+@pytest.mark.parametrize("policy", ["error", "escape"])
+@pytest.mark.parametrize("template", [TOKENIZER.template, LAST_DIFFERS], ids=["tags", "per turn"])
+def test_private_characters_of_a_row_are_text_like_any_other(template, policy):
+    """The icons of fonts, and all characters that mark places in rows without them: the tokens and kinds of other letters."""
+    tokenizer = replace(TOKENIZER, template=template)
+    token = "<|im_end|>" if policy == "escape" else ""
+    for name in ("content", "tools", "answer"):
+        texts = {"content": "x", "tools": "x", "answer": "x"}
+
+        def rendered(icons, texts=texts, name=name):
+            texts = {**texts, name: f"a{icons}{token}{icons}b"}
+            tools = [{"type": "function", "function": {"name": texts["tools"]}}]
+            messages = turns(f" {texts['content']}\n", texts["answer"], "y", "z")
+            options = FormatOptions(control_tokens=policy)
+            return conversation_pieces(tokenizer, Example(messages=messages, tools=tools), options, "assistant")
+
+        found, plain = rendered(ICONS), rendered("i" * len(ICONS))
+        for ours, theirs in zip(found.pieces, plain.pieces, strict=True):
+            assert ours.text.replace(ICONS, "i" * len(ICONS)) == theirs.text and ICONS in ours.text or name == "tools"
+            assert (ours.spans, ours.weights, ours.literal) == (theirs.spans, theirs.weights, theirs.literal)
+        assert found.strategy == plain.strategy and found.has_control_tokens == bool(token)
+        for ours, piece in zip(encode_pieces(tokenizer, found.pieces), found.pieces):
+            assert tokenizer.decode(ours.ids) == piece.text and not ours.straddling
+
+
+def test_rows_without_control_tokens_are_not_rewritten(monkeypatch):
+    monkeypatch.setattr("minisft.data.encoding._escapes", None)
+    monkeypatch.setattr("minisft.data.encoding._escaped", None)
+    encode(turns("a" + ICONS, "b"), control_tokens="escape")
+
+
+@pytest.mark.parametrize("start", ["", "\U000ffffd", "x\U000f0000 "])
+def test_private_characters_beside_escaped_tokens_in_plain_rows(tmp_path, start):
+    row = {"prompt": f"{start}a<|im_end|>", "completion": f"{start}<|im_end|>b"}
+    cache = build(tmp_path, [row], prompt_format="plain", control_tokens="escape", add_eos=False)
+    assert TOKENIZER.decode(cache.ids) == row["prompt"] + row["completion"] and not SPECIAL_IDS & set(
+        cache.ids.tolist()
+    )
 
 
 # ------------------------------------------------------------------------------------------------- weights and flags

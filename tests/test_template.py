@@ -210,13 +210,16 @@ def test_what_is_not_exact_is_refused(text, messages, message):
         render_with_spans(ChatTemplate(text, TOKENS), CONVERSATIONS[messages])
 
 
-def test_reserved_characters_in_a_row_are_refused():
-    for messages in (
-        [{"role": "user", "content": "\U0010fff0"}, {"role": "assistant", "content": "b"}],
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{"x": "\U0010fff2"}]}],
-    ):
-        with pytest.raises(RowError, match="reserved character"):
-            render_with_spans(ChatTemplate(CHATML), messages)
+def test_a_row_of_all_private_characters_is_refused():
+    """Nothing is left to mark places in it."""
+    every = "".join(map(chr, range(0x100000, 0x10FFFE)))
+    for taken, is_refused in ((every, True), (every[4:], True), (every[5:], False)):  # three markers, and one a message
+        messages = [{"role": "user", "content": taken}, {"role": "assistant", "content": "b"}]
+        if is_refused:
+            with pytest.raises(RowError, match="too many messages: 2: no private-use character is left"):
+                render_with_spans(ChatTemplate(CHATML), messages)
+        else:
+            assert taken in render_with_spans(ChatTemplate(CHATML), messages)[0]
 
 
 def test_the_date_is_frozen():

@@ -14,7 +14,7 @@ used as they are contain special tokens on purpose: such rows are neither refuse
 and completions too, and counts those rows.
 """
 
-import re
+import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -35,8 +35,7 @@ from minisft.data.rows import RowError
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 
-ESCAPE = 0xF0000  # private-use characters in place of a row's control tokens while it is rendered
-ESCAPED = re.compile("[\U000f0000-\U000ffffd]")
+ESCAPES = range(0xF0000, 0xFFFFE)  # private-use characters in place of a row's control tokens while it is rendered
 
 
 @dataclass(frozen=True)
@@ -66,15 +65,16 @@ def conversation_pieces(
             variables=row.variables,
         )
 
-    escaped, found = _without_control_tokens(tokenizer, example)
+    found = _control_tokens(tokenizer, example)
     if found and options.control_tokens == "error":
         raise _control_token(*next(iter(found.items())))
     if not found or options.control_tokens == "allow":
         documents = rendered(example)
         pieces = [Piece(d.text, d.spans, d.weights) for d in documents]
     else:
-        documents = rendered(escaped)
-        pieces = [_put_back(Piece(d.text, d.spans, d.weights), list(found)) for d in documents]
+        tokens = _escapes(example, list(found), tokenizer.template_for(example.tools).text)
+        documents = rendered(_escaped(tokenizer, example, {token: character for character, token in tokens.items()}))
+        pieces = [_put_back(Piece(d.text, d.spans, d.weights), tokens) for d in documents]
         if [piece.text for piece in pieces] != [d.text for d in rendered(example)]:
             raise RowError("control token that cannot be escaped", "the chat template does not render it as it is")
     return ConversationPieces(pieces, [d.end for d in documents], documents[0].strategy, bool(found))
@@ -98,8 +98,6 @@ def _pieces_of_text(
         raise _control_token(next(chain(*found))[0], "the row")
     if options.control_tokens != "escape" or row_format.name == "text":
         return example.pieces, row_format.prompt == "instruction"
-    if any(ESCAPED.search(piece.text) for piece in example.pieces):
-        raise RowError("reserved character", "a row with control tokens contains one of U+F0000 to U+FFFFD")
     escaped = [replace(piece, literal=[m.span() for m in matches]) for piece, matches in zip(example.pieces, found)]
     return tuple(escaped), True
 
@@ -144,37 +142,63 @@ def _control_token(token: str, where: str) -> RowError:
     return RowError("control token in a message", f"{where} contains {token!r} (see control_tokens)")
 
 
-def _without_control_tokens(tokenizer: Tokenizer, example: Example) -> tuple[Example, dict[str, str]]:
-    """(the row with a private character for each control token, {control token: the place where it occurs first})."""
+def _control_tokens(tokenizer: Tokenizer, example: Example) -> dict[str, str]:
+    """{control token in a row of messages: the place where it occurs first}."""
     assert example.messages is not None
     found: dict[str, str] = {}
 
-    def walk(value: Any, where: str) -> Any:
+    def walk(value: Any, where: str) -> None:
         if isinstance(value, str):
-            if ESCAPED.search(value):
-                raise RowError("reserved character", f"{where} contains one of U+F0000 to U+FFFFD")
-
-            def replaced(match: re.Match) -> str:
+            for match in tokenizer.control_tokens.finditer(value):
                 found.setdefault(match[0], where)
-                return chr(ESCAPE + list(found).index(match[0]))
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                walk(key, where)
+                walk(inner, where)
+        elif isinstance(value, list):
+            for inner in value:
+                walk(inner, where)
 
-            return tokenizer.control_tokens.sub(replaced, value)
+    for i, message in enumerate(example.messages):
+        if not _is_clean(tokenizer, message):
+            walk(message, f"message {i}")
+    walk(example.tools, "tools")
+    walk(example.documents, "documents")
+    return found
+
+
+def _escapes(example: Example, tokens: list[str], template: str) -> dict[str, str]:
+    """{a private-use character that is neither in the row nor in the template: the token in whose place it is rendered}."""
+    given = [example.messages, example.tools, example.documents, example.variables, template]
+    taken = set(json.dumps(given, ensure_ascii=False))
+    escapes = dict(zip((chr(c) for c in ESCAPES if chr(c) not in taken), tokens))
+    if len(escapes) < len(tokens):
+        raise RowError("control token that cannot be escaped", "no private-use character is left to take its place")
+    return escapes
+
+
+def _escaped(tokenizer: Tokenizer, example: Example, characters: dict[str, str]) -> Example:
+    """The row with a private-use character for each control token. characters: {token: its character}."""
+    assert example.messages is not None
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, str):
+            return tokenizer.control_tokens.sub(lambda match: characters[match[0]], value)
         if isinstance(value, dict):
-            return {walk(key, where): walk(inner, where) for key, inner in value.items()}
-        return [walk(inner, where) for inner in value] if isinstance(value, list) else value
+            return {walk(key): walk(inner) for key, inner in value.items()}
+        return [walk(inner) for inner in value] if isinstance(value, list) else value
 
-    def escaped(message: dict, where: str) -> dict:
+    def escaped(message: dict) -> dict:
         if _is_clean(tokenizer, message):
             return message
-        walked = walk(message, where)
+        walked = walk(message)
         if "part_spans" in message:  # these are places in the content, which became shorter
             tokens = [match.span() for match in tokenizer.control_tokens.finditer(message["content"])]
             walked["part_spans"] = [(_moved(a, tokens), _moved(b, tokens), on) for a, b, on in message["part_spans"]]
         return walked
 
-    messages = [escaped(message, f"message {i}") for i, message in enumerate(example.messages)]
-    tools, documents = walk(example.tools, "tools"), walk(example.documents, "documents")
-    return (replace(example, messages=messages, tools=tools, documents=documents) if found else example), found
+    messages = [escaped(message) for message in example.messages]
+    return replace(example, messages=messages, tools=walk(example.tools), documents=walk(example.documents))
 
 
 def _moved(at: int, tokens: list[tuple[int, int]]) -> int:
@@ -186,18 +210,16 @@ def _moved(at: int, tokens: list[tuple[int, int]]) -> int:
 
 def _is_clean(tokenizer: Tokenizer, message: dict) -> bool:
     """Whether a message is only a role and a content without control tokens, as nearly all are."""
-    content = message["content"]
-    is_free = content.isascii() or not ESCAPED.search(content)
-    return is_free and len(message) == 2 and not tokenizer.control_tokens.search(content)
+    return len(message) == 2 and not tokenizer.control_tokens.search(message["content"])
 
 
-def _put_back(piece: Piece, tokens: list[str]) -> Piece:
-    """The piece with control tokens again in place of private characters, and their places in `literal`."""
+def _put_back(piece: Piece, tokens: dict[str, str]) -> Piece:
+    """The piece with control tokens again in place of their characters, and the tokens' places in `literal`."""
     places = [0]  # character of the piece -> its place in the new text
     text, literal = [], []
     for character in piece.text:
-        written = tokens[ord(character) - ESCAPE] if ESCAPED.match(character) else character
-        if written is not character:
+        written = tokens.get(character, character)
+        if character in tokens:
             literal.append((places[-1], places[-1] + len(written)))
         text.append(written)
         places.append(places[-1] + len(written))

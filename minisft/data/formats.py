@@ -43,6 +43,7 @@ from minisft.data.chat.conversations import (
     check_turns,
     check_variables,
     check_weight,
+    with_system,
 )
 from minisft.data.kinds import ANSWER, CHOSEN, REJECTED, TEXT, TRAINED, USER
 from minisft.data.preferences import (
@@ -67,7 +68,6 @@ from minisft.data.prompts import (
     question_of,
     string_of,
     system_of,
-    with_system,
 )
 from minisft.data.row_format import FormatOptions, RowFormat
 from minisft.data.rows import NotJson, RowError
@@ -319,8 +319,7 @@ def _read_messages(row: dict, row_format: RowFormat, options: FormatOptions) -> 
 
 
 def _read_sharegpt(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:
-    turns = check_turns(row["conversations"], "conversations")
-    return [Example(messages=with_system(turns, system_of(row), "conversations"))]
+    return [Example(messages=check_turns(row["conversations"], "conversations", system=system_of(row)))]
 
 
 def _read_text(row: dict, row_format: RowFormat, options: FormatOptions) -> list[Example]:

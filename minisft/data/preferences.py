@@ -20,7 +20,7 @@ import os
 import re
 from dataclasses import replace
 
-from minisft.data.chat.conversations import check_messages, check_turns
+from minisft.data.chat.conversations import check_messages, check_turns, with_system
 from minisft.data.prompts import (
     SYSTEMS,
     Prompt,
@@ -28,7 +28,6 @@ from minisft.data.prompts import (
     question_field,
     string_of,
     system_of,
-    with_system,
 )
 from minisft.data.rows import RowError
 
@@ -66,8 +65,7 @@ def preference_turns(row: dict, sides: tuple[str, ...], *, transcripts: bool) ->
     sides: SIDES, or ("chosen",) where the rejected one is not needed. Raises RowError.
     """
     if is_sharegpt(row):
-        prompt = check_turns(row["conversations"], "conversations", needs_answer=False)
-        prompt = with_system(prompt, system_of(row), "conversations")
+        prompt = check_turns(row["conversations"], "conversations", system=system_of(row), needs_answer=False)
         return prompt, check_answers(prompt, {side: check_turns(as_list(row[side]), side) for side in sides})
     if transcripts:
         said = [_transcript(row, side) for side in sides]
@@ -182,10 +180,9 @@ def labelled_turns(row: dict) -> tuple[list[dict], list[dict]]:
         check_answers(prompt, {"completion": answer})
     else:
         if row.get("messages") is not None:
-            said = check_messages(row["messages"], "messages")
+            said = with_system(check_messages(row["messages"], "messages"), system_of(row), "messages")
         else:
-            said = check_turns(row.get("conversations"), "conversations")
-        said = with_system(said, system_of(row), "messages" if row.get("messages") is not None else "conversations")
+            said = check_turns(row.get("conversations"), "conversations", system=system_of(row))
         prompt, answer = said[:-1], said[-1:]
         roles = [message["role"] for message in said]
         if roles[-1] != "assistant" or "user" not in roles:

@@ -104,15 +104,3 @@ def history_of(row: dict) -> list[tuple[str, str]]:
     if any(not text.strip() for pair in history for text in pair):
         raise RowError("bad history", "a turn has no text")
     return [(question, answer) for question, answer in history]
-
-
-def with_system(messages: list[dict], system: str, name: str) -> list[dict]:
-    """The messages after a system turn. Raises RowError if they begin with another one. name: their field."""
-    if not system.strip():
-        return messages
-    first = messages[0]
-    if first["role"] in ("system", "developer"):
-        if first["content"].strip() == system.strip():
-            return messages
-        raise RowError("two system prompts", f"the field system, and {name}[0]")
-    return [{"role": "system", "content": system}, *messages]

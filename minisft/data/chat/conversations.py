@@ -68,6 +68,18 @@ def check_messages(value: object, name: str, *, needs_answer: bool = True) -> li
     return messages
 
 
+def with_system(messages: list[dict], system: str, name: str) -> list[dict]:
+    """The messages after a system turn. Raises RowError if they begin with another one. name: their field."""
+    if not system.strip():
+        return messages
+    first = messages[0]
+    if first["role"] in ("system", "developer"):
+        if first["content"].strip() == system.strip():
+            return messages
+        raise RowError("two system prompts", f"the field system, and {name}[0]")
+    return [{"role": "system", "content": system}, *messages]
+
+
 def _is_plain(message: object) -> bool:
     """Whether a message is only a known role and a text that is not blank, as nearly all are. It needs no other check."""
     if type(message) is not dict or len(message) != 2:
@@ -201,8 +213,8 @@ def _join_parts(parts: list, where: str) -> tuple[str, str | None, list[tuple[in
 # ------------------------------------------------------------------------------------------------- ShareGPT
 
 
-def check_turns(value: object, name: str, *, needs_answer: bool = True) -> list[dict]:
-    """The messages of ShareGPT turns [{"from", "value"}, ...].
+def check_turns(value: object, name: str, *, system: str = "", needs_answer: bool = True) -> list[dict]:
+    """The messages of ShareGPT turns [{"from", "value"}, ...], after a system message if `system` is not empty.
 
     A turn may also have reasoning, a name, `train` and `weight` like a message; its other keys are not read.
     Raises RowError.
@@ -210,7 +222,7 @@ def check_turns(value: object, name: str, *, needs_answer: bool = True) -> list[
     if not isinstance(value, list) or not value:
         raise RowError("not a list of turns", f"{name} is {describe_type(value) if value != [] else 'empty'}")
     turns = [_turn(turn, f"{name}[{i}]") for i, turn in enumerate(value)]
-    return check_messages(turns, name, needs_answer=needs_answer)
+    return with_system(check_messages(turns, name, needs_answer=needs_answer), system, name)
 
 
 def _turn(turn: object, where: str) -> dict:

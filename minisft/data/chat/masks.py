@@ -30,17 +30,19 @@ import json
 import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
-from minisft.data.chat.template import END_GENERATION, GENERATION, ChatTemplate, render
+from minisft.data.chat.template import ChatTemplate, render
 from minisft.data.chat.training_templates import CHATML, tagged_twin
 from minisft.data.kinds import ANSWER, HEADER, KIND_MASK, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
 from minisft.data.rows import RowError
 
-# Markers are private-use characters of the last plane, which a row must not contain: OPEN + i opens the content of
-# message i, CLOSE closes it.
-OPEN, CLOSE, MAX_MESSAGES = 0x100000, "\U0010fff2", 0xFFF0
-MARKER = re.compile("([\U00100000-\U0010ffff])")
+# Markers are private-use characters of the last plane that the row does not contain. The first two are around the text of
+# {% generation %}, the third closes the content of a message, the others open those of messages 0, 1, ...
+MARKERS = range(0x100000, 0x10FFFE)
+MARKER = re.compile(f"[{chr(MARKERS.start)}-{chr(MARKERS.stop)}]")
+START, END, CLOSE, OPEN = range(4)
 KIND_OF_ROLE = {"system": SYSTEM, "developer": SYSTEM, "user": USER, "tool": TOOL, "assistant": ANSWER}
 THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 TAG = re.compile(r"\{%[-+]?\s*generation\b")
@@ -80,6 +82,7 @@ class _Conversation:
     notes: list[dict]  # the keys OURS of each message
     masking: Masking
     given: dict[str, Any]  # tools, documents and variables, for render()
+    markers: str
 
     def render(self, stop: int | None = None, **options: Any) -> str:
         return render(self.template, self.messages[:stop], **self.given, **options)
@@ -105,9 +108,11 @@ def render_conversation(
     context. A message's `train` overrides all rules; its `weight` is a factor on the loss of its trained text.
     Raises RowError if the template refuses the conversation or the turns cannot be found exactly.
     """
-    if len(messages) > MAX_MESSAGES or tools or documents or not all(map(_is_unmarked, messages)):
-        if len(messages) > MAX_MESSAGES or MARKER.search(json.dumps([messages, tools, documents], ensure_ascii=False)):
-            raise RowError("reserved character", "the row contains one of U+100000 to U+10FFFF")
+    taken = ""
+    if tools or documents or variables or not all(map(_is_unmarked, messages)):
+        text = json.dumps([messages, tools, documents, variables, template.text], ensure_ascii=False)
+        taken = "".join(sorted(set(MARKER.findall(text))))
+    markers = markers_for(len(messages), taken)
     notes = [{key: message[key] for key in OURS if key in message} for message in messages]
     plain = [{k: v for k, v in m.items() if k not in OURS} if note else m for m, note in zip(messages, notes)]
     if masking.reasoning == "strip":
@@ -116,7 +121,7 @@ def render_conversation(
     rule = {"all": range(len(plain)), "last": answers[-1:], "assistant": [i for i in answers if i >= first_trained]}
     trained = [note.get("train", i in rule[masking.train_on]) for i, note in enumerate(notes)]
     given = {"tools": tools, "documents": documents, **(variables or {})}
-    row = _Conversation(template, plain, trained, notes, masking, given)
+    row = _Conversation(template, plain, trained, notes, masking, given, markers)
     if masking.train_on == "all":
         return [_everything(row)]
     if masking.multi_turn == "per_turn":
@@ -127,6 +132,16 @@ def render_conversation(
         if masking.multi_turn == "joint" or not any(trained[i] for i in answers):
             raise
     return _per_turn(row)
+
+
+@lru_cache(maxsize=256)
+def markers_for(num_messages: int, taken: str) -> str:
+    """The markers of a row with so many messages: characters that are not in `taken`. Raises RowError if there are too few."""
+    free = (chr(c) for c in MARKERS if chr(c) not in taken)
+    markers = "".join(islice(free, OPEN + num_messages))
+    if len(markers) < OPEN + num_messages:
+        raise RowError("too many messages", f"{num_messages:,}: no private-use character is left to mark them")
+    return markers
 
 
 def _is_unmarked(message: dict) -> bool:
@@ -180,7 +195,7 @@ def _joint(row: _Conversation) -> Rendered:
 @lru_cache(maxsize=32)
 def _tags_hold_header(template: ChatTemplate) -> bool:
     """Whether the tags include the header, as SmolLM3's do. Turns are then found by prefix instead."""
-    row = _Conversation(template, PROBE, [False, False], [{}, {}], Masking(), {})
+    row = _Conversation(template, PROBE, [False, False], [{}, {}], Masking(), {}, markers_for(len(PROBE), ""))
     try:
         text, turns, _ = _marked(row)
         prompt = row.prompt(1)
@@ -191,19 +206,20 @@ def _tags_hold_header(template: ChatTemplate) -> bool:
 
 def _marked(row: _Conversation, plain: str | None = None) -> tuple[str, list, dict]:
     """(text, tagged turns, {message: span of its content}), found by markers. plain: the text that must result."""
-    marked = [_mark_content(i, message) for i, message in enumerate(row.messages)]
-    text, turns, contents = _read_markers(replace(row, messages=marked).render(_minisft_mark=True))
+    marked = [_mark_content(row.markers, i, message) for i, message in enumerate(row.messages)]
+    tags = {"_minisft_start": row.markers[START], "_minisft_end": row.markers[END]}
+    text, turns, contents = _read_markers(row.markers, replace(row, messages=marked).render(**tags))
     if row.template.text == CHATML:  # our own template inspects no content, so marks change nothing
         return text, turns, contents
     plain = row.render() if plain is None else plain
     if text != plain:  # the template inspected a content: render again without marks in contents
-        text, turns, contents = _read_markers(row.render(_minisft_mark=True))
+        text, turns, contents = _read_markers(row.markers, row.render(**tags))
         if text != plain:
             raise RowError("the chat template reads the text of its generation tags", "their place cannot be found")
     return text, turns, contents
 
 
-def _mark_content(i: int, message: dict) -> dict:
+def _mark_content(markers: str, i: int, message: dict) -> dict:
     """The message with markers around its content, inside the outer whitespace, which many templates strip. An assistant's
     content gets none: its place is known, and templates search it for reasoning."""
     content = message["content"]
@@ -211,24 +227,25 @@ def _mark_content(i: int, message: dict) -> dict:
     if message["role"] == "assistant" or not inner:
         return message
     start = content.index(inner)
-    return {**message, "content": content[:start] + chr(OPEN + i) + inner + CLOSE + content[start + len(inner) :]}
+    marked = markers[OPEN + i] + inner + markers[CLOSE]
+    return {**message, "content": content[:start] + marked + content[start + len(inner) :]}
 
 
-def _read_markers(marked: str) -> tuple[str, list[tuple[int, int]], dict[int, tuple[int, int]]]:
-    pieces = MARKER.split(marked)  # text, marker, text, marker, ... text
+def _read_markers(markers: str, marked: str) -> tuple[str, list[tuple[int, int]], dict[int, tuple[int, int]]]:
+    pieces = re.split(f"([{markers}])", marked)  # text, marker, text, marker, ... text
     turns, contents, at, turn_start, opened = [], {}, 0, 0, None
     for text, marker in zip(pieces[::2], [*pieces[1::2], ""]):
         at += len(text)
-        if marker == GENERATION:
+        if marker == markers[START]:
             turn_start = at
-        elif marker == END_GENERATION:
+        elif marker == markers[END]:
             turns.append((turn_start, at))
-        elif marker == CLOSE:
+        elif marker == markers[CLOSE]:
             if opened is not None:
                 contents[opened[0]] = (opened[1], at)
             opened = None
         elif marker:
-            opened = ord(marker) - OPEN, at
+            opened = markers.index(marker) - OPEN, at
     return "".join(pieces[::2]), [turn for turn in turns if turn[1] > turn[0]], contents
 
 

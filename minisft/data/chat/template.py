@@ -22,7 +22,6 @@ from minisft.data.chat import sandbox
 from minisft.data.rows import RowError
 from minisft.errors import MODEL, UserError
 
-GENERATION, END_GENERATION = "\U0010fff0", "\U0010fff1"  # around the text of {% generation %}, on request
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -40,8 +39,8 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """The tag {% generation %}: its text, between markers if the rendering requests them. Variables that are set inside it
-    stay inside, as in transformers, where the tag is a call."""
+    """The tag {% generation %}: its text, between the markers that the rendering gives, if any. Variables that are set inside
+    it stay inside, as in transformers, where the tag is a call."""
 
     tags = {"generation"}
 
@@ -49,11 +48,12 @@ class _Generation(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-        def marker(text: str) -> nodes.Output:
-            asked = nodes.Name("_minisft_mark", "load")
-            return nodes.Output([nodes.CondExpr(asked, nodes.Const(text), nodes.Const(""))])
+        def marker(name: str) -> nodes.Output:
+            given = nodes.Name(name, "load")
+            return nodes.Output([nodes.CondExpr(given, given, nodes.Const(""))])
 
-        return nodes.Scope([marker(GENERATION), *body, marker(END_GENERATION)]).set_lineno(line, override=False)
+        scope = nodes.Scope([marker("_minisft_start"), *body, marker("_minisft_end")])
+        return scope.set_lineno(line, override=False)
 
 
 class _Dict:
