@@ -54,6 +54,50 @@ CONVERSATIONS = {
 }  # fmt: skip
 
 
+GREETED = [assistant("Welcome!"), user("A room."), assistant("Ten.")]
+NO_PROMPT_ALONE = (  # as Qwen 2.5: an error without a first message
+    "{{ messages[0].role | upper }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ONE_HEADER = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"  # turns have no headers at all
+
+
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize(
+    "template, trained, is_context",
+    [
+        *[
+            (name, ["Welcome!", "Ten."], False)
+            for name in ("chatml", "granite", "llama3", "llama31_tools", "phi3", "tulu")
+        ],
+        *[(name, ["Welcome!", "Ten."], False) for name in ("smollm", "tagged_macro", "qwen3", NO_PROMPT_ALONE)],
+        *[(name, ["Ten."], True) for name in ("mistral", ONE_HEADER)],
+    ],
+)
+def test_a_conversation_may_begin_with_the_assistant(template, trained, is_context, system):
+    """Its first turn is trained from the end of its header to the end of its turn, or is context; never an error of Jinja."""
+    template = TEMPLATES.get(template) or ChatTemplate(template)
+    messages = [{"role": "system", "content": "S"}, *GREETED][not system :]
+    documents = render_conversation(template, messages)
+    assert [d.has_untrained_greeting for d in documents] == [is_context] * len(documents)
+    texts = [text for d in documents for text in bracketed(d).split("[[")[1:]]
+    thought = "<think>\n\n</think>\n\n"
+    texts = [text.partition("]]")[0].removeprefix(thought).strip() for text in texts]
+    assert [text.partition("<")[0] for text in texts] == trained and all(text.endswith(">") for text in texts)
+    (alone,) = render_conversation(template, messages[: -len(GREETED) + 1])
+    assert any(byte & TRAINED for _, _, byte in alone.spans) != is_context == alone.has_untrained_greeting
+    silent = render_conversation(template, [*messages[: -len(GREETED)], {**GREETED[0], "train": False}, *GREETED[1:]])
+    assert "Welcome!]]" not in "".join(map(bracketed, silent)) and not silent[0].has_untrained_greeting
+
+
+def test_a_template_that_refuses_a_greeting_says_so():
+    with pytest.raises(RowError, match="refuses the conversation that begins with the assistant: TemplateError"):
+        render_conversation(TEMPLATES["gemma"], GREETED)
+    wanted = [{**GREETED[0], "train": True}, *GREETED[1:]]
+    with pytest.raises(RowError, match="the first turn cannot be trained: no header before the first turn: message 0"):
+        render_conversation(TEMPLATES["mistral"], wanted)
+
+
 # ------------------------------------------------------------------------------------------------- written by hand
 
 

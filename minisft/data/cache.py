@@ -128,6 +128,10 @@ class TokenCache:
             lines.append(
                 f"{cut['rows']:,} conversations are without their oldest {cut['turns']:,} turns, {cut['tokens']:,} tokens"
             )
+        if rows := sum(entry["untrained_greetings"] for entry in entries):
+            lines.append(
+                f"{rows:,} conversations begin with the assistant, and this turn is context: the chat template gives it no header"
+            )
         if rows := sum(entry["control_tokens"] for entry in entries):
             lines.append(f"{rows:,} rows contain the text of a control token")
         if straddling := sum(entry["straddling"] for entry in entries):

@@ -46,6 +46,7 @@ class ConversationPieces:
     ends: list[int]  # the number of messages that each document holds
     strategy: str  # how the turns were found: see chat/masks.py
     has_control_tokens: bool
+    has_untrained_greeting: bool = False  # it begins with the assistant, and this turn is context
 
 
 def conversation_pieces(
@@ -77,7 +78,10 @@ def conversation_pieces(
         pieces = [_put_back(Piece(d.text, d.spans, d.weights), tokens) for d in documents]
         if [piece.text for piece in pieces] != [d.text for d in rendered(example)]:
             raise RowError("control token that cannot be escaped", "the chat template does not render it as it is")
-    return ConversationPieces(pieces, [d.end for d in documents], documents[0].strategy, bool(found))
+    first = documents[0]
+    return ConversationPieces(
+        pieces, [d.end for d in documents], first.strategy, bool(found), first.has_untrained_greeting
+    )
 
 
 def text_pieces(

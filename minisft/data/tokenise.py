@@ -70,6 +70,7 @@ class _Pending:
     example: Example
     pieces: tuple[Piece, ...]
     has_control_tokens: bool = False
+    has_untrained_greeting: bool = False
     end: int = 0  # how many messages of a conversation the document holds
     strategy: str = (
         ""  # how the turns of a conversation were found (chat/masks.py); per_turn: only the last answer is trained
@@ -80,6 +81,7 @@ def new_entry() -> dict[str, Any]:
     """The counts of a source, which `tokenise` fills in."""
     turns = {"rows": 0, "turns": 0, "tokens": 0, "lost_answers": 0}
     counts = {"rows_read": 0, "rows_used": 0, "documents": 0, "dropped": {}, "control_tokens": 0, "straddling": 0}
+    counts["untrained_greetings"] = 0
     columns = {"unread": {}, "weight": {}}
     return {"layout": "", "prompt": "", **counts, **columns, "strategies": {}, "turns_cut": turns}
 
@@ -159,6 +161,7 @@ class _Work:
             return []
         self.count_columns(data, examples[0].weight)
         self.entry["control_tokens"] += any(part.has_control_tokens for part in parts)
+        self.entry["untrained_greetings"] += any(part.has_untrained_greeting for part in parts)
         self.strategies[parts[0].strategy] += 1
         return parts
 
@@ -254,7 +257,16 @@ def _parts(
     if example.role is not None and len(rendered.pieces) > 1:
         raise RowError("answer of several turns", "the chat template renders each of them differently than together")
     return [
-        _Pending(number, row, example, (piece,), rendered.has_control_tokens, end, rendered.strategy)
+        _Pending(
+            number,
+            row,
+            example,
+            (piece,),
+            rendered.has_control_tokens,
+            rendered.has_untrained_greeting,
+            end,
+            rendered.strategy,
+        )
         for piece, end in zip(rendered.pieces, rendered.ends)
     ]
 

@@ -22,18 +22,22 @@ of a template that has them). "per_turn" always uses D.
 The places of the other contents are found by private-use characters around the contents themselves. If a template inspects a
 content and therefore renders it differently, only this detail is lost.
 
+A conversation may begin with the assistant. There is no prompt before this greeting, so its span begins after the header that the
+template puts before an answer to a question. If the header is not found, the greeting is context.
+
 A turn's span begins after the header ("<|im_start|>assistant\n" is given at inference, so it is not trained) and ends
 after the terminator, which must be trained or the model never stops: template_check.py refuses a template that fails.
 """
 
 import json
+import os
 import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from minisft.data.chat.template import ChatTemplate, render
+from minisft.data.chat.template import REFUSED, ChatTemplate, render
 from minisft.data.chat.training_templates import CHATML, tagged_twin
 from minisft.data.kinds import ANSWER, HEADER, KIND_MASK, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
 from minisft.data.rows import RowError
@@ -70,6 +74,7 @@ class Rendered:
     weights: list[tuple[int, int, float]] = field(default_factory=list)  # first character, end, factor of the loss
     strategy: str = "tags"  # "tags" | "known" | "prefix" | "per_turn"
     end: int = 0  # the number of its messages
+    has_untrained_greeting: bool = False  # it begins with an assistant's turn, which had to become context
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,30 @@ class _Conversation:
         return render(self.template, self.messages[:stop], **self.given, **options)
 
     def prompt(self, i: int) -> str:
-        """The text that the model is given before it writes message i."""
-        return self.render(i, add_generation_prompt=True)
+        """The text that the model is given before it writes message i. Raises RowError if that cannot be told."""
+        if i > self.greeting:
+            return self.render(i, add_generation_prompt=True)
+        # Many templates render no prompt without a question. So the greeting's is its own text up to the end of the header.
+        so_far, header = self.render(i + 1), self.header()
+        at = so_far.find(header)
+        if not header.strip() or at < 0:
+            raise RowError("no header before the first turn", f"message {i}: {header!r} is not in {so_far[:80]!r}")
+        return so_far[: at + len(header)]
+
+    @property
+    def greeting(self) -> int:
+        """The number of the first turn if it is the assistant's, else -1."""
+        first = next((i for i, m in enumerate(self.messages) if m["role"] not in ("system", "developer")), -1)
+        return first if self.messages[first]["role"] == "assistant" else -1
+
+    def header(self) -> str:
+        """What the template puts after a question's end and before its answer."""
+        asked = replace(self, messages=PROBE[:1])
+        question, prompt = asked.render(), asked.render(add_generation_prompt=True)
+        at = len(os.path.commonprefix([question, prompt]))
+        if question[at:] and prompt.rfind("<", 0, at) > prompt.rfind(">", 0, at):  # they part inside a special token
+            at = prompt.rfind("<", 0, at)
+        return prompt[at:]
 
 
 def render_conversation(
@@ -124,14 +151,39 @@ def render_conversation(
     row = _Conversation(template, plain, trained, notes, masking, given, markers)
     if masking.train_on == "all":
         return [_everything(row)]
-    if masking.multi_turn == "per_turn":
+    untrained = row.greeting >= 0 and trained[row.greeting] and not _has_prompt(row, row.greeting)
+    if untrained:
+        trained[row.greeting] = False
+    try:
+        found = _documents(row)
+    except RowError as error:
+        if row.greeting >= 0 and error.reason == REFUSED:
+            raise RowError(f"{REFUSED} that begins with the assistant", error.detail) from None
+        raise
+    return [replace(document, has_untrained_greeting=True) for document in found] if untrained else found
+
+
+def _documents(row: _Conversation) -> list[Rendered]:
+    if row.masking.multi_turn == "per_turn":
         return _per_turn(row)
     try:
         return [_joint(row)]
     except RowError:
-        if masking.multi_turn == "joint" or not any(trained[i] for i in answers):
+        answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+        if row.masking.multi_turn == "joint" or not any(row.trained[i] for i in answers):
             raise
     return _per_turn(row)
+
+
+def _has_prompt(row: _Conversation, i: int) -> bool:
+    """Whether the text before a turn can be told. Raises RowError if it cannot and the row wants the turn trained."""
+    try:
+        _turn(row, row.render(i + 1), i)
+    except RowError as error:
+        if row.notes[i].get("train"):
+            raise RowError("the first turn cannot be trained", str(error)) from None
+        return False
+    return True
 
 
 @lru_cache(maxsize=256)
@@ -207,7 +259,7 @@ def _tags_hold_header(template: ChatTemplate) -> bool:
 def _marked(row: _Conversation, plain: str | None = None) -> tuple[str, list, dict]:
     """(text, tagged turns, {message: span of its content}), found by markers. plain: the text that must result."""
     marked = [_mark_content(row.markers, i, message) for i, message in enumerate(row.messages)]
-    tags = {"_minisft_start": row.markers[START], "_minisft_end": row.markers[END]}
+    tags: dict[str, Any] = {"_minisft_start": row.markers[START], "_minisft_end": row.markers[END]}
     text, turns, contents = _read_markers(row.markers, replace(row, messages=marked).render(**tags))
     if row.template.text == CHATML:  # our own template inspects no content, so marks change nothing
         return text, turns, contents

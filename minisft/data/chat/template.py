@@ -22,6 +22,7 @@ from minisft.data.chat import sandbox
 from minisft.data.rows import RowError
 from minisft.errors import MODEL, UserError
 
+REFUSED = "the chat template refuses the conversation"
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -168,5 +169,5 @@ def render(
             if size > sandbox.MAX_SIZE:
                 raise sandbox.LimitError(f"more than {sandbox.MAX_SIZE:,} characters of output")
     except Exception as error:  # a template is somebody else's program, and any error of it makes a bad row
-        raise RowError("the chat template refuses the conversation", f"{type(error).__name__}: {error}") from None
+        raise RowError(REFUSED, f"{type(error).__name__}: {error}") from None
     return "".join(pieces)
