@@ -251,6 +251,14 @@ def test_the_fraction_of_zero_updates_is_logged(go):
     assert len(wide) == 6 and max(wide) < 0.01
 
 
+def test_zero_updates_are_those_of_the_logged_steps_that_move_the_weights(go):
+    """Six steps, logged at 2, 4 and 6. In a warm-up of three the first has a learning rate of 0, where all is zero."""
+    name, options = "zero_update_fraction", {"log.zero_update_fraction": True, "train.learning_rate": 1e-5, **BF16}
+    every = logged(go("every", **options).output_dir, name)
+    assert logged(go("second", **options, **{"log.logging_steps": 2}).output_dir, name) == every[1::2]
+    assert len(logged(go("warmup", **options, **{"train.warmup_steps": 3}).output_dir, name)) == len(every) - 1
+
+
 def test_frozen_weights_in_bf16_beside_adapters(go, tmp_path):
     base = go("base")
     options = {"model.config": None, "model.model_name_or_path": str(base.model_dir), "lora.r": 4, **BF16}
