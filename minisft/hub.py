@@ -43,7 +43,7 @@ FILES = {
     ],
 }
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-DATA_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv", ".txt", ".tsv", ".gz", ".zst", ".zip", ".arrow")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".json", ".csv", ".txt", ".tsv", ".gz", ".zst", ".zip", ".arrow")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CONVERTED = "refs/convert/parquet"  # a branch where the hub keeps a data set as Parquet files
 
@@ -139,7 +139,7 @@ def _some(names: list[str]) -> str:
 
 def is_repository_name(path: str) -> bool:
     """Whether a path is shaped like owner/name, is not the name of a data file, and does not exist locally."""
-    is_shaped = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path, re.ASCII) and not path.endswith(DATA_SUFFIXES)
+    is_shaped = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path, re.ASCII) and not path.lower().endswith(DATA_SUFFIXES)
     return bool(is_shaped) and not os.path.exists(path)
 
 

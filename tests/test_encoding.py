@@ -271,7 +271,9 @@ def test_first_turns_that_had_to_become_context_are_counted(tmp_path):
     template = ChatTemplate("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")  # a turn has no header
     rows = [{"messages": [{"role": "assistant", "content": "Hi"}, *turns("a", "b")]}, {"messages": turns("a", "b")}]
     lines = build(tmp_path, rows, replace(TOKENIZER, template=template)).describe()
-    assert [line for line in lines if line.startswith("1 conversations begin with the assistant, and this turn is context")]
+    assert [
+        line for line in lines if line.startswith("1 conversations begin with the assistant, and this turn is context")
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- weights and flags

@@ -1,13 +1,16 @@
 """Sources: strict reading, every bad row named, slices, globs."""
 
 import csv
+import gzip
 import json
 import os
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisft.data.rows import place
 from minisft.data.sources import MAX_ROW_BYTES, BadRow, Row, Source, excerpt, list_files, parse_source, read_rows
 from minisft.errors import DATA, UserError
 
@@ -44,6 +47,8 @@ def test_jsonl_round_trips_any_text(tmp_path_factory, rows):
         b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n',  # one BOM
         b'{"text": "a"}\r\n{"text": "b"}\r\n',
         b'  {"text": "a"}  \n\t{"text": "b"}\n',
+        b'{"text": "a"}\n{"text": "b"}\n\n',
+        b'{"text": "a"}\n{"text": "b"}\r\n \r\n\n',
     ],
 )
 def test_jsonl_variants_that_are_fine(tmp_path, data):
@@ -65,6 +70,7 @@ BAD_LINES = {  # what is wrong -> (the line, part of the message)
     "number": (b"3", "not a JSON object"),
     "trailing comma": (b'{"text": "a",}', "not valid JSON"),
     "single quotes": (b"{'text': 'a'}", "not valid JSON"),
+    "comma after it": (b'{"text": "a"}, ', "Extra data at column 14; a comma after the row: a .jsonl file has none"),
     "two objects": (b'{"text": "a"}{"text": "b"}', "not valid JSON: Extra data"),
     "lone CR between objects": (b'{"text": "a"}\r{"text": "b"}', "Extra data"),
     "truncated": (b'{"text": "a', "not valid JSON"),
@@ -162,6 +168,81 @@ def test_bad_csv_rows(tmp_path):
     ]
 
 
+TABLE = [{"question": "a, b", "answer": "c"}, {"question": 'say "d";', "answer": "e\tf"}]
+
+
+@pytest.mark.parametrize(
+    "name, delimiter, num_rows",
+    [
+        ("a.csv", ",", 2),
+        ("a.csv", ";", 2),
+        ("a.csv", "\t", 2),
+        ("a.tsv", "\t", 2),
+        ("A.CSV", ";", 1),
+        ("a.csv", ";", 0),
+    ],
+)
+def test_the_delimiter_of_a_table_is_found(tmp_path, name, delimiter, num_rows):
+    with open(tmp_path / name, "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["question", "answer"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(TABLE[:num_rows])
+    assert [row.data for row in read_rows(Source(str(tmp_path / name)))] == TABLE[:num_rows]
+
+
+@pytest.mark.parametrize(
+    "text, rows",
+    [
+        ("a,b\n1;2,3;4\n", [{"a": "1;2", "b": "3;4"}]),
+        ("a;x,b;c\n1;2;3\n", [{"a": "1", "x,b": "2", "c": "3"}]),  # a comma inside a name
+        ('"a;b"\n"1;2"\n', [{"a;b": "1;2"}]),
+        ("text\none, two; three\n", None),  # a comma too many, as before
+    ],
+)
+def test_other_delimiters_inside_values_and_names_are_text(tmp_path, text, rows):
+    found = read(tmp_path, "a.csv", text)
+    assert (
+        [row.reason for row in found] == ["wrong number of values"] if rows is None else [r.data for r in found] == rows
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl.gz", "a.NDJSON", "a.json.gz", "A.JSON", "a.csv.gz", "a.txt.gz", "a.jsonl.zst", "a.Csv.ZST"]
+)
+def test_suffixes_in_capitals_and_packed_files(tmp_path, name):
+    kind = name.lower().split(".")[1]
+    plain = {
+        "jsonl": '{"text": "a"}\n{"text": "b"}\n',
+        "csv": "text\na\nb\n",
+        "txt": "a",
+        "json": '[{"text": "a"}, {"text": "b"}]',
+    }
+    data = plain["jsonl" if kind == "ndjson" else kind].encode()
+    if name.endswith(".gz"):
+        data = gzip.compress(data[:7]) + gzip.compress(data[7:])  # two members, as in files that were appended to
+    elif name.endswith((".zst", ".ZST")):
+        pyarrow = pytest.importorskip("pyarrow")
+        data = pyarrow.compress(data, codec="zstd", asbytes=True)
+    rows = read(tmp_path, name, data)
+    assert [row.data["text"] for row in rows] == ["a", "b"][: len(rows)] and len(rows) == (1 if kind == "txt" else 2)
+    assert [row.data for row in read(tmp_path, name, data, split="[-1:]")] == [rows[-1].data]
+    assert ("[0]" in place(rows[0].file, rows[0].line)) == (kind == "json")
+
+
+@pytest.mark.parametrize(
+    "text, hint",
+    [
+        ('[\n  {\n    "text": "a"\n  }\n]\n', "not valid JSON: .*; the file is one JSON array: name it .json"),
+        ('[{"text": "a"},\n{"text": "b"}]\n', "the file is one JSON array: name it .json"),
+        ('[{"text": "a"}]', "if the file is one JSON array, name it .json"),
+        ('{\n  "text": "a"\n}\n', "an object of several lines"),
+    ],
+)
+def test_a_jsonl_file_that_is_no_jsonl_is_told_so(tmp_path, text, hint):
+    first = read(tmp_path, "a.jsonl", text)[0]
+    assert isinstance(first, BadRow) and first.line == 1 and re.search(hint, str(first))
+
+
 @pytest.mark.parametrize("header", ["a,a", "a,", ","])
 def test_bad_csv_header(tmp_path, header):
     with pytest.raises(UserError, match="column name is empty or occurs twice"):
@@ -189,6 +270,18 @@ def test_a_text_file_is_one_row(tmp_path):
         ("a.jsonl", '{"a": 1}'.encode("utf-16"), "UTF-16"),
         ("a.parquet", b"PK\x03\x04", "not a Parquet file"),
         ("a", b"{}", "unknown kind of file"),
+        ("a.gz", b"\x1f\x8b", "unknown kind of file"),
+        ("a.csv", b"\xef\xbb\xbf", "empty file .only a byte order mark"),
+        ("a.txt", b"\xef\xbb\xbf", "empty file .only a byte order mark"),
+        ("a.csv", b"\xef\xbb\xbf\r\n\n", "empty file .only white space"),
+        ("a.jsonl.gz", gzip.compress(b""), "empty file"),
+        ("a.jsonl.gz", b'{"text": "a"}', "not .gz data"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-9], "damaged .gz data"),
+        ("a.csv.gz", gzip.compress(b"<html>"), "HTML"),
+        ("a.parquet.gz", gzip.compress(b"PAR1"), "compressed inside"),
+        ("a.csv", b"\n" + b"a,b\n" * 20, "a.csv:1: the header line is empty"),
+        ("a.csv", "question,gr\u00f6\u00dfe\na,b\n".encode("latin-1"), "a.csv:1: not UTF-8 text"),
+        ("a.tsv", "gr\u00f6\u00dfe\ta\n1\t2\n".encode("cp1252"), "a.tsv:1: not UTF-8 text"),
     ],
 )
 def test_files_that_are_something_else(tmp_path, name, data, message):

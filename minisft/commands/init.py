@@ -197,7 +197,7 @@ def _asked(a: argparse.Namespace) -> argparse.Namespace:
 
 
 def _asked_data(a: argparse.Namespace, option: str, question: str, trainer: str) -> str:
-    explained = "a file or glob of rows (.jsonl .json .csv .txt .parquet), or a Hugging Face repository"
+    explained = "a file or glob of rows (.jsonl .json .csv .tsv .txt .parquet), or a Hugging Face repository"
 
     def looked(path: str) -> str:
         print(f"  {look_at(path, trainer, a.model)[1]}")

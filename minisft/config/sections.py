@@ -104,9 +104,9 @@ class DataSection:
 
     train_data: Sources = option(
         None,
-        "file or glob (.jsonl .json .csv .txt .parquet), with a slice as in rows.jsonl[:10%]; or a hub repository, as "
-        "owner/name; or a table {path, name, weight, split, format, field_map, ignore, revision, data_dir, data_files}; "
-        "or a list of these",
+        "file or glob (.jsonl .json .csv .tsv .txt .parquet, also .gz and .zst), with a slice as in rows.jsonl[:10%]; or a "
+        "hub repository, as owner/name; or a table {path, name, weight, split, format, field_map, ignore, revision, "
+        "data_dir, data_files}; or a list of these",
         is_path="data",
     )
     eval_data: Sources = option(

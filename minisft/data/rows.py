@@ -44,7 +44,8 @@ class RowError(ValueError):
 
 def place(file: str, line: int) -> str:
     """Where a row is: data.jsonl:12, or data.json[12] for the element of an array."""
-    return f"{file}[{line}]" if file.endswith(".json") else f"{file}:{line}"
+    is_array = file.lower().removesuffix(".gz").removesuffix(".zst").endswith(".json")
+    return f"{file}[{line}]" if is_array else f"{file}:{line}"
 
 
 def excerpt(text: str) -> str:

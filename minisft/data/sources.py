@@ -5,27 +5,34 @@ loses data silently: `str.splitlines` cuts a JSON string at U+2028, a JSON parse
 equal keys, an encoding is guessed wrongly. So files are read as bytes, split on 0x0A only and decoded as UTF-8. Each row
 becomes a `Row`, or a `BadRow` that says what is wrong with it; nothing is skipped here.
 
-    .jsonl   one JSON object a line (CR before the newline is tolerated; an empty line is a bad row)
+    .jsonl   one JSON object a line (CR before the newline is tolerated; an empty line is a bad row, but at the end); .ndjson too
     .json    one JSON array of objects; rows are named by their index from 0
-    .csv     RFC 4180 with a header line; every value is text
+    .csv     RFC 4180 with a header line; every value is text. Values may be separated by semicolons or tabs: the separator is the
+             one that gives the header and the first row the same number of values, more than one
+    .tsv     the same with tabs
     .parquet rows of plain values, through pyarrow (parquet.py)
     .txt     one file is one row {"text": ...}, because a newline inside prose is no reliable border. For many documents
              use many files and a glob, or a .jsonl
+
+All but .parquet may be compressed, as in .jsonl.gz and .csv.zst (through pyarrow). Suffixes may be in capitals.
 """
 
 import csv
 import glob
+import gzip
+import io
 import json
 import os
 import re
 import stat
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from itertools import islice
 from math import isfinite
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn, TextIO, cast
 
 from minisft.data.parquet import count_parquet, read_parquet
 from minisft.data.rows import EXCERPT, BadRow, Row, excerpt
@@ -34,11 +41,15 @@ from minisft.hub import is_repository_name
 from minisft.strict_json import parse_json
 
 MAX_ROW_BYTES = 64 * 2**20
+MAX_HEADER = 2**16  # characters of a CSV file that its delimiter is found from
+DELIMITERS = ",\t;"
+COMPRESSED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # suffix -> first bytes
+DAMAGED = (OSError, EOFError, zlib.error)  # errors of reading and of unpacking
 
 SLICE = re.compile(r"\[\s*(-?\d+%?)?\s*:\s*(-?\d+%?)?\s*\]$")
 MAGIC = {  # first bytes of files that people name .jsonl by mistake
-    b"\x1f\x8b": "gzip data; unpack it first",
-    b"\x28\xb5\x2f\xfd": "zstandard data; unpack it first",
+    b"\x1f\x8b": "gzip data; name it .gz, as in .jsonl.gz",
+    b"\x28\xb5\x2f\xfd": "zstandard data; name it .zst, as in .jsonl.zst",
     b"PK\x03\x04": "a zip archive; unpack it first",
     b"PAR1": "a Parquet file; name it .parquet",
     b"\xff\xfe": "UTF-16 text; convert it to UTF-8",
@@ -56,7 +67,7 @@ SPACE = re.compile(r"[ \t\r\n]+")  # between the elements of a JSON array
 class Source:
     """One entry of a data set."""
 
-    path: str  # a file or a glob of .jsonl .json .csv .txt .parquet; or a hub repository: owner/name
+    path: str  # a file or a glob of the kinds above; or a hub repository: owner/name
     name: str = ""  # for reports, "" = the path; for a repository the configuration, as in load_dataset
     weight: float = 1.0  # passes over this source per epoch: 2 = twice, 0.5 = a half drawn once by the seed
     split: str = ""  # "[:10%]", "[100:200]", "[-5:]", "train[:10%]"; a repository has other splits too: "test[:10%]"
@@ -178,18 +189,30 @@ def _check_file(name: str) -> None:
     if shown != name:
         hint = "rename the file: its name could not be recorded"
         raise UserError(f"{shown}: the name is not UTF-8 text", hint=hint, exit_code=DATA)
-    if Path(name).suffix not in READERS:
-        refuse(f"unknown kind of file; known are {' '.join(READERS)}")
+    suffix, compression = file_kind(name)
+    if suffix not in READERS:
+        refuse(f"unknown kind of file; known are {' '.join(READERS)}, also with {' or '.join(COMPRESSED)} after it")
+    if suffix == ".parquet" and compression:
+        refuse("a Parquet file is compressed inside; unpack it")
     try:
         if not stat.S_ISREG(os.stat(name).st_mode):
             refuse("not a regular file")
         with open(name, "rb") as file:
             head = file.read(64)
-    except OSError as error:
-        refuse(error.strerror or str(error))
+        if compression and head and not head.startswith(COMPRESSED[compression]):
+            refuse(f"not {compression} data")
+        if compression and head:
+            with _opened(Path(name)) as file:
+                head = file.read(64)
+    except DAMAGED as error:
+        refuse(getattr(error, "strerror", None) or str(error))
     if not head:
         refuse("empty file (0 bytes)")
-    if Path(name).suffix == ".parquet":
+    if head == BOM:
+        refuse("empty file (only a byte order mark)")
+    if suffix != ".txt" and len(head) < 64 and not head.removeprefix(BOM).strip():
+        refuse("empty file (only white space)")
+    if suffix == ".parquet":
         if not head.startswith(b"PAR1"):
             refuse("not a Parquet file: it does not begin with PAR1")
         return
@@ -218,7 +241,7 @@ def read_rows(source: Source) -> Iterator[Row | BadRow]:
 
 
 def _count(path: Path) -> int:
-    return count_parquet(path) if path.suffix == ".parquet" else sum(1 for _ in READERS[path.suffix](path))
+    return count_parquet(path) if file_kind(path)[0] == ".parquet" else sum(1 for _ in _read(path))
 
 
 def _row_number(bound: str | None, total: int) -> int | None:
@@ -237,8 +260,41 @@ def _row_number(bound: str | None, total: int) -> int | None:
 def _records(source: Source) -> Iterator[tuple[str, int, bytes | Row | BadRow]]:
     """(file, line, record) of each row. A JSON record stays bytes, so that rows outside a slice are never parsed."""
     for path in list_files(source):
-        for line, value in READERS[path.suffix](path):
+        for line, value in _read(path):
             yield str(path), line, value
+
+
+def file_kind(path: Path | str) -> tuple[str, str]:
+    """(a key of READERS if the kind is known, a key of COMPRESSED or ""), from the name."""
+    name = Path(path).name.lower()
+    compression = next((suffix for suffix in COMPRESSED if name.endswith(suffix)), "")
+    return Path(name.removesuffix(compression)).suffix, compression
+
+
+def _read(path: Path) -> Iterator[tuple[int, bytes | Row | BadRow]]:
+    """(line, record) of each row of a file. Raises UserError if it is damaged."""
+    suffix, compression = file_kind(path)
+    try:
+        yield from READERS[suffix](path)
+    except DAMAGED as error:
+        if not compression:
+            raise
+        raise UserError(f"{path}: damaged {compression} data: {error}", exit_code=DATA) from None
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The bytes of a file, unpacked. Raises UserError if that needs pyarrow and it is missing."""
+    compression = file_kind(path)[1]
+    if compression == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if compression == ".zst":
+        try:
+            from pyarrow import input_stream
+        except ImportError:
+            hint = 'pip install "minisft[parquet]", or unpack the file'
+            raise UserError(f"{path}: .zst files need the package pyarrow", hint=hint, exit_code=DATA) from None
+        return cast(BinaryIO, io.BufferedReader(input_stream(str(path), compression="zstd")))
+    return open(path, "rb")
 
 
 def _parse(file: str, line: int, text: bytes) -> Row | BadRow:
@@ -256,13 +312,34 @@ def _parse(file: str, line: int, text: bytes) -> Row | BadRow:
             if not text.strip():
                 return BadRow(file, line, "empty line")
             reason, _, detail = error.message.partition(": ")
+            detail += _json_hint(text.strip(), line)
     return BadRow(file, line, reason, detail, excerpt(text[: 4 * EXCERPT].decode("utf-8", "replace")))
 
 
+def _json_hint(text: bytes, line: int) -> str:
+    """What a line that is no JSON looks like, if it is a common mistake."""
+    if line == 1 and text.startswith(b"["):
+        return "; the file is one JSON array: name it .json"
+    if line == 1 and text == b"{":
+        return "; an object of several lines: in a .jsonl file each is one line"
+    if text.endswith(b"},"):
+        return "; a comma after the row: a .jsonl file has none, or it is a JSON array without its brackets"
+    return ""
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
-    with open(path, "rb") as file:
+    empty: list[tuple[int, bytes]] = []  # lines, which are rows only if something follows
+    with _opened(path) as file:
         for number, line in enumerate(file, 1):  # a binary file is split on 0x0A only
-            yield number, line.removeprefix(BOM) if number == 1 else line
+            if number == 1:
+                line = line.removeprefix(BOM)
+            if not line or line.isspace():
+                empty.append((number, line))
+                continue
+            if empty:
+                yield from empty
+                empty.clear()
+            yield number, line
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -276,7 +353,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, bytes]]:
         )
 
     try:
-        text = path.read_bytes().removeprefix(BOM).decode("utf-8")
+        text = _bytes(path).removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         refuse(f"not UTF-8 text at byte {error.start}")
     scan = json.JSONDecoder().raw_decode
@@ -310,12 +387,16 @@ def _skip_space(text: str, at: int) -> int:
 def _read_csv(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
     csv.field_size_limit(MAX_ROW_BYTES)
     # Undecodable bytes become lone surrogates, so that a wrong byte makes one bad row and not a bad file.
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True)
+    with _csv_text(path) as file:
+        reader = csv.reader(file, strict=True, delimiter=_delimiter(path))
         try:
             header = next(reader)
         except csv.Error as error:
             raise UserError(f"{path}:1: the header line: {error}", exit_code=DATA) from None
+        if not header:
+            raise UserError(f"{path}:1: the header line is empty", exit_code=DATA)
+        if not _is_unicode("".join(header)):
+            raise UserError(f"{path}:1: not UTF-8 text", hint="save the file as UTF-8", exit_code=DATA)
         if len(set(header)) < len(header) or not all(name.strip() for name in header):
             raise UserError(f"{path}:1: a column name is empty or occurs twice: {header}", exit_code=DATA)
         while True:
@@ -341,8 +422,33 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
                 yield line, Row(dict(zip(header, values)), str(path), line)
 
 
+def _csv_text(path: Path) -> TextIO:
+    return io.TextIOWrapper(_opened(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _delimiter(path: Path) -> str:
+    """What separates the values of a CSV file: the first of DELIMITERS that divides the header and the first row alike."""
+    if file_kind(path)[0] == ".tsv":
+        return "\t"
+    with _csv_text(path) as file:
+        start = file.read(MAX_HEADER)
+    for delimiter in DELIMITERS:
+        try:
+            header, *rows = islice(csv.reader(io.StringIO(start, newline=""), delimiter=delimiter), 2)
+        except csv.Error:
+            continue
+        if len(header) > 1 and all(len(row) == len(header) for row in rows):
+            return delimiter
+    return DELIMITERS[0]
+
+
+def _bytes(path: Path) -> bytes:
+    with _opened(path) as file:
+        return file.read()
+
+
 def _read_text(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
-    data = path.read_bytes().removeprefix(BOM)
+    data = _bytes(path).removeprefix(BOM)
     try:
         yield 1, Row({"text": data.decode("utf-8")}, str(path), 1)
     except UnicodeDecodeError as error:
@@ -360,8 +466,10 @@ def _is_unicode(text: str) -> bool:
 
 READERS = {
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".txt": _read_text,
     ".parquet": read_parquet,
 }
