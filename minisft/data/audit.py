@@ -254,7 +254,7 @@ def source_table(documents: Documents, counts: np.ndarray) -> list[dict]:
         {
             "source": source.label,
             "layout": entry["layout"],
-            "notes": column_notes(entry),
+            "notes": column_notes(entry) + (cache.label_notes() if number == 0 else []),
             "rows_read": entry["rows_read"],
             "rows_used": int(rows_used[number]),
             "bad_rows": entry["dropped"],

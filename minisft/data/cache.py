@@ -97,11 +97,15 @@ class TokenCache:
         """Where a document came from, such as data.jsonl:12."""
         return place(self.manifest["paths"][self.file[document]], int(self.line[document]))
 
-    def _only_label(self) -> str:
-        """The label that all labelled answers have, "" if they have both."""
-        assert self.role is not None
+    def label_notes(self) -> list[str]:
+        """A line if all labelled answers have the same label."""
+        if self.role is None or self.unit != "labelled answers":
+            return []
         is_good = self.role[::2] == CHOSEN
-        return "true (good)" if is_good.all() else "" if is_good.any() else "false (bad)"
+        if is_good.any() and not is_good.all():
+            return []
+        one = "true (good)" if is_good.all() else "false (bad)"
+        return [f"WARNING: every label is {one}: KTO learns from good and from bad answers"]
 
     def describe(self) -> list[str]:
         """Lines for the start of a run: the format of each source, the rows dropped, and what else the user should know."""
@@ -109,8 +113,7 @@ class TokenCache:
         for source, entry in zip(self.sources, self.manifest["sources"]):
             lines.append(f"{source.label}{f' at {source.origin}' if source.commit else ''}: {entry['layout']}")
             lines += column_notes(entry)
-        if self.unit == "labelled answers" and (one := self._only_label()):
-            lines.append(f"WARNING: every label is {one}: KTO learns from good and from bad answers")
+        lines += self.label_notes()
         dropped = sum(sum(entry["dropped"].values()) for entry in self.manifest["sources"])
         if dropped:
             reasons = sum((Counter(entry["dropped"]) for entry in self.manifest["sources"]), Counter())
