@@ -254,7 +254,8 @@ def random_rows(rng: random.Random) -> list:
     maker = rng.choice(makers)
     rows = [maker() for _ in range(rng.randint(3, 7))]
     rows += rng.choices(rows, k=rng.randint(0, 2))
-    rows.insert(rng.randint(1, len(rows)), rng.choice(['{"broken\n', "[1]\n", "\n", rows[0]]))
+    # Not at the end, where an empty line is no row.
+    rows.insert(rng.randrange(1, len(rows)), rng.choice(['{"broken\n', "[1]\n", "\n", rows[0]]))
     return rows
 
 
