@@ -45,6 +45,17 @@ NOT_QUICK = (
     "test_the_triton_kernels_give_the_same_step",
     "test_the_full_model_never_stands_in_memory",
     "test_every_case_of_dpo_counts_the_same_tokens_of_a_pair",
+    "test_the_losses_of_dpo_do_not_depend_on_the_reference",
+    "test_a_format_a_loss_a_schedule_and_an_optimizer_are_added_by_an_entry",
+    "test_oldest_turns_are_cut_as_few_as_possible",
+    "test_real_data_has_no_unexplained_drop",
+    "test_real_pairs_are_used_to_the_last_row",
+    "test_our_files_are_theirs_byte_by_byte",
+    "test_the_package_imports_nothing_until_a_name_is_used",
+    "test_retention_keeps_the_newest_whole_ones_and_touches_nothing_else",
+    "test_early_stopping_ends_the_run_and_survives_a_resume",
+    "test_what_is_accepted_is_what_the_standard_library_accepts_without_its_extras",
+    "test_template_files_replace_those_in_the_config",
 )
 
 
