@@ -7,31 +7,41 @@ from safetensors import SafetensorError
 
 from minisft.atomic_folder import atomic_folder, read_manifest, verify_folder
 from minisft.checkpoint import name_aside
+from minisft.console import wrap
 from minisft.errors import SAVE, UserError
 from minisft.generation import stop_ids
 from minisft.model.adapter_files import load_adapter_weights, save_adapter
 from minisft.model.decoder import Decoder
+from minisft.model.drop_in import copy_other_files, save_like
 from minisft.model.load import load_weights
 from minisft.model.quantized import quantization_of, read_record
 from minisft.model.save import save_model
+from minisft.prepare.data import titled
 from minisft.prepare.run import Run
 from minisft.strict_json import write_json
 
 
-def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None) -> None:
+def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None, source: Path | None = None) -> list[str]:
     """The model, or its adapter where it has one, and its tokenizer, as Hugging Face and PEFT files.
 
-    The written generation_config lists every token that ended an answer in the training data. It is often not the base
-    model's EOS, and a server without it would never stop.
+    source: the folder that the model came from, for an exported model, which keeps its form (drop_in.py). The written
+    generation_config lists every token that ended an answer in the training data: it is often not the base model's EOS, and
+    a server without it would never stop. Returns lines for the user.
     """
     stops = stop_ids(run.model, run.tokenizer)
     run.model.generation_config |= {"eos_token_id": sorted(stops)} if stops else {}
-    if run.model.lora is None:
-        save_model(run.model, folder, dtype=dtype)
-    else:
+    lines = []
+    if run.model.lora is not None:
         save_adapter(run.model, folder, base=run.start.name, revision=run.start.revision)
         write_json(folder / "generation_config.json", run.model.generation_config)
+    elif source is not None:
+        lines = save_like(run.model, source, folder, dtype or run.model.head_weight.dtype)
+    else:
+        save_model(run.model, folder, dtype=dtype)
     run.tokenizer.save(folder)
+    if run.model.lora is None and source is not None:
+        copy_other_files(source, folder)
+    return lines
 
 
 def write_state(run: Run, folder: Path) -> None:
@@ -64,12 +74,15 @@ def export_model(run: Run, folder: Path, dtype: torch.dtype, config_id: str) -> 
     aside = name_aside(path)
     made_by = {"config": config_id, "started_from": run.start.id if run.start else None}
     manifest = {"step": run.progress.step, "checkpoint": checkpoint_id(run, folder), **made_by, **run.prompting}
+    source = run.start.folder if run.start else None
     try:
         with atomic_folder(path, manifest, move_existing_to=aside) as temporary:
-            write_model(run, temporary, dtype)
+            lines = write_model(run, temporary, dtype, source)
     except (OSError, SafetensorError) as error:
         hint = "nothing is lost: the last checkpoint has all steps. Free some space and give the same command again"
         raise UserError(f"the model could not be written: {error}", hint=hint, exit_code=SAVE) from error
+    if lines:
+        print(wrap(titled("exported", lines)))
     if aside.exists():
         print(f"the model that was in {path} is kept as {aside.name}")
 

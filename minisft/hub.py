@@ -29,7 +29,13 @@ FILES = {
         "generation_config.json",
         "model.safetensors",
         "model-*-of-*.safetensors",
+        "model.safetensors-*-of-*.safetensors",
         "model.safetensors.index.json",
+        # Not read here: an exported model has them too (model/drop_in.py).
+        "processor_config.json",
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+        "LICENSE*",
     ],
     "tokenizer": [
         "config.json",

@@ -261,7 +261,7 @@ def test_gemma3_that_sees_is_read_as_its_text_part():
         "eos_token_id": [1, 106],
     }
     config = from_hf(seeing)
-    assert config == from_hf(text) and "its vision part is left out" in config.notes[0]
+    assert config == from_hf(text) and "the text part is trained" in config.notes[0]
     written = to_hf(config, "float32")
     assert written["model_type"] == "gemma3_text" and written["eos_token_id"] == [1, 106]
     assert "vision_config" not in written

@@ -209,7 +209,7 @@ def test_after_a_crash_before_the_export_the_model_is_not_that_of_the_run_before
 def test_a_full_disk_at_the_export_loses_nothing(go, whole, monkeypatch):
     honest = export.write_model
 
-    def write_model(run, folder, dtype=None):
+    def write_model(run, folder, dtype=None, source=None):
         if dtype:  # the export; a checkpoint keeps the weights as they are
             raise OSError(errno.ENOSPC, "No space left on device")
         honest(run, folder)

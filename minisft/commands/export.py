@@ -43,7 +43,8 @@ def main(argv: list[str]) -> int:
     from minisft.console import wrap
     from minisft.data.tokenizer import load_tokenizer
     from minisft.model.adapter_files import CONFIG_FILE, load_adapted, model_folder
-    from minisft.model.save import save_model
+    from minisft.model.drop_in import copy_other_files, save_like
+    from minisft.model.start import find_start
     from minisft.runtime import DTYPES
     from minisft.strict_json import read_json
 
@@ -56,15 +57,17 @@ def main(argv: list[str]) -> int:
 
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    base = find_start(folder).folder
     model = load_adapted(folder, max_length=manifest.get("max_length"))
     print(wrap(merge(model, DTYPES[arguments.dtype], folder, Path(arguments.run))))
     if (folder / "generation_config.json").exists():
         model.generation_config = read_json(folder / "generation_config.json")
     asked = {key: manifest[key] for key in ("prompt", "chat_template_kwargs", "max_length") if key in manifest}
     with atomic_folder(out, asked) as temporary:
-        save_model(model, temporary, dtype=DTYPES[arguments.dtype])
+        print(*save_like(model, base, temporary, DTYPES[arguments.dtype]), sep="\n")
         if tokenizer is not None:
             tokenizer.save(temporary)
+        copy_other_files(base, temporary)
     print(f"written to {out}")
     return 0
 
@@ -99,7 +102,7 @@ def merge(model: "Decoder", dtype: "torch.dtype", folder: Path, run: Path) -> li
     or the adapter changes nothing."""
     import torch
 
-    from minisft.model.lora import adapter_disabled, merge_adapter
+    from minisft.model.lora import adapter_disabled, changed_by_merge, merge_adapter
 
     rows, inputs = probe(model, run)
 
@@ -114,6 +117,7 @@ def merge(model: "Decoder", dtype: "torch.dtype", folder: Path, run: Path) -> li
     if changed == 0:
         hint = "the adapter was never trained, or it belongs to another model"
         raise UserError(f"{folder}: the adapter changes nothing", hint=hint, exit_code=MODEL)
+    changing = tuple(f"{name}." for name in changed_by_merge(model))
     merge_adapter(model)
     merged = logits()
     error = relative(merged, adapted)
@@ -124,8 +128,9 @@ def merge(model: "Decoder", dtype: "torch.dtype", folder: Path, run: Path) -> li
             exit_code=MODEL,
         )
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(dtype))
+        for name, parameter in model.named_parameters():
+            if name.startswith(changing):  # the others are copied from the base as they are
+                parameter.copy_(parameter.to(dtype))
     rounded = logits()
     lines = [
         f"merged     on {len(inputs[0])} {rows} the logits of adapter and merged model differ by at most "

@@ -29,7 +29,7 @@ from minisft.model.rope_config import read_rope, read_rope_by_kind
 FULL, SLIDING = "full_attention", "sliding_attention"
 NULL_IS_A_VALUE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads"}
 VISION_KEYS = ("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index")
-VISION_TENSORS = ("vision_tower", "multi_modal_projector")
+WRAPPERS = {"gemma3": "gemma3_text"}  # models that see or hear -> the family of their text part
 FLAT_ROPE_KEYS = ("rope_theta", "rope_local_base_freq", "rotary_emb_base", "rotary_pct", "partial_rotary_factor")
 
 
@@ -41,10 +41,10 @@ def from_hf(hf: dict, *, max_length: int | None = None) -> ModelConfig:
     Raises UserError (exit code MODEL) for a family, a key or a value that is not supported, naming it.
     """
     model_type: Any = hf.get("model_type")
-    notes, left_out = [], ()
-    if model_type == "gemma3":
-        hf, left_out = _text_part(hf), VISION_TENSORS
-        notes.append("gemma3 is trained and saved as its text part, gemma3_text: its vision part is left out")
+    notes = []
+    if isinstance(model_type, str) and model_type in WRAPPERS:
+        notes.append(f"of {model_type} the text part is trained, {WRAPPERS[model_type]}")
+        hf = _text_part(hf)
         model_type = hf["model_type"]
     known = isinstance(model_type, str) and model_type in FAMILIES
     require(known, f"model_type {model_type!r} is not supported", f"supported: {', '.join(FAMILIES)}")
@@ -56,7 +56,7 @@ def from_hf(hf: dict, *, max_length: int | None = None) -> ModelConfig:
     config = family.read(values, max_length)
     ropes = dict.fromkeys(rope for rope in config.ropes if rope is not None)
     notes += [rope.note for rope in ropes if rope.note]
-    return replace(config, stored_vocab_size=config.vocab_size, notes=tuple(notes), left_out=left_out, hf=hf)
+    return replace(config, stored_vocab_size=config.vocab_size, notes=tuple(notes), hf=hf)
 
 
 def to_hf(config: ModelConfig, dtype: str) -> dict:
@@ -81,11 +81,12 @@ def _complete(hf: dict, defaults: dict) -> dict:
 
 
 def _text_part(hf: dict) -> dict:
-    """The config of the language model inside the config of a vision model."""
+    """The config of the language model inside that of a model which also sees or hears."""
     text: Any = hf.get("text_config")
-    require(isinstance(text, dict), "gemma3 has no text_config", "use the config.json that came with the weights")
+    hint = "use the config.json that came with the weights"
+    require(isinstance(text, dict), f"{hf['model_type']} has no text_config", hint)
     rest = {k: v for k, v in hf.items() if k not in (*VISION_KEYS, "text_config", "architectures")}
-    return rest | text | {"model_type": "gemma3_text"}
+    return rest | text | {"model_type": WRAPPERS[hf["model_type"]]}
 
 
 # ---------------------------------------------------------------- what all families share

@@ -5,20 +5,16 @@ tensor through a memory map: loading needs the model plus its largest tensor, ne
 (quantized.py), place_quantized comes between the two: each tensor is then quantised as soon as it is read, and the model is
 never in memory in full precision.
 
-Weights come as safetensors (a JSON header with names, dtypes and shapes, then raw bytes), in model.safetensors or in
-shards listed by model.safetensors.index.json. All headers are checked before the first byte is copied, because most
-mistakes (another model's folder, half a download) show there; every tensor is then checked to be finite. Pickled files
-(.bin, .pt) run code when they are opened and are never read.
+All headers of the weight files (weight_files.py) are checked before the first byte is copied, because most mistakes
+(another model's folder, half a download) show there; every tensor is then checked to be finite.
 """
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from minisft import hub
@@ -30,13 +26,10 @@ from minisft.model.model_config import ModelConfig, with_vocab_size
 from minisft.model.quantized import Quantization, QuantLinear, QuantWeight, named_weights
 from minisft.model.quantized_files import quant_type_of, split, take_parts, unpack
 from minisft.model.tensor_names import Stored, stored_tensors
+from minisft.model.weight_files import BUFFERS, FileTensor, bare, read_headers, some
 from minisft.strict_json import read_json
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")
-# Prefixes of names; files of a model without a head have none. Those with language_model come from vision models.
-PREFIXES = re.compile(r"^(model\.language_model|language_model\.model|language_model|model|transformer|gpt_neox)\.")
-BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")  # constants that old versions stored
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # they have one row for each token
 
 
@@ -103,9 +96,9 @@ def place_quantized(model: Decoder, source: Path | str, quantization: Quantizati
     The head is not quantised. Raises UserError (exit code MODEL) if the folder stores another quantisation than requested.
     """
     folder = Path(source)
-    packed = take_parts(_read_headers(folder))
+    packed = take_parts(read_headers(folder, model.config)[0])
     for site, stored in adapter_sites(model).items():
-        leaves, wanted = packed.get(_bare(f"{site}.weight")), None if packed else quantization
+        leaves, wanted = packed.get(bare(f"{site}.weight")), None if packed else quantization
         if leaves is not None:
             try:
                 wanted = Quantization(quant_type_of(leaves))
@@ -132,40 +125,36 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
     If the config has more tokens than the files (with_vocab_size), the new rows of the embedding and of the head are the
     mean of the old ones, so that no new token begins as the likeliest (Hewitt 2021).
 
-    Returns lines for the user: rows that were added, tensors that were left out.
+    Returns lines for the user: rows that were added, tensors that are not the text model's.
     Raises UserError (exit code MODEL), naming up to ten tensors, if names, shapes or dtypes differ from those of the
     config, a value is not finite, a tied head differs from the embedding, or a file is missing or damaged.
     """
     folder, config = Path(source), model.config
     parameters, device = named_weights(model), model.head_weight.device
     assert not any(p.is_meta for p in model.parameters()), "give the model memory first: to_empty()"
-    wanted = {_bare(name): stored for name, stored in stored_tensors(config, parameters).items()}
-    found = _read_headers(folder)
+    wanted = {bare(name): stored for name, stored in stored_tensors(config, parameters).items()}
+    found, others = read_headers(folder, config)
     packed = take_parts(found)
-    left_out = [name for name in found if name.startswith(config.left_out)] if config.left_out else []
-    for name in left_out:
-        found.pop(name)
     head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     _compare(folder, wanted, found, parameters, config, packed)
 
     nonfinite, added = [], 0
     with torch.no_grad():
-        for bare, stored in wanted.items():
-            path, name, _, _ = found[bare]
-            tensor = _read_tensor(path, name)
+        for key, stored in wanted.items():
+            name, tensor = found[key].name, found[key].read()
             parts = [parameters[part] for part in stored.names]
-            if bare in packed:
-                leaves = {leaf: _read_tensor(*where[:2]) for leaf, where in packed[bare].items()}
+            if key in packed:
+                leaves = {leaf: part.read() for leaf, part in packed[key].items()}
                 _set_packed(f"{folder}: {name}", parts, stored, tensor, leaves, device)
             else:
                 added = max(added, _set_plain(parts, stored, tensor, device))
             if not all(part.isfinite().all() for part in parts):  # after the conversion: fp16 ends at 65504
                 nonfinite.append(name)
             if head is not None and stored.names == ("embed_tokens.weight",):
-                _check_tied(folder, tensor, _read_tensor(*head[:2]))
+                _check_tied(folder, tensor, head.read())
     if nonfinite:
         raise UserError(
-            f"{folder}: NaN or infinite values as {model.head_weight.dtype} in {_list(nonfinite)}",
+            f"{folder}: NaN or infinite values as {model.head_weight.dtype} in {some(nonfinite)}",
             hint="the files are damaged, or the dtype is too narrow for these weights",
             exit_code=MODEL,
         )
@@ -173,7 +162,17 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
     generation = folder / "generation_config.json"
     model.generation_config = read_json(generation, exit_code=MODEL) if generation.exists() else {}
     lines = [f"{added} new tokens start at the mean of the {config.vocab_size - added:,} others"] if added else []
-    return lines + ([f"{len(left_out)} tensors left out: those of {_list(config.left_out)}"] if left_out else [])
+    return lines + describe_others(others)
+
+
+def describe_others(others: dict[str, FileTensor]) -> list[str]:
+    """A line about the tensors that are not the text model's; none for constants that old versions stored."""
+    names = [name.removeprefix("model.") for name in others if not BUFFERS.search(name)]
+    counts = Counter(name.partition(".")[0] for name in names)
+    counted = some(f"{part} ({count})" for part, count in sorted(counts.items()))
+    return (
+        [f"not part of the text model, and copied as they are when it is exported: {counted} tensors"] if names else []
+    )
 
 
 def _set_plain(
@@ -218,14 +217,14 @@ def _compare(folder: Path, wanted: dict, found: dict, parameters: dict, config: 
     problems = []
     for title, names in (("missing", wanted.keys() - found.keys()), ("unexpected", found.keys() - wanted.keys())):
         if names:
-            problems.append(f"{len(names)} {title}: {_list(sorted(names))}")
-    for bare in sorted(wanted.keys() & found.keys()):
-        parts = [parameters[part] for part in wanted[bare].names]
-        if bare in packed and isinstance(parts[0], QuantWeight):
+            problems.append(f"{len(names)} {title}: {some(sorted(names))}")
+    for key in sorted(wanted.keys() & found.keys()):
+        parts = [parameters[part] for part in wanted[key].names]
+        if key in packed and isinstance(parts[0], QuantWeight):
             continue
-        shape = wanted[bare].shape(parts)
-        _, name, stored_shape, stored_dtype = found[bare]
-        if wanted[bare].names[0] in VOCABULARY and stored_shape == [config.stored_vocab_size, *shape[1:]]:
+        shape = wanted[key].shape(parts)
+        name, stored_shape, stored_dtype = found[key].name, found[key].shape, found[key].dtype
+        if wanted[key].names[0] in VOCABULARY and stored_shape == [config.stored_vocab_size, *shape[1:]]:
             shape = stored_shape  # the rest is filled
         if stored_shape != shape:
             problems.append(f"{name} has shape {stored_shape}, config.json says {shape}")
@@ -246,92 +245,3 @@ def _check_tied(folder: Path, embedding: torch.Tensor, head: torch.Tensor) -> No
             hint="set tie_word_embeddings to false in config.json if this head is the right one, or delete it",
             exit_code=MODEL,
         )
-
-
-# ---------------------------------------------------------------- files
-
-
-def _read_headers(folder: Path) -> dict[str, tuple[Path, str, list[int], str]]:
-    """Name without prefix -> (file, name, shape, dtype) of every tensor of the model."""
-    found = {}
-    for path, listed in _weight_files(folder).items():
-        with _open(path) as file:
-            names = set(file.keys())
-            if listed is not None and listed != names:
-                raise UserError(
-                    f"{path} and {INDEX} disagree about {_list(sorted(listed ^ names))}",
-                    hint="the folder mixes two models or a download is incomplete; download it again",
-                    exit_code=MODEL,
-                )
-            for name in names:
-                if BUFFERS.search(name):
-                    continue
-                if _bare(name) in found:
-                    raise UserError(f"{folder}: {name} is stored twice", exit_code=MODEL)
-                tensor = file.get_slice(name)
-                found[_bare(name)] = path, name, tensor.get_shape(), tensor.get_dtype()
-    return found
-
-
-def _weight_files(folder: Path) -> Mapping[Path, set[str] | None]:
-    """The weight files of a folder, each with the tensor names that the index lists for it (None: no index)."""
-    if (folder / SINGLE).is_file():
-        return {folder / SINGLE: None}
-    if not (folder / INDEX).is_file():
-        others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
-        raise UserError(
-            f"{folder}: no {SINGLE} and no {INDEX}" + (f", only {_list(others)}" if others else ""),
-            hint="only safetensors are read, because the other formats can run code or are lossy; convert the model "
-            "once with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)",
-            exit_code=MODEL,
-        )
-    index = read_json(folder / INDEX, exit_code=MODEL)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{folder / INDEX}: no weight_map", exit_code=MODEL)
-    files: dict[Path, set[str]] = {}
-    for name, file in weight_map.items():
-        # A path could lead out of the folder.
-        if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", file, re.ASCII):
-            raise UserError(f"{folder / INDEX}: {file!r} is not the name of a safetensors file", exit_code=MODEL)
-        files.setdefault(folder / file, set()).add(name)
-    missing = sorted(path.name for path in files if not path.is_file())
-    if missing:
-        raise UserError(
-            f"{folder}: {len(missing)} of {len(files)} weight files are missing: {_list(missing)}",
-            hint="download the model again",
-            exit_code=MODEL,
-        )
-    return files
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        reason = str(error)[:100]
-    with open(path, "rb") as file:
-        start = file.read(64)
-    problem = f"not a complete safetensors file ({reason})"
-    if start.startswith(b"version https://git-lfs"):
-        problem = "a Git LFS pointer, not the weights (`git lfs pull` in that folder fetches them)"
-    elif start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        problem = "a web page, not the weights: the download went wrong (a login page?)"
-    elif start.startswith((b"PK\x03\x04", b"\x80\x02")):
-        problem = "a pickled PyTorch file with another name; it is not read, because opening it can run code"
-    raise UserError(f"{path}: {problem}", hint="download the file again", exit_code=MODEL)
-
-
-def _read_tensor(path: Path, name: str) -> torch.Tensor:
-    with _open(path) as file:
-        return file.get_tensor(name)
-
-
-def _bare(name: str) -> str:
-    """The name without its prefix; GPT-NeoX's second name for the head becomes the usual one."""
-    return re.sub(r"^embed_out\.", "lm_head.", PREFIXES.sub("", name))
-
-
-def _list(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -251,6 +251,13 @@ def adapter_disabled(model: Decoder) -> Iterator[Decoder]:
         swap(True)
 
 
+def changed_by_merge(model: Decoder) -> list[str]:
+    """The names of the modules whose weights `merge_adapter` changes."""
+    options, kinds = adapter_options(model), LoraLinear | QuantLinear
+    layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    return [*layers, *options.modules_to_save, *options.trainable_token_indices]
+
+
 def merge_adapter(model: Decoder) -> Decoder:
     """Replace every adapted layer, in place, by a plain one that does the same: W + s B A, added in the adapter's dtype and
     rounded once to that of W. A quantised W is dequantised, as it was in training, and the sum is kept in the dtype of the

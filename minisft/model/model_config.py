@@ -96,7 +96,6 @@ class ModelConfig:
 
     stored_vocab_size: int = field(default=0, compare=False)  # embedding rows in the files that it is loaded from
     notes: tuple[str, ...] = field(default=(), compare=False)  # decisions that from_hf made and a user should see
-    left_out: tuple[str, ...] = field(default=(), compare=False)  # prefixes of tensors in the files that are not read
     hf: dict = field(default_factory=dict, repr=False, compare=False)
 
 

@@ -123,3 +123,8 @@ def stored_tensors(config: ModelConfig, names: Iterable[str]) -> dict[str, Store
             transposed=family.transposed and leaf == "weight" and module.endswith("_proj"),
         )
     return tensors
+
+
+def module_name(config: ModelConfig, module: str) -> str:
+    """What the files of the family call one of our modules."""
+    return NAMES.get(config.model_type, LLAMA).modules.get(module, module)

@@ -1,0 +1,220 @@
+"""A trained model in the form of the folder that it came from.
+
+Whatever reads that folder reads this one: the same files, with the same tensors in the same order, the same config.json, and
+the processor's files beside them. A tensor that training did not change is copied byte by byte in its own dtype, whether it
+belongs to the text model (a frozen layer) or not (a vision tower, an audio encoder, layers that predict further tokens). The
+others are written in the dtype of the export, in the layout of the family's files.
+
+Tensors are compared and written one after the other: memory is that of the largest one, besides the model.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from minisft.errors import MODEL, UserError
+from minisft.model.decoder import Decoder
+from minisft.model.quantized import quantization_of
+from minisft.model.quantized_files import take_parts
+from minisft.model.tensor_names import Stored, stored_tensors
+from minisft.model.weight_files import INDEX, FileTensor, bare, read_headers, weight_files
+from minisft.strict_json import dump_json, parse_json, read_json, write_json
+
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# Files of the folder that are not copied: those that are written anew, weights in other formats, and the model's own card.
+WRITTEN = ("config.json", "generation_config.json", "quantization_config.json", "manifest.json", INDEX)
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
+TOKENIZERS = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "tekken.json", "spiece.model")
+TOKENIZER_SETTINGS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass
+class Entry:
+    """A tensor of a file that is written."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    num_bytes: int
+    write: Callable[[BinaryIO], None]
+
+
+def save_like(model: Decoder, source: Path, folder: Path, dtype: torch.dtype) -> list[str]:
+    """Write weights, config.json and generation_config.json into a folder, made if absent, in the form of `source`.
+
+    dtype: of the tensors that training changed. Returns a line for the user that counts them. Raises UserError (exit code
+    MODEL) if the source is no longer the model that was loaded, OSError if writing fails.
+    """
+    assert quantization_of(model) is None, "weights that train are not quantised"
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {bare(name): s for name, s in stored_tensors(model.config, dict(model.named_parameters())).items()}
+    text, others = read_headers(source, model.config)
+    dropped = {part.name for leaves in take_parts(text).values() for part in leaves.values()}
+    if model.config.tie_word_embeddings and "lm_head.weight" in text:
+        wanted["lm_head.weight"] = next(s for s in wanted.values() if s.names == ("embed_tokens.weight",))
+    if missing := wanted.keys() ^ text.keys():
+        raise UserError(
+            f"{source} is not the model that the run started from any more: {len(missing)} tensors differ",
+            hint="put that folder back, and give the same command again",
+            exit_code=MODEL,
+        )
+    sources = {tensor.name: (wanted[key], tensor) for key, tensor in text.items()}
+    num_changed, weight_map, total = 0, {}, 0
+    for path in weight_files(source):
+        header, start = _read_header(path)
+        entries = []
+        for name, place in sorted(header.items(), key=lambda item: item[1].get("data_offsets", [-1])[0]):
+            if name == "__metadata__" or name in dropped:
+                continue
+            changed = name in sources and not _is_unchanged(model, *sources[name])
+            num_changed += changed
+            entries.append(
+                _changed(model, name, sources[name][0], dtype) if changed else _kept(path, start, name, place)
+            )
+        _write_file(path, folder / path.name, entries, header)
+        weight_map |= {entry.name: path.name for entry in entries}
+        total += sum(entry.num_bytes for entry in entries)
+    if (source / INDEX).is_file():
+        _write_index(source / INDEX, folder / INDEX, weight_map, total)
+    _write_config(model, source, folder, dtype, is_changed=num_changed > 0)
+    kinds = f", of which {len(others)} are not part of the text model" if others else ""
+    return [f"{num_changed} tensors were trained, {len(weight_map) - num_changed} copied as they were{kinds}"]
+
+
+def copy_other_files(source: Path, folder: Path) -> list[str]:
+    """Copy what lies beside the model: the processor's files, licences, the older files of a tokenizer that is still the same.
+    Call it after everything else is written. Returns the names."""
+    same_tokenizer = _same_bytes(source / "tokenizer.json", folder / "tokenizer.json")
+    copied = []
+    for path in sorted(source.iterdir()):
+        is_ours = path.name in (*WRITTEN, *TOKENIZER_SETTINGS) or path.suffix in WEIGHTS
+        is_page = path.name.lower() == "readme.md" or path.name.startswith(".")
+        if is_ours or is_page or not path.is_file() or (folder / path.name).exists():
+            continue
+        if path.name in TOKENIZERS and not same_tokenizer:
+            continue
+        shutil.copyfile(path, folder / path.name)
+        copied.append(path.name)
+    return copied
+
+
+# ---- tensors ------------------------------------------------------------------------------------------------------
+
+
+def _is_unchanged(model: Decoder, stored: Stored, tensor: FileTensor) -> bool:
+    """Whether the model has exactly what loading this tensor gives."""
+    parts = [model.get_parameter(name).detach() for name in stored.names]
+    if tensor.shape != stored.shape(parts):
+        return False
+    values = stored.split(tensor.read(), [len(part) for part in parts])
+    return all(torch.equal(part, value.to(part.device, part.dtype)) for part, value in zip(parts, values))
+
+
+def _changed(model: Decoder, name: str, stored: Stored, dtype: torch.dtype) -> Entry:
+    parts = [model.get_parameter(part).detach() for part in stored.names]
+    shape = stored.shape(parts)
+    num_bytes = sum(part.numel() for part in parts) * dtype.itemsize
+
+    def write(file: BinaryIO) -> None:
+        tensor = stored.join(parts).to("cpu", dtype).contiguous()
+        file.write(tensor.flatten().view(torch.uint8).numpy())
+
+    return Entry(name, DTYPES[dtype], shape, num_bytes, write)
+
+
+def _kept(path: Path, start: int, name: str, place: dict) -> Entry:
+    first, last = place["data_offsets"]
+    write = partial(_copy_bytes, path, start + first, last - first)
+    return Entry(name, place["dtype"], place["shape"], last - first, write)
+
+
+def _copy_bytes(path: Path, start: int, count: int, out: BinaryIO) -> None:
+    with open(path, "rb") as file:
+        file.seek(start)
+        while count:
+            data = file.read(min(count, 2**24))
+            if not data:
+                raise OSError(f"{path} became shorter while it was copied")
+            out.write(data)
+            count -= len(data)
+
+
+# ---- files --------------------------------------------------------------------------------------------------------
+
+
+def _read_header(path: Path) -> tuple[dict, int]:
+    """The JSON header of a file that safetensors has checked, and where the bytes of the tensors begin."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return parse_json(file.read(size), str(path)), 8 + size
+
+
+def _write_file(source: Path, path: Path, entries: list[Entry], old: dict) -> None:
+    """One safetensors file. The header is the old one, byte by byte, where every tensor kept its dtype and shape."""
+    if any(entry.dtype != old[entry.name]["dtype"] for entry in entries):
+        # Readers want each tensor to begin at a multiple of its item size.
+        entries = sorted(entries, key=lambda entry: -entry.num_bytes // max(math.prod(entry.shape), 1))
+    new, offset = {"__metadata__": old["__metadata__"]} if "__metadata__" in old else {}, 0
+    for entry in entries:
+        last = offset + entry.num_bytes
+        new[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [offset, last]}
+        offset = last
+    with open(path, "wb") as file:
+        if new == old:
+            _copy_bytes(source, 0, _read_header(source)[1], file)
+        else:
+            header = json.dumps(new, separators=(",", ":"), ensure_ascii=False).encode()
+            header += b" " * (-len(header) % 8)
+            file.write(len(header).to_bytes(8, "little") + header)
+        for entry in entries:
+            entry.write(file)
+
+
+def _write_index(source: Path, path: Path, weight_map: dict[str, str], total: int) -> None:
+    old = read_json(source, exit_code=MODEL)
+    if old["weight_map"] == weight_map and old.get("metadata", {}).get("total_size", total) == total:
+        shutil.copyfile(source, path)
+        return
+    order = {name: weight_map[name] for name in old["weight_map"] if name in weight_map}
+    write_json(path, old | {"metadata": old.get("metadata", {}) | {"total_size": total}, "weight_map": order})
+
+
+def _write_config(model: Decoder, source: Path, folder: Path, dtype: torch.dtype, *, is_changed: bool) -> None:
+    """config.json with every key of the source's; the dtype, the number of tokens and the quantisation are the model's."""
+    config = read_json(source / "config.json", exit_code=MODEL)
+    parts = [config] + [config[key] for key in ("text_config",) if isinstance(config.get(key), dict)]
+    before = dump_json(config)
+    for part in parts:
+        if is_changed:
+            for key in {"dtype", "torch_dtype"} & part.keys():
+                part[key] = str(dtype).removeprefix("torch.")
+        if model.config.vocab_size != model.config.stored_vocab_size and ("vocab_size" in part or part is parts[-1]):
+            part["vocab_size"] = model.config.vocab_size
+    config.pop("quantization_config", None)
+    if dump_json(config) == before:
+        shutil.copyfile(source / "config.json", folder / "config.json")
+    else:
+        write_json(folder / "config.json", config)
+    if model.generation_config:
+        old = source / "generation_config.json"
+        if old.is_file() and read_json(old, exit_code=MODEL) == model.generation_config:
+            shutil.copyfile(old, folder / old.name)
+        else:
+            write_json(folder / old.name, model.generation_config)
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()
