@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minisft.kernels.common import backend_for
+from minisft.kernels.gated_delta_rule_torch import GatedDeltaRuleTorch
 
 EPS = 1e-6  # added to the squared norm of q and k
 
@@ -35,17 +36,18 @@ def gated_delta_rule_ref(
     """The recurrence, token by token. Arguments as in `gated_delta_rule`."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     firsts, lasts = set(start.tolist()), set((end - 1).tolist())
-    state, outputs, states = q.new_zeros(0), [], []
+    zeros = q.new_zeros(1, v.shape[1], q.shape[2], v.shape[2], dtype=dtype)
+    state, outputs, states = zeros, [v[:0]], [zeros[:0]]
     for t in range(len(q)):
         if t in firsts:
-            state = q.new_zeros(1, v.shape[1], q.shape[2], v.shape[2], dtype=dtype)
+            state = zeros
         one_token = (x[t : t + 1] for x in (q, k, v, g, beta))
         out, state = _step(*one_token, state, scale, normalize)
         outputs.append(out)
         if t in lasts:
             states.append(state)
-    out = torch.cat(outputs) if outputs else torch.zeros_like(v)
-    return (out, torch.cat(states)) if return_state else out
+    out = torch.cat(outputs)
+    return (out, torch.cat(states).detach()) if return_state else out
 
 
 def _step(q, k, v, g, beta, state, scale, normalize):
@@ -101,9 +103,14 @@ def gated_delta_rule(
     if not start.is_cuda:
         _check_documents(start, end)
     with torch.autocast(q.device.type, enabled=False):
-        backend_for("gated_delta_rule", q)
-        options = dict(scale=scale, normalize=normalize, return_state=return_state)
-        return gated_delta_rule_ref(q, k, v, g, beta, start, end, **options)
+        backend = backend_for("gated_delta_rule", q)
+        if backend == "reference":
+            options = dict(scale=scale, normalize=normalize, return_state=return_state)
+            return gated_delta_rule_ref(q, k, v, g, beta, start, end, **options)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        eps = EPS if normalize else None
+        out, states = GatedDeltaRuleTorch.apply(q, k, v, g, beta, start, scale, eps, return_state)
+        return (out, states) if return_state else out
 
 
 def gated_delta_rule_step(
