@@ -205,6 +205,17 @@ def test_prompts_that_differ_are_not_shared():
     torch.testing.assert_close(answer_logps(model, batch_of(shared))[0], expected, rtol=1e-12, atol=0)
 
 
+def test_answers_cut_at_the_left_are_those_of_single_documents():
+    """Each keeps its own end of the prompt or none; what both happen to begin with may still be shared."""
+    documents, model = make_pairs(num_pairs=40), policy()
+    documents = replace(documents, start=np.maximum(documents.start, documents.end - 8))
+    shared = replace(documents, shared=shared_prompts(documents))
+    scored = np.array([len(logps) > 0 for logps in naive_logps(model, documents)])
+    assert scored.all() and 0 < (shared.shared > 0).sum() < 40
+    expected = torch.stack([logp.sum() for logp in naive_logps(model, documents)])
+    torch.testing.assert_close(answer_logps(model, batch_of(shared))[0], expected, rtol=1e-12, atol=0)
+
+
 # ------------------------------------------------------------------------------------------------- the loss
 
 

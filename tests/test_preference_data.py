@@ -484,13 +484,18 @@ def test_every_row_and_token_is_accounted_for(tmp_path_factory, rows, answers, m
         assert roles == (CHOSEN, REJECTED) if answers == "pairs" else roles[0] != MISMATCHED == roles[1]
         one, other = (cache.ids[slice(*span)].tolist() for span in ((start, end), (other_start, other_end)))
         flags = [cache.kinds[slice(*span)] >= TRAINED for span in ((start, end), (other_start, other_end))]
-        assert flags[0].any() and flags[1].any() and max(len(one), len(other)) <= (max_length or 10**9)
+        targets = [int(flag[1:].sum()) for flag in flags]  # the first token is never one
+        assert min(targets) > 0 and max(len(one), len(other)) <= (max_length or 10**9)
         cuts = [int(flag.argmax()) for flag in flags]
-        assert one[: cuts[0]] == other[: cuts[1]] and cuts[0] > 0  # the same prompt, whatever is cut
-        assert start - cache.offsets[a] == other_start - cache.offsets[b]
+        if truncation == "left":  # each keeps its end
+            for ids, document in ((one, a), (other, b)):
+                whole = cache.ids[cache.offsets[document] : cache.offsets[document + 1]].tolist()
+                assert ids == whole[-(max_length or len(whole)) :]
+        else:
+            assert one[: cuts[0]] == other[: cuts[1]] and cuts[0] > 0  # the same prompt
         assert answers == "labels" or one != other
         if unit == 0 or documents.index[2 * unit - 2] != a:
-            trained += int(flags[0].sum()) + (int(flags[1].sum()) if answers == "pairs" else 0)
+            trained += targets[0] + (targets[1] if answers == "pairs" else 0)
     assert account.trained == trained
     assert account.rows_used == len(set(cache.row[documents.index]))
     assert count_tokens(documents).sum(axis=(0, 1)).tolist() == [account.context, account.trained]
@@ -514,7 +519,7 @@ def test_reasons_for_which_pairs_are_dropped(tmp_path):
         used[truncation] = (used[truncation], dropped)
     assert used == {
         "right": ([0, 3], {"whose prompt fills max_length": 1, "equal after the cut": 1}),
-        "left": ([0, 1], {"whose answer fills max_length": 2}),
+        "left": ([0, 1, 2, 3], {}),
         "drop": ([0], {"longer than max_length": 3}),
     }
     with pytest.raises(UserError, match="5 of 10 answers, with their prompts, are longer than max_length = 12"):
@@ -526,14 +531,30 @@ def test_reasons_for_which_pairs_are_dropped(tmp_path):
     assert "in dropped pairs" in account.lines()[1] and "truncated: 1 rows" in account.lines()[2]
 
 
+def test_truncation_at_the_left_keeps_the_end_of_prompt_and_answer(tmp_path):
+    """As TRL's keep_end: each answer alone, also where its prompt is lost; what is dropped has nothing left to train."""
+    rows = [
+        {"prompt": "one two three", "chosen": " a", "rejected": " b c d e f g"},
+        {"prompt": "Hi", "chosen": " a" * 20 + " x", "rejected": " y"},
+        {"prompt": "Hi", "chosen": " a" + " b" * 20, "rejected": " c" + " b" * 20},
+    ]
+    cache = build(tmp_path, rows, PLAIN)
+    documents, account = select_documents(cache, max_length=8, truncation="left")
+    cut = [cache.ids[a:b].tolist() for a, b in zip(documents.start, documents.end)]
+    whole = [as_text(row["prompt"], row[key], None)[0] for row in rows[:2] for key in ("chosen", "rejected")]
+    assert cut == [ids[-8:] for ids in whole] and len(whole[1]) > 8
+    assert account.dropped == {"equal after the cut": 1} and account.without_prompt == 2
+    assert "WARNING: 2 answers fill max_length and are trained without their prompt" in account.lines()
+    assert not select_documents(cache, max_length=None)[1].without_prompt
+
+
 def test_another_rows_long_answer_costs_nothing_but_its_end(tmp_path):
-    """It is cut where max_length is, and does not count as too long."""
+    """It is cut at max_length, and does not count as too long."""
     rows = [{"prompt": "Hi", "completion": " a" * n, "label": True} for n in (3, 4, 40)]
     cache = build(tmp_path, rows, PLAIN, "labels")
-    for truncation in ("drop", "left"):
-        documents, account = select_documents(cache, max_length=16, truncation=truncation)
-        assert documents.index.tolist() == [0, 1, 2, 3] and account.rows_cut == 0
-        assert documents.lengths.tolist()[-1] == 16 and account.cut == np.diff(cache.offsets)[3] - 16
+    documents, account = select_documents(cache, max_length=16, truncation="drop")
+    assert documents.index.tolist() == [0, 1, 2, 3] and account.rows_cut == 0
+    assert documents.lengths.tolist()[-1] == 16 and account.cut == np.diff(cache.offsets)[3] - 16
     assert {f.name for f in quick_findings(cache, PLAIN, 16, "right")} == {"too_long", "cut_answer"}
     assert all(f.count == 1 and f.total == 3 for f in quick_findings(cache, PLAIN, 16, "right"))
 

@@ -8,9 +8,10 @@ The account closes, and `Accounting` asserts it:
 It contains everything that is cut or dropped. It counts a row once, though the weight of its source may repeat it in an
 epoch. A row is used if one of its documents is: a conversation that is rendered turn by turn has one for each answer.
 
-In preference data two neighbouring documents, two answers to one prompt, form a unit. Either both are used or neither. If
-one is cut at the left, the other is cut by the same number of tokens, so that both keep the same prompt. A document with
-the answer of another row (MISMATCHED) is measured and not trained: all of it is context.
+In preference data two neighbouring documents, two answers to one prompt, form a unit. Either both are used or neither. Each
+is cut alone, at the left too, as TRL's keep_end does: the longer answer keeps less of the prompt, or none of it. Such a pair
+shares no copy of the prompt (loader.py). A document with the answer of another row (MISMATCHED) is measured and not trained:
+all of it is context.
 """
 
 from collections import Counter
@@ -43,6 +44,7 @@ class Accounting:
     cut: int
     in_dropped: int
     dropped_answers: int  # dropped documents of rows that are used nevertheless
+    without_prompt: int  # answers that are used and have lost their whole prompt to the cut; preference data only
     num_documents: int  # in one epoch, with the repeats of source weights
     tokens_per_epoch: int
     unit: str = "documents"  # or "pairs", "labelled answers", of two documents each
@@ -63,6 +65,10 @@ class Accounting:
         ]
         if self.rows_cut:
             lines.append(f"truncated: {self.rows_cut:,} rows, {self.cut:,} tokens")
+        if self.without_prompt:
+            lines.append(
+                f"WARNING: {self.without_prompt:,} answers fill max_length and are trained without their prompt"
+            )
         if self.dropped_answers:
             lines.append(
                 f"{self.dropped_answers:,} answers of used rows are dropped: too long, or nothing to train in them"
@@ -78,11 +84,10 @@ def select_documents(
     """The documents of one epoch in the order of the cache, none longer than max_length (None = no limit).
 
     truncation: what happens to a longer document. "error" refuses it, "drop" drops it, "right" keeps its first tokens, "left"
-    its last (`cut` has the details of pairs). "turns" has shortened conversations already (tokenise.py) and cuts the rest
-    like "right". split_at: packing will cut documents into pieces of this length (bfd_split), whose first token is context.
-    Dropped are documents with no target left (their first token is never one), and pairs whose two documents are the same
-    after the cut or have lost their prompt. A source of weight 2.5 gives every document, or pair, twice, and half of them,
-    drawn once by `seed`, a third time.
+    its last. "turns" has shortened conversations already (tokenise.py) and cuts the rest like "right". split_at: packing will
+    cut documents into pieces of this length (bfd_split), whose first token is context. Dropped are documents with no target
+    left (their first token is never one), and pairs whose two documents are the same after the cut. A source of weight 2.5
+    gives every document, or pair, twice, and half of them, drawn once by `seed`, a third time.
     Raises UserError if truncation is "error" and a document is longer, and if nothing is left.
     """
     if truncation not in TRUNCATIONS:
@@ -142,8 +147,6 @@ def _reasons(
     reasons = {"longer than max_length": is_longer & is_dropped}
     if cache.group > 1:
         is_cut = _is_cut(cache, start, end)
-        without_prompt = (start > cache.offsets[:-1]) & (start >= first_trained(cache))
-        reasons["whose answer fills max_length"] = _any_of(cache, without_prompt)
         reasons["whose prompt fills max_length"] = without_target & is_cut
         reasons["equal after the cut"] = _are_equal(cache, start, end, is_cut & (cache.unit == "pairs"))
     reasons["with nothing to train after the cut"] = without_target & is_longer
@@ -184,6 +187,8 @@ def _account(
     document_used = np.repeat(used, cache.group)
     trained = int(targets[document_used & ~is_mismatched(cache)].sum())
     turns = sum((Counter(entry["turns_cut"]) for entry in entries), Counter())
+    is_cut = (start > cache.offsets[:-1]) & document_used & ~is_mismatched(cache)
+    without_prompt = 0 if cache.role is None else int((start[is_cut] >= first_trained(cache)[is_cut]).sum())
     return Accounting(
         rows_read=sum(entry["rows_read"] for entry in entries),
         rows_used=int(row_used.sum()),
@@ -195,6 +200,7 @@ def _account(
         cut=int((lengths - kept)[document_used].sum()) + turns["tokens"],
         in_dropped=int(lengths[~document_used].sum()),
         dropped_answers=int((~used & row_used[row]).sum()) + turns["lost_answers"],
+        without_prompt=without_prompt,
         num_documents=int(copies.sum()) * cache.group,
         tokens_per_epoch=int((np.repeat(copies, cache.group) * kept).sum()),
         unit=cache.unit,
@@ -202,21 +208,15 @@ def _account(
 
 
 def cut(cache: TokenCache, max_length: int | None, truncation: str) -> tuple[np.ndarray, np.ndarray]:
-    """(start, end), int64 [D]: the tokens that are left of each document of the cache. "drop" and "error" cut nothing.
+    """(start, end), int64 [D]: the tokens that are left of each document of the cache. "drop" and "error" cut nothing else.
 
-    "left" cuts the same number of tokens from both documents of a pair: the excess of the longer one. A MISMATCHED document
-    is cut together with the answer before it, and then at its right if it is still too long, whatever truncation says.
+    Each document is cut alone. A MISMATCHED one that is too long costs no row: "drop" and "error" cut its end off.
     """
     start, end = np.array(cache.offsets[:-1]), np.array(cache.offsets[1:])
-    mismatched = is_mismatched(cache)
     if max_length and truncation == "left":
-        excess = np.maximum(end - start - max_length, 0)
-        excess[mismatched] = 0
-        if cache.role is not None:
-            excess = np.repeat(excess.reshape(-1, 2).max(axis=1), 2)
-        start = np.minimum(start + excess, end)
-    if max_length:
-        at_right = slice(None) if truncation in ("right", "turns") else mismatched
+        start = np.maximum(start, end - max_length)
+    elif max_length:
+        at_right = slice(None) if truncation in ("right", "turns") else is_mismatched(cache)
         end[at_right] = np.minimum(end, start + max_length)[at_right]
     return start, end
 

@@ -138,13 +138,9 @@ def read(
     t = Translation(table, WHOLE)
     trainer_type = trainer_type or ("dpo" if is_dpo(table) else "sft")
     t.values["trainer_type"], t.origins["trainer_type"] = trainer_type, "the keys of the file"
-    if t.get("truncation_mode") == "keep_end" and trainer_type == "sft":
-        t.difference("truncation keeps the end of a document, its first tokens (and a BOS) are lost, as there")
-    elif t.get("truncation_mode") == "keep_end":
-        t.difference(
-            'truncation = "left": both answers of a pair lose as many tokens at the front as the longer one has too many, and a '
-            "pair whose prompt is lost is dropped; keep_end cuts each alone and keeps the pair (223 of 299 rows at 256 tokens)"
-        )
+    if t.get("truncation_mode") == "keep_end":
+        what = "a document" if trainer_type == "sft" else "prompt and answer"
+        t.difference(f"truncation keeps the end of {what}, the first tokens (and a BOS) are lost, as there")
     if "max_length" in t.left and t.left["max_length"] is None:
         t.left["max_length"] = "none"
     sources(t)
