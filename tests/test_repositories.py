@@ -3,8 +3,9 @@
 import pytest
 
 from minisft.data.repositories import choose_files
-from minisft.data.sources import parse_source
+from minisft.data.sources import COMPRESSED, READERS, parse_source
 from minisft.errors import DATA, UserError
+from minisft.hub import is_repository_name
 
 LAYOUTS = {
     "one file": ["README.md", "alpaca_data.json", "dataset_infos.json"],
@@ -25,7 +26,9 @@ LAYOUTS = {
     "unnamed": ["a.jsonl", "b.jsonl"],
     "root and folder": ["train.jsonl", "french/train.jsonl", "german/test.jsonl"],
     "script": ["name.py", "data/train.jsonl"],
-    "nothing": ["images.zip", "train.jsonl.gz", "README.md", "LICENSE.txt"],
+    "packed": ["train-00000-of-00002.jsonl.gz", "train-00001-of-00002.jsonl.gz", "test.TSV", "dev.ndjson", "dev.ndjson.zst",
+               "train.parquet.gz", "main/eval/a.csv.zst"],
+    "nothing": ["images.zip", "train.arrow", "README.md", "LICENSE.txt"],
 }  # fmt: skip
 
 
@@ -60,6 +63,10 @@ def choose(layout, configs=None, **source):
         ("folders", {"split": "validation"}, ["validation/a.jsonl"]),
         ("folders", {"data_files": ["**/b.jsonl", "train/*.jsonl"]}, ["train/b.jsonl", "train/a.jsonl"]),
         ("parts", {}, LAYOUTS["parts"]),
+        ("packed", {"name": "a label", "data_dir": ""}, LAYOUTS["packed"][:2]),
+        ("packed", {"split": "validation"}, ["dev.ndjson"]),
+        ("packed", {"split": "test", "name": "main"}, ["main/eval/a.csv.zst"]),
+        ("packed", {"data_files": "test.TSV"}, ["test.TSV"]),
         ("unnamed", {"data_files": "*.jsonl"}, ["a.jsonl", "b.jsonl"]),
         ("root and folder", {"name": "french"}, ["french/train.jsonl"]),
         ("root and folder", {"data_files": "train.jsonl"}, ["train.jsonl"]),
@@ -72,6 +79,14 @@ def choose(layout, configs=None, **source):
 def test_files_are_chosen(layout, source, expected):
     assert choose(layout, **source) == expected
     assert choose(list(reversed(LAYOUTS[layout])), **source) == expected  # whatever the order of the listing
+
+
+@pytest.mark.parametrize("packed", ["", *COMPRESSED])
+def test_what_is_read_here_is_read_there(packed):
+    for suffix in READERS:
+        file = f"train{suffix}{packed}"
+        assert choose([file]) == ([] if file.startswith("train.parquet.") else [file])
+        assert not is_repository_name(f"folder/{file}")  # a file, also where it does not exist
 
 
 @pytest.mark.parametrize(
@@ -94,7 +109,8 @@ def test_files_are_chosen(layout, source, expected):
         ("folders", {"data_files": "*.jsonl"}, "no file matches"),  # a star stays in its folder
         ("folders", {"data_files": "train/a.jsonl", "split": "test"}, "data_files have no other split"),
         ("script", {"data_files": "name.py"}, "name.py: not a file of rows"),
-        ("nothing", {"data_files": "*.gz"}, "train.jsonl.gz: not a file of rows"),
+        ("nothing", {"data_files": "*.arrow"}, "train.arrow: not a file of rows"),
+        ("packed", {"data_files": "*.parquet.gz"}, "train.parquet.gz: not a file of rows"),
     ],
 )
 def test_what_would_be_a_guess_is_refused(layout, source, message):
@@ -103,7 +119,7 @@ def test_what_would_be_a_guess_is_refused(layout, source, message):
     assert caught.value.exit_code == DATA and "its files: " in caught.value.hint
 
 
-FILES = ["old/train.jsonl", "en.jsonl", "fr/a.csv", "fr/b.csv", "raw/train.jsonl.gz", "x/train.jsonl", "x/test.jsonl"]
+FILES = ["old/train.jsonl", "en.jsonl", "fr/a.csv", "fr/b.csv", "raw/train.arrow", "x/train.jsonl", "x/test.jsonl"]
 CONFIGS = [
     {"config_name": "en", "data_files": "en.jsonl", "default": True},
     {

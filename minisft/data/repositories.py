@@ -7,11 +7,12 @@ The first rule that applies decides. If none does, the error lists the files; no
 3. The names of the files. The file, or else the nearest folder with such a name, is named after the split; the other
    folders (except data/) are the configuration:
 
-       train.jsonl   data/train-00000-of-00002.parquet   main/test-00000-of-00001.parquet   default/train/0000.parquet
+       train.jsonl.gz   data/train-00000-of-00002.parquet   main/test-00000-of-00001.parquet   default/train/0000.parquet
 
    Exactly the split's name wins (train before train_extra), else the only name that has it as a word (gsm8k_train).
-   valid, val and dev mean validation, eval means test. If a split has several formats, the first of SUFFIXES is used. If
-   all files have the same name without a split in it (alpaca_data.json), they are "train".
+   valid, val and dev mean validation, eval means test. Rows have the suffixes of sources.py. If a split has files of several
+   formats, the first of READERS is used, and plain files before packed ones. If all files have the same name without a split
+   in it (alpaca_data.json), they are "train".
 4. If no file can be read, or the data set is made by a script of the repository: the files that the hub has converted, in
    the branch refs/convert/parquet, by rule 3. Not if a `revision` is given, because the branch does not follow it.
 
@@ -23,14 +24,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import PurePosixPath
 from typing import Any
 
 from minisft import hub
-from minisft.data.sources import Source
+from minisft.data.sources import COMPRESSED, READERS, Source, file_kind
 from minisft.errors import DATA, UserError
 
-SUFFIXES = (".jsonl", ".parquet", ".json", ".csv", ".txt")
+KINDS = [kind for kind in product(READERS, ("", *COMPRESSED)) if kind[0] != ".parquet" or not kind[1]]
 SPLITS = {  # words in names of files and folders -> the split that they mean
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -140,8 +142,8 @@ def _by_name(listed: list[str], source: Source) -> list[str]:
     if not holding:
         raise _error(source, f"no split {source.split_name!r}; by their names, files are of {', '.join(names)}", listed)
     files = holding[_pick(source, holding, listed, "default")]
-    suffix = next(suffix for suffix in SUFFIXES if any(file.endswith(suffix) for file in files))
-    return [file for file in files if file.endswith(suffix)]
+    kind = next(kind for kind in KINDS if kind in map(file_kind, files))
+    return [file for file in files if file_kind(file) == kind]
 
 
 # ------------------------------------------------------------------------------------------------- names and patterns
@@ -150,7 +152,7 @@ def _by_name(listed: list[str], source: Source) -> list[str]:
 def _configuration_and_split(file: str) -> tuple[str, str]:
     """("main", "train") for main/train-00000-of-00001.parquet. A file that names no split is a split of its own."""
     *folders, name = PurePosixPath(file).parts
-    stem = SHARD.sub("", name[: name.rindex(".")])
+    stem = SHARD.sub("", name[: -len("".join(file_kind(name)))])
     named = next((part for part in (stem, *reversed(folders)) if _splits_in(part)), None)
     if not stem and len(folders) >= 2:  # configuration/split/0000.parquet, whatever the split is called
         named = folders[-1]
@@ -193,7 +195,9 @@ def _matching(listed: list[str], patterns: list[str], source: Source) -> list[st
         readable = [file for file in found if _is_readable(file)]
         if not readable:
             what = f"{', '.join(found[:3])}: not a file of rows" if found else f"no file matches {pattern!r}"
-            raise _error(source, f"{what}; what can be read ends in {' '.join(SUFFIXES)}", listed)
+            raise _error(
+                source, f"{what}; what can be read ends in {' '.join(READERS)}, also {' '.join(COMPRESSED)}", listed
+            )
         files |= dict.fromkeys(readable)
     return list(files)
 
@@ -201,7 +205,7 @@ def _matching(listed: list[str], patterns: list[str], source: Source) -> list[st
 def _is_readable(file: str) -> bool:
     path = PurePosixPath(file)
     is_hidden = any(part.startswith(".") for part in path.parts)
-    return path.suffix in SUFFIXES and path.name not in NOT_ROWS and not is_hidden
+    return file_kind(file) in KINDS and path.name not in NOT_ROWS and not is_hidden
 
 
 def _glob(listed: list[str], pattern: str) -> list[str]:

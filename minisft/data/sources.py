@@ -464,12 +464,12 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-READERS = {
+READERS = {  # in the order in which repositories.py prefers them
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
+    ".parquet": read_parquet,
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_csv,
     ".txt": _read_text,
-    ".parquet": read_parquet,
 }
