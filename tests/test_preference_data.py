@@ -257,6 +257,26 @@ def test_labelled_rows_of_messages(tmp_path, rows):
         assert cache.manifest["sources"][0]["layout"].endswith("trained: the answer, as its label says")
 
 
+@pytest.mark.parametrize(
+    "columns, unread",
+    [
+        ({"instruction": "Hi", "input": "", "output": "Yes"}, []),
+        ({"instruction": "Hi", "response": "Yes"}, []),
+        ({"question": "Hi", "answer": "Yes"}, []),
+        ({"query": "Hi", "response": "Yes"}, []),
+        ({"prompt": [HISTORY[0]], "response": [said("Yes")]}, []),
+        ({"query": "Hi", "completion": "Yes", "response": "Never", "output": None}, ["response", "output"]),
+        ({"messages": [HISTORY[0], said("Yes")], "response": "Never"}, ["response"]),
+    ],
+)
+def test_the_answer_of_a_label_has_several_names(tmp_path, columns, unread):
+    cache = build(tmp_path, [{**columns, "label": label} for label in (True, False)], answers="labels")
+    roles = (CHOSEN, MISMATCHED, REJECTED, MISMATCHED)
+    assert documents_of(cache) == [by_template(HISTORY[:1], [said("Yes")], role) for role in roles]
+    layout = cache.manifest["sources"][0]["layout"]
+    assert layout.endswith(f"; fields not used: {', '.join(unread)}" if unread else "as its label says")
+
+
 def test_earlier_answers_of_a_labelled_conversation_are_context(tmp_path):
     rows = [{"messages": [*HISTORY, said(text)], "label": True} for text in ("Fine.", "So so.")]
     assert documents_of(build(tmp_path, rows, answers="labels"))[0] == by_template(HISTORY, [said("Fine.")], CHOSEN)

@@ -8,6 +8,7 @@ have (detect_format.py). Nothing is guessed after that: a row that does not fit 
                         {"conversations", "chosen", "rejected"}                ShareGPT turns
                         {"instruction", "input"?, "chosen", "rejected"}        the prompt in columns of its own; see prompts.py
     labelled            {"prompt", "completion", "label"}                      one answer, good (true) or bad (false)
+                        {"instruction", "input"?, "output", "label"}           a question as above; or response, or answer
                         {"messages" or "conversations", "label"}               the last message is the answer
     messages            {"messages": [{"role", "content"}, ...]}               chat/conversations.py has all that is allowed
     sharegpt            {"conversations": [{"from", "value"}, ...]}
@@ -47,9 +48,11 @@ from minisft.data.chat.conversations import (
 )
 from minisft.data.kinds import ANSWER, CHOSEN, REJECTED, TEXT, TRAINED, USER
 from minisft.data.preferences import (
+    COMPLETIONS,
     SIDES,
     check_text_answer,
     check_text_prompt,
+    completion_field,
     has_prompt,
     is_sharegpt,
     label_of,
@@ -275,11 +278,12 @@ def _read_labelled(row: dict, row_format: RowFormat, options: FormatOptions) -> 
     if row_format.turns:
         example = _of_messages(*labelled_turns(row))
     else:
-        prompt, answer = prompt_of(row), string_of(row, "completion")
+        prompt, column = prompt_of(row), completion_field(row) or "completion"
+        answer = string_of(row, column)
         if prompt is None:
             raise RowError("no prompt", f"the row has {', '.join(row)}")
         check_text_prompt(prompt)
-        check_text_answer("completion", answer)
+        check_text_answer(column, answer)
         example = _of_texts(prompt, answer, row_format)
     example.role = role
     return [example]
@@ -302,11 +306,13 @@ def _unread_of_prompt(row: dict) -> set[str]:
 
 
 def _unread_of_labelled(row: dict, turns: bool, answers: str) -> set[str]:
-    """Completion, messages, conversations: only the first that the row has is read."""
-    if row.get("completion") is not None:
-        unread = {"messages", "conversations"} | _unread_of_prompt(row)
+    """Of the columns of an answer, and of messages and conversations, one is read."""
+    column = completion_field(row)
+    unread = {*COMPLETIONS} - {column}
+    if column is not None:
+        unread |= {"messages", "conversations"} | _unread_of_prompt(row)
     else:
-        unread = {"prompt", *PROMPT_FIELDS} - {*SYSTEMS}
+        unread |= {"prompt", *PROMPT_FIELDS} - {*SYSTEMS}
         unread |= {"conversations"} if row.get("messages") is not None else set()
     return unread | {"kto_tag"} if row.get("label") is not None else unread
 
@@ -376,10 +382,10 @@ FORMATS = {
         unread=_unread_of_preference,
     ),
     "labelled": Format(
-        ("completion|messages|conversations", "label|kto_tag"),
+        ("|".join(("completion", "messages", "conversations", *COMPLETIONS)), "label|kto_tag"),
         ("prompt", *PROMPT_FIELDS, *TEMPLATE_FIELDS),
         _read_labelled,
-        has_turns=lambda row: not isinstance(row.get("completion"), str),
+        has_turns=lambda row: not isinstance(row.get(completion_field(row) or ""), str),
         is_question=lambda row: row.get("prompt") is None and question_field(row) is not None,
         answers={"labels": "the answer, as its label says"},
         unread=_unread_of_labelled,

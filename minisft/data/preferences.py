@@ -10,6 +10,8 @@
     absent             two other strings; the prompt is the words with which both begin, without the space after them. Only in
                        rows without another column of text, which may hold the prompt
 
+A single answer is in `completion`, else in `output`, `response` or `answer`, or it is the last of `messages` or `conversations`.
+
 The string may also be in the columns of a question, such as instruction and input, and the system turn in `system`
 (prompts.py).
 
@@ -35,6 +37,7 @@ SIDES = ("chosen", "rejected")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # of a transcript
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 ANSWERS = "\n\nAssistant:"
+COMPLETIONS = ("output", "response", "answer")  # other names of `completion`, in rows without messages
 LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -169,15 +172,25 @@ def _transcript(row: dict, side: str) -> list[dict]:
     return check_messages(messages, side)
 
 
+def completion_field(row: dict) -> str | None:
+    """The column of a single answer, None if it is the last message of a conversation."""
+    if row.get("completion") is not None:
+        return "completion"
+    if row.get("messages") is not None or is_sharegpt(row):
+        return None
+    return next((name for name in COMPLETIONS if row.get(name) is not None), None)
+
+
 def labelled_turns(row: dict) -> tuple[list[dict], list[dict]]:
     """(prompt, answer) of a row of messages with one label. Where it has no prompt, the last message is the answer."""
-    if row.get("completion") is not None:
+    column = completion_field(row)
+    if column is not None:
         prompt = _prompt_of_messages(row)
         if prompt is None:
-            raise RowError("no prompt", "the row has a completion alone")
+            raise RowError("no prompt", f"the row has {column} alone")
         prompt = with_system(prompt, system_of(row), "prompt")
-        answer = check_messages(as_list(row["completion"]), "completion")
-        check_answers(prompt, {"completion": answer})
+        answer = check_messages(as_list(row[column]), column)
+        check_answers(prompt, {column: answer})
     else:
         if row.get("messages") is not None:
             said = with_system(check_messages(row["messages"], "messages"), system_of(row), "messages")
