@@ -422,6 +422,27 @@ def test_the_page_escapes_bad_rows_and_names(config, tmp_path, capsys):
     assert page.open == [] and page.links == [] and "<img src=x>" in page.text and "<i>.jsonl" in page.text
 
 
+def test_the_page_has_the_notes_and_warnings_of_the_terminal(config, tmp_path, capsys):
+    rows = [
+        {"prompt": "a " * 9, "completion": " b" * 99, "label": True, "context": "<b>", "weight": 2, "<i>": 1},
+        {"prompt": "a", "completion": " c", "label": True},
+    ]
+    write(config.parent / "train.jsonl", rows)
+    write(
+        config.parent / "test.jsonl", [{"prompt": "c", "completion": " d", "label": label} for label in (True, False)]
+    )
+    options = ("--trainer_type", "dpo", "--loss_type", "kto", "--max_length", 64, "--truncation", "left")
+    run(config, *options, "--html", tmp_path / "a.html")
+    page, terminal = Checked(), capsys.readouterr().out
+    page.feed((tmp_path / "a.html").read_text(encoding="utf-8"))
+    notes = [line.strip() for line in terminal.splitlines() if "WARNING" in line or "column weight" in line]
+    assert len(notes) == 4 and page.open == []
+    layout = next(line for line in terminal.splitlines() if line.startswith("  labelled, "))
+    for line in (*notes, layout.strip().partition("; turns found")[0]):
+        assert line in page.text, line
+    assert "fields not used: context, <i>" in page.text
+
+
 class Checked(HTMLParser):
     """Tags closed in order, and everything that could fetch something."""
 

@@ -224,6 +224,7 @@ def _tables(data_set: DataSet, in_epoch: "Documents", is_train: bool, config: "C
             "in_dropped": account.in_dropped,
         },
         "dropped_answers": account.dropped_answers,
+        "notes": account.notes(),
         "epoch": {"documents": len(in_epoch), "tokens": int(lengths.sum())},
         "packing": _packing(in_epoch, data_set.packing, is_train, config),
         "sources": source_table(documents, counts),

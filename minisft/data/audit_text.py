@@ -54,6 +54,7 @@ def _account_text(entry: dict[str, Any]) -> list[str]:
     )
     if rows["cut"]:
         lines.append(f"cut        {rows['cut']:>12,} rows longer than max_length")
+    lines += [" " * 11 + note for note in entry["notes"]]
     if entry["held_out"]:
         lines.append(f"held out   {entry['held_out']:>12,} documents, for evaluation")
     lines.append(f"an epoch   {entry['epoch']['tokens']:>12,} tokens in {entry['epoch']['documents']:,} documents")

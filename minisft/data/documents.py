@@ -77,6 +77,11 @@ class Accounting:
             lines.append(f"{num_units:,} {self.unit}, {self.tokens_per_epoch:,} tokens an epoch")
         return lines
 
+    def notes(self) -> list[str]:
+        """A warning if answers have lost their prompt."""
+        count = self.without_prompt
+        return [f"WARNING: {count:,} answers fill max_length and are trained without their prompt"] if count else []
+
 
 def select_documents(
     cache: TokenCache, *, max_length: int | None, truncation: str = "right", split_at: int | None = None, seed: int = 0
