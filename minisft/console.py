@@ -190,7 +190,9 @@ def write_samples(path: Path, samples: list[Sample]) -> None:
         }
         for s in samples
     )
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary = path.with_name(f".{path.name}")  # renamed when it is whole
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)
 
 
 def sample_report(samples: list[Sample], num_shown: int) -> str:

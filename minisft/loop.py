@@ -23,6 +23,7 @@ from minisft.atomic_folder import lock_folder, remove_leftovers, verify_folder
 from minisft.checkpoint import MAX_FAILED_SAVES, load_checkpoint, require_space_for_checkpoints, try_save
 from minisft.config.load import fingerprint, write_resolved
 from minisft.config.sections import Config, TrainSection, config_to_dict
+from minisft.config.stages import has_samples
 from minisft.data.batch import Batch
 from minisft.errors import NONFINITE, STOPPED, UserError
 from minisft.evaluation import evaluate
@@ -80,9 +81,10 @@ def run(config: Config, origins: dict[str, str]) -> Result:
             print(console.wrap(prepared.summary), flush=True)
         if is_complete(config, prepared) and is_exported(prepared, folder):
             require_unchanged(config, folder, saved)
-            if is_main:
-                print(console.finished_already(folder, progress.step))
-            return Result(folder, folder / "model", progress.step)
+            if has_samples(config):
+                if is_main:
+                    print(console.finished_already(folder, progress.step))
+                return Result(folder, folder / "model", progress.step)
         loggers = None
         if is_main:
             loggers = start_output(config, origins, folder, prepared, saved)
@@ -384,18 +386,22 @@ def finish(
         if config.evaluate.load_best_model_at_end:
             load_best_model(run, folder)
         with evaluation_weights(run.optimizer):
-            dtype = runtime.DTYPES[config.checkpoint.save_dtype or config.train.weights_dtype]
-            export_model(run, folder, dtype, fingerprint(config))
+            if bar.first_step < step or not is_exported(run, folder):  # else only the samples are missing
+                (folder / "samples.jsonl").unlink(missing_ok=True)
+                dtype = runtime.DTYPES[config.checkpoint.save_dtype or config.train.weights_dtype]
+                export_model(run, folder, dtype, fingerprint(config))
             if run.prompts:
                 length = config.evaluate.max_new_tokens
                 samples = complete(
                     run.model, run.tokenizer, run.prompts, max_new_tokens=length, precision=run.precision
                 )
-                console.write_samples(folder / "samples.jsonl", samples)
                 print(console.sample_report(samples, config.evaluate.generate_samples_shown))
                 scores = {"eval_exact_match": sum(sample.correct for sample in samples) / len(samples)}
                 values |= scores
                 loggers.log(step, scores)
+                console.write_samples(
+                    folder / "samples.jsonl", samples
+                )  # the last act: its presence means that all is there
         documents = next(iter(run.evals.values()), run.train).documents
         print(
             console.closing(

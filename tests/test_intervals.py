@@ -102,6 +102,27 @@ def test_exact_match_is_the_share_of_right_completions(go, home, monkeypatch):
     assert [json.loads(line)["correct"] for line in lines] == [True, False, True]
 
 
+def test_a_run_killed_before_its_samples_completes_them_at_the_next_start(go, home, tmp_path, monkeypatch, capsys):
+    data = {"evaluate.generate_data": str(home / "rows.jsonl[:3]"), "train.max_steps": 1}
+    whole = go(output_dir=str(tmp_path / "whole"), **data).output_dir
+    for killed in ("complete", "console.write_samples"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"minisft.loop.{killed}", lambda *arguments, **options: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                go(**data, **{"checkpoint.resume": "never"})
+        out = tmp_path / "out"
+        written = (out / "model" / "model.safetensors").stat().st_mtime_ns
+        assert not (out / "samples.jsonl").exists()
+        capsys.readouterr()
+        assert go(**data).metrics.keys() >= {"eval_exact_match"}
+        for name in ("samples.jsonl", "metrics.jsonl"):
+            assert (out / name).read_bytes() == (whole / name).read_bytes()
+        assert (out / "model" / "model.safetensors").stat().st_mtime_ns == written  # the export was whole
+        assert "finished already" not in capsys.readouterr().out
+        go(**data)
+        assert "finished already" in capsys.readouterr().out
+
+
 # ---- failures that a run survives, and those that end it --------------------------------------------------------
 
 

@@ -336,9 +336,13 @@ def test_a_signal_while_a_stage_is_written_ends_the_command_before_the_next(writ
 # ---- what is finished -------------------------------------------------------------------------------------------
 
 
-def test_finished_stages_are_skipped_without_model_and_data(write, tmp_path, monkeypatch, capsys):
-    path = write()
+def test_finished_stages_are_skipped_without_model_and_data(home, write, tmp_path, monkeypatch, capsys):
+    path = write("", f"evaluate.generate_data = '{home}/rows.jsonl[:2]'\n")
     assert run(path).step == 8
+    samples = tmp_path / "out/2-second/samples.jsonl"
+    samples.unlink()  # as if killed before
+    assert "eval_exact_match" in run(path).metrics and samples.exists()
+    capsys.readouterr()
     monkeypatch.setattr(loop, "run", lambda *arguments: pytest.fail("it runs"))
     began = time.perf_counter()
     result = run(path, **{"log.logging_steps": 3, "save_steps": 7})  # what changes no result

@@ -58,9 +58,16 @@ class Stage:
         must run."""
         if self.config.checkpoint.resume != "auto" or verify_folder(self.model_dir, hashes=False) is not None:
             return None
+        if not has_samples(self.config):
+            return None
         manifest = read_manifest(self.model_dir)
         same_start = self.previous is None or manifest.get("started_from") == contents_id(self.previous.model_dir)
         return manifest["step"] if manifest.get("config") == fingerprint(self.config) and same_start else None
+
+
+def has_samples(config: Config) -> bool:
+    """Whether the held-out prompts were completed, which happens after the export, or none are configured."""
+    return config.evaluate.generate_data is None or Path(config.output_dir, "samples.jsonl").exists()
 
 
 def load_stages(
