@@ -41,7 +41,7 @@ def read_prompts(
     options = replace(options, answers="chosen")
     prompts: list[Prompt] = []
     row_format = None
-    for row in read_rows(parse_source(path)):
+    for row in read_rows(parse_source({"path": path, "field_map": field_map})):
         if isinstance(row, BadRow):
             raise UserError(str(row), exit_code=DATA)
         try:

@@ -27,8 +27,8 @@ def write(path, table, **options):
     return str(path)
 
 
-def read(path):
-    return list(read_rows(parse_source(str(path))))
+def read(path, **source):
+    return list(read_rows(parse_source({"path": str(path), **source})))
 
 
 TURN = st.fixed_dictionaries({"role": st.text(max_size=5), "content": st.none() | st.text(max_size=9)})
@@ -133,6 +133,10 @@ def test_null_keys_below_tools_and_calls_are_absent(tmp_path):
     for row in read(write(tmp_path / "a.parquet", written)):
         turns = [{key: value for key, value in turn.items() if value is not None} for turn in row.data["messages"]]
         assert {**row.data, "messages": turns} == written[row.line - 1]
+    renamed = [{"functions": row["tools"]} for row in written]
+    path = write(tmp_path / "b.parquet", renamed)
+    assert [row.data for row in read(path, field_map={"functions": "tools"})] == renamed
+    assert [row.data for row in read(path)] != renamed  # of another column, nobody knows what its nulls mean
 
 
 @pytest.mark.parametrize("total", [1, BATCH_ROWS, 2 * BATCH_ROWS + 7])

@@ -40,8 +40,11 @@ UNREADABLE = (
 )  # of a value; pyarrow's are among them
 
 
-def read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
-    """(row number from 1, row). Raises UserError if pyarrow is missing or the file is damaged."""
+def read_parquet(path: Path, tools: str = "tools") -> Iterator[tuple[int, Row]]:
+    """(row number from 1, row). tools: the column of tools, which a field_map may rename later.
+
+    Raises UserError if pyarrow is missing or the file is damaged.
+    """
     number = 0
     with _opened(path) as file:
         shapes = {column.name: _shape(column.type) for column in file.schema_arrow}
@@ -49,7 +52,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
         while (batch := _next_batch(batches, path, number)) is not None:
             for values in _values(batch):
                 number += 1
-                row = {name: _json_value(value, shapes[name], 2 * (name == "tools")) for name, value in values.items()}
+                row = {name: _json_value(value, shapes[name], 2 * (name == tools)) for name, value in values.items()}
                 yield number, Row(row, str(path), number)
 
 

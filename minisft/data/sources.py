@@ -259,8 +259,9 @@ def _row_number(bound: str | None, total: int) -> int | None:
 
 def _records(source: Source) -> Iterator[tuple[str, int, bytes | Row | BadRow]]:
     """(file, line, record) of each row. A JSON record stays bytes, so that rows outside a slice are never parsed."""
+    tools = next((theirs for theirs, ours in source.field_map.items() if ours == "tools"), "tools")
     for path in list_files(source):
-        for line, value in _read(path):
+        for line, value in _read(path, tools):
             yield str(path), line, value
 
 
@@ -271,11 +272,11 @@ def file_kind(path: Path | str) -> tuple[str, str]:
     return Path(name.removesuffix(compression)).suffix, compression
 
 
-def _read(path: Path) -> Iterator[tuple[int, bytes | Row | BadRow]]:
-    """(line, record) of each row of a file. Raises UserError if it is damaged."""
+def _read(path: Path, tools: str = "tools") -> Iterator[tuple[int, bytes | Row | BadRow]]:
+    """(line, record) of each row of a file. tools: its column of tools. Raises UserError if it is damaged."""
     suffix, compression = file_kind(path)
     try:
-        yield from READERS[suffix](path)
+        yield from read_parquet(path, tools) if suffix == ".parquet" else READERS[suffix](path)
     except DAMAGED as error:
         if not compression:
             raise
