@@ -29,7 +29,7 @@ PARAMETER_KINDS = {
     "adapters": r"lora_|magnitude$",
     "embed_tokens": r"^embed_",
     "norms": r"norm\.",
-    "attention": r"\.self_attn\.",
+    "attention": r"\.(self_attn|linear_attn|conv)\.",
     "mlp": r"\.mlp\.",
     "lm_head": r"^lm_head\.",
     "other": "",

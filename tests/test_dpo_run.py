@@ -366,12 +366,19 @@ def test_contradictions_are_told(go, keys, words):
     assert words in f"{caught.value.message} {caught.value.hint}"
 
 
-def test_windows_do_not_go_with_shared_prompts(home, tmp_path):
-    config = {"model_type": "mistral", "sliding_window": 16, "vocab_size": 259, "hidden_size": 32}
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        ({"model_type": "mistral", "sliding_window": 16}, "a model whose layers see 16 tokens"),
+        ({"model_type": "lfm2", "full_attn_idxs": [1]}, "lfm2, whose layers remember one past"),
+    ],
+)
+def test_windows_and_states_do_not_go_with_shared_prompts(config, reason, home, tmp_path):
+    config |= {"vocab_size": 259, "hidden_size": 32}
     config |= {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     keys = {"model.config": config, "data.train_data": str(home / "pairs.jsonl"), "dpo.share_prompt": True, **DPO}
     run = partial(train, home, output_dir=str(tmp_path / "out"))
-    with pytest.raises(UserError, match="share_prompt with a model whose layers see 16 tokens"):
+    with pytest.raises(UserError, match=f"share_prompt with {reason}"):
         run(**keys)
     run(**keys | {"dpo.share_prompt": False, "train.max_steps": 1})
 

@@ -1,6 +1,7 @@
 """An exported model has the form of the folder that it came from: what was not trained is there, byte by byte."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -106,6 +107,35 @@ def test_only_what_was_trained_differs(family, tmp_path):
     again = load_model(out)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(
+    "wrapper, family, prefix",
+    [("qwen3_5", "qwen3_5_text", "model.language_model."), ("gemma3", "gemma3_text", "language_model.model.")],
+)
+def test_the_text_of_a_model_that_sees(wrapper, family, prefix, tmp_path):
+    """The head lies outside of the prefix, and config.json says inside and outside whether it is tied."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    model = tiny(family)
+    save_model(model, base, dtype=torch.bfloat16)
+    tensors = load_file(base / "model.safetensors")
+    tensors = {re.sub(r"^model\.", prefix, name): tensor for name, tensor in tensors.items()}
+    save_file(tensors | FOREIGN, base / "model.safetensors", metadata={"format": "pt"})
+    tied = model.config.tie_word_embeddings
+    hf = {"model_type": wrapper, "vision_config": {"depth": 2}, "dtype": "bfloat16", "image_token_id": 7}
+    hf |= {"tie_word_embeddings": tied, "text_config": CONFIGS[family] | {"dtype": "bfloat16"}}
+    (base / "config.json").write_text(json.dumps(hf))
+    model = load_model(base, least_vocab_size=60)
+    assert "the text part is trained" in model.config.notes[0]
+    save_like(model, base, out, torch.float32)
+    before, after = all_tensors(base), all_tensors(out)
+    changed = {name for name in before if not same(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert changed == {f"{prefix}embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+    hf["text_config"] |= {"dtype": "float32", "vocab_size": 60}
+    assert json.loads((out / "config.json").read_text()) == hf | {"dtype": "float32"}
+    again = load_model(out)
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
 
 
 def test_more_tokens(tmp_path):

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -70,10 +71,11 @@ def hidden_states(model, lengths=(LENGTH,)):
 @each_dialect
 def test_logits(variant, dialect, tmp_path):
     """The reference repeats transformers' operations, so at most the order of a few sums differs. The fast path sums
-    attention and norms in another order, in fp32; errors grow by some ten through four layers of gain above 1."""
+    attention and norms in another order, in fp32; errors grow by some ten through four layers of gain above 1. The delta rule
+    of transformers is summed by chunks, so there the reference, token by token, is as far away as the fast path."""
     model, expected = load(write_folder(tmp_path, variant, dialect)), golden(variant)[0]
     with torch.no_grad():
-        for backend, tolerance in (("reference", 1e-6), ("torch", 1e-5)):
+        for backend, tolerance in (("reference", 1e-5 if "delta" in model.config.mixers else 1e-6), ("torch", 1e-5)):
             with use_backend(backend):
                 assert relative_error(model.logits(hidden_states(model)), expected) <= tolerance, backend
 
@@ -151,8 +153,28 @@ def test_packed_is_one_by_one(variant):
             packed = hidden_states(model, lengths).split(lengths)
             for ids, ours in zip(input_ids().split(lengths), packed):
                 alone = model(ids, torch.arange(len(ids)).int(), *bounds_of([len(ids)]))
-                # The same sums, but a matrix product of another height may round otherwise, in each of some 15 products.
-                assert relative_error(ours, alone) < 1e-6, backend
+                # The same sums, but a matrix product of another height may round otherwise, in each of some 15 products. Layers
+                # of the delta rule divide by norms that may be small: 7e-6 for the document of one token (1e-15 in fp64).
+                assert relative_error(ours, alone) < (2e-5 if "delta" in model.config.mixers else 1e-6), backend
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("variant", ["llama", "qwen3_5", "olmo_hybrid", "lfm2"])
+def test_a_document_does_not_feel_its_neighbours_in_the_last_bit(variant, backend):
+    """Other tokens in the first and the last document: hidden states and gradients of the middle one stay as they were."""
+    model, lengths, middle = loaded(variant), (11, 17, 12), slice(11, 28)
+    embeddings, seen = model.embed_tokens.weight[input_ids()].detach(), []
+    start, end = bounds_of(lengths)
+    positions = torch.cat([torch.arange(n) for n in lengths]).int()
+    for scale in (1.0, 1e3):
+        inputs = embeddings * scale
+        inputs[middle] = embeddings[middle]
+        inputs.requires_grad_()
+        with use_backend(backend), mock.patch.object(model.embed_tokens, "forward", lambda ids, x=inputs: x):
+            hidden = model(input_ids(), positions, start, end)
+            hidden.square().sum().backward()
+        seen.append((hidden[middle], inputs.grad[middle]))
+    assert all(map(torch.equal, *seen))
 
 
 @each_variant

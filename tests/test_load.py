@@ -307,8 +307,14 @@ def test_init_follows_the_seed_and_not_the_dtype():
 def test_init_rules(family):
     config = CONFIGS[family] | {"initializer_range": 0.1}
     for name, parameter in fresh(config).named_parameters():
+        if name.endswith("A_log"):
+            assert torch.all((parameter.exp() >= 0.01) & (parameter.exp() <= 16)), name
+            continue
+        if name.endswith(("dt_bias", "o_norm.weight")):
+            assert torch.all(parameter == 1), name
+            continue
         if parameter.dim() == 1:
-            stored_as_difference = family in ("gemma", "gemma2", "gemma3_text")  # from 1
+            stored_as_difference = family in ("gemma", "gemma2", "gemma3_text", "qwen3_5_text")  # from 1
             assert torch.all(parameter == (0 if name.endswith("bias") or stored_as_difference else 1)), name
             continue
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))

@@ -21,6 +21,8 @@ SIZES = {
 GROUPED = SIZES | {"num_key_value_heads": 2}
 GPT2 = {"vocab_size": 53, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.3}
 
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 16}
+
 CONFIGS = {
     "llama": GROUPED,
     "mistral": GROUPED | {"sliding_window": 9},
@@ -30,6 +32,9 @@ CONFIGS = {
     "gemma": GROUPED | {"head_dim": 16},
     "gemma2": GROUPED | {"head_dim": 16, "sliding_window": 9, "attn_logit_softcapping": 3.0},
     "gemma3_text": GROUPED | {"head_dim": 16, "sliding_window": 9, "sliding_window_pattern": 2},
+    "qwen3_5_text": GROUPED | {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"]} | DELTA,
+    "olmo_hybrid": GROUPED | {"rope_theta": None} | DELTA,
+    "lfm2": GROUPED | {"full_attn_idxs": [1], "block_multiple_of": 8},
     "phi3": GROUPED | {"sliding_window": 9},
     "olmo": GROUPED | {"clip_qkv": 0.5},
     "olmo2": GROUPED,

@@ -5,8 +5,8 @@ which; see data/batch.py). Several query heads may share a key-value head (group
 arXiv:2305.13245): a smaller cache and less traffic.
 
 Families add more: a sliding window (a token sees the newest w only), a soft cap on the scores, an RMSNorm of queries
-and keys, a clamp on q, k and v, layers without rotary embedding. Each is one switch of the config, and all of them go
-through the kernels' contracts, so that every backend has them.
+and keys, a clamp on q, k and v, layers without rotary embedding, a gate on the output. Each is one switch of the config, and
+all of them go through the kernels' contracts, so that every backend has them.
 """
 
 import torch
@@ -20,7 +20,8 @@ from minisft.model.recompute import dropped
 
 
 class KVCache:
-    """Keys and values of the tokens so far, one row a document: per layer [B, max_length, Hkv, Dh].
+    """Keys and values of the tokens so far, one row a document: per layer of attention [B, max_length, Hkv, Dh]. The other kinds
+    of layers keep what they need of the past in `states`: tensors whose first dimension is B.
 
     The first forward fills it from a flat stream of B documents; every later one brings one token a row, that is B
     documents of one token each. In both cases token t goes to row (documents begun up to t) - 1, slot position_ids[t].
@@ -28,28 +29,30 @@ class KVCache:
 
     def __init__(self, max_length: int):
         self.max_length = max_length
-        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.states: dict[int, tuple[Tensor, ...]] = {}
 
     def place(self, position_ids: Tensor, start: Tensor, end: Tensor) -> None:
         """Call once a forward, before the layers: finds row and slot of every token."""
         index = torch.arange(len(start), device=start.device)
-        self.is_filled = len(self.layers) > 0
+        self.is_filled = len(self.layers) + len(self.states) > 0
         self.row, self.slot = (start == index).cumsum(0) - 1, position_ids.long()  # [T]
         self.lengths = position_ids[end == index + 1].int() + 1  # [B], with the new tokens
         self.longest = int(self.lengths.max())
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v [T, Hkv, Dh] of the new tokens; returns all of them so far, [B, longest, Hkv, Dh]."""
-        if layer == len(self.layers):
+        if layer not in self.layers:
             shape = (len(self.lengths), self.max_length, *k.shape[1:])
-            self.layers.append((k.new_zeros(shape), v.new_zeros(shape)))
+            self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
         keys, values = self.layers[layer]
         keys[self.row, self.slot], values[self.row, self.slot] = k, v
         return keys[:, : self.longest], values[:, : self.longest]
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these (int64 indices)."""
-        self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
+        self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
+        self.states = {layer: tuple(state[rows] for state in states) for layer, states in self.states.items()}
 
 
 class Attention(nn.Module):
@@ -61,7 +64,8 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
         self.clip_qkv, self.qk_norm, self.interleaved = config.clip_qkv, config.qk_norm, config.rope_interleaved
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.is_gated = config.attention_gate
+        self.q_proj = nn.Linear(config.hidden_size, q_size * (1 + self.is_gated), bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
@@ -84,7 +88,8 @@ class Attention(nn.Module):
             q, k, v = (t.clamp(-self.clip_qkv, self.clip_qkv) for t in (q, k, v))
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q = q.unflatten(-1, (-1, self.head_dim))  # [T, Hq, Dh]
+        q = q.unflatten(-1, (-1, self.head_dim * (1 + self.is_gated)))  # [T, Hq, Dh], for gated ones [T, Hq, 2 Dh]
+        q, gate = q.chunk(2, dim=-1) if self.is_gated else (q, None)
         k = k.unflatten(-1, (-1, self.head_dim))  # [T, Hkv, Dh]
         v = v.unflatten(-1, (-1, self.head_dim))
         q, k = self._turn(q, k, cos_sin)
@@ -95,6 +100,8 @@ class Attention(nn.Module):
         else:
             dropout = self.dropout if self.training else 0.0
             out = flash_attention(q, k, v, start, end, dropout=dropout, mean_length=mean_length, **self.options)
+        if gate is not None:
+            out = out * gate.sigmoid()
         return self.o_proj(out.flatten(-2))  # [T, D]
 
     def _turn(self, q: Tensor, k: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

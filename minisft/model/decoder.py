@@ -6,7 +6,8 @@ It works on the flat token stream [T], in which documents stand side by side (da
 padding, no mask. Documents meet in attention only, and `start` and `end` keep them apart there; everything else works
 on each token alone. The LM head is not part of the forward: the loss multiplies it only with the rows that are trained.
 
-That is Llama. Other families set switches of the config: blocks.py has their blocks, layers.py their norms and MLPs.
+That is Llama. Other families set switches of the config: blocks.py has their blocks, layers.py their norms and MLPs,
+gated_delta_net.py and short_convolution.py what hybrids have in place of attention in most layers.
 
 Precision. Under autocast the linear layers compute in bf16 from fp32 master weights, while the residual stream x and
 the norms stay in fp32, as in transformers: a bf16 stream would round away whatever a layer adds below 2^-9 of x.
@@ -23,19 +24,28 @@ from torch.utils.checkpoint import checkpoint
 
 from minisft.model.attention import Attention, KVCache
 from minisft.model.blocks import OTHER_BLOCKS
+from minisft.model.gated_delta_net import GatedDeltaNet
 from minisft.model.layers import MLPS, NORMS, compute_dtype
 from minisft.model.lora_options import LoraOptions
 from minisft.model.model_config import ModelConfig
 from minisft.model.recompute import offloaded
 from minisft.model.rope import rope_table
+from minisft.model.short_convolution import ShortConvolution
 from minisft.model.token_rows import TokenRows
+
+MIXERS = {  # what mixes the tokens -> its name in most files, and its class
+    "attention": ("self_attn", Attention),
+    "delta": ("linear_attn", GatedDeltaNet),
+    "conv": ("conv", ShortConvolution),
+}
 
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.input_layernorm = NORMS[config.norm](config)
-        self.self_attn = Attention(config, layer)
+        self.mixer_name, mixer = MIXERS[config.mixers[layer]]
+        self.add_module(self.mixer_name, mixer(config, layer))
         self.post_attention_layernorm = NORMS[config.norm](config)
         self.mlp = MLPS[config.mlp](config)
         self.attention_dropout, self.mlp_dropout = config.attention_output_dropout, config.mlp_output_dropout
@@ -49,7 +59,8 @@ class Block(nn.Module):
         kv_cache: KVCache | None = None,
         mean_length: float | None = None,
     ) -> Tensor:
-        attended = self.self_attn(compute_dtype(self.input_layernorm(x)), start, end, cos_sin, kv_cache, mean_length)
+        mixer = self.get_submodule(self.mixer_name)
+        attended = mixer(compute_dtype(self.input_layernorm(x)), start, end, cos_sin, kv_cache, mean_length)
         attended = F.dropout(attended, self.attention_dropout, self.training)
         normed, x = self.post_attention_layernorm.add(attended, x)
         return x + F.dropout(self.mlp(compute_dtype(normed)), self.mlp_dropout, self.training)
@@ -83,7 +94,9 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.learned_positions:
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(BLOCKS[config.block](config, layer) for layer in range(config.num_layers))
+        # Layers without attention are pre blocks in every family.
+        blocks = [BLOCKS[config.block if mixer == "attention" else "pre"] for mixer in config.mixers]
+        self.layers = nn.ModuleList(block(config, layer) for layer, block in enumerate(blocks))
         self.norm = NORMS[config.norm](config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)

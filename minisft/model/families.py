@@ -27,9 +27,16 @@ from minisft.model.model_config import ModelConfig
 from minisft.model.rope_config import read_rope, read_rope_by_kind
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+MIXER_TYPES = {"delta": "linear_attention", "conv": "conv"}  # of layers that are not attention
 NULL_IS_A_VALUE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads"}
-VISION_KEYS = ("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index")
-WRAPPERS = {"gemma3": "gemma3_text"}  # models that see or hear -> the family of their text part
+VISION_KEYS = (
+    *("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"),
+    *("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
+)
+WRAPPERS = {
+    "gemma3": "gemma3_text",
+    "qwen3_5": "qwen3_5_text",
+}  # models that see or hear -> the family of their text part
 FLAT_ROPE_KEYS = ("rope_theta", "rope_local_base_freq", "rotary_emb_base", "rotary_pct", "partial_rotary_factor")
 
 
@@ -51,7 +58,7 @@ def from_hf(hf: dict, *, max_length: int | None = None) -> ModelConfig:
     family = FAMILIES[model_type]
     if model_type == "gpt2":
         hf = {GPT2_NAMES.get(key, key): value for key, value in hf.items()}
-    values = {key: value for key, value in _complete(hf, family.defaults).items() if value is not None}
+    values = {key: value for key, value in _complete(hf, family).items() if value is not None}
     refuse_other_maths(values, family.defaults)
     config = family.read(values, max_length)
     ropes = dict.fromkeys(rope for rope in config.ropes if rope is not None)
@@ -63,10 +70,9 @@ def to_hf(config: ModelConfig, dtype: str) -> dict:
     """The config.json of a model whose weights are stored as `dtype` ("float32" ...): the keys that were read, plus the
     defaults of those that were missing, so that readers with other defaults agree."""
     family = FAMILIES[config.model_type]
-    defaults = family.defaults
+    hf = _complete(config.hf, family)
     if config.hf.get("rope_parameters"):  # the newer dialect has them in that table
-        defaults = {key: value for key, value in defaults.items() if key not in FLAT_ROPE_KEYS}
-    hf = _complete(config.hf, defaults)
+        hf = {key: value for key, value in hf.items() if key in config.hf or key not in FLAT_ROPE_KEYS}
     hf.pop("quantization_config", None)  # of the files that were read; save_model adds its own
     hf["architectures"] = hf.get("architectures") or [family.architecture]
     hf["vocab_size"] = config.vocab_size
@@ -74,10 +80,12 @@ def to_hf(config: ModelConfig, dtype: str) -> dict:
     return hf
 
 
-def _complete(hf: dict, defaults: dict) -> dict:
+def _complete(hf: dict, family: "Family") -> dict:
     """`hf` with defaults for keys that are missing, or null where null only means "default"."""
-    null_means_default = defaults.keys() - NULL_IS_A_VALUE
-    return defaults | {key: value for key, value in hf.items() if value is not None or key not in null_means_default}
+    null_means_default = family.defaults.keys() - NULL_IS_A_VALUE - family.null_values
+    return family.defaults | {
+        key: value for key, value in hf.items() if value is not None or key not in null_means_default
+    }
 
 
 def _text_part(hf: dict) -> dict:
@@ -86,7 +94,10 @@ def _text_part(hf: dict) -> dict:
     hint = "use the config.json that came with the weights"
     require(isinstance(text, dict), f"{hf['model_type']} has no text_config", hint)
     rest = {k: v for k, v in hf.items() if k not in (*VISION_KEYS, "text_config", "architectures")}
-    return rest | text | {"model_type": WRAPPERS[hf["model_type"]]}
+    tied = {
+        key: hf[key] for key in ("tie_word_embeddings",) if hf.get(key) is not None
+    }  # of the head, which is outside
+    return rest | text | tied | {"model_type": WRAPPERS[hf["model_type"]]}
 
 
 # ---------------------------------------------------------------- what all families share
@@ -122,6 +133,7 @@ def _decoder(
         "mlp_bias": flag(v, "mlp_bias"),
         "attention_scale": head_dim**-0.5,
         "windows": (None,) * layers,
+        "mixers": ("attention",) * layers,
         "activation": activation(v, act),
         "tie_word_embeddings": flag(v, "tie_word_embeddings"),
         "attention_dropout": probability(v, "attention_dropout"),
@@ -133,7 +145,10 @@ def _decoder(
     require(
         config.mlp == "glu" or config.activation != "silu", f"{act} = {v[act]!r} is not implemented for this family"
     )
-    types = [FULL if window is None else SLIDING for window in config.windows]
+    types = [
+        MIXER_TYPES.get(mixer, FULL if window is None else SLIDING)
+        for mixer, window in zip(config.mixers, config.windows)
+    ]
     require(v.get("layer_types") in (None, types), f"layer_types is not what {v['model_type']} computes: {types}")
     return config
 
@@ -261,6 +276,82 @@ def _gemma3(v, max_length):
         logit_softcap=optional_number(v, "final_logit_softcapping"),
         windows=_windows(v, types),
         ropes=tuple(ropes[t] for t in types),
+    )
+
+
+def _mixers(v: dict, other: str, default: list[str]) -> tuple[str, ...]:
+    """What mixes the tokens in each layer: attention, or `other`."""
+    types = v.get("layer_types", default)
+    names = {MIXER_TYPES[other]: other, FULL: "attention"}
+    fits = isinstance(types, list) and len(types) == _num_layers(v) and all(t in list(names) for t in types)
+    require(fits, f"layer_types = {str(types)[:60]}: expected {' or '.join(names)} for each of {_num_layers(v)} layers")
+    return tuple(names[t] for t in types)
+
+
+def _delta_sizes(v: dict) -> dict:
+    keys, values = size(v, "linear_num_key_heads", 2**16), size(v, "linear_num_value_heads", 2**16)
+    require(values % keys == 0, f"linear_num_value_heads {values} is not a multiple of linear_num_key_heads {keys}")
+    dims = size(v, "linear_key_head_dim", 2**16), size(v, "linear_value_head_dim", 2**16)
+    names = ("delta_num_key_heads", "delta_num_value_heads", "delta_key_dim", "delta_value_dim", "conv_size")
+    return dict(zip(names, (keys, values, *dims, size(v, "linear_conv_kernel_dim", 2**10))))
+
+
+def _qwen3_5(v, max_length):
+    interval = size(v, "full_attention_interval")
+    default = [FULL if (i + 1) % interval == 0 else MIXER_TYPES["delta"] for i in range(_num_layers(v))]
+    return _decoder(
+        v,
+        max_length,
+        rope={"partial_key": "partial_rotary_factor", "of_images": ("mrope_section", "mrope_interleaved")},
+        qk_norm="head",
+        attention_gate=True,
+        norm_offset=1.0,
+        norm_in_fp32=True,
+        mixers=_mixers(v, "delta", default),
+        delta_norm_eps=number(v, "rms_norm_eps"),
+        **_delta_sizes(v),
+    )
+
+
+def _olmo_hybrid(v, max_length):
+    """Attention layers are OLMo 2's, without rotary embedding where theta is null; the others are pre blocks."""
+    heads, layers = size(v, "num_attention_heads"), _num_layers(v)
+    v = {"linear_num_key_heads": heads, "linear_num_value_heads": heads} | v
+    v = {"linear_key_head_dim": int(0.75 * size(v, "hidden_size") / size(v, "linear_num_key_heads"))} | v
+    v = {"linear_value_head_dim": 2 * size(v, "linear_key_head_dim")} | v
+    default = [FULL if i % 4 == 3 else MIXER_TYPES["delta"] for i in range(layers)]
+    if FULL not in default:
+        default[-1] = FULL
+    table = v.get("rope_parameters", {})
+    theta = table["rope_theta"] if isinstance(table, dict) and "rope_theta" in table else v.get("rope_theta")
+    return _olmo2(
+        v,
+        max_length,
+        ropes=(None if theta is None else read_rope(v, _head_dim(v), max_length),) * layers,
+        mixers=_mixers(v, "delta", default),
+        delta_beta_scale=2.0 if flag(v, "linear_allow_neg_eigval") else 1.0,
+        delta_norm_eps=1e-5,  # written into its class
+        **_delta_sizes(v),
+    )
+
+
+def _lfm2(v, max_length):
+    layers = _num_layers(v)
+    attends = v.get("full_attn_idxs", list(range(layers)))
+    require(isinstance(attends, list), f"full_attn_idxs = {str(attends)[:40]}: expected a list of layers")
+    width = size(v, "block_ff_dim" if "block_ff_dim" in v else "intermediate_size", 2**24)
+    if flag(v, "block_auto_adjust_ff_dim"):
+        unit, factor = size(v, "block_multiple_of"), v.get("block_ffn_dim_multiplier")
+        width = int(2 * width / 3)
+        width = unit * -(-(width if factor is None else int(number(v, "block_ffn_dim_multiplier") * width)) // unit)
+    return _decoder(
+        v | {"intermediate_size": width, "tie_word_embeddings": v.get("tie_embedding", v["tie_word_embeddings"])},
+        max_length,
+        eps="norm_eps",
+        qk_norm="head",
+        mixers=_mixers(v, "conv", [FULL if i in attends else MIXER_TYPES["conv"] for i in range(layers)]),
+        conv_size=size(v, "conv_L_cache", 2**10),
+        conv_bias=flag(v, "conv_bias"),
     )
 
 
@@ -421,6 +512,7 @@ class Family:
     architecture: str  # its class in transformers
     defaults: dict
     read: Callable[[dict, int | None], ModelConfig]  # (config.json with the defaults, max_length)
+    null_values: frozenset[str] = frozenset()  # keys whose null does not mean "default", beside NULL_IS_A_VALUE
 
 
 FAMILIES = {
@@ -432,6 +524,9 @@ FAMILIES = {
     "gemma": Family("GemmaForCausalLM", class_defaults.GEMMA, _gemma),
     "gemma2": Family("Gemma2ForCausalLM", class_defaults.GEMMA2, _gemma2),
     "gemma3_text": Family("Gemma3ForCausalLM", class_defaults.GEMMA3, _gemma3),
+    "qwen3_5_text": Family("Qwen3_5ForCausalLM", class_defaults.QWEN3_5, _qwen3_5),
+    "olmo_hybrid": Family("OlmoHybridForCausalLM", class_defaults.OLMO_HYBRID, _olmo_hybrid, frozenset({"rope_theta"})),
+    "lfm2": Family("Lfm2ForCausalLM", class_defaults.LFM2, _lfm2),
     "phi3": Family("Phi3ForCausalLM", class_defaults.PHI3, _phi3),
     "olmo": Family("OlmoForCausalLM", class_defaults.OLMO, _olmo),
     "olmo2": Family("Olmo2ForCausalLM", class_defaults.OLMO2, _olmo2),

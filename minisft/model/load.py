@@ -42,14 +42,21 @@ def build_model(config: ModelConfig, device: torch.device | str = "meta") -> Dec
 
 
 def init_weights(model: Decoder, seed: int) -> None:
-    """Random weights by the rules of transformers: matrices N(0, initializer_range), biases 0, norms multiply by 1.
-    GPT-2's projections into the residual stream, two a layer, are smaller by sqrt(2 * num_layers).
+    """Random weights by the rules of transformers: matrices N(0, initializer_range), biases 0, norms multiply by 1. GPT-2's
+    projections into the residual stream, two a layer, are smaller by sqrt(2 * num_layers). A Gated DeltaNet's decays are
+    uniform in [0.01, 16] and its dt_bias is 1, OLMo hybrid's too.
 
     Drawn in fp32 on the CPU from `seed` alone, so that every device and dtype starts from the same model.
     """
     config, generator = model.config, torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):
+                parameter.copy_(torch.empty(parameter.shape).uniform_(0.01, 16, generator=generator).log_())
+                continue
+            if name.endswith(("dt_bias", "o_norm.weight")):
+                parameter.fill_(1.0)
+                continue
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0 - config.norm_offset)
                 continue

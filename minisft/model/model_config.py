@@ -58,6 +58,17 @@ class ModelConfig:
     mlp_has_norm: bool = False  # parallel: the MLP has a norm of its own, else it reads what attention reads
     sum_branches_first: bool = False  # parallel: (attention + mlp) + x, else (x + attention) + mlp; rounds differently
 
+    # ---- what mixes the tokens, per layer: "attention" | "delta" (gated_delta_net.py) | "conv" (short_convolution.py)
+    mixers: tuple[str, ...] = ()
+    delta_num_key_heads: int = 0
+    delta_num_value_heads: int = 0
+    delta_key_dim: int = 0  # features of a head
+    delta_value_dim: int = 0
+    delta_beta_scale: float = 1.0  # 2: the memory may be reflected, not only be overwritten
+    delta_norm_eps: float = 1e-6
+    conv_size: int = 0  # tokens that a convolution sees, of "delta" and "conv"
+    conv_bias: bool = False
+
     # ---- attention
     qkv_bias: bool = False
     o_bias: bool = False
@@ -65,6 +76,7 @@ class ModelConfig:
     clip_qkv: float | None = None  # q, k and v are clamped to +-clip_qkv
     attention_scale: float = 1.0  # the factor of q.k before the softmax
     attention_scale_by_layer: bool = False  # divide it by (layer + 1) as well
+    attention_gate: bool = False  # the output times the sigmoid of a projection, which q_proj has beside each head of q
     attention_softcap: float | None = None  # scores become c tanh(score / c)
     windows: tuple[int | None, ...] = ()  # per layer: how many of the newest tokens a query sees; None: all
 
@@ -93,6 +105,11 @@ class ModelConfig:
     mlp_output_dropout: float = 0.0
     initializer_range: float = 0.02
     depth_scaled_init: bool = False  # the projections into the residual stream start at 1 / sqrt(2 num_layers)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether a layer remembers one past only, so that documents cannot share a prefix."""
+        return any(mixer != "attention" for mixer in self.mixers)
 
     stored_vocab_size: int = field(default=0, compare=False)  # embedding rows in the files that it is loaded from
     notes: tuple[str, ...] = field(default=(), compare=False)  # decisions that from_hf made and a user should see

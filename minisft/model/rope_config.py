@@ -31,12 +31,16 @@ def read_rope(
     theta_key: str = "rope_theta",
     partial_key: str | None = None,
     aliases: dict[str, str] | None = None,
+    of_images: tuple[str, ...] = (),
 ) -> Rope:
     """The rotary embedding of a model whose layers all share one.
 
     values: config.json with the class defaults. theta_key, partial_key: its keys for theta and for the share of a head that
-    turns (None: this family always turns whole heads). aliases: other names of rope types.
+    turns (None: this family always turns whole heads). aliases: other names of rope types. of_images: keys that say how the
+    positions of images are split over the pairs: for text, whose three positions are one, they change nothing.
     """
+    tables = ("rope_scaling", "rope_parameters")
+    values = values | {t: _without(values[t], of_images) for t in tables if isinstance(values.get(t), dict)}
     table = _agreed(_table(values, "rope_scaling"), _table(values, "rope_parameters"))
     if aliases and table.get("rope_type") in list(aliases):
         table["rope_type"] = aliases[table["rope_type"]]
@@ -64,6 +68,10 @@ def read_rope_by_kind(values: dict, head_dim: int, max_length: int | None, theta
         require(table[SHARE] == 1, f"{SHARE} = {table[SHARE]} is not implemented for {values['model_type']}")
         ropes[kind] = _rope(table, values, None, head_dim, max_length)
     return ropes
+
+
+def _without(table: dict, keys: tuple[str, ...]) -> dict:
+    return {key: value for key, value in table.items() if key not in keys}
 
 
 def _table(values: dict, name: str) -> dict:

@@ -54,6 +54,7 @@ class Names:
     stacked: dict[str, tuple[str, ...]] = field(default_factory=dict)  # the file's module -> ours
     by_head: bool = False  # stacked rows are interleaved head by head
     transposed: bool = False  # projections are kept as [in, out]
+    aliases: dict[str, str] = field(default_factory=dict)  # a part of a name that files may have -> what is written
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -67,6 +68,36 @@ NAMES = {
             "self_attn.o_proj": "self_attn.dense",
             "mlp.up_proj": "mlp.fc1",
             "mlp.down_proj": "mlp.fc2",
+        }
+    ),
+    "qwen3_5_text": Names(
+        modules={
+            "linear_attn.a_proj": "linear_attn.in_proj_a",
+            "linear_attn.b_proj": "linear_attn.in_proj_b",
+            "linear_attn.g_proj": "linear_attn.in_proj_z",
+            "linear_attn.o_proj": "linear_attn.out_proj",
+            "linear_attn.o_norm": "linear_attn.norm",
+        },
+        stacked={
+            "linear_attn.in_proj_qkv": tuple(f"linear_attn.{part}_proj" for part in "qkv"),
+            "linear_attn.conv1d": tuple(f"linear_attn.{part}_conv1d" for part in "qkv"),
+        },
+    ),
+    "olmo_hybrid": Names(  # transformers renames the norms of its attention layers too; the published files do not
+        modules={"input_layernorm": "attention_layer_norm", "post_attention_layernorm": "feedforward_layer_norm"},
+        aliases={"input_layernorm": "attention_layer_norm", "post_attention_layernorm": "feedforward_layer_norm"},
+    ),
+    "lfm2": Names(
+        modules={
+            "norm": "embedding_norm",
+            "input_layernorm": "operator_norm",
+            "post_attention_layernorm": "ffn_norm",
+            "self_attn.o_proj": "self_attn.out_proj",
+            "self_attn.q_norm": "self_attn.q_layernorm",
+            "self_attn.k_norm": "self_attn.k_layernorm",
+            "mlp.gate_proj": "feed_forward.w1",
+            "mlp.up_proj": "feed_forward.w3",
+            "mlp.down_proj": "feed_forward.w2",
         }
     ),
     "gpt_neox": Names(
@@ -123,6 +154,12 @@ def stored_tensors(config: ModelConfig, names: Iterable[str]) -> dict[str, Store
             transposed=family.transposed and leaf == "weight" and module.endswith("_proj"),
         )
     return tensors
+
+
+def usual_name(config: ModelConfig, name: str) -> str:
+    """The name that is written for a tensor which a file may have under another one."""
+    aliases = NAMES.get(config.model_type, LLAMA).aliases
+    return ".".join(aliases.get(part, part) for part in name.split(".")) if aliases else name
 
 
 def module_name(config: ModelConfig, module: str) -> str:

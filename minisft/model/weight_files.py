@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from minisft.errors import MODEL, UserError
 from minisft.model.model_config import ModelConfig
-from minisft.model.tensor_names import module_name
+from minisft.model.tensor_names import module_name, usual_name
 from minisft.strict_json import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -65,7 +65,7 @@ def read_headers(folder: Path, config: ModelConfig) -> tuple[dict[str, FileTenso
             for name in names:
                 part = file.get_slice(name)
                 tensor = FileTensor(path, name, part.get_shape(), part.get_dtype())
-                key = bare(name)
+                key = usual_name(config, bare(name))
                 first, _, rest = key.partition(".")
                 is_further = first == layers and rest.partition(".")[0] in map(str, further)
                 if first not in parts or is_further or BUFFERS.search(name):

@@ -41,7 +41,7 @@ def prepare_dpo(
     Raises UserError where the options do not fit the model, and where policy and reference differ before the first step.
     """
     section = config.dpo
-    refuse_windows(model, train, evals)
+    refuse_sharing(model, train, evals)
     objective = objective_of(config)
     first = train.step(0, 0)[0].to(device)
     check_layout(model, first, train, precision)
@@ -165,11 +165,18 @@ def cached(
     return train, evals, f"{found} in {cache_folder(config)}"
 
 
-def refuse_windows(model: Decoder, train: Loader, evals: dict[str, Loader]) -> None:
-    """A sliding window counts keys from the query backwards: across the chosen answer it would reach less of the prompt."""
+def refuse_sharing(model: Decoder, train: Loader, evals: dict[str, Loader]) -> None:
+    """Two answers cannot share a prompt where a layer carries a state through it, which has one future. And a sliding window
+    counts keys from the query backwards: across the chosen answer it would reach less of the prompt."""
     for loader in (train, *evals.values()):
         if loader.documents.shared is None:
             continue
+        if model.config.has_states:
+            raise UserError(
+                f"dpo.share_prompt with {model.config.model_type}, whose layers remember one past a document",
+                hint="set share_prompt = false",
+                exit_code=CONFIG,
+            )
         longest, windows = int(loader.documents.unit_lengths.max()), [w for w in model.config.windows if w is not None]
         if windows and min(windows) < longest:
             raise UserError(

@@ -58,6 +58,10 @@ LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_fr
 YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 2.0, "beta_slow": 0.25, "original_max_position_embeddings": 16}
 LONGROPE = {"type": "longrope", "short_factor": [1.1, 1.4, 1.9], "long_factor": [1.5, 3.0, 7.0]}
 
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12}
+# transformers 5.23 cuts OLMo hybrid's convolution into equal thirds when it saves; its own files have q, k and v apart.
+EQUAL = {"linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_num_value_heads": 4, "linear_value_head_dim": 8}
+
 VARIANTS = {
     "llama": GROUPED | {"model_type": "llama"},
     "llama_biases": GROUPED
@@ -153,6 +157,51 @@ VARIANTS = {
         "sliding_window": WINDOW,
         "rope_scaling": YARN | {"attention_factor": 1.3},
     },
+    "qwen3_5": GROUPED
+    | {
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+    }
+    | DELTA,
+    "qwen3_5_mixed": GROUPED
+    | {
+        "model_type": "qwen3_5_text",
+        "layer_types": ["full_attention", "linear_attention"],
+        "head_dim": 16,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    }
+    | DELTA
+    | {"linear_num_value_heads": 2},
+    "olmo_hybrid": GROUPED
+    | {"model_type": "olmo_hybrid", "num_hidden_layers": 4, "rope_theta": None}  # as the published files have it
+    | DELTA
+    | EQUAL,
+    "olmo_hybrid_rope": GROUPED
+    | {
+        "model_type": "olmo_hybrid",
+        "linear_allow_neg_eigval": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    }
+    | EQUAL,
+    "lfm2": GROUPED | {"model_type": "lfm2", "full_attn_idxs": [1], "block_multiple_of": 8},
+    "lfm2_biases": GROUPED
+    | {
+        "model_type": "lfm2",
+        "full_attn_idxs": [0],
+        "conv_bias": True,
+        "conv_L_cache": 4,
+        "block_auto_adjust_ff_dim": False,
+        "tie_word_embeddings": False,
+    },
     "granite": GROUPED
     | {
         "model_type": "granite",
@@ -206,12 +255,13 @@ def to_v4(v5: dict, minimal: dict) -> dict:
         v4["sliding_window_pattern"] = minimal["sliding_window_pattern"]
     if v5["model_type"] == "qwen2":  # version 5 clears the window where it is unused
         v4["sliding_window"] = minimal.get("sliding_window", 4096)
-    v4.pop("layer_types", None)  # written since 4.53 only
+    if "layer_types" not in minimal:
+        v4.pop("layer_types", None)  # written since 4.53 only
     tables = v5.get("rope_parameters")
     if tables is None:
         return v4
     table = dict(tables.get("full_attention", tables))
-    v4["rope_theta"] = table.pop("rope_theta")
+    v4["rope_theta"] = table.pop("rope_theta", None)
     if v5["model_type"] == "gemma3_text":
         v4["rope_local_base_freq"] = tables["sliding_attention"]["rope_theta"]
     partial = table.pop("partial_rotary_factor", None)
