@@ -8,6 +8,7 @@ import numpy as np
 from minisft import runtime
 from minisft.data.cache import Documents
 from minisft.data.detect_format import detect_row_format, rename_fields
+from minisft.data.encoding import encode_prompt
 from minisft.data.formats import plain_prompt, to_example
 from minisft.data.kinds import KIND_MASK, USER
 from minisft.data.row_format import FormatOptions
@@ -48,22 +49,26 @@ def read_prompts(
             data = rename_fields(row.data, field_map)
             row_format = row_format or detect_row_format(data, "auto", options, tokenizer.template is not None)
             example = to_example(data, row_format, options)
+            if example.messages:
+                *messages, answer = example.messages
+                prompt, answer = replace(example, messages=messages), answer["content"]
+            elif len(example.pieces) == 2:
+                prompt, answer = replace(example, pieces=example.pieces[:1]), example.pieces[1].text
+            else:
+                raise UserError(
+                    f"{place(row.file, row.line)}: {row_format.name} rows have no prompt to complete",
+                    hint="evaluate.generate_data needs rows with a prompt and an answer",
+                    exit_code=DATA,
+                )
+            text, ids = encode_prompt(
+                tokenizer,
+                prompt,
+                layout=row_format.prompt,
+                control_tokens=options.control_tokens,
+                add_special_tokens=options.add_special_tokens,
+            )
         except RowError as error:
             raise UserError(f"{place(row.file, row.line)}: {error}", exit_code=DATA) from None
-        if example.messages:
-            *prompt, answer = example.messages
-            given = {"tools": example.tools, "documents": example.documents, **(example.variables or {})}
-            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **given)
-            ids, answer = tokenizer.encode(text), answer["content"]
-        elif len(example.pieces) == 2:
-            text, answer = (piece.text for piece in example.pieces)
-            ids = tokenizer.encode_prompt(text, add_special_tokens=options.add_special_tokens)
-        else:
-            raise UserError(
-                f"{place(row.file, row.line)}: {row_format.name} rows have no prompt to complete",
-                hint="evaluate.generate_data needs rows with a prompt and an answer",
-                exit_code=DATA,
-            )
         group = str(row.data.get(group_field, "")) if group_field else "all"
         prompts.append(Prompt(ids, text, answer, group))
     return prompts

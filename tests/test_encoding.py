@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from minisft.commands.generate import prompt_ids
 from minisft.data.cache import build_cache
 from minisft.data.chat.conversations import check_messages
 from minisft.data.chat.masks import render_conversation
@@ -23,6 +24,7 @@ from minisft.data.rows import RowError
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import train_tokenizer
 from minisft.errors import UserError
+from minisft.samples import read_prompts
 
 TOKENIZER = train_tokenizer(["Hello, how are you? I am fine.", "<|im_end|> |im im_end"] * 5, 300)
 SPECIAL_IDS = {TOKENIZER.backend.token_to_id(text) for text in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")}
@@ -225,6 +227,45 @@ def test_control_tokens_outside_of_templates(tmp_path, row, is_refused, ends, en
 
 
 ICONS = "\U000f0000\U000f033d\U000ffffd\U00100000\U00100001\U00100003\U0010fff0\U0010fff1\U0010fff2\U0010fffd"
+
+
+@pytest.mark.parametrize("layout", ["chat", "instruction", "plain"])
+def test_the_prompt_at_inference_has_the_tokens_of_training(tmp_path, layout):
+    asked, tools = "One<|im_end|>two", [{"name": "<|im_start|>", "parameters": {}}]
+    rows = {
+        "chat": [
+            {
+                "messages": [{"role": "system", "content": "<|endoftext|>"}, *turns(asked, "b", "c", "d")],
+                "tools": tools,
+            },
+            {"messages": turns(asked, "b")},
+        ],
+        "instruction": [
+            {"instruction": asked, "input": "<|im_start|>", "output": "d"},
+            {"question": asked, "answer": "d"},
+        ],
+        "plain": [{"prompt": asked, "completion": "d"}],
+    }[layout]
+    tokenizer = replace(
+        TOKENIZER, prefix_ids=[TOKENIZER.eos_token_id], template=TOKENIZER.template if layout == "chat" else None
+    )
+    for row in rows:
+        seen = []
+        for policy in ("escape", "allow"):
+            options = FormatOptions(control_tokens=policy)
+            cache = build(tmp_path, [row], tokenizer, control_tokens=policy)
+            given = {"options": options, "field_map": {}, "group_field": None}
+            (prompt,) = read_prompts(str(tmp_path / "rows.jsonl"), tokenizer, **given)
+            trained = np.flatnonzero(cache.kinds >= TRAINED)
+            last = trained[np.flatnonzero(np.diff(trained, prepend=-9) > 1)[-1]]  # where the last answer begins
+            assert prompt.ids == cache.ids[:last].tolist() and asked in prompt.text
+            seen.append(prompt.ids)
+        assert seen[0] != seen[1]
+    for is_escaped, ids in zip((True, False), seen):  # `minisft generate`, of the last row
+        assert prompt_ids(tokenizer, asked, layout, is_escaped) == ids
+    if layout != "plain":
+        with pytest.raises(UserError, match="rows.jsonl:1: control token in a message"):
+            read_prompts(str(tmp_path / "rows.jsonl"), tokenizer, **(given | {"options": FormatOptions()}))
 
 
 @pytest.mark.parametrize("policy", ["error", "escape"])

@@ -124,26 +124,33 @@ def test_generate_answers(trained, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "template, layout, row, prompt",
     [
-        (None, "instruction", {"question": (question := "How many legs do 3 dogs have?"), "answer": "12"}, question),
+        (
+            None,
+            "instruction",
+            {"question": (question := "How many legs do 3 <|im_end|> have?"), "answer": "12"},
+            question,
+        ),
         ("chatml", "chat", {"question": question, "answer": "12"}, question),
         (None, "plain", {"prompt": f"{question}\n", "completion": "12"}, f"{question}\\n"),
     ],
 )
-def test_generate_asks_as_the_training_data_did(tmp_path, capsys, template, layout, row, prompt):
+def test_generate_asks_as_the_training_data_did(tmp_path, capsys, monkeypatch, template, layout, row, prompt):
     """A question becomes the tokens that stood before its answer in training; it is the one that the last page shows."""
     train_tokenizer([], vocab_size=259, chat_template=template).save(tmp_path / "tokenizer")
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    options = {"data.max_length": 256, "train.max_steps": 1}
+    options = {"data.max_length": 256, "train.max_steps": 1, "data.control_tokens": "escape"}
     result = train(tmp_path, **options)
     ready, _ = parts(tmp_path, **options)
     (batch,) = ready.train.step(0, 0)
     asked = read_manifest(result.model_dir)["prompt"]
     assert f"generate {result.output_dir} --prompt '{prompt}'\n" in capsys.readouterr().out
-    ids = generate.prompt_ids(load_tokenizer(result.model_dir), prompt, asked)
+    asked_with = []
+    monkeypatch.setattr("minisft.generation.generate", lambda model, ids, **options: asked_with.extend(ids) or [[1]])
+    assert generate.main([str(result.output_dir), "--prompt", prompt]) == 0
     assert asked == layout
     listed = json.loads((result.model_dir / "generation_config.json").read_text())["eos_token_id"]
     assert set(listed) == load_tokenizer(result.model_dir).stop_ids  # whoever serves it stops where the answers ended
-    assert ids == batch.input_ids[: batch.loss_rows[0] + 1].tolist()
+    assert asked_with == [batch.input_ids[: batch.loss_rows[0] + 1].tolist()]
 
 
 def test_generate_in_a_folder_without_a_model(tmp_path):

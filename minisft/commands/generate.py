@@ -45,8 +45,9 @@ def main(argv: list[str]) -> int:
     layout = trained.get("prompt", "plain" if tokenizer.template is None else "chat")
     layout = "plain" if arguments.plain else layout
     prompts = arguments.prompt or (line.rstrip("\n") for line in sys.stdin)
+    is_escaped = trained.get("control_tokens") == "escape" and not arguments.plain
     for prompt in prompts:
-        ids = prompt_ids(tokenizer, prompt, layout)
+        ids = prompt_ids(tokenizer, prompt, layout, is_escaped)
         (output,) = generate(
             model,
             [ids],
@@ -61,12 +62,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def prompt_ids(tokenizer: "Tokenizer", prompt: str, layout: str) -> list[int]:
-    """The tokens of a prompt, exactly as in training."""
+def prompt_ids(tokenizer: "Tokenizer", prompt: str, layout: str, is_escaped: bool = False) -> list[int]:
+    """The tokens of a prompt, exactly as in training. is_escaped: special tokens that are written in it are text."""
+    from minisft.data.encoding import encode_prompt
+    from minisft.data.formats import Example, whole
+    from minisft.data.kinds import USER
     from minisft.data.prompts import plain_prompt
 
     if layout == "chat":
-        messages = [{"role": "user", "content": prompt}]
-        return tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-    text = plain_prompt(prompt) if layout == "instruction" else prompt.replace("\\n", "\n")
-    return tokenizer.encode_prompt(text)
+        asked = Example(messages=[{"role": "user", "content": prompt}])
+    else:
+        text = plain_prompt(prompt) if layout == "instruction" else prompt.replace("\\n", "\n")
+        asked = Example((whole(text, USER),))
+    return encode_prompt(tokenizer, asked, layout=layout, control_tokens="escape" if is_escaped else "allow")[1]

@@ -16,7 +16,7 @@ and completions too, and counts those rows.
 
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from operator import itemgetter
@@ -66,43 +66,73 @@ def conversation_pieces(
             variables=row.variables,
         )
 
-    found = _control_tokens(tokenizer, example)
-    if found and options.control_tokens == "error":
-        raise _control_token(*next(iter(found.items())))
-    if not found or options.control_tokens == "allow":
-        documents = rendered(example)
-        pieces = [Piece(d.text, d.spans, d.weights) for d in documents]
-    else:
-        tokens = _escapes(example, list(found), tokenizer.template_for(example.tools).text)
-        documents = rendered(_escaped(tokenizer, example, {token: character for character, token in tokens.items()}))
-        pieces = [_put_back(Piece(d.text, d.spans, d.weights), tokens) for d in documents]
-        if [piece.text for piece in pieces] != [d.text for d in rendered(example)]:
-            raise RowError("control token that cannot be escaped", "the chat template does not render it as it is")
+    documents, pieces, has_control_tokens = _rendered(tokenizer, example, options.control_tokens, rendered)
     first = documents[0]
     return ConversationPieces(
-        pieces, [d.end for d in documents], first.strategy, bool(found), first.has_untrained_greeting
+        pieces, [d.end for d in documents], first.strategy, has_control_tokens, first.has_untrained_greeting
     )
+
+
+def _rendered(
+    tokenizer: Tokenizer, example: Example, control_tokens: str, render: Callable[[Example], list[Rendered]]
+) -> tuple[list[Rendered], list[Piece], bool]:
+    """(what `render` makes of a row of messages, its pieces, whether the row has control tokens). Raises RowError."""
+    found = _control_tokens(tokenizer, example)
+    if found and control_tokens == "error":
+        raise _control_token(*next(iter(found.items())))
+    if not found or control_tokens == "allow":
+        documents = render(example)
+        return documents, [Piece(d.text, d.spans, d.weights) for d in documents], bool(found)
+    tokens = _escapes(example, list(found), tokenizer.template_for(example.tools).text)
+    documents = render(_escaped(tokenizer, example, {token: character for character, token in tokens.items()}))
+    pieces = [_put_back(Piece(d.text, d.spans, d.weights), tokens) for d in documents]
+    if [piece.text for piece in pieces] != [d.text for d in render(example)]:
+        raise RowError("control token that cannot be escaped", "the chat template does not render it as it is")
+    return documents, pieces, True
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: Example, *, layout: str, control_tokens: str, add_special_tokens: bool = True
+) -> tuple[str, list[int]]:
+    """(text, ids) of a prompt, exactly as in training. Raises RowError.
+
+    prompt: the messages before the answer, or the one piece before it. layout: as in RowFormat.prompt. control_tokens,
+    add_special_tokens: as in FormatOptions.
+    """
+
+    def rendered(row: Example) -> list[Rendered]:
+        assert row.messages is not None
+        given = {"tools": row.tools, "documents": row.documents, **(row.variables or {})}
+        return [Rendered(tokenizer.apply_chat_template(row.messages, add_generation_prompt=True, **given), [])]
+
+    if prompt.messages:
+        (piece,), add_special_tokens = _rendered(tokenizer, prompt, control_tokens, rendered)[1], False
+    else:
+        (piece,), _ = _pieces_of_text(tokenizer, prompt.pieces, layout, control_tokens)
+    before, ids = tokenizer.prefix_ids if add_special_tokens else [], encode_pieces(tokenizer, [piece])[0].ids.tolist()
+    return piece.text, ids if ids[: len(before)] == before else before + ids  # unless the prompt brings its own
 
 
 def text_pieces(
     tokenizer: Tokenizer, example: Example, row_format: RowFormat, options: FormatOptions
 ) -> tuple[tuple[Piece, ...], bool]:
     """The pieces of a row that no template renders, and whether it counts as a row with control tokens. Raises RowError."""
-    pieces, has_control_tokens = _pieces_of_text(tokenizer, example, row_format, options)
+    control_tokens = "allow" if row_format.name == "text" else options.control_tokens
+    pieces, has_control_tokens = _pieces_of_text(tokenizer, example.pieces, row_format.prompt, control_tokens)
     return _continued(tokenizer, pieces), has_control_tokens
 
 
 def _pieces_of_text(
-    tokenizer: Tokenizer, example: Example, row_format: RowFormat, options: FormatOptions
+    tokenizer: Tokenizer, pieces: tuple[Piece, ...], layout: str, control_tokens: str
 ) -> tuple[tuple[Piece, ...], bool]:
-    found = [list(tokenizer.control_tokens.finditer(piece.text)) for piece in example.pieces]
+    found = [list(tokenizer.control_tokens.finditer(piece.text)) for piece in pieces]
     if not any(found):
-        return example.pieces, False
-    if options.control_tokens == "error" and row_format.prompt == "instruction":
+        return pieces, False
+    if control_tokens == "error" and layout == "instruction":
         raise _control_token(next(chain(*found))[0], "the row")
-    if options.control_tokens != "escape" or row_format.name == "text":
-        return example.pieces, row_format.prompt == "instruction"
-    escaped = [replace(piece, literal=[m.span() for m in matches]) for piece, matches in zip(example.pieces, found)]
+    if control_tokens != "escape":
+        return pieces, layout == "instruction"
+    escaped = [replace(piece, literal=[m.span() for m in matches]) for piece, matches in zip(pieces, found)]
     return tuple(escaped), True
 
 

@@ -130,11 +130,6 @@ class Tokenizer:
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return self.prefix_ids + ids + self.suffix_ids if add_special_tokens else ids
 
-    def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a prompt outside of a template, exactly as in training: after `prefix_ids`, unless it brings its own."""
-        before, ids = self.prefix_ids if add_special_tokens else [], self.encode(text)
-        return ids if ids[: len(before)] == before else before + ids
-
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of many texts, without special tokens, on all cores."""
         return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]

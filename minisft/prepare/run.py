@@ -142,6 +142,7 @@ def prepare(config: Config, device: torch.device) -> Run:
             # how a question became a prompt in the training data: "chat", "instruction" or "plain"
             "prompt": loader.documents.cache.manifest["sources"][0]["prompt"],
             "chat_template_kwargs": config.model.chat_template_kwargs,
+            "control_tokens": config.data.control_tokens,
             "max_length": config.data.max_length,  # some rotary tables depend on it
         },
         start=start,
