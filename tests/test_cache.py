@@ -94,6 +94,9 @@ def test_all_formats_together(tmp_path):
     assert len(cache.describe()) == 7
 
 
+TOOL = {"name": "add", "parameters": {"type": "object", "properties": {}}}
+
+
 def test_columns_that_change_the_loss_or_may_be_missed_are_reported_on_lines_of_their_own(tmp_path):
     rows = [{"question": "Hi", "answer": "Hello", "query": "x", "note": "y", "weight": w} for w in (72.5, 2)]
     rows += [{"question": "Hi", "answer": "Hello", "query": empty, "weight": None} for empty in ("", None)]
@@ -108,6 +111,16 @@ def test_columns_that_change_the_loss_or_may_be_missed_are_reported_on_lines_of_
     turns = [{"role": "user", "content": 'Say "Hi"\n'}, {"role": "assistant", "content": "Hi"}]
     rows = [{"prompt": 'Say "Hi"', "messages": turns}, {"prompt": "Ho", "messages": turns}]  # the first is no loss
     assert "prompt has a value in 1 rows" in build(tmp_path, jsonl(tmp_path / "b.jsonl", rows)).describe()[1]
+    rows = [
+        {"messages": turns},
+        {"messages": turns, "context": "c"},
+        {"messages": turns, "tools": [TOOL], "documents": "[]"},
+    ]
+    lines = build(tmp_path, jsonl(tmp_path / "c.jsonl", rows)).describe()[1:]  # the first row has none of them
+    assert [line.partition(";")[0] for line in lines] == [
+        "WARNING: the column context has a value in 1 rows and is not used",
+        "WARNING: the column tools has a value in 1 rows and no chat template renders it",
+    ]
 
 
 def test_everything_is_trained_where_asked(tmp_path):

@@ -144,11 +144,13 @@ class TokenCache:
 
 def column_notes(entry: dict) -> list[str]:
     """Lines about the columns of a source: what a prompt may lack, and what scales the loss. entry: of the manifest."""
-    notes = [
-        f"WARNING: the column {name} has a value in {rows:,} rows and is not used; rename it by field_map, or leave it out: "
-        f'ignore = ["{name}"]'
-        for name, rows in entry["unread"].items()
-    ]
+    notes = []
+    for name, rows in entry["unread"].items():
+        is_rendered = name in ("tools", "documents")
+        why = "no chat template renders it; to" if is_rendered else "is not used; rename it by field_map, or"
+        notes.append(
+            f'WARNING: the column {name} has a value in {rows:,} rows and {why} leave it out: ignore = ["{name}"]'
+        )
     if weight := entry["weight"]:
         factors = f"{weight['min']:g}" + (f" to {weight['max']:g}" if weight["max"] > weight["min"] else "")
         rows = f"{weight['rows']:,} rows"

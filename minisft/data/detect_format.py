@@ -4,6 +4,7 @@ formats.py has the table of formats. If the row and the options do not decide, i
 """
 
 import json
+import re
 from difflib import get_close_matches
 
 from minisft.data.formats import (
@@ -108,8 +109,7 @@ def detect_row_format(row: dict, format: str, options: FormatOptions, has_templa
         answers=options.answers,
         last_turn_only=options.last_turn_only,
         weighted="weight" in row,
-        ignored=(ignored := _ignored(columns, row, name, chat, turns, options)),
-        unread=tuple(column for column in ignored if column in PROMPT_COLUMNS),
+        ignored=_ignored(columns, row, name, chat, turns, options),
     )
 
 
@@ -177,8 +177,21 @@ def _ignored(columns: dict, row: dict, name: str, chat: bool, turns: bool, optio
     return tuple(field for field in columns if field not in used)
 
 
-def is_repeated(row: dict, column: str, ignored: tuple[str, ...]) -> bool:
+def unread_columns(
+    row: dict, row_format: RowFormat, options: FormatOptions, template: str
+) -> tuple[set[str], tuple[str, ...]]:
+    """(the columns that are read, those of PROMPT_COLUMNS that nothing reads) of a row without columns that are null.
+
+    template: the text of the chat template, which may not mention what it is given.
+    """
+    read = fields_read(row, row_format.name, row_format.chat, row_format.turns, options)
+    omitted = {name for name in ("tools", "documents") if not re.search(rf"\b{name}\b", template)}
+    read -= omitted
+    return read, tuple(name for name in row if name in PROMPT_COLUMNS and name not in read)
+
+
+def is_repeated(row: dict, column: str, read: set[str]) -> bool:
     """Whether the text of a column is also in one that is read, as the prompt beside the messages that begin with it."""
     text = row[column]
-    read = [value for name, value in row.items() if name not in ignored]
-    return isinstance(text, str) and json.dumps(text.strip())[1:-1] in json.dumps(read, default=str)
+    values = [value for name, value in row.items() if name in read]
+    return isinstance(text, str) and json.dumps(text.strip())[1:-1] in json.dumps(values, default=str)

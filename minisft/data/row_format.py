@@ -61,7 +61,6 @@ class RowFormat:
     last_turn_only: bool = False  # of the assistant's turns only the last is trained
     weighted: bool = False  # the rows have a `weight`
     ignored: tuple[str, ...] = ()  # fields of the first row that are not read
-    unread: tuple[str, ...] = ()  # those of them that may belong to the prompt
 
     def __str__(self) -> str:
         """One line for the start of a run."""

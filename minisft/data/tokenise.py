@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from minisft.data.detect_format import detect_row_format, is_repeated, rename_fields
+from minisft.data.detect_format import detect_row_format, is_repeated, rename_fields, unread_columns
 from minisft.data.encoding import (
     Encoded,
     check_chat_template,
@@ -33,7 +33,7 @@ from minisft.data.encoding import (
     text_pieces,
     with_kinds,
 )
-from minisft.data.formats import Example, Piece, to_examples
+from minisft.data.formats import Example, Piece, to_examples, without_nulls
 from minisft.data.kinds import ANSWER, MISMATCHED, SPECIAL, TERMINATOR, TEXT, TRAINED
 from minisft.data.preferences import SIDES
 from minisft.data.row_format import FormatOptions, RowFormat
@@ -123,6 +123,7 @@ class _Work:
     entry: dict
     bad_rows: list[str]
     row_format: RowFormat | None = None  # decided by the first row
+    columns: dict[tuple[str, ...], tuple[set[str], tuple[str, ...]]] = field(default_factory=dict)  # see unread_columns
     dropped: Counter = field(default_factory=Counter)  # reason -> rows
     strategies: Counter = field(default_factory=Counter)  # how turns were found -> rows; "" = rows without turns
 
@@ -168,8 +169,13 @@ class _Work:
     def count_columns(self, row: dict, weight: float) -> None:
         """Count what the user should know of a row's columns: those of a prompt that are not read, and a weight."""
         assert self.row_format is not None
-        for name in self.row_format.unread:
-            if row.get(name) and not is_repeated(row, name, self.row_format.ignored):
+        row = without_nulls(row)
+        if (names := tuple(row)) not in self.columns:
+            template = "".join(t.text for t in (self.tokenizer.template, self.tokenizer.tool_template) if t)
+            self.columns[names] = unread_columns(row, self.row_format, self.options, template)
+        read, unread = self.columns[names]
+        for name in unread:
+            if row[name] not in ("", "[]", [], {}) and not is_repeated(row, name, read):
                 self.entry["unread"][name] = self.entry["unread"].get(name, 0) + 1
         if row.get("weight") is not None:
             seen = self.entry["weight"] or {"rows": 0, "min": weight, "max": weight}
