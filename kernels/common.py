@@ -32,6 +32,7 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_OPS: frozenset[str] = frozenset(
     {
         "adamw",
+        "causal_conv1d",
         "cross_entropy",
         "dequantize_fp4",
         "dequantize_int8",
