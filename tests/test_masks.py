@@ -15,7 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minisft.data.chat import masks
-from minisft.data.chat.masks import Masking, render_conversation
+from minisft.data.chat.dialogue import Masking
+from minisft.data.chat.masks import render_conversation
 from minisft.data.chat.template import ChatTemplate, render
 from minisft.data.chat.template_check import check_template
 from minisft.data.chat.training_templates import STOCK, tagged_twin
@@ -27,6 +28,7 @@ TEMPLATES = {
     path.stem: ChatTemplate(path.read_text(encoding="utf-8").rstrip("\n"))
     for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))
 }
+PROMPTS_OTHERWISE = ChatTemplate(TEMPLATES["deepseek_r1"].text.replace("<think>", "<muse>"))
 TERMINATORS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>", "<|end_of_text|>")
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": [1, 2]}}}
@@ -262,9 +264,9 @@ def test_masks_are_those_written_by_hand(name, conversation):
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_a_template_that_prompts_otherwise_than_it_renders_is_refused(conversation):
-    """DeepSeek R1's: the prompt ends in <think>, and what it renders has none."""
+    """In the manner of DeepSeek R1's, but with a thought of another name (test_prompts.py has the one that is known)."""
     with pytest.raises(RowError, match="differently than at inference: message . before its answer"):
-        render_conversation(TEMPLATES["deepseek_r1"], CONVERSATIONS[conversation])
+        render_conversation(PROMPTS_OTHERWISE, CONVERSATIONS[conversation])
 
 
 def test_joint_refuses_where_turns_are_needed():
@@ -298,7 +300,7 @@ def test_good_templates_pass_the_start_up_check(name):
 
 def test_bad_templates_are_told_at_the_start():
     with pytest.raises(UserError, match="cannot render one question and its answer"):
-        check_template(TEMPLATES["deepseek_r1"], TERMINATORS)
+        check_template(PROMPTS_OTHERWISE, TERMINATORS)
     no_end = ChatTemplate("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
                           "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")  # fmt: skip
     with pytest.raises(UserError, match="does not train the end of an answer"):

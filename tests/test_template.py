@@ -2,7 +2,9 @@
 
 import pytest
 
-from minisft.data.chat.masks import Masking, kinds_of, render_conversation
+from minisft.data.chat.dialogue import Masking
+from minisft.data.chat.masks import render_conversation
+from minisft.data.chat.spans import kinds_of
 from minisft.data.chat.template import ChatTemplate, render
 from minisft.data.chat.template_check import check_template
 from minisft.data.chat.training_templates import CHATML

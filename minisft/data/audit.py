@@ -15,7 +15,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from minisft.data.cache import Documents, TokenCache, column_notes
+from minisft.data.cache import Documents, TokenCache, source_notes
 from minisft.data.documents import blocks, count_targets, cut, is_mismatched, rows_of
 from minisft.data.kinds import (
     ANSWER,
@@ -254,7 +254,7 @@ def source_table(documents: Documents, counts: np.ndarray) -> list[dict]:
         {
             "source": source.label,
             "layout": entry["layout"],
-            "notes": column_notes(entry) + (cache.label_notes() if number == 0 else []),
+            "notes": source_notes(entry) + (cache.label_notes() if number == 0 else []),
             "rows_read": entry["rows_read"],
             "rows_used": int(rows_used[number]),
             "bad_rows": entry["dropped"],

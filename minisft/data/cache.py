@@ -51,7 +51,7 @@ from minisft.data.tokenise import Document, new_entry, tokenise, with_mismatched
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, SAVE, UserError
 
-CACHE_VERSION = 3  # raise it when the same input gives other tokens or kinds
+CACHE_VERSION = 4  # raise it when the same input gives other tokens or kinds
 BLOCK_TOKENS = 2**20
 ABSENT = "absent"
 ARRAYS = {
@@ -112,7 +112,7 @@ class TokenCache:
         lines = []
         for source, entry in zip(self.sources, self.manifest["sources"]):
             lines.append(f"{source.label}{f' at {source.origin}' if source.commit else ''}: {entry['layout']}")
-            lines += column_notes(entry)
+            lines += source_notes(entry)
         lines += self.label_notes()
         dropped = sum(sum(entry["dropped"].values()) for entry in self.manifest["sources"])
         if dropped:
@@ -142,8 +142,8 @@ class TokenCache:
         return lines
 
 
-def column_notes(entry: dict) -> list[str]:
-    """Lines about the columns of a source: what a prompt may lack, and what scales the loss. entry: of the manifest."""
+def source_notes(entry: dict) -> list[str]:
+    """Lines about a source: what a prompt may lack, how it was chosen, and what scales the loss. entry: of the manifest."""
     notes = []
     for name, rows in entry["unread"].items():
         is_rendered = name in ("tools", "documents")
@@ -151,6 +151,8 @@ def column_notes(entry: dict) -> list[str]:
         notes.append(
             f'WARNING: the column {name} has a value in {rows:,} rows and {why} leave it out: ignore = ["{name}"]'
         )
+    for how, rows in entry["prompts"].items():
+        notes.append(f"{rows:,} rows have answers that continue another prompt than the template's default: {how}")
     if weight := entry["weight"]:
         factors = f"{weight['min']:g}" + (f" to {weight['max']:g}" if weight["max"] > weight["min"] else "")
         rows = f"{weight['rows']:,} rows"

@@ -26,7 +26,8 @@ import numpy as np
 import tokenizers
 
 from minisft.data.chat.conversations import check_messages
-from minisft.data.chat.masks import Masking, Rendered, render_conversation
+from minisft.data.chat.dialogue import Masking, Rendered
+from minisft.data.chat.masks import render_conversation
 from minisft.data.chat.template_check import check_template
 from minisft.data.formats import Example, Piece
 from minisft.data.kinds import TRAINED
@@ -47,6 +48,7 @@ class ConversationPieces:
     strategy: str  # how the turns were found: see chat/masks.py
     has_control_tokens: bool
     has_untrained_greeting: bool = False  # it begins with the assistant, and this turn is context
+    prompts: frozenset[str] = frozenset()  # how answers got another prompt than the default (chat/inference.py)
 
 
 def conversation_pieces(
@@ -67,10 +69,9 @@ def conversation_pieces(
         )
 
     documents, pieces, has_control_tokens = _rendered(tokenizer, example, options.control_tokens, rendered)
-    first = documents[0]
-    return ConversationPieces(
-        pieces, [d.end for d in documents], first.strategy, has_control_tokens, first.has_untrained_greeting
-    )
+    first, ends = documents[0], [d.end for d in documents]
+    prompts = frozenset().union(*(d.prompts for d in documents))
+    return ConversationPieces(pieces, ends, first.strategy, has_control_tokens, first.has_untrained_greeting, prompts)
 
 
 def _rendered(

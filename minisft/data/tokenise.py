@@ -72,9 +72,9 @@ class _Pending:
     has_control_tokens: bool = False
     has_untrained_greeting: bool = False
     end: int = 0  # how many messages of a conversation the document holds
-    strategy: str = (
-        ""  # how the turns of a conversation were found (chat/masks.py); per_turn: only the last answer is trained
-    )
+    # How the turns of a conversation were found (chat/masks.py); per_turn: only the last answer is trained.
+    strategy: str = ""
+    prompts: frozenset[str] = frozenset()  # how its answers got another prompt than the default (chat/inference.py)
 
 
 def new_entry() -> dict[str, Any]:
@@ -83,7 +83,7 @@ def new_entry() -> dict[str, Any]:
     counts = {"rows_read": 0, "rows_used": 0, "documents": 0, "dropped": {}, "control_tokens": 0, "straddling": 0}
     counts["untrained_greetings"] = 0
     columns = {"unread": {}, "weight": {}}
-    return {"layout": "", "prompt": "", **counts, **columns, "strategies": {}, "turns_cut": turns}
+    return {"layout": "", "prompt": "", **counts, **columns, "strategies": {}, "prompts": {}, "turns_cut": turns}
 
 
 def tokenise(
@@ -157,6 +157,7 @@ class _Work:
             examples = to_examples(data, self.row_format, self.options)
             for example in examples:
                 parts += _parts(number, row, example, self.row_format, self.tokenizer, self.options)
+            _check_prompts(parts)
         except RowError as error:
             self.refuse(_bad_row(row, error))
             return []
@@ -164,6 +165,8 @@ class _Work:
         self.entry["control_tokens"] += any(part.has_control_tokens for part in parts)
         self.entry["untrained_greetings"] += any(part.has_untrained_greeting for part in parts)
         self.strategies[parts[0].strategy] += 1
+        for how in frozenset().union(*(part.prompts for part in parts)):
+            self.entry["prompts"][how] = self.entry["prompts"].get(how, 0) + 1
         return parts
 
     def count_columns(self, row: dict, weight: float) -> None:
@@ -272,9 +275,17 @@ def _parts(
             rendered.has_untrained_greeting,
             end,
             rendered.strategy,
+            rendered.prompts,
         )
         for piece, end in zip(rendered.pieces, rendered.ends)
     ]
+
+
+def _check_prompts(parts: list[_Pending]) -> None:
+    """Raise RowError if the chosen and the rejected answer of a pair continue different prompts."""
+    if parts[0].example.role is not None and len({part.prompts for part in parts}) > 1:
+        how = " | ".join(", ".join(sorted(part.prompts)) or "default" for part in parts)
+        raise RowError("answers to different prompts", f"the prompt of each: {how}")
 
 
 def _train_on(row_format: RowFormat) -> str:
@@ -311,7 +322,8 @@ def _without_oldest_turns(
             first_trained=max(0, part.example.first_trained - (cut - first)),
         )
         train_on = "last" if is_alone else _train_on(row_format)
-        pieces = conversation_pieces(tokenizer, fewer, replace(options, multi_turn="joint"), train_on).pieces
+        joint_or_alone = replace(options, multi_turn="per_turn" if is_alone else "joint")
+        pieces = conversation_pieces(tokenizer, fewer, joint_or_alone, train_on).pieces
         return encode_pieces(tokenizer, pieces)[0]
 
     low, high, best = 0, len(cuts), None  # bisection for the first cut with which the document fits

@@ -26,8 +26,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minisft.data.chat.conversations import RENDER_NAMES
-from minisft.data.chat.masks import terminator
 from minisft.data.chat.template import ChatTemplate, render
+from minisft.data.chat.template_check import ends_of_turns
 from minisft.data.rows import RowError
 from minisft.data.tokenizer_files import Parts, assemble, read_files
 from minisft.errors import MODEL, UserError
@@ -68,11 +68,13 @@ class Tokenizer:
 
     @cached_property
     def stop_ids(self) -> set[int]:
-        """The tokens that end an answer: EOS, and the token that the chat template puts after one, which may be another."""
-        ids = {self.eos_token_id}
-        if self.template is not None:
-            ids.add(self.backend.token_to_id(terminator(self.template)))
-        return {i for i in ids if i is not None}
+        """The tokens that end an answer: EOS, and those at which the trained text of a chat template ends, which may be others:
+        after an answer, and after a tool call."""
+        ends = [
+            text for template in (self.template, self.tool_template) if template for text in ends_of_turns(template)
+        ]
+        last = {self.encode(text.rstrip())[-1] for text in ends}
+        return (last & self.special_ids) | ({self.eos_token_id} if self.eos_token_id is not None else set())
 
     @cached_property
     def vocab_size(self) -> int:

@@ -27,19 +27,28 @@ template puts before an answer to a question. If the header is not found, the gr
 
 A turn's span begins after the header ("<|im_start|>assistant\n" is given at inference, so it is not trained) and ends
 after the terminator, which must be trained or the model never stops: template_check.py refuses a template that fails.
+inference.py says which prompt an answer is given, and what ends an answer whose turn has no end of its own.
 """
 
 import json
-import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from minisft.data.chat.template import REFUSED, ChatTemplate, render
+from minisft.data.chat.dialogue import Conversation, Masking, Rendered
+from minisft.data.chat.inference import (
+    CLOSED_THOUGHT,
+    PROBE,
+    describe_switch,
+    opens_thought,
+    switch_values,
+)
+from minisft.data.chat.spans import THINKING, ended, spans_of
+from minisft.data.chat.template import REFUSED, ChatTemplate
 from minisft.data.chat.training_templates import CHATML, tagged_twin
-from minisft.data.kinds import ANSWER, HEADER, KIND_MASK, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
+from minisft.data.kinds import HEADER, TRAINED
 from minisft.data.rows import RowError
 
 # Markers are private-use characters of the last plane that the row does not contain. The first two are around the text of
@@ -47,76 +56,8 @@ from minisft.data.rows import RowError
 MARKERS = range(0x100000, 0x10FFFE)
 MARKER = re.compile(f"[{chr(MARKERS.start)}-{chr(MARKERS.stop)}]")
 START, END, CLOSE, OPEN = range(4)
-KIND_OF_ROLE = {"system": SYSTEM, "developer": SYSTEM, "user": USER, "tool": TOOL, "assistant": ANSWER}
-THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 TAG = re.compile(r"\{%[-+]?\s*generation\b")
-PROBE = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": "An answer."}]
 OURS = ("train", "weight", "part_spans")  # keys of a message that the template does not get
-
-Span = tuple[int, int, int]  # first character, the one after the last, kind | TRAINED
-
-
-@dataclass(frozen=True)
-class Masking:
-    """Which part of a conversation is trained; see the configuration's [data] section."""
-
-    train_on: str = "assistant"  # "assistant" | "last" | "all"
-    multi_turn: str = "auto"  # "auto" | "joint" | "per_turn"
-    reasoning: str = "train"  # "train" | "mask" | "strip"
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """One document of a conversation."""
-
-    text: str
-    spans: list[Span]  # the first covers everything as header; later ones win
-    weights: list[tuple[int, int, float]] = field(default_factory=list)  # first character, end, factor of the loss
-    strategy: str = "tags"  # "tags" | "known" | "prefix" | "per_turn"
-    end: int = 0  # the number of its messages
-    has_untrained_greeting: bool = False  # it begins with an assistant's turn, which had to become context
-
-
-@dataclass(frozen=True)
-class _Conversation:
-    """A row while it is rendered: the template's input, and our notes about each message."""
-
-    template: ChatTemplate
-    messages: list[dict]
-    trained: list[bool]
-    notes: list[dict]  # the keys OURS of each message
-    masking: Masking
-    given: dict[str, Any]  # tools, documents and variables, for render()
-    markers: str
-
-    def render(self, stop: int | None = None, **options: Any) -> str:
-        return render(self.template, self.messages[:stop], **self.given, **options)
-
-    def prompt(self, i: int) -> str:
-        """The text that the model is given before it writes message i. Raises RowError if that cannot be told."""
-        if i > self.greeting:
-            return self.render(i, add_generation_prompt=True)
-        # Many templates render no prompt without a question. So the greeting's is its own text up to the end of the header.
-        so_far, header = self.render(i + 1), self.header()
-        at = so_far.find(header)
-        if not header.strip() or at < 0:
-            raise RowError("no header before the first turn", f"message {i}: {header!r} is not in {so_far[:80]!r}")
-        return so_far[: at + len(header)]
-
-    @property
-    def greeting(self) -> int:
-        """The number of the first turn if it is the assistant's, else -1."""
-        first = next((i for i, m in enumerate(self.messages) if m["role"] not in ("system", "developer")), -1)
-        return first if self.messages[first]["role"] == "assistant" else -1
-
-    def header(self) -> str:
-        """What the template puts after a question's end and before its answer."""
-        asked = replace(self, messages=PROBE[:1])
-        question, prompt = asked.render(), asked.render(add_generation_prompt=True)
-        at = len(os.path.commonprefix([question, prompt]))
-        if question[at:] and prompt.rfind("<", 0, at) > prompt.rfind(">", 0, at):  # they part inside a special token
-            at = prompt.rfind("<", 0, at)
-        return prompt[at:]
 
 
 def render_conversation(
@@ -125,7 +66,7 @@ def render_conversation(
     *,
     tools: list[dict] | None = None,
     documents: list[dict] | None = None,
-    masking: Masking = Masking(),
+    masking: Masking = Masking(),  # noqa: B008 - frozen
     first_trained: int = 0,
     variables: dict | None = None,
 ) -> list[Rendered]:
@@ -148,7 +89,7 @@ def render_conversation(
     rule = {"all": range(len(plain)), "last": answers[-1:], "assistant": [i for i in answers if i >= first_trained]}
     trained = [note.get("train", i in rule[masking.train_on]) for i, note in enumerate(notes)]
     given = {"tools": tools, "documents": documents, **(variables or {})}
-    row = _Conversation(template, plain, trained, notes, masking, given, markers)
+    row = Conversation(template, plain, trained, notes, masking, given, markers, {})
     if masking.train_on == "all":
         return [_everything(row)]
     untrained = row.greeting >= 0 and trained[row.greeting] and not _has_prompt(row, row.greeting)
@@ -163,7 +104,44 @@ def render_conversation(
     return [replace(document, has_untrained_greeting=True) for document in found] if untrained else found
 
 
-def _documents(row: _Conversation) -> list[Rendered]:
+def _documents(row: Conversation) -> list[Rendered]:
+    """The documents with the default values of the template's switches, or else with others, each answer with its own if it
+    must be. Raises the first RowError if no value is exact."""
+    switches = [both for both in switch_values(row.template) if both[0] not in row.given]
+    if not switches:
+        return _joint_or_per_turn(row)
+    row = replace(row, is_strict=True)
+    switched = [replace(row, given=row.given | {name: v}, switch=describe_switch(name, v)) for name, v in switches]
+    options = [row, *switched]
+    errors = []
+    for option in options:
+        try:
+            return _joint_or_per_turn(option)
+        except RowError as error:
+            errors.append(error)
+    try:
+        if row.masking.multi_turn != "joint" and sum(row.trained) > 1:
+            return [_alone(options, i) for i, on in enumerate(row.trained) if on]
+    except RowError:
+        pass
+    try:
+        return _joint_or_per_turn(replace(row, is_strict=False))
+    except RowError:
+        raise errors[0] from None
+
+
+def _alone(options: list[Conversation], i: int) -> Rendered:
+    """The document of answer i, with the first of the options that is exact. Raises RowError if none is."""
+    errors = []
+    for option in options:
+        try:
+            return _per_turn(replace(option, trained=[n == i for n in range(len(option.messages))]))[0]
+        except RowError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _joint_or_per_turn(row: Conversation) -> list[Rendered]:
     if row.masking.multi_turn == "per_turn":
         return _per_turn(row)
     try:
@@ -175,7 +153,7 @@ def _documents(row: _Conversation) -> list[Rendered]:
     return _per_turn(row)
 
 
-def _has_prompt(row: _Conversation, i: int) -> bool:
+def _has_prompt(row: Conversation, i: int) -> bool:
     """Whether the text before a turn can be told. Raises RowError if it cannot and the row wants the turn trained."""
     try:
         _turn(row, row.render(i + 1), i)
@@ -217,7 +195,7 @@ def _without_reasoning(message: dict, note: dict) -> dict:
 # ------------------------------------------------------------------------------------------------- the whole conversation at once
 
 
-def _joint(row: _Conversation) -> Rendered:
+def _joint(row: Conversation) -> Rendered:
     """A, B or C. Raises RowError if none is exact."""
     answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
     text, turns, contents, strategy = None, [], {}, "prefix"
@@ -239,24 +217,25 @@ def _joint(row: _Conversation) -> Rendered:
     is_checked = strategy == "prefix" or strategy == "tags" and row.masking.multi_turn == "joint"
     if not is_checked and row.template.text != CHATML:
         for i, turn in zip(answers, turns):
-            if row.trained[i] and i < len(row.messages) - 1:  # the last turn has nothing after it that could change it
+            # The last turn has nothing after it that could change it, but its prompt may depend on a switch.
+            if row.trained[i] and (i < len(row.messages) - 1 or switch_values(row.template)):
                 _turn(row, text, i, turn)
-    return _spans(row, text, dict(zip(answers, turns)), contents, strategy)
+    return spans_of(row, *ended(row, text, dict(zip(answers, turns))), contents, strategy)
 
 
 @lru_cache(maxsize=32)
 def _tags_hold_header(template: ChatTemplate) -> bool:
     """Whether the tags include the header, as SmolLM3's do. Turns are then found by prefix instead."""
-    row = _Conversation(template, PROBE, [False, False], [{}, {}], Masking(), {}, markers_for(len(PROBE), ""))
+    row = Conversation(template, PROBE, [False, False], [{}, {}], Masking(), {}, markers_for(len(PROBE), ""), {})
     try:
         text, turns, _ = _marked(row)
         prompt = row.prompt(1)
     except RowError:
         return False  # template_check.py reports whatever it is
-    return bool(turns) and text.startswith(prompt) and turns[-1][0] < len(prompt)
+    return bool(turns) and turns[-1][0] < len(prompt)
 
 
-def _marked(row: _Conversation, plain: str | None = None) -> tuple[str, list, dict]:
+def _marked(row: Conversation, plain: str | None = None) -> tuple[str, list, dict]:
     """(text, tagged turns, {message: span of its content}), found by markers. plain: the text that must result."""
     marked = [_mark_content(row.markers, i, message) for i, message in enumerate(row.messages)]
     tags: dict[str, Any] = {"_minisft_start": row.markers[START], "_minisft_end": row.markers[END]}
@@ -301,7 +280,7 @@ def _read_markers(markers: str, marked: str) -> tuple[str, list[tuple[int, int]]
     return "".join(pieces[::2]), [turn for turn in turns if turn[1] > turn[0]], contents
 
 
-def _turns_by_prefix(row: _Conversation, text: str, answers: list[int]) -> list[tuple[int, int]]:
+def _turns_by_prefix(row: Conversation, text: str, answers: list[int]) -> list[tuple[int, int]]:
     """C. Turns that are context need not be found, because only their kind depends on it."""
     turns = []
     for i in answers:
@@ -314,13 +293,14 @@ def _turns_by_prefix(row: _Conversation, text: str, answers: list[int]) -> list[
     return turns
 
 
-def _turn(row: _Conversation, text: str, i: int, found: tuple[int, int] | None = None) -> tuple[int, int]:
+def _turn(row: Conversation, text: str, i: int, found: tuple[int, int] | None = None) -> tuple[int, int]:
     """The span of assistant turn i in `text`. found: the span that tags gave.
 
     Raises RowError unless the text before the turn is the prompt that inference gives, and the turn is the text that the
     template renders after that prompt, or a part of it that the tags enclose.
     """
-    prompt, so_far = row.prompt(i), row.render(i + 1)
+    so_far = row.answered(i)
+    prompt, how = _continued_prompt(row, i, so_far, text)
     if found is not None and found[0] < len(prompt):
         raise RowError("the generation tags hold more than the answer", f"message {i}: {text[slice(*found)]!r}")
     turn = so_far if found is None else text[: found[1]]
@@ -335,13 +315,41 @@ def _turn(row: _Conversation, text: str, i: int, found: tuple[int, int] | None =
             )
     # "<|im_end|>\n": generation ends at the token, nobody samples the newline after it.
     end = len(so_far.rstrip()) if so_far[len(prompt) :].strip() else len(so_far)
+    if how:
+        row.prompts[i] = how
     return found or (len(prompt), end)
+
+
+def _continued_prompt(row: Conversation, i: int, so_far: str, text: str) -> tuple[str, str]:
+    """(prompt, how it was chosen): the default prompt, or that of a switch, whichever answer i continues.
+
+    Two whitespace characters may be one token, so a prompt that ends inside a stretch of whitespace is taken last. The
+    default prompt is returned if none is continued. Raises RowError if the default prompt cannot be told.
+    """
+    inside = error = None
+    for switch in ((), *(both for both in switch_values(row.template) if both[0] not in row.given)):
+        try:
+            prompt = row.prompt(i, **dict([switch] if switch else []))
+        except RowError as caught:  # no header before a greeting
+            error = error or caught
+            continue
+        is_closed = not switch and opens_thought(row.template) and so_far != row.render(i + 1)
+        how = describe_switch(*switch) if switch else CLOSED_THOUGHT * is_closed or row.switch
+        if so_far.startswith(prompt) and text.startswith(prompt):
+            if not (prompt[-1:].isspace() and so_far[len(prompt) :][:1].isspace()):
+                return prompt, how
+            inside = inside or (prompt, how)
+    if inside is None and error is not None:
+        raise error
+    if inside is not None and row.is_strict:
+        raise RowError("the prompt ends inside a stretch of whitespace", f"message {i}: {inside[0][-40:]!r}")
+    return inside or (row.prompt(i), "")
 
 
 # ------------------------------------------------------------------------------------------------- turn by turn
 
 
-def _per_turn(row: _Conversation) -> list[Rendered]:
+def _per_turn(row: Conversation) -> list[Rendered]:
     """D. All turns of a document but the last are context."""
     if not any(row.trained):  # one document of context, which the account counts under "with nothing to train"
         text = row.render()
@@ -354,15 +362,16 @@ def _per_turn(row: _Conversation) -> list[Rendered]:
     documents = []
     for i in (i for i, on in enumerate(row.trained) if on):
         alone = [n == i for n in range(i + 1)]
-        part = replace(row, messages=row.messages[: i + 1], notes=row.notes[: i + 1], trained=alone)
-        text, _, contents = _marked(part)
+        part = replace(row, messages=row.messages[: i + 1], notes=row.notes[: i + 1], trained=alone, prompts={})
+        _, _, contents = _marked(part)
+        text = part.answered(i)  # a thought is put behind all other contents
         answers = [n for n, message in enumerate(part.messages) if message["role"] == "assistant"]
         turns = dict(zip(answers, _turns_by_prefix(part, text, answers)))
-        documents.append(_spans(part, text, turns, contents, "per_turn"))
+        documents.append(spans_of(part, *ended(part, text, turns), contents, "per_turn"))
     return documents
 
 
-def _everything(row: _Conversation) -> Rendered:
+def _everything(row: Conversation) -> Rendered:
     """train_on = "all". The places of turns only decide their kinds, unless a message has train = false."""
     if not all(row.trained):
         rendered = _joint(row)
@@ -373,88 +382,3 @@ def _everything(row: _Conversation) -> Rendered:
     except RowError:
         text = row.render()
         return Rendered(text, [(0, len(text), HEADER | TRAINED)], [], "prefix", len(row.messages))
-
-
-# ------------------------------------------------------------------------------------------------- spans
-
-
-def _spans(row: _Conversation, text: str, turns: dict, contents: dict, strategy: str) -> Rendered:
-    """turns: {assistant message: span}, contents: {other message: span}."""
-    spans: list[Span] = [(0, len(text), HEADER)]
-    weights = []
-    for i, message in enumerate(row.messages):
-        start, end = turns.get(i) or contents.get(i) or (0, 0)
-        trained = TRAINED if row.trained[i] else 0
-        if end == start:
-            if trained and message["content"].strip():
-                raise RowError("the place of a message cannot be found", f"message {i} is to be trained")
-            continue
-        if message["role"] == "assistant":
-            spans += _answer_spans(row, text, start, end, message, trained)
-        else:
-            spans.append((start, end, KIND_OF_ROLE[message["role"]] | trained))
-        if "part_spans" in row.notes[i]:
-            spans += _part_spans(row, text, start, end, i)
-        if trained and row.notes[i].get("weight", 1.0) != 1.0:
-            weights.append((start, end, row.notes[i]["weight"]))
-    return Rendered(text, spans, weights, strategy, len(row.messages))
-
-
-def _answer_spans(row: _Conversation, text: str, start: int, end: int, message: dict, trained: int) -> list[Span]:
-    """One assistant turn: answer, reasoning, tool calls, terminator."""
-    turn = text[start:end]
-    content = message["content"].strip()
-    answer = THINKING.sub("", content).strip() if "</think>" in content else content
-    if trained and answer not in turn:
-        raise RowError("the chat template changed an answer", f"{answer[:40]!r} is not rendered as it is")
-    for call in (message.get("tool_calls") or []) if trained else []:
-        name = str((call.get("function") or call).get("name"))
-        if name not in turn:
-            raise RowError("the chat template omits a tool call", f"of {name!r}")
-    spans = [(start, end, (TOOL_CALL if message.get("tool_calls") else ANSWER) | trained)]
-    if message.get("tool_calls") and answer in turn:
-        at = start + turn.rindex(answer)
-        spans.append((at, at + len(answer), ANSWER | trained))
-    reasoning = _reasoning_end(turn, (message.get("reasoning_content") or "").strip())
-    if reasoning:
-        spans.append((start, start + reasoning, REASONING | (0 if row.masking.reasoning == "mask" else trained)))
-    end_of_turn = terminator(row.template)
-    if end_of_turn and turn.rstrip().endswith(end_of_turn):
-        spans.append((start + turn.rindex(end_of_turn), end, TERMINATOR | trained))
-    return spans
-
-
-def _reasoning_end(turn: str, reasoning: str) -> int:
-    """How many characters at the beginning of a turn are reasoning, with the tag that closes it."""
-    at = turn.index(reasoning) + len(reasoning) if reasoning and reasoning in turn else 0
-    closing = turn.find("</think>", at)
-    return closing + len("</think>") if closing >= 0 else at
-
-
-def _part_spans(row: _Conversation, text: str, start: int, end: int, i: int) -> list[Span]:
-    """The spans of the parts of a content that have a `train` of their own."""
-    content = row.messages[i]["content"]
-    inner = content.strip()
-    if text[start:end].count(inner) != 1:
-        raise RowError(
-            "the place of a part cannot be found", f"message {i}: its content is not rendered once, as it is"
-        )
-    offset = text.index(inner, start) - content.index(inner)
-    kind = KIND_OF_ROLE[row.messages[i]["role"]]
-    kept = [(max(a + offset, start), min(b + offset, end), on) for a, b, on in row.notes[i]["part_spans"]]
-    return [(a, b, kind | (TRAINED if on else 0)) for a, b, on in kept if a < b]
-
-
-@lru_cache(maxsize=32)
-def terminator(template: ChatTemplate) -> str:
-    """The text that the template puts after an answer inside the assistant's turn, such as "<|im_end|>"."""
-    text, answer = render(template, PROBE), PROBE[1]["content"]
-    return text[text.rindex(answer) + len(answer) :].rstrip() if answer in text else ""
-
-
-def kinds_of(document: Rendered) -> bytearray:
-    """kind | TRAINED of each character."""
-    kinds = bytearray(len(document.text))
-    for start, end, byte in document.spans:
-        kinds[start:end] = bytes([byte & (KIND_MASK | TRAINED)]) * (end - start)
-    return kinds

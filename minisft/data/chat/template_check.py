@@ -7,7 +7,9 @@ answer and end in a special token.
 from functools import lru_cache
 from itertools import pairwise
 
-from minisft.data.chat.masks import PROBE, Rendered, render_conversation
+from minisft.data.chat.dialogue import Rendered
+from minisft.data.chat.inference import CALLED, PROBE, RESULT, TOOLS
+from minisft.data.chat.masks import render_conversation
 from minisft.data.chat.template import ChatTemplate, render
 from minisft.data.kinds import TRAINED
 from minisft.data.rows import RowError
@@ -18,8 +20,6 @@ SPACED = [
     {"role": "assistant", "content": "Zwei\n\n W\u00f6rter"},
 ]
 THOUGHT = {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
-CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"key": "a"}}, "id": "call00001"}
-TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "Looks up a key.", "parameters": {}}}]
 PROBES = [  # (messages, tools)
     (PROBE, None),
     ([*PROBE, *SPACED], None),
@@ -27,15 +27,7 @@ PROBES = [  # (messages, tools)
     ([*PROBE, *SPACED, *PROBE], None),
     ([PROBE[0], THOUGHT], None),
     ([PROBE[0], THOUGHT, *SPACED], None),
-    (
-        [
-            PROBE[0],
-            {"role": "assistant", "content": "", "tool_calls": [CALL]},
-            {"role": "tool", "name": "look_up", "tool_call_id": "call00001", "content": "b"},
-            PROBE[1],
-        ],
-        TOOLS,
-    ),
+    ([*CALLED, RESULT, PROBE[1]], TOOLS),
 ]
 
 
@@ -68,6 +60,19 @@ def check_template(template: ChatTemplate, terminators: tuple[str, ...]) -> None
             refuse(f"trains the header of an answer: {turn!r}")
         if messages[-1]["content"].strip() not in turn:
             refuse(f"does not train the whole answer: {turn!r}")
+
+
+@lru_cache(maxsize=32)
+def ends_of_turns(template: ChatTemplate) -> tuple[str, ...]:
+    """The trained texts of an answer, alone and before a question, and of a tool call. Each ends where generation stops."""
+    ends = []
+    for messages, tools in (PROBES[0], ([*PROBE, PROBE[0]], None), PROBES[-1]):
+        try:
+            documents = render_conversation(template, messages, tools=tools)
+        except RowError:  # check_template reports it where it matters
+            continue
+        ends += [text for document in documents for text in _trained_text(document)]
+    return tuple(text for text in ends if text.strip())
 
 
 def _trained_text(document: Rendered) -> list[str]:

@@ -1,0 +1,107 @@
+"""From the places of turns in a text to spans: what each character is, and whether it is trained.
+
+A turn that has no end of its own is ended here, by the opener of the next one (inference.py).
+"""
+
+import re
+
+from minisft.data.chat.dialogue import Conversation, Rendered, Span
+from minisft.data.chat.inference import TOKEN, openers, terminator
+from minisft.data.kinds import ANSWER, HEADER, KIND_MASK, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
+from minisft.data.rows import RowError
+
+KIND_OF_ROLE = {"system": SYSTEM, "developer": SYSTEM, "user": USER, "tool": TOOL, "assistant": ANSWER}
+THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+
+
+def ended(row: Conversation, text: str, turns: dict[int, tuple[int, int]]) -> tuple[str, dict]:
+    """(text, turns), in which the opener of the next turn ends each trained turn that has no end of its own."""
+    after_answer, after_call = openers(row.template)
+    if not after_answer and not after_call:
+        return text, turns
+    found = {}
+    for i, (start, end) in turns.items():
+        following = TOKEN.match(text, end)
+        if row.trained[i] and end > start and i == len(row.messages) - 1:
+            text += after_call if row.messages[i].get("tool_calls") else after_answer
+            end = len(text)
+        elif row.trained[i] and end > start and following and following[1] in (after_answer, after_call):
+            end = following.end()
+        found[i] = start, end
+    return text, found
+
+
+def spans_of(row: Conversation, text: str, turns: dict, contents: dict, strategy: str) -> Rendered:
+    """turns: {assistant message: span}, contents: {other message: span}."""
+    spans: list[Span] = [(0, len(text), HEADER)]
+    weights = []
+    for i, message in enumerate(row.messages):
+        start, end = turns.get(i) or contents.get(i) or (0, 0)
+        trained = TRAINED if row.trained[i] else 0
+        if end == start:
+            if trained and message["content"].strip():
+                raise RowError("the place of a message cannot be found", f"message {i} is to be trained")
+            continue
+        if message["role"] == "assistant":
+            spans += _answer_spans(row, text, start, end, message, trained)
+        else:
+            spans.append((start, end, KIND_OF_ROLE[message["role"]] | trained))
+        if "part_spans" in row.notes[i]:
+            spans += _part_spans(row, text, start, end, i)
+        if trained and row.notes[i].get("weight", 1.0) != 1.0:
+            weights.append((start, end, row.notes[i]["weight"]))
+    prompts = frozenset(how for i, how in row.prompts.items() if row.trained[i])
+    return Rendered(text, spans, weights, strategy, len(row.messages), prompts=prompts)
+
+
+def _answer_spans(row: Conversation, text: str, start: int, end: int, message: dict, trained: int) -> list[Span]:
+    """One assistant turn: answer, reasoning, tool calls, terminator."""
+    turn = text[start:end]
+    content = message["content"].strip()
+    answer = THINKING.sub("", content).strip() if "</think>" in content else content
+    if trained and answer not in turn:
+        raise RowError("the chat template changed an answer", f"{answer[:40]!r} is not rendered as it is")
+    for call in (message.get("tool_calls") or []) if trained else []:
+        name = str((call.get("function") or call).get("name"))
+        if name not in turn:
+            raise RowError("the chat template omits a tool call", f"of {name!r}")
+    spans = [(start, end, (TOOL_CALL if message.get("tool_calls") else ANSWER) | trained)]
+    if message.get("tool_calls") and answer in turn:
+        at = start + turn.rindex(answer)
+        spans.append((at, at + len(answer), ANSWER | trained))
+    reasoning = _reasoning_end(turn, (message.get("reasoning_content") or "").strip())
+    if reasoning:
+        spans.append((start, start + reasoning, REASONING | (0 if row.masking.reasoning == "mask" else trained)))
+    for end_of_turn in filter(None, (terminator(row.template), *openers(row.template))):
+        if turn.rstrip().endswith(end_of_turn):
+            spans.append((start + turn.rindex(end_of_turn), end, TERMINATOR | trained))
+    return spans
+
+
+def _reasoning_end(turn: str, reasoning: str) -> int:
+    """How many characters at the beginning of a turn are reasoning, with the tag that closes it."""
+    at = turn.index(reasoning) + len(reasoning) if reasoning and reasoning in turn else 0
+    closing = turn.find("</think>", at)
+    return closing + len("</think>") if closing >= 0 else at
+
+
+def _part_spans(row: Conversation, text: str, start: int, end: int, i: int) -> list[Span]:
+    """The spans of the parts of a content that have a `train` of their own."""
+    content = row.messages[i]["content"]
+    inner = content.strip()
+    if text[start:end].count(inner) != 1:
+        raise RowError(
+            "the place of a part cannot be found", f"message {i}: its content is not rendered once, as it is"
+        )
+    offset = text.index(inner, start) - content.index(inner)
+    kind = KIND_OF_ROLE[row.messages[i]["role"]]
+    kept = [(max(a + offset, start), min(b + offset, end), on) for a, b, on in row.notes[i]["part_spans"]]
+    return [(a, b, kind | (TRAINED if on else 0)) for a, b, on in kept if a < b]
+
+
+def kinds_of(document: Rendered) -> bytearray:
+    """kind | TRAINED of each character."""
+    kinds = bytearray(len(document.text))
+    for start, end, byte in document.spans:
+        kinds[start:end] = bytes([byte & (KIND_MASK | TRAINED)]) * (end - start)
+    return kinds
