@@ -202,8 +202,8 @@ def test_dynamic_is_decided_by_the_run():
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ("qwen3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-        ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
-        ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
+        ("llama", {"qk_layernorm": True}, "qk_layernorm"),
+        ("llama", {"use_qk_norm": True}, "use_qk_norm"),
         ("stablelm", {"head_dim": 16}, "head_dim"),
         ("phi", {"tie_word_embeddings": True}, "tie_word_embeddings"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
@@ -290,3 +290,4 @@ def test_layouts():
     by_head = Stored(("q", "k", "v"), num_heads=2).join([q, k, v])
     assert by_head.tolist() == [0, 1, 10, 11, 20, 21, 2, 3, 12, 13, 22, 23]
     assert Stored(("q",), transposed=True).join([torch.ones(3, 2)]).shape == (2, 3)
+    assert Stored(("q",), row_length=2).join([q]).tolist() == [[0, 1], [2, 3]]

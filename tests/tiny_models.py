@@ -43,9 +43,9 @@ CONFIGS = {
     "starcoder2": GROUPED | {"sliding_window": 9},
     "gpt_neox": SIZES,
     "gpt2": GPT2,
-    "stablelm": GROUPED | {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
-    "cohere": GROUPED,
-    "phi": GROUPED,
+    "stablelm": GROUPED | {"use_qkv_bias": True, "partial_rotary_factor": 0.5, "qk_layernorm": True},
+    "cohere": GROUPED | {"use_qk_norm": True},
+    "phi": GROUPED | {"qk_layernorm": True},
 }
 CONFIGS = {family: {"model_type": family} | values for family, values in CONFIGS.items()}
 assert CONFIGS.keys() == FAMILIES.keys()

@@ -4,7 +4,7 @@ Each token of a document attends to itself and to the tokens before it in the sa
 which; see data/batch.py). Several query heads may share a key-value head (grouped-query attention, Ainslie et al. 2023,
 arXiv:2305.13245): a smaller cache and less traffic.
 
-Families add more: a sliding window (a token sees the newest w only), a soft cap on the scores, an RMSNorm of queries
+Families add more: a sliding window (a token sees the newest w only), a soft cap on the scores, a norm of queries
 and keys, a clamp on q, k and v, layers without rotary embedding, a gate on the output. Each is one switch of the config, and
 all of them go through the kernels' contracts, so that every backend has them.
 """
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from minisft.kernels.flash_attention import flash_attention, flash_attention_with_kvcache
 from minisft.kernels.rope import rope
-from minisft.model.layers import RMSNorm
-from minisft.model.model_config import ModelConfig
+from minisft.model.layers import HeadLayerNorm, LayerNorm, RMSNorm
+from minisft.model.model_config import QK_LAYER_NORMS, ModelConfig
 from minisft.model.recompute import dropped
 
 
@@ -69,9 +69,13 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
-        if config.qk_norm != "none":
+        if config.qk_norm in ("head", "full"):
             self.q_norm = RMSNorm(config, config.head_dim if config.qk_norm == "head" else q_size)
             self.k_norm = RMSNorm(config, config.head_dim if config.qk_norm == "head" else kv_size)
+        elif config.qk_norm == "layer":
+            self.q_norm, self.k_norm = LayerNorm(config, config.head_dim), LayerNorm(config, config.head_dim)
+        elif config.qk_norm in QK_LAYER_NORMS:
+            self.q_norm, self.k_norm = (HeadLayerNorm(config, n) for n in (config.num_heads, config.num_kv_heads))
 
     def forward(
         self,
@@ -92,6 +96,8 @@ class Attention(nn.Module):
         q, gate = q.chunk(2, dim=-1) if self.is_gated else (q, None)
         k = k.unflatten(-1, (-1, self.head_dim))  # [T, Hkv, Dh]
         v = v.unflatten(-1, (-1, self.head_dim))
+        if self.qk_norm in QK_LAYER_NORMS:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = self._turn(q, k, cos_sin)
 
         keys, values = (k, v) if kv_cache is None else kv_cache.append(self.layer, k, v)

@@ -221,6 +221,7 @@ STABLELM = COMMON | {
     "max_position_embeddings": 4096,
     "layer_norm_eps": 1e-5,
     "use_qkv_bias": False,
+    "qk_layernorm": False,
     "use_parallel_residual": False,
     "hidden_dropout": 0.0,
     "partial_rotary_factor": 0.25,
@@ -235,6 +236,7 @@ COHERE = COMMON | {
     "max_position_embeddings": 8192,
     "layer_norm_eps": 1e-5,
     "logit_scale": 0.0625,
+    "use_qk_norm": False,
     "tie_word_embeddings": True,
     "attention_bias": False,
     "rope_theta": 5e5,
@@ -251,5 +253,6 @@ PHI = COMMON | {
     "layer_norm_eps": 1e-5,
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,
+    "qk_layernorm": False,
     "partial_rotary_factor": 0.5,
 }

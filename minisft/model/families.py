@@ -465,6 +465,7 @@ def _stablelm(v, max_length):
         block="parallel" if flag(v, "use_parallel_residual") else "pre",
         qkv_bias=flag(v, "use_qkv_bias"),
         o_bias=False,
+        qk_norm="layer_apart" if flag(v, "qk_layernorm") else "none",
         mlp_output_dropout=probability(v, "hidden_dropout"),
         **LAYER_NORM,
     )
@@ -479,6 +480,7 @@ def _cohere(v, max_length):
         block="parallel",
         rope_interleaved=True,
         rope_in_fp32=True,
+        qk_norm="layer_by_head" if flag(v, "use_qk_norm") else "none",
         logit_scale=number(v, "logit_scale"),
     )
 
@@ -493,6 +495,7 @@ def _phi(v, max_length):
         block="parallel",
         sum_branches_first=True,
         mlp="plain",
+        qk_norm="layer" if flag(v, "qk_layernorm") else "none",
         head_bias=True,
         embedding_dropout=probability(v, "embd_pdrop"),
         **LAYER_NORM,

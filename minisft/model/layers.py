@@ -1,5 +1,7 @@
 """Norms and MLPs: the layers that work on each token alone. A config chooses from NORMS and MLPS."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,10 +43,11 @@ class LayerNorm(nn.Module):
 
     recompute = False
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, size: int | None = None):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size)) if config.norm_weight else None
-        self.bias = nn.Parameter(torch.zeros(config.hidden_size)) if config.norm_bias else None
+        size = size or config.hidden_size
+        self.weight = nn.Parameter(torch.ones(size)) if config.norm_weight else None
+        self.bias = nn.Parameter(torch.zeros(size)) if config.norm_bias else None
         self.eps = config.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,6 +59,26 @@ class LayerNorm(nn.Module):
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         total = x + residual
         return self(total), total
+
+
+class HeadLayerNorm(nn.Module):
+    """LayerNorm of each head with a weight for each head, without a bias. The weights are one vector (Cohere) or one module
+    a head (StableLM), as in the files."""
+
+    def __init__(self, config: ModelConfig, num_heads: int):
+        super().__init__()
+        self.eps, self.is_apart = config.norm_eps, config.qk_norm == "layer_apart"
+        if self.is_apart:
+            plain = replace(config, norm_bias=False)
+            self.norms = nn.ModuleList(LayerNorm(plain, config.head_dim) for _ in range(num_heads))
+        else:
+            self.weight = nn.Parameter(torch.ones(num_heads * config.head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, H, Dh]"""
+        weight = torch.cat([norm.weight for norm in self.norms]) if self.is_apart else self.weight
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # rounded once, after the weight
+        return (layer_norm(wide, None, None, self.eps) * weight.view(x.shape[1:])).to(x.dtype)
 
 
 class GatedMLP(nn.Module):

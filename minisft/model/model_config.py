@@ -30,6 +30,11 @@ class Rope:
     note: str = field(default="", compare=False)  # what was decided, in words
 
 
+# qk_norm with a LayerNorm of each head: one weight and bias for all heads; a weight for each head, all in one tensor;
+# a weight for each head, in a tensor of its own.
+QK_LAYER_NORMS = ("layer", "layer_by_head", "layer_apart")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The switches of the decoder. `hf` is config.json as it was read, so that saving keeps every key."""
@@ -72,7 +77,7 @@ class ModelConfig:
     # ---- attention
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: str = "none"  # "none" | "head": RMSNorm of each head | "full": of all heads together
+    qk_norm: str = "none"  # "none" | "head": RMSNorm of each head | "full": of all heads together | see QK_LAYER_NORMS
     clip_qkv: float | None = None  # q, k and v are clamped to +-clip_qkv
     attention_scale: float = 1.0  # the factor of q.k before the softmax
     attention_scale_by_layer: bool = False  # divide it by (layer + 1) as well

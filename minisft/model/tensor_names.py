@@ -16,11 +16,13 @@ from minisft.model.model_config import ModelConfig
 @dataclass(frozen=True)
 class Stored:
     """One tensor of a file: our parameters `names`, stacked along dim 0 or, with num_heads, interleaved head by head (the
-    first head's rows of each, then the second head's), and then transposed if `transposed`."""
+    first head's rows of each, then the second head's), and then transposed if `transposed`. With row_length, a vector of
+    ours is a matrix of such rows in the file."""
 
     names: tuple[str, ...]
     num_heads: int = 0
     transposed: bool = False
+    row_length: int = 0
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """Our parameters -> the tensor of the file."""
@@ -29,10 +31,14 @@ class Stored:
             tensor = torch.stack(heads, dim=1).flatten(0, 2)
         else:
             tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if self.row_length:
+            return tensor.unflatten(0, (-1, self.row_length))
         return tensor.t() if self.transposed else tensor
 
     def split(self, tensor: Tensor, rows: list[int]) -> list[Tensor]:
         """The tensor of the file -> our parameters. rows: how many each of them has."""
+        if self.row_length:
+            return [tensor.flatten()]
         tensor = tensor.t() if self.transposed else tensor
         if self.num_heads:
             heads = tensor.unflatten(0, (self.num_heads, len(rows), -1))  # [H, 3, Dh, ...]
@@ -42,6 +48,8 @@ class Stored:
     def shape(self, parts: list[Tensor]) -> list[int]:
         """The shape of the tensor of the file."""
         shape = [sum(part.shape[0] for part in parts), *parts[0].shape[1:]]
+        if self.row_length:
+            return [shape[0] // self.row_length, self.row_length]
         return shape[::-1] if self.transposed else shape
 
 
@@ -57,13 +65,16 @@ class Names:
     aliases: dict[str, str] = field(default_factory=dict)  # a part of a name that files may have -> what is written
 
 
+QK_LAYERNORMS = {f"self_attn.{name}_norm": f"self_attn.{name}_layernorm" for name in "qk"}
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 LLAMA = Names()
 NAMES = {
     "phi3": Names(stacked={"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}),
     "starcoder2": Names(modules={"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}),
+    "stablelm": Names(modules=QK_LAYERNORMS),
     "phi": Names(
         modules={
+            **QK_LAYERNORMS,
             "norm": "final_layernorm",
             "self_attn.o_proj": "self_attn.dense",
             "mlp.up_proj": "mlp.fc1",
@@ -146,12 +157,13 @@ def stored_tensors(config: ModelConfig, names: Iterable[str]) -> dict[str, Store
             layer = f"{family.modules.get(layers, layers)}.{number}."
         if module in inside:
             continue
-        theirs, ours = stacks.get(module, (family.modules.get(module, module), (module,)))
+        theirs, ours = stacks.get(module, (module_name(config, module), (module,)))
         prefix = "" if module == "lm_head" else family.prefix
         tensors[f"{prefix}{layer}{theirs}.{leaf}"] = Stored(
             names=tuple(name.replace(module, part) for part in ours),
             num_heads=config.num_heads if family.by_head and len(ours) > 1 else 0,
             transposed=family.transposed and leaf == "weight" and module.endswith("_proj"),
+            row_length=config.head_dim if config.qk_norm == "layer_by_head" and module in QK_LAYERNORMS else 0,
         )
     return tensors
 
@@ -163,5 +175,7 @@ def usual_name(config: ModelConfig, name: str) -> str:
 
 
 def module_name(config: ModelConfig, module: str) -> str:
-    """What the files of the family call one of our modules."""
-    return NAMES.get(config.model_type, LLAMA).modules.get(module, module)
+    """What the files of the family call one of our modules, or a part of it."""
+    modules = NAMES.get(config.model_type, LLAMA).modules
+    whole, parts, number = module.partition(".norms.")
+    return modules.get(whole, whole) + parts + number

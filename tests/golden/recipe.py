@@ -21,7 +21,7 @@ def weight(variant: str, name: str, shape: list[int] | tuple[int, ...]) -> Tenso
     32 inputs a gain of 1.4: attention is far from uniform, no unit is dead, and every term shows in the logits.
     """
     uniform = np.random.RandomState(zlib.crc32(f"{variant}/{name}".encode())).uniform(-1, 1, size=shape)
-    if len(shape) == 2:
+    if len(shape) == 2 and "norm" not in name:
         values = 0.43 * uniform
     else:
         values = 0.5 * uniform + (0 if name.endswith("bias") else 1)

@@ -225,8 +225,11 @@ VARIANTS = {
     },
     "stablelm": GROUPED | {"model_type": "stablelm", "partial_rotary_factor": 0.5},
     "stablelm_parallel": GROUPED | {"model_type": "stablelm", "use_parallel_residual": True, "use_qkv_bias": True},
+    "stablelm_qk_norm": GROUPED | {"model_type": "stablelm", "qk_layernorm": True},
     "cohere": GROUPED | {"model_type": "cohere"},
+    "cohere_qk_norm": GROUPED | {"model_type": "cohere", "use_qk_norm": True, "tie_word_embeddings": False},
     "phi": SIZES | {"model_type": "phi"},
+    "phi_qk_norm": GROUPED | {"model_type": "phi", "qk_layernorm": True},
 }
 
 
