@@ -92,6 +92,7 @@ def test_gpt2_general_names():
         ("gemma2", {"num_hidden_layers": 3}, (9, None, 9)),
         ("gemma3_text", {"num_hidden_layers": 7, "sliding_window_pattern": None}, (9, 9, 9, 9, 9, None, 9)),
         ("olmo3", {"num_hidden_layers": 5, "layer_types": None}, (9, 9, 9, None, 9)),
+        ("cohere2", {"num_hidden_layers": 5, "sliding_window_pattern": None}, (9, 9, 9, None, 9)),
     ],
 )
 def test_windows(family, change, windows):
@@ -106,6 +107,7 @@ def test_ropes_by_layer():
     assert from_hf(CONFIGS["gemma3_text"] | scaled).ropes == (Rope(16, 1e4), Rope(16, 1e6, "linear", 8.0))
     assert from_hf(CONFIGS["olmo3"] | scaled).ropes == (Rope(8, 5e5), Rope(8, 5e5, "linear", 8.0))
     assert from_hf(CONFIGS["gpt2"]).ropes == (None, None)
+    assert from_hf(CONFIGS["cohere2"]).ropes == (Rope(8, 1e4), None)
 
 
 # ---------------------------------------------------------------- rotary embeddings
@@ -204,6 +206,10 @@ def test_dynamic_is_decided_by_the_run():
         ("qwen3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ("llama", {"qk_layernorm": True}, "qk_layernorm"),
         ("llama", {"use_qk_norm": True}, "use_qk_norm"),
+        ("cohere2", {"use_qk_norm": True}, "use_qk_norm"),
+        ("cohere2", {"sliding_window": None}, "no sliding_window"),
+        ("cohere2", {"head_dim": 16}, "head_dim"),
+        ("cohere2", {"position_embedding_type": "alibi"}, "position_embedding_type"),
         ("stablelm", {"head_dim": 16}, "head_dim"),
         ("phi", {"tie_word_embeddings": True}, "tie_word_embeddings"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),

@@ -45,6 +45,7 @@ CONFIGS = {
     "gpt2": GPT2,
     "stablelm": GROUPED | {"use_qkv_bias": True, "partial_rotary_factor": 0.5, "qk_layernorm": True},
     "cohere": GROUPED | {"use_qk_norm": True},
+    "cohere2": GROUPED | {"sliding_window": 9, "sliding_window_pattern": 2},
     "phi": GROUPED | {"qk_layernorm": True},
 }
 CONFIGS = {family: {"model_type": family} | values for family, values in CONFIGS.items()}

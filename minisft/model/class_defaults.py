@@ -242,6 +242,13 @@ COHERE = COMMON | {
     "rope_theta": 5e5,
 }
 
+COHERE2 = {key: value for key, value in COHERE.items() if key != "use_qk_norm"} | {
+    "sliding_window": 4096,
+    "sliding_window_pattern": 4,
+    "rope_theta": 1e4,
+    "position_embedding_type": "rope_gptj",  # published files say so and mean interleaved pairs
+}
+
 PHI = COMMON | {
     "vocab_size": 51200,
     "hidden_size": 2048,

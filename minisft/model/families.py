@@ -471,7 +471,7 @@ def _stablelm(v, max_length):
     )
 
 
-def _cohere(v, max_length):
+def _cohere(v, max_length, **switches):
     return _decoder(
         v,
         max_length,
@@ -482,7 +482,22 @@ def _cohere(v, max_length):
         rope_in_fp32=True,
         qk_norm="layer_by_head" if flag(v, "use_qk_norm") else "none",
         logit_scale=number(v, "logit_scale"),
+        **switches,
     )
+
+
+def _cohere2(v, max_length):
+    """Layers that slide have a rotary embedding, those that see everything have none."""
+    _check_head_dim(v)
+    positions = v["position_embedding_type"]
+    require(
+        positions in ("rope_gptj", "rope"), f"position_embedding_type = {positions!r} is not implemented for cohere2"
+    )
+    pattern = size(v, "sliding_window_pattern")
+    types = _layer_types(v, lambda i: (i + 1) % pattern != 0)
+    rope = read_rope(v, _head_dim(v), max_length)
+    ropes = tuple(rope if t == SLIDING else None for t in types)
+    return _cohere(v, max_length, ropes=ropes, windows=_windows(v, types))
 
 
 def _phi(v, max_length):
@@ -540,5 +555,6 @@ FAMILIES = {
     "gpt2": Family("GPT2LMHeadModel", class_defaults.GPT2, _gpt2),
     "stablelm": Family("StableLmForCausalLM", class_defaults.STABLELM, _stablelm),
     "cohere": Family("CohereForCausalLM", class_defaults.COHERE, _cohere),
+    "cohere2": Family("Cohere2ForCausalLM", class_defaults.COHERE2, _cohere2),
     "phi": Family("PhiForCausalLM", class_defaults.PHI, _phi),
 }

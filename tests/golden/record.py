@@ -228,6 +228,8 @@ VARIANTS = {
     "stablelm_qk_norm": GROUPED | {"model_type": "stablelm", "qk_layernorm": True},
     "cohere": GROUPED | {"model_type": "cohere"},
     "cohere_qk_norm": GROUPED | {"model_type": "cohere", "use_qk_norm": True, "tie_word_embeddings": False},
+    "cohere2": GROUPED
+    | {"model_type": "cohere2", "sliding_window": WINDOW, "sliding_window_pattern": 2, "logit_scale": 0.3},
     "phi": SIZES | {"model_type": "phi"},
     "phi_qk_norm": GROUPED | {"model_type": "phi", "qk_layernorm": True},
 }
