@@ -159,7 +159,7 @@ def test_packed_is_one_by_one(variant):
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("variant", ["llama", "qwen3_5", "olmo_hybrid", "lfm2"])
+@pytest.mark.parametrize("variant", ["llama", "qwen3_5_text", "olmo_hybrid", "lfm2"])
 def test_a_document_does_not_feel_its_neighbours_in_the_last_bit(variant, backend):
     """Other tokens in the first and the last document: hidden states and gradients of the middle one stay as they were."""
     model, lengths, middle = loaded(variant), (11, 17, 12), slice(11, 28)

@@ -157,10 +157,11 @@ VARIANTS = {
         "sliding_window": WINDOW,
         "rope_scaling": YARN | {"attention_factor": 1.3},
     },
-    "qwen3_5": GROUPED
+    "qwen3_5_text": GROUPED
     | {
         "model_type": "qwen3_5_text",
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
         "head_dim": 16,
         "rope_parameters": {
             "rope_type": "default",
