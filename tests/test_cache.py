@@ -114,12 +114,12 @@ def test_columns_that_change_the_loss_or_may_be_missed_are_reported_on_lines_of_
     rows = [
         {"messages": turns},
         {"messages": turns, "context": "c"},
-        {"messages": turns, "tools": [TOOL], "documents": "[]"},
+        {"messages": turns, "tools": [TOOL], "documents": [{"text": "d"}]},
     ]
     lines = build(tmp_path, jsonl(tmp_path / "c.jsonl", rows)).describe()[1:]  # the first row has none of them
     assert [line.partition(";")[0] for line in lines] == [
         "WARNING: the column context has a value in 1 rows and is not used",
-        "WARNING: the column tools has a value in 1 rows and no chat template renders it",
+        "WARNING: the column documents has a value in 1 rows and no chat template renders it",
     ]
 
 

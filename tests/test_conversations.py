@@ -252,7 +252,7 @@ BAD_MESSAGES = [
     ([message(["user"])], "unknown role"),
     ([message(3)], "messages[0].role is 3"),
     ([{"role": "user"}], "messages[0].content is null"),
-    ([message(content=3)], "messages[0].content is a int"),
+    ([message(content=3)], "messages[0].content is an int"),
     ([message(content={"text": "Hi"})], "messages[0].content is a dict"),
     ([message(content=b"Hi")], "messages[0].content is a bytes"),
     ([USER, message("assistant", None)], "messages[1].content is null"),
@@ -272,7 +272,7 @@ BAD_MESSAGES = [
     ([message(content=[text("Hi", weight=0.5)])], "weight of a part: messages[0].content[0].weight is 0.5"),
     ([message(content=[text("Hi", weight=-1)])], "bad weight: messages[0].content[0].weight"),
     ([message("assistant", [text("Hi"), {"type": "thinking", "thinking": "Hm."}])], "reasoning after the answer"),
-    ([message("assistant", [{"type": "thinking", "thinking": 3}])], "messages[0].content[0].thinking is a int"),
+    ([message("assistant", [{"type": "thinking", "thinking": 3}])], "messages[0].content[0].thinking is an int"),
     ([message("assistant", [{"type": "thinking", "text": "Hm.", "train": False}])], "train of a reasoning part"),
     # how it is trained
     ([answer(train="yes")], "train is not true or false: messages[0].train is 'yes'"),
@@ -297,7 +297,7 @@ BAD_MESSAGES = [
     ([call(name="f", arguments="null")], "arguments is null, not an object"),
     ([call(name="f", arguments=[1])], "arguments is a list, not an object"),
     ([answer(function_call={"name": "f"})], "write calls as tool_calls"),
-    ([message("tool", "7", tool_call_id=1)], "messages[0].tool_call_id is a int"),
+    ([message("tool", "7", tool_call_id=1)], "messages[0].tool_call_id is an int"),
     ([message(name=["a"])], "messages[0].name is a list"),
     ([message(part_spans=[(0, 1, True)])], "messages[0].part_spans"),
     # what JSON has not
@@ -351,6 +351,11 @@ def test_bad_turns_say_what_is_wrong(turns, what):
     with pytest.raises(RowError) as caught:
         check_turns(turns, "conversations")
     assert what in str(caught.value)
+
+
+def test_a_null_in_documents_and_variables_is_absent():
+    assert check_documents([{"title": None, "text": "a"}]) == [{"text": "a"}]
+    assert check_variables({"x": None, "y": False}) == {"y": False} and check_variables({"x": None}) is None
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ def test_what_was_detected_is_one_line_and_names_unused_fields():
     [
         ({"txt": "a"}, {}, "txt are those of no known format"),
         ({}, {}, "(none) are those of no known format"),
+        ({"question|answer": "a|b"}, {}, "question|answer are those of no known format"),
         ({"prompt": "a", "chosen": "b"}, {}, "of no known format"),  # not half of a preference
         (ROWS["text"], {"completion_only_loss": True}, "completion_only_loss = true, but text rows have neither"),
         (ROWS["text"], {"assistant_only_loss": True}, "assistant_only_loss = true"),
@@ -94,6 +95,7 @@ def test_detection_refuses(row, options, message):
     with pytest.raises(UserError) as caught:
         detect_row_format(row, "auto", FormatOptions(**options), True)
     assert message in str(caught.value)
+    assert ("a .tsv tabs" in caught.value.hint) == ("|" in next(iter(row), ""))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -385,7 +387,7 @@ BAD_ROWS = [
     ("turns", chosen([*TURNS, TURNS[0]]), "chosen is no answer: roles after the prompt: none"),
     ("turns", chosen(TURNS, prompt=TURNS), "chosen is no answer: roles after the prompt: none"),
     ("turns", chosen(TURNS, prompt="Ho"), "chosen is no answer: roles after the prompt: user, assistant"),
-    ("turns", chosen(TURNS, prompt=3), "prompt is a int"),
+    ("turns", chosen(TURNS, prompt=3), "prompt is an int"),
     ("turns", chosen("Hello", prompt="Hi"), "chosen is a str"),
     ("turns", chosen([], prompt="Hi"), "chosen is empty"),
     ("turns", chosen(TURNS[1], conversations=[{"from": "human", "value": "Hi"}]), 'chosen[0] has "role"'),
@@ -400,16 +402,16 @@ BAD_ROWS = [
     ("messages", {"messages": TURNS, "tools": 3}, "bad tools"),
     ("messages", {"messages": TURNS, "documents": {}}, "bad documents"),
     ("messages", {"messages": TURNS, "chat_template_kwargs": []}, "bad chat_template_kwargs"),
-    ("sharegpt", {"conversations": [{"from": "gpt", "value": "Hi"}], "system": 3}, "system is a int"),
+    ("sharegpt", {"conversations": [{"from": "gpt", "value": "Hi"}], "system": 3}, "system is an int"),
     ("prompt_completion", {"prompt": "Hi", "completion": None}, "missing field: 'completion'; the row has prompt"),
     ("prompt_completion", {"prompt": "Hi", "completion": ""}, "empty answer"),
-    ("prompt_completion", {"prompt": 3, "completion": "Hi"}, "prompt is a int"),
+    ("prompt_completion", {"prompt": 3, "completion": "Hi"}, "prompt is an int"),
     ("prompt_completion", {"prompt": "Hi", "completion": TURNS[1:]}, "completion is a list"),
     ("prompt_completion", {"prompt": TURNS[:1], "completion": TURNS[1:]}, "prompt is a list"),
     ("prompt_completion", {"prompt": "Hi"}, "missing field: 'completion'"),
     ("instruction", {"instruction": "Hi", "output": " "}, "empty answer"),
     ("instruction", {"instruction": "", "input": "", "output": "x"}, "empty prompt"),
-    ("instruction", {"instruction": "Hi", "input": 3, "output": "x"}, "input is a int"),
+    ("instruction", {"instruction": "Hi", "input": 3, "output": "x"}, "input is an int"),
     ("instruction", {"instruction": "Hi"}, "missing field: 'output|response'"),
     ("question_answer", {"question": None, "answer": "x"}, "missing field: 'question'"),
     ("text", {"text": ""}, "empty text"),

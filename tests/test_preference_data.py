@@ -329,7 +329,7 @@ BAD = [  # (row that decides the format, changes that spoil it, what is said)
     (PAIR, {"rejected": None}, "missing field: 'rejected'"),
     (PAIR, {"rejected": [said("b")]}, "not a string: rejected is a list"),
     (PAIR, {"prompt": ""}, "no prompt: prompt is empty"),
-    (PAIR, {"prompt": 3}, "not a string: prompt is a int"),
+    (PAIR, {"prompt": 3}, "not a string: prompt is an int"),
     (PAIR, {"prompt": None}, "no prompt: its end"),
     (PAIR, {"prompt": None, "chosen": "x y", "rejected": "x y"}, "chosen equals rejected"),
     (PAIR, {"prompt": None, "chosen": f"{HH} a", "rejected": f"{HH.replace('you', 'he')} b"}, "prompts differ"),

@@ -168,6 +168,10 @@ def test_bad_csv_rows(tmp_path):
     ]
 
 
+def test_empty_lines_at_the_end_of_a_csv_are_no_rows(tmp_path):
+    assert [row.data for row in read(tmp_path, "a.csv", b"a,b\n1,2\n\r\n\n")] == [{"a": "1", "b": "2"}]
+
+
 TABLE = [{"question": "a, b", "answer": "c"}, {"question": 'say "d";', "answer": "e\tf"}]
 
 

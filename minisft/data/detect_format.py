@@ -3,8 +3,8 @@
 formats.py has the table of formats. If the row and the options do not decide, it is an error, never a guess.
 """
 
-import json
 import re
+from collections.abc import Iterator
 from difflib import get_close_matches
 
 from minisft.data.formats import (
@@ -135,6 +135,8 @@ def _format_of(row: dict, format: str, options: FormatOptions) -> str:
         is_sft = options.answers == "chosen"
         wanted = "; ".join(f"{name}: {', '.join(needed_fields(name, options))}" for name in usable)
         rename = "rename fields by field_map" + (", or name the text field by dataset_text_field" if is_sft else "")
+        if len(row) == 1 and any(delimiter in "".join(row) for delimiter in ",;|\t"):
+            rename = f"if this is a table of several columns: a .csv has commas, semicolons or tabs, a .tsv tabs. Or {rename}"
         raise UserError(
             f"the fields {', '.join(row) or '(none)'} are those of no "
             + ("known format" if is_sft else f"format with {ANSWERS[options.answers]}"),
@@ -193,5 +195,15 @@ def unread_columns(
 def is_repeated(row: dict, column: str, read: set[str]) -> bool:
     """Whether the text of a column is also in one that is read, as the prompt beside the messages that begin with it."""
     text = row[column]
-    values = [value for name, value in row.items() if name in read]
-    return isinstance(text, str) and json.dumps(text.strip())[1:-1] in json.dumps(values, default=str)
+    return isinstance(text, str) and any(
+        text.strip() in other for name in read & row.keys() for other in _strings(row[name])
+    )
+
+
+def _strings(value: object) -> Iterator[str]:
+    """All texts in a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)

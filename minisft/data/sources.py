@@ -7,8 +7,9 @@ becomes a `Row`, or a `BadRow` that says what is wrong with it; nothing is skipp
 
     .jsonl   one JSON object a line (CR before the newline is tolerated; an empty line is a bad row, but at the end); .ndjson too
     .json    one JSON array of objects; rows are named by their index from 0
-    .csv     RFC 4180 with a header line; every value is text. Values may be separated by semicolons or tabs: the separator is the
-             one that gives the header and the first row the same number of values, more than one
+    .csv     RFC 4180 with a header line; every value is text, and empty lines at the end are no rows. Values may be separated by
+             semicolons or tabs: the separator is the one that gives the header and the first row the same number of values,
+             more than one
     .tsv     the same with tabs
     .parquet rows of plain values, through pyarrow (parquet.py)
     .txt     one file is one row {"text": ...}, because a newline inside prose is no reliable border. For many documents
@@ -400,18 +401,23 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
             raise UserError(f"{path}:1: not UTF-8 text", hint="save the file as UTF-8", exit_code=DATA)
         if len(set(header)) < len(header) or not all(name.strip() for name in header):
             raise UserError(f"{path}:1: a column name is empty or occurs twice: {header}", exit_code=DATA)
+        empty: list[tuple[int, BadRow]] = []  # lines, which are bad rows only if something follows
         while True:
             line = reader.line_num + 1
             try:
-                values = next(reader)
+                values, error = next(reader), ""
             except StopIteration:
                 return
-            except csv.Error as error:
-                yield line, BadRow(str(path), line, "not valid CSV", str(error))
-                continue
-            problem = detail = ""
+            except csv.Error as caught:
+                values, error = [""], str(caught)
             if not values:
-                problem = "empty line"
+                empty.append((line, BadRow(str(path), line, "empty line")))
+                continue
+            yield from empty
+            empty.clear()
+            problem = detail = ""
+            if error:
+                problem, detail = "not valid CSV", error
             elif len(values) != len(header):
                 problem, detail = "wrong number of values", f"{len(values)} values for {len(header)} columns"
             elif not _is_unicode("".join(values)):

@@ -43,7 +43,8 @@ MAX_WEIGHT = 3e38  # larger numbers are infinite in fp32
 
 
 def describe_type(value: object) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "null" if value is None else f"{'an' if name == 'int' else 'a'} {name}"
 
 
 # ------------------------------------------------------------------------------------------------- messages
@@ -305,7 +306,7 @@ def check_documents(documents: object) -> list[dict] | None:
     if not isinstance(documents, list) or not all(isinstance(document, dict) for document in documents):
         raise RowError("bad documents", "not a list of objects")
     check_json(documents, "documents")
-    return documents or None
+    return [{key: value for key, value in document.items() if value is not None} for document in documents] or None
 
 
 def check_variables(variables: object) -> dict | None:
