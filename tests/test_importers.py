@@ -718,6 +718,7 @@ def test_a_column_that_is_not_read_there_is_left_out(folder, name, text, row, ig
     (folder / "rows.jsonl").write_text(json.dumps(row))
     t = translated(name, text, folder)
     assert t.values["data.train_data"]["ignore"] == ignored
+    assert f'ignore = ["{ignored[0]}"' in texts(t, DIFFERENCE)
     assert "cannot be read yet" not in texts(t, DIFFERENCE)
     assert "cannot be read yet" in texts(translated(name, text.replace("rows.jsonl", "acme/rows"), folder), DIFFERENCE)
 

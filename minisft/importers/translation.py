@@ -224,7 +224,12 @@ def columns_left_out(t: Translation, row: dict | None, read: Iterable[str | None
             "not there; `ignore` of a source leaves them out"
         )
         return []
-    return [column for column in READ_HERE if column in row and column not in {*read}]
+    left_out = [column for column in READ_HERE if column in row and column not in {*read}]
+    if left_out:
+        t.difference(
+            f"ignore = {as_toml(left_out)}: these columns are not read there; without `ignore` they are read here"
+        )
+    return left_out
 
 
 def local_split(path: object, split: object) -> object:
