@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minisft.errors import MODEL, UserError
-from minisft.model.families import from_hf
+from minisft.model.families import NULL_IS_A_VALUE, from_hf
 from minisft.model.load import build_model
 
 CONFIGS = json.loads((Path(__file__).parent / "golden" / "configs.json").read_text())["configs"]
@@ -71,11 +71,10 @@ def test_any_value_anywhere_gives_a_model_or_an_error(variant):
 
 @each_variant
 def test_missing_keys(variant):
-    """A key without a value is a key that is left out, but for these, where null says "none of it"."""
-    none_of_it = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads")
+    """A null is a key that is left out, but for those where null says something else than the default."""
     for hf, path in each_place(variant):
         missing = outcome(without(hf, path))
-        if path[-1] not in none_of_it:
+        if path[-1] not in NULL_IS_A_VALUE:
             assert outcome(changed(hf, path, None)) == missing, path
     assert outcome(without(hf, ("model_type",))) is None
 
@@ -119,13 +118,11 @@ OTHER_MATHS = [
     ({"position_embedding_type": "alibi"}, "position_embedding_type"),
     ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ({"attention_chunk_size": 8192}, "attention_chunk_size"),
-    ({"qk_layernorm": True}, "qk_layernorm"),
-    ({"use_qk_norm": True}, "use_qk_norm"),
     ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
     ({"layer_types": ["linear_attention", "full_attention"]}, "layer_types"),
     ({"layer_types": ["full_attention"]}, "layer_types"),
     ({"layer_types": "full_attention"}, "layer_types"),
-    ({"hidden_act": "relu2", "activation_function": "relu2", "hidden_activation": "relu2"}, "relu2"),
+    ({"hidden_act": "relu6", "activation_function": "relu6", "hidden_activation": "relu6"}, "relu6"),
 ]
 
 
@@ -143,6 +140,8 @@ FOREIGN = [
     ({"sliding_window": 8}, ("llama", "gemma", "olmo", "olmo2", "granite", "gpt2", "stablelm", "cohere", "phi")),
     ({"attn_logit_softcapping": 50.0}, ("llama", "qwen3", "gemma", "gemma3_text", "gpt2", "cohere")),
     ({"final_logit_softcapping": 30.0}, ("llama", "mistral", "gemma", "olmo3", "gpt2")),
+    ({"qk_layernorm": True}, ("llama", "qwen3", "cohere", "cohere2", "gpt2")),
+    ({"use_qk_norm": True}, ("llama", "qwen3", "stablelm", "cohere2", "phi", "gpt2")),
     ({"clip_qkv": 8.0}, ("llama", "olmo2", "phi3", "gpt_neox_parallel")),
     ({"embedding_multiplier": 12.0}, ("llama", "olmo", "gemma")),
     ({"residual_multiplier": 0.2}, ("llama", "cohere")),

@@ -11,7 +11,7 @@ import torch
 from tiny_models import CONFIGS, tiny
 
 from minisft.errors import MODEL, UserError
-from minisft.model.families import FAMILIES, from_hf, to_hf
+from minisft.model.families import FAMILIES, NULL_IS_A_VALUE, from_hf, to_hf
 from minisft.model.model_config import Rope, with_vocab_size
 from minisft.model.tensor_names import Stored, stored_tensors
 
@@ -40,8 +40,7 @@ def test_class_defaults(family):
 
 @each_family
 def test_null_is_left_out(family):
-    says_something = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads"}
-    nulls = dict.fromkeys(FAMILIES[family].defaults.keys() - says_something - FAMILIES[family].null_values)
+    nulls = dict.fromkeys(FAMILIES[family].defaults.keys() - NULL_IS_A_VALUE - FAMILIES[family].null_values)
     nulls |= dict.fromkeys(("rope_scaling", "rope_parameters", "layer_types", "quantization_config"))
     assert from_hf({"model_type": family} | nulls) == from_hf({"model_type": family})
 
@@ -49,6 +48,7 @@ def test_null_is_left_out(family):
 def test_null_that_says_something():
     assert from_hf(CONFIGS["mistral"] | {"sliding_window": None}).windows == (None, None)
     assert from_hf(CONFIGS["mistral"] | {"num_key_value_heads": None}).num_kv_heads == 4
+    assert from_hf(CONFIGS["seed_oss"] | {"head_dim": None}).head_dim == 8
     capless = CONFIGS["gemma2"] | {"attn_logit_softcapping": None, "final_logit_softcapping": None}
     assert from_hf(capless).attention_softcap is None and from_hf(capless).logit_softcap is None
     assert from_hf(CONFIGS["gemma2"]).logit_softcap == 30.0

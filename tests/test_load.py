@@ -19,7 +19,7 @@ from minisft.model.save import save_model
 
 LLAMA = CONFIGS["llama"] | {"attention_bias": True}
 TIED = LLAMA | {"tie_word_embeddings": True}
-LAYOUTS = ["llama", "gpt2", "phi3", "gpt_neox", "starcoder2", "phi"]  # every way to store tensors
+LAYOUTS = ["llama", "gpt2", "phi3", "gpt_neox", "starcoder2", "phi", "cohere", "stablelm"]  # every way to store tensors
 
 
 def assert_equal(one: Decoder, other: Decoder) -> None:

@@ -119,15 +119,15 @@ DROPOUTS = {
     "embd_pdrop": ["gpt2", "phi"],
     "attn_pdrop": ["gpt2"],
     "hidden_dropout": ["gpt_neox", "stablelm"],
-    "residual_dropout": ["starcoder2"],
+    "residual_dropout": ["starcoder2", "seed_oss"],
     "embedding_dropout": ["starcoder2"],
 }
-GPT2_WITHOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+WITHOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "residual_dropout"), 0.0)
 
 
 @pytest.mark.parametrize("key, family", [(key, family) for key, families in DROPOUTS.items() for family in families])
 def test_dropout_is_for_training_only(key, family):
-    config = CONFIGS[family] | (GPT2_WITHOUT if family == "gpt2" else {})
+    config = CONFIGS[family] | WITHOUT
     ids, layout = torch.randint(53, (17,)), stream([17])
     without, model = tiny(config), tiny(config | {key: 0.5})
     assert torch.equal(without(ids, *layout), without(ids, *layout))
@@ -139,7 +139,7 @@ def test_dropout_is_for_training_only(key, family):
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
 def test_neftune_scales_with_the_document(family):
-    model = tiny(CONFIGS[family] | (GPT2_WITHOUT if family == "gpt2" else {}))
+    model = tiny(CONFIGS[family] | WITHOUT)
     lengths, alpha = [4, 36, 160], 5.0
     model.embed_tokens.weight.data.zero_()
     if model.config.learned_positions:

@@ -47,6 +47,7 @@ CONFIGS = {
     "cohere": GROUPED | {"use_qk_norm": True},
     "cohere2": GROUPED | {"sliding_window": 9, "sliding_window_pattern": 2},
     "phi": GROUPED | {"qk_layernorm": True},
+    "seed_oss": GROUPED | {"head_dim": 16},
 }
 CONFIGS = {family: {"model_type": family} | values for family, values in CONFIGS.items()}
 assert CONFIGS.keys() == FAMILIES.keys()

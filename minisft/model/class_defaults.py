@@ -263,3 +263,17 @@ PHI = COMMON | {
     "qk_layernorm": False,
     "partial_rotary_factor": 0.5,
 }
+
+SEED_OSS = LLAMA | {
+    "vocab_size": 155136,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 80,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 524288,
+    "attention_bias": True,
+    "attention_out_bias": False,
+    "attention_dropout": 0.1,
+    "residual_dropout": 0.1,
+}

@@ -28,15 +28,15 @@ from minisft.model.rope_config import read_rope, read_rope_by_kind
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MIXER_TYPES = {"delta": "linear_attention", "conv": "conv"}  # of layers that are not attention
-NULL_IS_A_VALUE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads"}
+NULL_IS_A_VALUE = {
+    *("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads", "head_dim")
+}
 VISION_KEYS = (
     *("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"),
     *("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
 )
-WRAPPERS = {
-    "gemma3": "gemma3_text",
-    "qwen3_5": "qwen3_5_text",
-}  # models that see or hear -> the family of their text part
+# models that see or hear -> the family of their text part
+WRAPPERS = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}
 FLAT_ROPE_KEYS = ("rope_theta", "rope_local_base_freq", "rotary_emb_base", "rotary_pct", "partial_rotary_factor")
 
 
@@ -519,6 +519,11 @@ def _phi(v, max_length):
     )
 
 
+def _seed_oss(v, max_length):
+    o_bias = flag(v, "attention_out_bias")
+    return _decoder(v, max_length, o_bias=o_bias, **_residual_dropout(v, "residual_dropout"))
+
+
 def _check_head_dim(v: dict) -> None:
     """For classes that do not know the key head_dim."""
     own = size(v, "hidden_size") // size(v, "num_attention_heads")
@@ -557,4 +562,5 @@ FAMILIES = {
     "cohere": Family("CohereForCausalLM", class_defaults.COHERE, _cohere),
     "cohere2": Family("Cohere2ForCausalLM", class_defaults.COHERE2, _cohere2),
     "phi": Family("PhiForCausalLM", class_defaults.PHI, _phi),
+    "seed_oss": Family("SeedOssForCausalLM", class_defaults.SEED_OSS, _seed_oss),
 }

@@ -233,6 +233,15 @@ VARIANTS = {
     | {"model_type": "cohere2", "sliding_window": WINDOW, "sliding_window_pattern": 2, "logit_scale": 0.3},
     "phi": SIZES | {"model_type": "phi"},
     "phi_qk_norm": GROUPED | {"model_type": "phi", "qk_layernorm": True},
+    "seed_oss": GROUPED | {"model_type": "seed_oss", "head_dim": 16},
+    "seed_oss_biases": GROUPED
+    | {
+        "model_type": "seed_oss",
+        "head_dim": None,  # 8, not the class default
+        "attention_bias": False,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+    },
 }
 
 
