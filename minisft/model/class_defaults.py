@@ -277,3 +277,18 @@ SEED_OSS = LLAMA | {
     "attention_dropout": 0.1,
     "residual_dropout": 0.1,
 }
+
+ERNIE4_5 = {key: value for key, value in COMMON.items() if key != "attention_dropout"} | {
+    "vocab_size": 103424,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "use_bias": False,
+    "rope_theta": 5e5,
+}

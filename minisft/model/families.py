@@ -524,6 +524,12 @@ def _seed_oss(v, max_length):
     return _decoder(v, max_length, o_bias=o_bias, **_residual_dropout(v, "residual_dropout"))
 
 
+def _ernie4_5(v, max_length):
+    biases = dict.fromkeys(BIASES, flag(v, "use_bias"))
+    # Its class has no dropout, whatever the key says.
+    return _decoder(v, max_length, rope_interleaved=True, rope_in_fp32=True, attention_dropout=0.0, **biases)
+
+
 def _check_head_dim(v: dict) -> None:
     """For classes that do not know the key head_dim."""
     own = size(v, "hidden_size") // size(v, "num_attention_heads")
@@ -563,4 +569,5 @@ FAMILIES = {
     "cohere2": Family("Cohere2ForCausalLM", class_defaults.COHERE2, _cohere2),
     "phi": Family("PhiForCausalLM", class_defaults.PHI, _phi),
     "seed_oss": Family("SeedOssForCausalLM", class_defaults.SEED_OSS, _seed_oss),
+    "ernie4_5": Family("Ernie4_5ForCausalLM", class_defaults.ERNIE4_5, _ernie4_5),
 }

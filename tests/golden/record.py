@@ -233,6 +233,9 @@ VARIANTS = {
     | {"model_type": "cohere2", "sliding_window": WINDOW, "sliding_window_pattern": 2, "logit_scale": 0.3},
     "phi": SIZES | {"model_type": "phi"},
     "phi_qk_norm": GROUPED | {"model_type": "phi", "qk_layernorm": True},
+    "ernie4_5": SIZES | {"model_type": "ernie4_5", "head_dim": 8},  # 2 key heads
+    "ernie4_5_biases": GROUPED
+    | {"model_type": "ernie4_5", "head_dim": 8, "use_bias": True, "tie_word_embeddings": False, "rope_theta": 1e4},
     "seed_oss": GROUPED | {"model_type": "seed_oss", "head_dim": 16},
     "seed_oss_biases": GROUPED
     | {
