@@ -48,6 +48,8 @@ CONFIGS = {
     "cohere2": GROUPED | {"sliding_window": 9, "sliding_window_pattern": 2},
     "phi": GROUPED | {"qk_layernorm": True},
     "seed_oss": GROUPED | {"head_dim": 16},
+    "glm": GROUPED | {"head_dim": 16},
+    "glm4": GROUPED | {"head_dim": 16},
     "ernie4_5": GROUPED | {"head_dim": 16, "use_bias": True},
 }
 CONFIGS = {family: {"model_type": family} | values for family, values in CONFIGS.items()}

@@ -292,3 +292,17 @@ ERNIE4_5 = {key: value for key, value in COMMON.items() if key != "attention_dro
     "use_bias": False,
     "rope_theta": 5e5,
 }
+
+GLM = COMMON | {
+    "vocab_size": 151552,
+    "hidden_size": 4096,
+    "intermediate_size": 13696,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1.5625e-7,
+    "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+}

@@ -530,6 +530,15 @@ def _ernie4_5(v, max_length):
     return _decoder(v, max_length, rope_interleaved=True, rope_in_fp32=True, attention_dropout=0.0, **biases)
 
 
+def _glm(v, max_length, **switches):
+    rope = {"partial_key": "partial_rotary_factor"}
+    return _decoder(v, max_length, rope=rope, rope_interleaved=True, o_bias=False, mlp_bias=False, **switches)
+
+
+def _glm4(v, max_length):
+    return _glm(v, max_length, block="sandwich")
+
+
 def _check_head_dim(v: dict) -> None:
     """For classes that do not know the key head_dim."""
     own = size(v, "hidden_size") // size(v, "num_attention_heads")
@@ -570,4 +579,6 @@ FAMILIES = {
     "phi": Family("PhiForCausalLM", class_defaults.PHI, _phi),
     "seed_oss": Family("SeedOssForCausalLM", class_defaults.SEED_OSS, _seed_oss),
     "ernie4_5": Family("Ernie4_5ForCausalLM", class_defaults.ERNIE4_5, _ernie4_5),
+    "glm": Family("GlmForCausalLM", class_defaults.GLM, _glm),
+    "glm4": Family("Glm4ForCausalLM", class_defaults.GLM, _glm4),
 }

@@ -68,8 +68,18 @@ class Names:
 QK_LAYERNORMS = {f"self_attn.{name}_norm": f"self_attn.{name}_layernorm" for name in "qk"}
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 LLAMA = Names()
+GATE_UP = {"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}
 NAMES = {
-    "phi3": Names(stacked={"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}),
+    "phi3": Names(stacked={"self_attn.qkv_proj": QKV, **GATE_UP}),
+    "glm": Names(stacked=GATE_UP),
+    "glm4": Names(
+        modules={
+            "post_attention_layernorm": "post_self_attn_layernorm",
+            "pre_feedforward_layernorm": "post_attention_layernorm",
+            "post_feedforward_layernorm": "post_mlp_layernorm",
+        },
+        stacked=GATE_UP,
+    ),
     "starcoder2": Names(modules={"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}),
     "stablelm": Names(modules=QK_LAYERNORMS),
     "phi": Names(

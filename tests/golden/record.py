@@ -236,6 +236,8 @@ VARIANTS = {
     "ernie4_5": SIZES | {"model_type": "ernie4_5", "head_dim": 8},  # 2 key heads
     "ernie4_5_biases": GROUPED
     | {"model_type": "ernie4_5", "head_dim": 8, "use_bias": True, "tie_word_embeddings": False, "rope_theta": 1e4},
+    "glm": SIZES | {"model_type": "glm", "head_dim": 8},  # 2 key heads
+    "glm4": SIZES | {"model_type": "glm4", "head_dim": 8, "partial_rotary_factor": 0.75, "attention_bias": False},
     "seed_oss": GROUPED | {"model_type": "seed_oss", "head_dim": 16},
     "seed_oss_biases": GROUPED
     | {
