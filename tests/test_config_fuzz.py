@@ -142,6 +142,7 @@ FOREIGN = [
     ({"final_logit_softcapping": 30.0}, ("llama", "mistral", "gemma", "olmo3", "gpt2")),
     ({"qk_layernorm": True}, ("llama", "qwen3", "cohere", "cohere2", "gpt2")),
     ({"use_qk_norm": True}, ("llama", "qwen3", "stablelm", "cohere2", "phi", "gpt2")),
+    ({"use_cla": True}, ("llama", "hunyuan_v1_dense")),
     ({"clip_qkv": 8.0}, ("llama", "olmo2", "phi3", "gpt_neox_parallel")),
     ({"embedding_multiplier": 12.0}, ("llama", "olmo", "gemma")),
     ({"residual_multiplier": 0.2}, ("llama", "cohere")),

@@ -169,6 +169,8 @@ def test_dynamic_is_decided_by_the_run():
     assert rope(hf).theta == rope(hf, max_length=256).theta == 10000.0
     assert rope(hf, max_length=512).theta == pytest.approx(10000.0 * 3 ** (8 / 6))
     assert "512 tokens" in from_hf(hf, max_length=512).notes[0]
+    fixed = CONFIGS["hunyuan_v1_dense"] | {"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 9.0}}
+    assert rope(fixed) == rope(fixed, max_length=512) == Rope(16, 10000.0 * 9 ** (16 / 14))
     assert from_hf(LLAMA, max_length=512) == from_hf(LLAMA) and from_hf(LLAMA).notes == ()
 
 
@@ -207,6 +209,9 @@ def test_dynamic_is_decided_by_the_run():
         ("llama", {"qk_layernorm": True}, "qk_layernorm"),
         ("llama", {"use_qk_norm": True}, "use_qk_norm"),
         ("cohere2", {"use_qk_norm": True}, "use_qk_norm"),
+        ("hunyuan_v1_dense", {"use_qk_norm": False}, "use_qk_norm"),
+        ("hunyuan_v1_dense", {"use_cla": True}, "use_cla"),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0, "alpha": 9.0}}, "alpha"),
         ("cohere2", {"sliding_window": None}, "no sliding_window"),
         ("cohere2", {"head_dim": 16}, "head_dim"),
         ("cohere2", {"position_embedding_type": "alibi"}, "position_embedding_type"),

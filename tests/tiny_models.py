@@ -50,6 +50,7 @@ CONFIGS = {
     "seed_oss": GROUPED | {"head_dim": 16},
     "glm": GROUPED | {"head_dim": 16},
     "glm4": GROUPED | {"head_dim": 16},
+    "hunyuan_v1_dense": GROUPED | {"head_dim": 16},
     "ernie4_5": GROUPED | {"head_dim": 16, "use_bias": True},
 }
 CONFIGS = {family: {"model_type": family} | values for family, values in CONFIGS.items()}

@@ -63,6 +63,7 @@ class Attention(nn.Module):
         self.options = {"scale": scale, "window": config.windows[layer], "softcap": config.attention_softcap}
         self.dropout = config.attention_dropout
         self.clip_qkv, self.qk_norm, self.interleaved = config.clip_qkv, config.qk_norm, config.rope_interleaved
+        self.norm_after_rope = config.qk_norm_after_rope
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.is_gated = config.attention_gate
         self.q_proj = nn.Linear(config.hidden_size, q_size * (1 + self.is_gated), bias=config.qkv_bias)
@@ -111,9 +112,10 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(-2))  # [T, D]
 
     def _turn(self, q: Tensor, k: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """The rotary embedding, together with the norm of each head before it if the model has one: they are one op."""
+        """The rotary embedding and the RMSNorm of each head. If the norm comes first, the two are one op."""
         norms = {}
-        if self.qk_norm == "head":
-            assert cos_sin is not None  # no family has both: norms of heads, and layers without rotary embedding
+        if self.qk_norm == "head" and cos_sin is not None and not self.norm_after_rope:
             norms = {f"{n}_norm": (m.weight, m.eps, m.offset) for n, m in (("q", self.q_norm), ("k", self.k_norm))}
-        return (q, k) if cos_sin is None else rope(q, k, *cos_sin, interleaved=self.interleaved, **norms)
+        if cos_sin is not None:
+            q, k = rope(q, k, *cos_sin, interleaved=self.interleaved, **norms)
+        return (self.q_norm(q), self.k_norm(k)) if self.qk_norm == "head" and not norms else (q, k)

@@ -306,3 +306,11 @@ GLM = COMMON | {
     "attention_bias": True,
     "partial_rotary_factor": 0.5,
 }
+
+HUNYUAN_V1_DENSE = COMMON | {
+    **SIZES_7B,
+    "vocab_size": 290943,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
+    "use_qk_norm": True,  # published files have the key, its class does not read it
+}

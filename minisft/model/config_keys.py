@@ -44,6 +44,7 @@ OTHER_MATHS = {
     "text_config": None,
     "use_alibi": False,
     "use_bidirectional_attention": False,
+    "use_cla": False,
     "use_parallel_residual": False,
     "use_qk_norm": False,
     "vision_config": None,

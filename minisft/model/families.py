@@ -302,7 +302,7 @@ def _qwen3_5(v, max_length):
     return _decoder(
         v,
         max_length,
-        rope={"partial_key": "partial_rotary_factor", "of_images": ("mrope_section", "mrope_interleaved")},
+        rope={"partial_key": "partial_rotary_factor", "more_keys": ("mrope_section", "mrope_interleaved")},
         qk_norm="head",
         attention_gate=True,
         norm_offset=1.0,
@@ -539,6 +539,11 @@ def _glm4(v, max_length):
     return _glm(v, max_length, block="sandwich")
 
 
+def _hunyuan_v1_dense(v, max_length):
+    require(flag(v, "use_qk_norm"), "use_qk_norm = false is not implemented for hunyuan_v1_dense")  # nor in its class
+    return _decoder(v, max_length, rope={"more_keys": ("alpha",)}, qk_norm="head", qk_norm_after_rope=True)
+
+
 def _check_head_dim(v: dict) -> None:
     """For classes that do not know the key head_dim."""
     own = size(v, "hidden_size") // size(v, "num_attention_heads")
@@ -579,6 +584,7 @@ FAMILIES = {
     "phi": Family("PhiForCausalLM", class_defaults.PHI, _phi),
     "seed_oss": Family("SeedOssForCausalLM", class_defaults.SEED_OSS, _seed_oss),
     "ernie4_5": Family("Ernie4_5ForCausalLM", class_defaults.ERNIE4_5, _ernie4_5),
+    "hunyuan_v1_dense": Family("HunYuanDenseV1ForCausalLM", class_defaults.HUNYUAN_V1_DENSE, _hunyuan_v1_dense),
     "glm": Family("GlmForCausalLM", class_defaults.GLM, _glm),
     "glm4": Family("Glm4ForCausalLM", class_defaults.GLM, _glm4),
 }

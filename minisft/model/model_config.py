@@ -78,6 +78,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: str = "none"  # "none" | "head": RMSNorm of each head | "full": of all heads together | see QK_LAYER_NORMS
+    qk_norm_after_rope: bool = False  # "head" only
     clip_qkv: float | None = None  # q, k and v are clamped to +-clip_qkv
     attention_scale: float = 1.0  # the factor of q.k before the softmax
     attention_scale_by_layer: bool = False  # divide it by (layer + 1) as well

@@ -31,17 +31,15 @@ def read_rope(
     theta_key: str = "rope_theta",
     partial_key: str | None = None,
     aliases: dict[str, str] | None = None,
-    of_images: tuple[str, ...] = (),
+    more_keys: tuple[str, ...] = (),
 ) -> Rope:
     """The rotary embedding of a model whose layers all share one.
 
     values: config.json with the class defaults. theta_key, partial_key: its keys for theta and for the share of a head that
-    turns (None: this family always turns whole heads). aliases: other names of rope types. of_images: keys that say how the
-    positions of images are split over the pairs: for text, whose three positions are one, they change nothing.
+    turns (None: this family always turns whole heads). aliases: other names of rope types. more_keys: keys that only the table
+    of this family may have (Qwen 3.5's say how the positions of an image are split; those of text are one).
     """
-    tables = ("rope_scaling", "rope_parameters")
-    values = values | {t: _without(values[t], of_images) for t in tables if isinstance(values.get(t), dict)}
-    table = _agreed(_table(values, "rope_scaling"), _table(values, "rope_parameters"))
+    table = _agreed(*(_table(values, name, more_keys) for name in ("rope_scaling", "rope_parameters")))
     if aliases and table.get("rope_type") in list(aliases):
         table["rope_type"] = aliases[table["rope_type"]]
     table = {"rope_theta": values[theta_key], SHARE: values[partial_key] if partial_key else 1.0} | table
@@ -70,18 +68,14 @@ def read_rope_by_kind(values: dict, head_dim: int, max_length: int | None, theta
     return ropes
 
 
-def _without(table: dict, keys: tuple[str, ...]) -> dict:
-    return {key: value for key, value in table.items() if key not in keys}
-
-
-def _table(values: dict, name: str) -> dict:
+def _table(values: dict, name: str, more_keys: tuple[str, ...] = ()) -> dict:
     """A table of rope keys without nulls; its type is in `rope_type`, as in newer files."""
     table = {} if values.get(name) is None else values[name]
     require(isinstance(table, dict), f"{name} = {str(table)[:40]!r} must be an object")
     table = {key: value for key, value in table.items() if value is not None}
     kind = table.pop("type", None)
     table = ({} if kind is None else {"rope_type": kind}) | table
-    unknown = sorted(map(str, table.keys() - TABLE_KEYS))
+    unknown = sorted(map(str, table.keys() - TABLE_KEYS - set(more_keys)))
     require(not unknown, f"{name} with {', '.join(unknown[:10])} is not implemented")
     return table
 
@@ -112,6 +106,8 @@ def _rope(table: dict, values: dict, original: int | None, head_dim: int, max_le
     length = size(values, "max_position_embeddings")
     if kind == "dynamic":
         require(dim > 2, f"dynamic rope needs more than {dim} features of a head")
+        if "alpha" in table:  # Hunyuan's: stretched by a fixed amount
+            return Rope(dim, theta * number(table, "alpha") ** (dim / (dim - 2)))
         factor, longest = number(table, "factor"), max(max_length or 0, length)
         stretched = theta * (factor * longest / length - (factor - 1)) ** (dim / (dim - 2))
         return Rope(dim, stretched, kind, factor, note=f"dynamic rope: for {longest:,} tokens, theta {stretched:,.0f}")

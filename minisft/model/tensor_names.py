@@ -71,6 +71,9 @@ LLAMA = Names()
 GATE_UP = {"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}
 NAMES = {
     "phi3": Names(stacked={"self_attn.qkv_proj": QKV, **GATE_UP}),
+    "hunyuan_v1_dense": Names(
+        modules={"self_attn.q_norm": "self_attn.query_layernorm", "self_attn.k_norm": "self_attn.key_layernorm"}
+    ),
     "glm": Names(stacked=GATE_UP),
     "glm4": Names(
         modules={

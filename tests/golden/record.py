@@ -238,6 +238,14 @@ VARIANTS = {
     | {"model_type": "ernie4_5", "head_dim": 8, "use_bias": True, "tie_word_embeddings": False, "rope_theta": 1e4},
     "glm": SIZES | {"model_type": "glm", "head_dim": 8},  # 2 key heads
     "glm4": SIZES | {"model_type": "glm4", "head_dim": 8, "partial_rotary_factor": 0.75, "attention_bias": False},
+    "hunyuan_v1_dense": GROUPED
+    | {"model_type": "hunyuan_v1_dense", "head_dim": 16, "attention_bias": True, "tie_word_embeddings": True},
+    "hunyuan_v1_dense_alpha": GROUPED
+    | {
+        "model_type": "hunyuan_v1_dense",
+        "head_dim": 8,
+        "rope_scaling": {"type": "dynamic", "alpha": 20.0, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0},
+    },
     "seed_oss": GROUPED | {"model_type": "seed_oss", "head_dim": 16},
     "seed_oss_biases": GROUPED
     | {
