@@ -38,6 +38,7 @@ TRITON_OPS: frozenset[str] = frozenset(
         "dequantize_int8",
         "dequantize_nf4",
         "flash_attention",
+        "gated_delta_rule",
         "geglu",
         "layer_norm",
         "linear_cross_entropy",

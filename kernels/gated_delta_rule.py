@@ -14,7 +14,16 @@ Paper: Yang, Kautz and Hatamizadeh 2024, "Gated Delta Networks: Improving Mamba2
 import torch
 from torch import Tensor
 
-from minisft.kernels.common import backend_for
+from minisft.kernels.common import INTERPRETER, arch_of, backend_for, cdiv, next_power_of_2
+from minisft.kernels.gated_delta_rule_kernels import (
+    _gated_delta_rule_bwd_keys_kernel,
+    _gated_delta_rule_bwd_local_kernel,
+    _gated_delta_rule_bwd_state_kernel,
+    _gated_delta_rule_bwd_values_kernel,
+    _gated_delta_rule_inverse_kernel,
+    _gated_delta_rule_output_kernel,
+    _gated_delta_rule_state_kernel,
+)
 from minisft.kernels.gated_delta_rule_torch import GatedDeltaRuleTorch
 
 EPS = 1e-6  # added to the squared norm of q and k
@@ -66,6 +75,113 @@ def _normed(x: Tensor, normalize: bool) -> Tensor:
     return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + EPS) if normalize else x
 
 
+CHUNK = {INTERPRETER: 16, "fp32": 32, 80: 64, 86: 32, 89: 32, 90: 64, 100: 64, 120: 32}
+CONFIGS = {
+    "_gated_delta_rule_inverse_kernel": {INTERPRETER: {}, "GPU": dict(num_warps=4, num_stages=2)},
+    "_gated_delta_rule_state_kernel": {
+        INTERPRETER: dict(BLOCK_V=16),
+        "GPU": dict(BLOCK_V=32, num_warps=4, num_stages=2),
+    },
+    "_gated_delta_rule_output_kernel": {
+        INTERPRETER: dict(BLOCK_V=16),
+        "GPU": dict(BLOCK_V=64, num_warps=4, num_stages=2),
+    },
+    "_gated_delta_rule_bwd_local_kernel": {
+        INTERPRETER: dict(BLOCK_V=16),
+        "GPU": dict(BLOCK_V=64, num_warps=4, num_stages=2),
+    },
+    "_gated_delta_rule_bwd_state_kernel": {
+        INTERPRETER: dict(BLOCK_V=16),
+        "GPU": dict(BLOCK_V=32, num_warps=4, num_stages=2),
+    },
+    "_gated_delta_rule_bwd_values_kernel": {
+        INTERPRETER: dict(BLOCK_V=16),
+        "GPU": dict(BLOCK_V=32, num_warps=4, num_stages=1),
+    },
+    "_gated_delta_rule_bwd_keys_kernel": {
+        INTERPRETER: dict(BLOCK_V=16),
+        "GPU": dict(BLOCK_V=32, num_warps=8, num_stages=1),
+    },
+}
+
+
+class _GatedDeltaRuleTriton(torch.autograd.Function):
+    """Saves its inputs; the backward pass computes inverses, new values and states once more."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta, start, end, scale, eps):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        inputs = dict(zip(("q", "k", "v", "g", "beta", "start", "end"), (q, k, v, g, beta, start, end)))
+        inputs |= {name: inputs[name].contiguous() for name in ("g", "beta", "start", "end")}
+        ctx.save_for_backward(*inputs.values())
+        ctx.options = scale, eps
+        out = v.new_empty(v.shape)
+        launch = _launcher(inputs, scale, eps)
+        launch(_gated_delta_rule_output_kernel, **_states(inputs, launch), out=out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        inputs = dict(zip(("q", "k", "v", "g", "beta", "start", "end"), ctx.saved_tensors))
+        q, k, v = inputs["q"], inputs["k"], inputs["v"]
+        launch = _launcher(inputs, *ctx.options)
+        group = v.shape[1] // k.shape[1]
+        dout = dout.contiguous()
+        tensors = _states(inputs, launch) | dict(dout=dout, dnew=v.new_empty(v.shape, dtype=torch.float32))
+        launch(_gated_delta_rule_bwd_local_kernel, **tensors)
+        tensors["dstates"] = torch.empty_like(tensors["states"])
+        launch(_gated_delta_rule_bwd_state_kernel, **tensors)
+        tensors |= dict(dqk=torch.empty_like(tensors["inverse"]), dkk=torch.empty_like(tensors["inverse"]))
+        tensors["dG"] = torch.empty_like(tensors["G"])
+        dv, dg, dbeta = v.new_empty(v.shape), torch.empty_like(inputs["g"]), torch.empty_like(inputs["beta"])
+        launch(_gated_delta_rule_bwd_values_kernel, **tensors, dv=dv, dbeta=dbeta)
+        dq, dk = v.new_empty(2, *v.shape[:2], q.shape[2], dtype=q.dtype if group == 1 else torch.float32)
+        launch(_gated_delta_rule_bwd_keys_kernel, **tensors, dq=dq, dk=dk, dg=dg)
+        if group > 1:
+            dq, dk = (x.unflatten(1, (-1, group)).sum(2).to(q.dtype) for x in (dq, dk))
+        return dq, dk, dv, dg, dbeta, None, None, None, None
+
+
+def _launcher(inputs: dict, scale: float, eps: float | None):
+    """A function that launches a kernel with those of the tensors and numbers that it takes."""
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    (T, Hv, Dv), (_, Hk, Dk) = v.shape, k.shape
+    arch, wide = arch_of(q), q.dtype == torch.float32
+    chunk = CHUNK[INTERPRETER if arch == INTERPRETER else "fp32" if wide else arch]
+    numbers = dict(T=T, group=Hv // Hk, scale=scale, eps=eps or 0.0, HV=Hv, D=Dk, DV=Dv, NORMALIZE=eps is not None)
+    numbers |= dict(PRECISION="ieee" if wide else "tf32", CHUNK=chunk, BLOCK_K=max(16, next_power_of_2(Dk)))
+    for name in ("q", "k", "v"):
+        numbers |= {f"stride_{name}": inputs[name].stride(0), f"stride_{name}_head": inputs[name].stride(1)}
+
+    def launch(kernel, **tensors):
+        config = CONFIGS[kernel.fn.__name__][INTERPRETER if arch == INTERPRETER else "GPU"]
+        arguments = {f"{name}_ptr": x for name, x in (inputs | tensors).items()} | numbers
+        grid = (cdiv(T, chunk), Hv)
+        if "BLOCK_V" in config and kernel not in (
+            _gated_delta_rule_bwd_values_kernel,
+            _gated_delta_rule_bwd_keys_kernel,
+        ):
+            grid = *grid, cdiv(Dv, config["BLOCK_V"])
+        kernel[grid](**{name: value for name, value in arguments.items() if name in kernel.arg_names}, **config)
+
+    launch.cells = cdiv(T, chunk), Hv, chunk
+    return launch
+
+
+def _states(inputs: dict, launch) -> dict:
+    """The inverse of each chunk, the new values and the states with which chunks begin."""
+    v, (chunks, Hv, size) = inputs["v"], launch.cells
+    inverse = v.new_empty(chunks, Hv, size, size, dtype=torch.float32)
+    new = v.new_empty(v.shape, dtype=torch.float32)
+    states = v.new_empty(chunks, Hv, inputs["k"].shape[2], v.shape[2], dtype=torch.float32)
+    G = v.new_empty(v.shape[:2], dtype=torch.float64 if v.dtype == torch.float32 else torch.float32)
+    tensors = dict(inverse=inverse, G=G, new=new, states=states)
+    launch(_gated_delta_rule_inverse_kernel, **tensors)
+    launch(_gated_delta_rule_state_kernel, **tensors)
+    return tensors
+
+
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -109,6 +225,8 @@ def gated_delta_rule(
             return gated_delta_rule_ref(q, k, v, g, beta, start, end, **options)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         eps = EPS if normalize else None
+        if backend == "triton" and not return_state:
+            return _GatedDeltaRuleTriton.apply(q, k, v, g, beta, start, end, scale, eps)
         out, states = GatedDeltaRuleTorch.apply(q, k, v, g, beta, start, scale, eps, return_state)
         return (out, states) if return_state else out
 

@@ -57,7 +57,7 @@ EXTRA_ROOMS = {
     "kernels/linear_cross_entropy": {"kernels/cross_entropy", "kernels/linear_cross_entropy_torch"},
     "kernels/flash_attention": {"kernels/flash_attention_kernels", "kernels/flash_attention_torch"},
     "kernels/flash_attention_kernels": {"kernels/flash_attention_tiles"},
-    "kernels/gated_delta_rule": {"kernels/gated_delta_rule_torch"},
+    "kernels/gated_delta_rule": {"kernels/gated_delta_rule_kernels", "kernels/gated_delta_rule_torch"},
     "kernels/adamw": {"kernels/quantize", "kernels/adamw_formats"},
     "kernels/adamw_formats": {"kernels/quantize"},
 }
