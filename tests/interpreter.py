@@ -1,4 +1,4 @@
-"""Triton's interpreter made faithful for bf16 and five times as fast, so that the kernels can be tested without a GPU.
+"""Triton's interpreter made faithful for bf16 and six times as fast, so that the kernels can be tested without a GPU.
 
 With TRITON_INTERPRET=1 Triton runs kernels with numpy on CPU tensors. Up to version 3.9 it does not know bf16, which
 numpy does not have: it stores the 16 bits in uint16, computes on those integers as if they were the numbers, and
@@ -18,7 +18,7 @@ import math
 import numpy as np
 import triton.experimental.gluon  # noqa: F401  Triton imports it at the first launch and then asks for the variable again
 import triton.language as tl
-import triton.language.core as core  # noqa: F401  `_patch_lang` looks for both in the globals of a function
+import triton.language.core as core  # `_patch_lang` looks for both in the globals of a function
 import triton.runtime.interpreter as interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -78,7 +78,9 @@ def make_faithful(builder: type) -> None:
 def make_fast() -> None:
     """Triton's own functions, with what they compute again for every operation computed once."""
     numpy_dtype, block_init = interpreter._get_np_dtype, tl.block_type.__init__
-    dtypes, blocks, shapes = {}, {}, {}
+    semantic, unwrap = interpreter.TritonSemantic, core._unwrap_if_constexpr
+    broadcast, computation_type = semantic.broadcast_impl_value, semantic.computation_type_impl
+    dtypes, blocks, shapes, joint_sizes, computation_types = {}, {}, {}, {}, {}
 
     def new_numpy_dtype(dtype):
         name = dtype.scalar.name
@@ -101,11 +103,49 @@ def make_fast() -> None:
         self.shape, self.numel = shapes[sizes]
         self.handle, self.type, self.dtype = handle, type, type.scalar
 
+    def new_broadcast(self, a, b):
+        a_is_block, b_is_block = a.type.is_block(), b.type.is_block()
+        if a_is_block and b_is_block:
+            sizes = a.handle.data.shape, b.handle.data.shape
+            if sizes not in joint_sizes:
+                wide, _ = broadcast(self, a, b)  # with its checks
+                joint_sizes[sizes] = wide.handle.data.shape
+            return spread(a, joint_sizes[sizes]), spread(b, joint_sizes[sizes])
+        if a_is_block:
+            return a, spread(b, a.handle.data.shape)
+        return (spread(a, b.handle.data.shape) if b_is_block else a), b
+
+    def spread(x, sizes):
+        if x.type.is_block() and x.handle.data.shape == sizes:
+            return x
+        data = np.broadcast_to(x.handle.data, sizes)
+        return tl.tensor(TensorHandle(data, x.dtype), tl.block_type(x.dtype, sizes))
+
+    def new_computation_type(self, *types):
+        key = tuple([x.name if isinstance(x, tl.dtype) else x for x in types])
+        if key not in computation_types:
+            computation_types[key] = computation_type(self, *types)
+        return computation_types[key]
+
+    def new_unwrap(x):
+        return x if type(x) is tl.tensor else unwrap(x)
+
+    def patch_builtin(obj, name, member, builder, scope):
+        def call_builtin(*args, **kwargs):
+            kwargs["_semantic"] = interpreter.interpreter_semantic
+            return member(*args, **kwargs)
+
+        member = getattr(member, "__wrapped__", member)  # without the check that a semantic was given
+        scope.set_attr(obj, name, call_builtin)
+
     def call(self, *args, **kwargs):
         return self.rewrite()(*args, **kwargs)
 
     interpreter._get_np_dtype = new_numpy_dtype
     tl.block_type.__init__, tl.tensor.__init__ = new_block_init, new_tensor_init
+    semantic.broadcast_impl_value, semantic.computation_type_impl = new_broadcast, new_computation_type
+    core._unwrap_if_constexpr = tl._unwrap_if_constexpr = new_unwrap
+    interpreter._patch_attr = patch_builtin
     # The check of integers for overflow is computed at every operation and then dropped: options.debug is off.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     # Triton patches its language at every call of a function, thousands of times. Here once, for good.

@@ -104,7 +104,7 @@ def test_the_learning_rate_is_that_of_preference_tuning(go):
 )
 def test_what_changes_nothing(go, home, other):
     """One pack of all pairs a step, or all pairs side by side, so that every run has the same pairs in its steps."""
-    whole = {"train.per_device_train_batch_size": 32, "train.num_train_epochs": 3}
+    whole = {"train.per_device_train_batch_size": 32, "train.num_train_epochs": 2}
     base = home / "whole"
     if not base.exists():
         result = go("whole", **whole)
@@ -121,7 +121,7 @@ def test_what_changes_nothing(go, home, other):
 @pytest.mark.parametrize("name", [n for n in LOSSES if n != "sigmoid"])
 def test_every_loss_trains(go, name):
     smoothing = {"train.label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
-    result = go(**{"dpo.loss_type": [name], "train.max_steps": 3} | smoothing)
+    result = go(**{"dpo.loss_type": [name], "train.max_steps": 2} | smoothing)
     assert all(math.isfinite(loss) for loss in logged(result.output_dir))
 
 
@@ -142,7 +142,8 @@ def test_evaluation_is_exact_whatever_its_batches(go, home):
 def test_two_ranks_are_one(home, tmp_path, go):
     overrides = {"data.train_data": str(home / "pairs.jsonl"), "data.cache_dir": str(home / "cache"), **DPO}
     overrides |= {"model.config": None, "model.model_name_or_path": str(home / "first" / "model")}
-    alone = go("alone", **{"train.per_device_train_batch_size": 8})
+    overrides["train.num_train_epochs"] = 1
+    alone = go("alone", **{"train.per_device_train_batch_size": 8, "train.num_train_epochs": 1})
     for name, more in (
         ("live", {}),
         ("cached", {"dpo.precompute_ref_log_probs": True, "data.cache_dir": str(tmp_path)}),
@@ -165,6 +166,7 @@ def test_two_ranks_are_one(home, tmp_path, go):
 )
 def test_resumed_is_uninterrupted(go, keys, monkeypatch):
     file = "adapter_model.safetensors" if "lora.r" in keys else "model.safetensors"
+    keys = keys | {"train.per_device_train_batch_size": 8}  # 4 steps an epoch
     whole = go("whole", **keys)
     with monkeypatch.context() as patch:
         stop_after(patch, 5, signal.SIGTERM)
@@ -193,33 +195,37 @@ def test_a_run_whose_packs_hold_shared_prompts_resumes_with_these_only(go, monke
 
 def test_a_new_adapter_has_its_base_as_the_reference(go):
     """Switched off or copied (TR-DPO that never comes): the same."""
-    off = go("off", **{"lora.r": 4})
-    copied = go("copied", **{"lora.r": 4, "dpo.sync_ref_model": True, "dpo.ref_model_sync_steps": 10**6})
+    keys = {"lora.r": 4, "train.max_steps": 4}
+    off = go("off", **keys)
+    copied = go("copied", **keys | {"dpo.sync_ref_model": True, "dpo.ref_model_sync_steps": 10**6})
     read = lambda result: (result.output_dir / "model" / "adapter_model.safetensors").read_bytes()  # noqa: E731
     assert read(off) == read(copied)
 
 
 def test_another_model_as_the_reference(go, home):
-    itself = go("itself")
-    named = go("named", **{"dpo.ref_model_name_or_path": str(home / "first" / "model")})
+    few = {"train.max_steps": 4}
+    itself = go("itself", **few)
+    named = go("named", **few | {"dpo.ref_model_name_or_path": str(home / "first" / "model")})
     assert weights(itself.output_dir) == weights(named.output_dir)
-    moved = go("moved", **{"dpo.ref_model_name_or_path": str(itself.output_dir / "model")})
+    moved = go("moved", **few | {"dpo.ref_model_name_or_path": str(itself.output_dir / "model")})
     assert logged(moved.output_dir)[0] != pytest.approx(math.log(2), rel=1e-3)
 
 
 def test_tr_dpo_starts_again_at_ln_2(go):
-    result = go(**{"dpo.sync_ref_model": True, "dpo.ref_model_sync_steps": 4, "dpo.ref_model_mixup_alpha": 1.0})
+    keys = {"dpo.sync_ref_model": True, "dpo.ref_model_sync_steps": 4, "dpo.ref_model_mixup_alpha": 1.0}
+    result = go(**keys, **{"train.max_steps": 5})
     losses = logged(result.output_dir)
     assert losses[4] == pytest.approx(math.log(2), rel=1e-6) and losses[3] != pytest.approx(math.log(2), rel=1e-3)
 
 
 def test_dropout_is_off_unless_asked_for(go):
-    result = go("off", **{"lora.r": 4, "lora.lora_dropout": 0.5})
+    keys = {"lora.r": 4, "train.max_steps": 3}
+    result = go("off", **keys, **{"lora.lora_dropout": 0.5})
     assert logged(result.output_dir)[0] == pytest.approx(math.log(2), rel=1e-6)
-    without = go("without", **{"lora.r": 4})
+    without = go("without", **keys)
     read = lambda result: (result.output_dir / "model" / "adapter_model.safetensors").read_bytes()  # noqa: E731
     assert read(result) == read(without)
-    dropped = go("on", **{"lora.r": 4, "lora.lora_dropout": 0.5, "dpo.disable_dropout": False})
+    dropped = go("on", **keys, **{"lora.lora_dropout": 0.5, "dpo.disable_dropout": False})
     assert read(dropped) != read(without)
 
 
@@ -263,7 +269,9 @@ def test_kto_of_good_answers_only_on_two_ranks(go, home, tmp_path):
 
 def test_a_row_s_weight_is_that_of_its_pair(go, home, tmp_path):
     twice = write_pairs(tmp_path / "twice.jsonl", weight=2.0)
-    same(go("plain").output_dir, go("twice", **{"data.train_data": str(twice)}).output_dir)  # the mean is weighted
+    few = {"train.max_steps": 4}
+    plain, weighted = go("plain", **few), go("twice", **few | {"data.train_data": str(twice)})
+    same(plain.output_dir, weighted.output_dir)  # the mean is weighted
 
 
 def test_memory_is_not_spent_where_it_need_not_be(go, home):
@@ -301,6 +309,7 @@ def test_stopped_in_either_stage_is_uninterrupted(home, tmp_path, monkeypatch, l
     pairs = {"data": {"train_data": str(home / "pairs.jsonl")}, "trainer_type": "dpo"}
     common = settings(home, **{"model.config": None, "model.model_name_or_path": str(home / "first" / "model")})
     common |= {"data.cache_dir": str(home / "cache"), "train.num_train_epochs": 1, "train.learning_rate": 3e-3}
+    common |= {"train.per_device_train_batch_size": 16}  # 4 steps, then 2
     del common["data.train_data"]
     stages = {"stages": [rows | lora, pairs | lora]}
     file = "adapter_model.safetensors" if lora else "model.safetensors"
@@ -310,7 +319,7 @@ def test_stopped_in_either_stage_is_uninterrupted(home, tmp_path, monkeypatch, l
         return result, tmp_path / name / "2-dpo"
 
     _, whole = go("whole")
-    for step in (3, 8 + 1 + 2):  # the first stage has 8 steps; the second looks at its first batch before it begins
+    for step in (2, 4 + 1 + 1):  # the second stage looks at its first batch before it begins
         with monkeypatch.context() as patch:
             stop_after_collecting(patch, step)
             stopped, _ = go(f"stopped-{step}")

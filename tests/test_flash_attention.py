@@ -197,7 +197,7 @@ def test_a_query_without_keys_gets_zeros():
 @pytest.mark.parametrize("options", [{}, dict(window=2), dict(softcap=0.7), dict(window=3, softcap=2.0)], ids=str)
 def test_gradcheck(options):
     start, end = bounds_of([3, 1, 5])
-    inputs = qkv(9, head_dim=3, dtype=torch.float64)
+    inputs = qkv(9, heads=2, kv_heads=1, head_dim=3, dtype=torch.float64)
     for backend in ("torch", "reference"):
         with use_backend(backend):
             assert torch.autograd.gradcheck(lambda q, k, v: flash_attention(q, k, v, start, end, **options), inputs)

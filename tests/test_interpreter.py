@@ -51,6 +51,22 @@ def test_a_block_has_a_power_of_two_of_elements(length):
             run(x, x, "add")
 
 
+def _outer_sum(x_ptr, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AXIS: tl.constexpr):
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    x = tl.load(x_ptr + rows)
+    total = 1 + (x[:, None] if AXIS else x) + columns.to(tl.float32) * 2
+    tl.store(out_ptr + rows[:, None] * COLUMNS + columns, total)
+
+
+def test_shapes_are_joined_as_numpy_joins_them_or_refused():
+    x, out = torch.randn(4), torch.empty(4, 8)
+    for _ in range(2):  # the second time from what is remembered
+        InterpretedFunction(_outer_sum)[(1,)](x, out, 4, 8, 1)
+        assert torch.equal(out, (1 + x[:, None]) + torch.arange(8.0) * 2)
+        with pytest.raises(Exception, match="incompatible dimensions"):
+            InterpretedFunction(_outer_sum)[(1,)](x, out, 4, 8, 0)
+
+
 def test_bf16_is_rounded_to_the_nearest_as_torch_rounds():
     x, y = torch.randn(2, 1024).bfloat16()
     for operation in ("add", "sub", "mul"):

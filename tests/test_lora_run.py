@@ -103,9 +103,7 @@ def test_pissa_and_rows_of_new_tokens_in_a_stopped_run(go, home, tmp_path, monke
 
 
 def test_generate_reads_base_and_adapter(trained):
-    command = [sys.executable, "-m", "minisft", "generate", str(trained), "--prompt", "abc", "--max_new_tokens", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
+    assert generate.main([str(trained), "--prompt", "abc", "--max_new_tokens", "3"]) == 0
 
 
 @pytest.mark.quick
