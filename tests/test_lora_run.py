@@ -3,8 +3,6 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from safetensors.torch import load_file
 from test_resume import stop_after
 from tiny import logged, parts, settings, train
 
-from minisft.commands import export
+from minisft.commands import export, generate
 from minisft.errors import UserError
 from minisft.model.adapter_files import load_adapted
 from minisft.model.load import load_model
