@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minisft.kernels.common import INTERPRETER, arch_of, backend_for, cdiv, next_power_of_2
 from minisft.kernels.gated_delta_rule_kernels import (
+    _gated_delta_rule_bwd_inside_kernel,
     _gated_delta_rule_bwd_keys_kernel,
     _gated_delta_rule_bwd_local_kernel,
     _gated_delta_rule_bwd_state_kernel,
@@ -75,32 +76,39 @@ def _normed(x: Tensor, normalize: bool) -> Tensor:
     return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + EPS) if normalize else x
 
 
-CHUNK = {INTERPRETER: 16, "fp32": 32, 80: 64, 86: 32, 89: 32, 90: 64, 100: 64, 120: 32}
+# Tokens of a chunk, by architecture. 64 fit the shared memory and the registers of Hopper and of the large Blackwell; in full
+# fp32, where there are no tensor cores, 16 fit.
+CHUNK = {INTERPRETER: 16, "fp32": 16, 80: 32, 86: 32, 89: 32, 90: 64, 100: 64, 120: 32}
 CONFIGS = {
-    "_gated_delta_rule_inverse_kernel": {INTERPRETER: {}, "GPU": dict(num_warps=4, num_stages=2)},
+    "_gated_delta_rule_inverse_kernel": {INTERPRETER: {}, "else": dict(num_warps=4, num_stages=2)},
     "_gated_delta_rule_state_kernel": {
         INTERPRETER: dict(BLOCK_V=16),
-        "GPU": dict(BLOCK_V=32, num_warps=4, num_stages=2),
+        100: dict(BLOCK_V=32, num_warps=8, num_stages=1),
+        "fp32": dict(BLOCK_V=16, num_warps=8, num_stages=1),
+        "else": dict(BLOCK_V=32, num_warps=8, num_stages=2),
     },
     "_gated_delta_rule_output_kernel": {
         INTERPRETER: dict(BLOCK_V=16),
-        "GPU": dict(BLOCK_V=64, num_warps=4, num_stages=2),
+        "else": dict(BLOCK_V=64, num_warps=4, num_stages=2),
     },
     "_gated_delta_rule_bwd_local_kernel": {
         INTERPRETER: dict(BLOCK_V=16),
-        "GPU": dict(BLOCK_V=64, num_warps=4, num_stages=2),
+        "else": dict(BLOCK_V=64, num_warps=4, num_stages=2),
     },
     "_gated_delta_rule_bwd_state_kernel": {
         INTERPRETER: dict(BLOCK_V=16),
-        "GPU": dict(BLOCK_V=32, num_warps=4, num_stages=2),
+        "fp32": dict(BLOCK_V=16, num_warps=8, num_stages=1),
+        "else": dict(BLOCK_V=32, num_warps=8, num_stages=1),
     },
     "_gated_delta_rule_bwd_values_kernel": {
         INTERPRETER: dict(BLOCK_V=16),
-        "GPU": dict(BLOCK_V=32, num_warps=4, num_stages=1),
+        "fp32": dict(BLOCK_V=16, num_warps=8, num_stages=1),
+        "else": dict(BLOCK_V=32, num_warps=8, num_stages=1),
     },
+    "_gated_delta_rule_bwd_inside_kernel": {INTERPRETER: {}, "else": dict(num_warps=8, num_stages=2)},
     "_gated_delta_rule_bwd_keys_kernel": {
         INTERPRETER: dict(BLOCK_V=16),
-        "GPU": dict(BLOCK_V=32, num_warps=8, num_stages=1),
+        "else": dict(BLOCK_V=32, num_warps=8, num_stages=1),
     },
 }
 
@@ -133,9 +141,10 @@ class _GatedDeltaRuleTriton(torch.autograd.Function):
         tensors["dstates"] = torch.empty_like(tensors["states"])
         launch(_gated_delta_rule_bwd_state_kernel, **tensors)
         tensors |= dict(dqk=torch.empty_like(tensors["inverse"]), dkk=torch.empty_like(tensors["inverse"]))
-        tensors["dG"] = torch.empty_like(tensors["G"])
+        tensors |= dict(dG=torch.empty_like(tensors["G"]), dbeta_sum=v.new_empty(v.shape[:2], dtype=torch.float32))
         dv, dg, dbeta = v.new_empty(v.shape), torch.empty_like(inputs["g"]), torch.empty_like(inputs["beta"])
-        launch(_gated_delta_rule_bwd_values_kernel, **tensors, dv=dv, dbeta=dbeta)
+        launch(_gated_delta_rule_bwd_values_kernel, **tensors, dv=dv)
+        launch(_gated_delta_rule_bwd_inside_kernel, **tensors, dbeta=dbeta)
         dq, dk = v.new_empty(2, *v.shape[:2], q.shape[2], dtype=q.dtype if group == 1 else torch.float32)
         launch(_gated_delta_rule_bwd_keys_kernel, **tensors, dq=dq, dk=dk, dg=dg)
         if group > 1:
@@ -148,14 +157,16 @@ def _launcher(inputs: dict, scale: float, eps: float | None):
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     (T, Hv, Dv), (_, Hk, Dk) = v.shape, k.shape
     arch, wide = arch_of(q), q.dtype == torch.float32
-    chunk = CHUNK[INTERPRETER if arch == INTERPRETER else "fp32" if wide else arch]
+    kind = "fp32" if wide and arch != INTERPRETER else arch
+    chunk = CHUNK[kind]
     numbers = dict(T=T, group=Hv // Hk, scale=scale, eps=eps or 0.0, HV=Hv, D=Dk, DV=Dv, NORMALIZE=eps is not None)
     numbers |= dict(PRECISION="ieee" if wide else "tf32", CHUNK=chunk, BLOCK_K=max(16, next_power_of_2(Dk)))
     for name in ("q", "k", "v"):
         numbers |= {f"stride_{name}": inputs[name].stride(0), f"stride_{name}_head": inputs[name].stride(1)}
 
     def launch(kernel, **tensors):
-        config = CONFIGS[kernel.fn.__name__][INTERPRETER if arch == INTERPRETER else "GPU"]
+        table = CONFIGS[kernel.fn.__name__]
+        config = table[kind if kind in table else "else"]
         arguments = {f"{name}_ptr": x for name, x in (inputs | tensors).items()} | numbers
         grid = (cdiv(T, chunk), Hv)
         if "BLOCK_V" in config and kernel not in (

@@ -86,8 +86,9 @@ def _edges(start, G, t0, T, CHUNK: tl.constexpr):
     is_last = i == tl.minimum(CHUNK, T - t0) - 1
     start_last = tl.sum(tl.where(is_last, start, 0), 0)
     G_last = tl.sum(tl.where(is_last, G, 0.0), 0)
-    fade = tl.where(start < t0, tl.exp(G.to(tl.float32)), 0.0)
-    left = tl.where(start == start_last, tl.exp((G_last - G).to(tl.float32)), 0.0)
+    nothing = float("-inf")  # its exponential is 0; that of what is hidden here might overflow
+    fade = tl.exp(tl.where(start < t0, G.to(tl.float32), nothing))
+    left = tl.exp(tl.where(start == start_last, (G_last - G).to(tl.float32), nothing))
     through = tl.where(start_last < t0, tl.exp(G_last.to(tl.float32)), 0.0)
     return fade, left, through, is_last
 
@@ -363,7 +364,6 @@ def _gated_delta_rule_bwd_state_kernel(
 
 @jit
 def _gated_delta_rule_bwd_values_kernel(
-    q_ptr,
     k_ptr,
     v_ptr,
     G_ptr,
@@ -376,19 +376,16 @@ def _gated_delta_rule_bwd_values_kernel(
     dnew_ptr,  # becomes the gradient of v, in fp32
     dstates_ptr,
     dv_ptr,  # [T, Hv, Dv], contiguous
-    dbeta_ptr,  # [T, Hv], contiguous
-    dG_ptr,  # as G, the part of it that is known here
-    dqk_ptr,  # fp32 [N, Hv, CHUNK, CHUNK]: of the products q k^T
-    dkk_ptr,  # the same of k k^T, plus its transpose
+    dbeta_sum_ptr,  # fp32 [T, Hv]: the part of it that is known here
+    dG_ptr,  # as G; so is this
+    dqk_ptr,  # fp32 [N, Hv, CHUNK, CHUNK]: dout new^T
+    dkk_ptr,  # the same of the new values' gradient
     T,
     group,
-    stride_q,
-    stride_q_head,
     stride_k,
     stride_k_head,
     stride_v,
     stride_v_head,
-    scale,
     eps,
     HV: tl.constexpr,
     D: tl.constexpr,
@@ -399,7 +396,7 @@ def _gated_delta_rule_bwd_values_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The gradients of v and beta of one chunk and head, and those of the products inside the chunk."""
+    """The gradients of v of one chunk and head, and its products for those of the chunk's matrices."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     t0 = chunk * CHUNK
     t, start, G = _tokens(start_ptr, G_ptr, head, t0, T, HV, CHUNK)
@@ -411,7 +408,6 @@ def _gated_delta_rule_bwd_values_kernel(
     cell = tl.cast(chunk, tl.int64) * HV + head
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     square = cell * CHUNK * CHUNK + i * CHUNK + j
-    inverse = tl.load(inverse_ptr + square)
     carried, goes_on = _is_carried(start_ptr, t0, T), _is_carried(start_ptr, t0 + CHUNK, T)
     dP = tl.zeros((CHUNK, CHUNK), tl.float32)
     dA = tl.zeros((CHUNK, CHUNK), tl.float32)
@@ -429,6 +425,7 @@ def _gated_delta_rule_bwd_values_kernel(
             share = tl.sum((asked * new).to(G.dtype), 1)
             dG -= share
             dG_last += share
+        inverse = tl.load(inverse_ptr + square)  # again, rather than hold it in registers
         dunknown = tl.dot(tl.trans(inverse), dnew, input_precision=PRECISION)  # times beta, below
         dA = tl.dot(dunknown, tl.trans(new), dA, input_precision=PRECISION)
         dout = _load(dout_ptr + head * DV, t, T, HV * DV, first, DV, BLOCK_V)
@@ -443,21 +440,64 @@ def _gated_delta_rule_bwd_values_kernel(
         dbeta += tl.sum(dunknown * unknown, 1)
         _store(dv_ptr + head * DV, dv, t, t < T, HV * DV, first, DV, BLOCK_V)
         _store(dnew_ptr + head * DV, dv, t, t < T, HV * DV, first, DV, BLOCK_V)
+    tl.store(dqk_ptr + square, dP)
+    tl.store(dkk_ptr + square, dA)
+    tl.store(dbeta_sum_ptr + cells, dbeta, mask=t < T)
+    tl.store(dG_ptr + cells, dG + tl.where(is_last, tl.sum(dG_last, 0), 0.0), mask=t < T)
+
+
+@jit
+def _gated_delta_rule_bwd_inside_kernel(
+    q_ptr,
+    k_ptr,
+    G_ptr,
+    beta_ptr,
+    start_ptr,
+    dbeta_sum_ptr,  # of the kernel before, as the next three
+    dG_ptr,  # is added to
+    dqk_ptr,  # becomes the gradient of the products q k^T
+    dkk_ptr,  # becomes that of k k^T, plus its transpose
+    dbeta_ptr,  # [T, Hv], contiguous
+    T,
+    group,
+    stride_q,
+    stride_q_head,
+    stride_k,
+    stride_k_head,
+    scale,
+    eps,
+    HV: tl.constexpr,
+    D: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The gradients of one chunk's matrices, and what beta and G get from them."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    t, start, G = _tokens(start_ptr, G_ptr, head, chunk * CHUNK, T, HV, CHUNK)
+    cells = t.to(tl.int64) * HV + head
+    inside = t < T
+    beta = tl.load(beta_ptr + cells, mask=inside, other=0.0).to(tl.float32)
+    key_head = (head // group).to(tl.int64)
     q, q_factor = _load_normed(q_ptr + key_head * stride_q_head, t, T, stride_q, eps, NORMALIZE, D, BLOCK_K)
+    k, k_factor = _load_normed(k_ptr + key_head * stride_k_head, t, T, stride_k, eps, NORMALIZE, D, BLOCK_K)
+    i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    square = (tl.cast(chunk, tl.int64) * HV + head) * CHUNK * CHUNK + i * CHUNK + j
     decay = _decay(_lower(start, CHUNK), G)
-    dA = tl.where(i > j, -dA * decay, 0.0)
-    pairs = dA * tl.dot(k, tl.trans(k), input_precision=PRECISION)  # of the exponents G_i - G_j
-    dbeta += tl.sum(pairs, 1)
-    tl.store(dbeta_ptr + cells, dbeta.to(dbeta_ptr.dtype.element_ty), mask=t < T)
+    dA = tl.where(i > j, -tl.load(dkk_ptr + square) * decay, 0.0)
+    pairs = dA * tl.dot(k, tl.trans(k), input_precision=PRECISION)  # the gradient of each G_i - G_j
+    dbeta = tl.load(dbeta_sum_ptr + cells, mask=inside, other=0.0) + tl.sum(pairs, 1)
+    tl.store(dbeta_ptr + cells, dbeta.to(dbeta_ptr.dtype.element_ty), mask=inside)
     dA *= beta[:, None]
     tl.store(dkk_ptr + square, dA + tl.trans(dA))
-    dP *= decay * scale
+    dP = tl.load(dqk_ptr + square) * decay * scale
     tl.store(dqk_ptr + square, dP)
     dP = tl.where(i > j, dP, 0.0)
     pairs = pairs * beta[:, None] + dP * tl.dot(q, tl.trans(k), input_precision=PRECISION)
     pairs = pairs.to(G.dtype)
-    dG += tl.sum(pairs, 1) - tl.sum(pairs, 0) + tl.where(is_last, tl.sum(dG_last, 0), 0.0)
-    tl.store(dG_ptr + cells, dG, mask=t < T)
+    dG = tl.load(dG_ptr + cells, mask=inside, other=0.0) + tl.sum(pairs, 1) - tl.sum(pairs, 0)
+    tl.store(dG_ptr + cells, dG, mask=inside)
 
 
 @jit
@@ -469,7 +509,7 @@ def _gated_delta_rule_bwd_keys_kernel(
     new_ptr,
     states_ptr,
     dout_ptr,
-    dnew_ptr,  # this and the next three are of the kernel before
+    dnew_ptr,  # this and the next three are of the kernels before
     dG_ptr,
     dqk_ptr,
     dkk_ptr,
