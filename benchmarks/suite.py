@@ -32,6 +32,8 @@ BENCHMARKS = [  # (module, options, seconds at most)
     ("bench_rms_norm", [], 30),
     ("bench_glu", [], 30),
     ("bench_rope", [], 30),
+    ("bench_gated_delta_rule", [], 40),
+    ("bench_causal_conv1d", [], 20),
     ("bench_quantize", [], 30),
     ("bench_adamw", [], 30),
     ("bench_layer_norm", [], 30),

@@ -16,8 +16,9 @@ def causal_conv1d_cases(arch: int) -> None:
 
 
 def gated_delta_rule_cases(arch: int) -> None:
-    """The heads of Qwen3.5; in fp32 too on sm_90."""
-    rule(128, 128)
+    """The heads of Qwen3.5. 80, 89 and 120 have the configurations of 86, and compiling these takes long."""
+    if arch in (86, 90, 100):
+        rule(128, 128)
     if arch == 90:
         rule(128, 128, torch.float32)
 

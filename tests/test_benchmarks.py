@@ -22,6 +22,8 @@ OPS = [
     "cross_entropy",
     "linear_cross_entropy",
     "flash_attention",
+    "gated_delta_rule",
+    "causal_conv1d",
     "quantize",
     "adamw",
 ]
