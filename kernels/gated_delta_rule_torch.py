@@ -5,7 +5,8 @@ The lesson, the contract and the public ops are in gated_delta_rule.py, and so a
 A chunk lies inside one document, which is cut from its own first token; neighbouring short documents share a chunk and a mask
 hides them from each other. The chunks of one document are a chain: each needs the state that the one before it left. Chains of
 several documents are walked together, first all first chunks, then all second ones, as many at a time as keep the states in a
-core's cache (BATCH numbers): a long document of many heads goes alone, small heads go many at a time.
+core's cache (BATCH numbers): a long document of many heads goes alone, small heads go many at a time. Only what touches the
+state is computed step by step, the rest for all chunks of the batch at once.
 
 The backward pass saves the inputs only. It walks each batch of chains once more and keeps what it needs, then back.
 
@@ -18,22 +19,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 64
+CHUNK = C = 64
 BATCH = 2**18  # numbers in the states that are walked together
 
 
-class Chunks(NamedTuple):
-    """n chunks, of as many documents, that are computed together. The first `next` of them have a chunk behind them."""
+class Chains(NamedTuple):
+    """Some chains, cut into N chunks: all first ones, then all second ones, ... Those of longer chains come first."""
 
-    rows: Tensor  # int64 [n, C]: their tokens; a ragged end repeats its last one
-    inside: Tensor | None  # bool [n, C], False for the repeated ones; None where there are none
-    lower: Tensor  # bool [n, 1, C, C]: does token j <= i belong to i's document?
-    carried: bool  # is there a state from the chunk before?
-    next: int
+    numbers: list[int]  # of the chains
+    rows: Tensor  # int64 [N, C]: the tokens of each chunk; a ragged end repeats its last one
+    inside: Tensor | None  # bool [N, C], False for the repeated ones; None where there are none
+    lower: Tensor  # bool [N or 1, 1, C, C]: does token j <= i belong to i's document?
+    steps: list[tuple[int, int, int]]  # (first chunk, how many, how many of them have a chunk behind them) of each step
 
 
-def plan(start: Tensor, state_size: int, join: bool) -> list[tuple[list[int], list[Chunks]]]:
-    """Cuts the documents into chunks. Returns batches of chains: (numbers of the chains, their chunks step by step).
+def plan(start: Tensor, state_size: int, join: bool) -> list[Chains]:
+    """Cuts the documents into chunks.
 
     join: whether short neighbours share a chunk; without it chain n is document n.
     """
@@ -41,97 +42,115 @@ def plan(start: Tensor, state_size: int, join: bool) -> list[tuple[list[int], li
     firsts, counts = torch.unique_consecutive(on_host, return_counts=True)
     chains = []  # [a, b]: the tokens of each
     for a, count in zip(firsts.tolist(), counts.tolist()):
-        if join and chains and a + count - chains[-1][0] <= CHUNK:
+        if join and chains and a + count - chains[-1][0] <= C:
             chains[-1][1] = a + count
         else:
             chains.append([a, a + count])
 
     # Longest first: at every step those that go on are the first ones.
     order = sorted(range(len(chains)), key=lambda n: chains[n][0] - chains[n][1])
-    size = max(1, BATCH // state_size)
-    tokens, triangle = torch.arange(CHUNK), torch.ones(CHUNK, CHUNK, dtype=torch.bool).tril()
+    size, tokens = max(1, BATCH // state_size), torch.arange(C)
+    triangle = torch.ones(C, C, dtype=torch.bool).tril()
     batches = []
-    for some in [order[i : i + size] for i in range(0, len(order), size)]:
-        bounds, steps = torch.tensor([chains[n] for n in some]), []
+    for numbers in [order[i : i + size] for i in range(0, len(order), size)]:
+        bounds, chunks, steps = torch.tensor([chains[n] for n in numbers]), [], []
         while len(bounds):
-            rows = bounds[:, :1] + tokens
-            inside = rows < bounds[:, 1:]
-            rows = torch.minimum(rows, bounds[:, 1:] - 1)
-            lower = triangle.expand(len(bounds), -1, -1)
-            if not steps and join:
-                lower = lower & (on_host[rows][:, :, None] == on_host[rows][:, None, :])
-            bounds = bounds + torch.tensor([CHUNK, 0])
-            rest = int((bounds[:, 0] < bounds[:, 1]).sum())
-            inside = None if inside.all() else inside.to(start.device)
-            steps.append(Chunks(rows.to(start.device), inside, lower[:, None].to(start.device), bool(steps), rest))
-            bounds = bounds[:rest]
-        batches.append((some, steps))
+            chunks.append(bounds)
+            first = sum(steps[-1][:2]) if steps else 0
+            bounds = bounds[bounds[:, 0] + C < bounds[:, 1]] + torch.tensor([C, 0])
+            steps.append((first, len(chunks[-1]), len(bounds)))
+        chunks = torch.cat(chunks)  # [N, 2]
+        rows = chunks[:, :1] + tokens
+        inside = rows < chunks[:, 1:]
+        rows = torch.minimum(rows, chunks[:, 1:] - 1)
+        documents, lower = on_host[rows], triangle[None]
+        if (documents != documents[:, :1]).any():
+            lower = lower & (documents[:, :, None] == documents[:, None, :])
+        inside = None if inside.all() else inside.to(start.device)
+        batches.append(Chains(numbers, rows.to(start.device), inside, lower[:, None].to(start.device), steps))
     return batches
 
 
-def _take(x: Tensor, chunks: Chunks, dtype: torch.dtype) -> Tensor:
-    """[T, H, D] -> [n, H, C, D], [T, H] -> [n, H, C]; zeros beyond a ragged end, where nothing then adds to anything."""
-    x = x[chunks.rows].to(dtype)
-    if chunks.inside is not None:
-        x = x.masked_fill(~chunks.inside.view(*chunks.rows.shape, *[1] * (x.ndim - 2)), 0)
-    return x.transpose(1, 2).contiguous()
+def _take(x: Tensor, chains: Chains, dtype: torch.dtype) -> Tensor:
+    """[T, H, D] -> [N, H, C, D], [T, H] -> [N, H, C]; zeros beyond a ragged end, where nothing then adds to anything."""
+    x = x[chains.rows]
+    if chains.inside is not None:
+        x[~chains.inside] = 0
+    return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
 
 
-def _put(out: Tensor, chunks: Chunks, x: Tensor) -> None:
-    """x [n, H, C, D] to where `_take` would find it, in the dtype of out."""
-    x = x.transpose(1, 2)
-    if chunks.inside is None:
-        out[chunks.rows] = x.to(out.dtype)
+def _put(out: Tensor, chains: Chains, x: Tensor) -> None:
+    """x [N, H, C, D] to where `_take` would find it, in the dtype of out."""
+    x = x.transpose(1, 2).to(out.dtype)
+    if chains.inside is None:
+        out[chains.rows] = x
     else:
-        out[chunks.rows[chunks.inside]] = x[chunks.inside].to(out.dtype)
+        out[chains.rows[chains.inside]] = x[chains.inside]
 
 
 def _heads(x: Tensor, group: int) -> Tensor:
-    """[n, Hk, ...] -> [n, Hv, ...]"""
+    """[N, Hk, ...] -> [N, Hv, ...]"""
     return x if group == 1 else x.repeat_interleave(group, dim=1)
 
 
-def _inputs(q, k, v, g, beta, chunks, eps):
-    """The inputs of the chunks: [q; k] [n, Hk, 2C, Dk] normed, their 1 / norm, v [n, Hv, C, Dv], beta [n, Hv, C, 1], G."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    qk = torch.cat([_take(q, chunks, dtype), _take(k, chunks, dtype)], dim=2)
-    rnorm = None
-    if eps is not None:
-        rnorm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square_().add_(eps).rsqrt_()
-        qk *= rnorm
-    beta = _take(beta, chunks, dtype)[..., None]
-    # A product with the mask and not cumsum: it adds zeros for other documents, whatever they hold.
-    G = chunks.lower.double() @ _take(g, chunks, torch.float64)[..., None]  # [n, Hv, C, 1]
-    return qk, rnorm, _take(v, chunks, dtype), beta, G
+class _Chunks:
+    """What a batch of chains computes from its inputs, before and during the walk forward."""
+
+    def __init__(self, inputs, chains: Chains, scale: float, eps: float | None):
+        q, k, v, g, beta = inputs
+        dtype, self.chains, self.scale, self.group = (
+            torch.promote_types(q.dtype, torch.float32),
+            chains,
+            scale,
+            v.shape[1] // k.shape[1],
+        )
+        self.qk = torch.cat([_take(q, chains, dtype), _take(k, chains, dtype)], dim=2)  # [N, Hk, 2C, Dk]: q over k
+        self.rnorm = None
+        if eps is not None:
+            self.rnorm = torch.linalg.vector_norm(self.qk, dim=-1, keepdim=True).square_().add_(eps).rsqrt_()
+            self.qk *= self.rnorm
+        self.unknown = _take(v, chains, dtype)  # [N, Hv, C, Dv]: v, minus what the state knows after the walk
+        self.beta = _take(beta, chains, dtype)[..., None]
+        # A product with the mask and not cumsum: it adds zeros for other documents, whatever they hold.
+        self.G = chains.lower.double() @ _take(g, chains, torch.float64)[..., None]  # [N, Hv, C, 1]
+        self.fade = self.G.exp().to(dtype)
+        self.left = (
+            (self.G[:, :, -1:] - self.G).to(dtype).clamp_(max=0).exp_()
+        )  # means nothing where documents share a chunk
+
+        products = self.qk @ self.qk[:, :, C:].transpose(-1, -2)  # [N, Hk, 2C, C]: q k^T over k k^T
+        self.decay = (self.G - self.G.transpose(-1, -2)).masked_fill_(~chains.lower, -torch.inf).to(dtype).exp_()
+        self.kk = _heads(products[:, :, C:], self.group) * self.decay  # [N, Hv, C, C]
+        self.P = (_heads(products[:, :, :C], self.group) * self.decay).mul_(scale)
+        eye = torch.eye(C, dtype=dtype, device=q.device).expand(self.kk.shape)
+        # Only what is below the diagonal is read.
+        self.T = torch.linalg.solve_triangular(self.kk * self.beta, eye, upper=False, unitriangular=True)
+        self.qk_wide = _heads(self.qk, self.group)
+        self.new = torch.empty_like(self.unknown)
+        self.states = []  # with which the chunks of each step begin; None: zeros
 
 
-def _forward(qk, v, beta, G, state, chunks, scale, group):
-    """What is computed inside the chunks, and what they read from the state and add to it; see gated_delta_rule.py."""
-    C, dtype = CHUNK, qk.dtype
-    products = qk @ qk[:, :, C:].transpose(-1, -2)  # [n, Hk, 2C, C]: q k^T over k k^T
-    decay = (G - G.transpose(-1, -2)).masked_fill_(~chunks.lower, -torch.inf).to(dtype).exp_()  # [n, Hv, C, C]
-    kk = _heads(products[:, :, C:], group) * decay
-    P = _heads(products[:, :, :C], group) * decay * scale
-    eye = torch.eye(C, dtype=dtype, device=qk.device).expand(kk.shape)
-    # Only what is below the diagonal is read.
-    T = torch.linalg.solve_triangular(kk * beta, eye, upper=False, unitriangular=True)
-    qk = _heads(qk, group)
-    fade = G.to(dtype).exp()
-    out = None
-    if chunks.carried:
-        read = qk @ state  # [n, Hv, 2C, Dv]
-        out = read[:, :, :C].mul_(fade * scale)
-        v = torch.addcmul(v, read[:, :, C:], fade, value=-1)
-    new = T @ (v * beta)
-    out = P @ new if out is None else out.add_(P @ new)
-    return out, new, v, kk, P, T, decay, fade
-
-
-def _next_state(qk, new, G, fade, state, n, group):
-    """The state behind the first n of the chunks."""
-    left = (G[:n, :, -1:] - G[:n]).to(new.dtype).exp_()  # what is left of each token at the chunk's end
-    added = _heads(qk[:n, :, CHUNK:], group).transpose(-1, -2) @ (new[:n] * left)  # [n, Hv, Dk, Dv]
-    return added if state is None else added.addcmul_(state[:n], fade[:n, :, -1:])
+def _walk(chunks: _Chunks, all_ends: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """The walk forward: the output [N, Hv, C, Dv], and with all_ends the states behind the chunks of each step."""
+    out, ends, state = torch.zeros_like(chunks.new), [], None
+    for first, n, following in chunks.chains.steps:
+        here = slice(first, first + n)
+        fade = chunks.fade[here]
+        if state is not None:
+            read = chunks.qk_wide[here] @ state  # [n, Hv, 2C, Dv]
+            torch.mul(read[:, :, :C], fade * chunks.scale, out=out[here])
+            chunks.unknown[here].addcmul_(read[:, :, C:], fade, value=-1)
+        chunks.states.append(state)
+        new = torch.matmul(chunks.T[here], chunks.unknown[here] * chunks.beta[here], out=chunks.new[here])
+        count = n if all_ends else following
+        if count:
+            k = chunks.qk_wide[first : first + count, :, C:]
+            added = k.transpose(-1, -2) @ (new[:count] * chunks.left[first : first + count])  # [count, Hv, Dk, Dv]
+            end = added if state is None else added.addcmul_(state[:count], fade[:count, :, -1:])
+            ends.append(end)
+            state = end[:following]
+    out += chunks.P @ chunks.new
+    return out, ends
 
 
 class GatedDeltaRuleTorch(torch.autograd.Function):
@@ -139,109 +158,88 @@ class GatedDeltaRuleTorch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, start, scale, eps, return_state):
-        T, Hv, Dv = v.shape
-        group, state_size = Hv // k.shape[1], Hv * q.shape[2] * Dv
         ctx.save_for_backward(q, k, v, g, beta, start)
         ctx.options = scale, eps
-        batches = plan(start, state_size, join=not return_state)
+        (_, Hv, Dv), Dk = v.shape, q.shape[2]
+        batches = plan(start, Hv * Dk * Dv, join=not return_state)
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        states = (
-            v.new_empty(sum(len(some) for some, _ in batches), Hv, q.shape[2], Dv, dtype=dtype)
-            if return_state
-            else None
-        )
-        for some, steps in batches:
-            state = None
-            for chunks in steps:
-                qk, _, values, decayed, G = _inputs(q, k, v, g, beta, chunks, eps)
-                o, new, _, _, _, _, _, fade = _forward(qk, values, decayed, G, state, chunks, scale, group)
-                _put(out, chunks, o)
-                n = len(chunks.rows) if return_state else chunks.next
-                if n:
-                    state = _next_state(qk, new, G, fade, state, n, group)
-                    if return_state:
-                        states[some[:n]] = state  # that of a chain which goes on is overwritten by a later one
-                        state = state[: chunks.next]
-        if return_state:
-            ctx.mark_non_differentiable(states)
+        documents = sum(len(chains.numbers) for chains in batches) if return_state else 0
+        states = v.new_empty(documents, Hv, Dk, Dv, dtype=torch.promote_types(q.dtype, torch.float32))
+        for chains in batches:
+            o, ends = _walk(_Chunks((q, k, v, g, beta), chains, scale, eps), all_ends=return_state)
+            _put(out, chains, o)
+            if return_state:
+                for end in ends:  # that of a chain which goes on is overwritten by a later one
+                    states[chains.numbers[: len(end)]] = end
+        ctx.mark_non_differentiable(states)
         return out, states
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, _):
-        q, k, v, g, beta, start = ctx.saved_tensors
-        scale, eps = ctx.options
-        group = v.shape[1] // k.shape[1]
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g, beta)]
-        batches = plan(start, v.shape[1] * q.shape[2] * v.shape[2], join=True)
-        for _, steps in batches:
-            kept, state = [], None
-            for chunks in steps:
-                inputs = _inputs(q, k, v, g, beta, chunks, eps)
-                qk, _, values, b, G = inputs
-                _, *rest = _forward(qk, values, b, G, state, chunks, scale, group)
-                kept.append((inputs, rest, state))
-                if chunks.next:
-                    state = _next_state(qk, rest[0], G, rest[-1], state, chunks.next, group)
-            dstate = None
-            for chunks in reversed(steps):
-                dstate = _backward(kept.pop(), dout, dstate, chunks, grads, scale, group, eps is not None)
+        *inputs, start = ctx.saved_tensors
+        q, _, v, *_ = inputs
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        for chains in plan(start, v.shape[1] * q.shape[2] * v.shape[2], join=True):
+            chunks = _Chunks(inputs, chains, *ctx.options)
+            _walk(chunks)
+            _back(chunks, dout, grads)
         return *grads, None, None, None, None
 
 
-def _backward(kept, dout, dstate, chunks, grads, scale, group, normalize):
-    """The gradients of the inputs of one step's chunks, into grads; returns that of the state that they began from."""
-    (qk, rnorm, _, beta, G), (new, unknown, kk, P, T, decay, fade), state = kept
-    C, m, dtype = CHUNK, chunks.next, qk.dtype
-    n, Hk, _, Dk = qk.shape
-    wide = _heads(qk, group)
-    q, k = wide.split(C, dim=2)
+def _back(chunks: _Chunks, dout: Tensor, grads: list[Tensor]) -> None:
+    """The walk back, and the gradients of q, k, v, g and beta into grads."""
+    chains, scale, group, beta, wide = chunks.chains, chunks.scale, chunks.group, chunks.beta, chunks.qk_wide
+    dtype, k = wide.dtype, wide[:, :, C:]
+    N, Hk, _, Dk = chunks.qk.shape
+    do = _take(dout, chains, dtype)
+    dnew = chunks.P.transpose(-1, -2) @ do
+    both = torch.cat([do, dnew], dim=2)  # [N, Hv, 2C, Dv]: of the output, and of beta * unknown when the walk is there
+    dqk = torch.zeros_like(wide)
+    dG = torch.zeros(wide.shape[0], wide.shape[1], C, dtype=torch.float64, device=wide.device)
+    dstate = None
+    for (first, n, following), state in zip(reversed(chains.steps), reversed(chunks.states)):
+        here, goes_on = slice(first, first + n), slice(first, first + following)
+        if following:
+            dnew[goes_on].addcmul_(k[goes_on] @ dstate, chunks.left[goes_on])
+            through = (chunks.new[goes_on] * chunks.left[goes_on]) @ dstate.transpose(-1, -2)  # [following, Hv, C, Dk]
+            dqk[goes_on, :, C:] += through
+            share = (through * k[goes_on]).sum(-1, dtype=torch.float64)
+            dG[goes_on] -= share
+            dG[goes_on, :, -1] += share.sum(-1)
+        both[here, :, C:] = chunks.T[here].transpose(-1, -2) @ dnew[here]
+        if state is not None:
+            fade = chunks.fade[here]
+            scaled = both[here] * torch.cat([fade * scale, -fade * beta[here]], dim=2)
+            through = scaled @ state.transpose(-1, -2)  # [n, Hv, 2C, Dk]
+            dqk[here] += through
+            dG[here] += (through * wide[here]).sum(-1).view(n, -1, 2, C).sum(2)
+            before = wide[here].transpose(-1, -2) @ scaled  # [n, Hv, Dk, Dv]
+            if following:
+                last = fade[:following, :, -1:]
+                dG[goes_on, :, -1:] += (dstate * state[:following]).sum((-1, -2))[..., None] * last[..., 0]
+                before[:following].addcmul_(dstate, last)
+            dstate = before
 
-    do = _take(dout, chunks, dtype)
-    dnew = P.transpose(-1, -2) @ do
-    if m:
-        left = (G[:m, :, -1:] - G[:m]).to(dtype).exp_()
-        dnew[:m].addcmul_(k[:m] @ dstate, left)
-    both = torch.cat([do, T.transpose(-1, -2) @ dnew], dim=2)  # and the gradient of beta * unknown
-    dbeta = (both[:, :, C:] * unknown).sum(-1)
-    _put(grads[2], chunks, both[:, :, C:] * beta)
-
-    dP, dA = (both @ new.transpose(-1, -2)).split(C, dim=2)
+    dbeta = (both[:, :, C:] * chunks.unknown).sum(-1)
+    _put(grads[2], chains, both[:, :, C:] * beta)
+    dP, dA = (both @ chunks.new.transpose(-1, -2)).split(C, dim=2)
     dA = dA.tril(-1).neg_()
-    dkk = dA * kk
+    dkk = dA * chunks.kk
     dbeta += dkk.sum(-1)
-    pairs = torch.addcmul(dP * P, dkk, beta)  # the gradient of every G_i - G_j
     # In fp64: what a pair adds to the later token and takes from the earlier one must cancel before both, in every digit.
-    pairs = pairs.tril_(-1).double()
-    dG = pairs.sum(-1) - pairs.sum(-2)  # [n, Hv, C]
-    dP = dP * decay * scale
-    dA *= decay * beta
-    dqk = torch.cat([dP, dA + dA.transpose(-1, -2)], dim=2) @ k  # [n, Hv, 2C, Dk]
-    dqk[:, :, C:] += dP.transpose(-1, -2) @ q
-    if m:
-        through = (new[:m] * left) @ dstate.transpose(-1, -2)  # [m, Hv, C, Dk]
-        dqk[:m, :, C:] += through
-        through = (through * k[:m]).sum(-1, dtype=torch.float64)
-        dG[:m] -= through
-        dG[:m, :, -1] += through.sum(-1)
-    if chunks.carried:
-        both *= torch.cat([fade * scale, -fade * beta], dim=2)
-        through = both @ state.transpose(-1, -2)
-        dqk += through
-        dG += (through * wide).sum(-1).view(n, -1, 2, C).sum(2)
-        before = wide.transpose(-1, -2) @ both  # [n, Hv, Dk, Dv]
-        if m:
-            last = fade[:m, :, -1:]
-            dG[:m, :, -1:] += (dstate * state[:m]).sum((-1, -2))[..., None] * last[..., 0]
-            before[:m].addcmul_(dstate, last)
+    pairs = torch.addcmul(dP * chunks.P, dkk, beta).tril_(-1).double()  # the gradient of every G_i - G_j
+    dG += pairs.sum(-1) - pairs.sum(-2)
+    dP = (dP * chunks.decay).mul_(scale)
+    dA.mul_(chunks.decay).mul_(beta)
+    dqk += torch.cat([dP, dA + dA.transpose(-1, -2)], dim=2) @ k
+    dqk[:, :, C:] += dP.transpose(-1, -2) @ wide[:, :, :C]
 
-    dg = chunks.lower.transpose(-1, -2).double() @ dG[..., None]
-    dqk = dqk.view(n, Hk, group, 2 * C, Dk).sum(2) if group > 1 else dqk
-    if normalize:
-        dqk = torch.addcmul(dqk, qk, (qk * dqk).sum(-1, keepdim=True), value=-1).mul_(rnorm)
+    dqk = dqk.view(N, Hk, group, 2 * C, Dk).sum(2) if group > 1 else dqk
+    if chunks.rnorm is not None:
+        dqk = dqk.addcmul_(chunks.qk, (chunks.qk * dqk).sum(-1, keepdim=True), value=-1).mul_(chunks.rnorm)
     for out, gradient in zip(grads[:2], dqk.split(C, dim=2)):
-        _put(out, chunks, gradient)
+        _put(out, chains, gradient)
+    dg = chains.lower.transpose(-1, -2).double() @ dG[..., None]
     for out, gradient in zip(grads[3:], (dg, dbeta[..., None])):
-        _put(out[..., None], chunks, gradient)
-    return before if chunks.carried else None
+        _put(out[..., None], chains, gradient)
