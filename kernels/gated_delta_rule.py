@@ -1,12 +1,50 @@
 """Gated delta rule: linear attention whose memory is one matrix a head (Gated DeltaNet; Qwen3.5, OLMo hybrid).
 
-What it computes, for one value head; S is [Dk, Dv] and zero before a document's first token
+What it computes, for one value head; the state S is [Dk, Dv] and zero before a document's first token
 
         S <- e^g S + k (beta (v - (e^g S)^T k))^T        o = S^T q
 
-    A token lets the memory fade (g <= 0 is the logarithm of the decay), asks what it holds under its key, and writes beta
-    times the difference to its value. q and k are divided by their norm first, q is multiplied by `scale`. Each key head
-    serves Hv / Hk value heads side by side.
+    The state fades (g <= 0 is the logarithm of the decay). Then the token's value, minus what the state holds under its key,
+    is written under that key, times beta. q and k are divided by their norms first, and q is multiplied by `scale`. Each key
+    head serves Hv / Hk value heads side by side.
+
+By chunks
+    Token by token this is one small product after another. Within a chunk of C tokens, with G the running sum of g, all tokens
+    can be computed at once; K, Q and V are the chunk's rows, S what the chunk begins with, and i, j tokens of one document
+
+        A_ij = beta_i e^(G_i - G_j) k_i.k_j  for j < i        P_ij = scale e^(G_i - G_j) q_i.k_j  for j <= i
+        unknown = V - e^G K S                                 new = (I + A)^-1 beta unknown
+        O = scale e^G Q S + P new                             S <- e^(G_C) S + (e^(G_C - G) K)^T new
+
+    A row of `new` is what its token writes, given what the tokens before it wrote. I + A is lower triangular with ones on the
+    diagonal: its inverse is found by elimination, in blocks. Powers of A, which vanish at C, would give it too, but where keys
+    are alike they are huge before they vanish. Only S goes from chunk to chunk. Exponents are never above 0: the largest decay
+    and the longest chunk cannot overflow.
+
+Backward, with dS' the gradient of the state behind the chunk
+
+        dnew = P^T dO + e^(G_C - G) K dS'                     R = (I + A)^-T dnew        dV = beta R
+        dP = dO new^T                                         dA = -R new^T, below the diagonal
+        dS = e^(G_C) dS' + scale (e^G Q)^T dO - (e^G K)^T dV
+
+    and from dP, dA, dS and dS' those of q, k, beta and G. dg_t is the sum of dG_i over i >= t: what a pair i, j gives to G_i it
+    takes from G_j, and for t <= j the two must cancel.
+
+What is saved
+    The inputs. Inverses, new values and states are computed again in the backward pass: for heads of 128 the state of a chunk
+    of 64 tokens takes 64 KB in fp32, its q, k and v in bf16 take 48 KB.
+
+Documents
+    The torch path cuts each document into chunks from its own first token. The kernels take chunks of the stream wherever
+    documents begin, so that their grid depends on T alone; masks keep the documents of a chunk apart. Both reset the state.
+
+The kernels
+    Forward: inverses, a program a chunk and head; the walk of S, a program a document, head and block of values; outputs, a
+    program a chunk, head and block. Backward: these two first, then P^T dO, the walk of dS, and the gradients in three steps,
+    because all of them at once need more registers than there are. No atomics: results repeat bitwise.
+
+fp32 (fp64 for fp64 inputs): norms, exponentials, all products and sums. The kernels multiply in TF32 if q is bf16 or fp16. G and
+dG are summed in fp64 by the torch path, and by the kernels for fp32 inputs.
 
 Paper: Yang, Kautz and Hatamizadeh 2024, "Gated Delta Networks: Improving Mamba2 with Delta Rule".
 """
