@@ -19,9 +19,11 @@ from tolerance import (
 )
 
 from minisft.kernels.adamw import adamw_
+from minisft.kernels.causal_conv1d import causal_conv1d, causal_conv1d_ref
 from minisft.kernels.common import use_backend
 from minisft.kernels.cross_entropy import cross_entropy, cross_entropy_ref
 from minisft.kernels.flash_attention import flash_attention, flash_attention_ref
+from minisft.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_ref
 from minisft.kernels.glu import geglu, geglu_ref, swiglu, swiglu_ref
 from minisft.kernels.layer_norm import layer_norm, layer_norm_ref
 from minisft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
@@ -327,6 +329,43 @@ def test_nothing_leaks_between_documents(head_dim, deterministic):
     leaves = [x.detach().requires_grad_() for x in inputs]  # a gradient for this document alone reaches no other
     for gradient in torch.autograd.grad(ours(*leaves)[a:b].float().sum(), leaves):
         assert not gradient[others].any() and gradient[a:b].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_short_convolution(dtype, poisoned_memory):
+    start, _ = (bound.cuda() for bound in bounds_of(PACKED))
+    assert_close_to_truth(
+        lambda x, weight: causal_conv1d(x, weight, None, start, activation="silu"),
+        lambda x, weight: causal_conv1d_ref(x, weight, None, start, activation="silu"),
+        [leaf(len(start), 6144), leaf(6144, 4)],
+        DTYPES[dtype],
+    )
+
+
+@pytest.mark.parametrize("heads", [(2, 4, 128, 128), (1, 2, 96, 192)], ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_gated_delta_rule(dtype, heads, poisoned_memory):
+    """Beside bf16, g and beta are fp32, and so are their gradients: of products in TF32, which has 11 bits."""
+    (Hk, Hv, Dk, Dv), (start, end) = heads, (bound.cuda() for bound in bounds_of([1, 63, 64, 65, 150, *[1] * 9]))
+    q, k, v = (leaf(len(start), *shape) for shape in [(Hk, Dk), (Hk, Dk), (Hv, Dv)])
+    g, beta = ((factor * leaf(len(start), Hv).detach().sigmoid()).requires_grad_() for factor in (-0.5, 1.0))
+    inputs, wide = [q, k, v, g, beta], dtype == "fp32"
+    assert_close_to_truth(
+        lambda *tensors: gated_delta_rule(*tensors, start, end),
+        lambda *tensors: gated_delta_rule_ref(*tensors, start, end),
+        inputs,
+        [DTYPES[dtype]] * 3 + [torch.float32] * 2,
+        floor=2e-6 if wide else 3e-3,  # fp32: sums of 128 numbers in other orders, through the chunks
+    )
+    results = []
+    for factor in (1.0, 1e4):  # the third document changes
+        other = [x.detach().clone() for x in inputs]
+        other[2][64:128] *= factor
+        results.append(
+            run_with_gradients(lambda *x: gated_delta_rule(*x, start, end), [x.requires_grad_() for x in other])
+        )
+    own = (start == 64).cpu()
+    assert all(torch.equal(results[0][name].cpu()[~own], results[1][name].cpu()[~own]) for name in results[0])
 
 
 def test_packed_equals_one_by_one():
