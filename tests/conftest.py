@@ -56,6 +56,15 @@ NOT_QUICK = (
     "test_early_stopping_ends_the_run_and_survives_a_resume",
     "test_what_is_accepted_is_what_the_standard_library_accepts_without_its_extras",
     "test_template_files_replace_those_in_the_config",
+    "test_rows_and_table_of_dpo",
+    "test_we_read_theirs",
+    "test_whole_runs_agree_over_splits",
+    "test_no_circle",
+    "test_the_engine_reads_every_key",
+    "test_joint_and_turn_by_turn_train_the_same",
+    "test_real_data_is_used_to_the_last_row",
+    "test_dropout_keeps_the_mean_and_its_gradient_uses_the_same_draw",
+    "test_malformed_files_are_told_without_a_traceback",
 )
 
 

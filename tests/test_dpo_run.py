@@ -70,7 +70,6 @@ def same(a: Path, b: Path, tolerance=1e-6):
     assert max(relative_error(ours[name], others[name]) for name in ours) < tolerance
 
 
-@pytest.mark.quick
 def test_it_starts_at_ln_2_and_learns(go, home):
     result = go(**{"train.num_train_epochs": 6})
     loss, accuracy, margin = (logged(result.output_dir, n) for n in ("loss", "rewards/accuracies", "rewards/margins"))
@@ -211,6 +210,7 @@ def test_another_model_as_the_reference(go, home):
     assert logged(moved.output_dir)[0] != pytest.approx(math.log(2), rel=1e-3)
 
 
+@pytest.mark.quick
 def test_tr_dpo_starts_again_at_ln_2(go):
     keys = {"dpo.sync_ref_model": True, "dpo.ref_model_sync_steps": 4, "dpo.ref_model_mixup_alpha": 1.0}
     result = go(**keys, **{"train.max_steps": 5})

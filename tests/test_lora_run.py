@@ -17,7 +17,6 @@ from minisft.errors import UserError
 from minisft.model.adapter_files import load_adapted
 from minisft.model.load import load_model
 
-ROOT = Path(__file__).resolve().parents[1]
 LORA = {"lora.r": 4, "lora.lora_alpha": 8, "lora.lora_dropout": 0.1, "train.learning_rate": 1e-2}
 
 
@@ -104,7 +103,6 @@ def test_generate_reads_base_and_adapter(trained):
     assert generate.main([str(trained), "--prompt", "abc", "--max_new_tokens", "3"]) == 0
 
 
-@pytest.mark.quick
 def test_merging_gives_a_plain_model_that_does_the_same(trained, tmp_path, capsys):
     assert export.main([str(trained), str(tmp_path / "merged"), "--merge", "--dtype", "fp32"]) == 0
     shown = capsys.readouterr().out
