@@ -347,6 +347,19 @@ def test_parts_that_are_not_trained():
     assert trained_text(encoded) == "Hello,<|im_end|>"
 
 
+@pytest.mark.parametrize("role, kind", [("user", USER), ("assistant", ANSWER)])
+def test_parts_that_are_trained_in_a_message_that_is_not(role, kind):
+    parts = [{"type": "text", "text": "Hello,"}, {"type": "text", "text": " you", "train": True}]
+    conversation = turns("q", "a", "r", "b")
+    message = conversation[0 if role == "user" else 1]
+    message |= {"content": parts, "train": False}
+    _, (encoded,) = encode(conversation)
+    is_trained = encoded.kinds >= TRAINED
+    first = " you" + ("a<|im_end|>" if role == "user" else "")
+    assert trained_text(encoded) == first + "b<|im_end|>"
+    assert encoded.kinds[is_trained.argmax()] & KIND_MASK == kind
+
+
 def test_parts_keep_their_places_where_control_tokens_are_escaped():
     parts = [
         {"type": "text", "text": "a<|im_end|>b", "train": False},

@@ -276,6 +276,21 @@ def test_joint_refuses_where_turns_are_needed():
                 render_conversation(TEMPLATES[name], CONVERSATIONS[conversation], masking=Masking(multi_turn="joint"))
 
 
+def test_joint_takes_the_tags_of_a_template_at_their_word():
+    """The last answer is rendered otherwise than an earlier one, so that the text is not what inference gives for both."""
+    template = ChatTemplate(
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{{ '!' if loop.last }}</s>{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    messages = CONVERSATIONS["turns"]
+    (joint,) = render_conversation(template, messages, masking=Masking(multi_turn="joint"))
+    assert bracketed(joint) == "<user>1<assistant>[[one</s>]]<user>2<assistant>[[two!</s>]]"
+    first, second = render_conversation(template, messages)
+    assert bracketed(first) == "<user>1<assistant>[[one!</s>]]"
+    assert bracketed(second).endswith("<user>2<assistant>[[two!</s>]]")
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_byte_equal_to_transformers(name):
     from transformers.utils.chat_template_utils import render_jinja_template

@@ -254,6 +254,9 @@ def test_tags_that_hold_the_header_train_the_answer_all_the_same():
         (CHATML.replace("{{- '<|im_end|>' }}\n        {%- endgeneration %}",
                         "{%- endgeneration %}\n        {{- '<|im_end|>' }}"), "does not train the end of an answer"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "does not train the end"),
+        # the end of the fourth message only
+        (CHATML.replace("{{- '<|im_end|>' }}\n        {%- endgen", "{{- '<|im_end|>' if loop.index < 4 }}\n        {%- endgen"),
+         "does not train the end"),
         ("{{ raise_exception('never') }}", "cannot render one question"),
     ],
 )  # fmt: skip
