@@ -108,7 +108,6 @@ def test_the_output_folder_holds_what_the_end_says(trained):
 # ---- what is done with the model --------------------------------------------------------------------------------
 
 
-@pytest.mark.quick
 def test_generate_answers(trained, capsys, monkeypatch):
     out = str(trained[0].output_dir)
     few = ["--max_new_tokens", "8"]
