@@ -18,7 +18,7 @@ from minisft.errors import NONFINITE, UserError
 from minisft.kernels.quantize import dynamic_table
 from minisft.loop import train_step
 from minisft.optimizers import OPTIMIZERS, build_optimizer
-from minisft.update import ZeroUpdates
+from minisft.update import ZeroUpdates, gradient_norms
 
 BETAS, EPS = (0.9, 0.98), 1e-8
 WIDE = MODEL | {"hidden_size": 64, "intermediate_size": 96}  # its largest matrices have moments of 8 bits
@@ -265,6 +265,15 @@ def test_frozen_weights_in_bf16_beside_adapters(go, tmp_path):
     result = go("adapted", **options, **{"train.optim": "lion", "train.learning_rate": 1e-3})
     adapter = load_file(result.model_dir / "adapter_model.safetensors")
     assert {x.dtype for x in adapter.values()} == {torch.float32}
+
+
+def test_norms_of_gradients_are_in_fp32_and_none_are_none():
+    gradients = [torch.full((4096,), 0.01, dtype=torch.bfloat16), torch.ones(4, dtype=torch.float64)]
+    norms = [norm for g in gradients for norm in gradient_norms([g])]
+    assert [norm.dtype for norm in norms] == [torch.float32, torch.float64]
+    assert norms[0].item() == pytest.approx(gradients[0].double().norm().item(), rel=1e-6)  # in bf16 1e-3
+    assert norms[1] == 2.0
+    assert gradient_norms([]) == []
 
 
 # ---- updates in the backward pass -----------------------------------------------------------------------------------
