@@ -74,7 +74,7 @@ def export_model(run: Run, folder: Path, dtype: torch.dtype, config_id: str) -> 
     aside = name_aside(path)
     made_by = {"config": config_id, "started_from": run.start.id if run.start else None}
     manifest = {"step": run.progress.step, "checkpoint": checkpoint_id(run, folder), **made_by, **run.prompting}
-    source = run.start.folder if run.start else None
+    source = run.start.folder if run.start and run.start.folder.is_dir() else None  # a GGUF file has no form to keep
     try:
         with atomic_folder(path, manifest, move_existing_to=aside) as temporary:
             lines = write_model(run, temporary, dtype, source)

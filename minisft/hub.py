@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 from minisft.atomic_folder import make_folder
 from minisft.errors import DATA, MODEL, UserError
+from minisft.gguf.file import is_gguf
 from minisft.strict_json import read_json, write_json
 
 # A star also matches slashes, so patterns such as *.safetensors would fetch whole folders of other formats.
@@ -62,16 +63,16 @@ def resolve(
 ) -> tuple[Path, str | None]:
     """A local folder with the files of `kind` ("model" or "tokenizer"), and the commit sha it came from.
 
-    A folder that exists is returned as it is, with None. Everything else is a hub repository, "owner/name": its files
-    at `revision` (branch, tag or commit; None = main) are taken from the local cache or downloaded. HF_HUB_OFFLINE=1 or
-    local_files_only stops downloads, HF_HOME is the folder of the cache, HF_TOKEN opens private repositories. Raises
-    UserError (exit code MODEL), also if the repository or the cache lacks a required file.
+    A folder or a GGUF file that exists is returned as it is, with None. Everything else is a hub repository, "owner/name":
+    its files at `revision` (branch, tag or commit; None = main) are taken from the local cache or downloaded.
+    HF_HUB_OFFLINE=1 or local_files_only stops downloads, HF_HOME is the folder of the cache, HF_TOKEN opens private
+    repositories. Raises UserError (exit code MODEL), also if the repository or the cache lacks a required file.
     """
     folder = Path(path_or_repo).expanduser()
-    if str(path_or_repo) and folder.is_dir():
+    if str(path_or_repo) and (folder.is_dir() or is_gguf(folder)):
         if revision is not None:
             raise UserError(
-                f"revision {revision!r} is given, but {folder} is a local folder",
+                f"revision {revision!r} is given, but {folder} is a local {'folder' if folder.is_dir() else 'file'}",
                 hint="remove the revision, or name a hub repository",
                 exit_code=MODEL,
             )

@@ -20,8 +20,8 @@ FLOORS = {
     "data/kinds": 1, "data/rows": 1, "data/row_format": 1, "data/formats": 1, "data/preferences": 1, "data/prompts": 1,
     "data/chat/conversations": 1, "data/packing_strategies": 1, "data/packing": 1, "preference/losses": 1,
     "model/lora_options": 1,
-    "config/*": 1, "importers/*": 1, "init/*": 1, "init/detect": 3,
-    "data/*": 2, "model/*": 2, "runtime": 2, "ranks": 2, "parameters": 2, "update": 2, "optimizers": 2, "metrics": 2,
+    "config/*": 1, "gguf/file": 1, "importers/*": 1, "init/*": 1, "init/detect": 3,
+    "data/*": 2, "gguf/*": 2, "model/*": 2, "runtime": 2, "ranks": 2, "parameters": 2, "update": 2, "optimizers": 2, "metrics": 2,
     "train": 4, "commands/*": 4, "__main__": 4,
 }  # fmt: skip
 PACKAGES = {  # what each floor may import from outside
@@ -41,6 +41,8 @@ PACKAGES = {  # what each floor may import from outside
 EXTRA_PACKAGES = {
     "hub": {"huggingface_hub"},  # every download goes through it, and only there
     "preference/losses": {"torch"},  # inside a function: the configuration reads the names of the losses from here
+    "gguf/file": {"gguf"},  # inside a function: hub asks here whether a path is such a file
+    "gguf/tensors": {"gguf"},
     "importers/yaml_file": {"yaml"},  # other trainers write YAML, we TOML
 }
 # Kernels made of others: rope norms the heads of q and k first, where a model does; both losses score rows of logits; 8-bit
@@ -53,6 +55,9 @@ EXTRA_ROOMS = {
         "generation",
         "evaluation",
     },  # the public API, imported when first used
+    "data/tokenizer_files": {"gguf/tokenizer"},
+    "model/load": {"gguf/config"},
+    "model/weight_files": {"gguf/tensors"},
     "kernels/rope": {"kernels/rms_norm"},
     "kernels/linear_cross_entropy": {"kernels/cross_entropy", "kernels/linear_cross_entropy_torch"},
     "kernels/flash_attention": {"kernels/flash_attention_kernels", "kernels/flash_attention_torch"},

@@ -39,7 +39,9 @@ PairLoss = Literal[*LOSSES, "kto"]
 class ModelSection:
     """The model and its tokenizer."""
 
-    model_name_or_path: str | None = option(None, "a local folder or a Hugging Face repository", is_path="model")
+    model_name_or_path: str | None = option(
+        None, "a local folder, a GGUF file or a Hugging Face repository", is_path="model"
+    )
     revision: str | None = option(None, "branch, tag or commit of that repository")
     config: dict | None = option(None, "a Hugging Face config as a table: train from random weights instead")
     tokenizer_name_or_path: str | None = option(None, "folder or repository; none = the model's", is_path="model")

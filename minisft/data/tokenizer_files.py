@@ -25,6 +25,8 @@ from tokenizers import AddedToken
 
 from minisft.data.chat.training_templates import CHATML
 from minisft.errors import MODEL, UserError
+from minisft.gguf.file import is_gguf, open_gguf
+from minisft.gguf.tokenizer import tokenizer_files
 from minisft.strict_json import dump_json, parse_json
 
 OLDER_FILES = ("special_tokens_map.json", "added_tokens.json")
@@ -46,7 +48,9 @@ class Parts:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """The tokenizer's files in a folder. Raises UserError if there is no tokenizer.json."""
+    """The tokenizer's files in a folder, or those that a GGUF file stands for. Raises UserError if there is no tokenizer.json."""
+    if is_gguf(folder):
+        return tokenizer_files(open_gguf(folder))
     paths = [folder / name for name in FILES] + sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}
     config = _table(files, "tokenizer_config.json", str(folder))

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minisft.errors import MODEL, UserError
+from minisft.gguf.file import is_gguf
 from minisft.model.decoder import Decoder
 from minisft.model.load import load_model
 from minisft.model.lora import LoraLinear, adapter_options, adapter_sites, apply_lora
@@ -49,7 +50,10 @@ NOT_COMPUTED = {
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder itself or, for a run's output folder, the `model` in it. Raises UserError if there is no model."""
+    """The folder itself or, for a run's output folder, the `model` in it; a GGUF file is one too. Raises UserError if there is
+    no model."""
+    if is_gguf(folder):
+        return folder
     files = ("config.json", CONFIG_FILE)
     for path in (folder / "model", folder):
         if any((path / file).exists() for file in files):

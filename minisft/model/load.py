@@ -19,6 +19,8 @@ from torch import nn
 
 from minisft import hub
 from minisft.errors import MODEL, UserError
+from minisft.gguf.config import config_of, generation_config_of
+from minisft.gguf.file import is_gguf, open_gguf
 from minisft.model.decoder import Decoder
 from minisft.model.families import from_hf
 from minisft.model.lora import adapter_sites
@@ -67,7 +69,9 @@ def init_weights(model: Decoder, seed: int) -> None:
 
 
 def read_config(folder: Path | str, *, max_length: int | None = None) -> ModelConfig:
-    """The config.json of a model folder; max_length as in from_hf. Raises UserError (exit code MODEL)."""
+    """The config.json of a model folder, or that of a GGUF file; max_length as in from_hf. Raises UserError (exit code MODEL)."""
+    if is_gguf(folder):
+        return from_hf(config_of(open_gguf(folder)), max_length=max_length)
     hf = read_json(Path(folder) / "config.json", exit_code=MODEL)
     if not isinstance(hf, dict):
         raise UserError(f"{folder}/config.json: expected an object, found {type(hf).__name__}", exit_code=MODEL)
@@ -166,8 +170,11 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
             exit_code=MODEL,
         )
     # Not a weight, but the folder is known here, and save_model writes it back.
-    generation = folder / "generation_config.json"
-    model.generation_config = read_json(generation, exit_code=MODEL) if generation.exists() else {}
+    if is_gguf(folder):
+        model.generation_config = generation_config_of(open_gguf(folder))
+    else:
+        generation = folder / "generation_config.json"
+        model.generation_config = read_json(generation, exit_code=MODEL) if generation.exists() else {}
     lines = [f"{added} new tokens start at the mean of the {config.vocab_size - added:,} others"] if added else []
     return lines + describe_others(others)
 

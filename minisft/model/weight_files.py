@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minisft.errors import MODEL, UserError
+from minisft.gguf.file import is_gguf, open_gguf
+from minisft.gguf.tensors import GgufTensor, gguf_tensors
 from minisft.model.model_config import ModelConfig
 from minisft.model.tensor_names import module_name, usual_name
 from minisft.strict_json import read_json
@@ -42,13 +44,15 @@ class FileTensor:
             return file.get_tensor(self.name)
 
 
-def read_headers(folder: Path, config: ModelConfig) -> tuple[dict[str, FileTensor], dict[str, FileTensor]]:
+def read_headers(folder: Path, config: ModelConfig) -> tuple[dict[str, FileTensor | GgufTensor], dict[str, FileTensor]]:
     """({name without prefix: tensor} of the text model, {name: tensor} of everything else), in the order of the files.
 
     A name belongs to the text model if it begins with a part of the decoder. Layers after its last one are layers that predict
     further tokens if config.json counts them as such, else they are the text model's and one too many.
     Raises UserError (exit code MODEL) if a file is missing or damaged, or a tensor of the text model is there twice.
     """
+    if is_gguf(folder):
+        return dict(gguf_tensors(open_gguf(folder))), {}
     parts = {module_name(config, part) for part in PARTS} | {"lm_head"}
     layers, ahead = module_name(config, "layers"), config.hf.get("num_nextn_predict_layers")
     further = range(config.num_layers, config.num_layers + (ahead if type(ahead) is int else 0))
