@@ -723,6 +723,39 @@ def test_a_column_that_is_not_read_there_is_left_out(folder, name, text, row, ig
     assert "cannot be read yet" in texts(translated(name, text.replace("rows.jsonl", "acme/rows"), folder), DIFFERENCE)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "patience"),
+    [
+        ("trl", "{dataset_name: rows.jsonl, validation_split: 0.1, eval_strategy: epoch, save_strategy: epoch, ", None),
+        ("axolotl", "{val_set_size: 0.1, evals_per_epoch: 1, saves_per_epoch: 1, early_stopping_patience: 3, ", 3),
+        ("llamafactory", "{val_size: 0.1, eval_strategy: epoch, save_strategy: epoch, early_stopping_steps: 3, ", 3),
+    ],
+)
+def test_the_best_model_and_epochs_are_translated(folder, name, text, patience):
+    best = "load_best_model_at_end: true, metric_for_best_model: eval_loss, greater_is_better: false"
+    t = translated(name, text + best + "}", folder)
+    accounted(t)
+    keys = (
+        "eval_steps",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+        "greater_is_better",
+        "early_stopping_patience",
+    )
+    assert [t.values.get(f"evaluate.{key}") for key in keys] == ["epoch", True, "eval_loss", False, patience]
+    assert t.values["checkpoint.save_steps"] == "epoch"
+    # without data to evaluate on such a file would be refused
+    t = translated(
+        name,
+        text.replace("validation_split: 0.1,", "").replace("val_set_size: 0.1,", "").replace("val_size: 0.1,", "")
+        + best
+        + "}",
+        folder,
+    )
+    accounted(t)
+    assert "evaluate.load_best_model_at_end" not in t.values and "nothing to evaluate on" in texts(t, NO_COUNTERPART)
+
+
 def test_a_local_file_gets_no_split_that_it_lacks(folder):
     local = (
         "{dataset_name: rows.jsonl, eval_strategy: steps, dataset_train_split: 'train[:50%]', dataset_test_split: test}"

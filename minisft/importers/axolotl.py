@@ -4,7 +4,7 @@ import re
 
 from minisft.errors import UserError
 from minisft.importers.axolotl_data import datasets
-from minisft.importers.training_arguments import CHANGES, HARMLESS, TRACKERS, training_arguments
+from minisft.importers.training_arguments import CHANGES, HARMLESS, TRACKERS, best_model, training_arguments
 from minisft.importers.translation import TRANSLATED, FirstRow, Table, Translation, as_list, as_number, spread
 from minisft.importers.trl import ORPO_PROMPT, common_differences, weights_in_bf16
 
@@ -112,10 +112,9 @@ HARD = CHANGES | spread(
     {
         "code from a model repository never runs here": "trust_remote_code",
         "to start from an adapter, name its folder as model.model_name_or_path": "lora_model_dir",
-        "evaluation is every evaluate.eval_steps (500) steps, and at the end": "evals_per_epoch",
-        "saved every checkpoint.save_steps (500) steps, and at the end": "saves_per_epoch",
+        "evaluation is every evaluate.eval_steps (500) steps or every epoch, and at the end": "evals_per_epoch",
+        "saved every checkpoint.save_steps steps (500) or every epoch, and at the end": "saves_per_epoch",
         "see [audit] and train.on_nonfinite for what stops a run": "loss_watchdog_threshold loss_watchdog_patience",
-        "there is no early stopping": "early_stopping_patience",
         "plugins change the model or the loss": "plugins",
         "the tokenizer's own": "special_tokens.bos_token special_tokens.unk_token added_tokens_overrides.* "
         "default_system_message eot_tokens",
@@ -173,6 +172,10 @@ def read(table: dict, trainer_type: str | None = None, first_row: FirstRow = lam
     t.table(SAME)
     if not t.values.get("data.packing"):
         t.values.pop("data.packing_strategy", None)
+    for key, ours in (("evals_per_epoch", "evaluate.eval_steps"), ("saves_per_epoch", "checkpoint.save_steps")):
+        if t.left.get(key) == 1:
+            t.into(key, ours, "epoch")
+    best_model(t)
     t.finish(EASY, HARD, [*SAME, *OF_LORA, "datasets", "rl", "adapter"])
     for ours, value in DEFAULTS.items():
         has_warmup = "train.warmup_steps" not in t.values and t.given.get("lr_scheduler") != "constant"
@@ -180,7 +183,7 @@ def read(table: dict, trainer_type: str | None = None, first_row: FirstRow = lam
             most = ", there at most 100 steps" if ours == "train.warmup_ratio" else ""
             t.default(ours, value, f"Axolotl's default{most}")
     if "checkpoint.save_steps" not in t.values and "saves_per_epoch" not in t.given:
-        t.difference("checkpoint.save_steps = 500: there a checkpoint is written at the end of every epoch")
+        t.default("checkpoint.save_steps", "epoch", "Axolotl's default")
     if t.values.get("data.packing"):
         t.default("data.packing_strategy", "ffd", "Axolotl packs first-fit decreasing, in groups of rows")
         t.difference("packing: attention stays inside each document, with any kernel")

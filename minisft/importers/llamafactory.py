@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minisft.errors import UserError
 from minisft.importers.llamafactory_data import DATA_INFO, dataset_info, described_source
-from minisft.importers.training_arguments import CHANGES, HARMLESS, training_arguments
+from minisft.importers.training_arguments import CHANGES, HARMLESS, best_model, training_arguments
 from minisft.importers.translation import (
     TRANSLATED,
     FirstRow,
@@ -86,7 +86,6 @@ HARD = CHANGES | spread(
         "sampling rows of several sources: see `weight` of a source": "interleave_probs",
         "write it into the rows as a system message": "default_system",
         "tools are rendered by the chat template": "tool_format",
-        "there is no early stopping": "early_stopping_steps",
         "rows are read from files": "streaming",
         "see evaluate.generate_data for sampled answers": "eval_num_beams max_new_tokens top_p temperature",
         "control tokens in a text: see data.control_tokens": "split_special_tokens",
@@ -142,6 +141,7 @@ def read(
     _precision(t)
     training_arguments(t, trainer_type, learning_rate=5e-5)
     t.table(SAME)
+    best_model(t, "early_stopping_steps")
     t.finish(EASY, HARD, [*SAME, *OF_LORA, "dataset", "template", "finetuning_type"])
     for ours, value in DEFAULTS.items():
         t.default(ours, value, "LLaMA-Factory's default")

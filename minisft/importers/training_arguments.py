@@ -63,7 +63,6 @@ CHANGES = spread(
         "all rows are shuffled anew every epoch; a short last batch is used": "dataloader_drop_last group_by_length",
         "other orders than random are not supported": "train_sampling_strategy",
         "the batch size is as written, never searched for": "auto_find_batch_size",
-        "the last weights are exported; every verified checkpoint stays in the output folder": "load_best_model_at_end",
         "checkpoints hold everything that resuming needs": "save_only_model",
         "evaluation begins after eval_steps": "eval_delay",
         "fp32 products are not rounded to TF32": "tf32",
@@ -112,18 +111,6 @@ def training_arguments(t: Translation, trainer_type: str, learning_rate: float |
         asked = t.left["average_tokens_across_devices"] is not False
         why = "the mean is over all tokens of a step, on all devices" + ("" if asked else ", always")
         t.nothing("average_tokens_across_devices", why, harmless=asked)
-    for key in ("metric_for_best_model", "greater_is_better"):
-        if key in t.left:
-            used = t.on("load_best_model_at_end") or t.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
-            usual = t.left[key] in (None, "loss", "eval_loss", False)
-            why = (
-                "only with load_best_model_at_end"
-                if not used
-                else "the loss decides, as here"
-                if usual
-                else "the loss decides"
-            )
-            t.nothing(key, why, harmless=usual or not used)
     if "train_sampling_strategy" in t.left and t.get("train_sampling_strategy", "random") == "random":
         t.nothing("train_sampling_strategy", "as here", harmless=True)
     if t.get("data_seed") is not None and t.get("data_seed") == t.get("seed", KEYS["train.seed"].default):
@@ -224,13 +211,42 @@ def _precision(t: Translation) -> None:
             t.into("mixed_precision", "train.precision")
 
 
+def best_model(t: Translation, patience: str = "early_stopping_patience") -> None:
+    """The keys of the best model and of early stopping; after all others, because they need data to evaluate on.
+
+    patience: the key of early stopping.
+    """
+    has_data = "data.eval_data" in t.values or t.values.get("data.eval_fraction")
+    switches = {
+        "load_best_model_at_end": "evaluate.load_best_model_at_end",
+        patience: "evaluate.early_stopping_patience",
+    }
+    wanted = [key for key in switches if t.on(key)]
+    for key in [key for key in switches if key in t.left]:
+        if key not in wanted:
+            t.nothing(key, "off, as here", harmless=True)
+        elif not has_data:
+            t.nothing(key, "there is nothing to evaluate on: set data.eval_data or data.eval_fraction")
+        else:
+            t.into(key, switches[key])
+    for key in [key for key in ("metric_for_best_model", "greater_is_better") if key in t.left]:
+        if wanted and has_data and t.left[key] is not None:
+            t.into(key, f"evaluate.{key}")
+            continue
+        used = wanted or t.given.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
+        usual = t.left[key] in (None, "loss", "eval_loss", False)
+        why = "the loss decides, as here" if usual else "the loss decides"
+        t.nothing(key, why if used else "only with load_best_model_at_end", harmless=usual or not used)
+
+
 def _evaluation(t: Translation) -> None:
-    """Evaluation and saving: by steps here. Fractions and epochs have no counterpart."""
-    old = "evaluation_strategy"
-    for key in (old, "eval_strategy"):
+    """Evaluation and saving, by steps or by epochs."""
+    for key in ("evaluation_strategy", "eval_strategy"):
         if key in t.left:
             if (strategy := t.get(key, "no")) == "epoch":
-                t.nothing(key, "evaluation is every evaluate.eval_steps (500) steps, and at the end")
+                t.into(key, "evaluate.eval_steps", "epoch")
+                if "eval_steps" in t.left:
+                    t.nothing("eval_steps", "an evaluation comes after every epoch", harmless=True)
             else:
                 t.nothing(
                     key,
@@ -238,12 +254,13 @@ def _evaluation(t: Translation) -> None:
                     harmless=strategy != "best",
                 )
     if "save_strategy" in t.left:
-        by_steps = t.get("save_strategy", "no") == "steps"
-        t.nothing(
-            "save_strategy",
-            "as here" if by_steps else "saved every checkpoint.save_steps (500) steps, and at the end",
-            by_steps,
-        )
+        strategy = t.get("save_strategy", "no")
+        if strategy == "steps":
+            t.nothing("save_strategy", "as here", harmless=True)
+        else:  # the best checkpoint is saved beside these
+            t.into("save_strategy", "checkpoint.save_steps", "epoch" if strategy == "epoch" else "never")
+            if "save_steps" in t.left:
+                t.nothing("save_steps", f"only with save_strategy = steps, and it is {strategy}", harmless=True)
     for key, ours in (("eval_steps", "evaluate.eval_steps"), ("save_steps", "checkpoint.save_steps"),
                       ("logging_steps", "log.logging_steps")):  # fmt: skip
         value = as_number(t.get(key))

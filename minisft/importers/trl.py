@@ -5,7 +5,7 @@ Its defaults are ours except for those below; test_importers.py compares every o
 
 from minisft.config.aliases import ALIASES
 from minisft.config.choices import ADAMW
-from minisft.importers.training_arguments import CHANGES, HARMLESS, training_arguments
+from minisft.importers.training_arguments import CHANGES, HARMLESS, best_model, training_arguments
 from minisft.importers.translation import (
     TRANSLATED,
     FirstRow,
@@ -157,6 +157,7 @@ def read(
         _dpo(t, row, loss)
     t.table(SAME)
     known = {*SAME, *OF_SFT, *OF_DPO, *OF_LORA, *OF_4BIT, "dataset_name", "use_peft"}
+    best_model(t)
     t.finish(ONLY_HARMLESS, ONLY_CHANGES, known)
     for ours, value in DEFAULTS.values():
         t.default(ours, value, "TRL's default")
