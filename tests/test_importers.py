@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import math
 import subprocess
 import sys
@@ -745,13 +746,7 @@ def test_the_best_model_and_epochs_are_translated(folder, name, text, patience):
     assert [t.values.get(f"evaluate.{key}") for key in keys] == ["epoch", True, "eval_loss", False, patience]
     assert t.values["checkpoint.save_steps"] == "epoch"
     # without data to evaluate on such a file would be refused
-    t = translated(
-        name,
-        text.replace("validation_split: 0.1,", "").replace("val_set_size: 0.1,", "").replace("val_size: 0.1,", "")
-        + best
-        + "}",
-        folder,
-    )
+    t = translated(name, re.sub(r"val\w*: 0.1, ", "", text) + best + "}", folder)
     accounted(t)
     assert "evaluate.load_best_model_at_end" not in t.values and "nothing to evaluate on" in texts(t, NO_COUNTERPART)
 
