@@ -698,6 +698,8 @@ def test_what_differs_there_is_said(folder, name, text, told):
         ("trl", "{truncation_mode: keep_start, packing: false}", "keeps the end"),
         ("llamafactory", "{stage: dpo, pref_loss: orpo}", "counts the tokens of its prompt"),
         ("axolotl", "rl: dpo", "KTO:"),
+        ("axolotl", "{rl: dpo, datasets: [{path: a/b, type: chatml.ultra}]}", "is not known"),
+        ("axolotl", "{rl: dpo, datasets: [{path: a/b, type: llama3.prompt_pairs}]}", "is not known"),
         ("trl", "{lr_scheduler_type: polynomial, lr_scheduler_kwargs: {lr_end: 1e-6}}", "1e-07"),
     ],
 )
