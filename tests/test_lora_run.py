@@ -119,6 +119,7 @@ def test_merging_gives_a_plain_model_that_does_the_same(trained, tmp_path, capsy
 
 def test_merging_looks_at_held_out_rows_where_there_are_some(go, tmp_path, capsys):
     assert go(**{"data.eval_fraction": 0.2, "train.max_steps": 3}).exit_code == 0
+    assert "the trained adapter and tokenizer, as PEFT files; its base is " in capsys.readouterr().out
     assert export.main([str(tmp_path / "out" / "model"), str(tmp_path / "merged"), "--merge"]) == 0
     assert "tokens of held-out rows" in capsys.readouterr().out
     (tmp_path / "out" / "config.toml").unlink()
