@@ -198,7 +198,20 @@ def test_every_package_is_installed():
     folders = {path.parent.relative_to(ROOT).as_posix() for path in FILES.values()}
     names = {folder.replace("/", ".").replace("kernels", "minisft.kernels") for folder in folders}
     assert settings["packages"] == sorted({*names, "minisft.configs"})
-    assert [name for name in settings["package-data"]["minisft"] if not (ROOT / "minisft" / name).is_file()] == []
+    of_package = {"minisft": "minisft", "minisft.data": "minisft/data", "minisft.configs": "configs"}  # its folder
+    installed = {
+        path
+        for name, top in of_package.items()
+        for files in settings["package-data"][name]
+        for path in (ROOT / top).glob(files)
+    }
+    beside = {
+        path
+        for top in ("minisft", "configs")
+        for path in (ROOT / top).rglob("*.*")
+        if path.suffix not in (".py", ".pyc")
+    }
+    assert {path for path in beside if path.is_file()} == installed
 
 
 def test_the_walk_in_the_readme_goes_through_functions_that_exist():
