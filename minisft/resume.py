@@ -113,6 +113,8 @@ def data_order(config: Config, run: Run) -> dict:
     packing = config.data.packing_strategy if config.data.packing else "none"
     if config.data.packing and run.train.documents.shared is not None:
         packing += " of pairs that share a prompt"  # pairs of other lengths, in other packs
+    if run.train.documents.turns is not None:
+        packing += " of turns that share what comes before them"
     return {
         "data": run.train.documents.cache.fingerprint,
         "documents": len(run.train.documents),

@@ -40,6 +40,7 @@ TESTS = {
     "minisft/data/packing.py": "packing",
     "minisft/data/packing_strategies.py": "packing",
     "minisft/data/loader.py": "loader dpo",
+    "minisft/data/shared_turns.py": "shared_turns",
     "minisft/data/chat/masks.py": "template masks prompts encoding",
     "minisft/data/chat/inference.py": "prompts masks template",
     "minisft/data/chat/spans.py": "template masks prompts",

@@ -181,7 +181,7 @@ def audit(config: "Config") -> tuple[dict[str, Any], "Tokenizer", dict[str, Data
                 for f in sorted(found, key=lambda f: (not f.exceeds(limits), -f.share))
             ],
             "held_out": 0 if name != "train" or held_out is None else len(held_out),
-            **_tables(data_set, trained if name == "train" else documents, name == "train", config),
+            **_tables(data_set, trained if name == "train" else documents, name == "train", config, tokenizer),
         }
     exceeded = [
         {
@@ -201,7 +201,9 @@ def audit(config: "Config") -> tuple[dict[str, Any], "Tokenizer", dict[str, Data
     return report, tokenizer, sets, findings
 
 
-def _tables(data_set: DataSet, in_epoch: "Documents", is_train: bool, config: "Config") -> dict[str, Any]:
+def _tables(
+    data_set: DataSet, in_epoch: "Documents", is_train: bool, config: "Config", tokenizer: "Tokenizer"
+) -> dict[str, Any]:
     """The account and the tables of a set. in_epoch: its documents without the held-out ones."""
     from minisft.data.audit import count_tokens, kind_table, length_histogram, length_summary, source_table
     from minisft.prepare.data import split_length
@@ -226,7 +228,7 @@ def _tables(data_set: DataSet, in_epoch: "Documents", is_train: bool, config: "C
         "dropped_answers": account.dropped_answers,
         "notes": account.notes(),
         "epoch": {"documents": len(in_epoch), "tokens": int(lengths.sum())},
-        "packing": _packing(in_epoch, data_set.packing, is_train, config),
+        "packing": _packing(in_epoch, data_set.packing, is_train, config, tokenizer),
         "sources": source_table(documents, counts),
         "kinds": kind_table(counts),
         "lengths": length_summary(lengths),
@@ -235,18 +237,37 @@ def _tables(data_set: DataSet, in_epoch: "Documents", is_train: bool, config: "C
     }
 
 
-def _packing(documents: "Documents", is_on: bool, is_train: bool, config: "Config") -> dict[str, Any]:
-    """How full packs are, and how many steps an epoch has on one device, with packing and without."""
+def _packing(
+    documents: "Documents", is_on: bool, is_train: bool, config: "Config", tokenizer: "Tokenizer"
+) -> dict[str, Any]:
+    """How full packs are, and how many steps an epoch has on one device, with packing and without.
+
+    The model says how turns can share what comes before them (data.share_turns). Only a model on this machine is asked; of
+    one on the hub it is assumed that it has no limit.
+    """
     from minisft.data.loader import plan_set
+    from minisft.data.shared_turns import may_share
+    from minisft.prepare.data import tree_limit
+    from minisft.prepare.model import find_longest_tree
     from minisft.schedule import total_steps
+
+    def longest_tree() -> int | None:
+        model = config.model
+        is_here = model.config is not None or Path(model.model_name_or_path or "").expanduser().is_dir()
+        return find_longest_tree(config, tokenizer) if is_here else None
 
     data, train, batch_size = config.data, config.train, config.evaluate.per_device_eval_batch_size
     packs_a_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     strategies = {"packed": data.packing_strategy} if data.max_length else {}
     tables: dict[str, Any] = {"packed": None}
     for name, strategy in (strategies | {"unpacked": "none"}).items():
-        documents, plan = plan_set(
-            documents, strategy=strategy, max_length=data.max_length, share_prompt=config.dpo.share_prompt
+        limit = tree_limit(config, name == "packed", longest_tree) if may_share(documents) else 0
+        units, plan = plan_set(
+            documents,
+            strategy=strategy,
+            max_length=data.max_length,
+            share_prompt=config.dpo.share_prompt,
+            longest_tree=limit,
         )
         table = {"packs": plan.num_packs, "fill": round(plan.fill, 6) if data.max_length else None}
         if is_train:
@@ -257,6 +278,9 @@ def _packing(documents: "Documents", is_on: bool, is_train: bool, config: "Confi
             }
         else:
             table["batches"] = -(-plan.num_packs // batch_size)
+        table["trees"] = None
+        if units.turns is not None:
+            table["trees"] = {"number": units.num_units, "tokens": int(units.unit_lengths.sum())}
         tables[name] = table
     max_length = documents.group * data.max_length if data.max_length else None  # of a pack
     return {"is_on": is_on, "strategy": data.packing_strategy, "max_length": max_length, **tables}

@@ -85,6 +85,14 @@ def check_data(config: Config, refuse: Refuse) -> None:
             refuse(f"{key} data.max_length", "a pack needs a length", "set max_length to a number")
     if data.truncation == "turns" and data.max_length is None:
         refuse("data.truncation data.max_length", "nothing is too long without a length", "set max_length to a number")
+    if data.share_turns is True and config.trainer_type == "dpo":
+        refuse("data.share_turns trainer_type", "each answer of a pair is one document", "see dpo.share_prompt")
+    if data.share_turns is True and config.train.neftune_noise_alpha:
+        problem = "a token that several documents share would have the noise of one"
+        refuse("data.share_turns train.neftune_noise_alpha", problem, 'leave it out, or set share_turns = "auto"')
+    if data.share_turns is True and data.packing and STRATEGIES[data.packing_strategy].cut == "stream":
+        problem = f"{data.packing_strategy} cuts documents anywhere"
+        refuse("data.share_turns data.packing_strategy", problem, 'use "bfd", or set share_turns = "auto"')
     if data.instruction_marker and not data.response_marker:
         refuse("data.instruction_marker", "it closes the turn that response_marker opens", "set response_marker too")
 

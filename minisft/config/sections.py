@@ -150,6 +150,11 @@ class DataSection:
     packing_strategy: Literal[tuple(name for name in STRATEGIES if name != "none")] = option(
         "bfd", "best-fit or first-fit decreasing; bfd_split cuts long documents in pieces; wrapped cuts anywhere"
     )
+    share_turns: bool | Literal["auto"] = option(
+        "auto",
+        "documents of one conversation (see multi_turn) have one copy of their common beginning: the same loss and gradients "
+        "from fewer tokens; auto = where the model can",
+    )
     eval_packing: bool | None = option(None, "packing for evaluation; none = as packing")
     shuffle: bool = option(True, "deal the rows anew every epoch")
     cache_dir: str | None = option(

@@ -67,6 +67,11 @@ def _account_text(entry: dict[str, Any]) -> list[str]:
             fill = f", {plan['fill']:.2%} of {packing['max_length']:,} tokens full" if plan["fill"] else ""
             mark = "  <- as configured" if is_on else ""
             lines.append(f"{title:<10} {plan['packs']:>12,} {unit}{fill}: {_steps_text(plan)}{mark}")
+            if trees := plan["trees"]:
+                what = f"{trees['tokens']:,} tokens an epoch"
+                lines.append(
+                    f"{'':<10} {trees['number']:>12,} trees of documents that share what comes before them: {what}"
+                )
     return lines
 
 

@@ -38,12 +38,11 @@ class Batch:
     """One micro-batch of T tokens in N documents with M targets. Made on the host; `to` moves it."""
 
     input_ids: Tensor  # int64 [T]
-    position_ids: Tensor  # int32 [T], restarts at 0 in every document
+    position_ids: Tensor  # int32 [T], from 0 in every document; a piece that shares a beginning continues it
     start: Tensor  # int32 [T]: key k is visible to query q iff start[q] <= k <= q < end[k]
     end: Tensor  # int32 [T]
-    cu_seqlens: (
-        Tensor  # int32 [N+1], 0 first, T last: for the reference and for peers. A pair with a shared prompt is one
-    )
+    # int32 [N+1], 0 first, T last: for the reference and for peers. Documents that share tokens are one.
+    cu_seqlens: Tensor
     max_seqlen: int
     loss_rows: Tensor  # int64 [M]: the hidden state of row loss_rows[i] is scored against targets[i]
     targets: Tensor  # int64 [M]

@@ -161,16 +161,26 @@ def source_notes(entry: dict) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Turns:
+    """Documents of a conversation that share their beginnings. Unit u is a tree, pieces offsets[u] : offsets[u + 1]."""
+
+    offsets: np.ndarray  # int64 [U+1]
+    shared: np.ndarray  # int64 [P]: how many tokens a piece shares with the piece before it; 0 for the first of a unit
+
+
+@dataclass(frozen=True)
 class Documents:
     """Pieces of a cache to train or evaluate on. Piece p is document index[p], cut to the cache's tokens start[p] : end[p].
 
-    In preference data pieces 2u and 2u + 1 are unit u, which is never split.
+    A unit is a piece, or pieces that share tokens (`turns`). In preference data pieces 2u and 2u + 1 are unit u. A unit of
+    several pieces is never split.
     """
 
     cache: TokenCache
     index: np.ndarray  # int64 [P]
     start: np.ndarray  # int64 [P]
     end: np.ndarray  # int64 [P]
+    turns: Turns | None = None  # documents of a conversation that share their beginnings (shared_turns.py)
     # In preference data:
     shared: np.ndarray | None = None  # int64 [U]: tokens of the prompt, if the two of a unit share one copy of it
     ref_logps: np.ndarray | None = None  # fp32 [D]: log-probabilities of the cache's documents under the reference
@@ -188,17 +198,40 @@ class Documents:
         return self.cache.group
 
     @property
+    def unit(self) -> str:
+        """The name of a unit."""
+        return self.cache.unit if self.turns is None else "trees"
+
+    @property
     def num_units(self) -> int:
-        return len(self.index) // self.group
+        return len(self.index) // self.group if self.turns is None else len(self.turns.offsets) - 1
 
     @property
     def unit_lengths(self) -> np.ndarray:
-        """Tokens of each unit, int64 [U]; a shared prompt counts once."""
+        """Tokens of each unit, int64 [U]; what is shared counts once."""
+        if self.turns is not None:
+            return np.add.reduceat(self.lengths - self.turns.shared, self.turns.offsets[:-1])
         lengths = self.lengths.reshape(-1, self.group).sum(1)
         return lengths if self.shared is None else lengths - self.shared
 
+    def pieces_of(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(the first piece, the number of pieces) of each of these units, int64 [n] each."""
+        if self.turns is None:
+            return self.group * units.astype(np.int64), np.full(len(units), self.group)
+        first = self.turns.offsets[units]
+        return first, self.turns.offsets[units + 1] - first
+
+    def shared_by(self, pieces: np.ndarray) -> np.ndarray:
+        """How many tokens each of these pieces shares with the piece before it, int64 [n]."""
+        if self.turns is not None:
+            return self.turns.shared[pieces]
+        if self.shared is None:
+            return np.zeros(len(pieces), dtype=np.int64)
+        return np.where(pieces % 2 == 1, self.shared[pieces // 2], 0)
+
     def take(self, units: np.ndarray) -> "Documents":
-        """Only the units that are True in `units`, bool [U]."""
+        """Only the units that are True in `units`, bool [U]. Before plan_set, which shares turns."""
+        assert self.turns is None
         documents = np.repeat(units, self.group)
         shared = None if self.shared is None else self.shared[units]
         cut = {name: getattr(self, name)[documents] for name in ("index", "start", "end")}

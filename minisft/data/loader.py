@@ -16,6 +16,7 @@ the prompt, the pack has one copy of it, and the second answer follows the first
 
 The keys of `chosen` are visible up to its own end only, those of the prompt and of `rejected` up to the end of the pair, so
 that each answer sees the prompt and itself. The first token of both answers is scored from the prompt's last row.
+The documents of a conversation that is rendered turn by turn are laid out in the same way, as a tree (shared_turns.py).
 """
 
 import math
@@ -30,6 +31,7 @@ from minisft.data.batch import IGNORE_INDEX, Answers, Batch, document_bounds
 from minisft.data.cache import Documents
 from minisft.data.kinds import KIND_MASK, TRAINED
 from minisft.data.packing import Packs, Plan, plan, ragged_arange
+from minisft.data.shared_turns import share_turns, tree_bounds
 
 
 def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], *, round_to: int = 1) -> Batch:
@@ -53,14 +55,14 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
     position = ragged_arange(first_position, lengths)  # [T]
     begin = np.concatenate([[0], np.cumsum(lengths)])
     owner = np.repeat(np.arange(len(lengths)), lengths)  # [T]
-    cu_seqlens, start, end = _bounds(begin, first_position)
+    cu_seqlens, start, end, parent = _bounds(begin, first_position)
 
     # The targets: all trained tokens except the first of each piece.
     trained = ((kinds & TRAINED) != 0) & (position > 0)
     at = np.flatnonzero(trained)
     scored_from, of_document = at - 1, owner[at]
-    opens = at == begin[of_document]  # the first token of an answer that shares the prompt before the other answer
-    scored_from[opens] = begin[of_document[opens] - 1] + first_position[of_document[opens]] - 1
+    opens = at == begin[of_document]  # the first token of a piece that shares what comes before it
+    scored_from[opens] = parent[of_document[opens]]
     num_targets = len(at)
     index = documents.index[document[of_document]]
     weights = None if cache.weights is None else cache.weights[token[at]]
@@ -104,32 +106,27 @@ def _pieces(
     """
     numbers = np.asarray(pack_numbers, dtype=np.int64)
     first = packs.offsets[numbers]
-    pieces = ragged_arange(first, packs.offsets[numbers + 1] - first)
-    document, skipped, stop = packs.document[pieces], packs.start[pieces], packs.end[pieces]
-    first_position = np.zeros_like(skipped)
-    if documents.group > 1:  # packs are made of units
-        document = (documents.group * document[:, None].astype(np.int64) + np.arange(documents.group)).ravel()
-        stop = documents.end[document] - documents.start[document]
-        first_position = skipped = np.zeros_like(document)
-        if documents.shared is not None:
-            skipped[1::2] = documents.shared[document[1::2] // 2]
+    places = ragged_arange(first, packs.offsets[numbers + 1] - first)
+    first, size = documents.pieces_of(packs.document[places])
+    document = ragged_arange(first, size)
+    first_position = documents.shared_by(document)
+    # A unit of one piece may be cut into several.
+    cut_at, stop = np.repeat(packs.start[places], size), np.repeat(packs.end[places], size)
+    alone = np.repeat(size == 1, size)
+    skipped = np.where(alone, cut_at, first_position)
+    stop = np.where(alone, stop, documents.end[document] - documents.start[document])
     return document, skipped, first_position, (stop - skipped).astype(np.int64)
 
 
-def _bounds(begin: np.ndarray, first_position: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    """(cu_seqlens, start, end) of a batch, whose piece i is tokens begin[i] : begin[i + 1] (int [N+1]).
+def _bounds(begin: np.ndarray, first_position: np.ndarray) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
+    """(cu_seqlens, start, end, parent) of a batch, whose piece i is tokens begin[i] : begin[i + 1] (int [N+1]).
 
-    A piece whose first position is not 0 shares the prompt of the piece before it, and is one document with it.
+    A piece whose first position is not 0 shares tokens with the piece before it, and is one document with it in cu_seqlens.
+    parent [N]: the row before its first token.
     """
-    joined = first_position > 0
-    cu_seqlens = torch.from_numpy(begin[np.append(~joined, True)].astype(np.int32))
+    cu_seqlens = torch.from_numpy(begin[np.append(first_position == 0, True)].astype(np.int32))
     start, end = document_bounds(cu_seqlens, int(begin[-1]))
-    second = np.flatnonzero(joined)
-    answer = begin[second - 1] + first_position[second]  # where the answer before it begins
-    end[ragged_arange(answer, begin[second] - answer)] = torch.from_numpy(
-        np.repeat(begin[second], begin[second] - answer).astype(np.int32)
-    )
-    return cu_seqlens, start, end
+    return cu_seqlens, start, end, tree_bounds(begin, first_position, end.numpy())
 
 
 def _answers(documents: Documents, document: np.ndarray, row_answer: np.ndarray, weights: np.ndarray | None) -> Answers:
@@ -158,16 +155,25 @@ def _answers(documents: Documents, document: np.ndarray, row_answer: np.ndarray,
 
 
 def plan_set(
-    documents: Documents, *, strategy: str, max_length: int | None, share_prompt: bool
+    documents: Documents,
+    *,
+    strategy: str,
+    max_length: int | None,
+    share_prompt: bool = False,
+    longest_tree: int | None = 0,
 ) -> tuple[Documents, Plan]:
-    """(documents, plan): how the documents of a set share packs. The documents get `shared` if pairs share their prompts.
+    """(documents, plan): how the documents of a set share packs. They get `shared` if pairs share their prompts, or `turns` if
+    the documents of a conversation share their beginnings.
 
     They are cut already (documents.py). strategy: a key of packing_strategies.STRATEGIES; "none" makes a pack of each unit.
     max_length: the limit of a prompt with one answer, so a pack of pairs has room for two of these; None = room for the
-    longest unit.
+    longest unit. longest_tree: the most tokens of a conversation's documents together; None = no limit, 0 = they share nothing.
     """
     if share_prompt and documents.group > 1 and documents.shared is None:
         documents = replace(documents, shared=shared_prompts(documents))
+    if longest_tree != 0:
+        limits = [limit for limit in (max_length, longest_tree) if limit is not None]
+        documents = share_turns(documents, min(limits, default=None))
     lengths = documents.unit_lengths
     return documents, plan(lengths, documents.group * max_length if max_length else int(lengths.max()), strategy)
 

@@ -122,6 +122,15 @@ class ModelConfig:
     hf: dict = field(default_factory=dict, repr=False, compare=False)
 
 
+def longest_tree(config: ModelConfig) -> int | None:
+    """The most tokens of documents that share their beginnings (data/shared_turns.py): None = no limit, 0 = none share it.
+
+    Attention can tell the documents apart, and a window sees a shorter tree as a whole. A layer whose state is carried along
+    the stream has one past for all that follows: a model with such a layer has to give 0 here.
+    """
+    return min((window for window in config.windows if window is not None), default=None)
+
+
 def with_vocab_size(config: ModelConfig, vocab_size: int) -> ModelConfig:
     """The same model with more embedding rows than its files have; load_weights fills the new rows with the mean of
     the old ones, in the embedding and in the head."""

@@ -1,5 +1,6 @@
 """The data of a run: the tokenizer, documents read, checked, cut and packed, and what became of every row, in lines."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from minisft.data.documents import Accounting, select_documents, show_document, 
 from minisft.data.loader import Loader, plan_set
 from minisft.data.packing_strategies import STRATEGIES
 from minisft.data.row_format import FormatOptions
+from minisft.data.shared_turns import may_share
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import Tokenizer, load_tokenizer
 from minisft.errors import DATA, UserError
@@ -43,8 +45,14 @@ def prepare_tokenizer(config: Config) -> tuple[Tokenizer, str]:
     )
 
 
-def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Loader, dict[str, Loader], list[str]]:
-    """The training loader, the evaluation loaders by name, and their lines of the summary."""
+def prepare_data(
+    config: Config, tokenizer: Tokenizer, find_longest_tree: Callable[[], int | None] | None = None
+) -> tuple[Loader, dict[str, Loader], list[str]]:
+    """The training loader, the evaluation loaders by name, and their lines of the summary.
+
+    find_longest_tree(): `longest_tree` of the model. A function, because few data sets need it, and it finds the model. None:
+    no turns are shared.
+    """
     data, seed = config.data, config.train.seed
     eval_packing = data.packing if data.eval_packing is None else data.eval_packing
     documents, lines = read_documents("train", source_list(data.train_data), config, tokenizer, data.packing)
@@ -65,6 +73,9 @@ def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Loader, dict[str
             strategy=data.packing_strategy if packing else "none",
             max_length=data.max_length,
             share_prompt=config.dpo.share_prompt,
+            longest_tree=tree_limit(config, packing, find_longest_tree)
+            if find_longest_tree and may_share(documents)
+            else 0,
         )
         options |= {"seed": seed, "round_to": ROUND_TO, "rank": ranks.rank(), "world_size": ranks.world_size()}
         return Loader(documents, packs, batch_size, **options)
@@ -81,9 +92,15 @@ def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Loader, dict[str
     if train.documents.shared is not None:
         once, all_tokens = train.documents.unit_lengths.sum(), documents.unit_lengths.sum()
         lines.append(f"prompts    shared by both answers: {once:,} tokens an epoch instead of {all_tokens:,}")
+    if train.documents.turns is not None:
+        once, all_tokens = train.documents.unit_lengths.sum(), documents.unit_lengths.sum()
+        lines.append(
+            f"turns      share what comes before them: {once:,} tokens an epoch instead of {all_tokens:,}, "
+            f"{documents.num_units:,} documents in {train.documents.num_units:,} trees"
+        )
     if data.packing:
         lines.append(
-            f"packing    {data.packing_strategy}: {documents.num_units:,} {documents.cache.unit} in "
+            f"packing    {data.packing_strategy}: {train.documents.num_units:,} {train.documents.unit} in "
             f"{train.plan.num_packs:,} packs of {train.plan.max_length:,} tokens, {train.plan.fill:.2%} full"
         )
     return train, evals, lines
@@ -137,6 +154,22 @@ def open_documents(sources: list, config: Config, tokenizer: Tokenizer, packing:
         truncation=data.truncation,
         seed=config.train.seed,
     )
+
+
+def tree_limit(config: Config, packing: bool, find_longest_tree: Callable[[], int | None]) -> int | None:
+    """The most tokens of documents that share their beginnings (data.share_turns), 0: none share it. Raises UserError where
+    they are to share it and cannot."""
+    data = config.data
+    cuts_anywhere = packing and STRATEGIES[data.packing_strategy].cut == "stream"
+    if data.share_turns is False or cuts_anywhere or config.train.neftune_noise_alpha:
+        return 0  # config/check.py refuses share_turns = true with these
+    limit = find_longest_tree()
+    if limit == 0 and data.share_turns is True:
+        hint = 'leave it out, or set share_turns = "auto"'
+        raise UserError(
+            "data.share_turns = true, but a layer of this model has one past for all that follows", hint=hint
+        )
+    return limit
 
 
 def cache_folder(config: Config) -> Path:

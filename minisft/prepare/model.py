@@ -33,7 +33,7 @@ from minisft.model.families import from_hf
 from minisft.model.load import build_model, init_weights, load_weights, place_quantized, read_config
 from minisft.model.lora import apply_lora, merge_adapter
 from minisft.model.lora_options import LoraOptions
-from minisft.model.model_config import ModelConfig, with_vocab_size, without_dropout
+from minisft.model.model_config import ModelConfig, longest_tree, with_vocab_size, without_dropout
 from minisft.model.quantized import Quantization, describe_quantized, named_weights, quantization_of, read_record
 from minisft.model.start import Start, find_start
 from minisft.prepare.data import titled
@@ -65,6 +65,14 @@ def prepare_model(
     if config.lora.r is not None:
         lines += add_adapters(model, config, tokenizer, start.adapter)
     return model.train(), titled("model", lines), start
+
+
+def find_longest_tree(config: Config, tokenizer: Tokenizer) -> int | None:
+    """`longest_tree` of the model of a run, from its config.json."""
+    section, start = config.model, None
+    if section.config is None:
+        start = find_start(section.model_name_or_path, section.revision, local_files_only=section.local_files_only)
+    return longest_tree(resolve_model_config(config, tokenizer, start, lambda: 0)[0])
 
 
 def resolve_model_config(

@@ -26,7 +26,7 @@ from minisft.preference.reference import Reference
 from minisft.prepare.data import format_options, prepare_data, prepare_tokenizer, titled
 from minisft.prepare.dpo import prepare_dpo
 from minisft.prepare.kernels import describe_kernels, pick_kernels
-from minisft.prepare.model import prepare_model
+from minisft.prepare.model import find_longest_tree, prepare_model
 from minisft.prepare.optimizer import describe_optimizer, prepare_optimizer
 from minisft.samples import Prompt, read_prompts
 from minisft.schedule import Plateau, num_warmup_steps, total_steps
@@ -88,7 +88,7 @@ def prepare(config: Config, device: torch.device) -> Run:
     pick_kernels(config.model.kernels, device)
 
     tokenizer, tokenizer_line = prepare_tokenizer(config)
-    loader, evals, data_lines = prepare_data(config, tokenizer)
+    loader, evals, data_lines = prepare_data(config, tokenizer, partial(find_longest_tree, config, tokenizer))
     prompts = prepare_prompts(config, tokenizer)
     highest_id = partial(max_token_id, [loader, *evals.values()])
     model, model_lines, start = prepare_model(config, tokenizer, highest_id, device)
@@ -212,7 +212,7 @@ def prepare_schedule(config: Config, loader: Loader) -> dict:
 
 def describe_steps(config: Config, loader: Loader, schedule: dict) -> str:
     """total steps = ceil(packs or rows / packs per step) x epochs, with the numbers."""
-    train, unit = config.train, "packs" if config.data.packing else loader.documents.cache.unit
+    train, unit = config.train, "packs" if config.data.packing else loader.documents.unit
     window = f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps} accumulated"
     if loader.world_size > 1:
         window += f" x {loader.world_size} ranks"
