@@ -2,9 +2,10 @@
 
     python -m benchmarks.bench_shared_turns [--device cpu|cuda] [--rounds N] [--quick]
 
-Made-up conversations of 2, 4, 8 and 16 turns, each turn a question of 30 words, a reasoning of 150 and an answer of 60 (on a CPU
-20, 100 and 40, and a model of four layers), are read, rendered in the manner of Qwen 3, packed (bfd) and trained by what `prepare` makes of a configuration. A round is
-forward and backward over an epoch, without the optimizer; both layouts run in turn, and the medians are reported.
+Made-up conversations of 2, 4, 8 and 16 turns, each turn a question of 30 words, a reasoning of 150 and an answer of 60 (on a
+CPU 20, 100 and 40, and a model of four layers), are read, rendered in the manner of Qwen 3, packed (bfd) and trained by what
+`prepare` makes of a configuration. A round is forward and backward over an epoch, without the optimizer; both layouts run in
+turn, and the medians are reported.
 
     tokens             that are computed in an epoch
     tokens_per_second  of the separate documents, for both layouts, so that sharing shows as speed

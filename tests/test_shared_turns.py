@@ -16,6 +16,7 @@ from test_resume import stop_after
 from tiny import MODEL, logged, parts, relative_error, train, weights
 from tiny import settings as run_settings
 from tiny_models import tiny
+from tolerance import assert_close_to_truth, bounds_of, padded_with_nan
 
 from minisft import sft
 from minisft.commands import audit as audit_command
@@ -23,10 +24,11 @@ from minisft.config.load import load
 from minisft.data.audit_text import text_report
 from minisft.data.cache import Documents
 from minisft.data.kinds import ANSWER, REASONING, TRAINED, USER
-from minisft.data.loader import Loader, make_batch, plan_set
+from minisft.data.loader import Loader, _bounds, make_batch, plan_set
 from minisft.data.tokenizer import train_tokenizer
 from minisft.errors import UserError
 from minisft.kernels.common import use_backend
+from minisft.kernels.flash_attention import flash_attention, flash_attention_ref
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -375,3 +377,46 @@ def test_a_plan_of_trees_deals_each_document_once_an_epoch():
                 seen.update(set(zip(batch.row_document[: batch.num_targets].tolist(), batch.loss_rows.tolist())))
         documents_seen = Counter(document for document, _ in seen)
         assert set(documents_seen) == set(range(12))
+
+
+def tree_of(pieces: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor, list[list[int]], list[int]]:
+    """(start, end, the rows of each document, where each piece begins in its document) of a tree of pieces.
+
+    pieces: (new tokens, tokens shared with the piece before it, at most all of its document's).
+    """
+    positions, documents, begin = [], [], [0]
+    for new, common in pieces:
+        path = documents[-1][:common] if documents else []
+        positions.append(len(path))
+        documents.append(path + list(range(begin[-1], begin[-1] + new)))
+        begin.append(begin[-1] + new)
+    _, start, end, parent = _bounds(np.array(begin), np.array(positions))
+    assert [p for p in parent if p >= 0] == [d[n - 1] for d, n in zip(documents, positions) if n]
+    return start, end, documents, positions
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 8)), min_size=1, max_size=9), st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_attention_sees_what_each_document_has_before_it(pieces, seed):
+    start, end, documents, positions = tree_of(pieces)
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(len(start), heads, 16, dtype=torch.float64) for heads in (2, 1, 1))
+    for op in (flash_attention_ref, flash_attention):
+        with use_backend("torch"):
+            out = op(q, k, v, start, end)
+        for path, n in zip(documents, positions):
+            alone = flash_attention_ref(q[path], k[path], v[path], *bounds_of([len(path)]))
+            assert relative_error(out[path[n:]], alone[n:]) < 1e-14  # a few roundings of fp64
+
+
+@pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
+@pytest.mark.parametrize("deterministic", [False, True], ids=["one pass", "split"])
+def test_the_kernels_see_trees(deterministic):
+    """A conversation: branches inside of tiles and over several, then a plain document."""
+    start, end, *_ = tree_of([(20, 0), (33, 5), (17, 30), (40, 34), (1, 73), (20, 20), (18, 0)])
+    assert_close_to_truth(
+        lambda q, k, v: flash_attention(q, k, v, start, end, deterministic=deterministic),
+        lambda q, k, v: flash_attention_ref(q, k, v, start, end),
+        [padded_with_nan(torch.randn(len(start), heads, 16)).requires_grad_() for heads in (2, 1, 1)],
+        torch.float32,
+    )
