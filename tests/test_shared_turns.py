@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_resume import stop_after
 from tiny import MODEL, logged, parts, relative_error, train, weights
 from tiny import settings as run_settings
-from tiny_models import tiny
+from tiny_models import SIZES, tiny
 from tolerance import assert_close_to_truth, bounds_of, padded_with_nan
 
 from minisft import sft
@@ -340,11 +340,12 @@ def test_where_turns_are_not_shared(home):
         load({}, run_settings(home, **{"trainer_type": "dpo", "data.share_turns": True}), origin="test")
 
 
-def test_a_model_without_a_tree_says_so(home, monkeypatch):
-    monkeypatch.setattr("minisft.prepare.model.longest_tree", lambda config: 0)
-    assert parts(home, **keys())[0].train.documents.turns is None
+def test_a_model_with_states_shares_nothing(home):
+    config = SIZES | {"model_type": "lfm2", "vocab_size": 261, "max_position_embeddings": 512, "num_key_value_heads": 2}
+    config |= {"layer_types": ["conv", "full_attention"]}
+    assert parts(home, **keys(**{"model.config": config}))[0].train.documents.turns is None
     with pytest.raises(UserError, match="a layer of this model has one past"):
-        parts(home, **keys(**{"data.share_turns": True}))
+        parts(home, **keys(**{"model.config": config, "data.share_turns": True}))
 
 
 def test_a_model_with_windows_has_short_trees(home):

@@ -126,8 +126,10 @@ def longest_tree(config: ModelConfig) -> int | None:
     """The most tokens of documents that share their beginnings (data/shared_turns.py): None = no limit, 0 = none share it.
 
     Attention can tell the documents apart, and a window sees a shorter tree as a whole. A layer whose state is carried along
-    the stream has one past for all that follows: a model with such a layer has to give 0 here.
+    the stream has one past for all that follows.
     """
+    if config.has_states:
+        return 0
     return min((window for window in config.windows if window is not None), default=None)
 
 
