@@ -3,7 +3,7 @@
     python -m benchmarks.bench_shared_turns [--device cpu|cuda] [--rounds N] [--quick]
 
 Made-up conversations of 2, 4, 8 and 16 turns, each turn a question of 30 words, a reasoning of 150 and an answer of 60 (on a
-CPU 20, 100 and 40, and a model of four layers), are read, rendered in the manner of Qwen 3, packed (bfd) and trained by what
+CPU 10, 50 and 20, and a model of two layers), are read, rendered in the manner of Qwen 3, packed (bfd) and trained by what
 `prepare` makes of a configuration. A round is forward and backward over an epoch, without the optimizer; both layouts run in
 turn, and the medians are reported.
 
@@ -26,9 +26,10 @@ from benchmarks.bench_dpo import LARGE, SMALL, TINY, now
 from benchmarks.harness import print_table, time_interleaved, write_csv
 
 TURNS = (2, 4, 8, 16)
-MODELS = {"cpu": SMALL | {"num_hidden_layers": 4, "vocab_size": 2048}, "cuda": LARGE, "quick": TINY}
+OF_CPU = dict(num_hidden_layers=2, hidden_size=256, intermediate_size=704, num_attention_heads=4, vocab_size=2048)
+MODELS = {"cpu": SMALL | OF_CPU, "cuda": LARGE, "quick": TINY}
 SIZES = {  # turns: of all conversations together; words: of a question, a reasoning and an answer
-    "cpu": dict(turns=16, words=(20, 100, 40), max_length=4096, batch_size=1, precision="bf16"),
+    "cpu": dict(turns=16, words=(10, 50, 20), max_length=4096, batch_size=1, precision="fp32"),
     "cuda": dict(turns=512, words=(30, 150, 60), max_length=4096, batch_size=4, precision="bf16"),
     "quick": dict(turns=16, words=(2, 6, 3), max_length=4096, batch_size=1, precision="fp32"),
 }

@@ -123,6 +123,21 @@ def packing_table(rows: list[dict]) -> str:
     )
 
 
+def turns_table(rows: list[dict]) -> str:
+    lines = []
+    rows = newest(rows, "device", "turns", "layout")
+    for shared in [row for row in rows if row["layout"] == "shared"]:
+        apart = next(
+            r
+            for r in rows
+            if r["layout"] == "separate" and (r["device"], r["turns"]) == (shared["device"], shared["turns"])
+        )
+        tokens = [f"{int(row['tokens']):,}" for row in (apart, shared)]
+        speeds = [f"{float(row['tokens_per_second']):,.0f} tokens/s" for row in (apart, shared)]
+        lines.append([shared["turns"], *tokens, *speeds, f"{float(shared['speedup']):.2f} x"])
+    return table(["turns", "tokens, separate", "tokens, shared", "separate", "shared", "speed"], lines)
+
+
 def tokenize_table(rows: list[dict]) -> str:
     lines = []
     for row in newest(rows, "name", "data"):
@@ -254,6 +269,7 @@ def block(results: Path = RESULTS) -> str:
         section("Preference tuning", "benchmarks.bench_dpo", results, "dpo_cpu", dpo_table),
         section("Preference tuning on a GPU", "benchmarks.bench_dpo --device cuda", results, "dpo_cuda", dpo_table),
         section("Packing", "benchmarks.bench_packing", results, "packing", packing_table),
+        section("Turns that share their past", "benchmarks.bench_shared_turns", results, "shared_turns", turns_table),
         section("From the file to the token cache", "benchmarks.bench_tokenize", results, "tokenize", tokenize_table),
         section("Validation", "benchmarks.bench_validate", results, "validate", validate_table),
         section("The kernels' torch paths on a CPU", "benchmarks.bench_<op>", results, "kernels_cpu", cpu_table),

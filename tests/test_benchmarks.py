@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_dpo, report, suite
+from benchmarks import bench_dpo, bench_shared_turns, report, suite
 from benchmarks.compare import Case, CpuClock, backend, difference, first_calls, lapses, rates, rows_of, time_rounds
 from benchmarks.harness import quartiles, read_csv, write_csv
 from minisft.kernels.rms_norm import rms_norm
@@ -224,6 +224,17 @@ def test_rows_and_table_of_dpo(dpo_answers, tmp_path):
     assert report.dpo_table(read_csv(tmp_path / "dpo_cpu.csv")) in report.block(tmp_path)
 
 
+def test_turns_that_share_their_past(tmp_path):
+    rows = bench_shared_turns.measure(4, "quick", "cpu", 1, tmp_path)
+    apart, shared = rows
+    assert apart["layout"] == "separate" and apart["documents"] == shared["documents"] == 16
+    assert shared["tokens"] < apart["tokens"] and shared["fewer_tokens"] == apart["tokens"] / shared["tokens"]
+    assert shared["loss_difference"] < 1e-6  # rounding of fp32 sums
+    write_csv("shared_turns", rows, tmp_path)
+    table = report.turns_table(read_csv(tmp_path / "shared_turns.csv"))
+    assert len(table.splitlines()) == 3 and table in report.block(tmp_path)
+
+
 def test_losses_of_both_trainers_are_compared():
     def run(*losses):
         return [{"steps": [{"loss": loss} for loss in losses]}]
@@ -290,7 +301,7 @@ def test_the_newest_row_counts_and_columns_may_be_added(tmp_path):
 
 def test_what_was_not_measured_is_said_to_be_so(tmp_path):
     text = report.block(tmp_path)
-    assert text.count("not yet measured") == 9 + sum(len(targets) for targets in report.TARGETS.values())
+    assert text.count("not yet measured") == 10 + sum(len(targets) for targets in report.TARGETS.values())
 
 
 def test_the_block_stands_between_its_markers(tmp_path):
