@@ -92,6 +92,8 @@ def test_gpt2_general_names():
         ("gemma2", {"num_hidden_layers": 3}, (9, None, 9)),
         ("gemma3_text", {"num_hidden_layers": 7, "sliding_window_pattern": None}, (9, 9, 9, 9, 9, None, 9)),
         ("olmo3", {"num_hidden_layers": 5, "layer_types": None}, (9, 9, 9, None, 9)),
+        ("exaone4", {"num_hidden_layers": 5, "sliding_window_pattern": None}, (9, 9, 9, None, 9)),
+        ("exaone4", {"sliding_window": None}, (None, None)),
         ("cohere2", {"num_hidden_layers": 5, "sliding_window_pattern": None}, (9, 9, 9, None, 9)),
     ],
 )
@@ -107,7 +109,13 @@ def test_ropes_by_layer():
     assert from_hf(CONFIGS["gemma3_text"] | scaled).ropes == (Rope(16, 1e4), Rope(16, 1e6, "linear", 8.0))
     assert from_hf(CONFIGS["olmo3"] | scaled).ropes == (Rope(8, 5e5), Rope(8, 5e5, "linear", 8.0))
     assert from_hf(CONFIGS["gpt2"]).ropes == (None, None)
-    assert from_hf(CONFIGS["cohere2"]).ropes == (Rope(8, 1e4), None)
+    assert from_hf(CONFIGS["cohere2"]).ropes == from_hf(CONFIGS["exaone4"]).ropes == (Rope(8, 1e4), None)
+    assert from_hf(CONFIGS["exaone4"] | {"sliding_window": None}).ropes == (Rope(8, 1e4),) * 2
+    only_full = {
+        "layer_types": ["full_attention"] * 2,
+        "sliding_window_pattern": "LLLG",
+    }  # the pattern is not read then
+    assert from_hf(CONFIGS["exaone4"] | only_full).ropes == (None, None)
 
 
 # ---------------------------------------------------------------- rotary embeddings
@@ -209,6 +217,8 @@ def test_dynamic_is_decided_by_the_run():
         ("llama", {"qk_layernorm": True}, "qk_layernorm"),
         ("llama", {"use_qk_norm": True}, "use_qk_norm"),
         ("cohere2", {"use_qk_norm": True}, "use_qk_norm"),
+        ("exaone4", {"sliding_window_pattern": "LLLG"}, "sliding_window_pattern"),
+        ("exaone4", {"sliding_window": None, "layer_types": ["sliding_attention"] * 2}, "no sliding_window"),
         ("hunyuan_v1_dense", {"use_qk_norm": False}, "use_qk_norm"),
         ("hunyuan_v1_dense", {"use_cla": True}, "use_cla"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0, "alpha": 9.0}}, "alpha"),

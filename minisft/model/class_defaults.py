@@ -314,3 +314,13 @@ HUNYUAN_V1_DENSE = COMMON | {
     "attention_bias": False,
     "use_qk_norm": True,  # published files have the key, its class does not read it
 }
+
+EXAONE4 = COMMON | {
+    **SIZES_7B,
+    "vocab_size": 102400,
+    "intermediate_size": 16384,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 4,
+}

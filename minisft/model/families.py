@@ -167,7 +167,9 @@ def _head_dim(v: dict) -> int:
 
 def _layer_types(v: dict, slides: Callable[[int], bool]) -> list[str]:
     """The layer_types of config.json; where it has none, layer i slides if the family's rule says so."""
-    types = v.get("layer_types", [SLIDING if slides(i) else FULL for i in range(_num_layers(v))])
+    types = v.get("layer_types")
+    if types is None:
+        types = [SLIDING if slides(i) else FULL for i in range(_num_layers(v))]
     fits = isinstance(types, list) and len(types) == _num_layers(v) and all(t in (FULL, SLIDING) for t in types)
     require(fits, f"layer_types = {str(types)[:60]}: expected {FULL} or {SLIDING} for each of {_num_layers(v)} layers")
     return types
@@ -544,6 +546,16 @@ def _hunyuan_v1_dense(v, max_length):
     return _decoder(v, max_length, rope={"more_keys": ("alpha",)}, qk_norm="head", qk_norm_after_rope=True)
 
 
+def _exaone4(v, max_length):
+    """Where some layers slide, those that do not have no rotary embedding."""
+    has_windows = v.get("sliding_window") is not None and size(v, "sliding_window") > 0
+    types = _layer_types(v, lambda i: has_windows and (i + 1) % size(v, "sliding_window_pattern") != 0)
+    rope = read_rope(v, _head_dim(v), max_length)
+    ropes = tuple(rope if t == SLIDING or not has_windows else None for t in types)
+    biases = dict.fromkeys(BIASES, False)
+    return _decoder(v, max_length, block="post", qk_norm="head", ropes=ropes, windows=_windows(v, types), **biases)
+
+
 def _check_head_dim(v: dict) -> None:
     """For classes that do not know the key head_dim."""
     own = size(v, "hidden_size") // size(v, "num_attention_heads")
@@ -585,6 +597,7 @@ FAMILIES = {
     "seed_oss": Family("SeedOssForCausalLM", class_defaults.SEED_OSS, _seed_oss),
     "ernie4_5": Family("Ernie4_5ForCausalLM", class_defaults.ERNIE4_5, _ernie4_5),
     "hunyuan_v1_dense": Family("HunYuanDenseV1ForCausalLM", class_defaults.HUNYUAN_V1_DENSE, _hunyuan_v1_dense),
+    "exaone4": Family("Exaone4ForCausalLM", class_defaults.EXAONE4, _exaone4),
     "glm": Family("GlmForCausalLM", class_defaults.GLM, _glm),
     "glm4": Family("Glm4ForCausalLM", class_defaults.GLM, _glm4),
 }

@@ -246,6 +246,18 @@ VARIANTS = {
         "head_dim": 8,
         "rope_scaling": {"type": "dynamic", "alpha": 20.0, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0},
     },
+    "exaone4": GROUPED | {"model_type": "exaone4", "sliding_window": WINDOW, "sliding_window_pattern": 2},
+    "exaone4_full": GROUPED
+    | {
+        "model_type": "exaone4",
+        "sliding_window": None,
+        "sliding_window_pattern": None,
+        "layer_types": ["full_attention"] * 2,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "rope_theta": 20.0,
+        "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32},
+    },
     "seed_oss": GROUPED | {"model_type": "seed_oss", "head_dim": 16},
     "seed_oss_biases": GROUPED
     | {
