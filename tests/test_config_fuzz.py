@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minisft.errors import MODEL, UserError
-from minisft.model.families import NULL_IS_A_VALUE, from_hf
+from minisft.model.families import FAMILIES, NULL_IS_A_VALUE, from_hf
 from minisft.model.load import build_model
 
 CONFIGS = json.loads((Path(__file__).parent / "golden" / "configs.json").read_text())["configs"]
@@ -74,7 +74,7 @@ def test_missing_keys(variant):
     """A null is a key that is left out, but for those where null says something else than the default."""
     for hf, path in each_place(variant):
         missing = outcome(without(hf, path))
-        if path[-1] not in NULL_IS_A_VALUE:
+        if path[-1] not in NULL_IS_A_VALUE | FAMILIES[hf["model_type"]].null_values:
             assert outcome(changed(hf, path, None)) == missing, path
     assert outcome(without(hf, ("model_type",))) is None
 
@@ -119,7 +119,6 @@ OTHER_MATHS = [
     ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ({"attention_chunk_size": 8192}, "attention_chunk_size"),
     ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
-    ({"layer_types": ["linear_attention", "full_attention"]}, "layer_types"),
     ({"layer_types": ["full_attention"]}, "layer_types"),
     ({"layer_types": "full_attention"}, "layer_types"),
     ({"hidden_act": "relu6", "activation_function": "relu6", "hidden_activation": "relu6"}, "relu6"),
@@ -140,6 +139,7 @@ FOREIGN = [
     ({"sliding_window": 8}, ("llama", "gemma", "olmo", "olmo2", "granite", "gpt2", "stablelm", "cohere", "phi")),
     ({"attn_logit_softcapping": 50.0}, ("llama", "qwen3", "gemma", "gemma3_text", "gpt2", "cohere")),
     ({"final_logit_softcapping": 30.0}, ("llama", "mistral", "gemma", "olmo3", "gpt2")),
+    ({"layer_types": ["linear_attention", "full_attention"]}, ("llama", "qwen3", "cohere2", "exaone4", "lfm2")),
     ({"qk_layernorm": True}, ("llama", "qwen3", "cohere", "cohere2", "gpt2")),
     ({"use_qk_norm": True}, ("llama", "qwen3", "stablelm", "cohere2", "phi", "gpt2")),
     ({"use_cla": True}, ("llama", "hunyuan_v1_dense")),

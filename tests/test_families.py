@@ -4,6 +4,7 @@ That each family computes what transformers computes is tested in test_golden.py
 """
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,16 @@ def test_longrope_is_decided_by_the_run():
         assert rope(hf | {"rope_scaling": LONG | {"rope_type": None, "type": name}}) == short
 
 
+def test_ministral3_factors_of_queries():
+    table = {"type": "yarn", "rope_theta": 1e6, "factor": 16.0, ORIGINAL: 16384, "mscale": 1.0, "mscale_all_dim": 1.0}
+    table |= {"max_position_embeddings": 262144, "llama_4_scaling_beta": 0.1}
+    default = {"model_type": "ministral3"}
+    assert rope(default) == rope(default | {"rope_parameters": table}) and rope(default).query_beta == 0.1
+    assert rope(default | {"rope_scaling": table | {"llama_4_scaling_beta": 0.0}}).query_beta == 0
+    zero = rope(default | {"rope_parameters": table | {"mscale_all_dim": 0.0}})  # as if there were none
+    assert zero.attention_factor == pytest.approx(1 + 0.1 * math.log(16)) and rope(default).attention_factor == 1
+
+
 def test_dynamic_is_decided_by_the_run():
     hf = LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
     assert rope(hf).theta == rope(hf, max_length=256).theta == 10000.0
@@ -242,6 +253,9 @@ def test_dynamic_is_decided_by_the_run():
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, "full_attention"),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 9.0}}, "one table for each"),
         ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "'linear' is not implemented for phi3"),
+        ("ministral3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "'linear' is not implemented"),
+        ("ministral3", {"rope_scaling": YARN | {"llama_4_scaling_beta": -1}}, "llama_4_scaling_beta"),
+        ("mistral", {"rope_scaling": YARN | {"llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta"),
         ("phi", {"partial_rotary_factor": 0.4}, "head_dim"),  # int(8 * 0.4) = 3 features do not make pairs
         ("phi", {"partial_rotary_factor": 2.0}, "more than a whole head"),
         ("llama", {"hidden_size": 50}, "50"),
@@ -288,6 +302,18 @@ def test_gemma3_that_sees_is_read_as_its_text_part():
     assert "vision_config" not in written
     with pytest.raises(UserError, match="text_config"):
         from_hf({"model_type": "gemma3"})
+
+
+@pytest.mark.parametrize("family", ["mistral", "ministral3"])
+def test_mistral3_that_sees_is_read_as_its_text_part(family):
+    seeing = {"model_type": "mistral3", "vision_config": {"hidden_size": 8}, "text_config": CONFIGS[family]}
+    assert from_hf(seeing) == from_hf(CONFIGS[family])
+    assert to_hf(from_hf(seeing), "float32")["model_type"] == family
+    unnamed = {key: value for key, value in CONFIGS["mistral"].items() if key != "model_type"}
+    assert from_hf(seeing | {"text_config": unnamed}) == from_hf(CONFIGS["mistral"])
+    for other in ("llama", None, ["mistral"]):
+        with pytest.raises(UserError, match="mistral3 with a text_config of"):
+            from_hf(seeing | {"text_config": CONFIGS[family] | {"model_type": other}})
 
 
 # ---------------------------------------------------------------- tensors

@@ -1,5 +1,7 @@
 """Rotary embedding: against the formula, the property that it exists for, and the frequencies of its kinds."""
 
+import math
+
 import pytest
 import torch
 from tolerance import assert_close_to_truth, relative_error, run_with_gradients
@@ -237,6 +239,14 @@ def test_the_table_is_rounded_at_the_end_only():
 
 def test_partial_rotation_has_a_shorter_table():
     assert rope_table(Rope(16), torch.arange(3))[0].shape == (3, 8)
+
+
+def test_factors_of_queries():
+    """1 within the original context, then a step at each multiple of it: 1 + beta log 2, 1 + beta log 3, ..."""
+    rope = Rope(8, kind="yarn", factor=4.0, original_max_position_embeddings=10, query_beta=0.5)
+    _, _, factors = rope_table(rope, torch.tensor([0, 9, 10, 19, 20, 35]))
+    expected = [1 + 0.5 * math.log(1 + n) for n in (0, 0, 1, 1, 2, 3)]
+    assert factors.tolist() == pytest.approx(expected, rel=1e-6)  # fp32
 
 
 def test_a_new_kind_is_no_default():

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from minisft.data.batch import document_bounds
+from minisft.model.class_defaults import MINISTRAL3_ROPE
 from minisft.model.decoder import Decoder
 from minisft.model.families import FAMILIES, from_hf
 from minisft.model.load import build_model, init_weights
@@ -26,6 +27,7 @@ DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_hea
 CONFIGS = {
     "llama": GROUPED,
     "mistral": GROUPED | {"sliding_window": 9},
+    "ministral3": GROUPED | {"head_dim": 8, "rope_scaling": MINISTRAL3_ROPE | {"original_max_position_embeddings": 16}},
     "qwen2": GROUPED | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
     "qwen3": GROUPED | {"head_dim": 16},
     "smollm3": GROUPED | {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 9},

@@ -83,7 +83,7 @@ class Attention(nn.Module):
         x: Tensor,  # [T, D]
         start: Tensor,
         end: Tensor,
-        cos_sin: tuple[Tensor, Tensor] | None,  # None: the layer has no rotary embedding
+        cos_sin: tuple[Tensor, ...] | None,  # rope_table; None: the layer has no rotary embedding
         kv_cache: KVCache | None = None,
         mean_length: float | None = None,
     ) -> Tensor:
@@ -111,11 +111,15 @@ class Attention(nn.Module):
             out = out * gate.sigmoid()
         return self.o_proj(out.flatten(-2))  # [T, D]
 
-    def _turn(self, q: Tensor, k: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """The rotary embedding and the RMSNorm of each head. If the norm comes first, the two are one op."""
+    def _turn(self, q: Tensor, k: Tensor, cos_sin: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
+        """The rotary embedding, the factor of the queries and the RMSNorm of each head. If the norm comes first, it and the
+        rotary embedding are one op."""
         norms = {}
         if self.qk_norm == "head" and cos_sin is not None and not self.norm_after_rope:
             norms = {f"{n}_norm": (m.weight, m.eps, m.offset) for n, m in (("q", self.q_norm), ("k", self.k_norm))}
         if cos_sin is not None:
-            q, k = rope(q, k, *cos_sin, interleaved=self.interleaved, **norms)
+            cos, sin, *factors = cos_sin
+            q, k = rope(q, k, cos, sin, interleaved=self.interleaved, **norms)
+            for factor in factors:
+                q = q * factor[:, None, None].to(q.dtype)
         return (self.q_norm(q), self.k_norm(k)) if self.qk_norm == "head" and not norms else (q, k)

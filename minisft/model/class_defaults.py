@@ -28,6 +28,25 @@ MISTRAL = COMMON | {
     "rms_norm_eps": 1e-6,
     "sliding_window": 4096,
 }
+MINISTRAL3 = MISTRAL | {
+    "vocab_size": 131072,
+    "num_hidden_layers": 34,
+    "head_dim": 128,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+}
+MINISTRAL3_ROPE = {  # where a config.json has neither rope_parameters nor rope_scaling
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 QWEN2 = COMMON | {
     **SIZES_7B,
     "vocab_size": 151936,

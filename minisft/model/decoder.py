@@ -55,7 +55,7 @@ class Block(nn.Module):
         x: Tensor,  # [T, D]
         start: Tensor,
         end: Tensor,
-        cos_sin: tuple[Tensor, Tensor] | None,  # None: the layer has no rotary embedding
+        cos_sin: tuple[Tensor, ...] | None,  # rope_table; None: the layer has no rotary embedding
         kv_cache: KVCache | None = None,
         mean_length: float | None = None,
     ) -> Tensor:

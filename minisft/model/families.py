@@ -34,9 +34,10 @@ NULL_IS_A_VALUE = {
 VISION_KEYS = (
     *("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"),
     *("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
+    *("multimodal_projector_bias", "projector_hidden_act", "spatial_merge_size", "vision_feature_layer"),
 )
-# models that see or hear -> the family of their text part
-WRAPPERS = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}
+# models that see or hear -> the families of their text part; the first if it has no model_type
+WRAPPERS = {"gemma3": ("gemma3_text",), "qwen3_5": ("qwen3_5_text",), "mistral3": ("mistral", "ministral3")}
 FLAT_ROPE_KEYS = ("rope_theta", "rope_local_base_freq", "rotary_emb_base", "rotary_pct", "partial_rotary_factor")
 
 
@@ -50,8 +51,8 @@ def from_hf(hf: dict, *, max_length: int | None = None) -> ModelConfig:
     model_type: Any = hf.get("model_type")
     notes = []
     if isinstance(model_type, str) and model_type in WRAPPERS:
-        notes.append(f"of {model_type} the text part is trained, {WRAPPERS[model_type]}")
         hf = _text_part(hf)
+        notes.append(f"of {model_type} the text part is trained, {hf['model_type']}")
         model_type = hf["model_type"]
     known = isinstance(model_type, str) and model_type in FAMILIES
     require(known, f"model_type {model_type!r} is not supported", f"supported: {', '.join(FAMILIES)}")
@@ -93,11 +94,16 @@ def _text_part(hf: dict) -> dict:
     text: Any = hf.get("text_config")
     hint = "use the config.json that came with the weights"
     require(isinstance(text, dict), f"{hf['model_type']} has no text_config", hint)
+    families: tuple[str, ...] = WRAPPERS[hf["model_type"]]
+    family = text.get("model_type", families[0])
+    require(
+        family in list(families), f"{hf['model_type']} with a text_config of {str(family)[:40]!r} is not implemented"
+    )
     rest = {k: v for k, v in hf.items() if k not in (*VISION_KEYS, "text_config", "architectures")}
     tied = {
         key: hf[key] for key in ("tie_word_embeddings",) if hf.get(key) is not None
     }  # of the head, which is outside
-    return rest | text | tied | {"model_type": WRAPPERS[hf["model_type"]]}
+    return rest | text | tied | {"model_type": family}
 
 
 # ---------------------------------------------------------------- what all families share
@@ -204,6 +210,17 @@ def _llama(v, max_length):
 
 def _mistral(v, max_length):
     return _decoder(v, max_length, windows=_same_window(v))
+
+
+def _ministral3(v, max_length):
+    """Queries are multiplied by a factor that grows with their position, as in Llama 4."""
+    if not {"rope_scaling", "rope_parameters"} & v.keys():
+        v = v | {"rope_parameters": class_defaults.MINISTRAL3_ROPE}
+    rope = {"more_keys": ("llama_4_scaling_beta", "max_position_embeddings")}
+    config = _decoder(v, max_length, rope=rope, windows=_same_window(v))
+    kind = config.ropes[0].kind
+    require(kind == "yarn", f"rope type {kind!r} is not implemented for ministral3")
+    return config
 
 
 def _qwen2(v, max_length):
@@ -573,6 +590,7 @@ class Family:
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", class_defaults.LLAMA, _llama),
     "mistral": Family("MistralForCausalLM", class_defaults.MISTRAL, _mistral),
+    "ministral3": Family("Ministral3ForCausalLM", class_defaults.MINISTRAL3, _ministral3),
     "qwen2": Family("Qwen2ForCausalLM", class_defaults.QWEN2, _qwen2),
     "qwen3": Family("Qwen3ForCausalLM", class_defaults.QWEN3, _qwen3),
     "smollm3": Family("SmolLM3ForCausalLM", class_defaults.SMOLLM3, _smollm3),

@@ -26,6 +26,7 @@ class Rope:
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn
+    query_beta: float = 0.0  # queries are multiplied by 1 + beta log(1 + floor(position / original context))
     pair_factors: tuple[float, ...] = ()  # longrope: one a pair, the short or the long list
     note: str = field(default="", compare=False)  # what was decided, in words
 

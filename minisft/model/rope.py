@@ -64,9 +64,13 @@ def _yarn_ramp(rope: Rope) -> Tensor:
     return ((torch.arange(rope.dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
 
 
-def rope_table(rope: Rope, position_ids: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def rope_table(rope: Rope, position_ids: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """position_ids int [T] -> cos, sin of the angles times the attention factor [T, dim/2], rounded to dtype at the
-    end. Computed once a forward, shared by all layers that have this rope."""
+    end; with a query_beta also the factors of the queries [T]. Computed once a forward, shared by all layers that have
+    this rope."""
     angle = position_ids.float()[:, None] * inverse_frequencies(rope, position_ids.device)
     cos, sin = angle.cos() * rope.attention_factor, angle.sin() * rope.attention_factor
-    return cos.to(dtype), sin.to(dtype)
+    if not rope.query_beta:
+        return cos.to(dtype), sin.to(dtype)
+    contexts = torch.floor(position_ids / rope.original_max_position_embeddings)  # original ones before this position
+    return cos.to(dtype), sin.to(dtype), (1 + rope.query_beta * torch.log(1 + contexts)).to(dtype)

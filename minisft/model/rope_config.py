@@ -129,7 +129,8 @@ def _rope(table: dict, values: dict, original: int | None, head_dim: int, max_le
         fast, slow = (number({key: value} | table, key) for key, value in (("beta_fast", 32), ("beta_slow", 1)))
         require(slow <= fast, f"rope: beta_slow {slow} must not be more than beta_fast {fast}")
         ramp = {"beta_fast": fast, "beta_slow": slow, "truncate": flag({"truncate": True} | table, "truncate")}
-        return Rope(dim, theta, kind, factor, attention_factor, original, **ramp)
+        query_beta = _number_or_zero(table, "llama_4_scaling_beta") or 0.0
+        return Rope(dim, theta, kind, factor, attention_factor, original, query_beta=query_beta, **ramp)
 
     attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     attention_factor = number({"attention_factor": attention_factor} | table, "attention_factor")
@@ -147,5 +148,9 @@ def _yarn_attention_factor(table: dict, factor: float) -> float:
     def growth(multiplier: float) -> float:
         return 0.1 * multiplier * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    above, below = (optional_number(table, key) for key in ("mscale", "mscale_all_dim"))
+    above, below = (_number_or_zero(table, key) for key in ("mscale", "mscale_all_dim"))
     return growth(above) / growth(below) if above and below else growth(1.0)
+
+
+def _number_or_zero(table: dict, key: str) -> float | None:
+    return 0.0 if is_number(table.get(key)) and table[key] == 0 else optional_number(table, key)

@@ -82,6 +82,22 @@ VARIANTS = {
     "llama_yarn": GROUPED | {"model_type": "llama", "rope_theta": 100.0, "rope_scaling": YARN},
     "mistral": SIZES | {"model_type": "mistral", "num_attention_heads": 8, "sliding_window": WINDOW},  # 8 key heads
     "mistral_full": GROUPED | {"model_type": "mistral", "sliding_window": None, "rope_theta": 1e6, "head_dim": 4},
+    "ministral3": GROUPED
+    | {
+        "model_type": "ministral3",
+        "head_dim": 8,
+        "rope_theta": 100.0,
+        "rope_scaling": YARN | {"llama_4_scaling_beta": 0.4, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "ministral3_plain": GROUPED  # beta and mscale_all_dim are 0: neither has an effect
+    | {
+        "model_type": "ministral3",
+        "head_dim": 4,
+        "sliding_window": WINDOW,
+        "tie_word_embeddings": True,
+        "rope_theta": 100.0,
+        "rope_scaling": YARN | {"llama_4_scaling_beta": 0.0, "mscale": 1.0, "mscale_all_dim": 0.0},
+    },
     "qwen2": GROUPED | {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True},
     "qwen2_window": GROUPED
     | {
