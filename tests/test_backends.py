@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny
 
 from minisft.config.sections import KEYS
 from minisft.config.values import choices
@@ -14,6 +15,8 @@ from minisft.errors import UserError
 from minisft.kernels import common
 from minisft.kernels.common import backend_for, use_backend
 from minisft.kernels.rms_norm import rms_norm
+from minisft.model.families import FAMILIES
+from minisft.prepare.kernels import describe_kernels
 from minisft.prepare.run import pick_kernels
 
 X = torch.ones(2, 16)
@@ -123,3 +126,9 @@ def test_asking_for_triton_without_a_gpu_is_a_users_mistake(monkeypatch):
     with use_backend("auto"), pytest.raises(UserError, match="the kernels need a GPU") as mistake:
         pick_kernels("triton", torch.device("cpu"))
     assert "auto" in mistake.value.hint and mistake.value.exit_code == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_ops_of_every_family_have_a_backend(family):
+    with use_backend("torch"):
+        assert describe_kernels(tiny(family), torch.device("cpu")) == "torch"

@@ -221,6 +221,8 @@ def test_dynamic_is_decided_by_the_run():
         ("smollm3", {"no_rope_layers": [1, 2]}, "no_rope_layers"),
         ("llama", {"hidden_act": "relu"}, "relu"),
         ("phi", {"hidden_act": "silu"}, "silu"),
+        ("nemotron", {"hidden_act": "silu"}, "silu"),
+        ("llama", {"hidden_act": "relu2"}, "relu2"),
         ("gemma", {"hidden_activation": "silu"}, "hidden_activation"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),

@@ -314,7 +314,7 @@ def test_init_rules(family):
             assert torch.all(parameter == 1), name
             continue
         if parameter.dim() == 1:
-            stored_as_difference = family in ("gemma", "gemma2", "gemma3_text", "qwen3_5_text")  # from 1
+            stored_as_difference = family in ("gemma", "gemma2", "gemma3_text", "qwen3_5_text", "nemotron")  # from 1
             assert torch.all(parameter == (0 if name.endswith("bias") or stored_as_difference else 1)), name
             continue
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))

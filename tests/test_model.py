@@ -16,7 +16,7 @@ from minisft.model.families import FAMILIES, from_hf
 
 # One of every kind of block, norm and MLP, with and without windows, caps, clamps, norms of q and k, rotary embeddings.
 KINDS = ["llama", "gpt2", "smollm3", "gemma2", "gemma3_text", "olmo", "olmo3", "granite", "gpt_neox", "cohere", "phi"]
-KINDS += ["stablelm", "hunyuan_v1_dense"]
+KINDS += ["stablelm", "hunyuan_v1_dense", "nemotron"]
 LENGTHS = [5, 1, 150, 17]  # a one-token document, one longer than an attention block
 
 
@@ -42,6 +42,7 @@ def test_kinds_are_all_kinds():
         "mlp",
         "qk_norm",
         "qk_norm_after_rope",
+        "activation",
         "rope_interleaved",
         "learned_positions",
         "head_bias",

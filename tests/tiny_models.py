@@ -54,6 +54,7 @@ CONFIGS = {
     "glm4": GROUPED | {"head_dim": 16},
     "hunyuan_v1_dense": GROUPED | {"head_dim": 16},
     "exaone4": GROUPED | {"sliding_window": 9, "sliding_window_pattern": 2},
+    "nemotron": GROUPED,
     "ernie4_5": GROUPED | {"head_dim": 16, "use_bias": True},
 }
 CONFIGS = {family: {"model_type": family} | values for family, values in CONFIGS.items()}

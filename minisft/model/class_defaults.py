@@ -343,3 +343,18 @@ EXAONE4 = COMMON | {
     "sliding_window": 4096,
     "sliding_window_pattern": 4,
 }
+
+NEMOTRON = COMMON | {
+    "vocab_size": 256000,
+    "hidden_size": 6144,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 48,
+    "hidden_act": "relu2",
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.0134,
+    "norm_eps": 1e-5,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 0.5,
+}

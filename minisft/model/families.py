@@ -148,9 +148,8 @@ def _decoder(
     if "ropes" not in switches:
         llama["ropes"] = (read_rope(v, head_dim, max_length, **(rope or {})),) * layers
     config = ModelConfig(**llama | switches)
-    require(
-        config.mlp == "glu" or config.activation != "silu", f"{act} = {v[act]!r} is not implemented for this family"
-    )
+    other = "relu2" if config.mlp == "glu" else "silu"  # the activation of MLPs of the other kind only
+    require(config.activation != other, f"{act} = {v[act]!r} is not implemented for this family")
     types = [
         MIXER_TYPES.get(mixer, FULL if window is None else SLIDING)
         for mixer, window in zip(config.mixers, config.windows)
@@ -573,6 +572,11 @@ def _exaone4(v, max_length):
     return _decoder(v, max_length, block="post", qk_norm="head", ropes=ropes, windows=_windows(v, types), **biases)
 
 
+def _nemotron(v, max_length):
+    rope = {"partial_key": "partial_rotary_factor"}
+    return _decoder(v, max_length, eps="norm_eps", rope=rope, mlp="plain", norm_offset=1.0, **LAYER_NORM)
+
+
 def _check_head_dim(v: dict) -> None:
     """For classes that do not know the key head_dim."""
     own = size(v, "hidden_size") // size(v, "num_attention_heads")
@@ -615,6 +619,7 @@ FAMILIES = {
     "seed_oss": Family("SeedOssForCausalLM", class_defaults.SEED_OSS, _seed_oss),
     "ernie4_5": Family("Ernie4_5ForCausalLM", class_defaults.ERNIE4_5, _ernie4_5),
     "hunyuan_v1_dense": Family("HunYuanDenseV1ForCausalLM", class_defaults.HUNYUAN_V1_DENSE, _hunyuan_v1_dense),
+    "nemotron": Family("NemotronForCausalLM", class_defaults.NEMOTRON, _nemotron),
     "exaone4": Family("Exaone4ForCausalLM", class_defaults.EXAONE4, _exaone4),
     "glm": Family("GlmForCausalLM", class_defaults.GLM, _glm),
     "glm4": Family("Glm4ForCausalLM", class_defaults.GLM, _glm4),

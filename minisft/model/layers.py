@@ -39,7 +39,8 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean(x)) / std(x) * weight + bias. Cohere has no bias, OLMo 1 neither of the two."""
+    """(x - mean(x)) / std(x) * weight + bias. Cohere has no bias, OLMo 1 neither of the two. Nemotron's files hold
+    weight - 1 (offset 1)."""
 
     recompute = False
 
@@ -48,13 +49,13 @@ class LayerNorm(nn.Module):
         size = size or config.hidden_size
         self.weight = nn.Parameter(torch.ones(size)) if config.norm_weight else None
         self.bias = nn.Parameter(torch.zeros(size)) if config.norm_bias else None
-        self.eps = config.norm_eps
+        self.eps, self.offset = config.norm_eps, config.norm_offset
 
     def forward(self, x: Tensor) -> Tensor:
         return droppable(self._norm(x), self._norm, x) if self.recompute else self._norm(x)
 
     def _norm(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        return layer_norm(x, self.weight + self.offset if self.offset else self.weight, self.bias, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         total = x + residual
@@ -105,7 +106,7 @@ class GatedMLP(nn.Module):
 
 
 class PlainMLP(nn.Module):
-    """down(gelu(up(x)))."""
+    """down(act(up(x))), act a GELU or the squared ReLU (So et al. 2021, arXiv:2109.08668)."""
 
     recompute = False
 
@@ -113,7 +114,7 @@ class PlainMLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.approximate = GELU[config.activation]
+        self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
         with dropped(x):
@@ -123,7 +124,9 @@ class PlainMLP(nn.Module):
             return self.down_proj(y)
 
     def _unit(self, up: Tensor) -> Tensor:
-        return F.gelu(up, approximate=self.approximate)
+        if self.activation == "relu2":
+            return F.relu(up).square()
+        return F.gelu(up, approximate=GELU[self.activation])
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}

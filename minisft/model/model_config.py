@@ -95,7 +95,7 @@ class ModelConfig:
 
     # ---- MLP
     mlp: str = "glu"  # "glu": down(act(gate) * up) | "plain": down(act(up))
-    activation: str = "silu"  # "silu" | "gelu" | "gelu_tanh"
+    activation: str = "silu"  # "silu" (glu only) | "gelu" | "gelu_tanh" | "relu2": squared ReLU (plain only)
     mlp_bias: bool = False
 
     # ---- embedding and head: logits = softcap(logit_scale * (W h + bias))

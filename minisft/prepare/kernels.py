@@ -29,7 +29,7 @@ def describe_kernels(model: Decoder, device: torch.device) -> str:
     Raises UserError for "triton" where an op of this model has no kernel.
     """
     config, quantization = model.config, quantization_of(model)
-    gate = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu"}[config.activation]
+    gate = "swiglu" if config.activation == "silu" else "geglu"
     uses = {
         "flash_attention": True,
         "linear_cross_entropy": True,

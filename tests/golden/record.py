@@ -274,6 +274,16 @@ VARIANTS = {
         "rope_theta": 20.0,
         "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32},
     },
+    "nemotron": GROUPED | {"model_type": "nemotron", "head_dim": 16},
+    "nemotron_biases": GROUPED
+    | {
+        "model_type": "nemotron",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "partial_rotary_factor": 0.75,
+        "hidden_act": "gelu",
+        "tie_word_embeddings": True,
+    },
     "seed_oss": GROUPED | {"model_type": "seed_oss", "head_dim": 16},
     "seed_oss_biases": GROUPED
     | {
