@@ -356,7 +356,8 @@ def _olmo_hybrid(v, max_length):
 def _lfm2(v, max_length):
     layers = _num_layers(v)
     attends = v.get("full_attn_idxs", list(range(layers)))
-    require(isinstance(attends, list), f"full_attn_idxs = {str(attends)[:40]}: expected a list of layers")
+    fits = isinstance(attends, list) and all(type(i) is int and 0 <= i < layers for i in attends)
+    require(fits, f"full_attn_idxs = {str(attends)[:40]}: expected numbers of layers, 0 to {layers - 1}")
     width = size(v, "block_ff_dim" if "block_ff_dim" in v else "intermediate_size", 2**24)
     if flag(v, "block_auto_adjust_ff_dim"):
         unit, factor = size(v, "block_multiple_of"), v.get("block_ffn_dim_multiplier")
