@@ -26,10 +26,10 @@ SQUARE = 64  # tokens in a block of short documents
 SQUARES = 64  # blocks of short documents that are multiplied together
 
 
-def _visible(start: Tensor, end: Tensor, first_query: int, first_key: int, window: int | None) -> Tensor:
-    """bool [n, m]: which of the keys from first_key on does each of the queries from first_query on see?"""
+def _visible(start: Tensor, end: Tensor, first_query: int, seen: slice | Tensor, window: int | None) -> Tensor:
+    """bool [n, m]: which of the keys `seen`, with these ends, does each of the queries from first_query on see?"""
     i = torch.arange(first_query, first_query + len(start), device=start.device)[:, None]
-    key = torch.arange(first_key, first_key + len(end), device=start.device)
+    key = torch.arange(seen.start, seen.stop, device=start.device) if isinstance(seen, slice) else seen
     visible = (key >= start[:, None]) & (key <= i) & (i < end)
     return visible if window is None else visible & (key > i - window)
 
@@ -84,6 +84,16 @@ def _squares(blocks: list, start: Tensor, device: torch.device) -> tuple[list, l
     return [block for block in blocks if block[:2] not in taken], batches
 
 
+def _seen(end: Tensor, first_query: int, lo: int, hi: int) -> slice | Tensor:
+    """Which of the keys lo:hi have not ended before the first query of a block: a slice, or indices where it is worth it.
+
+    In a conversation whose documents share their beginnings (data/shared_turns.py) most keys between have ended.
+    """
+    open_keys = end[lo:hi] > first_query
+    num_open = int(open_keys.sum())
+    return slice(lo, hi) if num_open > 0.8 * (hi - lo) else open_keys.nonzero()[:, 0] + lo
+
+
 def _stack(x: Tensor, num_kv_heads: int) -> Tensor:
     """[nb, n, H, Dh] -> [nb Hkv, G n, Dh]: the G query heads of one key head become rows (keys themselves: G = 1)."""
     nb, n, heads, head_dim = x.shape
@@ -104,10 +114,10 @@ def _probabilities(q, k, start, end, blocks, q_offset, scale, window, softcap, d
     keys = k.transpose(0, 1).contiguous()  # [Hkv, Tk, Dh]
     triangle = torch.full((BLOCK, BLOCK), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
     for block in blocks:
-        a, b, lo, hi, causal = block
-        n, m = b - a, hi - lo
+        a, b, seen, causal = block
         q_rows = _stack(q[None, a:b], len(keys)) * scale
-        scores = torch.bmm(q_rows, keys[:, lo:hi].transpose(1, 2))
+        scores = torch.bmm(q_rows, keys[:, seen].transpose(1, 2))
+        n, m = b - a, scores.shape[-1]
         slope = None
         if softcap is not None:
             tanh = torch.tanh(scores.to(torch.promote_types(q.dtype, torch.float32)) / softcap)
@@ -117,7 +127,7 @@ def _probabilities(q, k, start, end, blocks, q_offset, scale, window, softcap, d
             by_head[..., m - n :] += triangle[:n, :n]
             p = scores.softmax(-1).to(q.dtype)
         else:
-            visible = _visible(start[a:b], end[lo:hi], a + q_offset, lo, window)
+            visible = _visible(start[a:b], end[seen], a + q_offset, seen, window)
             sees_any = visible.any(-1, keepdim=True)  # a row of nothing but -inf would turn into NaN
             by_head += scores.new_zeros(visible.shape).masked_fill_(~visible & sees_any, -math.inf)
             p = scores.softmax(-1).to(q.dtype)
@@ -145,18 +155,21 @@ class FlashAttentionTorch(torch.autograd.Function):
     def forward(ctx, q, k, v, start, end, q_offset, scale, window, softcap, dropout):
         seed = int(torch.randint(2**62, ())) if dropout else None
         ctx.save_for_backward(q, k, v, start, end)
-        on_host = start.cpu()
-        ctx.blocks, plain = _blocks(on_host, end.cpu(), q_offset, window)
+        on_host, end_on_host = start.cpu(), end.cpu()
+        blocks, plain = _blocks(on_host, end_on_host, q_offset, window)
         ctx.squares = []
         if plain and softcap is None and not dropout:
-            ctx.blocks, ctx.squares = _squares(ctx.blocks, on_host, q.device)
+            blocks, ctx.squares = _squares(blocks, on_host, q.device)
+        seen = [slice(lo, hi) if plain else _seen(end_on_host, a + q_offset, lo, hi) for a, _, lo, hi, _ in blocks]
+        seen = [keys if isinstance(keys, slice) else keys.to(q.device) for keys in seen]
+        ctx.blocks = [(a, b, keys, causal) for (a, b, _, _, causal), keys in zip(blocks, seen)]
         ctx.options = q_offset, scale, window, softcap, dropout, seed
 
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         values = v.transpose(0, 1).contiguous()
         for block, _, p, dropped, _ in _probabilities(q, k, start, end, ctx.blocks, *ctx.options):
-            a, b, lo, hi, _ = block
-            out[a:b] = _unstack(torch.bmm(p if dropped is None else dropped, values[:, lo:hi]), (1, *q[a:b].shape))[0]
+            a, b, seen, _ = block
+            out[a:b] = _unstack(torch.bmm(p if dropped is None else dropped, values[:, seen]), (1, *q[a:b].shape))[0]
         for rows, own, hidden in ctx.squares:
             _, _, p = _square_probabilities(q, k, rows, hidden, scale)
             mixed = torch.bmm(p, _stack(v[rows], v.shape[1]))
@@ -174,17 +187,17 @@ class FlashAttentionTorch(torch.autograd.Function):
         dv = torch.zeros_like(dk)
         with torch.autocast(q.device.type, enabled=False):
             for block, q_rows, p, dropped, slope in _probabilities(q, k, start, end, ctx.blocks, *ctx.options):
-                a, b, lo, hi, _ = block
+                a, b, seen, _ = block
                 do_rows = _stack(dout[None, a:b], len(keys))
-                dv[:, lo:hi] += torch.bmm((p if dropped is None else dropped).transpose(1, 2), do_rows)
-                dp = torch.bmm(do_rows, values[:, lo:hi].transpose(1, 2))
+                dv[:, seen] += torch.bmm((p if dropped is None else dropped).transpose(1, 2), do_rows)
+                dp = torch.bmm(do_rows, values[:, seen].transpose(1, 2))
                 if dropped is not None:
                     dp = torch.where(dropped != 0, dp / (1 - dropout), 0)
                 ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
                 if slope is not None:
                     ds = (ds * slope).to(q.dtype)
-                dq[a:b] = _unstack(torch.bmm(ds, keys[:, lo:hi]).mul_(scale), (1, *q[a:b].shape))[0]
-                dk[:, lo:hi] += torch.bmm(ds.transpose(1, 2), q_rows)
+                dq[a:b] = _unstack(torch.bmm(ds, keys[:, seen]).mul_(scale), (1, *q[a:b].shape))[0]
+                dk[:, seen] += torch.bmm(ds.transpose(1, 2), q_rows)
             for rows, own, hidden in ctx.squares:  # no other block touches their keys
                 shape, kv_shape, index = (*rows.shape, *q.shape[1:]), (*rows.shape, *k.shape[1:]), rows[own]
                 q_rows, k_rows, p = _square_probabilities(q, k, rows, hidden, scale)
