@@ -285,6 +285,11 @@ def test_neutral_values_are_accepted():
     assert from_hf(LLAMA | neutral) == from_hf(LLAMA)
 
 
+def test_ernie_has_no_dropout():
+    """Its class in transformers does not read the key."""
+    assert from_hf(CONFIGS["ernie4_5"] | {"attention_dropout": 0.1}).attention_dropout == 0
+
+
 def test_gemma_v1_means_the_tanh_approximation():
     assert from_hf(CONFIGS["gemma"] | {"hidden_act": "gelu"}).activation == "gelu_tanh"
 
