@@ -360,5 +360,7 @@ def test_bad_arguments_of_the_wrappers():
     q, k, v = qkv(9)
     with pytest.raises(ValueError, match=r"\[0, 8\] must run from 0 to 9"):
         flash_attention_varlen(q, k, v, torch.tensor([0, 8]), 8)
+    with pytest.raises(ValueError, match=r"\[0\] must run from 0 to 0"):
+        flash_attention_varlen(q[:0], k[:0], v[:0], torch.tensor([0]))
     with pytest.raises(ValueError, match=r"cache_seqlens \(3,\)"):
         flash_attention_with_kvcache(q, *torch.zeros(2, 9, 5, 2, 16), torch.zeros(3, dtype=torch.int32))

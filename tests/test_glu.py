@@ -5,7 +5,7 @@ import torch
 from tolerance import assert_close_to_truth, relative_error, run_with_gradients
 
 from minisft.kernels.common import use_backend
-from minisft.kernels.glu import geglu, geglu_ref, swiglu, swiglu_ref
+from minisft.kernels.glu import _GLU, geglu, geglu_ref, swiglu, swiglu_ref
 
 UNITS = {
     "swiglu": (swiglu, swiglu_ref),
@@ -42,14 +42,22 @@ def test_halves_of_a_fused_projection(unit):
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_a_fused_projection_as_a_whole(unit):
-    fused = torch.randn(40, 64)
+@pytest.mark.parametrize("shape", [(40, 64), (2, 20, 64)], ids=str)
+def test_a_fused_projection_as_a_whole(unit, shape):
+    fused = torch.randn(shape)
     halves = run_with_gradients(UNITS[unit][0], [x.requires_grad_() for x in fused.chunk(2, dim=-1)])
     for op in UNITS[unit]:
         whole = run_with_gradients(op, [fused.clone().requires_grad_()])
         gradients = torch.cat([halves["gradient of input 0"], halves["gradient of input 1"]], dim=-1)
         assert relative_error(whole["output 0"], halves["output 0"]) < 3e-7
         assert relative_error(whole["gradient of input 0"], gradients) < 3e-7
+
+
+@pytest.mark.parametrize("unit, approximate", list(zip(UNITS, (None, "tanh", "none"))), ids=UNITS)
+def test_the_function_that_recomputes_the_activation(unit, approximate):
+    """On a CPU only swiglu uses it, on a GPU every unit."""
+    inputs = [torch.randn(9, 32, requires_grad=True) for _ in range(2)]
+    assert_close_to_truth(lambda g, u: _GLU.apply(g, u, approximate), UNITS[unit][1], inputs, torch.float32)
 
 
 def test_what_swiglu_keeps_for_its_backward_is_gate_and_up():
