@@ -78,11 +78,12 @@ def resolve(
             )
         return folder, None
     repo = str(path_or_repo)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo, re.ASCII) or repo.startswith((".", "/")):
+    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo, re.ASCII) and not repo.lower().endswith(".gguf")
+    if not is_name or repo.startswith((".", "/")):
         what = "a file" if folder.is_file() else "not a folder that exists"
         raise UserError(
             f"{repo!r} is {what}, and not the name of a hub repository",
-            hint=f"give a folder with {FILES[kind][0]} in it, or a repository as owner/name",
+            hint=f"give a folder with {FILES[kind][0]} in it, a GGUF file, or a repository as owner/name",
             exit_code=MODEL,
         )
     from huggingface_hub import snapshot_download

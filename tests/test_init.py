@@ -217,7 +217,7 @@ def test_conversations_of_a_model_without_a_template_get_one(folder, capsys):
         ({"model": "acme/base-70b", "hardware": "24gb"}, "needs about 62"),
         ({"eval_data": "no.jsonl"}, "no file matches no.jsonl"),
         ({"preference_data": "pairs.jsonl", "trainer": "sft"}, "it is for sft"),
-        ({"model": "./nowhere"}, "./nowhere is neither a folder nor a repository"),
+        ({"model": "./nowhere"}, "./nowhere is no folder, no GGUF file and no repository"),
         ({"model": "gpt2"}, "as in openai-community/gpt2"),
         ({"model": "."}, ". holds no model"),
         ({"trainer": "dpo", "data": "rows.jsonl"}, "rows.jsonl: the fields prompt, completion are those of no format"),

@@ -19,6 +19,7 @@ from typing import Any
 from minisft.config.load import MODEL_FILES
 from minisft.config.sections import KEYS
 from minisft.errors import UserError
+from minisft.gguf.file import is_gguf
 from minisft.hub import is_repository_name
 from minisft.importers import axolotl, llamafactory, trl
 from minisft.importers import stages as stage_files
@@ -245,8 +246,10 @@ def _length(text: str) -> int:
 
 def _model(text: str) -> str:
     folder = os.path.expanduser(text)
-    if not os.path.isdir(folder) and not is_repository_name(text):
-        raise UserError(f"{text} is neither a folder nor a repository", hint="as in openai-community/gpt2")
+    if is_gguf(folder):
+        return text
+    if not os.path.isdir(folder) and (not is_repository_name(text) or text.lower().endswith(".gguf")):
+        raise UserError(f"{text} is no folder, no GGUF file and no repository", hint="as in openai-community/gpt2")
     if os.path.isdir(folder) and not any(os.path.isfile(os.path.join(folder, name)) for name in MODEL_FILES):
         raise UserError(f"{text} holds no model", hint="name a folder with config.json or adapter_config.json in it")
     return text

@@ -18,6 +18,8 @@ from minisft.data.row_format import FormatOptions, RowFormat
 from minisft.data.rows import BadRow, Row, RowError
 from minisft.data.sources import list_files, parse_source, read_rows
 from minisft.errors import UserError
+from minisft.gguf.config import config_of
+from minisft.gguf.file import is_gguf, open_gguf
 from minisft.hub import is_repository_name
 from minisft.init.propose import Hardware, Rows, Size, size_from_config, size_from_name
 from minisft.strict_json import read_json
@@ -71,9 +73,11 @@ def adapter_config(model: str) -> dict[str, Any] | None:
 
 
 def model_size(model: str) -> Size | None:
-    """The size by the config.json of a local folder, else by the name; for an adapter, the size of its base."""
+    """The size by the config.json of a local folder or by a GGUF file, else by the name; for an adapter, the size of its base."""
     if adapter := adapter_config(model):
         return model_size(str(adapter.get("base_model_name_or_path")))
+    if is_gguf(model):
+        return size_from_config(config_of(open_gguf(model)))
     path = folder_of(model) / "config.json"
     if path.is_file() and isinstance(hf := read_json(path), dict) and (size := size_from_config(hf)):
         return size
@@ -91,6 +95,8 @@ def has_template(model: str) -> bool:
     folder = folder_of(model)
     if (adapter := adapter_config(model)) and not (folder / "tokenizer_config.json").exists():
         return has_template(str(adapter.get("base_model_name_or_path")))
+    if is_gguf(model):
+        return "tokenizer.chat_template" in open_gguf(model).values
     if not folder.is_dir() or (folder / "chat_template.jinja").exists():
         return True
     path = folder / "tokenizer_config.json"
