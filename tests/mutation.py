@@ -201,7 +201,11 @@ def warm_up() -> None:
     # CI: hypothesis draws the same examples every time
     os.environ |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "20000", "HF_HUB_OFFLINE": "1", "CI": "1"}
     import pytest  # noqa: F401
+
+    os.environ["TRITON_INTERPRET"] = "1"  # as in conftest.py: where Triton is imported it asks for it
     import torch._dynamo  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
 
 
 def run_pytest(tree: Path, tests: str, output: Path) -> None:

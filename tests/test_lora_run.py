@@ -66,7 +66,6 @@ def test_only_adapters_are_in_the_optimizer(home):
     assert size == round(sum(p.nbytes for p in run.model.parameters() if p.requires_grad) / 1e5)
 
 
-@pytest.mark.quick
 def test_a_stopped_run_ends_in_the_same_bytes(go, trained, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 6, signal.SIGTERM)

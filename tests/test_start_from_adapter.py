@@ -244,7 +244,6 @@ def test_an_adapter_without_tokenizer_has_that_of_its_base(home, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
-@pytest.mark.quick
 def test_pefts_adapter_goes_on(home, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     base = transformers.AutoModelForCausalLM.from_pretrained(home / "base" / "model", dtype=torch.float32)
