@@ -63,6 +63,12 @@ def test_window_softcap_scale(options, dtype):
     hold_to_truth(qkv(len(start)), start, end, dtype, **options)
 
 
+def test_short_documents_with_a_softcap():
+    """Blocks of short documents are multiplied together only where the probabilities are those of a plain softmax."""
+    start, end = bounds_of([20, 30, 25, 9, 40, 33, 64, 2])
+    hold_to_truth(qkv(len(start)), start, end, torch.float32, softcap=1.0)
+
+
 @pytest.mark.parametrize("heads,kv_heads", [(1, 1), (4, 4), (9, 3), (8, 1)])
 @pytest.mark.parametrize("head_dim", [2, 16, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("options", [{}, dict(window=30, softcap=20.0)], ids=str)
