@@ -13,6 +13,7 @@ from tolerance import (
     shared_prompts,
 )
 
+from minisft.kernels import flash_attention as module
 from minisft.kernels.common import use_backend
 from minisft.kernels.flash_attention import (
     flash_attention,
@@ -360,6 +361,15 @@ def test_bad_arguments(change, words):
     start, end = bounds_of([9])
     with pytest.raises(ValueError, match=words):
         flash_attention(**{**dict(q=q, k=k, v=v, start=start, end=end), **change})
+
+
+def test_what_only_a_gpu_reads(monkeypatch):
+    """The mean length of the documents chooses the tiles; a head has two parts whose sizes are powers of two."""
+    seen = {}
+    monkeypatch.setattr(module, "flash_attention", lambda *arguments, **options: seen.update(options))
+    flash_attention_varlen(*qkv(9), torch.tensor([0, 2, 3, 9]))
+    assert seen == {"mean_length": 3.0}
+    assert [module._parts(n) for n in (64, 80, 96, 128)] == [(64, 0), (64, 16), (64, 32), (128, 0)]
 
 
 def test_bad_arguments_of_the_wrappers():
