@@ -9,7 +9,8 @@ then compiled to machine code in as many processes as there are cores, cuobjdump
 its instructions: of all kernels of an architecture at once, as it takes 0.3 seconds to start.
 
 If TABLE.csv exists, a kernel whose key is in it is not compiled again, its row stays. The key is a hash of all that
-decides the machine code: Triton itself, the kernel's source, its arguments, the options and the architecture.
+decides the machine code: Triton itself, the kernel's source, its arguments, the options and the architecture. The table of
+the pinned Triton is tests/compiled_kernels.csv: after a change of a kernel, write it again by this command.
 
 Triton's interpreter cannot be on in this process, so tests/test_compile.py starts it as one of its own.
 """

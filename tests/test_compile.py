@@ -3,6 +3,7 @@
 import csv
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from minisft.kernels import common
 
 HERE = Path(__file__).parent
+RECORD = HERE / "compiled_kernels.csv"
 KERNEL_FILES = [file.stem for file in sorted((HERE.parent / "kernels").glob("*.py"))]
 MOST_COMPILES = 188  # what fits a minute and a half on two cores
 MATRIX_OPS = {"flash_attention", "gated_delta_rule"}  # whose kernels multiply matrices themselves
@@ -27,14 +29,11 @@ SPILLS = {  # kernel and one of its constants -> why it may spill on sm_90
 }
 
 
-@pytest.fixture(scope="module")
-def table(tmp_path_factory, pytestconfig) -> list[dict]:
-    """A row a compiled kernel; see compile_gate.py. pytest's cache keeps it for the next run."""
-    if not common.HAS_TRITON:
-        pytest.skip("needs Triton")
-    folder = tmp_path_factory.mktemp("compile")
-    has_cache = hasattr(pytestconfig, "cache")  # not with -p no:cacheprovider
-    file = (pytestconfig.cache.mkdir("compile_gate") if has_cache else folder) / "table.csv"
+def compile_anew(folder: Path, known: Path | None) -> list[dict]:
+    """A row a kernel. `known`: a table whose kernels are compiled only where they, or Triton, have changed since."""
+    file = folder / "table.csv"
+    if known is not None:
+        shutil.copyfile(known, file)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
     command = [sys.executable, str(HERE / "compile_gate.py"), str(file)]
@@ -42,6 +41,26 @@ def table(tmp_path_factory, pytestconfig) -> list[dict]:
     assert done.returncode == 0, done.stderr[-4000:]
     with file.open(newline="", encoding="utf-8") as lines:
         return list(csv.DictReader(lines))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> list[dict]:
+    """A row a compiled kernel; see compile_gate.py. Compiling all takes 100 seconds, so RECORD has those of the last change."""
+    if not common.HAS_TRITON:
+        pytest.skip("needs Triton")
+    return compile_anew(tmp_path_factory.mktemp("compile"), RECORD)
+
+
+@pytest.mark.slow
+def test_the_record_is_what_is_compiled(tmp_path):
+    if not common.HAS_TRITON:
+        pytest.skip("needs Triton")
+    with RECORD.open(newline="", encoding="utf-8") as lines:
+        recorded = {row["key"]: row | {"seconds": ""} for row in csv.DictReader(lines)}
+    rows = {row["key"]: row | {"seconds": ""} for row in compile_anew(tmp_path, None)}
+    same_triton = rows.keys() & recorded.keys()  # another Triton has other keys
+    assert all(rows[key] == recorded[key] for key in same_triton)
+    assert not same_triton or rows.keys() == recorded.keys(), f"python tests/compile_gate.py {RECORD.name} records them"
 
 
 def leaves(table: dict, path: tuple = ()):

@@ -5,8 +5,7 @@ import math
 import numpy as np
 
 from minisft.errors import MODEL, UserError
-from minisft.gguf.file import GgufFile
-from minisft.gguf.tensors import dequantized
+from minisft.gguf.file import GgufFile, dequantized
 
 # architecture -> model_type
 ARCHITECTURES = {

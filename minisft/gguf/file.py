@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from minisft.errors import MODEL, UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from gguf import ReaderTensor
 
 
@@ -69,6 +70,17 @@ def _open(path: Path, _size: int, _time: int) -> GgufFile:
         hint = "join them once with llama.cpp's llama-gguf-split --merge"
         raise UserError(f"{path} is one of {parts} parts of a model", hint=hint, exit_code=MODEL)
     return GgufFile(path, values, tensors)
+
+
+def dequantized(tensor: "ReaderTensor") -> "np.ndarray":
+    """fp32, [out, in]"""
+    import numpy as np
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    if tensor.tensor_type == GGMLQuantizationType.F32:
+        return np.array(tensor.data, dtype=np.float32)
+    return dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
 
 
 def _plain(value: Any) -> Any:

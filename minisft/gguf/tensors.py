@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from minisft.errors import MODEL, UserError
-from minisft.gguf.file import GgufFile
+from minisft.gguf.file import GgufFile, dequantized
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -58,16 +58,6 @@ class GgufTensor:
         if self.offset:
             values = values - np.float32(self.offset)
         return torch.from_numpy(np.ascontiguousarray(values))
-
-
-def dequantized(tensor: "ReaderTensor") -> np.ndarray:
-    """fp32, [out, in]"""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    if tensor.tensor_type == GGMLQuantizationType.F32:
-        return np.array(tensor.data, dtype=np.float32)
-    return dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
 
 
 def gguf_tensors(file: GgufFile) -> dict[str, GgufTensor]:
