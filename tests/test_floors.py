@@ -41,7 +41,8 @@ PACKAGES = {  # what each floor may import from outside
 EXTRA_PACKAGES = {
     "hub": {"huggingface_hub"},  # every download goes through it, and only there
     "preference/losses": {"torch"},  # inside a function: the configuration reads the names of the losses from here
-    "gguf/file": {"gguf"},  # inside a function: hub asks here whether a path is such a file
+    "gguf/file": {"gguf"},  # inside functions: hub asks here whether a path is such a file
+    "gguf/tensors": {"gguf"},  # for a type
     "importers/yaml_file": {"yaml"},  # other trainers write YAML, we TOML
 }
 # Kernels made of others: rope norms the heads of q and k first, where a model does; both losses score rows of logits; 8-bit

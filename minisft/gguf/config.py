@@ -1,8 +1,7 @@
 """The config.json of a GGUF file's model. A key of the file that would change the maths and is not read here is refused."""
 
 import math
-
-import numpy as np
+from functools import partial
 
 from minisft.errors import MODEL, UserError
 from minisft.gguf.file import GgufFile, dequantized
@@ -113,21 +112,24 @@ def _read_rope(file: GgufFile, own: dict, config: dict, head_dim: int) -> None:
     elif kind != "none":
         _refuse(file, f"the rotary embedding {kind!r} is not read from GGUF")
     if "rope_freqs.weight" in file.tensors:  # Llama 3.1 and later: a divisor for each frequency, made of two numbers
-        divisors = dequantized(file.tensors["rope_freqs.weight"])
+        divisors = dequantized(file.tensors["rope_freqs.weight"]).tolist()
         for factor in (8.0, 32.0, 4.0, 16.0):
-            if np.allclose(divisors, _llama3_divisors(config.get("rope_theta", 10000.0), head_dim, factor), rtol=1e-4):
+            expected = _llama3_divisors(config.get("rope_theta", 10000.0), head_dim, factor)
+            if len(divisors) == len(expected) and all(map(partial(math.isclose, rel_tol=1e-4), divisors, expected)):
                 config["rope_scaling"] = LLAMA3 | {"factor": factor}
                 return
         _refuse(file, "its rope_freqs are not those of Llama 3")
 
 
-def _llama3_divisors(theta: float, head_dim: int, factor: float) -> np.ndarray:
+def _llama3_divisors(theta: float, head_dim: int, factor: float) -> list[float]:
     """What divides each frequency: 1 for fast pairs, `factor` for slow ones, blended between."""
-    frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    turns = LLAMA3["original_max_position_embeddings"] * frequency / (2 * math.pi)
     low, high = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
-    keep = ((turns - low) / (high - low)).clip(0, 1)
-    return 1 / ((1 - keep) / factor + keep)
+    divisors = []
+    for pair in range(0, head_dim, 2):
+        turns = LLAMA3["original_max_position_embeddings"] * theta ** (-pair / head_dim) / (2 * math.pi)
+        keep = min(max((turns - low) / (high - low), 0.0), 1.0)
+        divisors.append(1 / ((1 - keep) / factor + keep))
+    return divisors
 
 
 def _refuse(file: GgufFile, problem: str, hint: str = "start from the model's Hugging Face folder instead") -> None:
