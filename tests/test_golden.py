@@ -70,9 +70,10 @@ def hidden_states(model, lengths=(LENGTH,)):
 
 @each_variant
 def test_logits(variant, tmp_path):
-    """From one dialect: test_dialects_are_one_model holds the others to the same configuration. The reference repeats transformers' operations, so at most the order of a few sums differs. The fast path sums
-    attention and norms in another order, in fp32; errors grow by some ten through four layers of gain above 1. The delta rule
-    of transformers is summed by chunks, so there the reference, token by token, is as far away as the fast path."""
+    """From one dialect: test_dialects_are_one_model holds the others to the same configuration. The reference repeats
+    transformers' operations, so at most the order of a few sums differs. The fast path sums attention and norms in another
+    order, in fp32; errors grow by some ten through four layers of gain above 1. The delta rule of transformers is summed by
+    chunks, so there the reference, token by token, is as far away as the fast path."""
     model, expected = load(write_folder(tmp_path, variant, "minimal")), golden(variant)[0]
     with torch.no_grad():
         for backend, tolerance in (("reference", 1e-5 if "delta" in model.config.mixers else 1e-6), ("torch", 1e-5)):
