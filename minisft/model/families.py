@@ -14,7 +14,6 @@ from typing import Any
 
 from minisft.model import class_defaults
 from minisft.model.config_keys import (
-    activation,
     flag,
     number,
     optional_number,
@@ -23,11 +22,26 @@ from minisft.model.config_keys import (
     require,
     size,
 )
+from minisft.model.family_parts import (
+    BIASES,
+    FULL,
+    LAYER_NORM,
+    MIXER_TYPES,
+    SLIDING,
+    check_head_dim,
+    decoder_config,
+    delta_sizes,
+    head_dim_of,
+    layer_types_of,
+    mixers_of,
+    num_layers_of,
+    residual_dropout,
+    same_window,
+    windows_of,
+)
 from minisft.model.model_config import ModelConfig
 from minisft.model.rope_config import read_rope, read_rope_by_kind
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-MIXER_TYPES = {"delta": "linear_attention", "conv": "conv"}  # of layers that are not attention
 NULL_IS_A_VALUE = {
     *("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads", "head_dim")
 }
@@ -106,109 +120,15 @@ def _text_part(hf: dict) -> dict:
     return rest | text | tied | {"model_type": family}
 
 
-# ---------------------------------------------------------------- what all families share
-
-
-def _decoder(
-    v: dict,
-    max_length: int | None,
-    *,
-    eps: str = "rms_norm_eps",
-    act: str = "hidden_act",
-    rope: dict | None = None,
-    **switches,
-) -> ModelConfig:
-    """Llama's settings, changed by `switches`. v: config.json with the class defaults, without nulls. eps, act: the family's
-    names of these two keys. rope: options of read_rope."""
-    heads, layers, head_dim = size(v, "num_attention_heads", 2**16), _num_layers(v), _head_dim(v)
-    kv_heads = heads if v.get("num_key_value_heads") is None else size(v, "num_key_value_heads", 2**16)
-    require(heads % kv_heads == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    llama = {
-        "model_type": v["model_type"],
-        "vocab_size": size(v, "vocab_size"),
-        "hidden_size": size(v, "hidden_size", 2**24),
-        "intermediate_size": size(v, "intermediate_size", 2**24),
-        "num_layers": layers,
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "max_position_embeddings": size(v, "max_position_embeddings"),
-        "norm_eps": number(v, eps),
-        "qkv_bias": flag(v, "attention_bias"),
-        "o_bias": flag(v, "attention_bias"),
-        "mlp_bias": flag(v, "mlp_bias"),
-        "attention_scale": head_dim**-0.5,
-        "windows": (None,) * layers,
-        "mixers": ("attention",) * layers,
-        "activation": activation(v, act),
-        "tie_word_embeddings": flag(v, "tie_word_embeddings"),
-        "attention_dropout": probability(v, "attention_dropout"),
-        "initializer_range": number(v, "initializer_range"),
-    }
-    if "ropes" not in switches:
-        llama["ropes"] = (read_rope(v, head_dim, max_length, **(rope or {})),) * layers
-    config = ModelConfig(**llama | switches)
-    other = "relu2" if config.mlp == "glu" else "silu"  # the activation of MLPs of the other kind only
-    require(config.activation != other, f"{act} = {v[act]!r} is not implemented for this family")
-    types = [
-        MIXER_TYPES.get(mixer, FULL if window is None else SLIDING)
-        for mixer, window in zip(config.mixers, config.windows)
-    ]
-    require(v.get("layer_types") in (None, types), f"layer_types is not what {v['model_type']} computes: {types}")
-    return config
-
-
-def _num_layers(v: dict) -> int:
-    return size(v, "num_hidden_layers", 10_000)
-
-
-def _head_dim(v: dict) -> int:
-    if "head_dim" in v:
-        return size(v, "head_dim", 2**16)
-    hidden, heads = size(v, "hidden_size"), size(v, "num_attention_heads")
-    require(hidden % heads == 0, f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    return hidden // heads
-
-
-def _layer_types(v: dict, slides: Callable[[int], bool]) -> list[str]:
-    """The layer_types of config.json; where it has none, layer i slides if the family's rule says so."""
-    types = v.get("layer_types")
-    if types is None:
-        types = [SLIDING if slides(i) else FULL for i in range(_num_layers(v))]
-    fits = isinstance(types, list) and len(types) == _num_layers(v) and all(t in (FULL, SLIDING) for t in types)
-    require(fits, f"layer_types = {str(types)[:60]}: expected {FULL} or {SLIDING} for each of {_num_layers(v)} layers")
-    return types
-
-
-def _windows(v: dict, types: list[str]) -> tuple[int | None, ...]:
-    if SLIDING not in types:
-        return (None,) * len(types)
-    require(v.get("sliding_window") is not None, f"layer_types has {SLIDING}, but there is no sliding_window")
-    window = size(v, "sliding_window")
-    return tuple(window if t == SLIDING else None for t in types)
-
-
-def _same_window(v: dict) -> tuple[int | None, ...]:
-    """On every layer, or on none where sliding_window is null."""
-    return _windows(v, [FULL if v.get("sliding_window") is None else SLIDING] * _num_layers(v))
-
-
 # ---------------------------------------------------------------- families: the switches that are not Llama's
-
-LAYER_NORM = {"norm": "layer", "norm_bias": True}
-BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
-
-
-def _residual_dropout(v: dict, key: str) -> dict:
-    return dict.fromkeys(("attention_output_dropout", "mlp_output_dropout"), probability(v, key))
 
 
 def _llama(v, max_length):
-    return _decoder(v, max_length)
+    return decoder_config(v, max_length)
 
 
 def _mistral(v, max_length):
-    return _decoder(v, max_length, windows=_same_window(v))
+    return decoder_config(v, max_length, windows=same_window(v))
 
 
 def _ministral3(v, max_length):
@@ -216,18 +136,18 @@ def _ministral3(v, max_length):
     if not {"rope_scaling", "rope_parameters"} & v.keys():
         v = v | {"rope_parameters": class_defaults.MINISTRAL3_ROPE}
     rope = {"more_keys": ("llama_4_scaling_beta", "max_position_embeddings")}
-    config = _decoder(v, max_length, rope=rope, windows=_same_window(v))
+    config = decoder_config(v, max_length, rope=rope, windows=same_window(v))
     kind = config.ropes[0].kind
     require(kind == "yarn", f"rope type {kind!r} is not implemented for ministral3")
     return config
 
 
 def _qwen2(v, max_length):
-    return _decoder(v, max_length, qkv_bias=True, o_bias=False, windows=_qwen_windows(v))
+    return decoder_config(v, max_length, qkv_bias=True, o_bias=False, windows=_qwen_windows(v))
 
 
 def _qwen3(v, max_length):
-    return _decoder(v, max_length, qk_norm="head", windows=_qwen_windows(v))
+    return decoder_config(v, max_length, qk_norm="head", windows=_qwen_windows(v))
 
 
 def _qwen_windows(v):
@@ -237,12 +157,12 @@ def _qwen_windows(v):
     require(
         type(first) is int and 0 <= first < 2**31, f"max_window_layers = {str(first)[:40]!r}, expected a whole number"
     )
-    return _windows(v, _layer_types(v, lambda i: v.get("sliding_window") is not None and i >= first))
+    return windows_of(v, layer_types_of(v, lambda i: v.get("sliding_window") is not None and i >= first))
 
 
 def _smollm3(v, max_length):
     """Every fourth layer has no rotary embedding; where windows are used, those are the layers that slide."""
-    layers, interval = _num_layers(v), size(v, "no_rope_layer_interval")
+    layers, interval = num_layers_of(v), size(v, "no_rope_layer_interval")
     turns = v.get(
         "no_rope_layers", [int((i + 1) % interval != 0) for i in range(layers)]
     )  # the name is inverted: 1 = rope
@@ -250,10 +170,10 @@ def _smollm3(v, max_length):
     require(fits, f"no_rope_layers = {str(turns)[:60]}: expected a 0 or 1 for each of {layers} layers")
     if not flag(v, "use_sliding_window"):
         v = v | {"sliding_window": None}
-    types = _layer_types(v, lambda i: v.get("sliding_window") is not None and not turns[i])
-    rope = read_rope(v, _head_dim(v), max_length)
+    types = layer_types_of(v, lambda i: v.get("sliding_window") is not None and not turns[i])
+    rope = read_rope(v, head_dim_of(v), max_length)
     ropes = tuple(rope if turn else None for turn in turns[:layers])
-    return _decoder(v, max_length, ropes=ropes, windows=_windows(v, types))
+    return decoder_config(v, max_length, ropes=ropes, windows=windows_of(v, types))
 
 
 def _gemma(v, max_length, **switches):
@@ -263,7 +183,7 @@ def _gemma(v, max_length, **switches):
     other = v.get("hidden_activation", "gelu_pytorch_tanh")
     require(other == "gelu_pytorch_tanh", f"hidden_activation = {other!r} is not implemented for {v['model_type']}")
     scale = size(v, "hidden_size") ** 0.5
-    return _decoder(v, max_length, norm_offset=1.0, norm_in_fp32=True, embedding_multiplier=scale, **switches)
+    return decoder_config(v, max_length, norm_offset=1.0, norm_in_fp32=True, embedding_multiplier=scale, **switches)
 
 
 def _gemma2(v, max_length):
@@ -275,15 +195,15 @@ def _gemma2(v, max_length):
         attention_scale=number(v, "query_pre_attn_scalar") ** -0.5,
         attention_softcap=optional_number(v, "attn_logit_softcapping"),
         logit_softcap=optional_number(v, "final_logit_softcapping"),
-        windows=_windows(v, _layer_types(v, lambda i: i % 2 == 0)),
+        windows=windows_of(v, layer_types_of(v, lambda i: i % 2 == 0)),
     )
 
 
 def _gemma3(v, max_length):
     require(v.get("attn_logit_softcapping") is None, "attn_logit_softcapping is not implemented for gemma3_text")
     pattern = size(v, "sliding_window_pattern")
-    types = _layer_types(v, lambda i: (i + 1) % pattern != 0)
-    ropes = read_rope_by_kind(v, _head_dim(v), max_length, {FULL: "rope_theta", SLIDING: "rope_local_base_freq"})
+    types = layer_types_of(v, lambda i: (i + 1) % pattern != 0)
+    ropes = read_rope_by_kind(v, head_dim_of(v), max_length, {FULL: "rope_theta", SLIDING: "rope_local_base_freq"})
     return _gemma(
         v,
         max_length,
@@ -292,32 +212,15 @@ def _gemma3(v, max_length):
         qk_norm="head",
         attention_scale=number(v, "query_pre_attn_scalar") ** -0.5,
         logit_softcap=optional_number(v, "final_logit_softcapping"),
-        windows=_windows(v, types),
+        windows=windows_of(v, types),
         ropes=tuple(ropes[t] for t in types),
     )
 
 
-def _mixers(v: dict, other: str, default: list[str]) -> tuple[str, ...]:
-    """What mixes the tokens in each layer: attention, or `other`."""
-    types = v.get("layer_types", default)
-    names = {MIXER_TYPES[other]: other, FULL: "attention"}
-    fits = isinstance(types, list) and len(types) == _num_layers(v) and all(t in list(names) for t in types)
-    require(fits, f"layer_types = {str(types)[:60]}: expected {' or '.join(names)} for each of {_num_layers(v)} layers")
-    return tuple(names[t] for t in types)
-
-
-def _delta_sizes(v: dict) -> dict:
-    keys, values = size(v, "linear_num_key_heads", 2**16), size(v, "linear_num_value_heads", 2**16)
-    require(values % keys == 0, f"linear_num_value_heads {values} is not a multiple of linear_num_key_heads {keys}")
-    dims = size(v, "linear_key_head_dim", 2**16), size(v, "linear_value_head_dim", 2**16)
-    names = ("delta_num_key_heads", "delta_num_value_heads", "delta_key_dim", "delta_value_dim", "conv_size")
-    return dict(zip(names, (keys, values, *dims, size(v, "linear_conv_kernel_dim", 2**10))))
-
-
 def _qwen3_5(v, max_length):
     interval = size(v, "full_attention_interval")
-    default = [FULL if (i + 1) % interval == 0 else MIXER_TYPES["delta"] for i in range(_num_layers(v))]
-    return _decoder(
+    default = [FULL if (i + 1) % interval == 0 else MIXER_TYPES["delta"] for i in range(num_layers_of(v))]
+    return decoder_config(
         v,
         max_length,
         rope={"partial_key": "partial_rotary_factor", "more_keys": ("mrope_section", "mrope_interleaved")},
@@ -325,15 +228,15 @@ def _qwen3_5(v, max_length):
         attention_gate=True,
         norm_offset=1.0,
         norm_in_fp32=True,
-        mixers=_mixers(v, "delta", default),
+        mixers=mixers_of(v, "delta", default),
         delta_norm_eps=number(v, "rms_norm_eps"),
-        **_delta_sizes(v),
+        **delta_sizes(v),
     )
 
 
 def _olmo_hybrid(v, max_length):
     """Attention layers are OLMo 2's, without rotary embedding where theta is null; the others are pre blocks."""
-    heads, layers = size(v, "num_attention_heads"), _num_layers(v)
+    heads, layers = size(v, "num_attention_heads"), num_layers_of(v)
     v = {"linear_num_key_heads": heads, "linear_num_value_heads": heads} | v
     v = {"linear_key_head_dim": int(0.75 * size(v, "hidden_size") / size(v, "linear_num_key_heads"))} | v
     v = {"linear_value_head_dim": 2 * size(v, "linear_key_head_dim")} | v
@@ -345,16 +248,16 @@ def _olmo_hybrid(v, max_length):
     return _olmo2(
         v,
         max_length,
-        ropes=(None if theta is None else read_rope(v, _head_dim(v), max_length),) * layers,
-        mixers=_mixers(v, "delta", default),
+        ropes=(None if theta is None else read_rope(v, head_dim_of(v), max_length),) * layers,
+        mixers=mixers_of(v, "delta", default),
         delta_beta_scale=2.0 if flag(v, "linear_allow_neg_eigval") else 1.0,
         delta_norm_eps=1e-5,  # written into its class
-        **_delta_sizes(v),
+        **delta_sizes(v),
     )
 
 
 def _lfm2(v, max_length):
-    layers = _num_layers(v)
+    layers = num_layers_of(v)
     attends = v.get("full_attn_idxs", list(range(layers)))
     fits = isinstance(attends, list) and all(type(i) is int and 0 <= i < layers for i in attends)
     require(fits, f"full_attn_idxs = {str(attends)[:40]}: expected numbers of layers, 0 to {layers - 1}")
@@ -363,12 +266,12 @@ def _lfm2(v, max_length):
         unit, factor = size(v, "block_multiple_of"), v.get("block_ffn_dim_multiplier")
         width = int(2 * width / 3)
         width = unit * -(-(width if factor is None else int(number(v, "block_ffn_dim_multiplier") * width)) // unit)
-    return _decoder(
+    return decoder_config(
         v | {"intermediate_size": width, "tie_word_embeddings": v.get("tie_embedding", v["tie_word_embeddings"])},
         max_length,
         eps="norm_eps",
         qk_norm="head",
-        mixers=_mixers(v, "conv", [FULL if i in attends else MIXER_TYPES["conv"] for i in range(layers)]),
+        mixers=mixers_of(v, "conv", [FULL if i in attends else MIXER_TYPES["conv"] for i in range(layers)]),
         conv_size=size(v, "conv_L_cache", 2**10),
         conv_bias=flag(v, "conv_bias"),
     )
@@ -377,7 +280,7 @@ def _lfm2(v, max_length):
 def _phi3(v, max_length):
     aliases = {"su": "longrope", "yarn": "longrope"}  # what it was called before it was published
     rope = {"partial_key": "partial_rotary_factor", "aliases": aliases}
-    config = _decoder(v, max_length, rope=rope, windows=_same_window(v), **_residual_dropout(v, "resid_pdrop"))
+    config = decoder_config(v, max_length, rope=rope, windows=same_window(v), **residual_dropout(v, "resid_pdrop"))
     kind = config.ropes[0].kind
     require(kind in ("default", "longrope"), f"rope type {kind!r} is not implemented for phi3")
     return config
@@ -386,21 +289,21 @@ def _phi3(v, max_length):
 def _olmo(v, max_length):
     v = v | {"eps": 1e-5}  # written into its class
     clip = optional_number(v, "clip_qkv")
-    return _decoder(v, max_length, eps="eps", norm="layer", norm_weight=False, clip_qkv=clip, rope_in_fp32=True)
+    return decoder_config(v, max_length, eps="eps", norm="layer", norm_weight=False, clip_qkv=clip, rope_in_fp32=True)
 
 
 def _olmo2(v, max_length, **switches):
-    return _decoder(v, max_length, block="post", norm_in_fp32=True, qk_norm="full", rope_in_fp32=True, **switches)
+    return decoder_config(v, max_length, block="post", norm_in_fp32=True, qk_norm="full", rope_in_fp32=True, **switches)
 
 
 def _olmo3(v, max_length):
-    types = _layer_types(v, lambda i: (i + 1) % 4 != 0)
-    ropes = read_rope_by_kind(v, _head_dim(v), max_length, {FULL: "rope_theta", SLIDING: "rope_theta"})
-    return _olmo2(v, max_length, windows=_windows(v, types), ropes=tuple(ropes[t] for t in types))
+    types = layer_types_of(v, lambda i: (i + 1) % 4 != 0)
+    ropes = read_rope_by_kind(v, head_dim_of(v), max_length, {FULL: "rope_theta", SLIDING: "rope_theta"})
+    return _olmo2(v, max_length, windows=windows_of(v, types), ropes=tuple(ropes[t] for t in types))
 
 
 def _granite(v, max_length):
-    return _decoder(
+    return decoder_config(
         v,
         max_length,
         block="scaled",
@@ -412,22 +315,22 @@ def _granite(v, max_length):
 
 
 def _starcoder2(v, max_length):
-    return _decoder(
+    return decoder_config(
         v,
         max_length,
         eps="norm_epsilon",
         mlp="plain",
-        windows=_same_window(v),
+        windows=same_window(v),
         embedding_dropout=probability(v, "embedding_dropout"),
         **LAYER_NORM,
         **dict.fromkeys(BIASES, flag(v, "use_bias")),
-        **_residual_dropout(v, "residual_dropout"),
+        **residual_dropout(v, "residual_dropout"),
     )
 
 
 def _gpt_neox(v, max_length):
-    _check_head_dim(v)
-    return _decoder(
+    check_head_dim(v)
+    return decoder_config(
         v,
         max_length,
         eps="layer_norm_eps",
@@ -439,7 +342,7 @@ def _gpt_neox(v, max_length):
         mlp_bias=True,
         embedding_dropout=probability(v, "hidden_dropout"),
         **LAYER_NORM,
-        **_residual_dropout(v, "hidden_dropout"),
+        **residual_dropout(v, "hidden_dropout"),
     )
 
 
@@ -455,28 +358,28 @@ GPT2_NAMES = {
 def _gpt2(v, max_length):
     v = v | {general: v[own] for general, own in GPT2_NAMES.items()}
     v = v | {"intermediate_size": v.get("n_inner", 4 * size(v, "n_embd"))}
-    return _decoder(
+    return decoder_config(
         v,
         max_length,
         eps="layer_norm_epsilon",
         act="activation_function",
         learned_positions=True,
-        ropes=(None,) * _num_layers(v),
+        ropes=(None,) * num_layers_of(v),
         mlp="plain",
-        attention_scale=_head_dim(v) ** -0.5 if flag(v, "scale_attn_weights") else 1.0,
+        attention_scale=head_dim_of(v) ** -0.5 if flag(v, "scale_attn_weights") else 1.0,
         attention_scale_by_layer=flag(v, "scale_attn_by_inverse_layer_idx"),
         embedding_dropout=probability(v, "embd_pdrop"),
         attention_dropout=probability(v, "attn_pdrop"),
         depth_scaled_init=True,
         **LAYER_NORM,
         **BIASES,
-        **_residual_dropout(v, "resid_pdrop"),
+        **residual_dropout(v, "resid_pdrop"),
     )
 
 
 def _stablelm(v, max_length):
-    _check_head_dim(v)
-    return _decoder(
+    check_head_dim(v)
+    return decoder_config(
         v,
         max_length,
         eps="layer_norm_eps",
@@ -491,7 +394,7 @@ def _stablelm(v, max_length):
 
 
 def _cohere(v, max_length, **switches):
-    return _decoder(
+    return decoder_config(
         v,
         max_length,
         eps="layer_norm_eps",
@@ -507,21 +410,21 @@ def _cohere(v, max_length, **switches):
 
 def _cohere2(v, max_length):
     """Layers that slide have a rotary embedding, those that see everything have none."""
-    _check_head_dim(v)
+    check_head_dim(v)
     positions = v["position_embedding_type"]
     require(
         positions in ("rope_gptj", "rope"), f"position_embedding_type = {positions!r} is not implemented for cohere2"
     )
     pattern = size(v, "sliding_window_pattern")
-    types = _layer_types(v, lambda i: (i + 1) % pattern != 0)
-    rope = read_rope(v, _head_dim(v), max_length)
+    types = layer_types_of(v, lambda i: (i + 1) % pattern != 0)
+    rope = read_rope(v, head_dim_of(v), max_length)
     ropes = tuple(rope if t == SLIDING else None for t in types)
-    return _cohere(v, max_length, ropes=ropes, windows=_windows(v, types))
+    return _cohere(v, max_length, ropes=ropes, windows=windows_of(v, types))
 
 
 def _phi(v, max_length):
     require(not flag(v, "tie_word_embeddings"), "phi with tie_word_embeddings = true is not implemented")
-    return _decoder(
+    return decoder_config(
         v,
         max_length,
         eps="layer_norm_eps",
@@ -534,24 +437,24 @@ def _phi(v, max_length):
         embedding_dropout=probability(v, "embd_pdrop"),
         **LAYER_NORM,
         **BIASES,
-        **_residual_dropout(v, "resid_pdrop"),
+        **residual_dropout(v, "resid_pdrop"),
     )
 
 
 def _seed_oss(v, max_length):
     o_bias = flag(v, "attention_out_bias")
-    return _decoder(v, max_length, o_bias=o_bias, **_residual_dropout(v, "residual_dropout"))
+    return decoder_config(v, max_length, o_bias=o_bias, **residual_dropout(v, "residual_dropout"))
 
 
 def _ernie4_5(v, max_length):
     biases = dict.fromkeys(BIASES, flag(v, "use_bias"))
     # Its class has no dropout, whatever the key says.
-    return _decoder(v, max_length, rope_interleaved=True, rope_in_fp32=True, attention_dropout=0.0, **biases)
+    return decoder_config(v, max_length, rope_interleaved=True, rope_in_fp32=True, attention_dropout=0.0, **biases)
 
 
 def _glm(v, max_length, **switches):
     rope = {"partial_key": "partial_rotary_factor"}
-    return _decoder(v, max_length, rope=rope, rope_interleaved=True, o_bias=False, mlp_bias=False, **switches)
+    return decoder_config(v, max_length, rope=rope, rope_interleaved=True, o_bias=False, mlp_bias=False, **switches)
 
 
 def _glm4(v, max_length):
@@ -560,28 +463,24 @@ def _glm4(v, max_length):
 
 def _hunyuan_v1_dense(v, max_length):
     require(flag(v, "use_qk_norm"), "use_qk_norm = false is not implemented for hunyuan_v1_dense")  # nor in its class
-    return _decoder(v, max_length, rope={"more_keys": ("alpha",)}, qk_norm="head", qk_norm_after_rope=True)
+    return decoder_config(v, max_length, rope={"more_keys": ("alpha",)}, qk_norm="head", qk_norm_after_rope=True)
 
 
 def _exaone4(v, max_length):
     """Where some layers slide, those that do not have no rotary embedding."""
     has_windows = v.get("sliding_window") is not None and size(v, "sliding_window") > 0
-    types = _layer_types(v, lambda i: has_windows and (i + 1) % size(v, "sliding_window_pattern") != 0)
-    rope = read_rope(v, _head_dim(v), max_length)
+    types = layer_types_of(v, lambda i: has_windows and (i + 1) % size(v, "sliding_window_pattern") != 0)
+    rope = read_rope(v, head_dim_of(v), max_length)
     ropes = tuple(rope if t == SLIDING or not has_windows else None for t in types)
     biases = dict.fromkeys(BIASES, False)
-    return _decoder(v, max_length, block="post", qk_norm="head", ropes=ropes, windows=_windows(v, types), **biases)
+    return decoder_config(
+        v, max_length, block="post", qk_norm="head", ropes=ropes, windows=windows_of(v, types), **biases
+    )
 
 
 def _nemotron(v, max_length):
     rope = {"partial_key": "partial_rotary_factor"}
-    return _decoder(v, max_length, eps="norm_eps", rope=rope, mlp="plain", norm_offset=1.0, **LAYER_NORM)
-
-
-def _check_head_dim(v: dict) -> None:
-    """For classes that do not know the key head_dim."""
-    own = size(v, "hidden_size") // size(v, "num_attention_heads")
-    require(v.get("head_dim") in (None, own), f"head_dim {v.get('head_dim')} is not implemented for {v['model_type']}")
+    return decoder_config(v, max_length, eps="norm_eps", rope=rope, mlp="plain", norm_offset=1.0, **LAYER_NORM)
 
 
 @dataclass(frozen=True)
