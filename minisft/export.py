@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from minisft.atomic_folder import atomic_folder, read_manifest, verify_folder
 from minisft.checkpoint import name_aside
 from minisft.console import wrap
+from minisft.data.tokenizer import Tokenizer
 from minisft.errors import SAVE, UserError
 from minisft.generation import stop_ids
 from minisft.model.adapter_files import load_adapter_weights, save_adapter
@@ -30,16 +31,27 @@ def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None, source
     """
     stops = stop_ids(run.model, run.tokenizer)
     run.model.generation_config |= {"eos_token_id": sorted(stops)} if stops else {}
-    lines = []
-    if run.model.lora is not None:
-        save_adapter(run.model, folder, base=run.start.name, revision=run.start.revision)
-        write_json(folder / "generation_config.json", run.model.generation_config)
-    elif source is not None:
-        lines = save_like(run.model, source, folder, dtype or run.model.head_weight.dtype)
-    else:
-        save_model(run.model, folder, dtype=dtype)
+    if run.model.lora is None:
+        return write_whole(run.model, run.tokenizer, folder, dtype or run.model.head_weight.dtype, source)
+    save_adapter(run.model, folder, base=run.start.name, revision=run.start.revision)
+    write_json(folder / "generation_config.json", run.model.generation_config)
     run.tokenizer.save(folder)
-    if run.model.lora is None and source is not None:
+    return []
+
+
+def write_whole(
+    model: Decoder, tokenizer: Tokenizer | None, folder: Path, dtype: torch.dtype, source: Path | None
+) -> list[str]:
+    """A model without adapters, and its tokenizer where it has one; in the form of `source` if that is a folder. Returns lines
+    for the user."""
+    lines = []
+    if source is not None and source.is_dir():  # a GGUF file has no form to keep
+        lines = save_like(model, source, folder, dtype)
+    else:
+        save_model(model, folder, dtype=dtype)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    if source is not None and source.is_dir():
         copy_other_files(source, folder)
     return lines
 
@@ -74,7 +86,7 @@ def export_model(run: Run, folder: Path, dtype: torch.dtype, config_id: str) -> 
     aside = name_aside(path)
     made_by = {"config": config_id, "started_from": run.start.id if run.start else None}
     manifest = {"step": run.progress.step, "checkpoint": checkpoint_id(run, folder), **made_by, **run.prompting}
-    source = run.start.folder if run.start and run.start.folder.is_dir() else None  # a GGUF file has no form to keep
+    source = run.start.folder if run.start else None
     try:
         with atomic_folder(path, manifest, move_existing_to=aside) as temporary:
             lines = write_model(run, temporary, dtype, source)

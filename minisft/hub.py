@@ -23,6 +23,8 @@ from minisft.errors import DATA, MODEL, UserError
 from minisft.gguf.file import is_gguf
 from minisft.strict_json import read_json, write_json
 
+# The files of a tokenizer in other formats. None is read; a model folder that has them keeps them.
+OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
 # A star also matches slashes, so patterns such as *.safetensors would fetch whole folders of other formats.
 FILES = {
     "model": [
@@ -36,6 +38,7 @@ FILES = {
         "processor_config.json",
         "preprocessor_config.json",
         "video_preprocessor_config.json",
+        *OTHER_TOKENIZERS,
         "LICENSE*",
     ],
     "tokenizer": [

@@ -42,9 +42,8 @@ def main(argv: list[str]) -> int:
     from minisft.atomic_folder import MANIFEST, atomic_folder, read_manifest
     from minisft.console import wrap
     from minisft.data.tokenizer import load_tokenizer
+    from minisft.export import write_whole
     from minisft.model.adapter_files import CONFIG_FILE, load_adapted, model_folder
-    from minisft.model.drop_in import copy_other_files, save_like
-    from minisft.model.save import save_model
     from minisft.model.start import find_start
     from minisft.runtime import DTYPES
     from minisft.strict_json import read_json
@@ -65,16 +64,8 @@ def main(argv: list[str]) -> int:
         model.generation_config = read_json(folder / "generation_config.json")
     asked = {key: manifest[key] for key in ("prompt", "chat_template_kwargs", "max_length") if key in manifest}
     with atomic_folder(out, asked) as temporary:
-        is_folder = base.is_dir()  # a GGUF file has no form to keep
-        if is_folder:
-            print(*save_like(model, base, temporary, DTYPES[arguments.dtype]), sep="\n")
-        else:
-            save_model(model, temporary, dtype=DTYPES[arguments.dtype])
-        if tokenizer is not None:
-            tokenizer.save(temporary)
-        if is_folder:
-            copy_other_files(base, temporary)
-    print(f"written to {out}")
+        lines = write_whole(model, tokenizer, temporary, DTYPES[arguments.dtype], base)
+    print(wrap([*(f"exported   {line}" for line in lines), f"written to {out}"]))
     return 0
 
 

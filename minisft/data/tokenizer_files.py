@@ -27,12 +27,12 @@ from minisft.data.chat.training_templates import CHATML
 from minisft.errors import MODEL, UserError
 from minisft.gguf.file import is_gguf, open_gguf
 from minisft.gguf.tokenizer import tokenizer_files
+from minisft.hub import OTHER_TOKENIZERS
 from minisft.strict_json import dump_json, parse_json
 
 OLDER_FILES = ("special_tokens_map.json", "added_tokens.json")
 FILES = ("tokenizer.json", "tokenizer_config.json", *OLDER_FILES, "chat_template.jinja")
 NAMED_TEMPLATES = "additional_chat_templates"
-OTHER_FORMATS = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model", "vocab.txt")
 FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -60,7 +60,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
         if (folder / newest).is_file():
             files["tokenizer.json"] = (folder / newest).read_bytes()
     if "tokenizer.json" not in files:
-        others = [name for name in OTHER_FORMATS if (folder / name).exists()]
+        others = [name for name in OTHER_TOKENIZERS if (folder / name).exists()]
         raise UserError(
             f"{folder} has no tokenizer.json" + (f", only {', '.join(others)}" if others else ""),
             hint="convert it once: transformers.AutoTokenizer.from_pretrained(...).save_pretrained(folder)",

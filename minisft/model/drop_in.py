@@ -13,12 +13,14 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
+from minisft import hub
 from minisft.errors import MODEL, UserError
 from minisft.model.decoder import Decoder
 from minisft.model.quantized import quantization_of
@@ -28,17 +30,9 @@ from minisft.model.weight_files import INDEX, FileTensor, bare, read_headers, we
 from minisft.strict_json import dump_json, parse_json, read_json, write_json
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-# Files of the folder that are not copied: those that are written anew, weights in other formats, and the model's own card.
+# Files that are not copied: those that are written anew, weights in other formats, and the model's own card.
 WRITTEN = ("config.json", "generation_config.json", "quantization_config.json", "manifest.json", INDEX)
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
-TOKENIZERS = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "tekken.json", "spiece.model")
-TOKENIZER_SETTINGS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 @dataclass
@@ -65,9 +59,9 @@ def save_like(model: Decoder, source: Path, folder: Path, dtype: torch.dtype) ->
     dropped = {part.name for leaves in take_parts(text).values() for part in leaves.values()}
     if model.config.tie_word_embeddings and "lm_head.weight" in text:
         wanted["lm_head.weight"] = next(s for s in wanted.values() if s.names == ("embed_tokens.weight",))
-    if missing := wanted.keys() ^ text.keys():
+    if differing := wanted.keys() ^ text.keys():
         raise UserError(
-            f"{source} is not the model that the run started from any more: {len(missing)} tensors differ",
+            f"{source} is not the model that the run started from any more: {len(differing)} tensors differ",
             hint="put that folder back, and give the same command again",
             exit_code=MODEL,
         )
@@ -91,20 +85,21 @@ def save_like(model: Decoder, source: Path, folder: Path, dtype: torch.dtype) ->
         _write_index(source / INDEX, folder / INDEX, weight_map, total)
     _write_config(model, source, folder, dtype, is_changed=num_changed > 0)
     kinds = f", of which {len(others)} are not part of the text model" if others else ""
-    return [f"{num_changed} tensors were trained, {len(weight_map) - num_changed} copied as they were{kinds}"]
+    return [f"{num_changed} tensors have changed, {len(weight_map) - num_changed} are copied as they were{kinds}"]
 
 
 def copy_other_files(source: Path, folder: Path) -> list[str]:
-    """Copy what lies beside the model: the processor's files, licences, the older files of a tokenizer that is still the same.
-    Call it after everything else is written. Returns the names."""
-    same_tokenizer = _same_bytes(source / "tokenizer.json", folder / "tokenizer.json")
+    """Copy what lies beside the model: the processor's files, licences, the other files of a tokenizer that is still the same,
+    or the whole tokenizer where none was written. Call it after everything else is written. Returns the names."""
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    is_same = not has_tokenizer or _same_bytes(source / "tokenizer.json", folder / "tokenizer.json")
+    written = (*WRITTEN, *(hub.FILES["tokenizer"] if has_tokenizer else ()))
     copied = []
     for path in sorted(source.iterdir()):
-        is_ours = path.name in (*WRITTEN, *TOKENIZER_SETTINGS) or path.suffix in WEIGHTS
+        is_written = any(fnmatch(path.name, pattern) for pattern in written) or path.suffix in WEIGHTS
         is_page = path.name.lower() == "readme.md" or path.name.startswith(".")
-        if is_ours or is_page or not path.is_file() or (folder / path.name).exists():
-            continue
-        if path.name in TOKENIZERS and not same_tokenizer:
+        is_stale = path.name in hub.OTHER_TOKENIZERS and not is_same
+        if is_written or is_page or is_stale or not path.is_file():
             continue
         shutil.copyfile(path, folder / path.name)
         copied.append(path.name)
@@ -145,7 +140,7 @@ def _copy_bytes(path: Path, start: int, count: int, out: BinaryIO) -> None:
     with open(path, "rb") as file:
         file.seek(start)
         while count:
-            data = file.read(min(count, 2**24))
+            data = file.read(min(count, 2**20))
             if not data:
                 raise OSError(f"{path} became shorter while it was copied")
             out.write(data)
