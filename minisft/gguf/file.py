@@ -73,14 +73,18 @@ def _open(path: Path, _size: int, _time: int) -> GgufFile:
 
 
 def dequantized(tensor: "ReaderTensor") -> "np.ndarray":
-    """fp32, [out, in]"""
+    """fp32, [out, in]. Raises UserError (exit code MODEL) for a quantisation that the library cannot undo."""
     import numpy as np
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
     if tensor.tensor_type == GGMLQuantizationType.F32:
         return np.array(tensor.data, dtype=np.float32)
-    return dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    try:
+        return dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    except NotImplementedError:
+        problem = f"{tensor.name} is stored as {tensor.tensor_type.name}, which is not read"
+        raise UserError(problem, hint="take the model in another quantisation", exit_code=MODEL) from None
 
 
 def _plain(value: Any) -> Any:

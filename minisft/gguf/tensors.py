@@ -1,5 +1,6 @@
 """The weights of a GGUF file, dequantised one by one, in the layout of Hugging Face's files."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ SANDWICH = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+PLACE = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<module>\w+)\.(?P<leaf>weight|bias)")
 NOT_WEIGHTS = ("rope_freqs.weight",)  # config.py reads them
 
 
@@ -70,22 +72,19 @@ def gguf_tensors(file: GgufFile) -> dict[str, GgufTensor]:
     for name, stored in file.tensors.items():
         if name in NOT_WEIGHTS:
             continue
-        path, _, leaf = name.rpartition(".")
-        layer = ""
-        if path.startswith("blk."):
-            _, number, path = path.split(".", 2)
-            layer = f"layers.{number}."
-        if path not in ours:
+        place = PLACE.fullmatch(name)
+        if place is None or place["module"] not in ours:
             problem, hint = f"{file.path}: the tensor {name} is not implemented", "start from the Hugging Face folder"
             raise UserError(problem, hint=hint, exit_code=MODEL)
-        module = ours[path]
-        found[f"{layer}{module}.{leaf}"] = GgufTensor(
+        module, layer = ours[place["module"]], f"layers.{place['layer']}." if place["layer"] else ""
+        is_norm = place["module"].endswith("norm")
+        found[f"{layer}{module}.{place['leaf']}"] = GgufTensor(
             path=file.path,
             name=name,
             shape=[int(size) for size in reversed(stored.shape)],
             dtype="F32",
             stored=stored,
             num_permuted_heads=heads.get(module, 0) if file.architecture == "llama" else 0,
-            offset=1.0 if file.architecture.startswith("gemma") and path.endswith("norm") else 0.0,
+            offset=1.0 if file.architecture.startswith("gemma") and is_norm else 0.0,
         )
     return found

@@ -38,7 +38,7 @@ def tokenizer_files(file: GgufFile) -> dict[str, bytes]:
         raise _not_read(file, f"its tokenizer cuts texts as {values['pre']!r}; known are {', '.join(REGEXES)}")
     vocab = {token: number for number, token in enumerate(tokens)}
     try:
-        backend = _byte_level(values, vocab) if kind == "gpt2" else _sentencepiece(values, vocab, kinds)
+        backend = _byte_level(values, vocab) if kind == "gpt2" else _sentencepiece(values, vocab, tokens, kinds)
     except Exception as error:  # the Rust library raises a bare Exception
         raise _not_read(file, f"its tokenizer is damaged ({str(error)[:100]})") from error
     for special in (True, False):
@@ -80,9 +80,8 @@ def _byte_level(values: dict, vocab: dict[str, int]) -> Tokenizer:
     return backend
 
 
-def _sentencepiece(values: dict, vocab: dict[str, int], kinds: list[int]) -> Tokenizer:
+def _sentencepiece(values: dict, vocab: dict[str, int], tokens: list[str], kinds: list[int]) -> Tokenizer:
     unknown = values.get("unknown_token_id")
-    tokens = list(vocab)
     backend = Tokenizer(
         models.BPE(
             vocab=vocab,
