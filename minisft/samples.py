@@ -8,7 +8,7 @@ import numpy as np
 from minisft import runtime
 from minisft.data.cache import Documents
 from minisft.data.detect_format import detect_row_format, rename_fields
-from minisft.data.encoding import encode_prompt
+from minisft.data.encoding import encode_prompt, prompt_variables
 from minisft.data.formats import plain_prompt, to_example
 from minisft.data.kinds import KIND_MASK, USER
 from minisft.data.row_format import FormatOptions
@@ -51,7 +51,8 @@ def read_prompts(
             example = to_example(data, row_format, options)
             if example.messages:
                 *messages, answer = example.messages
-                prompt, answer = replace(example, messages=messages), answer["content"]
+                variables = (example.variables or {}) | prompt_variables(tokenizer, example, options)
+                prompt, answer = replace(example, messages=messages, variables=variables), answer["content"]
             elif len(example.pieces) == 2:
                 prompt, answer = replace(example, pieces=example.pieces[:1]), example.pieces[1].text
             else:

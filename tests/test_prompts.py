@@ -27,6 +27,7 @@ from minisft.data.rows import RowError
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import Tokenizer, train_tokenizer
 from minisft.errors import UserError
+from minisft.samples import read_prompts
 
 OURS = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
 TRL = find_spec("trl")
@@ -225,6 +226,23 @@ def written(tmp_path, name: str, rows: list[dict], **options):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     cache = build_cache([parse_source(str(path))], tokenizer, cache_dir=tmp_path / "cache", **options)
     return cache, tokenizer
+
+
+@pytest.mark.parametrize("name", ["nemotron", "qwen35", "qwen3", "glm", "deepseek_r1"])
+def test_a_held_out_prompt_is_the_one_that_its_answer_was_trained_after(name, tmp_path):
+    """With and without a thought, which another value of the template's switch asks for."""
+    rows = [{"messages": [*before, answer]} for answer in (PLAIN, THOUGHT) for before in ([ASK], [ASK, PLAIN, ASK])]
+    for number, row in enumerate(rows):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        cache, tokenizer = written(folder, name, [row])
+        options = FormatOptions()
+        given = {"options": options, "field_map": {}, "group_field": None}
+        (prompt,) = read_prompts(str(folder / "rows.jsonl"), tokenizer, **given)
+        ids = cache.ids[cache.offsets[-2] : cache.offsets[-1]].tolist()  # the document of the last answer
+        assert ids[: len(prompt.ids)] == prompt.ids
+        kinds = cache.kinds[cache.offsets[-2] : cache.offsets[-1]]
+        assert kinds[len(prompt.ids)] & TRAINED and not kinds[len(prompt.ids) - 1] & TRAINED
 
 
 def test_rows_with_another_prompt_are_counted(tmp_path):

@@ -65,10 +65,7 @@ class Accounting:
         ]
         if self.rows_cut:
             lines.append(f"truncated: {self.rows_cut:,} rows, {self.cut:,} tokens")
-        if self.without_prompt:
-            lines.append(
-                f"WARNING: {self.without_prompt:,} answers fill max_length and are trained without their prompt"
-            )
+        lines += self.notes()
         if self.dropped_answers:
             lines.append(
                 f"{self.dropped_answers:,} answers of used rows are dropped: too long, or nothing to train in them"

@@ -27,6 +27,7 @@ import tokenizers
 
 from minisft.data.chat.conversations import check_messages
 from minisft.data.chat.dialogue import Masking, Rendered
+from minisft.data.chat.inference import described_switch
 from minisft.data.chat.masks import render_conversation
 from minisft.data.chat.template_check import check_template
 from minisft.data.formats import Example, Piece
@@ -92,13 +93,22 @@ def _rendered(
     return documents, pieces, True
 
 
+def prompt_variables(tokenizer: Tokenizer, example: Example, options: FormatOptions) -> dict[str, bool]:
+    """The switch of the template with which the prompt of a conversation is the one that its last answer continues; {} for the
+    default prompt, and where the conversation cannot be trained."""
+    try:
+        return described_switch(conversation_pieces(tokenizer, example, options, "last").prompts)
+    except RowError:
+        return {}
+
+
 def encode_prompt(
     tokenizer: Tokenizer, prompt: Example, *, layout: str, control_tokens: str, add_special_tokens: bool = True
 ) -> tuple[str, list[int]]:
     """(text, ids) of a prompt, exactly as in training. Raises RowError.
 
-    prompt: the messages before the answer, or the one piece before it. layout: as in RowFormat.prompt. control_tokens,
-    add_special_tokens: as in FormatOptions.
+    prompt: the one piece before the answer, or the messages before it, with `prompt_variables` among its variables. layout: as
+    in RowFormat.prompt. control_tokens, add_special_tokens: as in FormatOptions.
     """
 
     def rendered(row: Example) -> list[Rendered]:

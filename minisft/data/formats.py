@@ -306,7 +306,7 @@ def _unread_of_prompt(row: dict) -> set[str]:
 
 
 def _unread_of_labelled(row: dict, turns: bool, answers: str) -> set[str]:
-    """Of the columns of an answer, and of messages and conversations, one is read."""
+    """The columns of a labelled row that are not read: all answers but one, and what would be a second form of the row."""
     column = completion_field(row)
     unread = {*COMPLETIONS} - {column}
     if column is not None:

@@ -13,6 +13,7 @@ rendering of a finished conversation:
 
 import json
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -50,6 +51,12 @@ def switch_values(template: ChatTemplate) -> tuple[tuple[str, bool], ...]:
 
 def describe_switch(name: str, value: bool) -> str:
     return f"{name} = {json.dumps(value)}"
+
+
+def described_switch(prompts: Iterable[str]) -> dict[str, bool]:
+    """The variables that `prompts` (Rendered.prompts) describe; {} for the default prompt."""
+    parts = [how.partition(" = ") for how in prompts]
+    return {name: json.loads(value) for name, _, value in parts if name in SWITCHES}
 
 
 @lru_cache(maxsize=32)
