@@ -7,18 +7,15 @@ from minisft.kernels.gated_delta_rule import gated_delta_rule
 
 
 def causal_conv1d_cases(arch: int) -> None:
-    """The configurations do not depend on the architecture: sm_90, and sm_86 for the memory of 120."""
-    if arch in (86, 90):
-        x = torch.empty(64, 6144, dtype=torch.bfloat16, requires_grad=True)
-        weight = torch.empty(6144, 4, requires_grad=True)
-        start = torch.empty(64, dtype=torch.int32)
-        causal_conv1d(x, weight, None, start, activation="silu").backward(torch.empty_like(x))
+    x = torch.empty(64, 6144, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.empty(6144, 4, requires_grad=True)
+    start = torch.empty(64, dtype=torch.int32)
+    causal_conv1d(x, weight, None, start, activation="silu").backward(torch.empty_like(x))
 
 
 def gated_delta_rule_cases(arch: int) -> None:
-    """The heads of Qwen3.5. 80, 89 and 120 have the configurations of 86, and compiling these takes long."""
-    if arch in (86, 90, 100):
-        rule(128, 128)
+    """The heads of Qwen3.5."""
+    rule(128, 128)
     if arch == 90:
         rule(128, 128, torch.float32)
 
