@@ -1,9 +1,9 @@
 """The Triton kernels of gated_delta_rule. The lesson and the names of a chunk's matrices are in gated_delta_rule.py.
 
 Chunk n is tokens n * CHUNK to (n + 1) * CHUNK of the stream, wherever documents begin and end, so that the grid depends on the
-number of tokens only and the host waits for nothing. Masks keep the documents of a chunk apart; at most one of them is
-`carried`, begun before the chunk, and at most one goes on behind it. A document's state exists where one chunk ends and the next
-one begins: states[n] is the one with which chunk n begins, and is not written where nothing is carried.
+number of tokens only and the host waits for nothing. Masks keep the documents of a chunk apart. The first of them may have begun
+in an earlier chunk: it is `carried`, and states[n] is the state that it brings into chunk n. Where the first document begins
+with its chunk, nothing is carried and states[n] is not written.
 
 The two kernels that walk have a program for every chunk and let those go at once that have nothing to walk: forward, a
 document's walk belongs to the chunk in which it begins, backward to the one in which it ends.

@@ -169,7 +169,7 @@ class GatedDeltaRuleTorch(torch.autograd.Function):
             o, ends = _walk(_Chunks((q, k, v, g, beta), chains, scale, eps), all_ends=return_state)
             _put(out, chains, o)
             if return_state:
-                for end in ends:  # that of a chain which goes on is overwritten by a later one
+                for end in ends:  # a chain that is longer is written again, and the last state stays
                     states[chains.numbers[: len(end)]] = end
         ctx.mark_non_differentiable(states)
         return out, states

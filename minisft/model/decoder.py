@@ -59,7 +59,7 @@ class Block(nn.Module):
         kv_cache: KVCache | None = None,
         mean_length: float | None = None,
     ) -> Tensor:
-        mixer = self.get_submodule(self.mixer_name)
+        mixer = getattr(self, self.mixer_name)
         attended = mixer(compute_dtype(self.input_layernorm(x)), start, end, cos_sin, kv_cache, mean_length)
         attended = F.dropout(attended, self.attention_dropout, self.training)
         normed, x = self.post_attention_layernorm.add(attended, x)

@@ -20,10 +20,12 @@ from minisft.kernels.glu import swiglu
 from minisft.kernels.rms_norm import rms_norm
 from minisft.model.attention import KVCache
 from minisft.model.model_config import ModelConfig
-from minisft.model.recompute import dropped
+from minisft.model.recompute import droppable, dropped
 
 
 class GatedDeltaNet(nn.Module):
+    recompute = False  # in the backward: see recompute.py
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.beta_scale, self.norm_eps = layer, config.delta_beta_scale, config.delta_norm_eps
@@ -73,8 +75,13 @@ class GatedDeltaNet(nn.Module):
                 out, memory = gated_delta_rule(q, k, v, g, beta, start, end, return_state=True)
                 size = weights[0].shape[1]
                 kv_cache.states[self.layer] = (*[conv_state(part, start, end, size) for part in inputs], memory)
-        normed = rms_norm(out, self.o_norm.weight, self.norm_eps)  # [T, Hv, Dv]
-        return self.o_proj(swiglu(gate, normed.flatten(-2)))
+        y = self._unit(gate, out)
+        with dropped(droppable(y, self._unit, gate, out) if self.recompute else y):
+            return self.o_proj(y)
+
+    def _unit(self, gate: Tensor, out: Tensor) -> Tensor:
+        """gate [T, Hv Dv], out [T, Hv, Dv] -> [T, Hv Dv]: the norm of each head, and its gate."""
+        return swiglu(gate, rms_norm(out, self.o_norm.weight, self.norm_eps).flatten(-2))
 
     def _heads(self, parts: list[Tensor]) -> list[Tensor]:
         return [part.unflatten(-1, (-1, dim)) for part, dim in zip(parts, (self.key_dim, self.key_dim, self.value_dim))]

@@ -113,14 +113,14 @@ class ModelConfig:
     initializer_range: float = 0.02
     depth_scaled_init: bool = False  # the projections into the residual stream start at 1 / sqrt(2 num_layers)
 
+    stored_vocab_size: int = field(default=0, compare=False)  # embedding rows in the files that it is loaded from
+    notes: tuple[str, ...] = field(default=(), compare=False)  # decisions that from_hf made and a user should see
+    hf: dict = field(default_factory=dict, repr=False, compare=False)
+
     @property
     def has_states(self) -> bool:
         """Whether a layer remembers one past only, so that documents cannot share a prefix."""
         return any(mixer != "attention" for mixer in self.mixers)
-
-    stored_vocab_size: int = field(default=0, compare=False)  # embedding rows in the files that it is loaded from
-    notes: tuple[str, ...] = field(default=(), compare=False)  # decisions that from_hf made and a user should see
-    hf: dict = field(default_factory=dict, repr=False, compare=False)
 
 
 def longest_tree(config: ModelConfig) -> int | None:
