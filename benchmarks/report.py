@@ -64,9 +64,9 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def source(rows: list[dict]) -> str:
-    """Where the rows were measured; if in several places, the newest."""
+    """Where the rows were measured: all machines, and the newest row's versions."""
     row = max(rows, key=lambda row: row["date"])
-    machine = row["gpu"] or f"{row['cores']} cores of {row['cpu']}"
+    machine = " and ".join(dict.fromkeys(r["gpu"] or f"{r['cores']} cores of {r['cpu']}" for r in rows))
     triton = f", Triton {row['triton']}" if row["gpu"] else ""
     return f"{row['date'][:10]}, {machine}, PyTorch {row['torch']}{triton}, commit {row['commit']}"
 
@@ -184,16 +184,18 @@ def whole(by_pass: dict) -> dict:
 
 
 def cpu_table(rows: list[dict]) -> str:
+    """Beside the naive formula; beside transformers where the formula, a recurrence token by token, would take minutes."""
     lines = []
     for (op, case), contenders in by_case(rows).items():
-        ours, eager = (whole(contenders.get(name, {})) for name in ("torch", "eager"))
-        if not ours or not eager:
+        peer = "eager" if "eager" in contenders else "transformers"
+        ours, theirs = (whole(contenders.get(name, {})) for name in ("torch", peer))
+        if not ours or not theirs:
             continue
-        memory = [f"{float(row['extra_mb']):.0f}" if row.get("extra_mb") else "?" for row in (ours, eager)]
-        times = [number(float(row["ms"])) for row in (ours, eager)]
-        lines.append(
-            [op, case, f"{' / '.join(times)} ms", f"{float(ours['speedup']):.2f} x", f"{' / '.join(memory)} MB"]
-        )
+        memory = [f"{float(row['extra_mb']):.0f}" if row.get("extra_mb") else "?" for row in (ours, theirs)]
+        times = [float(row["ms"]) for row in (ours, theirs)]
+        speedup = float(ours.get("speedup") or times[1] / times[0])
+        line = [op if peer == "eager" else f"{op} / transformers'", case, f"{' / '.join(map(number, times))} ms"]
+        lines.append([*line, f"{speedup:.2f} x", f"{' / '.join(memory)} MB"])
     return table(["op, forward and backward", "size", "ours / naive", "speed", "memory ours / naive"], lines)
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -214,9 +215,10 @@ def test_rows_and_table_of_dpo(dpo_answers, tmp_path):
     _, answers = dpo_answers
     peer = {("trl", *case[1:]): runs for case, runs in answers.items() if case[1] == "unpacked" and case[2] != "cached"}
     rows = [bench_dpo.row_of(case, runs) for case, runs in (answers | peer).items()]
-    for row in rows:
+    for row, runs in zip(rows, (answers | peer).values()):
         assert row["tokens_per_second"] == pytest.approx(row["tokens_a_step"] / row["seconds_a_step"])
-        assert row["extra_mb"] > 0 and row["peak_mb"] == 1000
+        # so small a model may fit into memory that the process has already: its extra megabytes can be none
+        assert row["extra_mb"] == statistics.median(run["extra_mb"] for run in runs) and row["peak_mb"] == 1000
     write_csv("dpo_cpu", rows, tmp_path)
     head, _, *lines = report.dpo_table(read_csv(tmp_path / "dpo_cpu.csv")).splitlines()
     assert len(lines) == len(bench_dpo.CASES) and all(line.count("|") == head.count("|") for line in lines)

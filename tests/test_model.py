@@ -196,8 +196,10 @@ def test_how_far_a_token_reaches_through_windows(backend):
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_generation_is_the_whole_forward(family, backend):
-    """Rows of different lengths that grow past the windows, in fp32; the sums of one row run in another order."""
-    model = tiny(family).eval()
+    """Rows of different lengths that grow past the windows, in fp64; the sums of one row run in another order. Gated DeltaNet
+    rounds its decays to fp32, and a last digit more or less of fp64 may round them otherwise."""
+    model = tiny(family).eval().double()
+    tolerance = 1e-7 if "delta" in model.config.mixers else 1e-12
     texts, prompts = [torch.randint(53, (length,)) for length in (14, 22, 30)], [1, 9, 17]
     whole = [model(text, *stream([len(text)])) for text in texts]
     cache = KVCache(40)
@@ -206,7 +208,7 @@ def test_cached_generation_is_the_whole_forward(family, backend):
     index = torch.arange(3, dtype=torch.int32)
     for step in range(13):
         expected = torch.stack([rows[n - 1 + step] for rows, n in zip(whole, prompts)])
-        assert (hidden - expected).norm() <= 1e-5 * expected.norm(), step
+        assert (hidden - expected).norm() <= tolerance * expected.norm(), step
         ids = torch.stack([text[n + step] for text, n in zip(texts, prompts)])
         positions = torch.tensor([n + step for n in prompts], dtype=torch.int32)
         hidden = model(ids, positions, index, index + 1, kv_cache=cache)
