@@ -10,16 +10,18 @@ What it computes, for every number w of a parameter, with its gradient g and two
     The moments start at zero, which m^ and v^ correct. The decay wd is decoupled: it is no part of g, so v does not
     scale it. c is read on the device, so that the host does not wait for the norm of the gradients.
 
-adamw_formats.py explains what is stored in other formats than fp32: bf16 weights, rounded by chance, and 8-bit moments.
+adamw_formats.py explains what is stored in other formats than fp32: bf16 weights, rounded by chance, and 8-bit moments. An fp32
+weight whose products are in bf16 keeps a copy for them (linear.py). The kernel writes it with the weight, which is in its
+registers; a cast before the next step would read it again.
 
 Bytes moved, per parameter
-    fp32 weights 28 (read w, g, m, v; write w, m, v); bf16 weights and gradients 22; with 8-bit moments 10. Clipping in
-    a pass of its own would add 4 to 8, weight decay as much.
+    fp32 weights 28 (read w, g, m, v; write w, m, v), 30 with a copy in bf16; bf16 weights and gradients 22; with 8-bit moments
+    10. Clipping in a pass of its own would add 4 to 8, weight decay as much, a cast 6.
 
 The kernels
     The tensors are many, and most of them small, so one launch serves all of one kind. A table on the device holds the
     addresses of each tensor; a list says which stretch of which tensor each program works on. The table is copied to the
-    device asynchronously in every step, because gradients move; the list depends only on the sizes and is kept. Where a
+    device asynchronously when an address changes, which the gradients' seldom do; the list depends only on the sizes. Where a
     tensor's address or size is no multiple of 16 its accesses cannot be wide: those tensors have a launch of their own.
     The byte of a number is not searched for among 256 values. Between powers of ten the table is a straight line, so a
     logarithm gives the place to within one, and two comparisons with midpoints settle it. The codes equal the reference's.
@@ -46,6 +48,7 @@ from minisft.kernels.adamw_formats import (
     step_key,
 )
 from minisft.kernels.common import backend_for, cdiv, jit, tl
+from minisft.kernels.linear import copy_was_written, kept_copy
 from minisft.kernels.quantize import _absmax, _reciprocal, dynamic_table
 
 CPU_STRETCH = 2**16  # elements of the torch path that are worked on at a time
@@ -112,7 +115,7 @@ def _update(w, g, m, v, clip, beta1, one_minus_beta1, beta2, one_minus_beta2, ra
 def _tensor_of_program(tensors_ptr, programs_ptr, STRETCH: tl.constexpr, WIDE: tl.constexpr):
     """-> (row in the table of tensors, first element of this program, number of elements up to the tensor's end)."""
     program = programs_ptr + tl.program_id(0).to(tl.int64) * 2
-    row = tensors_ptr + tl.load(program) * 8
+    row = tensors_ptr + tl.load(program) * 9
     first = tl.load(program + 1) * STRETCH
     left = tl.load(row + 6) - first
     if WIDE:
@@ -131,7 +134,7 @@ def _pointer(row, column: tl.constexpr, first, DTYPE: tl.constexpr, WIDE: tl.con
 
 @jit
 def _adamw_kernel(
-    tensors_ptr,  # int64 [tensors, 8]: addresses of w, g, m, v, two unused, number of elements, place in the list of parameters
+    tensors_ptr,  # int64 [tensors, 9]: addresses of w, g, m, v, two unused; elements; place in the list of parameters; copy of w
     programs_ptr,  # int64 [programs, 2]: row of tensors_ptr, which stretch of that tensor
     clip_ptr,  # fp32 []
     beta1,
@@ -145,6 +148,7 @@ def _adamw_kernel(
     step_key,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
+    COPY: tl.constexpr,  # dtype, or None where there is none
     STOCHASTIC: tl.constexpr,
     WIDE: tl.constexpr,
     STRETCH: tl.constexpr,
@@ -171,6 +175,8 @@ def _adamw_kernel(
         tl.store(m_ptr + offset, m, mask=mask)
         tl.store(v_ptr + offset, v, mask=mask)
         _store_weight(w_ptr, offset, w, first, tensor, step_key, mask, STOCHASTIC)
+        if COPY is not None:
+            tl.store(_pointer(row, 8, first, COPY, WIDE) + offset, w.to(COPY), mask=mask)
 
 
 @jit
@@ -196,7 +202,7 @@ def _nearest_code(scaled, midpoints_ptr, SIGNED: tl.constexpr):
 
 @jit
 def _adamw_8bit_kernel(
-    tensors_ptr,  # int64 [tensors, 8]: addresses of w, g, codes of m and v, absmax of m and v; elements; place in the list
+    tensors_ptr,  # int64 [tensors, 9]: addresses of w, g, codes of m and v, absmax of m and v; elements; place; copy of w
     programs_ptr,  # int64 [programs, 2]: row of tensors_ptr, which stretch of that tensor
     tables_ptr,  # fp32 [4, 256]: values and midpoints of the signed table, values and midpoints of the positive one
     clip_ptr,  # fp32 []
@@ -211,6 +217,7 @@ def _adamw_8bit_kernel(
     step_key,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
+    COPY: tl.constexpr,  # dtype, or None where there is none
     STOCHASTIC: tl.constexpr,
     WIDE: tl.constexpr,
     STRETCH: tl.constexpr,
@@ -244,6 +251,8 @@ def _adamw_8bit_kernel(
             w, g, m, v, clip, beta1, one_minus_beta1, beta2, one_minus_beta2, rate, root_correction, eps, decay
         )
         _store_weight(w_ptr, offset, w, first, tensor, step_key, mask, STOCHASTIC)
+        if COPY is not None:
+            tl.store(_pointer(row, 8, first, COPY, WIDE) + offset, w.to(COPY), mask=mask)
         m, v = m.reshape(ROWS, 256), v.reshape(ROWS, 256)
         m_absmax, v_absmax = _absmax(m), _absmax(v)
         tl.store(m_absmax_ptr + block, m_absmax.reshape(ROWS), mask=exists)
@@ -319,6 +328,13 @@ def _tables(device: torch.device) -> Tensor:
 
 
 @lru_cache(16)
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """int64 [tensors, 9], as the kernels take it. From pinned memory the copy does not wait, and torch keeps that memory until it
+    is done."""
+    return torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+@lru_cache(16)
 def _programs(sizes: tuple[int, ...], stretch: int, device: torch.device) -> Tensor:
     """int64 [programs, 2]: the tensor of each program, and which stretch of it. Cached: 16 bytes for 16,384 elements."""
     counts = torch.tensor([cdiv(size, stretch) for size in sizes])
@@ -332,9 +348,8 @@ def _adamw_triton(
 ):  # fmt: skip
     device = params[0].device
     clip = clip.to(device) if isinstance(clip, Tensor) else torch.full((), clip, device=device)
-    launches: dict[
-        tuple, list[list[int]]
-    ] = {}  # (8-bit moments?, dtype of w, of g, wide accesses?) -> rows of the table
+    # (8-bit moments?, dtypes of w, g and the copy of w, wide accesses?) -> rows of the table
+    launches: dict[tuple, list[tuple[int, ...]]] = {}
     alive = []  # contiguous copies of gradients, until the launch
     for place, w, g, m, v in zip(places, params, grads, exp_avgs, exp_avg_sqs):
         if not w.numel():
@@ -342,32 +357,34 @@ def _adamw_triton(
         is_8bit = not isinstance(m, Tensor)
         alive.append(g := g.contiguous())
         arrays = (w, g, m[0], v[0], m[1], v[1]) if is_8bit else (w, g, m, v)
-        row = [t.data_ptr() for t in arrays] + [0] * (6 - len(arrays)) + [w.numel(), place]
-        is_wide = not any(x % 16 for x in (*row[:4], w.numel()))
-        launches.setdefault((is_8bit, w.dtype, g.dtype, is_wide), []).append(row)
+        copy = kept_copy(w)
+        addresses = [t.data_ptr() for t in arrays] + [0] * (6 - len(arrays))
+        row = (*addresses, w.numel(), place, 0 if copy is None else copy.data_ptr())
+        is_wide = not any(x % 16 for x in (*row[:4], w.numel(), row[8]))
+        kind = is_8bit, w.dtype, g.dtype, None if copy is None else copy.dtype, is_wide
+        launches.setdefault(kind, []).append(row)
 
     scalars = [beta1, 1 - beta1, beta2, 1 - beta2]  # 1 - beta in fp64: in fp32 it would be off by 1e-5 for 0.999
     scalars += [lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps, lr * weight_decay]
     scalars = [float(x) for x in scalars]
-    for (is_8bit, param_dtype, grad_dtype, is_wide), rows in launches.items():
+    for (is_8bit, param_dtype, grad_dtype, copy_dtype, is_wide), rows in launches.items():
         kernel = _adamw_8bit_kernel if is_8bit else _adamw_kernel
         config = CONFIGS[kernel.__name__]
-        # From pinned memory the copy does not wait, and torch keeps that memory until it is done.
-        tensors = torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        tensors = _table(tuple(rows), device)
         programs = _programs(tuple(row[6] for row in rows), config["STRETCH"], device)
         rounds = stochastic_rounding_seed is not None and param_dtype == torch.bfloat16
         kernel[(len(programs),)](
             *(tensors, programs, *([_tables(device)] if is_8bit else []), clip, *scalars),
-            *(step_key(stochastic_rounding_seed, step) if rounds else 1, *map(_tl_dtype, (param_dtype, grad_dtype))),
-            *(rounds, is_wide),
+            step_key(stochastic_rounding_seed, step) if rounds else 1,
+            *(*map(_tl_dtype, (param_dtype, grad_dtype, copy_dtype)), rounds, is_wide),
             enable_fp_fusion=False,  # the same codes as the reference
             **config,
         )
 
 
-def _tl_dtype(dtype: torch.dtype):
-    """torch.bfloat16 -> tl.bfloat16"""
-    return getattr(tl, str(dtype).removeprefix("torch."))
+def _tl_dtype(dtype: torch.dtype | None):
+    """torch.bfloat16 -> tl.bfloat16; None stays."""
+    return None if dtype is None else getattr(tl, str(dtype).removeprefix("torch."))
 
 
 @torch.no_grad()
@@ -389,8 +406,8 @@ def adamw_(
 ) -> None:
     """One AdamW step on a list of parameters, in place.
 
-    params: fp32 or bf16, contiguous, any shapes, on one device. grads: one for each, in its shape, fp32, bf16 or fp16;
-    not changed.
+    params: fp32 or bf16, contiguous, any shapes, on one device; the Triton kernel writes the copies that they keep too. grads:
+    one for each, in its shape, fp32, bf16 or fp16; not changed.
     exp_avgs, exp_avg_sqs: the moments, zeros before the first step. Each is an fp32 tensor in the shape of its parameter, or
     in 8 bits the pair (codes uint8 in that shape, absmax fp32 [ceil(n / 256)]); both moments of a parameter alike.
     step: 1 in the first step. clip: what the gradients are multiplied by; a 0-d fp32 tensor is not waited for.
@@ -412,8 +429,11 @@ def adamw_(
     strided = "" if all(w.is_contiguous() for w in params) else "a parameter that is not contiguous"
     backend = backend_for("adamw", params[0], strided)
     run = {"reference": adamw_ref, "torch": _adamw_torch, "triton": _adamw_triton}[backend]
+    written = [w for w in params if backend == "triton" and w.numel() and kept_copy(w) is not None]
     run(params, grads, exp_avgs, exp_avg_sqs, **options)
     torch.autograd.graph.increment_version(params)  # neither our kernels nor torch's fused one tell autograd
+    for w in written:
+        copy_was_written(w)
 
 
 def _check(i: int, w: Tensor, g: Tensor, m: State, v: State) -> None:

@@ -74,6 +74,7 @@ from torch import Tensor
 
 from minisft.kernels.common import backend_for, cdiv, jit, num_sms, tl
 from minisft.kernels.cross_entropy import score_rows
+from minisft.kernels.linear import product_into, weight_as
 from minisft.kernels.linear_cross_entropy_torch import Options
 from minisft.kernels.linear_cross_entropy_torch import run as run_torch
 
@@ -181,19 +182,6 @@ CONFIGS = {
 }
 
 
-def _matmul(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
-    """out = a b, or out += a b, summed in fp32 and rounded once to the dtype of out, that of a and b or fp32."""
-    options = {}
-    if a.is_cuda and out.dtype != a.dtype:
-        options = dict(out_dtype=out.dtype)
-    else:  # a CPU, where the tests run this, has no product with an output wider than its inputs
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    if add:
-        torch.addmm(out, a, b, out=out, **options)
-    else:
-        torch.mm(a, b, out=out, **options)
-
-
 def _run(hidden, weight, bias, rows, targets, upstream, needs, o: Options):
     """All rows, chunk by chunk. Arguments and gradients as those of the torch path's `run`, results of `score_rows`."""
     (T, D), M, V = hidden.shape, len(targets), len(weight)
@@ -208,7 +196,7 @@ def _run(hidden, weight, bias, rows, targets, upstream, needs, o: Options):
     d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
     if M == 0 and d_weight is not None:
         d_weight.zero_()
-    W = weight.to(o.dtype)
+    W = weight_as(weight, o.dtype)
 
     for a in range(0, M, R):
         some = slice(a, a + R)
@@ -230,9 +218,9 @@ def _run(hidden, weight, bias, rows, targets, upstream, needs, o: Options):
             all_stats=o.all_stats,
         )
         if d_rows is not None:
-            _matmul(d_rows[some], logits, W)
+            product_into(d_rows[some], logits, W)
         if d_weight is not None:
-            _matmul(d_weight, logits.T, x, add=a > 0)
+            product_into(d_weight, logits.T, x, add=a > 0)
         if d_bias is not None:
             d_bias += logits.sum(0, dtype=torch.float32)
 

@@ -5,8 +5,7 @@ The maths is in linear_cross_entropy.py. What makes it fast here:
 - chunks are large. Each one, of R rows, reads and writes all of dW: 8 V D bytes against 6 R V D FLOPs;
 - the exponentials are computed once, in fp32, a few rows at a time so that they stay in the cache; the result goes back
   over the logits in their own dtype, ready for the two matmuls of the backward;
-- a CPU maps fresh memory page by page (60 ms for 113 MB was measured), so there the chunk of logits and the copy of W in
-  the matmul's dtype are kept from call to call.
+- a CPU maps fresh memory page by page (60 ms for 113 MB was measured), so there the chunk of logits is kept from call to call.
 
 PyTorch's CPU matmul has no fp32 output for bf16 inputs: each chunk's share of dW is rounded to bf16 once before it is
 added to the fp32 sum. A GPU keeps it in fp32.
@@ -19,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minisft.kernels.linear import product_in_blocks, product_into, weight_as
+
 CPU_CHUNK_ROWS, GPU_CHUNK_ROWS = 512, 4096  # rows of logits that exist at once
-WEIGHT_BLOCK = 2048  # rows of dW that a CPU multiplies and adds while they are in its cache
 
 
 @dataclass(frozen=True)
@@ -107,24 +107,6 @@ def _score(logits: Tensor, targets: Tensor, upstream: Tensor | None, bias: Tenso
     return results, None if bias is None else p.sum(0)
 
 
-def _add_weight_gradient(d_weight: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
-    """d_weight [V, D] += dz [R, V]^T x [R, D]; the first chunk finds d_weight uninitialised."""
-    if dz.dtype == d_weight.dtype:
-        d_weight.addmm_(dz.T, x, beta=0 if first else 1)
-    elif dz.is_cuda:
-        if first:
-            d_weight.zero_()
-        torch.addmm(d_weight, dz.T, x, out_dtype=d_weight.dtype, out=d_weight)
-    else:  # in blocks of the vocabulary: faster than one large matmul, and the sum is done in the cache
-        for v in range(0, len(d_weight), WEIGHT_BLOCK):
-            block = d_weight[v : v + WEIGHT_BLOCK]
-            product = torch.mm(dz[:, v : v + WEIGHT_BLOCK].T, x)
-            if first:
-                block.copy_(product)
-            else:
-                block.add_(product.to(d_weight.dtype))
-
-
 def run(hidden, weight, bias, rows, targets, upstream, needs, o: Options):
     """All rows, chunk by chunk.
 
@@ -144,7 +126,7 @@ def run(hidden, weight, bias, rows, targets, upstream, needs, o: Options):
     results = hidden.new_empty(6 if o.all_stats else 4, M, dtype=o.wide)
     if M == 0 and d_weight is not None:
         d_weight.zero_()
-    W = weight if weight.dtype == o.dtype else _buffer("weight", weight.shape, weight, o.dtype).copy_(weight)
+    W = weight_as(weight, o.dtype)
 
     on_cpu = hidden.device.type == "cpu"
     num_chunks = max(1, math.ceil(M / (CPU_CHUNK_ROWS if on_cpu else GPU_CHUNK_ROWS)))
@@ -166,7 +148,8 @@ def run(hidden, weight, bias, rows, targets, upstream, needs, o: Options):
         if d_hidden is not None:
             d_hidden.index_add_(0, rows[a : a + R], torch.mm(logits, W).to(o.wide))
         if d_weight is not None:
-            _add_weight_gradient(d_weight, logits, x, first=a == 0)
+            product = product_into if hidden.is_cuda else product_in_blocks
+            product(d_weight, logits.T, x, add=a > 0)
 
     gradients = zip((d_hidden, d_weight, d_bias), (hidden, weight, bias))
     return results.masked_fill_(ignored, 0), [None if d is None else d.to(like.dtype) for d, like in gradients]

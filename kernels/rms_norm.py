@@ -30,7 +30,11 @@ The kernels
     the result repeats bitwise. Rows longer than 16,384 would not fit the registers: the torch path has them.
 
 fp32 (fp64 for fp64 inputs): the sum of squares, rstd, both reductions of the backward pass. The weight may be kept in
-fp32 beside bf16 activations; y always has the dtype of x, dweight the dtype of the weight.
+fp32 beside bf16 activations; dweight has the dtype of the weight.
+
+Mixed precision: the residual stream is fp32 while the matrix products around it are bf16. `dtype` makes y what the products
+read: the kernel rounds once more as it writes, which a cast after it would do in a pass of its own, 6 bytes an element. For
+the same reason a branch in bf16 that was added to a residual in fp32 gets its gradient in bf16 from the kernel.
 
 Paper: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 """
@@ -43,13 +47,21 @@ from minisft.kernels.common import as_rows, backend_for, cdiv, jit, next_power_o
 MAX_FEATURES = 16384  # of the Triton kernels
 
 
-def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, upcast_weight: bool = False) -> Tensor:
+def rms_norm_ref(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    upcast_weight: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """The formula. Arguments as in `rms_norm`."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if not upcast_weight:
         normed = normed.to(x.dtype)
-    return (normed * (weight.to(wide.dtype) + offset)).to(x.dtype)
+    return (normed * (weight.to(wide.dtype) + offset)).to(x.dtype).to(dtype or x.dtype)
 
 
 def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float, **options) -> tuple[Tensor, Tensor]:
@@ -81,19 +93,20 @@ def _rms_norm_fwd_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
     mask = (row < T) & (column < D)
+    narrow = sum_ptr.dtype.element_ty if ADD else x_ptr.dtype.element_ty  # the dtype of what is normalised
     x = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         x += tl.load(residual_ptr + row * stride_residual + column, mask=mask, other=0.0).to(tl.float32)
-        x = x.to(sum_ptr.dtype.element_ty)  # the norm is that of the sum as the next residual has it
+        x = x.to(narrow)  # the norm is that of the sum as the next residual has it
         tl.store(sum_ptr + row * D + column, x, mask=mask)
         x = x.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1, keep_dims=True) / D + eps)
     tl.store(rstd_ptr + row, rstd, mask=row < T)
     normed = x * rstd
     if not UPCAST_WEIGHT:
-        normed = normed.to(y_ptr.dtype.element_ty).to(tl.float32)
+        normed = normed.to(narrow).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32) + offset
-    tl.store(y_ptr + row * D + column, (normed * weight).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + row * D + column, (normed * weight).to(narrow).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -104,6 +117,7 @@ def _rms_norm_bwd_kernel(
     dy_ptr,  # [T, D]
     dsum_ptr,  # [T, D]: what else flows back into x, or None
     dx_ptr,  # [T, D]
+    dx_too_ptr,  # [T, D]: the same in another dtype, or None
     dweight_ptr,  # fp32 [programs, D]: each program's share, or None
     T,
     stride_x,
@@ -133,6 +147,8 @@ def _rms_norm_bwd_kernel(
         if ADD:
             dx += tl.load(dsum_ptr + row * D + column, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + row * D + column, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if dx_too_ptr is not None:
+            tl.store(dx_too_ptr + row * D + column, dx.to(dx_too_ptr.dtype.element_ty), mask=mask)
         if WEIGHT_GRADIENT:
             dweight += dy * normed
     if WEIGHT_GRADIENT:
@@ -164,7 +180,7 @@ class _RMSNorm(torch.autograd.Function):
     """Saves x and rstd; the fp32 temporaries live for one call only."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps, offset, upcast_weight):
+    def forward(ctx, x, weight, eps, offset, upcast_weight, dtype):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
@@ -172,7 +188,7 @@ class _RMSNorm(torch.autograd.Function):
         y = torch.mul(wide, rstd, out=None if wide is x else wide)  # one fp32 buffer: on a CPU new memory is slow
         if not upcast_weight and y.dtype != x.dtype:
             y.copy_(y.to(x.dtype))
-        return y.mul_(weight.to(wide.dtype) + offset if offset else weight).to(x.dtype)
+        return y.mul_(weight.to(wide.dtype) + offset if offset else weight).to(x.dtype).to(dtype)
 
     @staticmethod
     def backward(ctx, dy):
@@ -185,20 +201,20 @@ class _RMSNorm(torch.autograd.Function):
             h = wide * g
             dweight = (rstd[:, 0] @ h).to(weight.dtype) if ctx.needs_input_grad[1] else None
             if not ctx.needs_input_grad[0]:
-                return None, dweight, None, None, None
+                return None, dweight, *[None] * 4
             pull = (h @ scale)[:, None].mul_(rstd.pow(3)).div_(features)  # mean(g n) rstd^2, [rows, 1]
             dx = torch.mul(g, scale, out=h).mul_(rstd).addcmul_(wide, pull, value=-1)
-        return dx.to(x.dtype).view(x.shape), dweight, None, None, None
+        return dx.to(x.dtype).view(x.shape), dweight, *[None] * 4
 
 
 class _RMSNormTriton(torch.autograd.Function):
     """x [T, D] and a residual [T, D] or None -> y, and the sum [T, D] where there is a residual."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, eps, offset, upcast_weight):
+    def forward(ctx, x, residual, weight, eps, offset, upcast_weight, dtype):
         T, D = x.shape
         total = None if residual is None else x.new_empty(T, D, dtype=torch.promote_types(x.dtype, residual.dtype))
-        y = torch.empty_like(x if total is None else total, memory_format=torch.contiguous_format)
+        y = x.new_empty(T, D, dtype=dtype)
         rstd = x.new_empty(T, dtype=torch.float32)
         config = smallest_fit(CONFIGS["_rms_norm_fwd_kernel"], D)
         _rms_norm_fwd_kernel[(cdiv(T, config["ROWS"]),)](
@@ -219,27 +235,31 @@ class _RMSNormTriton(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         T, D = x.shape
         if dy is None:  # nobody used y
-            dx, dweight = dsum, None
+            dx, dx_too, dweight = dsum, dsum, None
         else:
             dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+            other = next(
+                (dtype for dtype in ctx.dtypes if dtype not in (None, x.dtype)), None
+            )  # of x or of the residual
+            dx_too = None if other is None else torch.empty_like(dx, dtype=other)
             config = smallest_fit(CONFIGS["_rms_norm_bwd_kernel"], D * x.element_size())
             programs = min(cdiv(T, config["ROWS"]), num_sms(x) * (WARPS_PER_SM // config["num_warps"]))
             partial = x.new_empty(programs, D, dtype=torch.float32) if ctx.needs_input_grad[2] else None
             _rms_norm_bwd_kernel[(programs,)](
-                *(x, weight, rstd, dy.contiguous(), None if dsum is None else dsum.contiguous(), dx, partial),
+                *(x, weight, rstd, dy.contiguous(), None if dsum is None else dsum.contiguous(), dx, dx_too, partial),
                 *(T, x.stride(0), ctx.offset, D, dsum is not None, partial is not None),
                 BLOCK_D=next_power_of_2(D),
                 **config,
             )
             dweight = None if partial is None else partial.sum(0).to(weight.dtype)
-        gradients = [None if dtype is None else dx.to(dtype) for dtype in ctx.dtypes]
-        return *gradients, dweight, None, None, None
+        gradients = [None if dtype is None else dx if dtype == x.dtype else dx_too for dtype in ctx.dtypes]
+        return *gradients, dweight, *[None] * 4
 
 
-def _rms_norm_triton(x, residual, weight, eps, offset, upcast_weight):
+def _rms_norm_triton(x, residual, weight, eps, offset, upcast_weight, dtype):
     """Any number of dimensions -> rows -> the kernels -> the shape of x."""
     rows = [None if t is None else as_rows(t) for t in (x, residual)]
-    y = _RMSNormTriton.apply(*rows, weight, eps, offset, upcast_weight)
+    y = _RMSNormTriton.apply(*rows, weight, eps, offset, upcast_weight, dtype)
     return y.view(x.shape) if residual is None else tuple(t.view(x.shape) for t in y)
 
 
@@ -247,40 +267,59 @@ def _cannot(x: Tensor) -> str:
     return f"{x.shape[-1]} features, and the kernels take at most {MAX_FEATURES}" if x.shape[-1] > MAX_FEATURES else ""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, upcast_weight: bool = False) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    upcast_weight: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension.
 
     x: [..., D], bf16, fp16, fp32 or fp64. weight: [D], the dtype of x or fp32. eps: added to the mean square.
     offset: 1.0 for the Gemma families, which store weight - 1.
     upcast_weight: multiply by the weight in fp32 and cast once (Gemma, OLMo 2); else cast, then multiply (all others).
+    dtype: of y; None = that of x. y is rounded to the dtype of x and then to this one.
 
-    Returns [..., D] in the dtype of x. Raises ValueError where the weight does not fit x.
+    Returns [..., D]. Raises ValueError where the weight does not fit x.
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
+    dtype = dtype or x.dtype
     with torch.autocast(x.device.type, enabled=False):
         backend = backend_for("rms_norm", x, _cannot(x))
         if backend == "reference":
-            return rms_norm_ref(x, weight, eps, offset=offset, upcast_weight=upcast_weight)
+            return rms_norm_ref(x, weight, eps, offset=offset, upcast_weight=upcast_weight, dtype=dtype)
         if backend == "triton":
-            return _rms_norm_triton(x, None, weight, eps, offset, upcast_weight)
-        return _RMSNorm.apply(x, weight, eps, offset, upcast_weight)
+            return _rms_norm_triton(x, None, weight, eps, offset, upcast_weight, dtype)
+        return _RMSNorm.apply(x, weight, eps, offset, upcast_weight, dtype)
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, upcast_weight: bool = False
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    upcast_weight: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The step between two sublayers: sum = x + residual, y = rms_norm(sum).
 
-    x, residual: [..., D]; their dtypes may differ, the sum gets the wider one. The rest as in `rms_norm`.
+    x, residual: [..., D]; their dtypes may differ, the sum gets the wider one. dtype: of y; None = that of the sum. The rest as
+    in `rms_norm`.
 
-    Returns (y, sum), both [..., D] in the dtype of the sum: y feeds the next sublayer, the sum is the next residual.
+    Returns (y, sum), both [..., D]: y feeds the next sublayer, the sum is the next residual.
     Raises ValueError where the shapes differ.
     """
     if x.shape != residual.shape:
         raise ValueError(f"add_rms_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} differ")
     if weight.shape == x.shape[-1:] and backend_for("rms_norm", x, _cannot(x)) == "triton":
+        dtype = dtype or torch.promote_types(x.dtype, residual.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return _rms_norm_triton(x, residual, weight, eps, offset, upcast_weight)
+            return _rms_norm_triton(x, residual, weight, eps, offset, upcast_weight, dtype)
     total = x + residual
-    return rms_norm(total, weight, eps, offset=offset, upcast_weight=upcast_weight), total
+    return rms_norm(total, weight, eps, offset=offset, upcast_weight=upcast_weight, dtype=dtype), total

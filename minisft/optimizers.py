@@ -61,10 +61,17 @@ class Lion(torch.optim.Optimizer):
             torch._foreach_add_(params, update, alpha=-group["lr"])
 
 
-def torch_adamw(groups: list[dict], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+class TorchAdamW(torch.optim.AdamW):
     """m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; w -= lr (m^ / (sqrt(v^) + eps) + wd w), with m^ and v^ divided by
     1 - b^t. torch's fused form: one pass over weights, gradients and moments. Kingma & Ba 2015, arXiv 1412.6980."""
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+
+    def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float):
+        super().__init__(groups, betas=betas, eps=eps, fused=True)
+
+    def step(self, closure: None = None) -> None:
+        super().step(closure)
+        # the fused kernel does not tell autograd that the weights have changed, and their copies (kernels/linear.py) ask for it
+        torch.autograd.graph.increment_version([p for group in self.param_groups for p in group["params"]])
 
 
 class AdamW(torch.optim.Optimizer):
@@ -301,7 +308,7 @@ def _decay(group: dict, params: list[Tensor]) -> None:
 RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda groups, betas, eps, **options: SGD(groups, **options),
     "lion": lambda groups, betas, eps: Lion(groups, betas),
-    "adamw": torch_adamw,
+    "adamw": TorchAdamW,
     "adamw_minisft": AdamW,
     "adamw_8bit": partial(AdamW, is_8bit=True),
     "stable_adamw": StableAdamW,

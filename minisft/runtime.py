@@ -8,11 +8,13 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from minisft.errors import UserError
+from minisft.kernels.linear import keep_copies
 from minisft.ranks import rank
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,9 +31,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """The context of every forward pass: computes in `precision` ("bf16", "fp16"), or changes nothing ("fp32")."""
-    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
+    with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"), keep_copies():
+        yield
 
 
 def cpu_has_bf16() -> bool:

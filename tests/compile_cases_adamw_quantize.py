@@ -7,6 +7,7 @@ the instructions of 80 and the memory of 120.
 import torch
 
 from minisft.kernels.adamw import adamw_
+from minisft.kernels.linear import keep_copies, weight_as
 from minisft.kernels.quantize import (
     dequantize_fp4,
     dequantize_int8,
@@ -37,3 +38,7 @@ def adamw_cases(arch: int) -> None:
         narrow = [(torch.zeros(64, 512, dtype=torch.uint8), torch.zeros(128)) for _ in range(2)]
         for m, v in (wide, narrow):
             adamw_([w], [g], [m], [v], **options, stochastic_rounding_seed=seed)
+        if dtype == torch.float32:
+            with keep_copies():
+                weight_as(w, torch.bfloat16)
+            adamw_([w], [g], [wide[0]], [wide[1]], **options)

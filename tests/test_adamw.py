@@ -10,6 +10,7 @@ from minisft.kernels import adamw as module
 from minisft.kernels.adamw import adamw_
 from minisft.kernels.adamw_formats import dequantize_state, quantize_state, round_stochastically, search
 from minisft.kernels.common import use_backend
+from minisft.kernels.linear import keep_copies, kept_copy, weight_as
 from minisft.kernels.quantize import dynamic_table
 
 SIZES = [(1,), (255,), (256,), (0,), (257,), (10007,), (16, 64)]
@@ -33,10 +34,16 @@ def zeros(w, is_8bit=False):
     return torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
 
 
-def train(params, steps=3, is_8bit=False, grad_dtype=None, **options):
-    """(params, first moments, second moments) after some steps with gradients that do not depend on the dtype of w."""
+def train(params, steps=3, is_8bit=False, grad_dtype=None, copies=None, **options):
+    """(params, first moments, second moments) after some steps with gradients that do not depend on the dtype of w.
+    copies: the dtype of those that all weights but the first keep; that of the second is stale."""
     generator = torch.Generator().manual_seed(1)
     params = [w.clone() for w in params]
+    if copies is not None:
+        with keep_copies():
+            for w in params[1:]:
+                weight_as(w, copies)
+        params[1].mul_(1)
     m, v = ([zeros(w, is_8bit) for w in params] for _ in range(2))
     for step in range(1, steps + 1):
         # Small ones too: the 8-bit moments have to hold seven powers of ten.
@@ -109,6 +116,19 @@ def test_kernels_equal_the_reference(triton_kernels, dtypes, seed, is_8bit):
             assert relative_error(flat(weights), flat(naive[0])) <= 2e-7
         else:
             assert (flat(weights) != flat(naive[0])).double().mean() <= 1e-3
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("is_8bit", [False, True], ids=["fp32 moments", "8-bit moments"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_copies_are_written_with_their_weights(triton_kernels, dtype, is_8bit):
+    params = [torch.randn(size) for size in SIZES]
+    ours = train(params, 1, is_8bit, copies=dtype)
+    assert_same(ours, train(params, 1, is_8bit))
+    first, stale, *others = ours[0]
+    assert kept_copy(first) is None and kept_copy(stale) is None
+    for w in others:
+        assert w.numel() == 0 or torch.equal(kept_copy(w), w.to(dtype))
 
 
 def test_hundreds_of_tiny_tensors_in_one_launch(triton_kernels, monkeypatch):

@@ -59,11 +59,12 @@ EXTRA_ROOMS = {
     "model/load": {"gguf/config"},
     "model/weight_files": {"gguf/tensors"},
     "kernels/rope": {"kernels/rms_norm"},
-    "kernels/linear_cross_entropy": {"kernels/cross_entropy", "kernels/linear_cross_entropy_torch"},
+    "kernels/linear_cross_entropy": {"kernels/cross_entropy", "kernels/linear", "kernels/linear_cross_entropy_torch"},
+    "kernels/linear_cross_entropy_torch": {"kernels/linear"},
     "kernels/flash_attention": {"kernels/flash_attention_kernels", "kernels/flash_attention_torch"},
     "kernels/flash_attention_kernels": {"kernels/flash_attention_tiles"},
     "kernels/gated_delta_rule": {"kernels/gated_delta_rule_kernels", "kernels/gated_delta_rule_torch"},
-    "kernels/adamw": {"kernels/quantize", "kernels/adamw_formats"},
+    "kernels/adamw": {"kernels/adamw_formats", "kernels/linear", "kernels/quantize"},
     "kernels/adamw_formats": {"kernels/quantize"},
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "shelve", "marshal", "dill", "joblib", "cloudpickle"}

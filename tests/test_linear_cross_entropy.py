@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from tolerance import assert_close_to_truth, cu_seqlens_of, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minisft.kernels import linear
 from minisft.kernels import linear_cross_entropy_torch as module
 from minisft.kernels.common import use_backend
 from minisft.kernels.linear_cross_entropy import (
@@ -30,7 +31,7 @@ OPTIONS = {
 def small_chunks(monkeypatch):
     """Chunks of at most 12 rows, blocks of 16 words: small inputs then cross every kind of boundary."""
     monkeypatch.setattr(module, "CPU_CHUNK_ROWS", 12)
-    monkeypatch.setattr(module, "WEIGHT_BLOCK", 16)
+    monkeypatch.setattr(linear, "BLOCK_ROWS", 16)
 
 
 def example(T=40, D=16, V=50, M=None, dtype=FP32, ignored=5, weight_dtype=None):

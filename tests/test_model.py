@@ -99,17 +99,20 @@ def test_checkpointing_changes_nothing(family, backend, autocast):
     model = tiny(CONFIGS[family] | dropout)
     model.neftune_alpha = 5.0
     ids, layout, probe = torch.randint(53, (sum(LENGTHS),)), stream(LENGTHS), torch.randn(sum(LENGTHS), 32)
+    stream_dtypes = set()
+    model.layers[-1].register_forward_hook(lambda _module, _inputs, outputs: stream_dtypes.add(outputs[0].dtype))
 
     def run(checkpointing: bool) -> list[Tensor]:
         model.gradient_checkpointing = checkpointing
         torch.manual_seed(1)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             hidden = model(ids, *layout)
-        assert hidden.dtype == torch.float32  # the residual stream, whatever the layers compute in
+        assert hidden.dtype == (torch.bfloat16 if autocast else torch.float32)  # what the product with the head reads
         return [hidden, *gradients(model, hidden, probe), torch.rand(3)]  # and the random state afterwards
 
     for plain, checkpointed in zip(run(False), run(True)):
         assert torch.equal(plain, checkpointed)
+    assert stream_dtypes == {torch.float32}  # the residual stream, whatever the layers compute in
 
 
 # ---------------------------------------------------------------- dropout and noise

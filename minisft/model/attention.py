@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minisft.kernels.flash_attention import flash_attention, flash_attention_with_kvcache
 from minisft.kernels.rope import rope
-from minisft.model.layers import HeadLayerNorm, LayerNorm, RMSNorm
+from minisft.model.layers import HeadLayerNorm, LayerNorm, RMSNorm, project
 from minisft.model.model_config import QK_LAYER_NORMS, ModelConfig
 from minisft.model.recompute import dropped
 
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         mean_length: float | None = None,
     ) -> Tensor:
         with dropped(x):
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         if self.clip_qkv is not None:
             q, k, v = (t.clamp(-self.clip_qkv, self.clip_qkv) for t in (q, k, v))
         if self.qk_norm == "full":
@@ -109,7 +109,7 @@ class Attention(nn.Module):
             out = flash_attention(q, k, v, start, end, dropout=dropout, mean_length=mean_length, **self.options)
         if gate is not None:
             out = out * gate.sigmoid()
-        return self.o_proj(out.flatten(-2))  # [T, D]
+        return project(out.flatten(-2), self.o_proj)[0]  # [T, D]
 
     def _turn(self, q: Tensor, k: Tensor, cos_sin: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
         """The rotary embedding, the factor of the queries and the RMSNorm of each head. If the norm comes first, it and the

@@ -27,11 +27,12 @@ class ScaledBlock(nn.Module):
         self.mlp = MLPS[config.mlp](config)
         self.multiplier = config.residual_multiplier
 
-    def forward(self, x: Tensor, *where) -> Tensor:
-        """x [T, D]; `where`: the other arguments of attention, as in decoder.Block."""
-        attended = self.self_attn(compute_dtype(self.input_layernorm(x)), *where)
-        normed, x = self.post_attention_layernorm.add(attended * self.multiplier, x)
-        return x + self.mlp(compute_dtype(normed)) * self.multiplier
+    def forward(self, x: Tensor, branch: Tensor | None, *where) -> tuple[Tensor, Tensor]:
+        """x, branch [T, D]; `where`: the other arguments of attention, as in decoder.Block."""
+        normed, x = self.input_layernorm.add(branch, x, compute_dtype(x))
+        attended = self.self_attn(normed, *where)
+        normed, x = self.post_attention_layernorm.add(attended * self.multiplier, x, compute_dtype(x))
+        return x, self.mlp(normed) * self.multiplier
 
 
 class PostNormBlock(nn.Module):
@@ -42,9 +43,10 @@ class PostNormBlock(nn.Module):
         self.mlp = MLPS[config.mlp](config)
         self.post_feedforward_layernorm = NORMS[config.norm](config)
 
-    def forward(self, x: Tensor, *where) -> Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(compute_dtype(x), *where))
-        return x + self.post_feedforward_layernorm(self.mlp(compute_dtype(x)))
+    def forward(self, x: Tensor, branch: Tensor | None, *where) -> tuple[Tensor, Tensor]:
+        x = x if branch is None else x + branch
+        x = x + self.post_attention_layernorm(self.self_attn(x.to(compute_dtype(x)), *where))
+        return x, self.post_feedforward_layernorm(self.mlp(x.to(compute_dtype(x))))
 
 
 class SandwichBlock(nn.Module):
@@ -57,10 +59,11 @@ class SandwichBlock(nn.Module):
         self.mlp = MLPS[config.mlp](config)
         self.post_feedforward_layernorm = NORMS[config.norm](config)
 
-    def forward(self, x: Tensor, *where) -> Tensor:
-        attended = self.post_attention_layernorm(self.self_attn(compute_dtype(self.input_layernorm(x)), *where))
-        normed, x = self.pre_feedforward_layernorm.add(attended, x)
-        return x + self.post_feedforward_layernorm(self.mlp(compute_dtype(normed)))
+    def forward(self, x: Tensor, branch: Tensor | None, *where) -> tuple[Tensor, Tensor]:
+        normed, x = self.input_layernorm.add(branch, x, compute_dtype(x))
+        attended = self.post_attention_layernorm(self.self_attn(normed, *where))
+        normed, x = self.pre_feedforward_layernorm.add(attended, x, compute_dtype(x))
+        return x, self.post_feedforward_layernorm(self.mlp(normed))
 
 
 class ParallelBlock(nn.Module):
@@ -73,13 +76,13 @@ class ParallelBlock(nn.Module):
         self.dropouts = config.attention_output_dropout, config.mlp_output_dropout
         self.sum_branches_first = config.sum_branches_first
 
-    def forward(self, x: Tensor, *where) -> Tensor:
-        normed = compute_dtype(self.input_layernorm(x))
+    def forward(self, x: Tensor, branch: Tensor | None, *where) -> tuple[Tensor, Tensor]:
+        normed, x = self.input_layernorm.add(branch, x, compute_dtype(x))
         attended = F.dropout(self.self_attn(normed, *where), self.dropouts[0], self.training)
         if self.post_attention_layernorm is not None:
-            normed = compute_dtype(self.post_attention_layernorm(x))
+            normed = self.post_attention_layernorm(x, compute_dtype(x))
         processed = F.dropout(self.mlp(normed), self.dropouts[1], self.training)
-        return attended + processed + x if self.sum_branches_first else x + attended + processed
+        return (x, attended + processed) if self.sum_branches_first else (x + attended, processed)
 
 
 OTHER_BLOCKS = {"scaled": ScaledBlock, "post": PostNormBlock, "sandwich": SandwichBlock, "parallel": ParallelBlock}

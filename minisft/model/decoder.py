@@ -6,6 +6,8 @@ It works on the flat token stream [T], in which documents stand side by side (da
 padding, no mask. Documents meet in attention only, and `start` and `end` keep them apart there; everything else works
 on each token alone. The LM head is not part of the forward: the loss multiplies it only with the rows that are trained.
 
+The sum x += is left to the norm that reads it next, which has x in its registers: a block returns x and its last branch apart.
+
 That is Llama. Other families set switches of the config: blocks.py has their blocks, layers.py their norms and MLPs,
 gated_delta_net.py and short_convolution.py what hybrids have in place of attention in most layers.
 
@@ -53,17 +55,19 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # [T, D]
+        branch: Tensor | None,  # [T, D]: what the layer before adds to x, or None
         start: Tensor,
         end: Tensor,
         cos_sin: tuple[Tensor, ...] | None,  # rope_table; None: the layer has no rotary embedding
         kv_cache: KVCache | None = None,
         mean_length: float | None = None,
-    ) -> Tensor:
-        mixer = getattr(self, self.mixer_name)
-        attended = mixer(compute_dtype(self.input_layernorm(x)), start, end, cos_sin, kv_cache, mean_length)
+    ) -> tuple[Tensor, Tensor]:
+        """-> x, and the branch that the next norm adds to it"""
+        normed, x = self.input_layernorm.add(branch, x, compute_dtype(x))
+        attended = getattr(self, self.mixer_name)(normed, start, end, cos_sin, kv_cache, mean_length)
         attended = F.dropout(attended, self.attention_dropout, self.training)
-        normed, x = self.post_attention_layernorm.add(attended, x)
-        return x + F.dropout(self.mlp(compute_dtype(normed)), self.mlp_dropout, self.training)
+        normed, x = self.post_attention_layernorm.add(attended, x, compute_dtype(x))
+        return x, F.dropout(self.mlp(normed), self.mlp_dropout, self.training)
 
 
 BLOCKS = {"pre": Block} | OTHER_BLOCKS
@@ -104,7 +108,8 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, start: Tensor, end: Tensor, kv_cache: KVCache | None = None
     ) -> Tensor:
-        """input_ids int64 [T], position_ids, start, end int32 [T] (see Batch) -> hidden [T, D], after the final norm.
+        """input_ids int64 [T], position_ids, start, end int32 [T] (see Batch) -> hidden [T, D], after the final norm, in the
+        dtype of matrix products.
 
         With a kv_cache the forward stores its keys and values there and attends to those already stored, as KVCache
         describes; without one the documents must be whole.
@@ -122,14 +127,17 @@ class Decoder(nn.Module):
         tables = {rope: rope_table(rope, position_ids, dtype) for rope in set(self.config.ropes) if rope is not None}
         if kv_cache is not None:
             kv_cache.place(position_ids, start, end)
+        branch = None
         for number, (layer, rope) in enumerate(zip(self.layers, self.config.ropes)):
             where = start, end, None if rope is None else tables[rope], kv_cache, self.mean_length
             if self.gradient_checkpointing and self.training and number % self.gradient_checkpointing_every == 0:
+                x, branch = x if branch is None else x + branch, None  # one tensor to keep instead of two
                 with offloaded(x.shape) if self.offload_activations else nullcontext():
-                    x = checkpoint(layer, x, *where, use_reentrant=False)  # keeps the RNG: the same dropout
+                    # keeps the RNG: the same dropout
+                    x, branch = checkpoint(layer, x, branch, *where, use_reentrant=False)
             else:
-                x = layer(x, *where)
-        return self.norm(x)
+                x, branch = layer(x, branch, *where)
+        return self.norm.add(branch, x, compute_dtype(x))[0]
 
     def recompute_cheap_ops(self, enabled: bool) -> None:
         """Compute the outputs of norms and gated units again in the backward (True), or keep them (False)."""

@@ -19,6 +19,7 @@ from minisft.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_
 from minisft.kernels.glu import swiglu
 from minisft.kernels.rms_norm import rms_norm
 from minisft.model.attention import KVCache
+from minisft.model.layers import project
 from minisft.model.model_config import ModelConfig
 from minisft.model.recompute import droppable, dropped
 
@@ -53,8 +54,8 @@ class GatedDeltaNet(nn.Module):
     ) -> Tensor:
         """x [T, D] -> [T, D]; the arguments are those of Attention."""
         with dropped(x):
-            inputs = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-            gate, a, b = self.g_proj(x), self.a_proj(x), self.b_proj(x)
+            readers = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj
+            *inputs, gate, a, b = project(x, *readers)
         beta = b.sigmoid() * self.beta_scale  # [T, Hv]
         g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())  # [T, Hv]
         weights = [conv.weight[:, 0] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]  # [C, K] each
@@ -77,7 +78,7 @@ class GatedDeltaNet(nn.Module):
                 kv_cache.states[self.layer] = (*[conv_state(part, start, end, size) for part in inputs], memory)
         y = self._unit(gate, out)
         with dropped(droppable(y, self._unit, gate, out) if self.recompute else y):
-            return self.o_proj(y)
+            return project(y, self.o_proj)[0]
 
     def _unit(self, gate: Tensor, out: Tensor) -> Tensor:
         """gate [T, Hv Dv], out [T, Hv, Dv] -> [T, Hv Dv]: the norm of each head, and its gate."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from minisft.kernels.glu import geglu, swiglu
 from minisft.kernels.layer_norm import layer_norm
+from minisft.kernels.linear import linears
 from minisft.kernels.rms_norm import add_rms_norm, rms_norm
 from minisft.model.model_config import ModelConfig
 from minisft.model.recompute import droppable, dropped
@@ -25,17 +26,21 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size or config.hidden_size))
         self.eps, self.offset, self.in_fp32 = config.norm_eps, config.norm_offset, config.norm_in_fp32
 
-    def forward(self, x: Tensor) -> Tensor:
-        return droppable(self._norm(x), self._norm, x) if self.recompute else self._norm(x)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """dtype: of the result; None = that of x."""
+        y = self._norm(x, dtype)
+        return droppable(y, self._norm, x, dtype) if self.recompute else y
 
-    def _norm(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, offset=self.offset, upcast_weight=self.in_fp32)
+    def _norm(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, offset=self.offset, upcast_weight=self.in_fp32, dtype=dtype)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """norm(x + residual) and x + residual, in one pass where there is a kernel for it."""
-        options = {"offset": self.offset, "upcast_weight": self.in_fp32}
-        y, total = add_rms_norm(x, residual, self.weight, self.eps, **options)
-        return droppable(y, self._norm, total) if self.recompute else y, total
+    def add(self, branch: Tensor | None, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """norm(x + branch) in dtype, and x + branch, in one pass where there is a kernel for it."""
+        if branch is None:
+            return self(x, dtype), x
+        options = {"offset": self.offset, "upcast_weight": self.in_fp32, "dtype": dtype}
+        y, total = add_rms_norm(branch, x, self.weight, self.eps, **options)
+        return droppable(y, self._norm, total, dtype) if self.recompute else y, total
 
 
 class LayerNorm(nn.Module):
@@ -51,15 +56,19 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size)) if config.norm_bias else None
         self.eps, self.offset = config.norm_eps, config.norm_offset
 
-    def forward(self, x: Tensor) -> Tensor:
-        return droppable(self._norm(x), self._norm, x) if self.recompute else self._norm(x)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """dtype: of the result; None = that of x."""
+        y = self._norm(x, dtype)
+        return droppable(y, self._norm, x, dtype) if self.recompute else y
 
-    def _norm(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight + self.offset if self.offset else self.weight, self.bias, self.eps)
+    def _norm(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        y = layer_norm(x, self.weight + self.offset if self.offset else self.weight, self.bias, self.eps)
+        return y if dtype is None else y.to(dtype)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        total = x + residual
-        return self(total), total
+    def add(self, branch: Tensor | None, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """norm(x + branch) in dtype, and x + branch."""
+        x = x if branch is None else x + branch
+        return self(x, dtype), x
 
 
 class HeadLayerNorm(nn.Module):
@@ -96,10 +105,10 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with dropped(x):
-            gate, up = self.gate_proj(x), self.up_proj(x)
+            gate, up = project(x, self.gate_proj, self.up_proj)
         y = self._unit(gate, up)
         with dropped(droppable(y, self._unit, gate, up) if self.recompute else y):
-            return self.down_proj(y)
+            return project(y, self.down_proj)[0]
 
     def _unit(self, gate: Tensor, up: Tensor) -> Tensor:
         return swiglu(gate, up) if self.activation == "silu" else geglu(gate, up, GELU[self.activation])
@@ -118,10 +127,10 @@ class PlainMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with dropped(x):
-            up = self.up_proj(x)
+            (up,) = project(x, self.up_proj)
         y = self._unit(up)
         with dropped(droppable(y, self._unit, up) if self.recompute else y):
-            return self.down_proj(y)
+            return project(y, self.down_proj)[0]
 
     def _unit(self, up: Tensor) -> Tensor:
         if self.activation == "relu2":
@@ -133,11 +142,16 @@ NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 MLPS = {"glu": GatedMLP, "plain": PlainMLP}
 
 
-def compute_dtype(x: Tensor) -> Tensor:
-    """x in autocast's dtype if autocast is on. This is one copy for the two or three linear layers that read it; otherwise
-    each would make its own and keep it for the backward."""
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products with x: autocast's if it is on. What several linear layers read is made in it at once;
+    otherwise each would cast, and keep its own copy for the backward."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return x
-    dtype, recipe = torch.get_autocast_dtype(kind), getattr(x, "recipe", None)
-    return x.to(dtype) if recipe is None else droppable(x.to(dtype), lambda: recipe().to(dtype))
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def project(x: Tensor, *modules: nn.Module) -> list[Tensor]:
+    """The linear layers of one input x [..., in] -> [..., out] each. Plain ones are one op; those with an adapter or a
+    quantised weight are modules of their own."""
+    if all(type(module) is nn.Linear for module in modules):
+        return linears(x, *((module.weight, module.bias) for module in modules))
+    return [project(x, m)[0] if type(m) is nn.Linear else m(x) for m in modules]

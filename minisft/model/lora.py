@@ -64,9 +64,9 @@ class LoraLinear(nn.Module):
         y = linear(x, self.weight)
         if self.enabled:
             dropped = F.dropout(x, self.dropout, self.training)
-            added = F.linear(F.linear(dropped, self.lora_A), self.lora_B)
+            added = linear(linear(dropped, self.lora_A), self.lora_B)
             if self.start_A is not None and self.start_B is not None:
-                added = added - F.linear(F.linear(dropped, self.start_A), self.start_B)
+                added = added - linear(linear(dropped, self.start_A), self.start_B)
             added = added * self.scale
             if self.magnitude is None:
                 y = y + added

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisft.errors import MODEL, UserError
+from minisft.kernels.linear import linears
 from minisft.kernels.quantize import (
     Int8Tensor,
     NF4Tensor,
@@ -148,8 +149,8 @@ class _QuantLinear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor | QuantWeight, bias: Tensor | None = None) -> Tensor:
     """F.linear for either kind of weight: x [..., in] -> [..., out], under autocast in its dtype."""
     if isinstance(weight, Tensor):
-        return F.linear(x, weight, bias)
-    x = compute_dtype(x)
+        return linears(x, (weight, bias))[0]
+    x = x.to(compute_dtype(x))
     return _QuantLinear.apply(x, None if bias is None else bias.to(x.dtype), weight)
 
 

@@ -44,10 +44,10 @@ class Recipe:
         return value
 
 
-def droppable(y: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def droppable(y: Tensor, function: Callable[..., Tensor], *inputs: Tensor | torch.dtype | None) -> Tensor:
     """y, which is function(*inputs), with that function attached. The inputs must be tensors that are saved anyway."""
     if torch.is_grad_enabled():
-        kept = [x.detach() for x in inputs]
+        kept = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
         y.recipe = lambda: function(*kept)
     return y
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from minisft.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update, conv_state
 from minisft.model.attention import KVCache
+from minisft.model.layers import project
 from minisft.model.model_config import ModelConfig
 from minisft.model.recompute import dropped
 
@@ -26,7 +27,7 @@ class ShortConvolution(nn.Module):
     ) -> Tensor:
         """x [T, D] -> [T, D]; the arguments are those of Attention."""
         with dropped(x):
-            before, after, h = self.in_proj(x).chunk(3, dim=-1)  # [T, D] each
+            before, after, h = project(x, self.in_proj)[0].chunk(3, dim=-1)  # [T, D] each
         h, weight = before * h, self.conv.weight[:, 0]  # [D, K]
         if kv_cache is not None and kv_cache.is_filled:
             (state,) = kv_cache.states[self.layer]
@@ -36,4 +37,4 @@ class ShortConvolution(nn.Module):
             out = causal_conv1d(h, weight, self.conv.bias, start)
             if kv_cache is not None:
                 kv_cache.states[self.layer] = (conv_state(h, start, end, weight.shape[1]),)
-        return self.out_proj(after * out)
+        return project(after * out, self.out_proj)[0]

@@ -1,0 +1,188 @@
+"""Linear layers in mixed precision, y = x W^T + b, and the matrix products of their gradients.
+
+The weights that the optimizer sees (the master weights) are in fp32, the products are in bf16. torch.autocast does this layer
+by layer: it casts W at every micro-batch, rounds dW to bf16, casts it to fp32 and adds it to the gradient of the micro-batches
+before, and q, k and v, which read the same x, have three gradients of x that two more passes add up. Here
+
+- a weight keeps its copy in bf16 until it changes (`keep_copies`): once an optimizer step, in which AdamW's kernel writes the
+  copy beside the weight (adamw.py);
+- dW goes to the fp32 gradient in the product itself. A GPU sums and adds in fp32 (beta = 1). A CPU has no product of bf16
+  matrices into fp32, so it multiplies a block of rows at a time, and adds the block while it is in the cache;
+- layers with the same input are one op, and the product of one adds to the gradient of x by the other.
+
+Bytes moved for a weight of n numbers in one more micro-batch of a step: 2 n for each of y and dx, 8 n for dW. By autocast also
+6 n for the cast, 2 n + 6 n for dW's detour, 4 n more for the addition.
+
+What is fp32 whatever the dtype: the sums inside the products, dW over micro-batches, the gradient of a bias.
+
+Paper: Micikevicius et al. 2018, "Mixed Precision Training", arXiv:1710.03740.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minisft.kernels.common import chosen_backend
+
+BLOCK_ROWS = 2048  # of a product that a CPU multiplies and adds while they are in its cache
+
+Layer = tuple[Tensor, Tensor | None]  # weight [out, in], bias [out]
+
+
+def linears_ref(x: Tensor, *layers: Layer) -> list[Tensor]:
+    """The formula. Arguments as in `linears`."""
+    return [F.linear(x, weight, bias) for weight, bias in layers]
+
+
+# ---- the copy of a weight -----------------------------------------------------------------------------------------
+
+
+_keeps = False
+
+
+@contextlib.contextmanager
+def keep_copies() -> Iterator[None]:
+    """Inside the block weights keep the copies that are made of them (unless autocast's cache is off, as where a parameter holds
+    other values for a while).
+
+    A copy counts as current while autograd's counter of changes stands still. Whoever opens the block must see to it that every
+    update counts, which torch's fused optimizers do not by themselves (optimizers.py). Outside each use makes a new copy.
+    """
+    global _keeps
+    before, _keeps = _keeps, True
+    try:
+        yield
+    finally:
+        _keeps = before
+
+
+class _Copy(NamedTuple):
+    source: Tensor  # shares the memory of the weight that was copied, so that nothing else can have its address
+    version: int  # of the weight's values: autograd counts every change in place
+    values: Tensor
+
+
+def weight_as(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight's values in another dtype, without a gradient."""
+    if weight.dtype == dtype:
+        return weight.detach()
+    kept = getattr(weight, "_copy", None)
+    if kept is None or kept.values.dtype != dtype or not _shares_memory(kept.source, weight):
+        kept = None
+    elif kept.version == weight._version:
+        return kept.values
+    if not (_keeps and torch.is_autocast_cache_enabled()):
+        return weight.detach().to(dtype)
+    with torch.no_grad():
+        values = weight.detach().to(dtype) if kept is None else kept.values.copy_(weight)
+    weight._copy = _Copy(weight.detach(), weight._version, values)
+    return values
+
+
+def kept_copy(weight: Tensor) -> Tensor | None:
+    """The copy that the weight keeps, with the values that it has now; None if there is none."""
+    kept = getattr(weight, "_copy", None)
+    is_current = kept is not None and kept.version == weight._version and _shares_memory(kept.source, weight)
+    return kept.values if is_current else None
+
+
+def copy_was_written(weight: Tensor) -> None:
+    """Call after weight and copy have been changed alike."""
+    weight._copy = weight._copy._replace(version=weight._version)
+
+
+def _shares_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+# ---- products -----------------------------------------------------------------------------------------------------
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """out = a b, or out += a b, summed in fp32 and rounded once to the dtype of out, that of a and b or fp32."""
+    options = {}
+    if a.is_cuda and out.dtype != a.dtype:
+        options = dict(out_dtype=out.dtype)
+    else:  # a CPU, where the tests run this, has no product with an output wider than its inputs
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    if add:
+        torch.addmm(out, a, b, out=out, **options)
+    else:
+        torch.mm(a, b, out=out, **options)
+
+
+def product_in_blocks(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """`product_into` for a CPU: if out is wider than a and b, blocks of rows are rounded to their dtype before they are added."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=int(add), out=out)
+        return
+    for first in range(0, len(out), BLOCK_ROWS):
+        rows = slice(first, first + BLOCK_ROWS)
+        block, part = torch.mm(a[rows], b), out[rows]
+        part.add_(block) if add else part.copy_(block)
+
+
+class _Linears(torch.autograd.Function):
+    """x [T, in], copies (weight, bias) in the dtype of x, then the weights and the biases themselves -> y [T, out] of each layer.
+    Saves x and the copies of the weights."""
+
+    @staticmethod
+    def forward(ctx, x, copies, *weights_and_biases):
+        ctx.save_for_backward(x, *(W for W, _ in copies))
+        ctx.weights = weights_and_biases[: len(copies)]  # not saved, as only their dtypes and gradients are needed
+        ctx.set_materialize_grads(False)
+        return tuple(F.linear(x, W, b) for W, b in copies)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *dys):
+        x, *copies = ctx.saved_tensors
+        n = len(copies)
+        dx, gradients = None, [None] * (2 * n)
+        for i, (dy, W, weight) in enumerate(zip(dys, copies, ctx.weights)):
+            if dy is None:
+                continue
+            if ctx.needs_input_grad[0]:
+                dx = dy @ W if dx is None else dx.addmm_(dy, W)
+            if ctx.needs_input_grad[2 + i]:
+                gradients[i] = _weight_gradient(weight, dy, x)
+            if ctx.needs_input_grad[2 + n + i]:
+                gradients[n + i] = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+        return dx, None, *gradients
+
+
+def _weight_gradient(weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
+    """dW = dy^T x, or None if it was added to the gradient that the weight has already."""
+    product = product_into if dy.is_cuda or chosen_backend() == "triton" else product_in_blocks
+    if weight.is_leaf and weight.grad is not None:
+        product(weight.grad, dy.T, x, add=True)
+        return None
+    dtype = (weight.grad_dtype if weight.is_leaf else None) or weight.dtype
+    gradient = torch.empty_like(weight, dtype=dtype)
+    product(gradient, dy.T, x)
+    return gradient
+
+
+def linears(x: Tensor, *layers: Layer) -> list[Tensor]:
+    """y = x W^T + b for one or more linear layers with the same input.
+
+    x: [..., in]. layers: (weight [out, in], bias [out] or None) each, of any dtypes. The products are in the dtype of x, or of
+    autocast where that is on.
+
+    Returns [..., out] for each layer, in the dtype of the products. The gradient of a weight has the weight's dtype (or its
+    `grad_dtype`). If a weight is a leaf that has a gradient already, the backward pass adds to it in place.
+    """
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if chosen_backend() == "reference" or not torch.is_grad_enabled() and all(w.dtype == dtype for w, _ in layers):
+        return linears_ref(x, *layers)
+    copies = [(weight_as(weight, dtype), None if bias is None else weight_as(bias, dtype)) for weight, bias in layers]
+    with torch.autocast(x.device.type, enabled=False):
+        rows = x.to(dtype).reshape(-1, x.shape[-1])
+        weights, biases = zip(*layers)
+        return [y.view(*x.shape[:-1], -1) for y in _Linears.apply(rows, copies, *weights, *biases)]

@@ -1,0 +1,144 @@
+"""Linear layers in mixed precision: the formula's values and gradients, one after another, with copies that are never stale."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import relative_error
+
+from minisft import optimizers, runtime, update
+from minisft.kernels import linear as module
+from minisft.kernels.common import use_backend
+from minisft.kernels.linear import keep_copies, kept_copy, linears, linears_ref, weight_as
+from minisft.parameters import parameter_groups
+
+BF16 = torch.bfloat16
+
+
+def layers_of(dtype=torch.float32, bias=True):
+    make = lambda *shape: torch.randn(*shape, dtype=dtype).requires_grad_()  # noqa: E731
+    return [(make(out, 24), make(out) if bias else None) for out in (40, 8, 16)]
+
+
+def values_and_gradients(function, x, layers, probes, times=1):
+    """y of each layer, and the gradients of x, weights and biases, added up over `times` backward passes."""
+    x = x.detach().requires_grad_()
+    leaves = [x, *(t for layer in layers for t in layer if t is not None)]
+    for leaf in leaves:
+        leaf.grad = None
+    for _ in range(times):
+        ys = function(x, *layers)
+        torch.autograd.backward(ys, [p.to(y.dtype) for p, y in zip(probes, ys)])
+    return [*ys, *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_the_formula(backend, bias, times, monkeypatch):
+    """In fp64 to the last digits, whether a gradient is there already or not."""
+    monkeypatch.setattr(module, "BLOCK_ROWS", 8)
+    layers, x = layers_of(torch.float64, bias), torch.randn(3, 7, 24, dtype=torch.float64)
+    probes = [torch.randn(3, 7, len(weight), dtype=torch.float64) for weight, _ in layers]
+    expected = values_and_gradients(linears_ref, x, layers, probes, times)
+    with use_backend(backend):
+        got = values_and_gradients(linears, x, layers, probes, times)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert relative_error(ours, theirs) < 1e-14
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_mixed_precision_loses_less_than_autocast(backend, monkeypatch):
+    """Three micro-batches of bf16 products: dW is added up in fp32, and rounded to bf16 once a product on a CPU, never where
+    the product has an fp32 result. Values are autocast's to the last bit."""
+    monkeypatch.setattr(module, "BLOCK_ROWS", 8)
+    layers, x = layers_of(), torch.randn(50, 24)
+    probes = [torch.randn(50, len(weight)) for weight, _ in layers]
+    exact_layers = [(w.detach().to(BF16).double(), b.detach().double()) for w, b in layers]
+    for tensor in sum(exact_layers, ()):
+        tensor.requires_grad_()
+    exact_inputs = x.to(BF16).double(), exact_layers, [p.to(BF16).double() for p in probes]
+    truth = values_and_gradients(linears_ref, *exact_inputs, 3)
+
+    def autocast(function):
+        def run(*inputs):
+            with torch.autocast("cpu", dtype=BF16), keep_copies():
+                return function(*inputs)
+
+        return run
+
+    theirs = values_and_gradients(autocast(linears_ref), x, layers, probes, 3)
+    with use_backend(backend):
+        ours = values_and_gradients(autocast(linears), x, layers, probes, 3)
+    for a, b in zip(ours[:3], theirs[:3]):
+        assert a.dtype == BF16 and torch.equal(a, b)
+    for a, b, exact in zip(ours[3:], theirs[3:], truth[3:]):
+        assert a.dtype == torch.float32
+        assert relative_error(a, exact) <= 1.05 * relative_error(b, exact)
+    if backend == "triton":  # fp32 sums of products of bf16 numbers
+        assert all(relative_error(a, exact) < 1e-6 for a, exact in zip(ours[4::2], truth[4::2]))
+
+
+def test_a_weight_keeps_its_copy_until_it_changes():
+    weight = torch.randn(5, 4, requires_grad=True)
+    assert kept_copy(weight) is None
+    alone = weight_as(weight, BF16)
+    assert kept_copy(weight) is None and weight_as(weight, BF16) is not alone  # nobody keeps it
+    with keep_copies():
+        copy = weight_as(weight, BF16)
+        assert weight_as(weight, BF16) is copy is kept_copy(weight)
+        with torch.no_grad():
+            weight.mul_(2)
+        assert kept_copy(weight) is None
+        again = weight_as(weight, BF16)
+        assert torch.equal(again, weight.detach().to(BF16)) and again.data_ptr() == copy.data_ptr()  # no new memory
+
+        before, weight.data = (
+            weight.data,
+            torch.randn(5, 4),
+        )  # other values for a while: their own copy, and ours afterwards
+        with torch.autocast("cpu", dtype=BF16, cache_enabled=False):
+            assert torch.equal(weight_as(weight, BF16), weight.detach().to(BF16))
+        weight.data = before
+        assert kept_copy(weight) is again and torch.equal(again, weight.detach().to(BF16))
+        assert weight_as(weight, torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("name", optimizers.RULES)
+def test_no_optimizer_leaves_a_stale_copy(name, in_backward):
+    """After every update the products are those of the new weights."""
+    model = torch.nn.Sequential(torch.nn.Linear(24, 24), torch.nn.Linear(24, 24))
+    groups = parameter_groups(model, learning_rate=0.1, weight_decay=0.1)
+    optimizer = optimizers.build_optimizer(name, groups, betas=(0.9, 0.99), eps=1e-8)
+    x = torch.randn(9, 24)
+
+    def forward(function):
+        with runtime.autocast(torch.device("cpu"), "bf16"):
+            y = x
+            for layer in model:
+                (y,) = function(y, (layer.weight, layer.bias))
+            return y
+
+    for _ in range(3):
+        with (
+            update.update_in_backward(model, optimizer, update.ZeroUpdates(set()))
+            if in_backward
+            else torch.enable_grad()
+        ):
+            forward(linears).float().square().sum().backward()
+        if not in_backward:
+            update.clip_and_update(optimizer, update.gradients(model), torch.tensor(1.0), 0.5)
+            optimizer.zero_grad()
+        with torch.no_grad():
+            assert torch.equal(forward(linears), forward(lambda x, layer: [F.linear(x, *layer)]))
+
+
+def test_a_weight_that_changes_before_the_backward_is_noticed():
+    (weight, _), x = layers_of(bias=False)[0], torch.randn(4, 24, requires_grad=True)
+    with torch.autocast("cpu", dtype=BF16), keep_copies():
+        (y,) = linears(x, (weight, None))
+        with torch.no_grad():
+            weight.add_(1)
+        linears(x, (weight, None))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
