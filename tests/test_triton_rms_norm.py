@@ -47,15 +47,28 @@ def test_with_the_residual(family, dtypes):
     )
 
 
-def test_a_bf16_branch_joins_an_fp32_residual():
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bf16_branch_joins_an_fp32_residual(family, dtype):
+    """y is what a cast of the plain op's would be, and so are all gradients."""
     x, residual, weight = leaf(5, 80).detach().bfloat16().requires_grad_(), leaf(5, 80), leaf(80)
-    ours = run_with_gradients(lambda *inputs: add_rms_norm(*inputs, 1e-5), [x, residual, weight])
+    inputs = [x, residual, weight]
+    options = FAMILIES[family]
+    ours = run_with_gradients(lambda *inputs: add_rms_norm(*inputs, 1e-5, dtype=dtype, **options), inputs)
+    plain = run_with_gradients(
+        lambda *inputs: tuple(
+            t.to(d) if d else t for t, d in zip(add_rms_norm(*inputs, 1e-5, **options), (dtype, None))
+        ),
+        inputs,
+    )
     with use_backend("torch"):
-        torchs = run_with_gradients(lambda *inputs: add_rms_norm(*inputs, 1e-5), [x, residual, weight])
+        torchs = run_with_gradients(lambda *inputs: add_rms_norm(*inputs, 1e-5, dtype=dtype, **options), inputs)
     assert torch.equal(ours["output 1"], x + residual)
     for name in ours:
-        assert ours[name].dtype == torchs[name].dtype
+        assert ours[name].dtype == torchs[name].dtype and torch.equal(ours[name], plain[name])
         torch.testing.assert_close(ours[name], torchs[name])  # torch's own tolerance of each dtype
+    alone, cast = rms_norm(residual, weight, 1e-5, dtype=dtype, **options), rms_norm(residual, weight, 1e-5, **options)
+    assert torch.equal(alone, cast if dtype is None else cast.to(dtype))
 
 
 @pytest.mark.parametrize("used", [0, 1], ids=["only y", "only the sum"])
