@@ -132,6 +132,7 @@ def _rope_rows(
     T,
     stride_token,
     stride_head,
+    scale,
     eps,
     offset,
     HEADS: tl.constexpr,
@@ -153,7 +154,7 @@ def _rope_rows(
         weight_a, weight_b = _load_pairs(weight_ptr, tl.full((1, 1), 1, tl.int1), DH, R, INTERLEAVED, BLOCK)
         a *= rstd * (weight_a + offset)
         b *= rstd * (weight_b + offset)
-    a, b = _turn(a, b, cos_ptr, sin_ptr, token, valid, DH, R, BACK, BLOCK)
+    a, b = _turn(a * scale, b * scale, cos_ptr, sin_ptr, token, valid, DH, R, BACK, BLOCK)
     _store_pairs(y_ptr + row.to(tl.int64) * DH, a, b, valid, DH, R, INTERLEAVED, BLOCK)
 
 
@@ -172,6 +173,7 @@ def _rope_kernel(
     stride_q_head,
     stride_k_token,
     stride_k_head,
+    q_scale,  # multiplies q
     q_eps,
     q_offset,
     k_eps,
@@ -192,12 +194,12 @@ def _rope_kernel(
     if block < Q_HEADS:
         _rope_rows(
             *(tokens * Q_HEADS + block, q_ptr, q_out_ptr, q_weight_ptr, cos_ptr, sin_ptr, T),
-            *(stride_q_token, stride_q_head, q_eps, q_offset, Q_HEADS, DH, R, INTERLEAVED, BACK, ROWS, BLOCK),
+            *(stride_q_token, stride_q_head, q_scale, q_eps, q_offset, Q_HEADS, DH, R, INTERLEAVED, BACK, ROWS, BLOCK),
         )
     else:
         _rope_rows(
             *(tokens * K_HEADS + block - Q_HEADS, k_ptr, k_out_ptr, k_weight_ptr, cos_ptr, sin_ptr, T),
-            *(stride_k_token, stride_k_head, k_eps, k_offset, K_HEADS, DH, R, INTERLEAVED, BACK, ROWS, BLOCK),
+            *(stride_k_token, stride_k_head, 1.0, k_eps, k_offset, K_HEADS, DH, R, INTERLEAVED, BACK, ROWS, BLOCK),
         )
 
 
@@ -217,6 +219,7 @@ def _rope_bwd_rows(
     stride_head,
     stride_dy_token,
     stride_dy_head,
+    scale,
     eps,
     offset,
     HEADS: tl.constexpr,
@@ -239,7 +242,7 @@ def _rope_bwd_rows(
         dy_row = dy_ptr + token.to(tl.int64) * stride_dy_token + head * stride_dy_head
         a, b = _load_pairs(x_row, valid, DH, R, INTERLEAVED, BLOCK)
         da, db = _load_pairs(dy_row, valid, DH, R, INTERLEAVED, BLOCK)
-        da, db = _turn(da, db, cos_ptr, sin_ptr, token, valid, DH, R, True, BLOCK)
+        da, db = _turn(da * scale, db * scale, cos_ptr, sin_ptr, token, valid, DH, R, True, BLOCK)
         rstd = 1.0 / tl.sqrt(tl.sum(a * a + b * b, 1, keep_dims=True) / DH + eps)
         a, b = a * rstd, b * rstd
         dweight_a += da * a
@@ -276,6 +279,7 @@ def _rope_norm_bwd_kernel(
     stride_dq_head,
     stride_dk_token,
     stride_dk_head,
+    q_scale,  # multiplies dq_out
     q_eps,
     q_offset,
     k_eps,
@@ -296,14 +300,14 @@ def _rope_norm_bwd_kernel(
     if program < q_programs:
         _rope_bwd_rows(
             *(program, q_programs, q_ptr, dq_out_ptr, dq_ptr, q_weight_ptr, dweight_ptr, cos_ptr, sin_ptr, T),
-            *(stride_q_token, stride_q_head, stride_dq_token, stride_dq_head, q_eps, q_offset),
+            *(stride_q_token, stride_q_head, stride_dq_token, stride_dq_head, q_scale, q_eps, q_offset),
             *(Q_HEADS, DH, R, INTERLEAVED, ROWS, STAGES, BLOCK),
         )
     else:
         _rope_bwd_rows(
             *(program - q_programs, tl.num_programs(0) - q_programs, k_ptr, dk_out_ptr, dk_ptr, k_weight_ptr),
             *(dweight_ptr, cos_ptr, sin_ptr, T, stride_k_token, stride_k_head, stride_dk_token, stride_dk_head),
-            *(k_eps, k_offset, K_HEADS, DH, R, INTERLEAVED, ROWS, STAGES, BLOCK),
+            *(1.0, k_eps, k_offset, K_HEADS, DH, R, INTERLEAVED, ROWS, STAGES, BLOCK),
         )
 
 
@@ -361,56 +365,62 @@ class _RopeTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, cos, sin, interleaved, numbers):
-        normed = () if q_weight is None else (q, k, q_weight, k_weight)
-        ctx.save_for_backward(cos, sin, *normed)
+        normed = (None, None) if q_weight is None else (q, k)
+        ctx.save_for_backward(*normed, q_weight, k_weight, cos, sin)
         ctx.interleaved, ctx.numbers = interleaved, numbers
-        return _launch(q, k, q_weight, k_weight, cos, sin, interleaved, numbers, back=False)
+        return turn(q, k, q_weight, k_weight, cos, sin, interleaved, numbers)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq_out, dk_out):
-        cos, sin, *normed = ctx.saved_tensors
-        dq_out, dk_out = _features_adjacent(dq_out), _features_adjacent(dk_out)
-        if not normed:
-            dq_dk = _launch(dq_out, dk_out, None, None, cos, sin, ctx.interleaved, ctx.numbers, back=True)
-            return *dq_dk, *[None] * 6
-        q, k, q_weight, k_weight = normed
-        (T, q_heads, head_dim), k_heads = q.shape, k.shape[1]
-        dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-        config = smallest_fit(CONFIGS["_rope_norm_bwd_kernel"], head_dim)
-        programs = num_sms(q) * (WARPS_PER_SM // config["num_warps"])
-        q_programs = max(1, programs * q_heads // (q_heads + k_heads))
-        q_programs, k_programs = (
-            min(cdiv(T * heads, config["ROWS"]), share)
-            for heads, share in ((q_heads, q_programs), (k_heads, programs - q_programs))
-        )
-        partial, dq_weight, dk_weight = None, None, None
-        if any(ctx.needs_input_grad[2:4]):
-            partial = q.new_empty(q_programs + k_programs, head_dim, dtype=torch.float32)
-        _rope_norm_bwd_kernel[(q_programs + k_programs,)](
-            *(q, k, dq_out, dk_out, dq, dk, q_weight, k_weight, partial, cos, sin, T, q_programs),
-            *(stride for x in (q, k, dq_out, dk_out) for stride in x.stride()[:2]),
-            *(*ctx.numbers, q_heads, k_heads, head_dim, 2 * cos.shape[1], ctx.interleaved),
-            BLOCK=next_power_of_2(head_dim // 2),
-            **config,
-        )
-        if partial is not None:
-            dq_weight = partial[:q_programs].sum(0).to(q_weight.dtype)
-            dk_weight = partial[q_programs:].sum(0).to(k_weight.dtype)
-        return dq, dk, dq_weight, dk_weight, *[None] * 4
+        saved = *ctx.saved_tensors, ctx.interleaved, ctx.numbers
+        return *turn_back(dq_out, dk_out, *saved, weights=any(ctx.needs_input_grad[2:4])), *[None] * 4
 
 
-def _launch(q, k, q_weight, k_weight, cos, sin, interleaved, numbers, back):
-    q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+def turn(q, k, q_weight, k_weight, cos, sin, interleaved, numbers, back=False, q_scale=1.0):
+    """q_scale q and k turned, or turned back (without norms): new tensors in the dtype of k. The rest as in _RopeTriton."""
+    q_out, k_out = (torch.empty_like(x, dtype=k.dtype, memory_format=torch.contiguous_format) for x in (q, k))
     (T, q_heads, head_dim), k_heads = q.shape, k.shape[1]
     config = smallest_fit(CONFIGS["_rope_kernel"], head_dim)
     _rope_kernel[(cdiv(T, config["ROWS"]) * (q_heads + k_heads),)](
-        *(q, k, q_out, k_out, q_weight, k_weight, cos, sin, T, *q.stride()[:2], *k.stride()[:2], *numbers),
+        *(q, k, q_out, k_out, q_weight, k_weight, cos, sin, T, *q.stride()[:2], *k.stride()[:2], q_scale, *numbers),
         *(q_heads, k_heads, head_dim, 2 * cos.shape[1], interleaved, back),
         BLOCK=next_power_of_2(head_dim // 2),
         **config,
     )
     return q_out, k_out
+
+
+def turn_back(
+    dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, interleaved, numbers, *, weights: bool, q_scale: float = 1.0
+):
+    """The backward pass of `turn`: dq, dk, and if `weights` their gradients, else None. q, k: its inputs, read for norms
+    only. q_scale multiplies dq_out, which may be wider than dk_out."""
+    dq_out, dk_out = _features_adjacent(dq_out), _features_adjacent(dk_out)
+    if q_weight is None:
+        dq_dk = turn(dq_out, dk_out, None, None, cos, sin, interleaved, numbers, back=True, q_scale=q_scale)
+        return *dq_dk, None, None
+    (T, q_heads, head_dim), k_heads = q.shape, k.shape[1]
+    dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    config = smallest_fit(CONFIGS["_rope_norm_bwd_kernel"], head_dim)
+    programs = num_sms(q) * (WARPS_PER_SM // config["num_warps"])
+    q_programs = max(1, programs * q_heads // (q_heads + k_heads))
+    q_programs, k_programs = (
+        min(cdiv(T * heads, config["ROWS"]), share)
+        for heads, share in ((q_heads, q_programs), (k_heads, programs - q_programs))
+    )
+    partial = q.new_empty(q_programs + k_programs, head_dim, dtype=torch.float32) if weights else None
+    _rope_norm_bwd_kernel[(q_programs + k_programs,)](
+        *(q, k, dq_out, dk_out, dq, dk, q_weight, k_weight, partial, cos, sin, T, q_programs),
+        *(stride for x in (q, k, dq_out, dk_out) for stride in x.stride()[:2]),
+        *(q_scale, *numbers, q_heads, k_heads, head_dim, 2 * cos.shape[1], interleaved),
+        BLOCK=next_power_of_2(head_dim // 2),
+        **config,
+    )
+    if partial is None:
+        return dq, dk, None, None
+    dq_weight = partial[:q_programs].sum(0).to(q_weight.dtype)
+    return dq, dk, dq_weight, partial[q_programs:].sum(0).to(k_weight.dtype)
 
 
 def _features_adjacent(x: Tensor) -> Tensor:
