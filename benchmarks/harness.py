@@ -171,5 +171,27 @@ def print_table(rows: list[dict]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
+def number(value: float) -> str:
+    """1234.5 -> 1,234; 12.34 -> 12.3; 0.1234 -> 0.123."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+def drawing():
+    """matplotlib.pyplot; None, and a line that says so, where it is not installed."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print("no charts: matplotlib is not installed (pip install -e '.[bench]')")
+        return None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def _text(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)

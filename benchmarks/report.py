@@ -1,6 +1,6 @@
-"""Writes the README's benchmark tables and charts from benchmarks/results/*.csv; nothing else writes them.
+"""Writes the benchmark tables and charts of README and docs/ from benchmarks/results/*.csv; nothing else writes them.
 
-    python -m benchmarks.report                             the tables between the README's markers, and the charts
+    python -m benchmarks.report                             the tables between the markers, and the charts
     python -m benchmarks.report --suite gpu --out DIR       first measure on this GPU, as suite.py says; CSVs and tables in DIR
 
 A table takes the newest row of each thing that was measured. What has no CSV is "not yet measured".
@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.harness import RESULTS, ROOT, read_csv
+from benchmarks.harness import RESULTS, ROOT, drawing, number, read_csv, table
+from benchmarks.paper_report import paper_chart, paper_table
 from benchmarks.suite import suite
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -52,15 +53,6 @@ UNITS = {"ms": "ms", "beside_gb": "GB", "tflops": "TFLOP/s", "percent": "%", VAR
 def newest(rows: list[dict], *key: str) -> list[dict]:
     """The last row with each key, in the order in which the keys came first."""
     return list({tuple(row.get(column, "") for column in key): row for row in rows}.values())
-
-
-def number(value: float) -> str:
-    """1234.5 -> 1,234; 12.34 -> 12.3; 0.1234 -> 0.123."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
 def source(rows: list[dict]) -> str:
@@ -282,6 +274,11 @@ def block(results: Path = RESULTS) -> str:
     return "\n\n".join(parts)
 
 
+def paper_block(results: Path = RESULTS) -> str:
+    """What stands between the markers of docs/step_on_paper.md."""
+    return section("Steps on paper", "benchmarks.step_on_paper", results, "step_on_paper", paper_table)
+
+
 def write_block(readme: Path, text: str) -> None:
     """Raises ValueError where the README does not have the two markers, once and in order."""
     old = readme.read_text(encoding="utf-8")
@@ -293,16 +290,10 @@ def write_block(readme: Path, text: str) -> None:
 
 
 def charts(results: Path, folder: Path) -> list[Path]:
-    """A PNG of bars for each CSV of kernels: the time of every contender on the first case of each op."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        print("no charts: matplotlib is not installed (pip install -e '.[bench]')")
+    """A PNG of bars for each CSV of kernels: the time of every contender on the first case of each op. And `paper_chart`."""
+    if (pyplot := drawing()) is None:
         return []
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    written = []
+    written = [path for path in [paper_chart(results, folder)] if path]
     for path in sorted(results.glob("kernels_*.csv")):
         cases = by_case(read_csv(path))
         first = {op: case for op, case in reversed(cases)}
@@ -334,7 +325,8 @@ def main() -> None:
     if not arguments.suite:
         charts(RESULTS, RESULTS)
         write_block(ROOT / "README.md", block(RESULTS))
-        print(f"written: {ROOT / 'README.md'}")
+        write_block(ROOT / "docs" / "step_on_paper.md", paper_block(RESULTS))
+        print(f"written: {ROOT / 'README.md'}, docs/step_on_paper.md")
         return
     if arguments.out is None:
         parser.error("--suite needs --out")

@@ -2,7 +2,8 @@
 
     python -m benchmarks.step_on_paper                                          four models on an H200
     python -m benchmarks.step_on_paper --model SmolLM2-135M --tokens 4096       one of them, other sizes
-    python -m benchmarks.step_on_paper --json                                   one line of JSON for each model
+    python -m benchmarks.step_on_paper --json                                   a list of dicts, one for each model
+    python -m benchmarks.step_on_paper --csv benchmarks/results                 rows by part of the step, and a chart
 
 The step is loop.train_step itself, with a decoder of the family's shape and the optimizer of a configuration, on documents of
 2,048 tokens of which all are trained. paper_gpu.py runs it without a GPU and writes down what would be launched. It is the
@@ -20,17 +21,29 @@ Three times stand side by side, none of them measured:
 import argparse
 import json
 import math
+import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 
+from benchmarks.harness import write_csv
 from benchmarks.paper_gpu import Launch, PaperGPU
+from benchmarks.paper_report import paper_chart
 from minisft import sft
 from minisft.cards import CARDS, Card
+from minisft.config.choices import OPTIMIZERS
 from minisft.config.load import load
 from minisft.config.sections import Config
-from minisft.data.batch import Batch, document_bounds
+from minisft.data.batch import Batch
+from minisft.data.cache import Documents
+from minisft.data.kinds import ANSWER, TRAINED
+from minisft.data.loader import Loader
+from minisft.data.packing import plan
+from minisft.errors import run_command
 from minisft.loop import train_step
 from minisft.metrics import Sums
 from minisft.model.decoder import Decoder
@@ -38,6 +51,7 @@ from minisft.model.families import from_hf
 from minisft.model.layers import NORMS, GatedMLP
 from minisft.model.lora import apply_lora
 from minisft.model.lora_options import LoraOptions
+from minisft.prepare.data import ROUND_TO
 from minisft.prepare.optimizer import prepare_optimizer
 from minisft.prepare.run import Progress, Run
 from minisft.runtime import DTYPES
@@ -114,8 +128,8 @@ PART_OF_OP = {
     "addmm": "matmuls",
     "bmm": "matmuls",
     "_to_copy": "casts",
+    "copy": "casts",
     "add": "adds",
-    "add_": "adds",
     "_foreach_norm": "gradient norm, clip",
     "linalg_vector_norm": "gradient norm, clip",
 }
@@ -125,7 +139,8 @@ PARTS = tuple(dict.fromkeys(["copies", "embedding", "matmuls", *PART_OF_ROOM.val
 def part_of(launch: Launch) -> str:
     if launch.is_copy:
         return "copies"
-    return PART_OF_ROOM.get(launch.room) or PART_OF_OP.get(launch.name, "rest")
+    known = [PART_OF_ROOM[room] for room in launch.rooms if room in PART_OF_ROOM]
+    return known[0] if known else PART_OF_OP.get(launch.name.rstrip("_"), "rest")
 
 
 # ---- the step ---------------------------------------------------------------------------------------------------------
@@ -151,40 +166,31 @@ def take_step(case: Case, card: Card) -> Step:
         },
         origin="benchmark",
     )
-    batch = make_batch(case.tokens)
-    with PaperGPU(card, pairs=attended_pairs(batch)) as gpu:
+    batches = make_batches(case)
+    with PaperGPU(card, pairs=attended_pairs(batches[0])) as gpu:
         run = make_run(config, case, gpu)
         for step in range(2):
             gpu.launches.clear()
             gpu.waits.clear()
             gpu.phase, run.progress.step = "forward", step
-            train_step(run, config.train, [batch] * case.accumulation)
-        return Step(gpu.launches, gpu.waits, floor(run, batch, case.accumulation, card))
+            train_step(run, config.train, batches)
+        return Step(gpu.launches, gpu.waits, floor(run, batches, card))
 
 
-def make_batch(num_tokens: int) -> Batch:
-    """Documents of 2,048 tokens, the last one shorter; every token but the first of each is a target. On the host."""
-    cu_seqlens = torch.tensor([*range(0, num_tokens, DOCUMENT), num_tokens], dtype=torch.int32)
-    start, end = document_bounds(cu_seqlens, num_tokens)
-    position = torch.arange(num_tokens, dtype=torch.int32)
-    rows = torch.nonzero(end != position + 1)[:, 0]
-    return Batch(
-        input_ids=torch.zeros(num_tokens, dtype=torch.int64),
-        position_ids=position - start,
-        start=start,
-        end=end,
-        cu_seqlens=cu_seqlens,
-        max_seqlen=min(DOCUMENT, num_tokens),
-        loss_rows=rows,
-        targets=torch.zeros(len(rows), dtype=torch.int64),
-        row_weights=None,
-        row_kind=torch.zeros(len(rows), dtype=torch.uint8),
-        row_source=torch.zeros(len(rows), dtype=torch.int32),
-        row_document=torch.zeros(len(rows), dtype=torch.int64),
-        labels=torch.zeros(num_tokens, dtype=torch.int64),
-        num_tokens=num_tokens,
-        num_targets=len(rows),
+def make_batches(case: Case) -> list[Batch]:
+    """The micro-batches of a step by the loader: documents of 2,048 tokens (the last one of each may be shorter), all trained."""
+    lengths = [DOCUMENT] * (case.tokens // DOCUMENT) + [case.tokens % DOCUMENT] * (case.tokens % DOCUMENT > 0)
+    offsets = np.concatenate([[0], np.cumsum(lengths * case.accumulation)])
+    cache = SimpleNamespace(
+        ids=np.zeros(offsets[-1], dtype=np.uint32),
+        kinds=np.full(offsets[-1], ANSWER | TRAINED, dtype=np.uint8),
+        source=np.zeros(len(offsets) - 1, dtype=np.int32),
+        **dict(weights=None, role=None, group=1, fingerprint="0" * 64),
     )
+    documents = Documents(cache, np.arange(len(offsets) - 1), offsets[:-1], offsets[1:])
+    each_alone = plan(documents.lengths, DOCUMENT, "none")
+    options = dict(batch_size=len(lengths), accumulation=case.accumulation, shuffle=False, round_to=ROUND_TO)
+    return Loader(documents, each_alone, **options).step(0, 0)
 
 
 def attended_pairs(batch: Batch) -> int:
@@ -230,7 +236,7 @@ def make_run(config: Config, case: Case, gpu: PaperGPU) -> Run:
 # ---- the three times --------------------------------------------------------------------------------------------------
 
 
-def floor(run: Run, batch: Batch, accumulation: int, card: Card) -> dict[str, float]:
+def floor(run: Run, batches: list[Batch], card: Card) -> dict[str, float]:
     """Seconds of each part that no step of this model can go below on this card, if activations are in bf16.
 
     matmuls: 2 FLOPs for each weight of a layer and token, forward, for the gradient of the input, and for that of the weight.
@@ -243,7 +249,7 @@ def floor(run: Run, batch: Batch, accumulation: int, card: Card) -> dict[str, fl
     Additions to the residual stream, casts, the gradients' norm and the embedding are not in it: they could ride along.
     """
     model, config, num_bytes, flops = run.model, run.model.config, Counter(), Counter()
-    T, M = len(batch.input_ids), len(batch.targets)
+    T, M = (sum(getattr(batch, name) for batch in batches) for name in ("num_tokens", "num_targets"))
     for layer in model.layers:
         matrices = [p for p in layer.parameters() if p.ndim == 2]
         flops["matmuls"] += sum(2 * T * p.numel() * (3 if p.requires_grad else 2) for p in matrices)
@@ -253,17 +259,15 @@ def floor(run: Run, batch: Batch, accumulation: int, card: Card) -> dict[str, fl
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     for mixer, rope in zip(config.mixers, config.ropes):
         if mixer == "attention":
-            flops["attention"] += (2 + 5) * 2 * attended_pairs(batch) * heads * head_dim
+            flops["attention"] += (2 + 5) * 2 * sum(map(attended_pairs, batches)) * heads * head_dim
             num_bytes["rope"] += 0 if rope is None else 2 * 2 * T * (heads + kv_heads) * head_dim * 2
     for module in model.modules():
         if isinstance(module, tuple(NORMS.values())) and module.weight.numel() == D:
             num_bytes["norms"] += (2 + 3) * T * D * 2
         if isinstance(module, GatedMLP):
             num_bytes["glu"] += (3 + 5) * T * config.intermediate_size * 2
-    parts = {part: accumulation * card.seconds(num_bytes[part], flops[part]) for part in num_bytes | flops}
-    # Logits cannot be scored while they are multiplied.
-    part = "linear cross-entropy"
-    parts[part] = accumulation * (card.seconds(num_bytes[part], 0) + card.seconds(0, flops[part]))
+    # Logits are scored when a row of them is complete, so the traffic does not overlap with the products.
+    parts = {part: card.seconds(num_bytes[part], 0) + card.seconds(0, flops[part]) for part in num_bytes | flops}
     update = 0
     for p, state in run.optimizer.state.items():
         gradient = p.numel() * (p.grad_dtype or p.dtype).itemsize
@@ -282,7 +286,7 @@ def estimate(launch: Launch, card: Card) -> float:
     """
     if launch.shape is not None:
         return max(product_seconds(*launch.shape, card), launch.bytes / (0.88 * card.copy)) + 2e-6
-    share = 0.65 if launch.room == "kernels/cross_entropy" else 0.85
+    share = 0.65 if "kernels/cross_entropy" in launch.rooms else 0.85
     seconds = launch.bytes / (share * card.copy) + 1.5e-6
     return max(seconds, launch.flops / (card.matmul * (0.50 if launch.phase == "forward" else 0.42)))
 
@@ -339,6 +343,13 @@ def as_json(name: str, case: Case, step: Step, card: Card) -> dict:
     }
 
 
+def as_rows(name: str, case: Case, step: Step, card: Card) -> list[dict]:
+    """A row of the CSV for each part of the step."""
+    how = {key: value for key, value in asdict(case).items() if key != "config"}
+    where = {"model": name, "card": card.name, **how, "waits": step.waits.total()}
+    return [where | row for row in by_part(step, card)]
+
+
 def print_step(name: str, case: Case, step: Step, card: Card) -> None:
     """A table of at most 100 columns, the waits, and the launches that are in no part."""
     how = f"{case.optimizer}, {case.weights_dtype} weights" + (f", LoRA {case.lora}" if case.lora else "")
@@ -355,36 +366,44 @@ def print_step(name: str, case: Case, step: Step, card: Card) -> None:
     speed = case.tokens * case.accumulation / total["ms"] * 1e3
     print(f"the floor is {share:.0%} of the estimate, {speed:,.0f} tokens/s (an estimate, not a measurement)")
     print(f"{step.waits.total()} waits" + "".join(f"\n  {count} x {where}" for where, count in step.waits.items()))
-    rest = Counter((launch.room, launch.name) for launch in step.launches if part_of(launch) == "rest")
+    rest = Counter((launch.rooms[0], launch.name) for launch in step.launches if part_of(launch) == "rest")
     unknown = [
         f"{count} x {room} {op}" for (room, op), count in rest.items() if room.startswith("kernels/") or count > 4
     ]
     print("in no part: " + (", ".join(unknown) or "single launches only"))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, help="only this one")
     parser.add_argument("--card", choices=CARDS, default="H200")
     parser.add_argument("--tokens", type=int, help="of a micro-batch")
     parser.add_argument("--accumulation", type=int, help="micro-batches")
-    parser.add_argument("--optimizer", help="a name of train.optim")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS)
     parser.add_argument("--lora", type=int, metavar="R", help="train adapters of this rank, the weights are frozen")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one list, a dict for each model")
+    parser.add_argument(
+        "--csv", type=Path, metavar="DIR", help="add to DIR/step_on_paper.csv, and draw its chart there"
+    )
     arguments = parser.parse_args()
     card = CARDS[arguments.card]
     keys = ("tokens", "accumulation", "optimizer", "lora")
     changed = {key: getattr(arguments, key) for key in keys if getattr(arguments, key) is not None}
-    rows = []
+    totals, rows = [], []
     for name in [arguments.model] if arguments.model else MODELS:
         case = replace(MODELS[name], **changed)
         step = take_step(case, card)
-        rows.append(as_json(name, case, step, card))
+        totals.append(as_json(name, case, step, card))
+        rows += as_rows(name, case, step, card)
         if not arguments.json:
             print_step(name, case, step, card)
     if arguments.json:
-        print(json.dumps(rows))
+        print(json.dumps(totals))
+    if arguments.csv:
+        write_csv("step_on_paper", rows, arguments.csv)
+        paper_chart(arguments.csv, arguments.csv)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -38,7 +38,14 @@ def pytest_xdist_auto_num_workers(config) -> int:
 NOT_QUICK = (
     *("test_compile.py", "test_dpo_run.py", "test_hub.py", "test_lora_run.py", "test_optim_memory.py", "test_qlora.py"),
     *("test_ranks.py", "test_reference.py", "test_resume.py", "test_run.py", "test_stages.py"),
-    *("test_start_from_adapter.py", "test_trainable.py", "transformers", "peft", "bitsandbytes"),
+    *(
+        "test_start_from_adapter.py",
+        "test_step_on_paper.py",
+        "test_trainable.py",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+    ),
     "test_the_kernels_import_without_triton_and_do_not_load_it_for_a_cpu",
     "test_as_toml_is_read_back_by_a_toml_reader",
     "test_the_triton_kernels_give_the_same_step",
@@ -91,7 +98,7 @@ NOT_QUICK = (
 # Files that take longest come first, so that no process is left with one of them at the end.
 LONGEST = """
     compile dpo_run triton_flash_attention stages resume flash_attention audit triton_cross_entropy optim_memory loop lora
-    golden quantized qlora configs trajectories
+    golden quantized qlora configs trajectories step_on_paper
 """.split()
 
 

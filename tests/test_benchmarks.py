@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_dpo, bench_shared_turns, report, suite
+from benchmarks import bench_dpo, bench_shared_turns, paper_report, report, suite
 from benchmarks.compare import Case, CpuClock, backend, difference, first_calls, lapses, rates, rows_of, time_rounds
 from benchmarks.harness import quartiles, read_csv, write_csv
 from minisft.kernels.rms_norm import rms_norm
@@ -325,6 +325,26 @@ def test_the_readme_says_what_the_csvs_say():
     if report.BEGIN not in text:
         pytest.skip("README.md has no block of benchmarks")
     assert text.partition(report.BEGIN)[2].partition(report.END)[0].strip() == report.block()
+    text = (Path(report.ROOT) / "docs" / "step_on_paper.md").read_text(encoding="utf-8")
+    assert text.partition(report.BEGIN)[2].partition(report.END)[0].strip() == report.paper_block()
+
+
+def test_the_table_of_steps_on_paper_has_the_newest_of_each(tmp_path):
+    def step(launches, **settings):
+        case = dict(
+            model="m", card="c", tokens=2048, accumulation=1, optimizer="adamw", weights_dtype="fp32", lora=None
+        )
+        sizes = dict(waits=3, launches=launches, bytes=5e9, flops=7e12, roofline_ms=4.0, floor_ms=3.0, ms=6.0)
+        return [case | settings | sizes | {"part": part} for part in ("matmuls", "all")]
+
+    write_csv("step_on_paper", step(10) + step(20, lora=16, accumulation=2) + step(9), tmp_path)
+    lines = paper_report.paper_table(read_csv(tmp_path / "step_on_paper.csv")).splitlines()
+    rest = "| 3 | 5 GB | 7.0 TFLOP | 4 ms | 3 ms | 6 ms | 50% |"
+    assert lines[2:] == [
+        f"| m, c, 2,048 tokens, adamw, fp32 weights | 9 {rest}",
+        f"| m, c, 2 x 2,048 tokens, adamw, fp32 weights, LoRA 16 | 20 {rest}",
+    ]
+    assert [len(step) for step in paper_report.newest_steps(read_csv(tmp_path / "step_on_paper.csv"))] == [2, 2]
 
 
 # ---- the suite -----------------------------------------------------------------------------------------------------
