@@ -165,7 +165,7 @@ def test_a_shared_prompt_stands_in_the_batch_once():
     trained = [(documents.cache.kinds[a:b] >= TRAINED).argmax() for a, b in zip(documents.start, documents.end)]
     assert shared.shared.tolist() == trained[::2] == trained[1::2]
     whole, once = batch_of(documents, round_to=1), batch_of(shared, round_to=1)
-    assert once.num_tokens == whole.num_tokens - shared.shared.sum()
+    assert once.num_tokens == whole.num_tokens - shared.shared.sum() and once.shared and not whole.shared
     assert once.targets.tolist() == whole.targets.tolist()
     assert once.cu_seqlens.tolist() == [0, *np.cumsum(shared.unit_lengths)]
     for pair, (a, b) in enumerate(zip(once.cu_seqlens, once.cu_seqlens[1:])):

@@ -22,6 +22,7 @@ from minisft import sft
 from minisft.commands import audit as audit_command
 from minisft.config.load import load
 from minisft.data.audit_text import text_report
+from minisft.data.batch import document_bounds
 from minisft.data.cache import Documents
 from minisft.data.kinds import ANSWER, REASONING, TRAINED, USER
 from minisft.data.loader import Loader, _bounds, make_batch, plan_set
@@ -118,6 +119,8 @@ def test_every_target_is_trained_as_in_its_own_document(strategy, rows, limit, m
     assert sum(map(sft.weight, shared)) == pytest.approx(sum(map(sft.weight, alone)), rel=1e-6)  # sums of fp32 weights
     assert sum(batch.num_tokens for batch in shared) == units.unit_lengths.sum() <= documents.lengths.sum()
     assert max(batch.num_tokens for batch in shared) <= max_length
+    assert not any(batch.shared for batch in alone) and {batch.shared for batch in shared} == {units.turns is not None}
+    assert all(torch.equal(batch.end, document_bounds(batch.cu_seqlens, len(batch.end))[1]) for batch in alone)
     if units.turns is not None and limit is not None:
         _, size = units.pieces_of(np.arange(units.num_units))
         assert (units.unit_lengths[size > 1] <= limit).all()

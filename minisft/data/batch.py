@@ -54,6 +54,9 @@ class Batch:
     num_tokens: int  # real tokens, without filler
     num_targets: int  # real targets, without filler
     answers: Answers | None = None  # preference data only
+    # False: whole documents side by side, where keys are visible to the end of their document: attention need not look
+    # for any that ended before. The same for all batches of a set.
+    shared: bool = True
 
     def to(self, device: torch.device | str) -> "Batch":
         return _moved(self, device)

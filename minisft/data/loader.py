@@ -93,6 +93,7 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
         num_tokens=num_tokens,
         num_targets=num_targets,
         answers=answers,
+        shared=documents.shared is not None or documents.turns is not None,
     )
 
 
