@@ -140,6 +140,8 @@ CONFIGS = {
     },
     "_gated_delta_rule_bwd_values_kernel": {
         INTERPRETER: dict(BLOCK_V=16),
+        80: dict(BLOCK_V=16, num_warps=4, num_stages=1),  # here and on 120, 32 values would spill
+        120: dict(BLOCK_V=16, num_warps=4, num_stages=1),
         "fp32": dict(BLOCK_V=16, num_warps=8, num_stages=1),
         "else": dict(BLOCK_V=32, num_warps=8, num_stages=1),
     },
