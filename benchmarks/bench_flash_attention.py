@@ -34,11 +34,11 @@ def document_lengths(T: int, mean: int, seed: int = 0) -> list[int]:
 
 
 def attend(q, k, v, start, end, cu, longest, mean_length):
-    return flash_attention(q, k, v, start, end, mean_length=mean_length)
+    return flash_attention(q, k, v, start, end, mean_length=mean_length, shared=False)
 
 
 def repeatable(q, k, v, start, end, cu, longest, mean_length):
-    return flash_attention(q, k, v, start, end, mean_length=mean_length, deterministic=True)
+    return flash_attention(q, k, v, start, end, mean_length=mean_length, shared=False, deterministic=True)
 
 
 def torch_varlen():

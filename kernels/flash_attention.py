@@ -23,7 +23,7 @@ Blocks
     200 tokens cost T x 200 scores and not T x T, and nothing after the diagonal is ever multiplied (half of the work in a
     long document). p is computed again in the backward pass.
 
-On a GPU (flash_attention_kernels.py, flash_attention_tiles.py)
+On a GPU (flash_attention_kernels.py, flash_attention_tiles.py, flash_attention_configs.py)
     Forward: a program keeps BLOCK_M queries and walks over tiles of BLOCK_N keys with the running maximum and sum of
     their scores (the online softmax). It saves the output and the logarithm, base 2, of each row's sum:
     p = exp2(s - lse) in the backward pass, and rowsum(p * dp) = rowsum(out * dout).
@@ -31,6 +31,11 @@ On a GPU (flash_attention_kernels.py, flash_attention_tiles.py)
     to an fp32 buffer in memory. Five matrix products, but the additions come in any order: dq differs in its last bits
     from run to run. Where that is not wanted, or the card cannot add tiles to memory (before Hopper), two kernels, the
     second one for dq: seven products, bitwise repeatable.
+    A program of the backward takes all query heads of its keys, so that dk and dv are added up in registers. Few tokens and
+    few key heads are too few programs for the card: then each takes a part of them, and the parts' dk and dv, in fp32, are
+    added in order.
+    Where documents share prefixes, keys between those that a query sees have ended: a small kernel lists the tiles that
+    have not. Whole documents (`shared=False`) need neither the list nor a look at any `end` before the diagonal.
     The host knows T and nothing of the documents, so that nobody waits for the GPU and one captured CUDA graph serves
     every batch.
 
@@ -49,21 +54,21 @@ import torch
 from torch import Tensor
 
 from minisft.kernels.common import (
-    INTERPRETER,
     TensorDescriptor,
-    arch_of,
     backend_for,
     cdiv,
     chosen_backend,
     next_power_of_2,
-    smallest_fit,
+    num_sms,
 )
+from minisft.kernels.flash_attention_configs import CONFIGS, SHORT, config_for
 from minisft.kernels.flash_attention_kernels import (
     _flash_attention_bwd_kv_kernel,
     _flash_attention_bwd_q_kernel,
     _flash_attention_delta_kernel,
     _flash_attention_fwd_kernel,
 )
+from minisft.kernels.flash_attention_tiles import _flash_attention_tiles_kernel
 from minisft.kernels.flash_attention_torch import FlashAttentionTorch, one_token
 
 
@@ -99,132 +104,10 @@ def flash_attention_ref(
     return torch.einsum("hqk,khd->qhd", probabilities, v)
 
 
-# By architecture (86 is that of 99 KB, INTERPRETER has tiles so small that small tests have many), then by head dim: the
-# first entry that is large enough. Hopper has two sizes of tiles. Short documents waste less in small ones; a softcap and
-# dropout need the registers that these leave free.
-CONFIGS = {
-    "_flash_attention_fwd_kernel": {
-        INTERPRETER: {
-            64: dict(BLOCK_M=32, BLOCK_N=16, TMA=False),
-            128: dict(BLOCK_M=16, BLOCK_N=32, TMA=True),
-            256: dict(BLOCK_M=16, BLOCK_N=16, TMA=False),
-        },
-        80: {
-            64: dict(BLOCK_M=128, BLOCK_N=64, TMA=False, num_warps=4, num_stages=3),
-            128: dict(BLOCK_M=128, BLOCK_N=64, TMA=False, num_warps=8, num_stages=3),
-            256: dict(BLOCK_M=64, BLOCK_N=32, TMA=False, num_warps=4, num_stages=2),
-        },
-        86: {
-            64: dict(BLOCK_M=128, BLOCK_N=64, TMA=False, num_warps=4, num_stages=2),
-            128: dict(BLOCK_M=128, BLOCK_N=32, TMA=False, num_warps=4, num_stages=2),
-            256: dict(BLOCK_M=64, BLOCK_N=32, TMA=False, num_warps=4, num_stages=1),
-        },
-        90: {
-            64: {
-                "small": dict(BLOCK_M=64, BLOCK_N=64, TMA=True, num_warps=4, num_stages=3),
-                "large": dict(BLOCK_M=128, BLOCK_N=64, TMA=True, num_warps=4, num_stages=3),
-            },
-            96: dict(BLOCK_M=128, BLOCK_N=64, TMA=False, num_warps=8, num_stages=3),
-            128: {
-                "small": dict(BLOCK_M=64, BLOCK_N=64, TMA=True, num_warps=4, num_stages=3),
-                "large": dict(BLOCK_M=128, BLOCK_N=64, TMA=True, num_warps=8, num_stages=3),
-            },
-            256: dict(BLOCK_M=128, BLOCK_N=64, TMA=True, num_warps=8, num_stages=2),
-        },
-        "fp32": dict(BLOCK_M=32, BLOCK_N=32, TMA=False, num_warps=4, num_stages=1),
-    },
-    "_flash_attention_delta_kernel": dict(BLOCK_M=32, num_warps=4),
-    "_flash_attention_bwd_kv_kernel": {
-        "one pass": {
-            INTERPRETER: {
-                64: dict(BLOCK_M=16, BLOCK_N=32, TMA=False),
-                128: dict(BLOCK_M=32, BLOCK_N=16, TMA=False),
-            },
-            90: {
-                64: {
-                    "small": dict(BLOCK_M=64, BLOCK_N=64, TMA=True, num_warps=4, num_stages=2),
-                    "large": dict(BLOCK_M=64, BLOCK_N=128, TMA=True, num_warps=8, num_stages=2),
-                },
-                128: {
-                    "small": dict(BLOCK_M=64, BLOCK_N=64, TMA=True, num_warps=8, num_stages=2),
-                    "large": dict(BLOCK_M=64, BLOCK_N=128, TMA=True, num_warps=8, num_stages=2),
-                },
-            },
-            100: {  # its accumulators lie in a memory of their own, of 512 columns, and not in registers
-                64: dict(BLOCK_M=64, BLOCK_N=128, TMA=True, num_warps=8, num_stages=2),
-                128: dict(BLOCK_M=64, BLOCK_N=64, TMA=True, num_warps=8, num_stages=2),
-            },
-        },
-        "split": {
-            INTERPRETER: {
-                64: dict(BLOCK_M=32, BLOCK_N=16, TMA=False),
-                128: dict(BLOCK_M=16, BLOCK_N=32, TMA=True),
-                256: dict(BLOCK_M=16, BLOCK_N=16, TMA=False),
-            },
-            80: {
-                64: dict(BLOCK_M=64, BLOCK_N=64, TMA=False, num_warps=4, num_stages=2),
-                128: dict(BLOCK_M=32, BLOCK_N=64, TMA=False, num_warps=8, num_stages=2),
-                256: dict(BLOCK_M=32, BLOCK_N=32, TMA=False, num_warps=8, num_stages=1),
-            },
-            86: {
-                64: dict(BLOCK_M=64, BLOCK_N=64, TMA=False, num_warps=4, num_stages=2),
-                128: dict(BLOCK_M=32, BLOCK_N=64, TMA=False, num_warps=8, num_stages=1),
-                256: dict(BLOCK_M=32, BLOCK_N=32, TMA=False, num_warps=8, num_stages=1),
-            },
-            90: {
-                64: dict(BLOCK_M=64, BLOCK_N=128, TMA=True, num_warps=8, num_stages=2),
-                96: dict(BLOCK_M=64, BLOCK_N=64, TMA=False, num_warps=8, num_stages=2),
-                128: dict(BLOCK_M=64, BLOCK_N=64, TMA=True, num_warps=8, num_stages=2),
-                256: dict(BLOCK_M=64, BLOCK_N=64, TMA=True, num_warps=8, num_stages=1),
-            },
-            "fp32": dict(BLOCK_M=32, BLOCK_N=32, TMA=False, num_warps=4, num_stages=1),
-        },
-    },
-    "_flash_attention_bwd_q_kernel": {
-        INTERPRETER: {
-            64: dict(BLOCK_M=16, BLOCK_N=32, TMA=False),
-            128: dict(BLOCK_M=32, BLOCK_N=16, TMA=True),
-            256: dict(BLOCK_M=16, BLOCK_N=16, TMA=False),
-        },
-        80: {
-            64: dict(BLOCK_M=64, BLOCK_N=64, TMA=False, num_warps=4, num_stages=2),
-            128: dict(BLOCK_M=64, BLOCK_N=64, TMA=False, num_warps=8, num_stages=2),
-            256: dict(BLOCK_M=32, BLOCK_N=32, TMA=False, num_warps=4, num_stages=1),
-        },
-        86: {
-            64: dict(BLOCK_M=64, BLOCK_N=64, TMA=False, num_warps=4, num_stages=2),
-            128: dict(BLOCK_M=64, BLOCK_N=32, TMA=False, num_warps=4, num_stages=2),
-            256: dict(BLOCK_M=32, BLOCK_N=32, TMA=False, num_warps=4, num_stages=1),
-        },
-        90: {
-            64: dict(BLOCK_M=128, BLOCK_N=64, TMA=True, num_warps=8, num_stages=2),
-            96: dict(BLOCK_M=128, BLOCK_N=64, TMA=False, num_warps=8, num_stages=2),
-            128: dict(BLOCK_M=128, BLOCK_N=64, TMA=True, num_warps=8, num_stages=2),
-            256: dict(BLOCK_M=64, BLOCK_N=32, TMA=True, num_warps=4, num_stages=2),
-        },
-        "fp32": dict(BLOCK_M=32, BLOCK_N=32, TMA=False, num_warps=4, num_stages=1),
-    },
-}
-SAME_AS = {89: 86, 100: 90, 120: 86}  # architectures without entries of their own
-SHORT = 400  # tokens: documents of a smaller mean length get the small tiles
-
-
 def _parts(head_dim: int) -> tuple[int, int]:
     """A block's sides are powers of two: 80 = 64 + 16, 96 = 64 + 32, 128 = 128 + 0."""
     left = 1 << (head_dim.bit_length() - 1)
     return left, head_dim - left
-
-
-def _config(table: dict, q: Tensor, small: bool) -> dict | None:
-    """The launch configuration for q, None where there is none."""
-    arch = arch_of(q)
-    if q.dtype == torch.float32 and arch != INTERPRETER:
-        return table.get("fp32")
-    by_head_dim = table.get(arch) or table.get(SAME_AS.get(arch), {})
-    if max(by_head_dim, default=0) < q.shape[-1]:
-        return None
-    entry = smallest_fit(by_head_dim, q.shape[-1])
-    return entry if "BLOCK_M" in entry else entry["small" if small else "large"]
 
 
 def _launch(kernel, grid: tuple, config: dict, arguments: dict) -> None:
@@ -246,11 +129,32 @@ def _has_descriptor(x: Tensor) -> bool:
     return x.numel() > 0 and x.stride(-1) == 1 and aligned
 
 
+def _tiles(tensors: dict, options: dict, config: dict) -> Tensor:
+    """int32 [blocks of queries, 2 + blocks of keys]: which tiles each block of queries visits; see the kernel."""
+    names = ("Tq", "Tk", "q_offset", "window", "WINDOW")
+    start, end, blocks = tensors["start_ptr"], tensors["end_ptr"], cdiv(options["Tq"], config["BLOCK_M"])
+    tiles = start.new_empty(blocks, 2 + cdiv(options["Tk"], config["BLOCK_N"]), dtype=torch.int32)
+    sides = {name: config[name] for name in ("BLOCK_M", "BLOCK_N")}
+    _flash_attention_tiles_kernel[(blocks,)](start, end, tiles, **{name: options[name] for name in names}, **sides)
+    return tiles
+
+
+def _splits(programs: int, group: int, sms: int) -> int:
+    """Into how many equal parts the query heads of a key head are split, so that programs x splits fill the card.
+
+    `programs` walk over whole groups. One and a half for each multiprocessor are enough: with fewer, most of them wait for
+    the few that have the most queries.
+    """
+    return next(n for n in range(1, group + 1) if n == group or group % n == 0 and 2 * programs * n >= 3 * sms)
+
+
 class _FlashAttentionTriton(torch.autograd.Function):
     """Saves q, k, v, out and the log-sum-exp of every row."""
 
     @staticmethod
-    def forward(ctx, q, k, v, start, end, q_offset, scale, window, softcap, dropout, deterministic, mean_length):
+    def forward(
+        ctx, q, k, v, start, end, q_offset, scale, window, softcap, dropout, deterministic, mean_length, shared
+    ):
         q, k, v = (x if _has_descriptor(x) else x.contiguous() for x in (q, k, v))  # rather than load number by number
         (Tq, Hq, Dh), (Tk, Hkv, _) = q.shape, k.shape
         D1, D2 = _parts(Dh)
@@ -260,7 +164,7 @@ class _FlashAttentionTriton(torch.autograd.Function):
             q=q, k=k, v=v, start_ptr=start.contiguous(), end_ptr=end.contiguous(), seed_ptr=seed, lse_ptr=lse
         )
         ctx.save_for_backward(out, *tensors.values())
-        ctx.names, ctx.scale = list(tensors), scale
+        ctx.names, ctx.scale, ctx.shared = list(tensors), scale, shared
         ctx.small = bool(softcap or dropout) or (mean_length is not None and mean_length < SHORT)
         ctx.deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         ctx.options = dict(  # of all kernels
@@ -270,8 +174,9 @@ class _FlashAttentionTriton(torch.autograd.Function):
             **dict(inner=scale / softcap if softcap else 0.0, outer=(softcap or scale) * math.log2(math.e)),
             **dict(D1=D1, D2=D2, WINDOW=window is not None, SOFTCAP=softcap is not None, DROPOUT=dropout > 0),
         )
-        config = _config(CONFIGS["_flash_attention_fwd_kernel"], q, ctx.small)
+        config = config_for(CONFIGS["_flash_attention_fwd_kernel"], q, ctx.small)
         grid = cdiv(Tq, config["BLOCK_M"]), Hq
+        tensors["tiles_ptr"] = _tiles(tensors, ctx.options, config) if shared else None
         _launch(_flash_attention_fwd_kernel, grid, config, {**tensors, **ctx.options, "out_ptr": out})
         return out
 
@@ -285,9 +190,9 @@ class _FlashAttentionTriton(torch.autograd.Function):
         kv_tables = CONFIGS["_flash_attention_bwd_kv_kernel"]
         one_pass = None
         if not (ctx.deterministic or ctx.options["D2"]):
-            one_pass = _config(kv_tables["one pass"], q, ctx.small)
+            one_pass = config_for(kv_tables["one pass"], q, ctx.small)
         dout, delta = dout.contiguous(), torch.empty_like(lse)
-        dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        dq = q.new_empty(q.shape)
         dq_sum = q.new_empty(q.shape, dtype=torch.float32) if one_pass else None
 
         config = CONFIGS["_flash_attention_delta_kernel"]
@@ -295,17 +200,21 @@ class _FlashAttentionTriton(torch.autograd.Function):
             *(out, dout, delta, dq_sum, Tq), D=Dh, BLOCK_D=next_power_of_2(Dh), **config
         )
         arguments = dict(**tensors, **ctx.options, delta_ptr=delta, dout=dout, scale=ctx.scale)
-        config = one_pass or _config(kv_tables["split"], q, ctx.small)
-        grads = dict(dq=dq_sum, dk_ptr=dk, dv_ptr=dv, ADD_DQ=bool(one_pass))
+        config = one_pass or config_for(kv_tables["split"], q, ctx.small)
         grid = cdiv(Tk, config["BLOCK_N"]), Hkv
-        _launch(_flash_attention_bwd_kv_kernel, grid, config, {**arguments, **grads})
+        splits = _splits(grid[0] * grid[1], Hq // Hkv, num_sms(q))
+        dk, dv = k.new_empty(2, splits, *k.shape, dtype=torch.float32 if splits > 1 else k.dtype)
+        grads = dict(dq=dq_sum, dk_ptr=dk, dv_ptr=dv, ADD_DQ=bool(one_pass), SHARED=ctx.shared)
+        _launch(_flash_attention_bwd_kv_kernel, (*grid, splits), config, {**arguments, **grads})
+        dk, dv = (x.sum(0).to(k.dtype) if splits > 1 else x[0] for x in (dk, dv))
         if one_pass:
             torch.mul(dq_sum, ctx.scale, out=dq)
         else:
-            config = _config(CONFIGS["_flash_attention_bwd_q_kernel"], q, ctx.small)
+            config = config_for(CONFIGS["_flash_attention_bwd_q_kernel"], q, ctx.small)
             grid = cdiv(Tq, config["BLOCK_M"]), Hq
-            _launch(_flash_attention_bwd_q_kernel, grid, config, {**arguments, "dq_ptr": dq})
-        return dq, dk, dv, *[None] * 9
+            tiles = _tiles(tensors, ctx.options, config) if ctx.shared else None
+            _launch(_flash_attention_bwd_q_kernel, grid, config, {**arguments, "tiles_ptr": tiles, "dq_ptr": dq})
+        return dq, dk, dv, *[None] * 10
 
 
 def unsupported(head_dim: int, scale: float = 1.0) -> str:
@@ -330,6 +239,7 @@ def flash_attention(
     dropout: float = 0.0,
     deterministic: bool = False,
     mean_length: float | None = None,
+    shared: bool = True,
 ) -> Tensor:
     """Causal attention inside the documents of a flat stream.
 
@@ -347,6 +257,9 @@ def flash_attention(
         paths always are; the Triton kernels then compute the scores once more.
     mean_length: of the documents, as far as the host knows it, best as the mean over tokens, sum(length^2) /
         sum(length): the kernels take smaller tiles for short documents. It changes nothing but the speed.
+    shared: False where the caller knows that these are whole documents side by side, so that every query sees all keys
+        from the first one of its document to itself: the kernels then look for no keys that have ended before. It changes
+        nothing but the speed; where documents do share a prefix, it would be wrong.
 
     Returns [Tq, Hq, Dh], contiguous, in the dtype of q; zeros for a query that sees no key. A document's output and
     gradients do not depend on the content of other documents, not even in the last bit.
@@ -368,7 +281,7 @@ def flash_attention(
             return flash_attention_ref(q, k, v, start, end, **options)
         arguments = q, k, v, start, end, q_offset, scale, window, softcap, dropout
         if backend == "triton":
-            return _FlashAttentionTriton.apply(*arguments, deterministic, mean_length)
+            return _FlashAttentionTriton.apply(*arguments, deterministic, mean_length, shared)
         return FlashAttentionTorch.apply(*arguments)
 
 
@@ -378,7 +291,8 @@ def flash_attention_varlen(
     """`flash_attention` with the field's usual arguments.
 
     q, k, v: [T, H, Dh]. cu_seqlens: int [N + 1], 0 first, T last: document n is tokens cu_seqlens[n]:cu_seqlens[n + 1].
-    max_seqlen: accepted and not needed. options: the keywords of `flash_attention`; mean_length is T / N if not given.
+    max_seqlen: accepted and not needed. options: the keywords of `flash_attention`; mean_length is T / N if not given, and
+        shared is False.
 
     Returns [T, Hq, Dh]. Raises ValueError as `flash_attention` and where cu_seqlens is on the CPU and does not run from 0
     to T. On a GPU that is not checked, as it would have to wait for the GPU: tokens beyond the last document see nothing.
@@ -389,6 +303,7 @@ def flash_attention_varlen(
     tokens = torch.arange(len(q), device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     document = torch.searchsorted(cu_seqlens, tokens, right=True).clamp_(max=len(cu_seqlens) - 1)
     options.setdefault("mean_length", len(q) / (len(cu_seqlens) - 1))
+    options.setdefault("shared", False)
     return flash_attention(q, k, v, cu_seqlens[document - 1], cu_seqlens[document], **options)
 
 

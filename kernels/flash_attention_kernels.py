@@ -9,7 +9,7 @@ quarters of 128. Names that end in 2 belong to the right part.
 """
 
 from minisft.kernels.common import jit, tl
-from minisft.kernels.flash_attention_tiles import kept, keys_of, load_tile, queries_of, store_tile, tanh
+from minisft.kernels.flash_attention_tiles import kept, keys_at, keys_of, load_tile, queries_of, store_tile, tanh
 
 
 @jit
@@ -19,6 +19,7 @@ def _flash_attention_fwd_kernel(
     v,
     start_ptr,  # int [Tq]
     end_ptr,  # int [Tk]
+    tiles_ptr,  # as `_flash_attention_tiles_kernel` makes them; None: whole documents side by side
     seed_ptr,  # int64 [1], None without dropout
     out_ptr,  # [Tq, Hq, Dh], contiguous
     lse_ptr,  # fp32 [Hq, Tq]
@@ -46,33 +47,39 @@ def _flash_attention_fwd_kernel(
     TMA: tl.constexpr,
 ):
     """A program takes BLOCK_M queries of one head. The last queries have the most keys: they go first."""
-    first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    first_query = block * BLOCK_M
     head = tl.program_id(1)
     kv_head = head // group
     if not TMA:
         q += head.to(tl.int64) * stride_q_head
         k += kv_head.to(tl.int64) * stride_k_head
         v += kv_head.to(tl.int64) * stride_v_head
-    lowest, first, stop, full, right = keys_of(
-        start_ptr, end_ptr, first_query, Tq, Tk, q_offset, window, WINDOW, BLOCK_M, BLOCK_N
-    )
     query = first_query + tl.arange(0, BLOCK_M)
     i = query + q_offset
+    start = tl.load(start_ptr + query, mask=query < Tq, other=Tk)  # on its way while the queries are read
     queries = load_tile(q, head, first_query, 0, Tq, stride_q, BLOCK_M, D1, TMA)
     acc = tl.zeros((BLOCK_M, D1), tl.float32)
     if D2:
         queries2 = load_tile(q, head, first_query, D1, Tq, stride_q, BLOCK_M, D2, TMA)
         acc2 = tl.zeros((BLOCK_M, D2), tl.float32)
+    lowest, first, stop, full, right = keys_of(start, first_query, Tq, Tk, q_offset, window, WINDOW, BLOCK_M, BLOCK_N)
+    entry = 0
+    if tiles_ptr is not None:
+        tiles_ptr += block * (2 + tl.cdiv(Tk, BLOCK_N))
+        first, stop, entry = 0, tl.load(tiles_ptr) * BLOCK_N, tl.load(tiles_ptr + 1)
     total = tl.zeros((BLOCK_M,), tl.float32)
     highest = tl.zeros((BLOCK_M,), tl.float32) - 1e30  # finite, so that no row ever computes inf - inf
 
-    for first_key in tl.range(first, stop, BLOCK_N):
+    for step in tl.range(first, stop, BLOCK_N):
+        first_key, hidden, entry = keys_at(step, entry, tiles_ptr, full, right, BLOCK_N)
         key = first_key + tl.arange(0, BLOCK_N)
         keys = load_tile(k, kv_head, first_key, 0, Tk, stride_k, BLOCK_N, D1, TMA)
         s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if (first_key < full) | (first_key + BLOCK_N > right):
-            end = tl.load(end_ptr + key, mask=key < Tk, other=0)[None, :]
-            visible = (lowest[:, None] <= key[None, :]) & (key[None, :] <= i[:, None]) & (i[:, None] < end)
+        if hidden:
+            visible = (lowest[:, None] <= key[None, :]) & (key[None, :] <= i[:, None])
+            if tiles_ptr is not None:
+                visible &= i[:, None] < tl.load(end_ptr + key, mask=key < Tk, other=0)[None, :]
             s = tl.where(visible, s, float("-inf"))
         s = tl.dot(queries, tl.trans(keys), s, input_precision="ieee")
         if D2:
@@ -144,7 +151,7 @@ def _flash_attention_bwd_kv_kernel(
     seed_ptr,
     lse_ptr,  # fp32 [Hq, Tq], as delta
     delta_ptr,
-    dk_ptr,  # [Tk, Hkv, Dh], contiguous, as dv
+    dk_ptr,  # [splits, Tk, Hkv, Dh], contiguous, as dv
     dv_ptr,
     Tq,
     Tk,
@@ -164,6 +171,7 @@ def _flash_attention_bwd_kv_kernel(
     D1: tl.constexpr,
     D2: tl.constexpr,
     WINDOW: tl.constexpr,
+    SHARED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     ADD_DQ: tl.constexpr,
@@ -171,8 +179,8 @@ def _flash_attention_bwd_kv_kernel(
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """A program takes BLOCK_N keys of one key head through the queries of its whole group of query heads. The first keys
-    have the most queries: they go first.
+    """A program takes BLOCK_N keys of one key head through the queries of its group of query heads, or of one of `splits`
+    equal parts of it. The first keys have the most queries: they go first.
 
     Scores lie transposed, [BLOCK_N, BLOCK_M], so that p and ds are left operands of the products for dv and dk.
     """
@@ -182,10 +190,8 @@ def _flash_attention_bwd_kv_kernel(
     if not TMA:
         k += kv_head.to(tl.int64) * stride_k_head
         v += kv_head.to(tl.int64) * stride_v_head
-    end, first, stop, left, full = queries_of(
-        start_ptr, end_ptr, first_key, Tq, Tk, q_offset, window, WINDOW, BLOCK_M, BLOCK_N
-    )
     key = first_key + tl.arange(0, BLOCK_N)
+    end = tl.load(end_ptr + key, mask=key < Tk, other=0)
     keys = load_tile(k, kv_head, first_key, 0, Tk, stride_k, BLOCK_N, D1, TMA)
     values = load_tile(v, kv_head, first_key, 0, Tk, stride_v, BLOCK_N, D1, TMA)
     dk = tl.zeros((BLOCK_N, D1), tl.float32)
@@ -196,9 +202,14 @@ def _flash_attention_bwd_kv_kernel(
         dk2 = tl.zeros((BLOCK_N, D2), tl.float32)
         dv2 = tl.zeros((BLOCK_N, D2), tl.float32)
 
+    end, first, stop, left, full = queries_of(
+        end, start_ptr, first_key, Tq, Tk, q_offset, window, WINDOW, SHARED, BLOCK_M, BLOCK_N
+    )
     num_blocks = tl.cdiv(tl.maximum(stop - first, 0), BLOCK_M)
-    for step in tl.range(0, group * num_blocks):
-        head = kv_head * group + step // num_blocks
+    heads = group // tl.num_programs(2)
+    first_head = kv_head * group + tl.program_id(2) * heads
+    for step in tl.range(0, heads * num_blocks):
+        head = first_head + step // num_blocks
         first_query = first + step % num_blocks * BLOCK_M
         q_head, dout_head, dq_head = q, dout, dq
         if not TMA:
@@ -256,8 +267,9 @@ def _flash_attention_bwd_kv_kernel(
                 tl.atomic_add(pointers, dq_tile, mask=row < Tq, sem="relaxed")
 
     stride = tl.num_programs(1) * (D1 + D2)
-    dk_ptr += kv_head * (D1 + D2)
-    dv_ptr += kv_head * (D1 + D2)
+    offset = tl.program_id(2).to(tl.int64) * Tk * stride + kv_head * (D1 + D2)
+    dk_ptr += offset
+    dv_ptr += offset
     store_tile(dk_ptr, dk * scale, first_key, 0, Tk, stride, BLOCK_N, D1)
     store_tile(dv_ptr, dv, first_key, 0, Tk, stride, BLOCK_N, D1)
     if D2:
@@ -273,6 +285,7 @@ def _flash_attention_bwd_q_kernel(
     dout,  # [Tq, Hq, Dh], contiguous: pointer or TMA descriptor
     start_ptr,
     end_ptr,
+    tiles_ptr,  # as in the forward kernel, for the tiles of this one
     seed_ptr,
     lse_ptr,  # fp32 [Hq, Tq], as delta
     delta_ptr,
@@ -302,7 +315,8 @@ def _flash_attention_bwd_q_kernel(
     TMA: tl.constexpr,
 ):
     """The forward kernel's walk over the keys, for dq: no program adds to what another one writes."""
-    first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    first_query = block * BLOCK_M
     head = tl.program_id(1)
     kv_head = head // group
     stride_dout = tl.num_programs(1) * (D1 + D2)
@@ -311,12 +325,10 @@ def _flash_attention_bwd_q_kernel(
         k += kv_head.to(tl.int64) * stride_k_head
         v += kv_head.to(tl.int64) * stride_v_head
         dout += head * (D1 + D2)
-    lowest, first, stop, full, right = keys_of(
-        start_ptr, end_ptr, first_query, Tq, Tk, q_offset, window, WINDOW, BLOCK_M, BLOCK_N
-    )
     query = first_query + tl.arange(0, BLOCK_M)
     i = query + q_offset
     rows = head.to(tl.int64) * Tq
+    start = tl.load(start_ptr + query, mask=query < Tq, other=Tk)
     lse = tl.load(lse_ptr + rows + query, mask=query < Tq, other=1e30)
     delta = tl.load(delta_ptr + rows + query, mask=query < Tq, other=0.0)
     queries = load_tile(q, head, first_query, 0, Tq, stride_q, BLOCK_M, D1, TMA)
@@ -326,15 +338,22 @@ def _flash_attention_bwd_q_kernel(
         queries2 = load_tile(q, head, first_query, D1, Tq, stride_q, BLOCK_M, D2, TMA)
         dout_tile2 = load_tile(dout, head, first_query, D1, Tq, stride_dout, BLOCK_M, D2, TMA)
         dq2 = tl.zeros((BLOCK_M, D2), tl.float32)
+    lowest, first, stop, full, right = keys_of(start, first_query, Tq, Tk, q_offset, window, WINDOW, BLOCK_M, BLOCK_N)
+    entry = 0
+    if tiles_ptr is not None:
+        tiles_ptr += block * (2 + tl.cdiv(Tk, BLOCK_N))
+        first, stop, entry = 0, tl.load(tiles_ptr) * BLOCK_N, tl.load(tiles_ptr + 1)
 
-    for first_key in tl.range(first, stop, BLOCK_N):
+    for step in tl.range(first, stop, BLOCK_N):
+        first_key, hidden, entry = keys_at(step, entry, tiles_ptr, full, right, BLOCK_N)
         key = first_key + tl.arange(0, BLOCK_N)
         keys = load_tile(k, kv_head, first_key, 0, Tk, stride_k, BLOCK_N, D1, TMA)
         values = load_tile(v, kv_head, first_key, 0, Tk, stride_v, BLOCK_N, D1, TMA)
         s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if (first_key < full) | (first_key + BLOCK_N > right):
-            end = tl.load(end_ptr + key, mask=key < Tk, other=0)[None, :]
-            visible = (lowest[:, None] <= key[None, :]) & (key[None, :] <= i[:, None]) & (i[:, None] < end)
+        if hidden:
+            visible = (lowest[:, None] <= key[None, :]) & (key[None, :] <= i[:, None])
+            if tiles_ptr is not None:
+                visible &= i[:, None] < tl.load(end_ptr + key, mask=key < Tk, other=0)[None, :]
             s = tl.where(visible, s, float("-inf"))
         s = tl.dot(queries, tl.trans(keys), s, input_precision="ieee")
         dp = tl.dot(dout_tile, tl.trans(values), input_precision="ieee")

@@ -121,6 +121,7 @@ def compile_one(kernel: dict) -> tuple[dict, bytes]:
         "constants": " ".join(f"{k}={v}" for k, v in constants.items() if k.isupper() and v is not None),
         "num_warps": options["num_warps"],
         "num_stages": options["num_stages"],
+        "maxnreg": options["maxnreg"] or "",  # the most registers of a thread, where a configuration has a limit
         "registers": int(re.search(r"REG:(\d+)", resources)[1]),
         "stack_bytes": int(re.search(r"STACK:(\d+)", resources)[1]),
         "shared_kb": round(compiled.metadata.shared / 1024, 1),

@@ -62,7 +62,12 @@ EXTRA_ROOMS = {
     "kernels/rope": {"kernels/rms_norm"},
     "kernels/linear_cross_entropy": {"kernels/cross_entropy", "kernels/linear", "kernels/linear_cross_entropy_torch"},
     "kernels/linear_cross_entropy_torch": {"kernels/linear"},
-    "kernels/flash_attention": {"kernels/flash_attention_kernels", "kernels/flash_attention_torch"},
+    "kernels/flash_attention": {
+        "kernels/flash_attention_configs",
+        "kernels/flash_attention_kernels",
+        "kernels/flash_attention_tiles",
+        "kernels/flash_attention_torch",
+    },
     "kernels/flash_attention_kernels": {"kernels/flash_attention_tiles"},
     "kernels/gated_delta_rule": {"kernels/gated_delta_rule_kernels", "kernels/gated_delta_rule_torch"},
     "kernels/adamw": {"kernels/adamw_formats", "kernels/linear", "kernels/quantize"},

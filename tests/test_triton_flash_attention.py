@@ -13,6 +13,8 @@ from tolerance import (
     shared_prompts,
 )
 
+from benchmarks import sweep_flash_attention
+from benchmarks.compare import CpuClock, first_calls
 from minisft.kernels import common
 from minisft.kernels import flash_attention as module
 from minisft.kernels.common import use_backend
@@ -22,6 +24,7 @@ from minisft.kernels.flash_attention import (
     flash_attention_varlen,
     flash_attention_with_kvcache,
 )
+from minisft.kernels.flash_attention_configs import CONFIGS, candidate, config_for
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -138,6 +141,32 @@ def test_pairs_that_share_their_prompt_equal_their_answers_one_by_one(head_dim, 
         qkv(len(start), head_dim=head_dim),
         torch.float32,
     )
+
+
+@ONE_PASS_AND_SPLIT
+@pytest.mark.parametrize("window", [None, 20])
+def test_whole_documents_need_no_look_at_their_ends(window, deterministic):
+    """To the bit: the same tiles in the same order, with or without the mask where it hides nothing."""
+    inputs, bounds = qkv(85), bounds_of([40, 1, 42, 1, 1])
+    options = dict(window=window, deterministic=deterministic)
+    plain = run_with_gradients(lambda *x: flash_attention(*x, *bounds, **options, shared=False), inputs)
+    shared = run_with_gradients(lambda *x: flash_attention(*x, *bounds, **options), inputs)
+    assert all(torch.equal(plain[name], shared[name]) for name in plain)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN
+def test_keys_that_have_ended_are_not_read():
+    """The first answer, two whole tiles of keys and more, holds NaN; what follows it does not see it, not even times zero."""
+    prompt, first, second = 40, 88, 30
+    start = torch.zeros(prompt + first + second, dtype=torch.int32)
+    end = torch.tensor([len(start)] * prompt + [prompt + first] * first + [len(start)] * second, dtype=torch.int32)
+    inputs = qkv(len(start), head_dim=64)
+    for x in inputs[1:]:
+        x.data[64:96] = float("nan")  # tiles of 16 and of 32 keys, none of them with a key of another part
+    out = flash_attention(*inputs, start, end, deterministic=True)
+    assert out[prompt + first :].isfinite().all() and out[96 : prompt + first].isnan().all()
+    (dq,) = torch.autograd.grad(out[prompt + first :].sum(), inputs[:1])
+    assert dq[prompt + first :].isfinite().all()
 
 
 @ONE_PASS_AND_SPLIT
@@ -265,6 +294,27 @@ def test_torch_chooses_the_kernels_that_repeat(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
+def test_a_group_of_query_heads_may_be_split(monkeypatch):
+    """The grid grows, the sums over a group stay, but for the rounding of another order, and they repeat to the bit."""
+    inputs, bounds = qkv(40, heads=4, kv_heads=1), bounds_of([10, 30])
+
+    def run(splits):
+        monkeypatch.setattr(module, "_splits", lambda *sizes: splits)
+        return run_with_gradients(lambda *x: flash_attention(*x, *bounds), inputs)
+
+    whole, halves, again = run(1), run(2), run(2)
+    assert launches_of(lambda: run(2), monkeypatch)[1][1] == (2, 1, 2)
+    assert all(torch.equal(halves[name], again[name]) for name in halves)
+    assert all(relative_error(halves[name], whole[name]) < 1e-6 for name in whole)  # fp32
+
+
+def test_splits_fill_the_card_and_no_more():
+    """T = 4,096 in tiles of 128 keys on 132 multiprocessors, with the query and key heads of four models."""
+    heads = {"SmolLM2 135M": (9, 3), "Qwen2.5 0.5B": (14, 2), "Llama 3.2 1B": (32, 8), "no groups": (2, 2)}
+    splits = {name: module._splits(32 * kv, q // kv, 132) for name, (q, kv) in heads.items()}
+    assert splits == {"SmolLM2 135M": 3, "Qwen2.5 0.5B": 7, "Llama 3.2 1B": 1, "no groups": 1}
+
+
 @ONE_PASS_AND_SPLIT
 def test_dropout_draws_the_same_in_every_kernel(deterministic):
     """With v the identity the output is the matrix of the kept probabilities: it tells which were kept."""
@@ -320,11 +370,28 @@ def test_what_the_kernels_do_not_serve(head_dim, scale, words):
 def test_the_size_of_the_tiles_follows_the_documents(monkeypatch):
     monkeypatch.setattr(common, "INTERPRET", False)
     monkeypatch.setattr(common, "compile_for", 90)
-    table, q = module.CONFIGS["_flash_attention_fwd_kernel"], torch.zeros(1, 1, 64, dtype=torch.bfloat16)
+    table, q = CONFIGS["_flash_attention_fwd_kernel"], torch.zeros(1, 1, 64, dtype=torch.bfloat16)
     small, large = table[90][64]["small"], table[90][64]["large"]
-    assert module._config(table, q, True) == small and module._config(table, q, False) == large
+    assert config_for(table, q, True) == small and config_for(table, q, False) == large
     monkeypatch.setattr(common, "compile_for", 120)
-    assert module._config(table, q, True) == table[86][64]
-    one_pass = module.CONFIGS["_flash_attention_bwd_kv_kernel"]["one pass"]
-    assert module._config(one_pass, q, True) is None  # a card without reduce-add into global memory by TMA
-    assert module._config(table, q.float(), True) == table["fp32"]
+    assert config_for(table, q, True) == table[86][64]
+    one_pass = CONFIGS["_flash_attention_bwd_kv_kernel"]["one pass"]
+    assert config_for(one_pass, q, True) is None  # a card without reduce-add into global memory by TMA
+    assert config_for(table, q.float(), True) == table["fp32"]
+
+
+def test_the_sweep_puts_each_candidate_in_its_place(monkeypatch):
+    path, other = ("_flash_attention_fwd_kernel", common.INTERPRETER, 64), dict(BLOCK_M=16, BLOCK_N=16, TMA=False)
+    now, launched, launch = CONFIGS[path[0]][0][64], [], module._launch
+
+    def spy(kernel, grid, config, arguments):
+        launched.append((kernel.fn.__name__, config))
+        launch(kernel, grid, config, arguments)
+
+    monkeypatch.setattr(module, "_launch", spy)
+    case = sweep_flash_attention.cases("cpu", True, {path: [other]})[1]
+    with candidate(path, now):  # and puts it back
+        runs, errors, differs = first_calls(case, case.inputs(), CpuClock())
+    assert [config for name, config in launched if name == path[0]] == [now, other]
+    assert list(runs) == ["as it is", "BLOCK_M=16 BLOCK_N=16 TMA=False"] and not errors
+    assert max(differs.values()) < 0.01 and CONFIGS[path[0]][0][64] == now  # bf16, in other tiles
