@@ -49,6 +49,7 @@ Papers
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ from minisft.kernels.flash_attention_kernels import (
 )
 from minisft.kernels.flash_attention_tiles import _flash_attention_tiles_kernel
 from minisft.kernels.flash_attention_torch import FlashAttentionTorch, one_token
+from minisft.kernels.rope import rope, turn, turn_arguments, turn_back
 
 
 def flash_attention_ref(
@@ -149,12 +151,21 @@ def _splits(programs: int, group: int, sms: int) -> int:
 
 
 class _FlashAttentionTriton(torch.autograd.Function):
-    """Saves q, k, v, out and the log-sum-exp of every row."""
+    """Saves q, k, v, out and the log-sum-exp of every row; with a rotary embedding q and k as they are turned, and its table.
+
+    q_weight to numbers: what `turn` takes after q and k; all None without an embedding.
+    """
 
     @staticmethod
     def forward(
-        ctx, q, k, v, start, end, q_offset, scale, window, softcap, dropout, deterministic, mean_length, shared
-    ):
+        ctx,
+        q, k, v,
+        q_weight, k_weight, cos, sin, interleaved, numbers,
+        start, end, q_offset, scale, window, softcap, dropout, deterministic, mean_length, shared,
+    ):  # fmt: skip
+        given = (q, k) if q_weight is not None else (None, None)
+        if cos is not None:
+            q, k = turn(q, k, q_weight, k_weight, cos, sin, interleaved, numbers)
         q, k, v = (x if _has_descriptor(x) else x.contiguous() for x in (q, k, v))  # rather than load number by number
         (Tq, Hq, Dh), (Tk, Hkv, _) = q.shape, k.shape
         D1, D2 = _parts(Dh)
@@ -163,7 +174,8 @@ class _FlashAttentionTriton(torch.autograd.Function):
         tensors = dict(
             q=q, k=k, v=v, start_ptr=start.contiguous(), end_ptr=end.contiguous(), seed_ptr=seed, lse_ptr=lse
         )
-        ctx.save_for_backward(out, *tensors.values())
+        ctx.save_for_backward(out, *given, q_weight, k_weight, cos, sin, *tensors.values())
+        ctx.rotary = interleaved, numbers
         ctx.names, ctx.scale, ctx.shared = list(tensors), scale, shared
         ctx.small = bool(softcap or dropout) or (mean_length is not None and mean_length < SHORT)
         ctx.deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
@@ -183,8 +195,8 @@ class _FlashAttentionTriton(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        out, *tensors = ctx.saved_tensors
-        tensors = dict(zip(ctx.names, tensors))
+        out, *turned = ctx.saved_tensors[:7]  # what `turn_back` takes after the gradients
+        tensors = dict(zip(ctx.names, ctx.saved_tensors[7:]))
         q, k, v, lse = (tensors[name] for name in ("q", "k", "v", "lse_ptr"))
         (Tq, Hq, Dh), (Tk, Hkv, _) = q.shape, k.shape
         kv_tables = CONFIGS["_flash_attention_bwd_kv_kernel"]
@@ -192,7 +204,6 @@ class _FlashAttentionTriton(torch.autograd.Function):
         if not (ctx.deterministic or ctx.options["D2"]):
             one_pass = config_for(kv_tables["one pass"], q, ctx.small)
         dout, delta = dout.contiguous(), torch.empty_like(lse)
-        dq = q.new_empty(q.shape)
         dq_sum = q.new_empty(q.shape, dtype=torch.float32) if one_pass else None
 
         config = CONFIGS["_flash_attention_delta_kernel"]
@@ -208,13 +219,21 @@ class _FlashAttentionTriton(torch.autograd.Function):
         _launch(_flash_attention_bwd_kv_kernel, (*grid, splits), config, {**arguments, **grads})
         dk, dv = (x.sum(0).to(k.dtype) if splits > 1 else x[0] for x in (dk, dv))
         if one_pass:
-            torch.mul(dq_sum, ctx.scale, out=dq)
+            dq, dq_scale = dq_sum, ctx.scale
         else:
+            dq, dq_scale = q.new_empty(q.shape), 1.0
             config = config_for(CONFIGS["_flash_attention_bwd_q_kernel"], q, ctx.small)
             grid = cdiv(Tq, config["BLOCK_M"]), Hq
             tiles = _tiles(tensors, ctx.options, config) if ctx.shared else None
             _launch(_flash_attention_bwd_q_kernel, grid, config, {**arguments, "tiles_ptr": tiles, "dq_ptr": dq})
-        return dq, dk, dv, *[None] * 10
+
+        weights = None, None
+        if turned[-1] is not None:  # dq is scaled and rounded on its way through the rotary embedding
+            options = dict(weights=any(ctx.needs_input_grad[3:5]), q_scale=dq_scale)
+            dq, dk, *weights = turn_back(dq, dk, *turned, *ctx.rotary, **options)
+        elif one_pass:
+            dq = torch.mul(dq, dq_scale, out=q.new_empty(q.shape))
+        return dq, dk, dv, *weights, *[None] * 14
 
 
 def unsupported(head_dim: int, scale: float = 1.0) -> str:
@@ -240,6 +259,7 @@ def flash_attention(
     deterministic: bool = False,
     mean_length: float | None = None,
     shared: bool = True,
+    rotary: Mapping = {},
 ) -> Tensor:
     """Causal attention inside the documents of a flat stream.
 
@@ -260,6 +280,8 @@ def flash_attention(
     shared: False where the caller knows that these are whole documents side by side, so that every query sees all keys
         from the first one of its document to itself: the kernels then look for no keys that have ended before. It changes
         nothing but the speed; where documents do share a prefix, it would be wrong.
+    rotary: the arguments of `rope` after q and k, which then turns both first; {} = they come turned. The Triton kernels of both
+        are one op: the sum of dq, in fp32 and without its scale, goes back through the embedding as it is.
 
     Returns [Tq, Hq, Dh], contiguous, in the dtype of q; zeros for a query that sees no key. A document's output and
     gradients do not depend on the content of other documents, not even in the last bit.
@@ -276,12 +298,16 @@ def flash_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
         backend = backend_for("flash_attention", q, unsupported(q.shape[-1], scale))
+        is_fused = backend == "triton" and (rotary.get("q_norm") is None) == (rotary.get("k_norm") is None)
+        if rotary and not is_fused:
+            q, k = rope(q, k, **rotary)
         if backend == "reference":
             options = dict(q_offset=q_offset, scale=scale, window=window, softcap=softcap, dropout=dropout)
             return flash_attention_ref(q, k, v, start, end, **options)
         arguments = q, k, v, start, end, q_offset, scale, window, softcap, dropout
         if backend == "triton":
-            return _FlashAttentionTriton.apply(*arguments, deterministic, mean_length, shared)
+            turning = turn_arguments(q, k, **rotary) if rotary and is_fused else (None,) * 6
+            return _FlashAttentionTriton.apply(q, k, v, *turning, *arguments[3:], deterministic, mean_length, shared)
         return FlashAttentionTorch.apply(*arguments)
 
 

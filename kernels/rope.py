@@ -379,6 +379,7 @@ class _RopeTriton(torch.autograd.Function):
 
 def turn(q, k, q_weight, k_weight, cos, sin, interleaved, numbers, back=False, q_scale=1.0):
     """q_scale q and k turned, or turned back (without norms): new tensors in the dtype of k. The rest as in _RopeTriton."""
+    q, k = _features_adjacent(q), _features_adjacent(k)
     q_out, k_out = (torch.empty_like(x, dtype=k.dtype, memory_format=torch.contiguous_format) for x in (q, k))
     (T, q_heads, head_dim), k_heads = q.shape, k.shape[1]
     config = smallest_fit(CONFIGS["_rope_kernel"], head_dim)
@@ -396,10 +397,10 @@ def turn_back(
 ):
     """The backward pass of `turn`: dq, dk, and if `weights` their gradients, else None. q, k: its inputs, read for norms
     only. q_scale multiplies dq_out, which may be wider than dk_out."""
-    dq_out, dk_out = _features_adjacent(dq_out), _features_adjacent(dk_out)
     if q_weight is None:
         dq_dk = turn(dq_out, dk_out, None, None, cos, sin, interleaved, numbers, back=True, q_scale=q_scale)
         return *dq_dk, None, None
+    q, k, dq_out, dk_out = map(_features_adjacent, (q, k, dq_out, dk_out))
     (T, q_heads, head_dim), k_heads = q.shape, k.shape[1]
     dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
     config = smallest_fit(CONFIGS["_rope_norm_bwd_kernel"], head_dim)
@@ -446,13 +447,7 @@ def rope(
     Returns (q, k), new tensors in the shapes and dtype of the inputs. Raises ValueError where shapes or dtypes do not
     fit.
     """
-    if cos.shape != sin.shape or cos.ndim != 2 or len(cos) != len(q) or 2 * cos.shape[1] > q.shape[-1]:
-        raise ValueError(f"rope: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit q {tuple(q.shape)}")
-    if k.shape[::2] != q.shape[::2] or k.dtype != q.dtype:
-        raise ValueError(f"rope: k {tuple(k.shape)} {k.dtype} does not fit q {tuple(q.shape)} {q.dtype}")
-    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if norm is not None and norm[0].shape != q.shape[-1:]:
-            raise ValueError(f"rope: {name} {tuple(norm[0].shape)} does not fit q {tuple(q.shape)}")
+    _check(q, k, cos, sin, q_norm, k_norm)
     cannot = ""
     if q.shape[-1] > MAX_HEAD_DIM or q.shape[-1] % 2:
         cannot = f"head dim {q.shape[-1]}, and the kernels take even ones up to {MAX_HEAD_DIM}"
@@ -460,15 +455,32 @@ def rope(
         backend = backend_for("rope", q, cannot)
         if backend == "reference":
             return rope_ref(q, k, cos, sin, interleaved=interleaved, q_norm=q_norm, k_norm=k_norm)
-        weights, numbers = (None, None), (0.0, 0.0, 0.0, 0.0)
-        if backend == "triton" and q_norm is not None and k_norm is not None:
-            weights, numbers = (q_norm[0].contiguous(), k_norm[0].contiguous()), (*q_norm[1:], *k_norm[1:])
-            q_norm = k_norm = None
+        if backend == "triton" and (q_norm is None) == (k_norm is None):
+            return _RopeTriton.apply(q, k, *turn_arguments(q, k, cos, sin, interleaved, q_norm, k_norm))
         if q_norm is not None:
             q = rms_norm(q, q_norm[0], q_norm[1], offset=q_norm[2], upcast_weight=q_norm[2] != 0)
         if k_norm is not None:
             k = rms_norm(k, k_norm[0], k_norm[1], offset=k_norm[2], upcast_weight=k_norm[2] != 0)
         if backend == "triton":
-            q, k, cos, sin = _features_adjacent(q), _features_adjacent(k), cos.contiguous(), sin.contiguous()
-            return _RopeTriton.apply(q, k, *weights, cos, sin, interleaved, numbers)
+            return _RopeTriton.apply(q, k, *turn_arguments(q, k, cos, sin, interleaved))
         return _Rope.apply(q, k, cos, sin, interleaved)
+
+
+def turn_arguments(q, k, cos, sin, interleaved=False, q_norm=None, k_norm=None) -> tuple:
+    """What `turn` takes after q and k, of the arguments of `rope`; both norms or none. Raises ValueError as `rope`."""
+    _check(q, k, cos, sin, q_norm, k_norm)
+    if q_norm is None or k_norm is None:
+        weights, numbers = (None, None), (0.0, 0.0, 0.0, 0.0)
+    else:
+        weights, numbers = (q_norm[0].contiguous(), k_norm[0].contiguous()), (*q_norm[1:], *k_norm[1:])
+    return *weights, cos.contiguous(), sin.contiguous(), interleaved, numbers
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_norm: Norm | None, k_norm: Norm | None) -> None:
+    if cos.shape != sin.shape or cos.ndim != 2 or len(cos) != len(q) or 2 * cos.shape[1] > q.shape[-1]:
+        raise ValueError(f"rope: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit q {tuple(q.shape)}")
+    if k.shape[::2] != q.shape[::2] or k.dtype != q.dtype:
+        raise ValueError(f"rope: k {tuple(k.shape)} {k.dtype} does not fit q {tuple(q.shape)} {q.dtype}")
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None and norm[0].shape != q.shape[-1:]:
+            raise ValueError(f"rope: {name} {tuple(norm[0].shape)} does not fit q {tuple(q.shape)}")

@@ -330,8 +330,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer of OPTIMIZERS over groups of `parameter_groups`; options as there.
 
-    offload and rounding_seed are those of `AdamW`, which also takes the place of torch's for them, for bf16 weights, and on a GPU,
-    where it clips without a pass over the gradients and writes the weights' copies for the products. The two have the same state.
+    offload and rounding_seed are those of `AdamW`, which also takes the place of torch's for them, for bf16 weights, and on a
+    GPU, where it clips without a pass over the gradients and writes the copies for the products. Both have the same state.
     """
     params = [p for group in groups for p in group["params"]]
     is_bf16 = any(p.dtype == torch.bfloat16 for p in params)

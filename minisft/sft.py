@@ -30,7 +30,7 @@ def loss(
 
     Returns a scalar (fp32) that is not scaled by grad_scale; its gradient is. The metrics are detached.
     """
-    hidden = model(batch.input_ids, batch.position_ids, batch.start, batch.end)  # [T, D]
+    hidden = model(batch.input_ids, batch.position_ids, batch.start, batch.end, shared=batch.shared)  # [T, D]
     total, stats = linear_cross_entropy(
         hidden,
         model.head_weight,

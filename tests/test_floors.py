@@ -67,6 +67,7 @@ EXTRA_ROOMS = {
         "kernels/flash_attention_kernels",
         "kernels/flash_attention_tiles",
         "kernels/flash_attention_torch",
+        "kernels/rope",
     },
     "kernels/flash_attention_kernels": {"kernels/flash_attention_tiles"},
     "kernels/gated_delta_rule": {"kernels/gated_delta_rule_kernels", "kernels/gated_delta_rule_torch"},

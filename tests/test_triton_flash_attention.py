@@ -25,6 +25,7 @@ from minisft.kernels.flash_attention import (
     flash_attention_with_kvcache,
 )
 from minisft.kernels.flash_attention_configs import CONFIGS, candidate, config_for
+from minisft.kernels.rope import rope
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -342,6 +343,43 @@ def test_dropout_draws_the_same_in_every_kernel(deterministic):
     visible = flash_attention_ref(q, k, v, start, end)[:, :, :T].transpose(0, 1) != 0
     share = kept[0].sum() / visible.sum()  # of some 1,900 draws: a standard deviation is 0.011
     assert abs(share - (1 - rate)) < 0.05 and not torch.equal(kept[0][0], kept[0][1])
+
+
+@ONE_PASS_AND_SPLIT
+@pytest.mark.parametrize("norms", [False, True], ids=["plain", "norms"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_rotary_embedding_may_be_part_of_the_op(dtype, interleaved, norms, deterministic):
+    """As near to fp64 as the two ops one after another, and in one pass without the rounding of dq between them."""
+    q, k, v = qkv(50, heads=4, kv_heads=2, head_dim=32)
+    start, end = bounds_of([20, 1, 29])
+    angle = torch.arange(50.0)[:, None] * 10.0 ** -torch.arange(12)
+    weights = [torch.rand(32, requires_grad=True) for _ in range(2)] if norms else []
+
+    def call(attention, fused):
+        def run(q, k, v, *weights):
+            norms = {f"{name}_norm": (w, 1e-5, 0.0) for name, w in zip("qk", weights)}
+            rotary = dict(cos=angle.cos().to(q.dtype), sin=angle.sin().to(q.dtype), interleaved=interleaved, **norms)
+            if not fused:
+                return attention(*rope(q, k, **rotary), v, start, end, **options)
+            return attention(q, k, v, start, end, rotary=rotary, **options)
+
+        options = {} if attention is flash_attention_ref else {"deterministic": deterministic}
+        return run
+
+    leaves = [q, k, v, *weights]
+    inputs = [x.detach().to(dtype if x.ndim == 3 else x.dtype).requires_grad_() for x in leaves]
+    fused = run_with_gradients(call(flash_attention, True), inputs)
+    apart = run_with_gradients(call(flash_attention, False), inputs)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    with use_backend("reference"):
+        truth = run_with_gradients(call(flash_attention_ref, False), exact, like=fused)
+    assert torch.equal(fused["output 0"], apart["output 0"])
+    for name, value in fused.items():
+        assert value.dtype == apart[name].dtype
+        # 10 %: which way single numbers are rounded is chance
+        assert relative_error(value, truth[name]) <= 1.1 * relative_error(apart[name], truth[name]) + 1e-7, name
+        assert torch.equal(value, apart[name]) or not deterministic
 
 
 def test_varlen_is_the_same_op():

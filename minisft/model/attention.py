@@ -85,7 +85,7 @@ class Attention(nn.Module):
         end: Tensor,
         cos_sin: tuple[Tensor, ...] | None,  # rope_table; None: the layer has no rotary embedding
         kv_cache: KVCache | None = None,
-        mean_length: float | None = None,
+        hints: dict | None = None,  # arguments of flash_attention that change nothing but its speed
     ) -> Tensor:
         with dropped(x):
             q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
@@ -99,27 +99,36 @@ class Attention(nn.Module):
         v = v.unflatten(-1, (-1, self.head_dim))
         if self.qk_norm in QK_LAYER_NORMS:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self._turn(q, k, cos_sin)
+        is_whole = kv_cache is None  # else the keys go to the cache turned
+        rotary, q, k = self._turn(q, k, cos_sin, is_whole)
 
-        keys, values = (k, v) if kv_cache is None else kv_cache.append(self.layer, k, v)
+        keys, values = (k, v) if is_whole else kv_cache.append(self.layer, k, v)
         if kv_cache is not None and kv_cache.is_filled:
             out = flash_attention_with_kvcache(q, keys, values, kv_cache.lengths, **self.options)
         else:
-            dropout = self.dropout if self.training else 0.0
-            out = flash_attention(q, k, v, start, end, dropout=dropout, mean_length=mean_length, **self.options)
+            options = self.options | {"dropout": self.dropout if self.training else 0.0} | (hints or {})
+            out = flash_attention(q, k, v, start, end, rotary=rotary, **options)
         if gate is not None:
             out = out * gate.sigmoid()
         return project(out.flatten(-2), self.o_proj)[0]  # [T, D]
 
-    def _turn(self, q: Tensor, k: Tensor, cos_sin: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
-        """The rotary embedding, the factor of the queries and the RMSNorm of each head. If the norm comes first, it and the
-        rotary embedding are one op."""
-        norms = {}
-        if self.qk_norm == "head" and cos_sin is not None and not self.norm_after_rope:
-            norms = {f"{n}_norm": (m.weight, m.eps, m.offset) for n, m in (("q", self.q_norm), ("k", self.k_norm))}
-        if cos_sin is not None:
-            cos, sin, *factors = cos_sin
-            q, k = rope(q, k, cos, sin, interleaved=self.interleaved, **norms)
-            for factor in factors:
-                q = q * factor[:, None, None].to(q.dtype)
-        return (self.q_norm(q), self.k_norm(k)) if self.qk_norm == "head" and not norms else (q, k)
+    def _turn(
+        self, q: Tensor, k: Tensor, cos_sin: tuple[Tensor, ...] | None, may_be_left: bool
+    ) -> tuple[dict, Tensor, Tensor]:
+        """The RMSNorm of each head, the rotary embedding and the factor of the queries: (rotary, q, k).
+
+        Norms before the rotary embedding are one op with it. It may be left to attention, as `rotary`, if nothing comes after it.
+        """
+        if cos_sin is None:
+            return {}, *((self.q_norm(q), self.k_norm(k)) if self.qk_norm == "head" else (q, k))
+        cos, sin, *factors = cos_sin
+        rotary = {"cos": cos, "sin": sin, "interleaved": self.interleaved}
+        norms_follow = self.qk_norm == "head" and self.norm_after_rope
+        if self.qk_norm == "head" and not norms_follow:
+            rotary |= {f"{n}_norm": (m.weight, m.eps, m.offset) for n, m in (("q", self.q_norm), ("k", self.k_norm))}
+        if may_be_left and not factors and not norms_follow:
+            return rotary, q, k
+        q, k = rope(q, k, **rotary)
+        for factor in factors:
+            q = q * factor[:, None, None].to(q.dtype)
+        return {}, *((self.q_norm(q), self.k_norm(k)) if norms_follow else (q, k))

@@ -60,11 +60,11 @@ class Block(nn.Module):
         end: Tensor,
         cos_sin: tuple[Tensor, ...] | None,  # rope_table; None: the layer has no rotary embedding
         kv_cache: KVCache | None = None,
-        mean_length: float | None = None,
+        hints: dict | None = None,  # for attention: what the host knows of the documents
     ) -> tuple[Tensor, Tensor]:
         """-> x, and the branch that the next norm adds to it"""
         normed, x = self.input_layernorm.add(branch, x, compute_dtype(x))
-        attended = getattr(self, self.mixer_name)(normed, start, end, cos_sin, kv_cache, mean_length)
+        attended = getattr(self, self.mixer_name)(normed, start, end, cos_sin, kv_cache, hints)
         attended = F.dropout(attended, self.attention_dropout, self.training)
         normed, x = self.post_attention_layernorm.add(attended, x, compute_dtype(x))
         return x, F.dropout(self.mlp(normed), self.mlp_dropout, self.training)
@@ -106,13 +106,19 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, start: Tensor, end: Tensor, kv_cache: KVCache | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        start: Tensor,
+        end: Tensor,
+        kv_cache: KVCache | None = None,
+        shared: bool = True,
     ) -> Tensor:
         """input_ids int64 [T], position_ids, start, end int32 [T] (see Batch) -> hidden [T, D], after the final norm, in the
         dtype of matrix products.
 
         With a kv_cache the forward stores its keys and values there and attends to those already stored, as KVCache
-        describes; without one the documents must be whole.
+        describes; without one the documents must be whole. shared: False where no two documents share tokens (Batch.shared).
         """
         x = self.embed_tokens(input_ids)  # [T, D]
         if self.config.embedding_multiplier != 1:
@@ -127,9 +133,9 @@ class Decoder(nn.Module):
         tables = {rope: rope_table(rope, position_ids, dtype) for rope in set(self.config.ropes) if rope is not None}
         if kv_cache is not None:
             kv_cache.place(position_ids, start, end)
-        branch = None
+        branch, hints = None, {"mean_length": self.mean_length, "shared": shared}
         for number, (layer, rope) in enumerate(zip(self.layers, self.config.ropes)):
-            where = start, end, None if rope is None else tables[rope], kv_cache, self.mean_length
+            where = start, end, None if rope is None else tables[rope], kv_cache, hints
             if self.gradient_checkpointing and self.training and number % self.gradient_checkpointing_every == 0:
                 x, branch = x if branch is None else x + branch, None  # one tensor to keep instead of two
                 with offloaded(x.shape) if self.offload_activations else nullcontext():

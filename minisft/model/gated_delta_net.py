@@ -50,7 +50,7 @@ class GatedDeltaNet(nn.Module):
         self.o_norm.weight = nn.Parameter(torch.ones(self.value_dim))
 
     def forward(
-        self, x: Tensor, start: Tensor, end: Tensor, _cos_sin, kv_cache: KVCache | None = None, _mean_length=None
+        self, x: Tensor, start: Tensor, end: Tensor, _cos_sin, kv_cache: KVCache | None = None, _hints=None
     ) -> Tensor:
         """x [T, D] -> [T, D]; the arguments are those of Attention."""
         with dropped(x):

@@ -23,7 +23,7 @@ class ShortConvolution(nn.Module):
         self.out_proj = nn.Linear(size, size, bias=bias)
 
     def forward(
-        self, x: Tensor, start: Tensor, end: Tensor, _cos_sin, kv_cache: KVCache | None = None, _mean_length=None
+        self, x: Tensor, start: Tensor, end: Tensor, _cos_sin, kv_cache: KVCache | None = None, _hints=None
     ) -> Tensor:
         """x [T, D] -> [T, D]; the arguments are those of Attention."""
         with dropped(x):

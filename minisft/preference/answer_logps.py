@@ -19,7 +19,7 @@ def answer_logps(
     model: Decoder, batch: Batch, ld_alpha: float | None = None, return_stats: bool | str = False
 ) -> tuple[Tensor, Stats | None]:
     """log p of every answer, fp32 [2U], and the statistics of the targets [M]."""
-    hidden = model(batch.input_ids, batch.position_ids, batch.start, batch.end)  # [T, D]
+    hidden = model(batch.input_ids, batch.position_ids, batch.start, batch.end, shared=batch.shared)  # [T, D]
     result = linear_cross_entropy(
         hidden,
         model.head_weight,
