@@ -65,7 +65,11 @@ def use_deterministic_algorithms() -> None:
 
 def seed_step(seed: int, step: int) -> None:
     """Seed dropout and noise as a pure function of (seed, step, rank): there is no generator state to save or lose."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0] >> 1))
+    number = int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0] >> 1)
+    # not torch.manual_seed: for a GPU that is not in use it formats the stack, which takes a millisecond
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
 
 
 # ---- signals ----------------------------------------------------------------------------------------------------
