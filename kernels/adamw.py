@@ -8,7 +8,8 @@ What it computes, for every number w of a parameter, with its gradient g and two
         w -= lr (wd w + m^ / (sqrt(v^) + eps))     m^ = m / (1 - b1^t), v^ = v / (1 - b2^t)
 
     The moments start at zero, which m^ and v^ correct. The decay wd is decoupled: it is no part of g, so v does not
-    scale it. c is read on the device, so that the host does not wait for the norm of the gradients.
+    scale it. c is read on the device, so that the host does not wait for the norm of the gradients. A step whose gradients
+    are not finite is left out there too: c is NaN, and nothing changes.
 
 adamw_formats.py explains what is stored in other formats than fp32: bf16 weights, rounded by chance, and 8-bit moments. An fp32
 weight whose products are in bf16 keeps a copy for them (linear.py). The kernel writes it with the weight, which is in its
@@ -31,6 +32,7 @@ fp32 throughout (fp64 where the moments are), whatever the dtype of w and g; rou
 Papers: Kingma and Ba 2015, arXiv:1412.6980; decoupled decay: Loshchilov and Hutter 2019, arXiv:1711.05101.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache, lru_cache
 
@@ -162,6 +164,7 @@ def _adamw_kernel(
     v_ptr = _pointer(row, 3, first, tl.float32, WIDE)
     tensor = tl.load(row + 7)
     clip = tl.load(clip_ptr).to(tl.float32)
+    left = tl.where(clip == clip, left, 0)  # NaN: nothing changes
     for start in range(0, tl.minimum(left, STRETCH).to(tl.int32), BLOCK):
         offset = start + tl.arange(0, BLOCK)
         mask = offset < left
@@ -234,6 +237,7 @@ def _adamw_8bit_kernel(
     v_absmax_ptr = _pointer(row, 5, first // 256, tl.float32, False)
     tensor = tl.load(row + 7)
     clip = tl.load(clip_ptr).to(tl.float32)
+    left = tl.where(clip == clip, left, 0)
     for start in range(0, tl.minimum(left, STRETCH).to(tl.int32), BLOCK):
         offset = start + tl.arange(0, BLOCK)
         mask = offset < left
@@ -274,11 +278,10 @@ def _adamw_torch(
     params, grads, exp_avgs, exp_avg_sqs, *, step, lr, beta1, beta2, eps, weight_decay, clip, stochastic_rounding_seed, places
 ):  # fmt: skip
     """torch's fused kernel where all is fp32; else the formulas, on a CPU in stretches whose temporaries stay in the cache."""
-    clip = clip.item() if isinstance(clip, Tensor) and clip.device.type == "cpu" else clip  # on a GPU it would wait
     for place, w, g, m_state, v_state in zip(places, params, grads, exp_avgs, exp_avg_sqs):
         is_8bit = not isinstance(m_state, Tensor)
         g = g.to(torch.float32 if is_8bit else m_state.dtype).contiguous()
-        if isinstance(clip, Tensor) or clip != 1:
+        if clip != 1:
             g = g * clip
         if not is_8bit and w.dtype == m_state.dtype and w.is_contiguous():
             steps = torch.full((), step, dtype=torch.float32, device=w.device)
@@ -410,7 +413,8 @@ def adamw_(
     one for each, in its shape, fp32, bf16 or fp16; not changed.
     exp_avgs, exp_avg_sqs: the moments, zeros before the first step. Each is an fp32 tensor in the shape of its parameter, or
     in 8 bits the pair (codes uint8 in that shape, absmax fp32 [ceil(n / 256)]); both moments of a parameter alike.
-    step: 1 in the first step. clip: what the gradients are multiplied by; a 0-d fp32 tensor is not waited for.
+    step: 1 in the first step. clip: what the gradients are multiplied by; NaN: nothing changes. Triton reads a 0-d fp32
+    tensor on the device; without it the host waits for that number.
     stochastic_rounding_seed: round bf16 parameters by chance, as a function of this seed, the step, the place of
     the parameter and the element. None: round to nearest. places: the place of each parameter among all that are
     updated in this step; None: 0, 1, 2, ..., for a single call with all of them.
@@ -428,6 +432,9 @@ def adamw_(
     options |= dict(stochastic_rounding_seed=stochastic_rounding_seed, places=places or range(len(params)))
     strided = "" if all(w.is_contiguous() for w in params) else "a parameter that is not contiguous"
     backend = backend_for("adamw", params[0], strided)
+    if backend != "triton" and math.isnan(clip := float(clip)):
+        return
+    options["clip"] = clip
     run = {"reference": adamw_ref, "torch": _adamw_torch, "triton": _adamw_triton}[backend]
     written = [w for w in params if backend == "triton" and w.numel() and kept_copy(w) is not None]
     run(params, grads, exp_avgs, exp_avg_sqs, **options)

@@ -208,6 +208,17 @@ def test_clipping_by_a_tensor_or_a_number_scales_the_gradients(backend):
         assert_same(results[0], other)
 
 
+@pytest.mark.parametrize("is_8bit", [False, True], ids=["fp32 moments", "8-bit moments"])
+def test_a_factor_that_is_nan_changes_nothing(backend, is_8bit):
+    """A step that is left out. Its gradients may be anything."""
+    params, *moments = state = train([torch.randn(size) for size in SIZES], 2, is_8bit)
+    before = [flat(tensors).clone() for tensors in state]
+    for clip in (torch.tensor(math.nan), math.nan):
+        grads = [torch.full_like(w, math.inf) for w in params]
+        adamw_(params, grads, *moments, step=3, clip=clip, **OPTIONS)
+    assert all(torch.equal(flat(tensors), kept) for tensors, kept in zip(state, before))
+
+
 def test_gradients_are_left_and_autograd_is_told(backend):
     w, g = torch.randn(64), torch.randn(64)
     kept, version = g.clone(), w._version
