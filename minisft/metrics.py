@@ -26,7 +26,10 @@ class Sums:
 
     def add(self, metrics: Metrics) -> None:
         for name, (value, weight) in metrics.items():
-            value = torch.as_tensor(value, dtype=torch.float64, device=self.device)
+            if isinstance(value, Tensor):
+                value = value.double()
+            else:  # filled in by the device: a copy of a number would wait for it
+                value = torch.full((), value, dtype=torch.float64, device=self.device)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.weights[name] = self.weights.get(name, 0.0) + weight
 

@@ -20,7 +20,7 @@ from minisft.model.decoder import Decoder
 
 def weight(batch: Batch) -> float:
     """Sum of the weights of the trained tokens; their number where none has a weight of its own."""
-    return float(batch.num_targets) if batch.row_weights is None else batch.row_weights.double().sum().item()
+    return batch.total_weight
 
 
 def loss(
@@ -47,7 +47,7 @@ def loss(
     )
     real = slice(batch.num_targets)  # filler rows come last
     return total, {
-        "loss": (total.detach(), weight(batch)),
+        "loss": (total.detach(), batch.total_weight),
         "mean_token_accuracy": (stats.correct[real].sum(), batch.num_targets),
         "entropy": (stats.entropy[real].sum(), batch.num_targets),
     }

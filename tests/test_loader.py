@@ -2,17 +2,18 @@
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from minisft.data.batch import IGNORE_INDEX
+from minisft.data.batch import ALIGNMENT, FOR_THE_DEVICE, IGNORE_INDEX
 from minisft.data.cache import Documents, build_cache
 from minisft.data.documents import select_documents
-from minisft.data.kinds import ANSWER, TERMINATOR, TRAINED, USER
+from minisft.data.kinds import ANSWER, CHOSEN, REJECTED, TERMINATOR, TRAINED, USER
 from minisft.data.loader import Loader, make_batch
 from minisft.data.packing import pack, plan
 from minisft.data.packing_strategies import STRATEGIES
@@ -210,6 +211,64 @@ def test_a_partial_last_step(round_to):
     assert dummy.num_tokens == dummy.num_targets == len(dummy.targets) == 0
     assert len(dummy.input_ids) == round_to and (dummy.labels == IGNORE_INDEX).all()
     assert dummy.cu_seqlens.tolist() == list(range(round_to + 1)) and dummy.max_seqlen == 1
+
+
+# ---- the way to the device --------------------------------------------------------------------------------------
+
+
+def tensors_of(batch):
+    """{name: tensor} of a batch, with those of its answers; without the buffer."""
+    parts = [part for part in (batch, batch.answers) if part is not None]
+    values = {f.name: getattr(part, f.name) for part in parts for f in fields(part) if f.name != "buffer"}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+FOR_THE_HOST = {"cu_seqlens", "row_kind", "row_source", "row_document", "labels", "document"}
+
+
+def batch_with_everything():
+    """A batch of pairs that have weights, and cached log-probabilities of the reference."""
+    documents = make_documents(weighted=True)
+    documents.cache.group, documents.cache.role = 2, np.tile(np.array([CHOSEN, REJECTED], dtype=np.uint8), 60)
+    documents = replace(documents, ref_logps=np.arange(120, dtype=np.float32))
+    packs = pack(documents.unit_lengths, 64, "bfd")
+    batch = make_batch(documents, packs, [0, 1], round_to=8)
+    assert set(tensors_of(batch)) - set(FOR_THE_DEVICE) == FOR_THE_HOST
+    return batch
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies to another device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += len({x.device for x in (*args, out) if isinstance(x, torch.Tensor)}) > 1
+        return out
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_batch_goes_to_the_device_in_one_copy(ready):
+    batch = batch_with_everything()
+    with Copies() as copies:
+        moved = (batch.in_one_buffer(pin_memory=False) if ready else batch).to("meta")
+    assert copies.count == 1
+    for (name, old), new in zip(tensors_of(batch).items(), tensors_of(moved).values(), strict=True):
+        assert (new.dtype, new.shape) == (old.dtype, old.shape)
+        assert new.is_meta if name in FOR_THE_DEVICE else new is old
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_what_the_device_reads_has_one_buffer_and_the_same_values(empty):
+    documents = make_documents()
+    batch = make_batch(documents, pack(documents.lengths, 24, "bfd"), []) if empty else batch_with_everything()
+    moved = batch.to("cpu").to("cpu")
+    for (name, old), new in zip(tensors_of(batch).items(), tensors_of(moved).values(), strict=True):
+        assert torch.equal(old, new)
+        if name in FOR_THE_DEVICE:
+            assert new.untyped_storage().data_ptr() == moved.buffer.data_ptr()
+            assert new.storage_offset() * new.itemsize % ALIGNMENT == 0
 
 
 def test_a_batch_without_targets():

@@ -128,7 +128,7 @@ def masked(batch):
     """The same tokens with nothing trained."""
     empty = {"loss_rows": batch.loss_rows[:0], "targets": batch.targets[:0], "row_kind": batch.row_kind[:0]}
     empty |= {"row_source": batch.row_source[:0], "row_document": batch.row_document[:0], "row_weights": None}
-    return replace(batch, **empty, labels=torch.full_like(batch.labels, -100), num_targets=0)
+    return replace(batch, **empty, labels=torch.full_like(batch.labels, -100), num_targets=0, total_weight=0.0)
 
 
 def test_a_fully_masked_micro_batch_changes_nothing(tmp_path):

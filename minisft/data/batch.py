@@ -5,14 +5,18 @@ tensor: `start` and `end` say for every token which keys it sees, and `loss_rows
 against which targets. Everything after the loader reads this and nothing else.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T", "Batch", "Answers")
 IGNORE_INDEX = -100  # label of a token that is not trained, as in Hugging Face
+ALIGNMENT = 16  # bytes: the widest access of a kernel
+# What a model and its loss read. The other tensors are for messages, peers and references, and stay on the host.
+FOR_THE_DEVICE = (
+    *("input_ids", "position_ids", "start", "end", "loss_rows", "targets", "row_weights"),
+    *("row_answer", "role", "length", "weight", "ref_logps"),
+)
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,10 @@ class Answers:
     num_answers: tuple[int, ...]  # by role
     num_targets: tuple[int, ...]  # of these answers
 
-    def to(self, device: torch.device | str) -> "Answers":
-        return _moved(self, device)
-
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of T tokens in N documents with M targets. Made on the host; `to` moves it."""
+    """One micro-batch of T tokens in N documents with M targets. Made on the host; `to` moves what the device needs of it."""
 
     input_ids: Tensor  # int64 [T]
     position_ids: Tensor  # int32 [T], from 0 in every document; a piece that shares a beginning continues it
@@ -53,20 +54,48 @@ class Batch:
     labels: Tensor  # int64 [T] as in Hugging Face: unshifted, -100 = not trained
     num_tokens: int  # real tokens, without filler
     num_targets: int  # real targets, without filler
+    total_weight: float  # sum of row_weights
     answers: Answers | None = None  # preference data only
     # False: whole documents side by side, where keys are visible to the end of their document: attention need not look
     # for any that ended before. The same for all batches of a set.
     shared: bool = True
+    buffer: Tensor | None = None  # uint8: the memory of all tensors in FOR_THE_DEVICE, once they have been put together
+
+    def in_one_buffer(self, pin_memory: bool) -> "Batch":
+        """The same batch, with one buffer for all that the device reads. From pinned memory its copy to a GPU does not wait."""
+        layout, size = _layout(self)
+        batch = _over(self, torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory))
+        for (_, old), (_, new) in zip(layout.values(), _layout(batch)[0].values()):
+            new.copy_(old)
+        return batch
 
     def to(self, device: torch.device | str) -> "Batch":
-        return _moved(self, device)
+        """The same batch, with all that the device reads on the device: one copy, without a wait. The rest stays on the host."""
+        is_ready = self.buffer is not None
+        batch = self if is_ready else self.in_one_buffer(pin_memory=torch.device(device).type == "cuda")
+        return _over(batch, batch.buffer.to(device, non_blocking=True))
 
 
-def _moved(batch: T, device: torch.device | str) -> T:
-    """A copy whose tensors are on the device."""
-    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    moved = {name: v.to(device, non_blocking=True) for name, v in values.items() if isinstance(v, Tensor)}
-    return replace(batch, **moved, **{name: v.to(device) for name, v in values.items() if isinstance(v, Answers)})
+def _layout(batch: Batch) -> tuple[dict[str, tuple[int, Tensor]], int]:
+    """({name: (its first byte in the buffer, tensor)}, size of the buffer), for the tensors that the device reads."""
+    layout, size = {}, 0
+    for part in (batch, batch.answers):
+        for name in FOR_THE_DEVICE:
+            if (tensor := getattr(part, name, None)) is not None:
+                layout[name] = size, tensor
+                size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return layout, size
+
+
+def _over(batch: Batch, buffer: Tensor) -> Batch:
+    """The batch with views of this buffer in the place of the tensors that the device reads."""
+    layout, _ = _layout(batch)
+    views = {name: buffer[first : first + old.nbytes].view(old.dtype) for name, (first, old) in layout.items()}
+    answers = batch.answers
+    if answers is not None:
+        answers = replace(answers, **{name: view for name, view in views.items() if hasattr(answers, name)})
+    own = {name: view for name, view in views.items() if hasattr(batch, name)}
+    return replace(batch, **own, answers=answers, buffer=buffer)
 
 
 def document_bounds(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:

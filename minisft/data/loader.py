@@ -77,6 +77,7 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
         return torch.from_numpy(np.append(values, np.full(filler, value_of_filler)).astype(dtype))
 
     return Batch(
+    row_weights = None if weights is None else rows(weights, 0, np.float32)
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(position.astype(np.int32)),
         start=start,
@@ -85,7 +86,7 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
         max_seqlen=int(cu_seqlens.diff().max()),
         loss_rows=rows(scored_from, 0, np.int64),
         targets=rows(ids[at], IGNORE_INDEX, np.int64),
-        row_weights=None if weights is None else rows(weights, 0, np.float32),
+        row_weights=row_weights,
         row_kind=rows(kinds[at] & KIND_MASK, 0, np.uint8),
         row_source=rows(cache.source[index], 0, np.int32),
         row_document=rows(index, -1, np.int64),
@@ -93,6 +94,7 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
         num_tokens=num_tokens,
         num_targets=num_targets,
         answers=answers,
+        total_weight=float(num_targets) if row_weights is None else row_weights.double().sum().item(),
         shared=documents.shared is not None or documents.turns is not None,
     )
 

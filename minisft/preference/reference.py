@@ -214,8 +214,8 @@ def cache_logps(
         bar = tqdm(range(once.steps_per_epoch), desc="reference", leave=False, disable=not show_progress)
         for step in bar:
             for batch in once.step(0, step):
-                batch = batch.to(device)
-                sums[batch.answers.document] = compute(batch).double()  # a document that is repeated has one value
+                logps = compute(batch.to(device)).double()
+                sums[batch.answers.document.to(device)] = logps  # a document that is repeated has one value
         is_mine = (sums != 0).double()
         sums, counts = ranks.sum_over_ranks(torch.stack([sums, is_mine]))
         ref_logps = (sums / counts.clamp(min=1)).float().cpu().numpy()
