@@ -155,6 +155,19 @@ class Step:
 
 def take_step(case: Case, card: Card) -> Step:
     """One step of the case on the card, on paper."""
+    config = make_config(case)
+    batches = make_batches(case)
+    with PaperGPU(card, pairs=attended_pairs(batches[0])) as gpu:
+        run = make_run(config, case, gpu)
+        for step in range(2):
+            gpu.launches.clear()
+            gpu.waits.clear()
+            gpu.phase, run.progress.step = "forward", step
+            train_step(run, config.train, batches)
+        return Step(gpu.launches, gpu.waits, floor(run, batches, card))
+
+
+def make_config(case: Case) -> Config:
     config, _ = load(
         {},
         {
@@ -166,15 +179,7 @@ def take_step(case: Case, card: Card) -> Step:
         },
         origin="benchmark",
     )
-    batches = make_batches(case)
-    with PaperGPU(card, pairs=attended_pairs(batches[0])) as gpu:
-        run = make_run(config, case, gpu)
-        for step in range(2):
-            gpu.launches.clear()
-            gpu.waits.clear()
-            gpu.phase, run.progress.step = "forward", step
-            train_step(run, config.train, batches)
-        return Step(gpu.launches, gpu.waits, floor(run, batches, card))
+    return config
 
 
 def make_batches(case: Case) -> list[Batch]:

@@ -186,8 +186,8 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     weights = [run.weight(batch) for batch in batches]
-    totals = [sum(weights), len(batches), sum(batch.num_tokens for batch in batches)]
-    total_weight, num_batches, num_tokens = ranks.sum_numbers_over_ranks(totals, run.device)
+    totals = [sum(weights), len(batches), sum(batch.num_tokens for batch in batches), float(stop_asked)]
+    total_weight, num_batches, num_tokens, num_stops = ranks.sum_numbers_over_ranks(totals)
 
     # ---- 5. forward, loss, backward: the gradients of the micro-batches add up in fp32
     for name, first_step in run.first_steps.items():  # parameters that train from a later step on
@@ -206,25 +206,27 @@ def train_step(
             losses.append(loss.detach())
             stats.add(metrics)
 
-    # ---- 6. the gradient's norm, and the finite check that all ranks agree on before any of them updates
+    # ---- 6. the gradient's norm, and the finite check, on which all ranks agree
     grads = gradients(run.model)
     sum_gradients(grads)
     unscale(grads, scale)
     norm = torch.nn.utils.get_total_norm(norms if in_backward else gradient_norms(grads))
     stats.add({"grad_norm": (norm, 1.0)})
     is_bad = ~torch.isfinite(norm + torch.stack(losses).sum())
-    verdict = torch.stack([is_bad.double(), torch.full_like(norm, stop_asked, dtype=torch.float64)])
-    num_bad, num_stops = ranks.sum_over_ranks(verdict).tolist()
+    num_bad = ranks.sum_over_ranks(is_bad.float())
 
     # ---- 7. clip, update
-    if not num_bad and not in_backward:
+    if in_backward:
+        updated = num_bad.item() == 0
+    else:
         with zero_updates.counted():
-            clip_and_update(optimizer, grads, norm, train.max_grad_norm)
-    stats.add(zero_updates.metrics())
+            updated = clip_and_update(optimizer, grads, norm, train.max_grad_norm, num_bad)
+    if updated:
+        stats.add(zero_updates.metrics())
     if run.precision == "fp16":
-        progress.loss_scale.update(overflow=num_bad > 0)
+        progress.loss_scale.update(overflow=not updated)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(not num_bad, num_stops > 0, int(num_tokens), stats)
+    return StepResult(updated, num_stops > 0, int(num_tokens), stats)
 
 
 # ---- the start --------------------------------------------------------------------------------------------------

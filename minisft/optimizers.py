@@ -106,7 +106,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, *, clip: Tensor | float = 1.0) -> None:
-        """clip: a factor for the gradients as they are read; .grad itself does not change."""
+        """clip: a factor for the gradients as they are read; .grad itself does not change. NaN: only the counts go on."""
         for group, t, params, grads in _trained(self):
             beta1, beta2 = group["betas"]
             options = {key: group[key] for key in ("lr", "eps", "weight_decay")}
@@ -124,6 +124,11 @@ class AdamW(torch.optim.Optimizer):
                         home[key].copy_(visitor, non_blocking=True)
             if group["offload"] and params[0].is_cuda:
                 torch.cuda.current_stream().synchronize()  # a checkpoint reads the moments, which return asynchronously
+
+    def take_back(self) -> None:
+        """Count the last step as not taken: its clip was NaN, so nothing but the counts has changed."""
+        for state in (self.state[p] for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state["step"] -= 1
 
     def _moments(self, p: Tensor, group: dict) -> dict[str, Tensor]:
         """The state of a parameter without its step: exp_avg and exp_avg_sq, or codes and absmax of both."""

@@ -30,7 +30,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
     try:
         yield
     finally:
@@ -44,11 +45,11 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-def sum_numbers_over_ranks(numbers: list[float], device: torch.device) -> list[float]:
-    """The sums of numbers that the host knows. A single process has them already and does not wait for its GPU."""
+def sum_numbers_over_ranks(numbers: list[float]) -> list[float]:
+    """The sums of numbers that the host knows. They go from host to host, and wait for no GPU."""
     if not dist.is_initialized():
         return numbers
-    return sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
+    return sum_over_ranks(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
 
 def sum_gradients(grads: list[Tensor], bucket_bytes: int = 2**26) -> None:

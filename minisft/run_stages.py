@@ -20,7 +20,7 @@ def run_stages(stages: list[Stage]) -> Result:
     with ranks.process_group(device):
         for stage in stages:
             step, folder = stage.finished_step(), stage.config.output_dir
-            (num_finished,) = ranks.sum_numbers_over_ranks([step is not None], device)
+            (num_finished,) = ranks.sum_numbers_over_ranks([step is not None])
             if num_finished == ranks.world_size():
                 say(f"\n{stage.title} -> {folder}: finished, at step {step}")
                 done.append((stage.title, Result(Path(folder), stage.model_dir, step)))
@@ -30,7 +30,7 @@ def run_stages(stages: list[Stage]) -> Result:
             done.append((stage.title, result))
             release_memory(device)
             # this also waits for the model that rank 0 writes
-            (num_stops,) = ranks.sum_numbers_over_ranks([result.signal is not None], device)
+            (num_stops,) = ranks.sum_numbers_over_ranks([result.signal is not None])
             if result.exit_code:
                 return result
             if num_stops and stage is not stages[-1]:

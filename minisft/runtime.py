@@ -8,10 +8,11 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minisft.errors import UserError
 from minisft.kernels.linear import keep_copies
@@ -70,6 +71,20 @@ def seed_step(seed: int, step: int) -> None:
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(number)
+
+
+def read_back(x: Tensor) -> Callable[[], float]:
+    """Begin to copy a number from the device. The function that is returned waits for the number, and has it; it does not wait
+    for what was queued after it."""
+    here = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x, non_blocking=True)
+    arrived = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
+
+    def number() -> float:
+        if arrived is not None:
+            arrived.synchronize()
+        return here.item()
+
+    return number
 
 
 # ---- signals ----------------------------------------------------------------------------------------------------

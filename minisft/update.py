@@ -1,6 +1,7 @@
 """From the gradients of a step to its update: norms, clipping, updates in the backward pass, the loss scale of fp16."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from minisft.metrics import Metrics
 from minisft.optimizers import AdamW
+from minisft.runtime import read_back
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
@@ -35,19 +37,31 @@ def gradient_norms(grads: list[Tensor]) -> list[Tensor]:
 
 
 def clip_and_update(
-    optimizer: torch.optim.Optimizer, grads: list[Tensor], norm: Tensor, max_norm: float | None
-) -> None:
-    """Scale all gradients by min(1, max_norm / norm), then update. max_norm None or 0: no clipping.
+    optimizer: torch.optim.Optimizer, grads: list[Tensor], norm: Tensor, max_norm: float | None, num_bad: Tensor
+) -> bool:
+    """Scale all gradients by min(1, max_norm / norm), then update, unless num_bad, a number on the device, is above 0. Returns
+    whether there was an update. max_norm None or 0: no clipping.
 
     `AdamW` multiplies by the factor as it reads the gradients; for all other optimizers they are scaled in place.
+
+    This is where the host waits for a GPU, once a step. `AdamW` finds out on the GPU that it is to change nothing, so its
+    update is queued before num_bad is here, and the GPU has work while the host goes on to the next step. For all other
+    optimizers the host waits first.
     """
+    num_bad_here = read_back(num_bad)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0) if max_norm else torch.ones_like(norm)
     if isinstance(optimizer, AdamW):
-        optimizer.step(clip=factor)
-        return
-    if max_norm and factor < 1.0:
+        optimizer.step(clip=factor.where(num_bad == 0, math.nan))
+        is_refused = num_bad_here() > 0
+        if is_refused:
+            optimizer.take_back()
+        return not is_refused
+    if num_bad_here() > 0:
+        return False
+    if max_norm:
         torch._foreach_mul_(grads, factor)
     optimizer.step()
+    return True
 
 
 @contextlib.contextmanager

@@ -6,17 +6,25 @@ Triton's interpreter cannot be on in this process, so the test starts it as one 
 import json
 import os
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import triton  # noqa: F401  before the kernels are imported: they use Triton where the program has imported it
+from test_dpo import batch_of, make_pairs
 
 from benchmarks.paper_gpu import PaperGPU
-from benchmarks.step_on_paper import MODELS, Case, by_part, estimate, take_step
+from benchmarks.step_on_paper import MODELS, Case, by_part, estimate, make_config, make_run, take_step
+from minisft import dpo
 from minisft.cards import CARDS
+from minisft.loop import train_step
+from minisft.preference.losses import LossOptions
+from minisft.preference.reference import Reference, copy_of
 
 CARD = CARDS["H200"]
 
@@ -32,6 +40,33 @@ def step(case: Case, layers: int) -> dict:
         "parts": parts,
         "least": min(seconds / least for seconds, least in rooflines if least),
     }
+
+
+def dpo_waits(case: Case) -> Counter[str]:
+    """Of a step of preference tuning on a few pairs, with all that weighs tokens and pairs."""
+    config = make_config(case)
+    batches = [batch_of(make_pairs(weighted=True)), batch_of(make_pairs(seed=1))]
+    objective = dpo.Objective({"sigmoid": 1.0, "ipo": 0.5}, LossOptions(), ld_alpha=0.5, use_weighting=True)
+    with PaperGPU(CARD) as gpu:
+        run = make_run(config, case, gpu)
+        trained = [p for p in run.model.parameters() if p.requires_grad]
+        reference = Reference("adapter off") if case.lora else Reference("copy", copies=copy_of(run.model, trained))
+        loss = partial(dpo.loss, objective=objective, reference=reference)
+        run = replace(run, weight=dpo.weight, loss=loss, reference=reference)
+        for step in range(2):
+            gpu.waits.clear()
+            run.progress.step = step
+            train_step(run, config.train, batches)
+        return gpu.waits
+
+
+def waits() -> dict[str, Counter[str]]:
+    """Of the second step of a small model, by how it is trained."""
+    small = replace(MODELS["SmolLM2-135M"], tokens=4000, accumulation=2)
+    full = replace(small, config=small.config | {"num_hidden_layers": 1})
+    lora = replace(full, lora=4)
+    found = {"SFT, full": take_step(full, CARD).waits, "SFT, LoRA": take_step(lora, CARD).waits}
+    return found | {"DPO, full": dpo_waits(full), "DPO, LoRA": dpo_waits(lora)}
 
 
 def ops() -> list:
@@ -74,7 +109,7 @@ def ops() -> list:
 def main() -> None:
     steps = {name: {n: step(case, n) for n in (1, 2)} for name, case in MODELS.items()}
     steps["SmolLM2-135M"][4] = step(MODELS["SmolLM2-135M"], 4)
-    print(json.dumps({"steps": steps, "ops": ops()}))
+    print(json.dumps({"steps": steps, "waits": waits(), "ops": ops()}))
 
 
 if __name__ == "__main__":

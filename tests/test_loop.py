@@ -1,6 +1,7 @@
 """Whole steps and whole runs: what must be equal is equal, and what must stop a run stops it."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -22,9 +23,11 @@ from tiny import (
     write_rows,
 )
 
+from minisft import update
 from minisft.errors import UserError
 from minisft.loop import train_step
 from minisft.metrics import Sums
+from minisft.optimizers import OPTIMIZERS
 from minisft.runtime import seed_step
 from minisft.update import LossScale
 
@@ -355,6 +358,44 @@ def test_skipping_leaves_weights_and_moments_alone(tmp_path, spoil):
     assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), before))
     assert all(torch.equal(s["exp_avg"], m) for s, m in zip(run.optimizer.state.values(), moments))
     assert all(p.grad is None for p in run.model.parameters())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_refused_steps_leave_no_trace_in_the_optimizer(tmp_path, optimizer):
+    """Neither before the first update nor later, and its counts are those of the updates."""
+    options = {"train.optim": optimizer, "train.on_nonfinite": "skip", "train.lr_scheduler_type": "constant"}
+    spoil = {0: lambda total: total * math.inf, 2: lambda total: total + math.nan}  # the second has good gradients
+    results = []
+    for refused in (spoil, {}):
+        run, config = parts(tmp_path, **options)
+        for step in sorted({*refused, 1, 3}):
+            run.progress.step = step
+            ready = with_spoilt_loss(run, spoil[step]) if step in refused else run
+            assert train_step(ready, config.train, run.train.step(0, step)).updated == (step not in refused)
+        results.append([run.model.state_dict(), *run.optimizer.state_dict()["state"].values()])
+    for one, other in zip(*results, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("optimizer, order", [("adamw_minisft", "copy update wait"), ("lion", "copy wait update")])
+def test_the_host_waits_for_the_verdict_when_the_update_of_adamw_is_queued(tmp_path, monkeypatch, optimizer, order):
+    """Each of the others has to know first."""
+    run, config = parts(tmp_path, **{"train.optim": optimizer})
+    happened, honest = [], (update.read_back, run.optimizer.step)
+
+    def read_back(x):
+        happened.append("copy")
+        number = honest[0](x)
+        return lambda: happened.append("wait") or number()
+
+    def step(**options):
+        happened.append("update")
+        honest[1](**options)
+
+    monkeypatch.setattr(update, "read_back", read_back)
+    monkeypatch.setattr(run.optimizer, "step", step)
+    assert train_step(run, config.train, run.train.step(0, 0)).updated
+    assert " ".join(happened) == order
 
 
 def test_a_skipped_step_is_logged_as_nan_and_counted(tmp_path, monkeypatch):

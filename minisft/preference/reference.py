@@ -201,7 +201,7 @@ def cache_logps(
     name = hashlib.sha256(json.dumps([VERSION, key, documents.cache.fingerprint, cuts]).encode()).hexdigest()[:32]
     path, num_documents = folder / f"reference-{name}", len(documents.cache.offsets) - 1
     found = path.exists() and verify_folder(path) is None
-    (num_found,) = ranks.sum_numbers_over_ranks([float(found)], device)
+    (num_found,) = ranks.sum_numbers_over_ranks([float(found)])
     found = num_found == ranks.world_size()  # or all compute: another process may write it between two looks
     if found:
         ref_logps = np.fromfile(path / "logps.bin", dtype=np.float32)
