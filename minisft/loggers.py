@@ -2,7 +2,8 @@
 
 metrics.jsonl    one object a line, {"step": 10, "loss": 1.25, ...}: only values that are a function of the run, so that
                  a run that was killed and resumed leaves the same bytes as one that was not
-timings.jsonl    the same shape for what depends on the clock and the machine: tokens/s, seconds, memory
+timings.jsonl    the same shape for what depends on the clock and the machine: tokens/s, memory, and
+                 data_wait_fraction, the share of the time in which the loop waits for its next batches
 tensorboard/     and W&B, Trackio, MLflow: both kinds of values, as train/<name> and eval/<name>
 
 JSON has no NaN, and a NaN loss must not look like a missing one: values that are not finite are written as the strings

@@ -11,7 +11,8 @@ import json
 import math
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -90,7 +91,9 @@ def run(config: Config, origins: dict[str, str]) -> Result:
             loggers = start_output(config, origins, folder, prepared, saved)
             stack.callback(loggers.close)
         bar = stack.enter_context(console.ProgressBar(progress.step, total_steps, config.log.progress_bar and is_main))
-        values = take_steps(config, prepared, folder, loggers, bar, signal)
+        steps = prepared.train.steps(progress.step, total_steps, ahead=device.type == "cuda")
+        stack.enter_context(closing(steps))
+        values = take_steps(config, prepared, steps, folder, loggers, bar, signal)
         bar.close()
         return finish(config, prepared, folder, loggers, bar, values, signal)
 
@@ -98,6 +101,7 @@ def run(config: Config, origins: dict[str, str]) -> Result:
 def take_steps(
     config: Config,
     run: Run,
+    steps: Iterator[list[Batch]],
     folder: Path,
     loggers: Loggers | None,
     bar: console.ProgressBar,
@@ -105,13 +109,14 @@ def take_steps(
 ) -> dict[str, float]:
     """The loop: steps until the run is done, or stopped by a signal. Returns the last value of everything logged.
 
-    loggers: None on all ranks but the first. Raises UserError where a step is not finite and on_nonfinite = "stop".
+    steps: the micro-batches of each step that is to be taken. loggers: None on all ranks but the first. Raises UserError where a
+    step is not finite and on_nonfinite = "stop".
     """
     progress, total_steps = run.progress, run.total_steps
     # a resumed run was evaluated and saved at this step already: do neither again
     evaluated_at = saved_at = progress.step
     num_failed_saves, stop, failure = 0, False, None
-    values, seconds, tokens = {}, 0.0, 0
+    values, seconds, waited, tokens = {}, 0.0, 0.0, 0
 
     while True:
         done = stop or is_complete(config, run)
@@ -132,10 +137,10 @@ def take_steps(
         if done:
             break
 
-        # ---- 3. the step's micro-batches, a pure function of (seed, data, epoch, step)
+        # ---- 3. the step's micro-batches, a pure function of (seed, data, epoch, step); for a GPU they are made in advance
         began = time.perf_counter()
-        epoch, step = divmod(progress.step, run.train.steps_per_epoch)
-        batches = run.train.step(epoch, step)
+        batches = next(steps)
+        waited += time.perf_counter() - began
 
         # ---- 4 to 7. N, forward and backward, finite check, update
         is_logged = (progress.step + 1) % config.log.logging_steps == 0 or progress.step + 1 == total_steps
@@ -152,15 +157,17 @@ def take_steps(
         progress.num_tokens += result.num_tokens
         progress.sums.merge(result.stats)
         if config.data.packing:
-            capacity = run.train.num_packs(step) * run.train.plan.max_length
+            step_of_epoch = (progress.step - 1) % run.train.steps_per_epoch
+            capacity = run.train.num_packs(step_of_epoch) * run.train.plan.max_length
             progress.sums.add({"packing_fill": (result.num_tokens, capacity)})
 
         # ---- 8. log the window: one division, one device sync
         seconds, tokens = seconds + time.perf_counter() - began, tokens + result.num_tokens
         if is_logged:
             window = progress.sums.means() | progress_values(run)
-            timings = {"tokens_per_second": tokens / seconds, "peak_memory_gib": peak_memory(run.device)}
-            values, seconds, tokens = values | window, 0.0, 0
+            timings = {"tokens_per_second": tokens / seconds, "data_wait_fraction": waited / seconds}
+            timings["peak_memory_gib"] = peak_memory(run.device)
+            values, seconds, waited, tokens = values | window, 0.0, 0.0, 0
             if loggers:
                 loggers.log(progress.step, window, timings)
                 bar.log(progress.step, window, timings["tokens_per_second"])

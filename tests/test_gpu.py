@@ -5,6 +5,7 @@ of real models, races, waits for the GPU, memory, offsets beyond 2^31, and repla
 """
 
 import gc
+import math
 import warnings
 
 import pytest
@@ -596,6 +597,57 @@ def test_nobody_waits_for_the_gpu_in_the_optimizer():
         adamw_step(*arguments, 2, clip)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- a step --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [{}, {"lora.r": 4}], ids=["full", "LoRA"])
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+def test_nobody_waits_for_the_gpu_in_a_step(tmp_path, trainer, keys):
+    """But for its verdict, which is an event and no wait for all that was queued."""
+    from test_dpo_run import write_pairs
+    from tiny import MODEL, parts, train
+
+    from minisft.loop import train_step
+
+    shape, first = {"model.config": MODEL | {"head_dim": 16}}, str(tmp_path / "first")
+    train(tmp_path, output_dir=first, **shape, **{"train.max_steps": 1})
+    keys = keys | {"model.config": None, "model.model_name_or_path": f"{first}/model", "train.device": "cuda"}
+    if trainer == "dpo":
+        keys |= {"trainer_type": "dpo", "data.train_data": str(write_pairs(tmp_path / "pairs.jsonl"))}
+    run, config = parts(tmp_path, **keys, **{"train.precision": "bf16"})
+    steps = run.train.steps(0, 2, ahead=True)
+    assert train_step(run, config.train, next(steps)).updated
+    batches = next(steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "a prototype feature"
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert train_step(run, config.train, batches).updated
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "lion"])
+def test_refused_steps_leave_no_trace_in_the_optimizer(tmp_path, optimizer):
+    """As in test_loop.py: AdamW's kernel finds out on the GPU."""
+    from tiny import MODEL, parts, with_spoilt_loss
+
+    from minisft.loop import train_step
+
+    options = {"train.device": "cuda", "train.deterministic": True, "model.config": MODEL | {"head_dim": 16}}
+    spoil = {0: lambda total: total * math.inf, 2: lambda total: total + math.nan}  # the second has good gradients
+    results = []
+    for refused in (spoil, {}):
+        run, config = parts(tmp_path, **options, **{"train.optim": optimizer, "train.on_nonfinite": "skip"})
+        for step in sorted({*refused, 1, 3}):
+            run.progress.step = step
+            ready = with_spoilt_loss(run, spoil[step]) if step in refused else run
+            assert train_step(ready, config.train, run.train.step(0, step)).updated == (step not in refused)
+        results.append([run.model.state_dict(), *run.optimizer.state_dict()["state"].values()])
+    for one, other in zip(*results, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 # ---- a model -------------------------------------------------------------------------------------------------------

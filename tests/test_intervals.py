@@ -61,7 +61,7 @@ def test_evaluations_logs_and_saves_come_at_their_steps_and_at_the_end(
 
 
 def test_a_line_counts_the_steps_since_the_last_one(go, tmp_path, monkeypatch):
-    """Nine steps in windows of 4, 4 and 1. Every step takes a second."""
+    """Nine steps in windows of 4, 4 and 1. Every step takes a second, after a second in which its data is made."""
     clock = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     options = {"train.max_steps": 9, "data.eval_fraction": 0.1}
@@ -74,9 +74,10 @@ def test_a_line_counts_the_steps_since_the_last_one(go, tmp_path, monkeypatch):
     means = [sum(norms[:4]) / 4, sum(norms[4:8]) / 4, norms[8]]
     assert logged(windows, "grad_norm") == pytest.approx(means, rel=1e-12)  # fp64 sums
     at = [0, *logged(windows, "num_tokens")]
-    rows = map(json.loads, (windows / "timings.jsonl").read_text().splitlines())
+    rows = [json.loads(line) for line in (windows / "timings.jsonl").read_text().splitlines()]
     speeds = [row["tokens_per_second"] for row in rows]
-    assert speeds == [(b - a) / steps for a, b, steps in zip(at, at[1:], (4, 4, 1))]
+    assert speeds == [(b - a) / (2 * steps) for a, b, steps in zip(at, at[1:], (4, 4, 1))]
+    assert [row["data_wait_fraction"] for row in rows] == [0.5, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -1,6 +1,7 @@
 """The loader: batches say what a plain per-document computation says, and their order is a pure function."""
 
 import json
+import threading
 from collections import Counter
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -269,6 +270,62 @@ def test_what_the_device_reads_has_one_buffer_and_the_same_values(empty):
         if name in FOR_THE_DEVICE:
             assert new.untyped_storage().data_ptr() == moved.buffer.data_ptr()
             assert new.storage_offset() * new.itemsize % ALIGNMENT == 0
+
+
+# ---- one step ahead ---------------------------------------------------------------------------------------------
+
+
+def loader_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def make_loader(**options):
+    documents = make_documents()
+    return Loader(documents, plan(documents.lengths, 24, "bfd"), batch_size=2, accumulation=2, **options)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_steps_go_through_the_epochs(ahead):
+    loader = make_loader()
+    n = loader.steps_per_epoch
+    expected = [make_loader().step(*divmod(step, n)) for step in range(n - 1, 2 * n + 1)]
+    for one, other in zip(loader.steps(n - 1, 2 * n + 1, ahead=ahead), expected, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(tensors_of(a).values(), tensors_of(b).values(), strict=True))
+    assert list(loader.steps(n, n, ahead=ahead)) == [] == loader_threads()
+
+
+def test_the_loader_is_one_step_ahead_and_no_more(monkeypatch):
+    honest, made = Loader.step, [threading.Event() for _ in range(9)]
+
+    def step(self, epoch, s):
+        made[s].set()
+        return honest(self, epoch, s)
+
+    monkeypatch.setattr(Loader, "step", step)
+    steps = make_loader().steps(0, 9, ahead=True)
+    for i in range(3):
+        next(steps)
+        assert made[i + 1].wait(60) and not made[i + 2].is_set()
+    assert len(loader_threads()) == 1
+    steps.close()
+    assert loader_threads() == []
+
+
+def test_what_goes_wrong_ahead_is_raised_in_its_turn(monkeypatch):
+    honest = Loader.step
+
+    def step(self, epoch, s):
+        if s == 2:
+            raise OSError("the disk is gone")
+        return honest(self, epoch, s)
+
+    monkeypatch.setattr(Loader, "step", step)
+    steps = make_loader().steps(0, 9, ahead=True)
+    next(steps), next(steps)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(steps)
+    assert loader_threads() == []
 
 
 def test_a_batch_without_targets():

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -150,6 +151,35 @@ def test_a_stopped_run_resumes_byte_for_byte(go, whole, monkeypatch, name, steps
     result = go(**RUNS[name])
     assert result.exit_code == 0
     assert_same(outcome(result.output_dir), expected)
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """The loader makes each step's batches on a thread, as for a GPU."""
+    honest = Loader.steps
+    monkeypatch.setattr(Loader, "steps", lambda self, first, last, ahead: honest(self, first, last, ahead=True))
+
+
+def no_thread_is_left() -> bool:
+    return not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+@pytest.mark.usefixtures("ahead")
+def test_a_loader_that_is_ahead_changes_nothing(go, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 12)  # of an epoch
+        assert go(**RUNS["random"]).exit_code == STOPPED
+    assert no_thread_is_left()
+    assert_same(outcome(go(**RUNS["random"]).output_dir), whole("random"))
+    assert no_thread_is_left()
+
+
+@pytest.mark.usefixtures("ahead")
+def test_the_loader_s_thread_ends_with_a_run_that_fails(go, monkeypatch):
+    break_steps(monkeypatch, 2)
+    with pytest.raises(UserError, match="not finite") as caught:
+        go()
+    assert caught.tb and no_thread_is_left()  # though the traceback keeps all that the run had
 
 
 def test_fp16_s_loss_scale_moves_in_these_runs(whole, monkeypatch):

@@ -109,7 +109,7 @@ def with_spoilt_loss(
 def parts(folder: Path, **overrides: Any) -> tuple[Run, Any]:
     """The parts of a run before its first step, and its configuration."""
     config, _ = load({}, settings(folder, **overrides), origin="test")
-    return prepare(config, torch.device("cpu")), config
+    return prepare(config, torch.device(config.train.device)), config
 
 
 def logged(output_dir: Path, name: str = "loss") -> list[float]:

@@ -20,7 +20,8 @@ The documents of a conversation that is rendered turn by turn are laid out in th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -76,8 +77,8 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
     def rows(values, value_of_filler, dtype):  # [M]
         return torch.from_numpy(np.append(values, np.full(filler, value_of_filler)).astype(dtype))
 
-    return Batch(
     row_weights = None if weights is None else rows(weights, 0, np.float32)
+    return Batch(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(position.astype(np.int32)),
         start=start,
@@ -93,8 +94,8 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
         labels=torch.from_numpy(np.where(trained, ids, IGNORE_INDEX)),
         num_tokens=num_tokens,
         num_targets=num_targets,
-        answers=answers,
         total_weight=float(num_targets) if row_weights is None else row_weights.double().sum().item(),
+        answers=answers,
         shared=documents.shared is not None or documents.turns is not None,
     )
 
@@ -243,3 +244,24 @@ class Loader:
             numbers = range(chunk, min(chunk + self.batch_size, last))  # empty where none is left
             batches.append(make_batch(self.documents, self.packs(epoch), numbers, round_to=self.round_to))
         return batches
+
+    def steps(self, first: int, last: int, *, ahead: bool) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each step from `first` to `last` - 1, counted over all epochs.
+
+        ahead: while the caller works on a step, a thread makes the batches of the next one, in pinned memory if there is a GPU.
+        What the thread raises is raised here. It ends when the generator is closed.
+        """
+
+        def make(step: int) -> list[Batch]:
+            batches = self.step(*divmod(step, self.steps_per_epoch))
+            return [batch.in_one_buffer(torch.cuda.is_available()) for batch in batches] if ahead else batches
+
+        if not ahead:
+            yield from map(make, range(first, last))
+            return
+        with ThreadPoolExecutor(1, "loader") as thread:
+            coming = None
+            for step in range(first, last):
+                batches = (coming or thread.submit(make, step)).result()
+                coming = thread.submit(make, step + 1) if step + 1 < last else None
+                yield batches
