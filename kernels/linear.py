@@ -19,7 +19,7 @@ Paper: Micikevicius et al. 2018, "Mixed Precision Training", arXiv:1710.03740.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -93,6 +93,17 @@ def kept_copy(weight: Tensor) -> Tensor | None:
 def copy_was_written(weight: Tensor) -> None:
     """Call after weight and copy have been changed alike."""
     weight._copy = weight._copy._replace(version=weight._version)
+
+
+def refresh_copies(weights: Iterable[Tensor]) -> None:
+    """Bring the copies that these weights keep up to date, where they are."""
+    kept = [(w, w._copy) for w in weights if hasattr(w, "_copy")]
+    stale = [(w, c) for w, c in kept if c.version != w._version and _shares_memory(c.source, w)]
+    if stale:
+        with torch.no_grad():
+            torch._foreach_copy_([c.values for _, c in stale], [w for w, _ in stale])
+    for w, _ in stale:
+        copy_was_written(w)
 
 
 def _shares_memory(a: Tensor, b: Tensor) -> bool:

@@ -31,6 +31,7 @@ from minisft.evaluation import evaluate
 from minisft.export import export_model, is_exported, read_model, write_state
 from minisft.loggers import Loggers, read_metrics
 from minisft.metrics import Sums, eval_name, peak_memory
+from minisft.micro_batch import forward_backward
 from minisft.optimizers import evaluation_weights
 from minisft.prepare.run import Run, prepare
 from minisft.ranks import sum_gradients
@@ -207,10 +208,12 @@ def train_step(
         for batch, weight in zip(batches, weights):
             # "micro_batch" is the mean of the micro-batches' means, as older trainers have it
             n = total_weight if train.loss_normalization == "tokens" else weight * num_batches
-            with runtime.autocast(run.device, run.precision):
-                loss, metrics = run.loss(run.model, batch.to(run.device), scale / max(n, 1e-12))
-            loss.backward()
-            losses.append(loss.detach())
+            work = batch.to(run.device), scale / max(n, 1e-12)
+            if run.graphs is not None:
+                loss, metrics = run.graphs(*work)
+            else:
+                loss, metrics = forward_backward(run.loss, run.model, run.precision, *work)
+            losses.append(loss)
             stats.add(metrics)
 
     # ---- 6. the gradient's norm, and the finite check, on which all ranks agree
@@ -232,7 +235,7 @@ def train_step(
         stats.add(zero_updates.metrics())
     if run.precision == "fp16":
         progress.loss_scale.update(overflow=not updated)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=run.graphs is None)
     return StepResult(updated, num_stops > 0, int(num_tokens), stats)
 
 

@@ -45,9 +45,10 @@ def loss(
         z_loss=z_loss,
         return_stats=True,
     )
-    real = slice(batch.num_targets)  # filler rows come last
-    return total, {
-        "loss": (total.detach(), batch.total_weight),
-        "mean_token_accuracy": (stats.correct[real].sum(), batch.num_targets),
-        "entropy": (stats.entropy[real].sum(), batch.num_targets),
-    }
+    sums = {"loss": total.detach(), "mean_token_accuracy": stats.correct.sum(), "entropy": stats.entropy.sum()}
+    return total, {name: (sums[name], number) for name, number in metric_weights(batch).items()}
+
+
+def metric_weights(batch: Batch) -> dict[str, float]:
+    """What the sum of each metric is divided by. Filler rows add 0 to all sums."""
+    return {"loss": batch.total_weight, "mean_token_accuracy": batch.num_targets, "entropy": batch.num_targets}

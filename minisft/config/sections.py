@@ -195,6 +195,11 @@ class TrainSection:
         "update each weight as soon as its gradient is there, and free that: gradients are never in memory together. No "
         "accumulation, no clipping; a gradient that is not finite stops the run, and the steps since the last save are lost",
     )
+    cuda_graph: bool | Literal["auto"] = option(
+        "auto",
+        "on a GPU start all kernels of a micro-batch at once, as a CUDA graph, which matters for small models and short "
+        "micro-batches; auto = where they can be recorded",
+    )
     learning_rates: dict = option({}, 'peaks of their own, as in {"embed_tokens|lm_head" = 1e-5}: name -> rate')
     weight_decay: float = option(0.0, "for matrices; biases and norms do not decay", at_least=0)
     weight_decays: dict = option({}, "weight decays of their own, likewise")

@@ -64,7 +64,7 @@ class Batch:
     def in_one_buffer(self, pin_memory: bool) -> "Batch":
         """The same batch, with one buffer for all that the device reads. From pinned memory its copy to a GPU does not wait."""
         layout, size = _layout(self)
-        batch = _over(self, torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory))
+        batch = self.over(torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory))
         for (_, old), (_, new) in zip(layout.values(), _layout(batch)[0].values()):
             new.copy_(old)
         return batch
@@ -73,7 +73,21 @@ class Batch:
         """The same batch, with all that the device reads on the device: one copy, without a wait. The rest stays on the host."""
         is_ready = self.buffer is not None
         batch = self if is_ready else self.in_one_buffer(pin_memory=torch.device(device).type == "cuda")
-        return _over(batch, batch.buffer.to(device, non_blocking=True))
+        return batch.over(batch.buffer.to(device, non_blocking=True))
+
+    def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Names and shapes of the tensors that the device reads: batches with equal ones have the same layout."""
+        return tuple((name, tuple(tensor.shape)) for name, (_, tensor) in _layout(self)[0].items())
+
+    def over(self, buffer: Tensor) -> "Batch":
+        """The batch with views of this buffer in the place of the tensors that the device reads."""
+        layout, _ = _layout(self)
+        views = {name: buffer[first : first + old.nbytes].view(old.dtype) for name, (first, old) in layout.items()}
+        answers = self.answers
+        if answers is not None:
+            answers = replace(answers, **{name: view for name, view in views.items() if hasattr(answers, name)})
+        own = {name: view for name, view in views.items() if hasattr(self, name)}
+        return replace(self, **own, answers=answers, buffer=buffer)
 
 
 def _layout(batch: Batch) -> tuple[dict[str, tuple[int, Tensor]], int]:
@@ -85,17 +99,6 @@ def _layout(batch: Batch) -> tuple[dict[str, tuple[int, Tensor]], int]:
                 layout[name] = size, tensor
                 size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     return layout, size
-
-
-def _over(batch: Batch, buffer: Tensor) -> Batch:
-    """The batch with views of this buffer in the place of the tensors that the device reads."""
-    layout, _ = _layout(batch)
-    views = {name: buffer[first : first + old.nbytes].view(old.dtype) for name, (first, old) in layout.items()}
-    answers = batch.answers
-    if answers is not None:
-        answers = replace(answers, **{name: view for name, view in views.items() if hasattr(answers, name)})
-    own = {name: view for name, view in views.items() if hasattr(batch, name)}
-    return replace(batch, **own, answers=answers, buffer=buffer)
 
 
 def document_bounds(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:

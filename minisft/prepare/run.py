@@ -18,6 +18,7 @@ from minisft.config.sections import Config
 from minisft.data.loader import Loader, make_batch
 from minisft.data.tokenizer import Tokenizer
 from minisft.metrics import Sums, eval_name
+from minisft.micro_batch import Graphs, forward_backward
 from minisft.model.decoder import Decoder
 from minisft.model.quantized import named_weights
 from minisft.model.start import Start
@@ -25,7 +26,7 @@ from minisft.parameters import describe_trained
 from minisft.preference.reference import Reference
 from minisft.prepare.data import format_options, prepare_data, prepare_tokenizer, titled
 from minisft.prepare.dpo import prepare_dpo
-from minisft.prepare.kernels import describe_kernels, pick_kernels
+from minisft.prepare.kernels import describe_kernels, graph_round_to, pick_kernels, use_graphs
 from minisft.prepare.model import find_longest_tree, prepare_model
 from minisft.prepare.optimizer import describe_optimizer, prepare_optimizer
 from minisft.samples import Prompt, read_prompts
@@ -64,6 +65,7 @@ class Run:
     prompts: list[Prompt]  # to be completed at the end
     weight: Callable  # the objective: see sft.py
     loss: Callable
+    graphs: Graphs | None  # forward and backward of micro-batches as CUDA graphs; None: op by op
     reference: Reference | None  # of preference tuning
     schedule: dict  # arguments of lr_factor
     summary: list[str]  # printed before the first step
@@ -103,6 +105,10 @@ def prepare(config: Config, device: torch.device) -> Run:
         weight, loss = sft.weight, partial(sft.loss, label_smoothing=train.label_smoothing, z_loss=train.z_loss)
         reference, preference_lines = None, []
     schedule = prepare_schedule(config, loader)
+    graphs = None
+    if use_graphs(config, model, device):
+        graphs = Graphs(partial(forward_backward, loss, model, precision), sft.metric_weights, trained.parameters)
+        loader = replace(loader, round_to=graph_round_to(loader))
 
     summary = [
         f"trainer    {config.trainer_type} on {device.type}, {precision}"
@@ -117,7 +123,7 @@ def prepare(config: Config, device: torch.device) -> Run:
         summary += titled("trains", table)
     summary += [
         *preference_lines,
-        f"kernels    {describe_kernels(model, device)}",
+        f"kernels    {describe_kernels(model, device)}" + (", as CUDA graphs" if graphs else ""),
         f"steps      {describe_steps(config, loader, schedule)}",
     ]
     return Run(
@@ -135,6 +141,7 @@ def prepare(config: Config, device: torch.device) -> Run:
         prompts=prompts,
         weight=weight,
         loss=loss,
+        graphs=graphs,
         reference=reference,
         schedule=schedule,
         summary=summary,
