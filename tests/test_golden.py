@@ -94,6 +94,8 @@ def training_loss(model):
         targets=ids[rows + 1],
         row_weights=None,
         num_targets=len(rows),
+        total_weight=float(len(rows)),
+        shared=False,
     )
     total, _ = sft.loss(model, batch, 1 / len(rows))
     return total / len(rows), total
