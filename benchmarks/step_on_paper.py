@@ -218,7 +218,9 @@ def make_run(config: Config, case: Case, gpu: PaperGPU) -> Run:
         gpu.phase = "forward"
         return sft.loss(*arguments)
 
-    nothing = dict.fromkeys(("tokenizer", "train", "eval_steps", "save_steps", "best_metric", "reference", "start"))
+    nothing = dict.fromkeys(
+        ("tokenizer", "train", "eval_steps", "save_steps", "best_metric", "reference", "start", "graphs")
+    )
     return Run(
         progress=Progress(Sums(gpu.device), LossScale(1.0)),
         device=gpu.device,
