@@ -138,6 +138,12 @@ def test_blackwell_multiplies_with_tcgen05(table):
     assert all(int(row["tcgen05"]) and row["mma"] == "0" for row in rows), rows
 
 
+@pytest.mark.parametrize("kernel", ["_quantize_4bit_kernel", "_dequantize_4bit_kernel"])
+def test_weights_are_read_16_bytes_at_a_time(table, kernel):
+    rows = [row for row in table if row["kernel"] == kernel]
+    assert rows and all(int(row["load_16_bytes"]) for row in rows), rows
+
+
 def test_no_kernel_spills(table):
     for row in table:
         may_spill = any((row["kernel"], c, int(row["arch"])) in SPILLS for c in row["constants"].split())

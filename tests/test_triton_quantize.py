@@ -13,6 +13,7 @@ from minisft.kernels.quantize import (
     BLOCKSIZES,
     FP4,
     NF4,
+    _stretches,
     dequantize_fp4,
     dequantize_int8,
     dequantize_nf4,
@@ -80,6 +81,19 @@ def test_every_value_of_the_table_and_every_tie(quant_type):
     ties = (table[1:] + table[:-1]) / 2
     near = [torch.nextafter(ties, torch.full_like(ties, to)) for to in (-1.0, 1.0)]
     check_4bit(quant_type, torch.cat([table, ties, *near]), 64, double_quant=False)
+
+
+@pytest.mark.parametrize("quant_type", FOUR_BITS)
+def test_the_lookup_of_an_index(quant_type):
+    """No stretch has two midpoints, and none lies so near to an edge that the rounding of 14 x matters."""
+    table = torch.tensor(NF4 if quant_type == "nf4" else FP4[:8]).sort().values
+    midpoints = (table[1:] + table[:-1]) / 2
+    assert len((14 * midpoints).round().unique()) == len(midpoints)
+    assert (14 * midpoints - (14 * midpoints).round()).abs().max() < 0.49
+    below, midpoint = _stretches(quant_type, torch.device("cpu"))
+    assert sorted(midpoint[midpoint.isfinite()].tolist()) == midpoints.tolist()
+    stretch = torch.arange(-14, 15)
+    assert torch.equal(below[stretch], (midpoints < (stretch[:, None] - 0.5) / 14).sum(1).int())
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on the way to fp16
