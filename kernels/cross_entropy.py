@@ -35,9 +35,14 @@ The kernel. One program a row, in two passes that can be switched on separately:
 
 m and s rather than lse: at lse = 20 its rounding in fp32 is 1e-6, and would be the relative error of every p.
 
+Odd vocabularies (50,257). Where rows follow each other without padding, most begin inside a group of 8 columns. A program
+reads whole groups all the same, from the one that holds the row's first logit to the one that holds its last, and drops
+what belongs to its neighbours; such a group lies in memory that is there. It writes whole groups too, and number by number
+the two at the ends, which its neighbours write the rest of.
+
 Limits: targets are checked on the CPU only (a check on a GPU would wait for it; in the kernel a target outside the
-vocabulary makes the loss NaN); no second derivative. Rows that do not begin at a multiple of 16 bytes (odd vocabularies)
-are read and written one logit at a time.
+vocabulary makes the loss NaN); no second derivative. Of a tensor that itself begins inside such a group (a slice of
+another), logits are read and written one at a time.
 
 Online soft-max: Milakov and Gimelshein 2018, arXiv:1805.02867. Label smoothing: Szegedy et al. 2015, arXiv:1512.00567.
 z-loss: PaLM, Chowdhery et al. 2022, arXiv:2204.02311. Softcap: Gemma 2, arXiv:2408.00118.
@@ -96,9 +101,9 @@ def _tanh(x):
 
 
 @jit
-def _load_logits(row_ptr, bias_ptr, column, mask, bias_mask, scale, softcap, POLICY: tl.constexpr):
+def _load_logits(row_ptr, bias_ptr, place, column, mask, bias_mask, scale, softcap, POLICY: tl.constexpr):
     """Logits of one row as they are scored, fp32, and their softcap's slope. bias_ptr, scale, softcap: or None."""
-    z = tl.load(row_ptr + column, mask=mask, other=float("nan"), eviction_policy=POLICY).to(tl.float32)
+    z = tl.load(row_ptr + place, mask=mask, other=float("nan"), eviction_policy=POLICY).to(tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + column, mask=bias_mask, other=0.0).to(tl.float32)
     if scale is not None:
@@ -108,6 +113,18 @@ def _load_logits(row_ptr, bias_ptr, column, mask, bias_mask, scale, softcap, POL
         z, slope = _tanh(z / softcap)
         z *= softcap
     return z, slope
+
+
+@jit
+def _gradient_of(z, slope, column, target, m, g, of_p, of_target, label_smoothing, softcap, V):
+    """The gradient of the logits before bias and scale; 0 where g is, even if they are NaN."""
+    d = tl.exp2((z - m) * LOG2E) * of_p
+    if label_smoothing is not None:
+        d -= g * label_smoothing / V
+    d = tl.where(column == target, d - of_target, d)
+    if softcap is not None:
+        d *= slope
+    return tl.where(g == 0.0, 0.0, d)
 
 
 @jit
@@ -131,14 +148,26 @@ def _cross_entropy_kernel(
     SCORE: tl.constexpr,
     ENTROPY: tl.constexpr,
     ALL_STATS: tl.constexpr,
+    EDGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row a program. SCORE writes the results; with a gradient_ptr the gradient follows."""
+    """One row a program. SCORE writes the results; with a gradient_ptr the gradient follows.
+
+    EDGES: rows begin and end inside groups of 8 columns, those of logits and gradient alike; else width is a multiple of 8,
+    or no group is read whole. `place` counts from the beginning of the row's first group.
+    """
     KEEP: tl.constexpr = "evict_last" if SCORE and gradient_ptr is not None else "evict_first"
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * stride_logits
+    before = 0  # columns of the first group that belong to the row before
+    if EDGES:
+        before = (row * stride_logits % 8).to(tl.int32)
+        logits_ptr += row * stride_logits // 8 * 8
+    else:
+        logits_ptr += row * stride_logits
+    end = V + before
     results_ptr += row
-    block = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    group = tl.arange(0, BLOCK // 8)[:, None] * 8
+    block = group + tl.arange(0, 8)[None, :]
     target = tl.load(targets_ptr + row)
     scored = target != ignore_index
 
@@ -148,12 +177,15 @@ def _cross_entropy_kernel(
         spread = tl.zeros((BLOCK // 8,), tl.float32)  # of exp(z - highest) (z - highest)
         plain = tl.zeros((BLOCK // 8,), tl.float32)  # of z
         squares = tl.zeros((BLOCK // 8,), tl.float32)  # of exp(z - highest)^2
-        for first in range(0, tl.where(scored, V, 0), BLOCK):
-            column = first + block
-            z, _ = _load_logits(logits_ptr, bias_ptr, column, column < width, column < V, scale, softcap, KEEP)
+        for first in range(0, tl.where(scored, end, 0), BLOCK):
+            place = first + block
+            column = place - before
+            inside = (column >= 0) & (column < V) if EDGES else column < V
+            mask = first + group < end if EDGES else column < width
+            z, _ = _load_logits(logits_ptr, bias_ptr, place, column, mask, inside, scale, softcap, KEEP)
             if (label_smoothing is not None) or ALL_STATS:
-                plain += tl.sum(tl.where(column < V, z, 0.0), 1)
-            z = tl.where(column < V, z, LOWEST)
+                plain += tl.sum(tl.where(inside, z, 0.0), 1)
+            z = tl.where(inside, z, LOWEST)
             new = tl.maximum(highest, tl.max(z, 1))
             shrink = tl.exp2((highest - new) * LOG2E)
             z -= new[:, None]
@@ -168,7 +200,7 @@ def _cross_entropy_kernel(
         shrink = tl.exp2((highest - m) * LOG2E)
         s = tl.sum(shrink * total, 0)
         known = (target >= 0) & (target < V)
-        z_target, _ = _load_logits(logits_ptr, bias_ptr, target, known, known, scale, softcap, KEEP)
+        z_target, _ = _load_logits(logits_ptr, bias_ptr, before + target, target, known, known, scale, softcap, KEEP)
         log_s = tl.log(s)
         nll = (m - z_target) + log_s
         loss = nll
@@ -192,7 +224,10 @@ def _cross_entropy_kernel(
             tl.store(results_ptr + 7 * stride_results, tl.where(scored, log_sum_sq_probs, 0.0))
 
     if gradient_ptr is not None:
-        gradient_ptr += row * stride_gradient
+        if EDGES:
+            gradient_ptr += row * stride_gradient // 8 * 8
+        else:
+            gradient_ptr += row * stride_gradient
         if SCORE:
             tl.debug_barrier()  # in place, nobody writes before everybody has read
         else:
@@ -207,23 +242,26 @@ def _cross_entropy_kernel(
             of_p *= 1.0 + 2.0 * z_loss * (m + tl.log(s))
         if label_smoothing is not None:
             of_target -= g * label_smoothing
-        last = (tl.cdiv(V, BLOCK) - 1) * BLOCK
-        if g == 0.0:  # even if the logits hold NaN
-            for first in range(0, last + BLOCK, BLOCK):
-                zeros = tl.zeros((BLOCK // 8, 8), gradient_ptr.dtype.element_ty)
-                tl.store(gradient_ptr + first + block, zeros, mask=first + block < width)
-        else:
-            for first in range(0, last + BLOCK, BLOCK):
-                column = last - first + block
-                mask = column < width
-                z, slope = _load_logits(logits_ptr, bias_ptr, column, mask, column < V, scale, softcap, "evict_first")
-                d = tl.exp2((z - m) * LOG2E) * of_p
-                if label_smoothing is not None:
-                    d -= g * label_smoothing / V
-                d = tl.where(column == target, d - of_target, d)
-                if softcap is not None:
-                    d *= slope
-                tl.store(gradient_ptr + column, d.to(gradient_ptr.dtype.element_ty), mask=mask)
+        last = (tl.cdiv(end, BLOCK) - 1) * BLOCK
+        for first in range(0, last + BLOCK, BLOCK):
+            place = last - first + block
+            column = place - before
+            mask = column < width
+            if EDGES:
+                mask = (last - first + group >= before) & (last - first + group + 8 <= end)
+            read, of_bias = mask & (g != 0.0), (column < V) & (g != 0.0)
+            z, slope = _load_logits(logits_ptr, bias_ptr, place, column, read, of_bias, scale, softcap, "evict_first")
+            d = _gradient_of(z, slope, column, target, m, g, of_p, of_target, label_smoothing, softcap, V)
+            tl.store(gradient_ptr + place, d.to(gradient_ptr.dtype.element_ty), mask=mask)
+        if EDGES:  # the first group and the last, as far as they are not whole
+            place = tl.arange(0, 16)
+            place = tl.where(place < 8, place, (end - 1) // 8 * 8 + place - 8)
+            column = place - before
+            whole = (place // 8 * 8 >= before) & (place // 8 * 8 + 8 <= end)
+            mask = (column >= 0) & (column < V) & (whole == 0)
+            z, slope = _load_logits(logits_ptr, bias_ptr, place, column, mask, mask, scale, softcap, "evict_first")
+            d = _gradient_of(z, slope, column, target, m, g, of_p, of_target, label_smoothing, softcap, V)
+            tl.store(gradient_ptr + place, d.to(gradient_ptr.dtype.element_ty), mask=mask)
 
 
 # By the passes that run and by the vocabulary: always 16 logits a thread, two loads of 16 bytes. Both passes of a long row
@@ -264,6 +302,10 @@ def score_rows(
     padding:  elements behind each row, of logits and gradient alike, that may be read and overwritten.
     """
     R, V = logits.shape
+    both = [logits] if gradient is None else [logits, gradient]
+    whole = (V + padding) % 8 == 0 and all(x.stride(0) % 8 == 0 for x in both)
+    edges = not whole and all(x.data_ptr() % (8 * x.element_size()) == 0 for x in both)
+    edges = edges and (both[-1].stride(0) - logits.stride(0)) % 8 == 0
     passes = "both passes" if score and gradient is not None else "one pass"
     table = CONFIGS["_cross_entropy_kernel"][INTERPRETER if arch_of(logits) == INTERPRETER else passes]
     _cross_entropy_kernel[(R,)](
@@ -273,6 +315,7 @@ def score_rows(
         SCORE=score,
         ENTROPY=entropy,
         ALL_STATS=all_stats,
+        EDGES=edges,
         **smallest_fit(table, V),
     )
 
@@ -340,7 +383,9 @@ class _CrossEntropyTriton(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_losses):
         logits, targets, results = ctx.saved_tensors
-        d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        V = logits.shape[1]
+        width = V + (logits.stride(0) - V) % 8  # rows begin in the same place of a group as those of the logits
+        d_logits = logits.new_empty(len(logits), width)[:, :V]
         upstream = d_losses.contiguous()
         score_rows(logits, targets, results, upstream=upstream, gradient=d_logits, score=False, **ctx.options)
         return d_logits, None, None, None, None, None

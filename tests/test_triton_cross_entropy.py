@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tolerance import assert_close_to_truth, cu_seqlens_of, padded_with_nan, run_with_gradients
+from tolerance import assert_close_to_truth, cu_seqlens_of, padded_with_nan, relative_error, run_with_gradients
 
 from minisft.kernels import linear_cross_entropy as module
 from minisft.kernels.common import use_backend
@@ -327,6 +327,28 @@ def test_the_loss_of_logits(options, dtype, reduction):
 def test_logits_of_real_vocabularies(V, dtype):
     logits, labels = leaf(3, V), torch.tensor([-100, V - 1, 0])
     assert_close_to_truth(lambda x: cross_entropy(x, labels), lambda x: cross_entropy_ref(x, labels), [logits], dtype)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("V", [7, 13, 257])
+def test_rows_that_begin_anywhere_in_a_group_of_columns(V, dtype):
+    """One after the other, out of a wider matrix, and in memory that no group begins with: the same loss and gradient, and
+    nothing of a neighbour's."""
+    plain, labels = torch.randn(6, V).to(dtype), torch.randint(V, (6,))
+    labels[[2, 5]] = -100
+    wider = plain.new_full((6, V + 16 - V % 8), float("nan"))[:, :V].copy_(plain)
+    shifted = plain.new_full((6 * V + 3,), float("nan"))[3:].view(6, V).copy_(plain)
+    options = dict(shift=False, reduction="none", **CE_ALL)
+
+    def run(op, x):
+        return run_with_gradients(lambda x: op(x, labels, **options), [x.detach().requires_grad_()])
+
+    exact, alone = run(cross_entropy_ref, plain.double()), run(cross_entropy, shifted)
+    for x in (plain, wider):
+        for name, ours in run(cross_entropy, x).items():
+            assert relative_error(ours, exact[name]) < (2e-6 if dtype == FP32 or "out" in name else 4e-3), name
+            # A gradient is rounded once more, which may go either way where the sum's order is another.
+            assert relative_error(ours, alone[name]) < (1e-6 if dtype == FP32 or "out" in name else 4e-3), name
 
 
 def test_logits_with_an_offset_keep_their_precision():
