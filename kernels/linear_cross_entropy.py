@@ -27,6 +27,9 @@ What makes it fast:
 - chunks are large. Each one, of R rows, reads and writes all of dW: 8 V D bytes against 6 R V D FLOPs. An H200 does some
   180 FLOPs in the time of a byte: with 4096 rows that traffic adds 6 % to the matmuls, with 128 rows it doubles and
   triples them;
+- their size depends on T and V and not on how many rows are trained, so that a run allocates the same memory in every step;
+  only the last chunk of a step has fewer rows. It is not padded: below some 370 rows it takes as long as its traffic, and
+  from there on as long as its FLOPs (a chunk reads W twice and reads and writes dW, 12 V D bytes);
 - the matrix products are cuBLAS's, written directly to their destination. Rows of logits are padded to a multiple of 128 bytes,
   so that an odd vocabulary (50,257) reads and writes as fast as an even one;
 - between them one kernel (`score_rows` of cross_entropy.py) reads a chunk of logits and writes its gradient in its place.
@@ -54,9 +57,9 @@ and for peaked rows alike.
 What is fp32 whatever the dtype: the soft-max, lse, the loss, the statistics, (p - 1) of the target, the scaling by
 grad_scale, and the sums over chunks of dW, dh and dbias (dbias adds up dz as rounded for the matmuls).
 
-Memory besides inputs and gradients: one chunk of logits, 1.25 GB or 4096 rows whichever is more; the fp32 sum of dW where
-the weight is not fp32 and there are several chunks; the shares of dh [M, D] with `rows`; W in the matmul's dtype if it is
-not so already. CPUs, and GPUs without Triton, run linear_cross_entropy_torch.py.
+Memory besides inputs and gradients: one chunk of logits, 1.25 GB or 4096 rows whichever is more, of T rows if these are
+fewer; the fp32 sum of dW where the weight is not fp32 and there are several chunks; the shares of dh [M, D] with `rows`; W in
+the matmul's dtype if it is not so already. CPUs, and GPUs without Triton, run linear_cross_entropy_torch.py.
 Limits: targets and rows are checked where they are on the CPU (a check on a GPU would wait for it); no second derivative.
 
 After "Cut Your Losses in Large-Vocabulary Language Models" (Wijmans et al. 2024, arXiv:2411.09009), which recomputes
@@ -187,12 +190,11 @@ def _run(hidden, weight, bias, rows, targets, upstream, needs, o: Options):
     (T, D), M, V = hidden.shape, len(targets), len(weight)
     width = cdiv(V, ROW_ALIGNMENT) * ROW_ALIGNMENT
     most = max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (width * o.dtype.itemsize) // ROW_TILE * ROW_TILE)
-    num_chunks = max(1, cdiv(M, most))
-    R = max(1, min(M, cdiv(cdiv(M, num_chunks), ROW_TILE) * ROW_TILE))  # all chunks alike
+    R = max(1, min(most, cdiv(T, ROW_TILE) * ROW_TILE))
     chunk = hidden.new_empty(R, width, dtype=o.dtype)
     results = hidden.new_empty(8 if o.all_stats else 6, M, dtype=torch.float32)
     d_rows = hidden.new_empty(M, D, dtype=o.product(hidden)) if needs[0] else None
-    d_weight = weight.new_empty(V, D, dtype=o.product(weight) if num_chunks == 1 else o.wide) if needs[1] else None
+    d_weight = weight.new_empty(V, D, dtype=o.product(weight) if M <= R else o.wide) if needs[1] else None
     d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
     if M == 0 and d_weight is not None:
         d_weight.zero_()

@@ -263,6 +263,23 @@ def test_one_chunk_has_no_fp32_sum_and_several_do(small_chunks):
     assert weight.grad.dtype == FP32 and not torch.equal(weight.grad, weight.grad.bfloat16().float())
 
 
+@pytest.mark.parametrize("T, R", [(4, 4), (13, 6)])
+def test_a_chunk_has_the_same_size_whatever_is_trained(small_chunks, monkeypatch, T, R):
+    """Its memory, and the shapes of its products but for the last one of a step."""
+    hidden, weight, _ = example(T=T)
+    seen = []
+
+    def spy(logits, *arguments, **options):
+        seen.append((len(logits), len(logits._base)))
+        score_rows(logits, *arguments, **options)
+
+    monkeypatch.setattr(module, "score_rows", spy)
+    for M in (1, R, R + 1, 2 * R + 1):
+        seen.clear()
+        linear_cross_entropy(hidden, weight, torch.zeros(M, dtype=torch.int64), rows=torch.arange(M) % T)
+        assert seen == [(R, R)] * (M // R) + [(M % R, R)] * (M % R > 0)
+
+
 def test_autocast():
     hidden, weight, targets = example()
     rounded = hidden.detach().bfloat16().requires_grad_()
