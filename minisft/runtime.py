@@ -22,13 +22,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" takes the launcher's GPU where there is one. Raises UserError for "cuda" without a GPU."""
+    """ "auto" takes the launcher's GPU where there is one, and sets it up. Raises UserError for "cuda" without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device = 'cuda', but torch finds no GPU", hint="use device = 'auto' or 'cpu'")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
+    # Else cuBLAS may cut a long sum into parts and round each to bf16 before it adds them.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     return device
 
 

@@ -62,6 +62,9 @@ def _run(stages: list[Stage]) -> Result:
     # OpenMP threads spin while they wait for each other. If another program takes one thread's core, all others spin for it:
     # training on 2 busy cores fell to a thirtieth of its speed. After 20,000 turns they now sleep instead.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # On a GPU, memory that is reserved in pieces of fixed size is lost where the sizes of a run's tensors change.
+    if sys.platform == "linux" and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if stages[0].title:
         from minisft.run_stages import run_stages
 

@@ -1,0 +1,42 @@
+"""What a run sets up before it computes: the environment that torch reads when it is imported, and the device."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minisft import loop, runtime, train
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [{}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": "roundup_power2_divisions:4"}],
+)
+def test_segments_may_grow_unless_the_user_says_otherwise(monkeypatch, theirs):
+    """torch reads the older name first, so setting that would override a user's newer one."""
+    seen = {}
+    monkeypatch.setattr(os, "environ", dict(theirs))
+    monkeypatch.setattr(train.sys, "platform", "linux")
+    monkeypatch.setattr(train, "_look_for_data", lambda config: None)
+    monkeypatch.setattr(loop, "run", lambda config, origins: seen.update(os.environ))
+    train._run([SimpleNamespace(config=None, origins={}, title="")])
+    ours = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert seen == {"GOMP_SPINCOUNT": "20000"} | (theirs or ours)
+
+
+def test_a_gpu_adds_up_products_in_fp32(monkeypatch):
+    matmul, devices = torch.backends.cuda.matmul, []
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = [getattr(matmul, name) for name in names]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    try:
+        for name in names:
+            setattr(matmul, name, True)
+        assert [runtime.pick_device("auto")] == devices == [torch.device("cuda:1")]
+        assert [getattr(matmul, name) for name in names] == [False, False]
+    finally:
+        for name, value in zip(names, before):
+            setattr(matmul, name, value)
