@@ -16,7 +16,7 @@ from minisft.kernels.flash_attention_configs import CANDIDATES, CONFIGS
 HERE = Path(__file__).parent
 RECORD = HERE / "compiled_kernels.csv"
 KERNEL_FILES = [file.stem for file in sorted((HERE.parent / "kernels").glob("*.py"))]
-MOST_COMPILES = 240  # a new table of all of them takes two minutes on two cores
+MOST_COMPILES = 300  # a new table of all of them takes three minutes on two cores
 MATRIX_OPS = {"flash_attention", "gated_delta_rule"}  # whose kernels multiply matrices themselves
 TENSOR_MEMORY = 512  # columns, on sm_100
 SPILLS = {  # kernel, one of its constants and the architecture -> why it may spill
@@ -131,9 +131,8 @@ def test_hopper_multiplies_with_wgmma(table):
 
 
 def test_blackwell_multiplies_with_tcgen05(table):
-    rows = [
-        row for row in table if row["arch"] == "100" and row["op"] in MATRIX_OPS and "delta_kernel" not in row["kernel"]
-    ]
+    rows = [row for row in table if row["arch"] == "100" and row["op"] in MATRIX_OPS]
+    rows = [row for row in rows if not row["kernel"].endswith(("_delta_kernel", "_tiles_kernel"))]  # no products there
     assert {row["op"] for row in rows} == MATRIX_OPS
     assert all(int(row["tcgen05"]) and row["mma"] == "0" for row in rows), rows
 
