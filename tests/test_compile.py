@@ -16,7 +16,7 @@ from minisft.kernels.flash_attention_configs import CANDIDATES, CONFIGS
 HERE = Path(__file__).parent
 RECORD = HERE / "compiled_kernels.csv"
 KERNEL_FILES = [file.stem for file in sorted((HERE.parent / "kernels").glob("*.py"))]
-MOST_COMPILES = 300  # a new table of all of them takes three minutes on two cores
+MOST_COMPILES = 300  # a new table of all of them takes 200 seconds of processor time
 MATRIX_OPS = {"flash_attention", "gated_delta_rule"}  # whose kernels multiply matrices themselves
 TENSOR_MEMORY = 512  # columns, on sm_100
 SPILLS = {  # kernel, one of its constants and the architecture -> why it may spill

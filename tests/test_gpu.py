@@ -204,6 +204,15 @@ def test_repeats_bitwise(name):
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("vocabulary", [50257, 32001])
+def test_rows_of_logits_that_begin_anywhere(vocabulary, dtype, poisoned_memory):
+    """One after the other, without padding; those of CASES lie in a wider buffer."""
+    ours, formula = (loss_case(op, vocabulary) for op in (cross_entropy, cross_entropy_ref))
+    logits = torch.randn(64, vocabulary, device="cuda", requires_grad=True)
+    assert_close_to_truth(ours, formula, [logits], dtype)
+
+
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 def test_the_summed_linear_loss(dtype):
     ours, formula = (linear_loss_case(op, 50257, "sum") for op in (linear_cross_entropy, linear_cross_entropy_ref))
@@ -242,7 +251,9 @@ ATTENTION = {  # name -> (query heads, key heads, head dim, options)
 
 def attention(op, bounds, **options):
     if op is flash_attention_ref:
-        options = {key: value for key, value in options.items() if key not in ("mean_length", "deterministic")}
+        options = {
+            key: value for key, value in options.items() if key not in ("mean_length", "deterministic", "shared")
+        }
     return lambda q, k, v: op(q, k, v, *bounds, **options)
 
 
@@ -260,8 +271,19 @@ def test_attention_against_the_formula(name, dtype, deterministic, poisoned_memo
         pytest.skip("fp32 has one configuration for all head dims")
     heads, kv_heads, head_dim, options = ATTENTION[name]
     inputs, bounds = attention_inputs(PACKED, heads, kv_heads, head_dim)
-    ours = attention(flash_attention, bounds, deterministic=deterministic, **options)
+    ours = attention(flash_attention, bounds, deterministic=deterministic, shared=False, **options)
     assert_close_to_truth(ours, attention(flash_attention_ref, bounds, **options), inputs, dtype)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_whole_documents_with_and_without_a_list_of_tiles(head_dim):
+    inputs, bounds = attention_inputs(PACKED, 4, 2, head_dim, torch.bfloat16)
+    plain, listed = (
+        run_with_gradients(attention(flash_attention, bounds, deterministic=True, shared=shared), inputs)
+        for shared in (False, True)
+    )
+    for key in plain:  # the same tiles in the same order, by two programs that the compiler may round apart
+        assert relative_error(listed[key], plain[key]) < 2**-9, key
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["one pass", "deterministic"])
