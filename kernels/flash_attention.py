@@ -214,10 +214,19 @@ class _FlashAttentionTriton(torch.autograd.Function):
         config = one_pass or config_for(kv_tables["split"], q, ctx.small)
         grid = cdiv(Tk, config["BLOCK_N"]), Hkv
         splits = _splits(grid[0] * grid[1], Hq // Hkv, num_sms(q))
-        dk, dv = k.new_empty(2, splits, *k.shape, dtype=torch.float32 if splits > 1 else k.dtype)
+        # After a plain rotary embedding the three gradients lie side by side, so that their layers' products may be one.
+        together = None
+        if turned[-1] is not None and turned[0] is None:
+            sizes = [Hq, Hkv, Hkv]
+            together = k.new_empty(Tk, sum(sizes), Dh).split(sizes, dim=1)
+        dk = k.new_empty(splits, *k.shape, dtype=torch.float32 if splits > 1 else k.dtype)
+        dv = together[2][None] if together and splits == 1 else torch.empty_like(dk)
         grads = dict(dq=dq_sum, dk_ptr=dk, dv_ptr=dv, ADD_DQ=bool(one_pass), SHARED=ctx.shared)
+        grads["TOGETHER"] = together is not None and splits == 1
         _launch(_flash_attention_bwd_kv_kernel, (*grid, splits), config, {**arguments, **grads})
-        dk, dv = (x.sum(0).to(k.dtype) if splits > 1 else x[0] for x in (dk, dv))
+        dk, dv = (x.sum(0) if splits > 1 else x[0] for x in (dk, dv))
+        if splits > 1:
+            dv = together[2].copy_(dv) if together else dv.to(v.dtype)
         if one_pass:
             dq, dq_scale = dq_sum, ctx.scale
         else:
@@ -229,10 +238,11 @@ class _FlashAttentionTriton(torch.autograd.Function):
 
         weights = None, None
         if turned[-1] is not None:  # dq is scaled and rounded on its way through the rotary embedding
-            options = dict(weights=any(ctx.needs_input_grad[3:5]), q_scale=dq_scale)
+            options = dict(weights=any(ctx.needs_input_grad[3:5]), q_scale=dq_scale, out=together and together[:2])
             dq, dk, *weights = turn_back(dq, dk, *turned, *ctx.rotary, **options)
         elif one_pass:
             dq = torch.mul(dq, dq_scale, out=q.new_empty(q.shape))
+        dk = dk.to(k.dtype)
         return dq, dk, dv, *weights, *[None] * 14
 
 

@@ -151,8 +151,8 @@ def _flash_attention_bwd_kv_kernel(
     seed_ptr,
     lse_ptr,  # fp32 [Hq, Tq], as delta
     delta_ptr,
-    dk_ptr,  # [splits, Tk, Hkv, Dh], contiguous, as dv
-    dv_ptr,
+    dk_ptr,  # [splits, Tk, Hkv, Dh], contiguous
+    dv_ptr,  # the same; if TOGETHER the last Hkv of Hq + 2 Hkv heads
     Tq,
     Tk,
     q_offset,
@@ -175,6 +175,7 @@ def _flash_attention_bwd_kv_kernel(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     ADD_DQ: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
@@ -269,12 +270,13 @@ def _flash_attention_bwd_kv_kernel(
     stride = tl.num_programs(1) * (D1 + D2)
     offset = tl.program_id(2).to(tl.int64) * Tk * stride + kv_head * (D1 + D2)
     dk_ptr += offset
-    dv_ptr += offset
+    dv_ptr += offset  # TOGETHER there is one split, so that only the head counts
+    stride_dv = stride * (group + 2) if TOGETHER else stride
     store_tile(dk_ptr, dk * scale, first_key, 0, Tk, stride, BLOCK_N, D1)
-    store_tile(dv_ptr, dv, first_key, 0, Tk, stride, BLOCK_N, D1)
+    store_tile(dv_ptr, dv, first_key, 0, Tk, stride_dv, BLOCK_N, D1)
     if D2:
         store_tile(dk_ptr, dk2 * scale, first_key, D1, Tk, stride, BLOCK_N, D2)
-        store_tile(dv_ptr, dv2, first_key, D1, Tk, stride, BLOCK_N, D2)
+        store_tile(dv_ptr, dv2, first_key, D1, Tk, stride_dv, BLOCK_N, D2)
 
 
 @jit

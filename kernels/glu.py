@@ -173,8 +173,11 @@ class _GLUTriton(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up) if x is not None]
-        dgate, dup = _halves(*gradients, *[None] * (2 - len(gradients)))
+        # of one tensor, so that the products of gate's and up's layers may be one
+        features = gate.shape[-1] * (1 if up is None else 2)
+        gradient = gate.new_empty(*gate.shape[:-1], features)
+        dgate, dup = _halves(gradient, None)
+        gradients = [gradient] if up is None else [dgate, dup]
         gate, up, dy, dgate, dup = _rows(*_halves(gate, up), dy, dgate, dup)
         (rows, features), config = gate.shape, CONFIGS["_glu_bwd_kernel"]
         _glu_bwd_kernel[(rows * cdiv(features, config["BLOCK"]),)](

@@ -125,13 +125,14 @@ def _turn(
 def _rope_rows(
     block,
     x_ptr,  # [T, HEADS, DH]
-    y_ptr,  # [T, HEADS, DH], contiguous
+    y_ptr,  # [T, HEADS, DH], heads one after another
     weight_ptr,  # [DH] of the norm, or None
     cos_ptr,  # [T, R / 2]
     sin_ptr,
     T,
     stride_token,
     stride_head,
+    stride_y,
     scale,
     eps,
     offset,
@@ -155,15 +156,15 @@ def _rope_rows(
         a *= rstd * (weight_a + offset)
         b *= rstd * (weight_b + offset)
     a, b = _turn(a * scale, b * scale, cos_ptr, sin_ptr, token, valid, DH, R, BACK, BLOCK)
-    _store_pairs(y_ptr + row.to(tl.int64) * DH, a, b, valid, DH, R, INTERLEAVED, BLOCK)
+    _store_pairs(y_ptr + token.to(tl.int64) * stride_y + head * DH, a, b, valid, DH, R, INTERLEAVED, BLOCK)
 
 
 @jit
 def _rope_kernel(
     q_ptr,  # [T, Q_HEADS, DH]; in the backward pass the gradients of what came out
     k_ptr,  # [T, K_HEADS, DH]
-    q_out_ptr,  # [T, Q_HEADS, DH], contiguous
-    k_out_ptr,  # [T, K_HEADS, DH], contiguous
+    q_out_ptr,  # [T, Q_HEADS, DH], heads one after another, as in k_out
+    k_out_ptr,  # [T, K_HEADS, DH]
     q_weight_ptr,  # [DH] or None
     k_weight_ptr,  # [DH] or None
     cos_ptr,  # [T, R / 2]
@@ -173,6 +174,8 @@ def _rope_kernel(
     stride_q_head,
     stride_k_token,
     stride_k_head,
+    stride_q_out,
+    stride_k_out,
     q_scale,  # multiplies q
     q_eps,
     q_offset,
@@ -194,12 +197,14 @@ def _rope_kernel(
     if block < Q_HEADS:
         _rope_rows(
             *(tokens * Q_HEADS + block, q_ptr, q_out_ptr, q_weight_ptr, cos_ptr, sin_ptr, T),
-            *(stride_q_token, stride_q_head, q_scale, q_eps, q_offset, Q_HEADS, DH, R, INTERLEAVED, BACK, ROWS, BLOCK),
+            *(stride_q_token, stride_q_head, stride_q_out, q_scale, q_eps, q_offset),
+            *(Q_HEADS, DH, R, INTERLEAVED, BACK, ROWS, BLOCK),
         )
     else:
         _rope_rows(
             *(tokens * K_HEADS + block - Q_HEADS, k_ptr, k_out_ptr, k_weight_ptr, cos_ptr, sin_ptr, T),
-            *(stride_k_token, stride_k_head, 1.0, k_eps, k_offset, K_HEADS, DH, R, INTERLEAVED, BACK, ROWS, BLOCK),
+            *(stride_k_token, stride_k_head, stride_k_out, 1.0, k_eps, k_offset),
+            *(K_HEADS, DH, R, INTERLEAVED, BACK, ROWS, BLOCK),
         )
 
 
@@ -377,14 +382,16 @@ class _RopeTriton(torch.autograd.Function):
         return *turn_back(dq_out, dk_out, *saved, weights=any(ctx.needs_input_grad[2:4])), *[None] * 4
 
 
-def turn(q, k, q_weight, k_weight, cos, sin, interleaved, numbers, back=False, q_scale=1.0):
-    """q_scale q and k turned, or turned back (without norms): new tensors in the dtype of k. The rest as in _RopeTriton."""
+def turn(q, k, q_weight, k_weight, cos, sin, interleaved, numbers, back=False, q_scale=1.0, out=None):
+    """q_scale q and k turned, or turned back (without norms): in the dtype of k, new tensors or `out`, whose heads lie one after
+    another. The rest as in _RopeTriton."""
     q, k = _features_adjacent(q), _features_adjacent(k)
-    q_out, k_out = (torch.empty_like(x, dtype=k.dtype, memory_format=torch.contiguous_format) for x in (q, k))
+    q_out, k_out = out or [x.new_empty(x.shape, dtype=k.dtype) for x in (q, k)]
     (T, q_heads, head_dim), k_heads = q.shape, k.shape[1]
     config = smallest_fit(CONFIGS["_rope_kernel"], head_dim)
     _rope_kernel[(cdiv(T, config["ROWS"]) * (q_heads + k_heads),)](
-        *(q, k, q_out, k_out, q_weight, k_weight, cos, sin, T, *q.stride()[:2], *k.stride()[:2], q_scale, *numbers),
+        *(q, k, q_out, k_out, q_weight, k_weight, cos, sin, T, *q.stride()[:2], *k.stride()[:2]),
+        *(q_out.stride(0), k_out.stride(0), q_scale, *numbers),
         *(q_heads, k_heads, head_dim, 2 * cos.shape[1], interleaved, back),
         BLOCK=next_power_of_2(head_dim // 2),
         **config,
@@ -393,12 +400,12 @@ def turn(q, k, q_weight, k_weight, cos, sin, interleaved, numbers, back=False, q
 
 
 def turn_back(
-    dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, interleaved, numbers, *, weights: bool, q_scale: float = 1.0
+    dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, interleaved, numbers, *, weights, q_scale=1.0, out=None
 ):
     """The backward pass of `turn`: dq, dk, and if `weights` their gradients, else None. q, k: its inputs, read for norms
-    only. q_scale multiplies dq_out, which may be wider than dk_out."""
+    only. q_scale multiplies dq_out, which may be wider than dk_out. out: where dq and dk go if there are no norms."""
     if q_weight is None:
-        dq_dk = turn(dq_out, dk_out, None, None, cos, sin, interleaved, numbers, back=True, q_scale=q_scale)
+        dq_dk = turn(dq_out, dk_out, None, None, cos, sin, interleaved, numbers, back=True, q_scale=q_scale, out=out)
         return *dq_dk, None, None
     q, k, dq_out, dk_out = map(_features_adjacent, (q, k, dq_out, dk_out))
     (T, q_heads, head_dim), k_heads = q.shape, k.shape[1]

@@ -6,10 +6,14 @@ from minisft.kernels.flash_attention import flash_attention
 from minisft.kernels.flash_attention_configs import CANDIDATES, candidate
 
 
-def attend(head_dim: int, dtype=torch.bfloat16, num_tokens: int = 512, shared: bool = False, **options) -> None:
-    """Forward and backward, with two query heads to a key head."""
+def attend(
+    head_dim: int, dtype=torch.bfloat16, num_tokens: int = 512, shared: bool = False, turned: bool = True, **options
+) -> None:
+    """Forward and backward, with two query heads to a key head. turned: q and k come so; else the op turns them."""
     q, k, v = torch.empty(num_tokens, 8, head_dim, dtype=dtype, requires_grad=True).split([4, 2, 2], dim=1)
     start, end = torch.empty(2, num_tokens, dtype=torch.int32)
+    if not turned:
+        options["rotary"] = dict(zip(("cos", "sin"), torch.empty(2, num_tokens, head_dim // 2)))
     out = flash_attention(q, k, v, start, end, shared=shared, **options)
     out.backward(torch.empty_like(out))
 
@@ -29,8 +33,8 @@ def flash_attention_cases(arch: int) -> None:
     if arch == 90:
         for head_dim in (64, 128):
             for shared in (False, True):
-                attend(head_dim, mean_length=300, shared=shared)
-                attend(head_dim, mean_length=3000, shared=shared)
+                attend(head_dim, mean_length=300, shared=shared, turned=shared)
+                attend(head_dim, mean_length=3000, shared=shared, turned=shared)
                 attend(head_dim, deterministic=True, shared=shared)
             attend(head_dim, window=512)
             attend(head_dim, num_tokens=64)  # so few that the query heads of a key head are split

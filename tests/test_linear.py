@@ -8,7 +8,7 @@ from tolerance import relative_error
 from minisft import optimizers, runtime, update
 from minisft.kernels import linear as module
 from minisft.kernels.common import use_backend
-from minisft.kernels.linear import keep_copies, kept_copy, linears, linears_ref, weight_as
+from minisft.kernels.linear import keep_copies, kept_copy, linears, linears_ref, side_by_side, weight_as
 from minisft.parameters import parameter_groups
 
 BF16 = torch.bfloat16
@@ -142,3 +142,55 @@ def test_a_weight_that_changes_before_the_backward_is_noticed():
         linears(x, (weight, None))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_layers_side_by_side_are_one_product(accumulated, monkeypatch):
+    """On a GPU: one product each for y, dx and all dW, with the results of three; the copies stay their weights' own."""
+    layers, x = layers_of(), torch.randn(50, 24)
+    probe = torch.randn(50, 64, dtype=BF16)
+    launches, product = [], module.product_into
+
+    def counted(out, *arguments, **options):
+        launches.append(tuple(out.shape))
+        product(out, *arguments, **options)
+
+    monkeypatch.setattr(module, "product_into", counted)
+
+    def run(apart):
+        x_leaf = x.clone().requires_grad_()
+        for tensor in sum(layers, ()):
+            tensor.grad = None
+            if hasattr(tensor, "_copy"):
+                del tensor._copy
+        for _ in range(accumulated):
+            with torch.autocast("cpu", dtype=BF16), keep_copies():
+                ys = [linears(x_leaf, layer)[0] for layer in layers] if apart else linears(x_leaf, *layers)
+            # gradients that lie side by side, as attention and gated units give them
+            torch.autograd.backward(ys, probe.clone().split([40, 8, 16], dim=1))
+        return [*ys, x_leaf.grad, *(t.grad for layer in layers for t in layer)]
+
+    with use_backend("triton"):
+        apart, together = run(True), run(False)
+    assert sorted(launches[: 3 * accumulated]) == sorted([(40, 24), (8, 24), (16, 24)] * accumulated)
+    assert launches[3 * accumulated :] == [(64, 24)] * accumulated
+    for a, b in zip(together, apart, strict=True):
+        assert relative_error(a, b) < (2**-8 if a.dtype == BF16 or a.shape == x.shape else 1e-6)
+    for weight, bias in layers:
+        assert torch.equal(kept_copy(weight), weight.detach().to(BF16)) and torch.equal(
+            kept_copy(bias), bias.detach().to(BF16)
+        )
+    with keep_copies(), torch.no_grad():
+        layers[1][0].mul_(2)
+        with torch.autocast("cpu", dtype=BF16), use_backend("triton"):
+            assert torch.equal(linears(x, *layers)[1], F.linear(x.to(BF16), *(t.to(BF16) for t in layers[1])))
+
+
+def test_what_lies_side_by_side():
+    x = torch.randn(6, 10)
+    assert side_by_side(x.split([4, 1, 5], dim=1), 1).equal(x) and side_by_side(x.split([1, 3, 2]), 0).equal(x)
+    part = side_by_side(x.split([4, 1, 5], dim=1)[:2], 1)
+    assert part.equal(x[:, :5]) and part.data_ptr() == x.data_ptr()
+    for parts in ([x[:, :4], x[:, 5:]], [x[:, 4:], x[:, :4]], [x[:, :4], None], [x[:, :4], x.clone()[:, 4:]], [x]):
+        assert side_by_side(parts, 1) is None
+    assert side_by_side([x[:2], x[:2]], 0) is None and side_by_side([x[0:2, :4], x[2:4, :4]], 0) is not None

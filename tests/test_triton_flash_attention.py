@@ -377,8 +377,8 @@ def test_a_rotary_embedding_may_be_part_of_the_op(dtype, interleaved, norms, det
     assert torch.equal(fused["output 0"], apart["output 0"])
     for name, value in fused.items():
         assert value.dtype == apart[name].dtype
-        # 10 %: which way single numbers are rounded is chance
-        assert relative_error(value, truth[name]) <= 1.1 * relative_error(apart[name], truth[name]) + 1e-7, name
+        # 25 %: which way single numbers are rounded is chance, and the gradient of a norm has 32 of them
+        assert relative_error(value, truth[name]) <= 1.25 * relative_error(apart[name], truth[name]) + 1e-7, name
         assert torch.equal(value, apart[name]) or not deterministic
 
 
