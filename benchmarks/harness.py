@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+READERS = ("tokenizers", "safetensors", "huggingface_hub", "jinja2", "tqdm", "yaml")  # of a run's text and files
 
 
 def time_interleaved(

@@ -89,6 +89,32 @@ def step_table(rows: list[dict]) -> str:
     return table(["trained", "minisft", "TRL", "speed", "memory minisft / TRL"], lines)
 
 
+def gpu_step_table(rows: list[dict]) -> str:
+    """What no profiler has counted is "-"."""
+    lines = []
+    for row in newest(rows, "model", "tokens", "optimizer", "how"):
+        speed = f"{float(row['tokens_per_second']):,.0f} tokens/s, {number(float(row['ms']))} ms"
+        floor = f"{float(row['share_of_floor']):.0%}" if row.get("share_of_floor") else "-"
+        busy = f"{number(float(row['busy_ms']))} ms" if row.get("busy_ms") else "-"
+        counts = [row.get(name) or "-" for name in ("kernels", "copies", "waits")]
+        memory = f"{float(row['peak_gb']):.1f} GB" if row.get("peak_gb") else "-"
+        how = f"{row['optimizer']}, {row['weights']} weights, {row['how']}"
+        lines.append([row["model"], f"{int(row['tokens']):,}", how, speed, floor, busy, *counts, memory])
+    head = [
+        "model",
+        "tokens",
+        "how",
+        "speed, a step",
+        "of the floor",
+        "GPU busy",
+        "kernels",
+        "copies",
+        "waits",
+        "memory",
+    ]
+    return table(head, lines)
+
+
 def dpo_table(rows: list[dict]) -> str:
     """A line for each of our cases, beside the peer with the same reference."""
     rows = newest(rows, "engine", "layout", "reference")
@@ -259,6 +285,9 @@ def block(results: Path = RESULTS) -> str:
     targets = "**The kernels on a GPU against their targets**" + (f" ({source(gpu)})" if gpu else "")
     parts = [
         section("A whole optimizer step", "benchmarks.train_step", results, "train_step", step_table),
+        section(
+            "A whole optimizer step on a GPU", "benchmarks.train_step_gpu", results, "train_step_cuda", gpu_step_table
+        ),
         section("Memory of a fine-tuning", "benchmarks.bench_memory", results, "memory", memory_table),
         section("Preference tuning", "benchmarks.bench_dpo", results, "dpo_cpu", dpo_table),
         section("Preference tuning on a GPU", "benchmarks.bench_dpo --device cuda", results, "dpo_cuda", dpo_table),
