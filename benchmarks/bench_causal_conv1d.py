@@ -55,7 +55,7 @@ def cases(device: str, quick: bool) -> list[Case]:
             return [
                 normal(T, C, dtype=dtype),
                 normal(C, 4, dtype=dtype),
-                cu[:-1].repeat_interleave(counts),
+                cu[:-1].repeat_interleave(counts, output_size=T),
                 cu,
                 lengths,
             ]

@@ -100,7 +100,7 @@ def inputs_of(lengths: list[int], Hq: int, Hkv: int, Dh: int, dtype: torch.dtype
     T, counts = sum(lengths), torch.tensor(lengths)
     cu = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     cu[1:] = counts.cumsum(0)
-    start, end = (bound.repeat_interleave(counts) for bound in (cu[:-1], cu[1:]))
+    start, end = (bound.repeat_interleave(counts, output_size=T) for bound in (cu[:-1], cu[1:]))
     q, k, v = (normal(T, heads, Dh, dtype=dtype) for heads in (Hq, Hkv, Hkv))
     return [q, k, v, start, end, cu, max(lengths), sum(L * L for L in lengths) / T]
 

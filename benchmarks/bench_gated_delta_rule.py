@@ -57,7 +57,7 @@ def inputs_of(lengths: list[int], Hk: int, Hv: int, Dk: int, Dv: int, dtype: tor
     T, counts = sum(lengths), torch.tensor(lengths)
     cu = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     cu[1:] = counts.cumsum(0)
-    start, end = (bound.repeat_interleave(counts) for bound in (cu[:-1], cu[1:]))
+    start, end = (bound.repeat_interleave(counts, output_size=T) for bound in (cu[:-1], cu[1:]))
     q, k, v = (normal(T, heads, D, dtype=dtype) for heads, D in ((Hk, Dk), (Hk, Dk), (Hv, Dv)))
     # The decay of a new Qwen3.5: between 0.001 and 16 a token, by head.
     rate = torch.linspace(-7, 2.8, Hv).exp()
