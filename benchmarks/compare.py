@@ -17,8 +17,11 @@ written), and a bf16 matrix product of 8192 x 8192 x 8192 on random numbers.
 
 On a CPU the torch path is compared with the reference, and memory is measured in a fresh process for each of them.
 
-A contender that cannot be imported is left out, and one that fails becomes a row with its error. Results are compared too:
-`differs` is the largest norm(a - b) / norm(b) over outputs and gradients, b being those of the first contender that worked.
+A contender that cannot be imported, or that fails, becomes a row with its error. Results are compared too: `differs` is the
+largest norm(a - b) / norm(b) over outputs and gradients, b being those of the first contender that worked.
+
+With --missing a case is left out if the CSV has a row of each of its contenders already, so that a benchmark that was killed
+goes on where it was. A contender that has ended its process (gpu_session.py writes such a row) is not called again.
 """
 
 import argparse
@@ -29,16 +32,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import extra_memory, in_fresh_process, print_table, quartiles, write_csv
+from benchmarks.harness import ENDED, extra_memory, in_fresh_process, print_table, quartiles, read_csv, write_csv
 from minisft.kernels.common import use_backend
 
-PATIENCE_S = 120  # a contender whose first call takes longer, with all that it compiles, ends the process
+EVERYBODY = "all"  # of a case: those that are timed in turn
 FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any card
 HEAD_START = 2_000_000  # cycles, about a millisecond
 MEMORY_NOISE_MB = 2.0  # of resident memory, between two runs of the same
@@ -184,19 +187,23 @@ def difference(a: list[Tensor], b: list[Tensor]) -> float:
     return max((e if e == e else float("inf") for e in errors), default=0.0)
 
 
-def first_calls(case: Case, inputs: list, clock, without=(), number: int = 0) -> tuple[dict, dict, dict]:
+def announce(case: Case, name: str, patience: float) -> None:
+    """The line tells whoever started this process whom it died of: a crash, or its own end after so many seconds."""
+    print(f"# {case.op} | {case.name} | {name}", flush=True)
+    faulthandler.dump_traceback_later(patience, exit=True, file=sys.__stderr__)
+
+
+def first_calls(case: Case, inputs: list, clock, ended=(), patience: float = 90.0) -> tuple[dict, dict, dict]:
     """Calls every contender once, which compiles what it has to compile, and compares what they return.
 
-    Returns ({name: op}, {name: error}, {name: difference}). The line printed before each call tells whoever started
-    this process which contender it died of.
+    Returns ({name: op}, {name: error}, {name: difference}). ended: those that an earlier process died of.
     """
     runs, errors, differs, base = {}, {}, {}, None
     for name, make in case.contenders.items():
-        if name in without:
-            errors[name] = "left out: an earlier call of it ended the process"
+        if name in ended:
+            errors[name] = f"left out: an earlier call of it {ENDED}"
             continue
-        print(f"# {number} {name}", flush=True)
-        faulthandler.dump_traceback_later(PATIENCE_S, exit=True, file=sys.__stderr__)
+        announce(case, name, patience)
         try:
             run = make()
             results = one_round(run, fresh(inputs), clock, case.with_backward)[1]
@@ -205,6 +212,7 @@ def first_calls(case: Case, inputs: list, clock, without=(), number: int = 0) ->
             differs[name] = difference(results, base)
             runs[name] = run
         except ModuleNotFoundError as error:
+            errors[name] = f"not here: {error}"
             print(f"{name} is left out: {error}")
         except Exception as error:  # of any library: it must not end the others
             errors[name] = f"{type(error).__name__}: {error}".split("\n")[0][:300]
@@ -256,6 +264,14 @@ def cpu_extra(module: str, index: int, name: str) -> dict:
     run, leaves = case.contenders[name](), case.inputs()
     gc.collect()
     return {"extra_mb": extra_memory(lambda: one_round(run, leaves, CpuClock(), case.with_backward))[1]}
+
+
+def measured_already(rows: list[dict], case: Case) -> tuple[bool, set[str]]:
+    """(whether rows of a CSV have all contenders of the case, those that have ended a process in any case of the op)."""
+    of_op = [row for row in rows if row["op"] == case.op]
+    here = {row["contender"] for row in of_op if row["case"] == case.name}
+    ended = {row["contender"] for row in of_op if row.get("error", "").startswith(ENDED)}
+    return case.contenders.keys() <= here or EVERYBODY in here, ended
 
 
 def rates(cost: tuple[float, float], seconds: float, peaks: dict[str, float]) -> dict:
@@ -323,27 +339,36 @@ def main(doc: str, cases: Callable[[str, bool], list[Case]]) -> None:
     parser.add_argument("--out", type=Path, help="append the rows to kernels_<device>.csv in this folder")
     parser.add_argument("--only", default="", help="cases with this in their name")
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing for each case")
-    parser.add_argument("--first", type=int, default=0, help="begin with this case")
     parser.add_argument("--without", action="append", default=[], help="leave out this contender")
-    parser.add_argument("--compile", action="store_true", help="call once what has to be compiled, and time nothing")
+    parser.add_argument("--patience", type=float, default=90.0, help="seconds until a call that hangs ends the process")
+    parser.add_argument("--missing", action="store_true", help="leave out the cases that the CSV in --out has already")
+    parser.add_argument(
+        "--once", action="store_true", help="call what is neither torch nor eager once, and time nothing"
+    )
     arguments = parser.parse_args()
     faulthandler.enable()  # where a process is killed for its time, it says where it was
     device, module = arguments.device, f"benchmarks.{Path(sys.argv[0]).stem}"
 
     torch.manual_seed(0)
     clock = CudaClock() if device == "cuda" else CpuClock()
-    peaks, rows = None if arguments.compile else ceilings(clock, device), []
+    peaks, rows = None if arguments.once else ceilings(clock, device), []
+    known = read_csv(arguments.out / f"kernels_{device}.csv") if arguments.missing else []
+    without = [*arguments.without, "torch", "eager"] if arguments.once else arguments.without
     for number, case in enumerate(cases(device, arguments.quick)):
-        if number < arguments.first or arguments.only not in f"{case.op} {case.name}":
+        if arguments.only not in f"{case.op} {case.name}":
+            continue
+        case = replace(case, contenders={name: make for name, make in case.contenders.items() if name not in without})
+        complete, ended = measured_already(known, case)
+        if complete:
             continue
         with torch.device(device):
             inputs = case.inputs()
-        without = [*arguments.without, "torch", "eager"] if arguments.compile else arguments.without
-        runs, errors, differs = first_calls(case, inputs, clock, without, number)
-        if arguments.compile:
+        runs, errors, differs = first_calls(case, inputs, clock, ended, arguments.patience)
+        if arguments.once:
             continue
-        print(f"# {number} all", flush=True)
+        announce(case, EVERYBODY, arguments.patience)
         times = time_rounds(runs, case, inputs, clock, 0.2 if arguments.quick else arguments.seconds)
+        faulthandler.cancel_dump_traceback_later()
         if device == "cuda":
             extra = {name: cuda_extra(run, inputs, clock, case.with_backward) for name, run in runs.items()}
         elif not arguments.quick:

@@ -16,12 +16,14 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 READERS = ("tokenizers", "safetensors", "huggingface_hub", "jinja2", "tqdm", "yaml")  # of a run's text and files
+ENDED = "ended the process"  # how the error of a row begins if whoever it speaks of did that
 
 
 def time_interleaved(
@@ -102,11 +104,12 @@ def stamp() -> dict:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads() if torch else os.environ.get("OMP_NUM_THREADS", ""),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton", "numpy")},
+        **{name: package_version(name) for name in ("torch", "triton", "numpy")},
         "gpu": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else "",
     }
 
 
+@cache
 def _commit() -> str:
     """Of the checkout; where it came without its history, MINISFT_COMMIT may say it."""
     if os.environ.get("MINISFT_COMMIT"):
@@ -132,7 +135,8 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _version(name: str) -> str:
+def package_version(name: str) -> str:
+    """Of an installed package; "" of one that is not."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -1,20 +1,15 @@
 """Writes the benchmark tables and charts of README and docs/ from benchmarks/results/*.csv; nothing else writes them.
 
-    python -m benchmarks.report                             the tables between the markers, and the charts
-    python -m benchmarks.report --suite gpu --out DIR       first measure on this GPU, as suite.py says; CSVs and tables in DIR
+    python -m benchmarks.report         the tables between the markers, and the charts
 
 A table takes the newest row of each thing that was measured. What has no CSV is "not yet measured".
 """
 
-import argparse
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, ROOT, drawing, number, read_csv, table
 from benchmarks.paper_report import paper_chart, paper_table
-from benchmarks.suite import suite
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 VARLEN = "times torch varlen"
@@ -262,7 +257,7 @@ def gpu_table(rows: list[dict]) -> str:
         others = []
         for other, by_pass in contenders.items():
             row = whole(by_pass)
-            if other == name:
+            if other == name or by_pass.get("", {}).get("error", "").startswith("not here"):
                 continue
             ratio = f" ({float(row['ms']) / float(total['ms']):.2f} x)" if row and total else ""
             others.append(f"{other} {number(float(row['ms']))}{ratio}" if row else f"{other} failed")
@@ -281,7 +276,7 @@ def gpu_table(rows: list[dict]) -> str:
 
 def block(results: Path = RESULTS) -> str:
     """What stands between the README's markers."""
-    gpu, suite = read_csv(results / "kernels_cuda.csv"), "benchmarks.report --suite gpu --out DIR"
+    gpu, session = read_csv(results / "kernels_cuda.csv"), "benchmarks.gpu_session --out DIR"
     targets = "**The kernels on a GPU against their targets**" + (f" ({source(gpu)})" if gpu else "")
     parts = [
         section("A whole optimizer step", "benchmarks.train_step", results, "train_step", step_table),
@@ -297,7 +292,7 @@ def block(results: Path = RESULTS) -> str:
         section("Validation", "benchmarks.bench_validate", results, "validate", validate_table),
         section("The kernels' torch paths on a CPU", "benchmarks.bench_<op>", results, "kernels_cpu", cpu_table),
         f"{targets}\n\n{target_table(gpu)}",
-        section("The kernels on a GPU beside others", suite, results, "kernels_cuda", gpu_table),
+        section("The kernels on a GPU beside others", session, results, "kernels_cuda", gpu_table),
     ]
     parts += [f"![{path.stem}](benchmarks/results/{path.name})" for path in sorted(results.glob("kernels_*.png"))]
     return "\n\n".join(parts)
@@ -346,29 +341,10 @@ def charts(results: Path, folder: Path) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=["gpu"], help="measure first, on this machine's GPU")
-    parser.add_argument("--out", type=Path, help="with --suite: where the CSV, the logs and the tables go")
-    parser.add_argument("--commit", help="with --suite: stamp the rows with it, where the checkout has no history")
-    arguments = parser.parse_args()
-    if not arguments.suite:
-        charts(RESULTS, RESULTS)
-        write_block(ROOT / "README.md", block(RESULTS))
-        write_block(ROOT / "docs" / "step_on_paper.md", paper_block(RESULTS))
-        print(f"written: {ROOT / 'README.md'}, docs/step_on_paper.md")
-        return
-    if arguments.out is None:
-        parser.error("--suite needs --out")
-    if arguments.commit:
-        os.environ["MINISFT_COMMIT"] = arguments.commit
-    good = suite(arguments.out)
-    rows = read_csv(arguments.out / "kernels_cuda.csv")
-    dpo = read_csv(arguments.out / "dpo_cuda.csv")
-    text = "\n\n".join([target_table(rows), gpu_table(rows), *([dpo_table(dpo)] if dpo else [])])
-    (arguments.out / "report.md").write_text(text + "\n", encoding="utf-8")
-    print(f"{text}\n\n{sum(row['met'] is True for row in judged(rows))} of {len(judged(rows))} targets met")
-    charts(arguments.out, arguments.out)
-    sys.exit(0 if good else 1)
+    charts(RESULTS, RESULTS)
+    write_block(ROOT / "README.md", block(RESULTS))
+    write_block(ROOT / "docs" / "step_on_paper.md", paper_block(RESULTS))
+    print(f"written: {ROOT / 'README.md'}, docs/step_on_paper.md")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_dpo, bench_shared_turns, paper_report, report, suite
-from benchmarks.compare import Case, CpuClock, backend, difference, first_calls, lapses, rates, rows_of, time_rounds
-from benchmarks.harness import quartiles, read_csv, write_csv
+from benchmarks import bench_dpo, bench_shared_turns, paper_report, report
+from benchmarks.compare import (
+    EVERYBODY,
+    Case,
+    CpuClock,
+    backend,
+    difference,
+    first_calls,
+    lapses,
+    measured_already,
+    rates,
+    rows_of,
+    time_rounds,
+)
+from benchmarks.harness import ENDED, quartiles, read_csv, write_csv
 from minisft.kernels.rms_norm import rms_norm
 
 PEAKS = {"copy": 4e12, "matmul": 8e14}
 OPS = [
+    "ceilings",
     "rms_norm",
     "layer_norm",
     "rope",
@@ -92,11 +105,24 @@ def test_a_case_becomes_rows():
 def test_a_contender_that_fails_or_is_absent_or_wrong_does_not_end_the_others(capsys):
     rows = measured(norm_case(broken=broken, absent=absent, wrong=wrong))
     errors = [row for row in rows if "error" in row]
-    assert [(row["contender"], row["error"]) for row in errors] == [("broken", "RuntimeError: out of luck")]
+    found = {row["contender"]: row["error"] for row in errors}
+    assert found.keys() == {"broken", "absent"} and found["broken"] == "RuntimeError: out of luck"
+    assert found["absent"] == "not here: No module named 'not_installed_anywhere'"
     assert "absent is left out" in capsys.readouterr().out
     assert min(row["differs"] for row in rows if row["contender"] == "wrong") > 0.1
-    runs, errors, _ = first_calls(norm_case(), norm_case().inputs(), CpuClock(), without=["torch"])
+    runs, errors, _ = first_calls(norm_case(), norm_case().inputs(), CpuClock(), ended=["torch"])
     assert list(runs) == ["eager"] and list(errors) == ["torch"]
+
+
+def test_a_case_is_missing_until_all_its_contenders_have_rows():
+    case = norm_case()
+    rows = [{"op": case.op, "case": case.name, "contender": name, "error": ""} for name in ("torch", "eager")]
+    assert measured_already(rows, case) == (True, set()) and measured_already(rows[:1], case) == (False, set())
+    assert not measured_already([row | {"case": "other"} for row in rows], case)[0]
+    died = rows[1] | {"case": "other", "error": f"{ENDED} with -11"}
+    assert measured_already([rows[0], died], case) == (False, {"eager"})
+    assert measured_already([died | {"op": "other"}], case) == (False, set())
+    assert measured_already([died | {"case": case.name, "contender": EVERYBODY}], case)[0]  # while they took turns
 
 
 def test_what_a_contender_does_to_its_inputs_is_not_seen():
@@ -345,22 +371,3 @@ def test_the_table_of_steps_on_paper_has_the_newest_of_each(tmp_path):
         f"| m, c, 2 x 2,048 tokens, adamw, fp32 weights, LoRA 16 | 20 {rest}",
     ]
     assert [len(step) for step in paper_report.newest_steps(read_csv(tmp_path / "step_on_paper.csv"))] == [2, 2]
-
-
-# ---- the suite -----------------------------------------------------------------------------------------------------
-
-
-def test_who_died_is_left_out_the_next_time():
-    assert suite._died_of("", 2) == (2, "")
-    assert suite._died_of("# 0 triton\n# 0 torch\n# 0 all\n# 1 triton\nsegfault", 0) == (1, "triton")
-    assert suite._died_of("# 0 triton\n# 0 all\nhang", 0) == (0, "")
-
-
-def test_a_process_that_hangs_is_ended_with_what_it_printed():
-    import sys
-    import time
-
-    code, text = suite._Process([sys.executable, "-c", "print('# 0 triton'); import time; time.sleep(60)"]).end(
-        time.monotonic() + 0.5
-    )
-    assert code == -1 and text == "# 0 triton\n"
