@@ -65,7 +65,7 @@ def module(name: str, *options: str) -> list[str]:
 
 
 def kernels(name: str, out: Path, *options: str) -> list[str]:
-    limits = ("--seconds", "1", "--patience", "20")  # of a case, of a call
+    limits = ("--seconds", "1", "--patience", "30")  # of a case, of a call
     return module(f"benchmarks.{name}", "--device", "cuda", *limits, "--missing", "--out", str(out), *options)
 
 
