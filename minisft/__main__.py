@@ -19,6 +19,10 @@ COMMANDS = {  # name: (module with main(argv) -> exit code, what it does)
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    return run_command(lambda: _run(argv))
+
+
+def _run(argv: list[str]) -> int:
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
     if name in ("-h", "--help", ""):
         print(_usage(), file=sys.stdout if name else sys.stderr)
@@ -26,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     if name in ("-V", "--version"):
         print(f"minisft {__version__}")
         return 0
-    return run_command(lambda: _command(name)(rest))
+    return _command(name)(rest)
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

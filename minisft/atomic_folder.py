@@ -19,18 +19,25 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from minisft.errors import DATA, SAVE, UserError
-from minisft.strict_json import dump_json, read_json, write_json
+from minisft.strict_json import dump_json, parse_json, write_json
+from minisft.units import size
 
 MANIFEST = "manifest.json"
 TEMPORARY = re.compile(r"\.(?:tmp|del)-.+-(?P<host>\w+)-(?P<pid>\d+)-[0-9a-f]{8}")
 HOST = re.sub(r"\W", "_", socket.gethostname()) or "localhost"
+MISSING = (
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+)  # there is no such file; any other error is the disk's
 
 # ---- the disk ---------------------------------------------------------------------------------------------------
 
@@ -72,15 +79,60 @@ def free_bytes(folder: Path | str) -> int:
     return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
 
 
-def require_space(folder: Path | str, needed: int, what: str) -> None:
+def space(folder: Path | str, needed: int | None = None) -> str:
+    """What is needed and what is free, for messages: "1.25 GB needed, 312 MB free"."""
+    try:
+        free = f"{size(free_bytes(folder))} free"
+    except OSError as error:  # the trouble that is being told may be the disk's
+        free = f"free space unknown ({error.strerror})"
+    return free if needed is None else f"{size(needed)} needed, {free}"
+
+
+def require_space(folder: Path | str, needed: int, what: str, *, hint: str) -> None:
     """Raise UserError (exit code SAVE) where less than `needed` bytes are free for `what`."""
-    free = free_bytes(folder)
-    if free < needed:
-        raise UserError(
-            f"{what} needs {needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free",
-            hint="free some space or choose an output_dir on another disk",
-            exit_code=SAVE,
-        )
+    if free_bytes(folder) < needed:
+        raise UserError(f"too little room for {what}: {space(folder, needed)}", hint=hint, exit_code=SAVE)
+
+
+def not_written(path: Path | str, error: Exception, needed: int | None = None, *, hint: str = "") -> UserError:
+    """The UserError (exit code SAVE) for an error of writing `path`, which needed so many bytes."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return UserError(
+        f"{path} cannot be written: {reason}; {space(Path(path).parent, needed)}",
+        hint=hint or "free some space, or choose another place, and give the same command again",
+        exit_code=SAVE,
+    )
+
+
+def not_read(path: Path | str, error: OSError) -> UserError:
+    """The UserError (exit code SAVE) for a file that is there and cannot be read, which says nothing about what is in it."""
+    return UserError(
+        f"{path} cannot be read: {error.strerror or error}",
+        hint="nothing is known to be wrong with it: see to the disk, its mount and the permissions, then give the same "
+        "command again",
+        exit_code=SAVE,
+    )
+
+
+def write_file(path: Path | str, text: str, *, hint: str = "") -> None:
+    """Write a small file of UTF-8 text, whole or not at all; an earlier one is replaced.
+
+    Raises UserError (exit code SAVE), with what was needed and what is free, where the disk refuses.
+    """
+    path, data = Path(path), text.encode("utf-8")
+    temporary = _temporary("tmp", path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
+        raise not_written(path, error, len(data), hint=hint) from None
 
 
 # ---- atomic folders -----------------------------------------------------------------------------------------------
@@ -135,15 +187,19 @@ def atomic_folder(
 
 
 def read_manifest(path: Path | str) -> dict:
-    """The manifest of an atomic folder. Raises UserError where it is missing, changed, or not ours."""
+    """The manifest of an atomic folder. Raises UserError (exit code DATA) where it is missing, changed, or not ours, and
+    OSError where it cannot be read."""
     file = Path(path) / MANIFEST
-    manifest = read_json(file)
+    try:
+        data = file.read_bytes()
+    except MISSING as error:
+        raise UserError(f"{file}: {error.strerror}", exit_code=DATA) from None
+    manifest = parse_json(data, str(file))
     ours = isinstance(manifest, dict) and manifest.get("format") == "minisft folder 1"
     if not ours or not isinstance(manifest.get("files"), dict) or "sha256" not in manifest:
         raise UserError(f"{file}: not a manifest that minisft wrote", exit_code=DATA)
     fields = {key: value for key, value in manifest.items() if key != "sha256"}
-    same_bytes = file.read_bytes() == dump_json(manifest)
-    if not same_bytes or hashlib.sha256(dump_json(fields)).hexdigest() != manifest["sha256"]:
+    if data != dump_json(manifest) or hashlib.sha256(dump_json(fields)).hexdigest() != manifest["sha256"]:
         raise UserError(f"{file}: changed since it was written", exit_code=DATA)
     return manifest
 
@@ -161,22 +217,27 @@ def verify_folder(path: Path | str, *, hashes: bool = True) -> str | None:
     """None where the folder is exactly what was written, else the reason why not.
 
     hashes=False compares only sizes, which costs no reading. Files that the manifest does not list are no concern: a
-    viewer may have left them, and nothing here reads them.
+    viewer may have left them, and nothing here reads them. A file that is there and cannot be read (a failing disk, a lost
+    mount, permissions) may well be whole: that is a UserError (exit code SAVE), and no reason to go on without the folder.
     """
     path = Path(path)
+    file = path / MANIFEST
     try:
         for name, entry in read_manifest(path)["files"].items():
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            size = (path / name).stat().st_size
-            if size != entry["size"]:
-                return f"{name} has {size} bytes, {entry['size']} were written"
-            if hashes and sha256_file(path / name) != entry["sha256"]:
+            file = path / name
+            status = os.stat(file)
+            if not stat.S_ISREG(status.st_mode):
+                return f"{name} is no file"
+            if status.st_size != entry["size"]:
+                return f"{name} has {status.st_size} bytes, {entry['size']} were written"
+            if hashes and sha256_file(file) != entry["sha256"]:
                 return f"{name} does not have the sha256 it was written with"
     except UserError as error:
         return error.message.removeprefix(f"{path}/")
+    except MISSING:
+        return f"{file.relative_to(path)} is missing"
     except OSError as error:
-        return str(error)
+        raise not_read(file, error) from error
     return None
 
 
@@ -196,7 +257,7 @@ def remove_folder(path: Path | str) -> None:
 
 
 def remove_leftovers(parent: Path | str, *, locked: bool = False) -> int:
-    """Delete the folders that killed processes left in `parent` (.tmp-* and .del-* by our pattern); return how many.
+    """Delete what killed processes left in `parent` (.tmp-* and .del-* by our pattern); return how much.
 
     locked=False deletes those of dead processes of this machine. locked=True deletes all of them: the caller holds the lock
     of the output folder, so nobody else can be writing there.
@@ -204,10 +265,10 @@ def remove_leftovers(parent: Path | str, *, locked: bool = False) -> int:
     count = 0
     for path in Path(parent).glob(".*"):
         match = TEMPORARY.fullmatch(path.name)
-        if match is None or path.is_symlink() or not path.is_dir():
+        if match is None or path.is_symlink():
             continue
         if locked or (match["host"] == HOST and not _is_running(int(match["pid"]))):
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
             count += 1
     return count
 
@@ -234,7 +295,7 @@ def lock_folder(folder: Path | str) -> IO[bytes]:
     folder = Path(folder)
     try:
         make_folder(folder)
-        file = open(folder / ".lock", "a+b")
+        file = open(folder / ".lock", "a+b", buffering=0)
     except OSError as error:
         hint = "choose an output_dir that can be written"
         raise UserError(f"output_dir = {str(folder)!r}: {error.strerror}", hint=hint, exit_code=SAVE) from None
@@ -255,9 +316,9 @@ def lock_folder(folder: Path | str) -> IO[bytes]:
         warnings.warn(
             f"{folder}: this file system has no locks; two runs there would not notice each other", stacklevel=2
         )
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {HOST}\n".encode())
-    file.flush()
+    with suppress(OSError):  # the lock holds without its holder's name, for which a full disk has no room
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {HOST}\n".encode())
     return file
 
 

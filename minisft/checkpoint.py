@@ -12,7 +12,8 @@ after the resume is exactly right, and the weights drift away over the next step
 error.
 
 A save is an atomic folder (atomic_folder.py): the checkpoint of one step, whole, or none. Only safetensors and JSON are ever
-read back, so a checkpoint from a stranger cannot run code. The hyperparameters (learning rate, betas, ...) are not in
+read back, so a checkpoint from a stranger cannot run code. A file `keep` that the user puts beside them pins the checkpoint:
+it is verified like any other and never deleted. The hyperparameters (learning rate, betas, ...) are not in
 it: they come from the configuration and the schedule.
 """
 
@@ -20,7 +21,6 @@ import errno
 import itertools
 import os
 import re
-import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -29,12 +29,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minisft.atomic_folder import atomic_folder, free_bytes, read_manifest, remove_folder, require_space, verify_folder
-from minisft.errors import CONFIG, DATA, SAVE, UserError
+from minisft.atomic_folder import (
+    atomic_folder,
+    free_bytes,
+    not_read,
+    read_manifest,
+    remove_folder,
+    space,
+    verify_folder,
+)
+from minisft.errors import CONFIG, DATA, SAVE, UserError, warn
+from minisft.optimizers import state_bytes
 from minisft.strict_json import dump_json, parse_json, read_json, write_json
 
 MAX_FAILED_SAVES = 3  # in a row; then the run stops with exit code 74
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
+KEEP = "keep"  # a file of this name in a checkpoint's folder pins it
 
 
 # ------------------------------------------------------------------------------------------------- save
@@ -50,28 +60,33 @@ def save_checkpoint(
     state: dict,
     keep: int | None,
     pinned: Collection[Path] = (),
+    other_bytes: int = 0,
 ) -> Path:
     """Write folder/step-XXXXXXXX, then delete all but the newest `keep` checkpoints (None: keep all).
 
     write_model(path): writes the model (its exact weights) and the tokenizer into the folder `path`.
-    state: JSON values, without NaN. pinned: checkpoints never to delete (the best, the one resumed from).
+    state: JSON values, without NaN. pinned: checkpoints never to delete (the best), besides those with a file `keep`.
+    other_bytes: of the files that are neither weights nor optimizer state, for the check that all fits.
     Checkpoints of this step or a later one belong to a run that this one replaces (it started over, or from an earlier
     checkpoint): they are renamed to step-XXXXXXXX.replaced-N, out of sight of resume = "auto".
     Raises OSError or SafetensorError when the disk refuses; then all other checkpoints are untouched.
     """
     target = folder / f"step-{step:08d}"
-    needed, free = checkpoint_bytes(model, optimizer), free_bytes(folder)
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free", str(folder))
+    needed = checkpoint_bytes(model, optimizer) + other_bytes
+    if free_bytes(folder) < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     with atomic_folder(target, {"step": step}, move_existing_to=name_aside(target)) as temporary:
         write_model(temporary)
         _save_optimizer(temporary / "optimizer.safetensors", model, optimizer)
         write_json(temporary / "trainer_state.json", {"step": step, **state})
 
-    for later in [path for path in checkpoints(folder) if step_of(path) > step]:
-        aside = later.rename(name_aside(later))
-        print(f"minisft: {later} belongs to a run that this one replaces; renamed to {aside.name}", file=sys.stderr)
-    _delete_old(folder, keep, pinned)
+    try:
+        for later in [path for path in checkpoints(folder) if step_of(path) > step]:
+            aside = later.rename(name_aside(later))
+            warn(f"{later} belongs to a run that this one replaces; renamed to {aside.name}")
+        _delete_old(folder, keep, pinned)
+    except (OSError, UserError) as error:  # this checkpoint is there; the next save looks at the others again
+        warn(f"the checkpoints beside {target} were left as they are: {error}")
     return target
 
 
@@ -86,34 +101,34 @@ def try_save(failures: int, folder: Path, step: int, **arguments) -> int:
         save_checkpoint(folder, step, **arguments)
         return 0
     except (OSError, SafetensorError) as error:
-        message = f"the checkpoint of step {step} could not be saved: {error}"
+        needed = checkpoint_bytes(arguments["model"], arguments["optimizer"]) + arguments.get("other_bytes", 0)
+        message = f"the checkpoint of step {step} could not be saved: {error}; {space(folder, needed)}"
         hint = f"the earlier checkpoints in {folder} are untouched; free some space there and resume"
         if failures + 1 >= MAX_FAILED_SAVES:
             raise UserError(message, hint=hint, exit_code=SAVE) from error
-        print(f"minisft: WARNING {message}; training continues and the next save tries again", file=sys.stderr)
+        warn(f"{message}; training continues and the next save tries again")
         return failures + 1
 
 
 def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of one checkpoint: the weights, and the optimizer's state or, before its first step, two moments."""
+    """Bytes of one checkpoint: the weights, and the optimizer's state or, before its first step, that which it will have."""
     adapter_only = getattr(model, "lora", None) is not None  # the frozen weights stay where they came from
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     weights = sum(p.nbytes for p in (trained if adapter_only else model.parameters()))
     state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor))
-    moments = sum(2 * max(p.nbytes, 4 * p.numel()) for p in trained)  # fp32 of weights in bf16 too
-    return weights + (state or moments)
+    return weights + (state or state_bytes(optimizer))
 
 
-def require_space_for_checkpoints(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int | None
-) -> None:
-    """Raise UserError (exit code SAVE) at the start where a save would fail later.
+def most_at_once(existing: int, coming: int, keep: int | None) -> int:
+    """How many checkpoints more than now the disk must hold at once, when `coming` saves follow on `existing` checkpoints.
 
-    The disk holds the newest checkpoint while the next is written, so two must fit. Where `keep` checkpoints exist
-    already, only the next one must.
+    While one is written, the `keep` newest before it are still there (None: all are); it is counted too.
     """
-    coming = 1 if keep and len(checkpoints(folder)) >= keep else 2
-    require_space(folder, int(1.1 * coming * checkpoint_bytes(model, optimizer)), "saving checkpoints")
+    if coming == 0:
+        return 0
+    before_the_last = existing + coming - 1
+    kept = before_the_last if keep is None else min(before_the_last, keep)
+    return max(1, kept + 1 - existing)  # at the first save all that exist are there, also beyond `keep`
 
 
 # ------------------------------------------------------------------------------------------------- find and load
@@ -126,14 +141,25 @@ def step_of(path: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder that are whole by manifest and sizes, oldest first. Resume checks the hashes too."""
+    """The checkpoints in a folder that are whole by manifest and sizes, oldest first. Resume checks the hashes too.
+
+    Raises UserError (exit code SAVE) where one cannot be read.
+    """
     return [path for path in _step_folders(folder) if _problem(path, hashes=False) is None]
+
+
+def is_pinned(path: Path) -> bool:
+    """Whether the user has put a file `keep` into a checkpoint's folder."""
+    return os.path.lexists(path / KEEP)
 
 
 def find_checkpoint(folder: Path, resume: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """Where to resume from: (a checkpoint that verifies, or None; the newer ones that do not, each with the reason).
 
     resume: "never"; "auto", the newest that verifies; or the path of one, which must verify (UserError otherwise).
+    Under "auto" None means that there is no checkpoint at all. Where there are some and none verifies, that is a UserError
+    (exit code DATA): a run that starts over by itself costs more than a question. A checkpoint that cannot be read is one
+    too (exit code SAVE), because an older one in its place would repeat work that may be there.
     """
     if resume == "never":
         return None, []
@@ -152,7 +178,14 @@ def find_checkpoint(folder: Path, resume: str | Path) -> tuple[Path | None, list
         if reason is None:
             return path, skipped
         skipped.append((path, reason))
-    return None, skipped
+    if skipped:
+        reasons = "".join(f"\n  {path.name}: {reason}" for path, reason in skipped)
+        raise UserError(
+            f"no checkpoint in {folder} verifies, so the run cannot go on:{reasons}",
+            hint="put a whole copy of one back; or start over, with resume = 'never' or another output_dir",
+            exit_code=DATA,
+        )
+    return None, []
 
 
 def load_checkpoint(
@@ -220,8 +253,14 @@ def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def _step_folders(folder: Path) -> list[Path]:
-    """Everything named like a checkpoint, oldest first, whole or not."""
-    return sorted((p for p in Path(folder).glob("step-*") if step_of(p) >= 0), key=step_of)
+    """Everything named like a checkpoint, oldest first, whole or not. Raises UserError where the folder cannot be read."""
+    try:
+        names = os.listdir(folder)  # Path.glob finds nothing in a folder that it may not read
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise not_read(folder, error) from error
+    return sorted((path for path in map(Path(folder).joinpath, names) if step_of(path) >= 0), key=step_of)
 
 
 def _missing_parts(path: Path) -> str | None:
@@ -251,9 +290,9 @@ def _delete_old(folder: Path, keep: int | None, pinned: Collection[Path]) -> Non
         return
     protected = {Path(path).resolve() for path in pinned}
     for path in [path for path in checkpoints(folder) if not path.is_symlink()][:-keep]:
-        if path.resolve() in protected:
+        if path.resolve() in protected or is_pinned(path):
             continue
         try:
             remove_folder(path)
         except (OSError, UserError) as error:
-            print(f"minisft: WARNING the old checkpoint {path} could not be deleted: {error}", file=sys.stderr)
+            warn(f"the old checkpoint {path} could not be deleted: {error}")

@@ -17,8 +17,11 @@ from typing import Any
 from tqdm import tqdm
 
 from minisft import ranks
+from minisft.atomic_folder import write_file
 from minisft.best import Best
+from minisft.errors import DISK
 from minisft.samples import Sample, exact_match
+from minisft.units import digits, duration, thousands
 
 WIDTH = 100  # columns
 TITLE = 11  # columns of the titles of the summary
@@ -54,9 +57,13 @@ class ProgressBar:
         self.say(evaluation_lines(step, self.total, scores))
 
     def say(self, line: str) -> None:
-        """Print above the bar."""
-        tqdm.write(line)
-        sys.stdout.flush()
+        """Print above the bar. A log on a full disk does not stop a run."""
+        try:
+            tqdm.write(line)
+            sys.stdout.flush()
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
 
     def update(self) -> None:
         self.step += 1
@@ -152,30 +159,6 @@ def fit(parts: list[str]) -> str:
     return "\n".join(lines)
 
 
-def digits(value: float, count: int) -> str:
-    """So many significant digits: 0.0119, 4.49, 123, 7.50e-5; nan, inf."""
-    is_small = 0 < abs(value) < 1e-3
-    text = f"{value:.{count - 1}e}" if is_small else f"{value:#.{count}g}".rstrip(".")
-    return text.replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
-
-
-def thousands(value: float) -> str:
-    """Three significant digits: 167, 2.23k, 12.3k, 3.17M."""
-    value = float(f"{value:.3g}")
-    unit, size = next((u for u in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)) if value >= u[1]), ("", 1.0))
-    return digits(value / size, 3) + unit
-
-
-def duration(seconds: float) -> str:
-    """9s, 1m05s, 3h12m or 2d04h."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02}h"
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
-
-
 # ---- the end ------------------------------------------------------------------------------------------------------
 
 
@@ -190,9 +173,7 @@ def write_samples(path: Path, samples: list[Sample]) -> None:
         }
         for s in samples
     )
-    temporary = path.with_name(f".{path.name}")  # renamed when it is whole
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def sample_report(samples: list[Sample], num_shown: int) -> str:

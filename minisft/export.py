@@ -1,25 +1,32 @@
-"""The trained model in the output folder, as Hugging Face files: exported whole, once a run is done."""
+"""The trained model in the output folder, as Hugging Face files: exported whole, once a run is done. And how much room a run
+needs for it and for its checkpoints.
+"""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from minisft.atomic_folder import atomic_folder, read_manifest, verify_folder
-from minisft.checkpoint import name_aside
+from minisft.atomic_folder import atomic_folder, not_written, read_manifest, require_space, verify_folder
+from minisft.checkpoint import checkpoint_bytes, checkpoints, is_pinned, most_at_once, name_aside, step_of
+from minisft.config.sections import Config
 from minisft.console import wrap
 from minisft.data.tokenizer import Tokenizer
-from minisft.errors import SAVE, UserError
+from minisft.errors import UserError
 from minisft.generation import stop_ids
-from minisft.model.adapter_files import load_adapter_weights, save_adapter
+from minisft.model.adapter_files import adapter_tensors, load_adapter_weights, save_adapter
 from minisft.model.decoder import Decoder
-from minisft.model.drop_in import copy_other_files, save_like
+from minisft.model.drop_in import copied_bytes, copy_other_files, save_like
 from minisft.model.load import load_weights
 from minisft.model.quantized import quantization_of, read_record
 from minisft.model.save import save_model
 from minisft.prepare.data import titled
 from minisft.prepare.run import Run
+from minisft.runtime import DTYPES
 from minisft.strict_json import write_json
+from minisft.units import size
 
 
 def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None, source: Path | None = None) -> list[str]:
@@ -80,19 +87,18 @@ def read_model(model: Decoder, folder: Path) -> None:
 def export_model(run: Run, folder: Path, dtype: torch.dtype, config_id: str) -> None:
     """Write folder/model. Its manifest names its origin: the fingerprint of the configuration and the starting model.
 
-    An earlier export there is moved aside, not deleted, and this is printed. Raises UserError where the disk refuses.
+    An earlier export there is moved aside, not deleted, and this is printed. Raises UserError, with what is needed and what
+    is free, where the disk refuses.
     """
     path = folder / "model"
     aside = name_aside(path)
     made_by = {"config": config_id, "started_from": run.start.id if run.start else None}
     manifest = {"step": run.progress.step, "checkpoint": checkpoint_id(run, folder), **made_by, **run.prompting}
     source = run.start.folder if run.start else None
-    try:
-        with atomic_folder(path, manifest, move_existing_to=aside) as temporary:
-            lines = write_model(run, temporary, dtype, source)
-    except (OSError, SafetensorError) as error:
-        hint = "nothing is lost: the last checkpoint has all steps. Free some space and give the same command again"
-        raise UserError(f"the model could not be written: {error}", hint=hint, exit_code=SAVE) from error
+    hint = "nothing is lost: the last checkpoint has all steps. Free some space and give the same command again"
+    needed = model_bytes(run.model, run.tokenizer, dtype, source)
+    with room_for(path, needed, hint=hint), atomic_folder(path, manifest, move_existing_to=aside) as temporary:
+        lines = write_model(run, temporary, dtype, source)
     if lines:
         print(wrap(titled("exported", lines)))
     if aside.exists():
@@ -110,3 +116,70 @@ def checkpoint_id(run: Run, folder: Path) -> str | None:
     """The hash that identifies the checkpoint of this step; None where it is not in this folder."""
     path = folder / "checkpoints" / f"step-{run.progress.step:08d}"
     return read_manifest(path)["sha256"] if path.exists() else None
+
+
+# ---- room for it ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def room_for(path: Path, needed: int, *, hint: str) -> Iterator[None]:
+    """Write a model of so many bytes to `path` in this block. Raises UserError (exit code SAVE), with what is needed and what is
+    free, where there is too little room for it, and where writing fails."""
+    require_space(path.parent, needed, str(path), hint=hint)
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise not_written(path, error, needed, hint=hint) from error
+
+
+def model_bytes(model: Decoder, tokenizer: Tokenizer | None, dtype: torch.dtype, source: Path | None) -> int:
+    """Bytes of the files that `write_model` or `write_whole` writes, but for some JSON."""
+    files = tokenizer_bytes(tokenizer)
+    if model.lora is not None:
+        return files + sum(tensor.nbytes for tensor in adapter_tensors(model).values())
+    copied = copied_bytes(source, model.config) if source is not None and source.is_dir() else 0
+    return files + copied + sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def tokenizer_bytes(tokenizer: Tokenizer | None) -> int:
+    return sum(map(len, tokenizer.files.values())) if tokenizer is not None else 0
+
+
+def other_bytes(run: Run) -> int:
+    """Bytes of a checkpoint besides weights and optimizer state: the tokenizer, and the reference where it moves."""
+    copies = run.reference.copies.values() if run.reference is not None and run.reference.sync_steps else ()
+    return tokenizer_bytes(run.tokenizer) + sum(value.nbytes for _, value in copies)
+
+
+def export_dtype(config: Config) -> torch.dtype:
+    return DTYPES[config.checkpoint.save_dtype or config.train.weights_dtype]
+
+
+def require_space_for_run(config: Config, run: Run, folder: Path) -> None:
+    """Raise UserError (exit code SAVE) before the first step where a later save, or the export, would find the disk full.
+
+    At once there are save_total_limit checkpoints, the best one, and the next while it is written; a short run has fewer. Those
+    that exist are replaced one by one, but for pinned ones and those of later steps, which stay.
+    """
+    step, total = run.progress.step, run.total_steps
+    keep = config.checkpoint.save_total_limit + (run.best_metric is not None)
+    intervals = [run.save_steps, run.eval_steps if run.best_metric else None]  # every evaluation may be the best
+    due = [range(step // every * every + every, total, every)[: keep + 1] for every in intervals if every]
+    coming = len({total}.union(*due)) if step < total else 0  # more than keep + 1 would change nothing
+    place = folder / "checkpoints"
+    replaced = [p for p in checkpoints(place) if step_of(p) <= step and not p.is_symlink() and not is_pinned(p)]
+    checkpoint = checkpoint_bytes(run.model, run.optimizer) + other_bytes(run)
+    source, dtype = run.start.folder if run.start else None, export_dtype(config)
+    is_there = not coming and is_exported(run, folder)
+    model = 0 if is_there else model_bytes(run.model, run.tokenizer, dtype, source)
+
+    more = most_at_once(len(replaced), coming, keep)
+    at_the_end = max(0, min(len(replaced) + coming, keep) - len(replaced))
+    needed = int(1.1 * max(more * checkpoint, at_the_end * checkpoint + model))
+    best = ", the best one" if run.best_metric else ""
+    what = (
+        f"{more} more checkpoints of {size(checkpoint)} each in {folder} (save_total_limit = "
+        f"{config.checkpoint.save_total_limit}{best}, and one while it is written) and the model of {size(model)}"
+    )
+    hint = "free some space, lower checkpoint.save_total_limit, or choose an output_dir on another disk"
+    require_space(folder, needed, what, hint=hint)

@@ -10,18 +10,21 @@ JSON has no NaN, and a NaN loss must not look like a missing one: values that ar
 "NaN", "Infinity", "-Infinity", which float() reads back.
 
 A tracker never stops a run: its first exception is printed, and the tracker is switched off. A tracker whose package is
-not installed is an error at the start.
+not installed is an error at the start. A full disk never stops a run either: lines and events wait until there is room.
 """
 
 import importlib
 import json
 import math
 import os
-import sys
+import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from minisft.errors import UserError
+from minisft.errors import UserError, warn
+from minisft.strict_json import write_json
 
 Tracker = tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]  # log(step, values), close()
 
@@ -47,16 +50,16 @@ class Loggers:
             except UserError:
                 raise
             except Exception as error:  # no network, no login, ...
-                _tell(f"{name} could not start and is off: {error!r}")
+                warn(f"{name} could not start and is off: {error!r}")
         position = resume or {}
-        self.metrics = JSONLines(Path(output_dir) / "metrics.jsonl", position.get("metrics.jsonl", 0))
-        self.timings = JSONLines(Path(output_dir) / "timings.jsonl", position.get("timings.jsonl", 0))
+        self.metrics = LogFile(Path(output_dir) / "metrics.jsonl", position.get("metrics.jsonl", 0))
+        self.timings = LogFile(Path(output_dir) / "timings.jsonl", position.get("timings.jsonl", 0))
 
     def log(self, step: int, values: dict[str, float], timings: dict[str, float] | None = None) -> None:
         """Log after optimizer step `step`. values: functions of the run alone; timings: what depends on the clock."""
-        self.metrics.write({"step": step, **values})
+        self.metrics.write(json_line({"step": step, **values}))
         if timings:
-            self.timings.write({"step": step, **timings})
+            self.timings.write(json_line({"step": step, **timings}))
         grouped = {
             f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
             for name, value in {**values, **(timings or {})}.items()
@@ -72,49 +75,60 @@ class Loggers:
         for name, (_, close) in list(self.trackers.items()):
             self._safely(name, close)
         self.trackers = {}
-        self.metrics.file.close()
-        self.timings.file.close()
+        self.metrics.close()
+        self.timings.close()
 
     def _safely(self, name: str, function: Callable, *arguments) -> None:
         try:
             function(*arguments)
         except Exception as error:
-            _tell(f"{name} failed and is off for the rest of the run: {error!r}")
+            warn(f"{name} failed and is off for the rest of the run: {error!r}")
             del self.trackers[name]
 
 
-class JSONLines:
-    """A file of one JSON object a line, cut to its first `position` bytes at the start.
+class LogFile:
+    """A file that is appended to, cut to its first `position` bytes at the start.
 
-    A full disk only delays lines: those that could not be written are kept and written before the next line.
+    A full disk only delays what is written: bytes that find no room are kept and written before the next ones.
     """
 
-    def __init__(self, path: Path, position: int):
+    def __init__(self, path: Path, position: int = 0):
         self.path, self.pending = path, b""
         self.file = open(path, "ab", buffering=0)
         self.written = self.file.tell()
         if self.written < position:
-            _tell(f"{path} has {self.written} bytes, {position} when the checkpoint was saved: lines are missing")
+            warn(f"{path} has {self.written} bytes, {position} when the checkpoint was saved: lines are missing")
         else:
             self.written = position
             self.file.truncate(position)
 
-    def write(self, values: dict) -> None:
-        spelled = {key: _finite_or_string(value) for key, value in values.items()}
-        self.pending += json.dumps(spelled, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    def write(self, data: bytes) -> None:
+        self.pending += data
         try:
             while self.pending:
                 count = self.file.write(self.pending)
                 self.written, self.pending = self.written + count, self.pending[count:]
         except OSError as error:
-            _tell(f"{self.path} could not be written, {len(self.pending)} bytes are waiting: {error}")
+            warn(f"{self.path} could not be written, {len(self.pending)} bytes are waiting: {error}")
 
     def sync(self) -> int:
+        """The number of bytes that were given, which are on the disk now unless a warning says otherwise."""
         try:
             os.fsync(self.file.fileno())
         except OSError as error:
-            _tell(f"{self.path}: {error}")
+            warn(f"{self.path}: {error}")
         return self.written + len(self.pending)
+
+    def close(self) -> None:
+        if self.pending:
+            self.write(b"")
+        self.file.close()
+
+
+def json_line(values: dict[str, Any]) -> bytes:
+    """The values as one line of JSON, also those that are not finite."""
+    spelled = {key: _finite_or_string(value) for key, value in values.items()}
+    return json.dumps(spelled, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -136,35 +150,49 @@ def _finite_or_string(value):
     return value
 
 
-def _tell(message: str) -> None:
-    print(f"minisft: WARNING {message}", file=sys.stderr)
+def write_report(path: Path, value: Any) -> None:
+    """Write JSON values for the user to look at after an error, which a full disk must not hide."""
+    try:
+        write_json(path, value)
+    except OSError as error:
+        warn(f"{path} could not be written: {error}")
 
 
 # ------------------------------------------------------------------------------------------------- trackers
 
 
 def _import(module: str):
-    package = "tensorboard" if module == "torch.utils.tensorboard" else module
     try:
         return importlib.import_module(module)
     except ImportError:
+        package = module.partition(".")[0]
         raise UserError(
             f"report_to names {package}, which is not installed",
             hint=f"pip install {package}, or take it out of report_to",
         ) from None
 
 
-def _start_tensorboard(tensorboard, output_dir: Path, run_name: str, config: dict, resume: dict | None) -> Tracker:
-    """purge_step hides what an earlier process logged for the steps that this one will take (again)."""
-    purge_step = resume["step"] + 1 if resume else 0
-    writer = tensorboard.SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step)
+def _start_tensorboard(events, output_dir: Path, run_name: str, config: dict, resume: dict | None) -> Tracker:
+    """Event files: records of one protobuf message each. TensorBoard's own writer does the same in a thread, which a full disk
+    ends with a traceback. The session's start hides what an earlier process logged for the steps that come (again)."""
+    record_writer = _import("tensorboard.summary.writer.record_writer").RecordWriter
+    folder = output_dir / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    now = time.time_ns()  # readers take files in the order of their names
+    name = f"events.out.tfevents.{now // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{now}"
+    file = LogFile(folder / name)
+    records = record_writer(file)
+
+    def write(**fields) -> None:
+        records.write(events.Event(wall_time=time.time(), **fields).SerializeToString())
 
     def log(step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()  # or a killed run would lose up to two minutes
+        write(step=step, summary={"value": [{"tag": tag, "simple_value": value} for tag, value in values.items()]})
 
-    return log, writer.close
+    write(file_version="brain.Event:2")
+    start = events.SessionLog(status=events.SessionLog.START)
+    write(step=resume["step"] + 1 if resume else 0, session_log=start)
+    return log, file.close
 
 
 def _start_wandb(wandb, output_dir: Path, run_name: str, config: dict, resume: dict | None) -> Tracker:
@@ -194,7 +222,7 @@ def _start_mlflow(mlflow, output_dir: Path, run_name: str, config: dict, resume:
 
 
 TRACKERS = {
-    "tensorboard": ("torch.utils.tensorboard", _start_tensorboard),
+    "tensorboard": ("tensorboard.compat.proto.event_pb2", _start_tensorboard),
     "wandb": ("wandb", _start_wandb),
     "trackio": ("trackio", _start_trackio),
     "mlflow": ("mlflow", _start_mlflow),

@@ -9,7 +9,6 @@ exactly where its last checkpoint was: nothing is replayed, and there is no gene
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext
@@ -20,16 +19,24 @@ from pathlib import Path
 import torch
 
 from minisft import best, console, ranks, runtime, schedule
-from minisft.atomic_folder import lock_folder, remove_leftovers, verify_folder
-from minisft.checkpoint import MAX_FAILED_SAVES, load_checkpoint, require_space_for_checkpoints, try_save
+from minisft.atomic_folder import lock_folder, remove_leftovers, verify_folder, write_file
+from minisft.checkpoint import MAX_FAILED_SAVES, load_checkpoint, try_save
 from minisft.config.load import fingerprint, write_resolved
 from minisft.config.sections import Config, TrainSection, config_to_dict
 from minisft.config.stages import has_samples
 from minisft.data.batch import Batch
-from minisft.errors import NONFINITE, STOPPED, UserError
+from minisft.errors import NONFINITE, STOPPED, UserError, warn
 from minisft.evaluation import evaluate
-from minisft.export import export_model, is_exported, read_model, write_state
-from minisft.loggers import Loggers, read_metrics
+from minisft.export import (
+    export_dtype,
+    export_model,
+    is_exported,
+    other_bytes,
+    read_model,
+    require_space_for_run,
+    write_state,
+)
+from minisft.loggers import Loggers, read_metrics, write_report
 from minisft.metrics import Sums, eval_name, peak_memory
 from minisft.micro_batch import forward_backward
 from minisft.optimizers import evaluation_weights
@@ -38,7 +45,6 @@ from minisft.ranks import sum_gradients
 from minisft.resume import changed_keys, resume, training_state
 from minisft.samples import complete, example_prompt
 from minisft.schedule import lr_factor
-from minisft.strict_json import write_json
 from minisft.update import ZeroUpdates, clip_and_update, gradient_norms, gradients, unscale, update_in_backward
 
 
@@ -246,13 +252,13 @@ def start_output(config: Config, origins: dict[str, str], folder: Path, run: Run
     """Tidy the output folder, check that checkpoints fit on its disk, record the configuration, open the logs."""
     for parent in (folder, folder / "checkpoints"):
         remove_leftovers(parent, locked=True)
-    keep = config.checkpoint.save_total_limit + (run.best_metric is not None)
-    require_space_for_checkpoints(folder / "checkpoints", run.model, run.optimizer, keep)
+    require_space_for_run(config, run, folder)
     if saved and (changed := changed_keys(config, saved)):
-        with open(folder / "config_history.jsonl", "a", encoding="utf-8") as history:
-            history.write(json.dumps({"step": saved["step"], "changed": changed}) + "\n")
+        history = folder / "config_history.jsonl"
+        earlier = history.read_text(encoding="utf-8") if history.exists() else ""
+        write_file(history, earlier + json.dumps({"step": saved["step"], "changed": changed}) + "\n")
     write_resolved(config, origins, folder)
-    (folder / "summary.txt").write_text("\n".join(run.summary) + "\n", encoding="utf-8")
+    write_file(folder / "summary.txt", "\n".join(run.summary) + "\n")
     run_name = config.log.run_name or folder.resolve().name
     return Loggers(folder, list(config.log.report_to), run_name, config_to_dict(config), saved)
 
@@ -327,6 +333,7 @@ def save(config: Config, run: Run, folder: Path, loggers: Loggers | None, num_fa
         state={**state, **loggers.position()},
         keep=config.checkpoint.save_total_limit,
         pinned=[best_checkpoint(run, folder)],
+        other_bytes=other_bytes(run),
     )
 
 
@@ -361,7 +368,7 @@ def handle_nonfinite(run: Run, train: TrainSection, batches: list[Batch], folder
     documents = torch.cat([batch.row_document[: batch.num_targets] for batch in batches]).unique().tolist()
     rows = list(dict.fromkeys(cache.place(document) for document in documents))  # a row may have several
     path = folder / f"nonfinite-step-{run.progress.step:08d}-rank-{ranks.rank()}.json"
-    write_json(path, {"step": run.progress.step, "rows": rows})
+    write_report(path, {"step": run.progress.step, "rows": rows})
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
     result = "the update was refused"
     if train.optimizer_in_backward:
@@ -400,8 +407,7 @@ def finish(
         with evaluation_weights(run.optimizer):
             if bar.first_step < step or not is_exported(run, folder):  # else only the samples are missing
                 (folder / "samples.jsonl").unlink(missing_ok=True)
-                dtype = runtime.DTYPES[config.checkpoint.save_dtype or config.train.weights_dtype]
-                export_model(run, folder, dtype, fingerprint(config))
+                export_model(run, folder, export_dtype(config), fingerprint(config))
             if run.prompts:
                 length = config.evaluate.max_new_tokens
                 samples = complete(
@@ -446,7 +452,7 @@ def load_best_model(run: Run, folder: Path) -> None:
     if chosen.step in (0, run.progress.step):
         return
     if reason := verify_folder(path):
-        print(f"minisft: WARNING the best checkpoint {path}: {reason}; the last model is exported", file=sys.stderr)
+        warn(f"the best checkpoint {path}: {reason}; the last model is exported")
         return
     load_checkpoint(path, run.model, run.optimizer, read_model)  # the moments too: some optimizers keep weights in them
     print(f"exported   the model of step {chosen.step}, with the best {run.best_metric}, {chosen.value:.4g}")

@@ -136,7 +136,7 @@ class AdamW(torch.optim.Optimizer):
         if len(state) == 1:  # first update: only "step" is there, the moments are not made yet
             like = {"device": "cpu" if group["offload"] else p.device}
             like["pin_memory"] = group["offload"] and p.is_cuda
-            in_8_bits = group["is_8bit"] and p.numel() >= SMALLEST_IN_8_BITS and not group["embedding"]
+            in_8_bits = _is_in_8_bits(p, group)
             for key in ("exp_avg", "exp_avg_sq"):
                 if in_8_bits:
                     state[f"{key}_codes"] = torch.zeros(p.shape, dtype=torch.uint8, **like)
@@ -144,6 +144,10 @@ class AdamW(torch.optim.Optimizer):
                 else:
                     state[key] = torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), **like)
         return {key: moment for key, moment in state.items() if key != "step"}
+
+
+def _is_in_8_bits(p: Tensor, group: dict) -> bool:
+    return group["is_8bit"] and p.numel() >= SMALLEST_IN_8_BITS and not group["embedding"]
 
 
 def _kernel_state(moments: dict[str, Tensor], key: str) -> State:
@@ -369,3 +373,22 @@ def evaluation_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         for p, data in zip(params, kept):
             p.data = data
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the state that the optimizer will have after its first update, without its step counters."""
+    total = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            n, wide = p.numel(), torch.promote_types(p.dtype, torch.float32).itemsize
+            if isinstance(optimizer, AdamW) and _is_in_8_bits(p, group):
+                total += 2 * (n + 4 * math.ceil(n / STATE_BLOCKSIZE))
+            elif isinstance(optimizer, torch.optim.Adafactor):
+                total += p.element_size() * (n if p.dim() < 2 else n // p.shape[-1] + n // p.shape[-2])
+            elif isinstance(optimizer, SGD):
+                total += p.nbytes if group["momentum"] else 0
+            elif isinstance(optimizer, Lion) or isinstance(optimizer, Muon) and group["matrices"]:
+                total += p.nbytes
+            else:
+                total += 2 * wide * n
+    return total

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minisft import atomic_folder, checkpoint
+from minisft.config.choices import ADAMW, OPTIMIZERS
 from minisft.errors import CONFIG, DATA, SAVE, UserError
 from minisft.optimizers import build_optimizer
 
@@ -181,6 +182,64 @@ def test_any_damage_is_found_named_and_passed_over(tmp_path):
     assert checkpoint.find_checkpoint(tmp_path, "auto") == (second, [])
 
 
+def damage(path: Path) -> None:
+    data = bytearray((path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "model.safetensors").write_bytes(data)
+
+
+def test_where_no_checkpoint_verifies_the_run_does_not_start_over_by_itself(tmp_path):
+    first, second = two_checkpoints(tmp_path)
+    damage(first)
+    (second / "trainer_state.json").unlink()
+    (tmp_path / "step-00000030").mkdir()  # another program's
+    with pytest.raises(UserError, match="no checkpoint in .* verifies") as caught:
+        checkpoint.find_checkpoint(tmp_path, "auto")
+    assert caught.value.exit_code == DATA and "resume = 'never'" in caught.value.hint
+    assert [line.strip() for line in caught.value.message.split("\n")[1:]] == [
+        "step-00000030: manifest.json: No such file or directory",
+        "step-00000020: trainer_state.json is missing",
+        "step-00000010: model.safetensors does not have the sha256 it was written with",
+    ]
+    assert checkpoint.find_checkpoint(tmp_path, "never") == (None, [])
+
+
+def test_what_is_no_checkpoint_by_its_name_does_not_stop_a_start(tmp_path):
+    for name in ("notes", "step-00000010.replaced-1", ".tmp-step-00000010-host-1-0123abcd", "step-7"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.find_checkpoint(tmp_path, "auto") == (None, [])
+
+
+def test_a_disk_that_fails_is_no_reason_to_take_an_older_checkpoint(tmp_path, monkeypatch):
+    first, second = two_checkpoints(tmp_path)
+    honest = atomic_folder.sha256_file
+
+    def fail(path):
+        if Path(path).parent == second:
+            raise OSError(errno.EIO, "Input/output error")
+        return honest(path)
+
+    monkeypatch.setattr(atomic_folder, "sha256_file", fail)
+    for resume in ("auto", str(second)):
+        with pytest.raises(UserError, match="step-00000020/.* cannot be read: Input/output error") as caught:
+            checkpoint.find_checkpoint(tmp_path, resume)
+        assert caught.value.exit_code == SAVE
+    assert checkpoint.find_checkpoint(tmp_path, str(first)) == (first, [])
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_an_empty_one(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    two_checkpoints(tmp_path)
+    with monkeypatch.context() as patch:
+        for name in ("listdir", "scandir"):  # pathlib's glob would take it for empty
+            patch.setattr(os, name, refuse)
+        with pytest.raises(UserError, match="cannot be read: Permission denied") as caught:
+            checkpoint.find_checkpoint(tmp_path, "auto")
+    assert caught.value.exit_code == SAVE
+
+
 def test_a_folder_under_another_step_s_name_is_passed_over(tmp_path):
     first, second = two_checkpoints(tmp_path)
     shutil.copytree(first, tmp_path / "step-00000030")
@@ -338,7 +397,7 @@ def test_a_last_save_that_fails_ends_the_run(tmp_path):
     assert error.value.exit_code == SAVE and str(tmp_path) in error.value.hint
 
 
-def test_too_little_space_is_refused_at_the_start_and_before_a_save(tmp_path, monkeypatch):
+def test_too_little_space_is_refused_before_a_save(tmp_path, monkeypatch):
     model, opt = make()
     size = checkpoint.checkpoint_bytes(model, opt)
     assert size == 3 * sum(p.nbytes for p in model.parameters())  # fp32 weights and two fp32 moments
@@ -347,27 +406,48 @@ def test_too_little_space_is_refused_at_the_start_and_before_a_save(tmp_path, mo
     save(tmp_path, 1, model, opt)
 
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(1.5 * size)))
-    checkpoint.require_space_for_checkpoints(tmp_path, model, opt, keep=1)  # one is there, one is coming
-    with pytest.raises(UserError, match="saving checkpoints needs") as error:
-        checkpoint.require_space_for_checkpoints(tmp_path, model, opt, keep=3)
-    assert error.value.exit_code == SAVE
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size // 2))
-    with pytest.raises(OSError, match="GB needed"):
+    with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2, model, opt)
+    with pytest.raises(UserError, match="No space left .*; 7[0-9][0-9] bytes needed, 3[0-9][0-9] bytes free"):
+        save(tmp_path, 2, model, opt, save_with=checkpoint.try_save, first=(checkpoint.MAX_FAILED_SAVES - 1,))
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     needed = checkpoint.checkpoint_bytes(model, opt)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2, model, opt, other_bytes=1)
     save(tmp_path, 2, model, opt)  # as much as is needed is enough
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_minisft"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keep", [None, 1, 3])
+def test_the_most_checkpoints_at_once_are_those_that_a_run_has(tmp_path, monkeypatch, keep):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # some hundred of them would measure the disk
+    model, opt = make()
+    for existing, coming in [(0, 0), (0, 1), (0, 2), (0, 5), (1, 1), (1, 4), (3, 1), (3, 2), (4, 1), (4, 3)]:
+        folder, most = tmp_path / f"{existing}-{coming}", 0
+
+        def write_model(path):
+            nonlocal most
+            most = max(most, len(list(path.parent.iterdir())))  # with the one that is being written
+
+        for step in range(existing):
+            save(folder, step, model, opt)
+        for step in range(existing, existing + coming):
+            save(folder, step, model, opt, keep=keep, write_model=write_model)
+        assert checkpoint.most_at_once(existing, coming, keep) == (most - existing if coming else 0)
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [*((name, torch.float32) for name in OPTIMIZERS), *((name, torch.bfloat16) for name in ADAMW)],
+    ids=str,
+)
 def test_the_space_asked_for_at_the_start_is_what_a_checkpoint_takes(tmp_path, dtype, name):
     """Weights in bf16 have moments in fp32."""
-    model, _ = make()
-    model.to(dtype)
-    groups = [{"params": list(model.parameters()), "peak_lr": 0.1, "weight_decay": 0.0, "embedding": False}]
+    model = nn.Sequential(nn.Linear(64, 65), nn.Linear(65, 2)).to(dtype)  # 4,160 numbers are enough for 8 bits
+    options = {"peak_lr": 0.1, "weight_decay": 0.0, "embedding": False}
+    groups = [{"params": [p for p in model.parameters() if (p.dim() == 2) == is_matrix], "matrices": is_matrix, **options}
+              for is_matrix in (True, False)]  # fmt: skip
     opt = build_optimizer(name, groups, betas=(0.9, 0.99), eps=1e-8)
     at_the_start = checkpoint.checkpoint_bytes(model, opt)
     for p in model.parameters():
@@ -377,7 +457,8 @@ def test_the_space_asked_for_at_the_start_is_what_a_checkpoint_takes(tmp_path, d
     files = [load_file(path / name) for name in ("model.safetensors", "optimizer.safetensors")]
     tensors = sum(tensor.nbytes for file in files for tensor in file.values())
     assert tensors == checkpoint.checkpoint_bytes(model, opt)
-    assert tensors == at_the_start + 4 * 4  # and a step counter for each parameter
+    counters = {key: v for key, v in files[1].items() if v.ndim == 0}
+    assert tensors == at_the_start + sum(counter.nbytes for counter in counters.values())
 
 
 # ------------------------------------------------------------------------------------------------- retention
@@ -386,28 +467,33 @@ def test_the_space_asked_for_at_the_start_is_what_a_checkpoint_takes(tmp_path, d
 @settings(max_examples=20, deadline=None)
 @given(
     keep=st.integers(1, 4),
-    events=st.lists(st.sampled_from(["save", "save", "fail", "kill", "damage", "pin", "foreign", "link"]), max_size=10),
+    events=st.lists(
+        st.sampled_from(["save", "save", "fail", "kill", "damage", "best", "pin", "foreign", "link"]), max_size=10
+    ),
 )
 def test_retention_keeps_the_newest_whole_ones_and_touches_nothing_else(keep, events):
     model, opt = make()
     with tempfile.TemporaryDirectory() as name:
         folder, elsewhere = Path(name) / "checkpoints", Path(name) / "elsewhere"
         newest = save(folder, 1, model, opt)
-        whole, pinned, others = [newest], set(), set()  # others: damaged, foreign, linked
+        whole, pinned, by_hand, others = [newest], set(), set(), set()  # others: damaged, foreign, linked
         for step, event in enumerate(events, start=2):
             path = folder / f"step-{step:08d}"
             if event == "save":
                 newest = save(folder, step, model, opt, keep=keep, pinned=pinned)
                 whole.append(newest)
-                whole = [p for p in whole if p in whole[-keep:] or p in pinned]
+                whole = [p for p in whole if p in whole[-keep:] or p in pinned | by_hand]
             elif event == "fail":
                 with pytest.raises(OSError):
                     save(folder, step, model, opt, keep=keep, write_model=lambda path: os.stat(path / "no such file"))
             elif event == "kill":
                 (folder / f".tmp-step-{step:08d}-{atomic_folder.HOST}-1-0123abcd").mkdir()
-            elif event == "pin":
+            elif event == "best":
                 pinned.add(whole[-1])
-            elif event == "damage" and len(whole) > 1 and whole[0] not in pinned:
+            elif event == "pin":  # by hand
+                (whole[-1] / "keep").touch()
+                by_hand.add(whole[-1])
+            elif event == "damage" and len(whole) > 1 and whole[0] not in pinned | by_hand:
                 (whole[0] / "optimizer.safetensors").unlink()
                 others.add(whole.pop(0))
             elif event == "foreign":
@@ -422,6 +508,42 @@ def test_retention_keeps_the_newest_whole_ones_and_touches_nothing_else(keep, ev
             assert all(os.path.lexists(p) for p in others)
             assert checkpoint.find_checkpoint(folder, "auto")[0] == newest
         assert all(atomic_folder.verify_folder(p) is None for p in elsewhere.glob("*"))
+
+
+def test_a_pinned_checkpoint_is_verified_like_any_other_and_goes_once_it_is_unpinned(tmp_path):
+    model, opt = make()
+    first = save(tmp_path, 1, model, opt)
+    (first / "keep").write_text("the one before the spike\n")
+    for step in (2, 3):
+        save(tmp_path, step, model, opt, keep=1)
+    assert checkpoint.checkpoints(tmp_path) == [first, tmp_path / "step-00000003"]
+    assert checkpoint.find_checkpoint(tmp_path, str(first)) == (first, [])
+    damage(first)
+    with pytest.raises(UserError, match="does not have the sha256"):
+        checkpoint.find_checkpoint(tmp_path, str(first))
+    damage(first)  # the same bit again
+    (first / "keep").unlink()
+    save(tmp_path, 4, model, opt, keep=1)
+    assert checkpoint.checkpoints(tmp_path) == [tmp_path / "step-00000004"]
+
+
+def test_an_older_checkpoint_that_cannot_be_read_does_not_end_a_run_at_its_save(tmp_path, monkeypatch, capsys):
+    model, opt = make()
+    first = save(tmp_path, 1, model, opt)
+    honest = os.stat
+
+    def fail(path, *arguments, **options):
+        if Path(str(path)).parent == first:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return honest(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", fail)
+        assert save(tmp_path, 2, model, opt, keep=1, save_with=checkpoint.try_save, first=(0,)) == 0
+    assert "left as they are" in (said := capsys.readouterr().err) and "Stale file handle" in said
+    assert len(checkpoint.checkpoints(tmp_path)) == 2
+    save(tmp_path, 3, model, opt, keep=1)
+    assert len(checkpoint.checkpoints(tmp_path)) == 1
 
 
 def test_keep_none_keeps_all(tmp_path):

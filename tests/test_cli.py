@@ -152,7 +152,7 @@ def test_main_hands_the_configuration_to_the_loop(folder, loop):
             PermissionError(errno.EACCES, "Permission denied", "a.jsonl"),
             SAVE,
             "minisft: error: a.jsonl: Permission denied\n"
-            "  check its free space and permissions, then run the same command again\n",
+            "  check the disk, its free space and its permissions, then run the same command again\n",
         ),
     ],
 )

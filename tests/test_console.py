@@ -13,16 +13,14 @@ from minisft.best import Best
 from minisft.console import (
     ProgressBar,
     closing,
-    digits,
-    duration,
     evaluation_lines,
     sample_report,
     step_line,
     summing_up,
-    thousands,
     wrap,
 )
 from minisft.samples import Prompt, Sample
+from minisft.units import digits, duration, size, thousands
 
 NAMES = {"loss": "loss", "lr": "learning_rate", "grad": "grad_norm"}
 REWARDS = {"acc": "rewards/accuracies", "margin": "rewards/margins"}
@@ -74,6 +72,9 @@ def test_numbers():
     ]
     assert [thousands(x) for x in (0, 167.4, 999.9, 2234, 12_345, 3.17e6)] == [
         *("0.00", "167", "1.00k", "2.23k", "12.3k", "3.17M")
+    ]
+    assert [size(x) for x in (0, 999, 1000, 22_100, 999_700, 1.2e9, 9.6e10, 3e13)] == [
+        *("0 bytes", "999 bytes", "1.00 kB", "22.1 kB", "1.00 MB", "1.20 GB", "96.0 GB", "30.0 TB")
     ]
     assert [duration(x) for x in (8.6, 65, 11520, 187_200)] == ["9s", "1m05s", "3h12m", "2d04h"]
 

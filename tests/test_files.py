@@ -1,7 +1,9 @@
 """Strict JSON, the atomic folder, deletion that cannot hit anything else, and the lock of an output folder."""
 
+import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -213,6 +215,71 @@ def test_permissions_follow_the_umask(tmp_path, umask, file_mode, folder_mode):
     assert modes == {"x": folder_mode, "private": file_mode, "manifest.json": file_mode}
 
 
+READS = {  # what verification asks of the disk, by the module that it asks
+    "manifest": (Path, "read_bytes"),
+    "stat": (os, "stat"),
+    "contents": (atomic_folder, "sha256_file"),
+}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("read", READS)
+def test_a_read_that_fails_is_an_error_and_not_damage(tmp_path, monkeypatch, read, number):
+    folder = write_folder(tmp_path / "x", a=b"hello")
+    owner, name = READS[read]
+    honest = getattr(owner, name)
+
+    def fail(path, *arguments, **options):
+        if Path(path).parent != folder:
+            return honest(path, *arguments, **options)
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        with pytest.raises(UserError, match=f"cannot be read: {os.strerror(number)}") as caught:
+            atomic_folder.verify_folder(folder)
+    file = atomic_folder.MANIFEST if read == "manifest" else "a"
+    assert caught.value.exit_code == SAVE and str(folder / file) in caught.value.message and caught.value.hint
+    assert atomic_folder.verify_folder(folder) is None
+
+
+def test_a_folder_in_the_place_of_a_file_is_damage(tmp_path):
+    folder = write_folder(tmp_path / "x", a=b"hello")
+    for name in ("a", atomic_folder.MANIFEST):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        assert name in atomic_folder.verify_folder(folder)
+    assert "manifest.json" in atomic_folder.verify_folder(tmp_path / "nothing")
+
+
+# ------------------------------------------------------------------------------------------------- small files
+
+
+def test_a_small_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "summary.txt"
+    atomic_folder.write_file(path, "old \u00e9\n")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+        with pytest.raises(
+            UserError, match=r"summary.txt cannot be written: File too large; 3.00 kB needed, .* free"
+        ) as caught:
+            atomic_folder.write_file(path, "new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert caught.value.exit_code == SAVE and caught.value.hint
+    assert path.read_text(encoding="utf-8") == "old \u00e9\n" and os.listdir(tmp_path) == ["summary.txt"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *paths: os._exit(0))  # killed here
+        if (child := os.fork()) == 0:
+            atomic_folder.write_file(path, "new")
+        os.waitpid(child, 0)
+    assert path.read_text(encoding="utf-8") == "old \u00e9\n" and len(os.listdir(tmp_path)) == 2
+    assert atomic_folder.remove_leftovers(tmp_path) == 1 and os.listdir(tmp_path) == ["summary.txt"]
+    atomic_folder.write_file(path, "new")
+    assert path.read_text() == "new"
+
+
 # ------------------------------------------------------------------------------------------------- deletion
 
 
@@ -269,10 +336,10 @@ def test_leftovers_of_dead_processes_go_and_others_stay(tmp_path):
 def test_too_little_space_is_a_user_error_with_both_numbers(tmp_path):
     missing = tmp_path / "not" / "yet"
     assert atomic_folder.free_bytes(missing) > 0
-    atomic_folder.require_space(missing, 1, "a checkpoint")
-    with pytest.raises(UserError, match="a checkpoint needs 1000000000.00 GB, .* GB free") as error:
-        atomic_folder.require_space(missing, 10**18, "a checkpoint")
-    assert error.value.exit_code == SAVE and error.value.hint
+    atomic_folder.require_space(missing, 1, "a checkpoint", hint="free some")
+    with pytest.raises(UserError, match="a checkpoint: 900 TB needed, .* free") as error:
+        atomic_folder.require_space(missing, 9 * 10**14, "a checkpoint", hint="free some")
+    assert error.value.exit_code == SAVE and error.value.hint == "free some"
 
 
 def test_a_second_run_on_one_folder_is_refused_until_the_first_is_gone(tmp_path):

@@ -1112,7 +1112,7 @@ def test_a_file_without_end_is_told_at_once(folder):
     for text, told in (
         ("a: &x [*x]", "nested more than 20 deep"),
         (aliases, "more than 50,000 values"),
-        ("a: 1\n" * 300_000, "has 1.5 MB"),
+        ("a: 1\n" * 300_000, "has 1.50 MB"),
         ("".join(f"k{i}: 1\n" for i in range(6000)), "more than 5000 keys"),
     ):
         (folder / "x.yaml").write_text(text)

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minisft.errors import CONFIG, UserError
-from minisft.loggers import JSONLines, Loggers, read_metrics
+from minisft.loggers import LogFile, Loggers, json_line, read_metrics
 
 
 def lines(path) -> list[dict]:
@@ -85,7 +85,7 @@ def test_a_run_from_step_0_starts_its_files_anew(tmp_path):
 
 
 def test_lost_lines_are_told(tmp_path, capsys):
-    JSONLines(tmp_path / "metrics.jsonl", 100).file.close()
+    LogFile(tmp_path / "metrics.jsonl", 100).file.close()
     assert "has 0 bytes, 100 when the checkpoint was saved" in capsys.readouterr().err
 
 
@@ -190,12 +190,12 @@ def test_a_full_disk_delays_lines_but_loses_none(tmp_path, capsys):
                 return count
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    log = JSONLines(tmp_path / "metrics.jsonl", 0)
+    log = LogFile(tmp_path / "metrics.jsonl", 0)
     real = log.file
     log.file = Full(real)
     for step in range(6):
         log.file.full = 2 <= step < 4
-        log.write({"step": step})
+        log.write(json_line({"step": step}))
     log.file = real
     assert lines(tmp_path / "metrics.jsonl") == [{"step": step} for step in range(6)]
     assert log.sync() == (tmp_path / "metrics.jsonl").stat().st_size

@@ -17,7 +17,7 @@ from minisft import export, loop
 from minisft import train as command
 from minisft.config.values import as_toml
 from minisft.data.loader import Loader
-from minisft.errors import SAVE, STOPPED, UserError
+from minisft.errors import DATA, SAVE, STOPPED, UserError
 from minisft.prepare import run as prepare_run
 from minisft.update import LossScale
 
@@ -247,7 +247,7 @@ def test_a_full_disk_at_the_export_loses_nothing(go, whole, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(export, "write_model", write_model)
-        with pytest.raises(UserError, match="could not be written: .*No space left") as caught:
+        with pytest.raises(UserError, match="model cannot be written: No space left .* needed, .* free") as caught:
             go()
     assert caught.value.exit_code == SAVE
     assert_same(outcome(go().output_dir), whole("plain"))
@@ -273,6 +273,21 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(go, whole, monkeypatch, ca
     said = " ".join(capsys.readouterr().out.split())  # lines are wrapped
     assert "step-00000010: model.safetensors does not have the sha256 it was written with" in said
     assert "resumed from" in said and "step-00000008" in said
+    assert_same(outcome(out), whole("plain"))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(go, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        out = go(**{"checkpoint.save_steps": 1}).output_dir
+    for path in saved(out):
+        (path / "optimizer.safetensors").write_bytes(b"")
+    before = files(out)
+    with pytest.raises(UserError, match="step-00000001: optimizer.safetensors has 0 bytes") as caught:
+        go()
+    assert caught.value.exit_code == DATA and "step-00000002: " in caught.value.message
+    assert_same(files(out), before)
+    go(**{"checkpoint.resume": "never"})
     assert_same(outcome(out), whole("plain"))
 
 

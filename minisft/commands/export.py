@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     from minisft.atomic_folder import MANIFEST, atomic_folder, read_manifest
     from minisft.console import wrap
     from minisft.data.tokenizer import load_tokenizer
-    from minisft.export import write_whole
+    from minisft.export import model_bytes, room_for, write_whole
     from minisft.model.adapter_files import CONFIG_FILE, load_adapted, model_folder
     from minisft.model.start import find_start
     from minisft.runtime import DTYPES
@@ -63,8 +63,10 @@ def main(argv: list[str]) -> int:
     if (folder / "generation_config.json").exists():
         model.generation_config = read_json(folder / "generation_config.json")
     asked = {key: manifest[key] for key in ("prompt", "chat_template_kwargs", "max_length") if key in manifest}
-    with atomic_folder(out, asked) as temporary:
-        lines = write_whole(model, tokenizer, temporary, DTYPES[arguments.dtype], base)
+    dtype = DTYPES[arguments.dtype]
+    needed, hint = model_bytes(model, tokenizer, dtype, base), "free some space, or choose another folder"
+    with room_for(out, needed, hint=hint), atomic_folder(out, asked) as temporary:
+        lines = write_whole(model, tokenizer, temporary, dtype, base)
     print(wrap([*(f"exported   {line}" for line in lines), f"written to {out}"]))
     return 0
 

@@ -24,6 +24,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
+from minisft.atomic_folder import write_file
 from minisft.config.aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIASES, VALUE_NOTES
 from minisft.config.check import check_config
 from minisft.config.sections import KEYS, SECTIONS, Config, config_to_dict
@@ -410,5 +411,5 @@ def write_resolved(config: Config, origins: dict[str, str], folder: str | Path) 
             section = here
         lines.append(f"{name} = {as_toml(value)}  # {origins.get(key, 'default')}")
     path = Path(folder) / RESOLVED_NAME
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_file(path, "\n".join(lines) + "\n")
     return path

@@ -316,7 +316,9 @@ class CheckpointSection:
     save_steps: int | Literal["epoch", "never"] = option(
         500, "save every so many steps, or after every epoch, and at the end", at_least=1
     )
-    save_total_limit: int = option(3, "verified checkpoints kept, besides the best one", at_least=1)
+    save_total_limit: int = option(
+        3, "verified checkpoints kept, besides the best one and those with a file `keep` in their folder", at_least=1
+    )
     resume: str = option(
         "auto", '"auto" = the newest checkpoint that verifies; "never"; or a checkpoint folder', is_path="folder"
     )

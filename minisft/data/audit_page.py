@@ -10,10 +10,10 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from minisft.atomic_folder import not_written
 from minisft.data.audit import TITLES, Finding, place_of, stretches
 from minisft.data.cache import Documents
 from minisft.data.tokenizer import Tokenizer
-from minisft.errors import UserError
 
 ROWS_SHOWN = 200  # of each set, besides those with a finding
 ROWS_OF_A_FINDING = 20
@@ -50,7 +50,7 @@ def write_page(
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--html {path}: {error.strerror}", hint="name a writable file") from None
+        raise not_written(path, error, hint="name another file by --html") from None
 
 
 # ------------------------------------------------------------------------------------------------- charts

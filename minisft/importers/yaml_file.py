@@ -13,6 +13,7 @@ import yaml
 
 from minisft.errors import CONFIG, UserError
 from minisft.strict_json import read_json
+from minisft.units import size
 
 MAX_BYTES, MAX_VALUES, MAX_KEYS, MAX_DEPTH = 2**20, 50_000, 5000, 20
 
@@ -32,8 +33,8 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     """The table of a .yaml, .yml or .json file. Raises UserError (exit code 2) for anything else."""
     try:
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise UserError(f"{path} has {size / 1e6:,.1f} MB", hint="name the configuration of a run, not its data")
+        if (num_bytes := path.stat().st_size) > MAX_BYTES:
+            raise UserError(f"{path} has {size(num_bytes)}", hint="name the configuration of a run, not its data")
         if path.suffix == ".json":
             table = read_json(path, exit_code=CONFIG)
         else:

@@ -1,17 +1,16 @@
 """A configuration as text for people: the keys that are set, in the order of config/sections.py, with a remark on each."""
 
-import os
-import tempfile
 import textwrap
 import tomllib
 from pathlib import Path
 from typing import Any
 
+from minisft.atomic_folder import not_written, write_file
 from minisft.config.load import load
 from minisft.config.sections import KEYS
 from minisft.config.stages import load_stages
 from minisft.config.values import as_toml
-from minisft.errors import SAVE, UserError
+from minisft.errors import UserError
 
 WIDTH = 110
 
@@ -93,26 +92,9 @@ def refuse_to_replace(path: Path, *, force: bool) -> None:
 def write(path: Path, text: str, *, force: bool = False) -> None:
     """Write the whole file or nothing. Raises UserError if it exists and `force` is not set, or if writing fails."""
     refuse_to_replace(path, force=force)
-    temporary = None
+    hint = "name another file by --output"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
-            os.unlink(temporary)
-        if not isinstance(error, OSError):
-            raise
-        hint = "name another file by --output"
-        raise UserError(f"{path} cannot be written: {error.strerror}", hint=hint, exit_code=SAVE) from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    except OSError as error:
+        raise not_written(path, error, hint=hint) from None
+    write_file(path, text, hint=hint)

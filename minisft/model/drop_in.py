@@ -23,6 +23,7 @@ import torch
 from minisft import hub
 from minisft.errors import MODEL, UserError
 from minisft.model.decoder import Decoder
+from minisft.model.model_config import ModelConfig
 from minisft.model.quantized import quantization_of
 from minisft.model.quantized_files import take_parts
 from minisft.model.tensor_names import Stored, stored_tensors
@@ -104,6 +105,15 @@ def copy_other_files(source: Path, folder: Path) -> list[str]:
         shutil.copyfile(path, folder / path.name)
         copied.append(path.name)
     return copied
+
+
+def copied_bytes(source: Path, config: ModelConfig) -> int:
+    """Bytes of what the two functions above copy besides the tensors of the text model, or a little more."""
+    _, others = read_headers(source, config)
+    headers = [_read_header(path)[0] for path in weight_files(source)]
+    places = [header[name]["data_offsets"] for header in headers for name in header.keys() & others.keys()]
+    files = [path for path in source.iterdir() if path.is_file() and path.suffix not in WEIGHTS]
+    return sum(last - first for first, last in places) + sum(path.stat().st_size for path in files)
 
 
 # ---- tensors ------------------------------------------------------------------------------------------------------

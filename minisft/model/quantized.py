@@ -37,6 +37,7 @@ from minisft.kernels.quantize import (
 from minisft.model.decoder import Decoder
 from minisft.model.layers import compute_dtype
 from minisft.strict_json import read_json, write_json
+from minisft.units import size
 
 BLOCKSIZE = 64
 QUANTIZE = {"nf4": quantize_nf4, "fp4": quantize_fp4}
@@ -195,7 +196,7 @@ def describe_quantized(model: Decoder) -> str:
     rest = sum(p.nbytes for p in model.parameters())
     return (
         f"{quantization_of(model)}: {numel / 1e6:,.1f} M parameters of {len(weights)} matrices at {nbytes / numel:.3f} "
-        f"bytes each, {nbytes / 1e6:,.1f} MB; {(nbytes + rest) / 1e6:,.1f} MB with embeddings and norms"
+        f"bytes each, {size(nbytes)}; {size(nbytes + rest)} with embeddings and norms"
     )
 
 

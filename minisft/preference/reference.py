@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minisft import ranks, runtime
-from minisft.atomic_folder import atomic_folder, remove_leftovers, verify_folder, waiting_lock
+from minisft.atomic_folder import atomic_folder, not_written, remove_leftovers, verify_folder, waiting_lock
 from minisft.data.batch import Batch
 from minisft.data.loader import Loader, make_batch
 from minisft.data.packing import pack
-from minisft.errors import DATA, MODEL, SAVE, UserError
+from minisft.errors import DATA, MODEL, UserError
 from minisft.model.decoder import Decoder
 from minisft.model.lora import adapter_disabled
 from minisft.model.quantized import named_weights
@@ -232,7 +232,7 @@ def _write(path: Path, ref_logps: np.ndarray) -> None:
         if os.path.lexists(path):
             shutil.rmtree(path)
         with atomic_folder(path, {"answers": int((ref_logps != 0).sum())}) as temporary:
-            ref_logps.tofile(temporary / "logps.bin")
+            (temporary / "logps.bin").write_bytes(ref_logps)  # ndarray.tofile does not notice a full disk
 
 
 @contextlib.contextmanager
@@ -243,8 +243,8 @@ def _claimed(path: Path) -> Iterator[None]:
         with waiting_lock(path.with_name(f".lock-{path.name}")):
             yield
     except OSError as error:
-        hint = "set cache_dir to a folder that can be written and has space"
-        raise UserError(f"the cached log-probabilities: {error}", hint=hint, exit_code=SAVE) from None
+        hint = "these are the cached log-probabilities: set cache_dir to a folder that can be written and has space"
+        raise not_written(path, error, hint=hint) from None
 
 
 def fingerprint(model: Decoder, without: Set[nn.Parameter] = frozenset()) -> str:

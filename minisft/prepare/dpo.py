@@ -19,6 +19,7 @@ from minisft.model.start import find_start
 from minisft.preference.losses import WITHOUT_REFERENCE, LossOptions
 from minisft.preference.reference import Reference, cache_logps, check_layout, check_start, copy_of, fingerprint
 from minisft.prepare.data import cache_folder, titled
+from minisft.units import size
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ def prepare_dpo(
     elif live.kind == "copy" and not live.copies:
         how = "the policy as it starts"
     elif live.kind == "copy":
-        size = sum(value.nbytes for _, value in live.copies.values())
-        how = f"a copy of the trained weights, {size / 1e6:,.1f} MB"
+        how = f"a copy of the trained weights, {size(sum(value.nbytes for _, value in live.copies.values()))}"
         if section.sync_ref_model:
             how += f", which becomes {section.ref_model_mixup_alpha:g} of the policy every {section.ref_model_sync_steps} steps"
     elif live.kind == "model":

@@ -38,6 +38,7 @@ from minisft.model.quantized import Quantization, describe_quantized, named_weig
 from minisft.model.start import Start, find_start
 from minisft.prepare.data import titled
 from minisft.strict_json import read_json
+from minisft.units import size
 
 
 def prepare_model(
@@ -60,8 +61,8 @@ def prepare_model(
     model.offload_activations = section.offload_activations
     model.recompute_cheap_ops(section.gradient_checkpointing == "selective")
     model.neftune_alpha = config.train.neftune_noise_alpha or 0.0
-    size = sum(weight.numel() for weight in named_weights(model).values())
-    lines = [f"{model_config.model_type}, {size / 1e6:,.1f} M parameters, {origin}", *notes, *lines]
+    count = sum(weight.numel() for weight in named_weights(model).values())
+    lines = [f"{model_config.model_type}, {count / 1e6:,.1f} M parameters, {origin}", *notes, *lines]
     if config.lora.r is not None:
         lines += add_adapters(model, config, tokenizer, start.adapter)
     return model.train(), titled("model", lines), start
@@ -179,15 +180,15 @@ def add_adapters(model: Decoder, config: Config, tokenizer: Tokenizer, adapter: 
         model.adapter_is_new = False
     kinds = ", ".join(sorted({site.rpartition(".")[2] for site in sites}))
     trained = [p for p in model.parameters() if p.requires_grad]
-    size, all_sizes = (sum(w.numel() for w in weights) for weights in (trained, named_weights(model).values()))
+    count, all_counts = (sum(w.numel() for w in weights) for weights in (trained, named_weights(model).values()))
     name = "DoRA" if options.use_dora else "rsLoRA" if options.use_rslora else "LoRA"
     name += " from PiSSA" if options.is_pissa else ""
     rows = options.trainable_token_indices.items()
     also = "".join(f", and {len(ids)} row{'s' * (len(ids) > 1)} of {name}" for name, ids in rows)
     return [
         f"{name} r {options.r}, alpha {options.lora_alpha:g}, beside {len(sites)} layers ({kinds}){also}",
-        f"trains {size / 1e6:,.2f} M of {all_sizes / 1e6:,.1f} M parameters ({size / all_sizes:.2%}); "
-        f"the adapter will have {sum(t.nbytes for t in adapter_tensors(model).values()) / 1e6:,.1f} MB",
+        f"trains {count / 1e6:,.2f} M of {all_counts / 1e6:,.1f} M parameters ({count / all_counts:.2%}); "
+        f"the adapter will have {size(sum(t.nbytes for t in adapter_tensors(model).values()))}",
     ]
 
 
