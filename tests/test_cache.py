@@ -1,8 +1,11 @@
 """The token cache and the account of rows and tokens."""
 
 import csv
+import errno
+import gzip
 import json
 import os
+import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,15 +17,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
+from minisft import atomic_folder
 from minisft.data import cache as cache_module
+from minisft.data import parquet as parquet_module
+from minisft.data import sources as sources_module
 from minisft.data import tokenise as tokenise_module
-from minisft.data.cache import build_cache, cache_key
+from minisft.data.cache import build_cache, cache_key, hash_files
 from minisft.data.documents import select_documents, show_document, split_documents
+from minisft.data.hashed_file import open_file
 from minisft.data.kinds import ANSWER, SPECIAL, TERMINATOR, TEXT, TRAINED, USER
 from minisft.data.row_format import FormatOptions
-from minisft.data.sources import list_files, parse_source
+from minisft.data.sources import Source, parse_source
 from minisft.data.tokenizer import load_tokenizer, train_tokenizer
 from minisft.errors import DATA, SAVE, UserError
+
+pyarrow = pytest.importorskip("pyarrow")
+from pyarrow import parquet  # noqa: E402
 
 TEXTS = ["Hello, how are you today?", "I am fine, thank you. \u00e4\u00f6\u00fc", "2 + 2 = 4\n\n#### 4"] * 5
 TOKENIZER = train_tokenizer(TEXTS, 320)
@@ -260,6 +270,110 @@ def test_nothing_usable_is_an_error(tmp_path):
         build(tmp_path, str(tmp_path / "a.jsonl"), on_bad_row="ignore")
 
 
+# ---- what is tokenised is what was hashed
+
+
+def packed(texts, kind, delimiter=";"):
+    """Rows {"text": ...} as the bytes of a file of this kind; a .txt file is one row."""
+    rows = [{"text": text} for text in texts]
+    suffix = "." + kind.split(".")[1]
+    if suffix == ".parquet":
+        sink = pyarrow.BufferOutputStream()
+        parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+        return sink.getvalue().to_pybytes()
+    plain = {
+        ".jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        ".json": json.dumps(rows),
+        ".csv": "".join(f"{text}{delimiter}{n}\n" for n, text in enumerate(["text", *texts])),
+        ".txt": texts[0],
+    }[suffix].encode()
+    if kind.endswith(".gz"):
+        return gzip.compress(plain, mtime=0)
+    return pyarrow.compress(plain, codec="zstd", asbytes=True) if kind.endswith(".zst") else plain
+
+
+KINDS = ["a.jsonl", "a.json", "a.csv", "a.txt", "a.parquet", "a.jsonl.gz", "a.csv.zst", "repository.jsonl"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_row_of_a_file_that_is_written_between_two_looks_gets_into_a_cache(tmp_path, monkeypatch, kind):
+    """The file holds other rows at one of the looks that the build takes at it, whichever, and is put back afterwards."""
+    path = tmp_path / kind
+    texts = ["Hello", "how are you", "today", "thank you"]
+    right, wrong = packed(texts, kind), packed([*reversed(texts), *texts], kind, ",")
+    source = Source(str(path), split="" if kind == "a.txt" else "[:50%]")  # rows are counted first
+    if kind.startswith("repository"):
+        source = replace(source, path="owner/name", files=(str(path),), commit="c")
+    real, looks, wrong_at = open_file, 0, None
+
+    def look(*arguments):
+        nonlocal looks
+        if looks == wrong_at:
+            put(wrong)
+        file = real(*arguments)  # it stays with the file that had the name when it was opened
+        put(right)
+        looks += 1
+        return file
+
+    def put(data):
+        (tmp_path / "other").write_bytes(data)
+        os.replace(tmp_path / "other", path)
+
+    for module in (sources_module, parquet_module):
+        monkeypatch.setattr(module, "open_file", look)
+    put(right)
+    expected = build(tmp_path / "right", source).ids.tolist()
+    outcomes, taken = [], looks
+    for wrong_at in range(taken):
+        looks = 0
+        folder = tmp_path / f"{wrong_at}"
+        try:
+            build(folder, source)
+            outcomes.append("right")
+        except UserError as error:
+            assert error.exit_code == DATA
+            outcomes.append(error.message.rpartition(": ")[2])
+            left = [name for name in os.listdir(folder / "cache") if not name.startswith(".lock-")]
+            assert left == []
+        wrong_at = None
+        assert build(folder, source).ids.tolist() == expected
+    is_packed = kind.endswith((".gz", ".zst"))  # then it is opened once more, to see whether it can be
+    assert set(outcomes[is_packed:]) == {"changed while it was being read"}, outcomes
+
+
+def test_a_file_that_joins_a_glob_during_the_build_is_not_read(tmp_path, monkeypatch):
+    path, real = jsonl(tmp_path / "a.jsonl", [{"text": "a"}]), cache_module._build
+
+    def build_later(*arguments):
+        jsonl(tmp_path / "b.jsonl", [{"text": "b"}])
+        real(*arguments)
+
+    monkeypatch.setattr(cache_module, "_build", build_later)
+    assert build(tmp_path, str(tmp_path / "*.jsonl")).manifest["paths"] == [path]
+    assert len(build(tmp_path, str(tmp_path / "*.jsonl")).row) == 2
+
+
+def test_a_full_disk_never_leaves_a_cache_that_lacks_a_byte(tmp_path):
+    """The disk refuses at a real write call: Python ignores SIGXFSZ and gets EFBIG. ndarray.tofile loses bytes in silence."""
+    path = jsonl(tmp_path / "a.jsonl", [{"text": "Hello, how are you today?", "weight": 0.5}] * 60)
+    whole = build(tmp_path, path)
+    largest = whole.ids.nbytes
+    others = [file.stat().st_size for file in whole.folder.iterdir() if file.name not in ("ids.bin", "weights.bin")]
+    assert max(others) < largest - 1 < 4096  # C's buffer, at whose end the loss was
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (0, 3, 100, largest // 2, largest - 1, largest):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+            cache = build(tmp_path / str(room), path)
+        except UserError as error:
+            assert error.exit_code == SAVE and "File too large" in error.message and "free" in error.message
+            assert all(name.startswith(".lock-") for name in os.listdir(tmp_path / str(room) / "cache"))
+        else:
+            assert room == largest and np.array_equal(cache.ids, whole.ids)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
 # ---- found again, or not
 
 
@@ -273,8 +387,7 @@ def test_the_key_changes_with_every_input(tmp_path, monkeypatch):
     path = jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
 
     def key(source=path, tokenizer=TOKENIZER, on_bad_row="error", **options):
-        source = parse_source(source)
-        return cache_key([source], [list_files(source)], tokenizer, FormatOptions(**options), on_bad_row)
+        return cache_key(*hash_files([parse_source(source)]), tokenizer, FormatOptions(**options), on_bad_row)
 
     keys = [
         key(),
@@ -345,6 +458,20 @@ def test_a_damaged_cache_is_built_again(tmp_path, file, damage):
     assert again.note.startswith("built again: ") and file in again.note
     assert again.ids.tolist() == expected
     assert build(tmp_path, path).note == "found"
+
+
+def test_a_cache_that_cannot_be_read_is_not_built_again(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    path = jsonl(tmp_path / "a.jsonl", [{"text": "Hello"}])
+    before = {file: file.read_bytes() for file in build(tmp_path, path).folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic_folder, "sha256_file", fail)
+        with pytest.raises(UserError, match="cannot be read: Input/output error") as caught:
+            build(tmp_path, path)
+    assert caught.value.exit_code == SAVE
+    assert {file: file.read_bytes() for file in build(tmp_path, path).folder.iterdir()} == before
 
 
 # ---- the account

@@ -15,7 +15,7 @@ from minisft.commands import audit as audit_command
 from minisft.config.load import load
 from minisft.data import tokenise
 from minisft.data.audit import all_findings, count_tokens, quick_findings
-from minisft.data.cache import build_cache, cache_key
+from minisft.data.cache import build_cache, cache_key, hash_files
 from minisft.data.chat.template import ChatTemplate
 from minisft.data.detect_format import detect_row_format
 from minisft.data.documents import rows_of, select_documents, split_documents
@@ -23,7 +23,7 @@ from minisft.data.formats import to_examples
 from minisft.data.kinds import CHOSEN, MISMATCHED, REJECTED, TRAINED
 from minisft.data.row_format import FormatOptions
 from minisft.data.rows import RowError
-from minisft.data.sources import list_files, parse_source
+from minisft.data.sources import parse_source
 from minisft.data.tokenizer import train_tokenizer
 from minisft.errors import DATA, UserError
 from minisft.prepare.data import prepare_data, prepare_tokenizer
@@ -450,7 +450,7 @@ def test_data_that_has_no_preference_is_refused(tmp_path, row, answers, format, 
 def test_the_cache_key_knows_the_use_and_the_fingerprint_the_roles(tmp_path):
     source = parse_source(write(tmp_path / "a.jsonl", [PAIR, {**PAIR, "prompt": "Ho"}]))
     keys = {
-        cache_key([source], [list_files(source)], TOKENIZER, FormatOptions(answers=answers), "error")
+        cache_key(*hash_files([source]), TOKENIZER, FormatOptions(answers=answers), "error")
         for answers in ("chosen", "pairs", "labels")
     }
     assert len(keys) == 3

@@ -10,7 +10,8 @@
                            two answers to one prompt
 
 Five bytes a token. The folder is named by the sha256 of everything that shaped it: the bytes of every data file, the
-tokenizer's files, the template, the options, and CACHE_VERSION. It is written as an atomic folder (atomic_folder.py) and every
+tokenizer's files, the template, the options, and CACHE_VERSION. A data file whose bytes are others when they are tokenised
+than when they were hashed is an error (hashed_file.py). The folder is written as an atomic folder (atomic_folder.py) and every
 byte of it is verified against its manifest before use; a cache that does not match is built again.
 
 The build streams: tokenise.py yields a batch of documents, which is appended to the files. Memory holds a few batches,
@@ -26,7 +27,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,21 +35,22 @@ import tokenizers
 
 from minisft.atomic_folder import (
     atomic_folder,
+    not_written,
     read_manifest,
     remove_leftovers,
-    sha256_file,
     verify_folder,
     waiting_lock,
 )
 from minisft.data.detect_format import check_field_map
+from minisft.data.hashed_file import hash_blocks
 from minisft.data.kinds import CHOSEN, MISMATCHED
 from minisft.data.repositories import locate
 from minisft.data.row_format import ON_BAD_ROW, FormatOptions
 from minisft.data.rows import place
-from minisft.data.sources import Source, list_files
+from minisft.data.sources import Digests, Source, list_files
 from minisft.data.tokenise import Document, new_entry, tokenise, with_mismatched
 from minisft.data.tokenizer import Tokenizer
-from minisft.errors import DATA, SAVE, UserError
+from minisft.errors import DATA, UserError
 
 CACHE_VERSION = 4  # raise it when the same input gives other tokens or kinds
 BLOCK_TOKENS = 2**20
@@ -274,8 +275,8 @@ def build_cache(
     for source in sources:
         check_field_map(source.field_map, options)
     sources = [locate(source, local_files_only=local_files_only) for source in sources]
-    paths = [list_files(source) for source in sources]
-    folder = Path(cache_dir) / cache_key(sources, paths, tokenizer, options, on_bad_row)[:32]
+    sources, digests = hash_files(sources)
+    folder = Path(cache_dir) / cache_key(sources, digests, tokenizer, options, on_bad_row)[:32]
     note = "found"
     if _problem(folder) is not None:
         try:
@@ -285,10 +286,10 @@ def build_cache(
                     note = "built" if problem == ABSENT else f"built again: {problem}"
                     _remove(folder)
                     gc.freeze()  # without this the collector rescans every object torch has loaded, 10 % of the build time
-                    _build(folder, sources, [str(path) for path in chain(*paths)], tokenizer, options, on_bad_row)
+                    _build(folder, sources, digests, tokenizer, options, on_bad_row)
         except OSError as error:
-            hint = "set cache_dir to a writable folder with enough space"
-            raise UserError(f"the token cache: {error}", hint=hint, exit_code=SAVE) from None
+            hint = "this is the token cache: set cache_dir to a writable folder with enough space"
+            raise not_written(folder, error, hint=hint) from None
         finally:
             gc.unfreeze()
     return _open(folder, tuple(sources), note)
@@ -306,21 +307,30 @@ def _remove(folder: Path) -> None:
     remove_leftovers(folder.parent)
 
 
+def hash_files(sources: Sequence[Source]) -> tuple[list[Source], Digests]:
+    """The sources with their files looked up, once for every later look, and the hashes of the files. Raises UserError."""
+    sources = [replace(source, files=tuple(map(str, list_files(source)))) for source in sources]
+    return sources, {path: hash_blocks(path) for path in dict.fromkeys(p for source in sources for p in source.files)}
+
+
 def cache_key(
-    sources: Sequence[Source], paths: list[list[Path]], tokenizer: Tokenizer, options: FormatOptions, on_bad_row: str
+    sources: Sequence[Source], digests: Digests, tokenizer: Tokenizer, options: FormatOptions, on_bad_row: str
 ) -> str:
-    """sha256 (hex) of everything that shapes the cache. The names and weights of sources do not shape it."""
+    """sha256 (hex) of everything that shapes the cache. The names and weights of sources do not shape it.
+
+    digests: of every file that the sources have in `files`.
+    """
     parts = {
         "version": [CACHE_VERSION, tokenizers.__version__],
         "sources": [
             {
-                "files": [[str(path), sha256_file(path)] for path in files],
+                "files": [[path, sha256(digests[path]).hexdigest()] for path in source.files],
                 "split": source.split,
                 "format": source.format,
                 "field_map": source.field_map,
                 "ignore": source.ignore,
             }
-            for source, files in zip(sources, paths)
+            for source in sources
         ],
         "tokenizer": tokenizer.fingerprint(),
         "options": asdict(options),
@@ -352,19 +362,20 @@ def _open(folder: Path, sources: tuple[Source, ...], note: str) -> TokenCache:
 def _build(
     folder: Path,
     sources: Sequence[Source],
-    paths: list[str],
+    digests: Digests,
     tokenizer: Tokenizer,
     options: FormatOptions,
     on_bad_row: str,
 ) -> None:
+    paths = [path for source in sources for path in source.files]
     manifest: dict[str, Any] = {"paths": paths, "sources": [], "bad_rows": []}
     file_numbers = {path: number for number, path in enumerate(paths)}
     num_tokens, is_weighted, has_roles = 0, False, options.answers != "chosen"
-    batches = _batches(sources, tokenizer, options, on_bad_row, manifest)
+    batches = _batches(sources, digests, tokenizer, options, on_bad_row, manifest)
     with atomic_folder(folder, manifest) as temporary:
         with ExitStack() as stack:
             files = {name: stack.enter_context(open(temporary / f"{name}.bin", "wb")) for name in (*ARRAYS, *OPTIONAL)}
-            np.zeros(1, np.int64).tofile(files["offsets"])
+            _append(files["offsets"], np.zeros(1, np.int64))
             for number, documents in with_mismatched(batches) if options.answers == "labels" else batches:
                 lengths = np.array([len(d.ids) for d in documents], dtype=np.int64)
                 columns = {
@@ -377,9 +388,9 @@ def _build(
                     "line": np.array([d.line for d in documents]),
                 }
                 for name, column in columns.items():
-                    column.astype(ARRAYS[name], copy=False).tofile(files[name])
+                    _append(files[name], column.astype(ARRAYS[name], copy=False))
                 if has_roles:
-                    np.array([d.role for d in documents], dtype=np.uint8).tofile(files["role"])
+                    _append(files["role"], np.array([d.role for d in documents], dtype=np.uint8))
                 if not is_weighted and any(np.any(d.weights != 1) for d in documents):
                     is_weighted = True
                     _write_ones(files["weights"], num_tokens)
@@ -396,22 +407,32 @@ def _build(
 
 
 def _batches(
-    sources: Sequence[Source], tokenizer: Tokenizer, options: FormatOptions, on_bad_row: str, manifest: dict
+    sources: Sequence[Source],
+    digests: Digests,
+    tokenizer: Tokenizer,
+    options: FormatOptions,
+    on_bad_row: str,
+    manifest: dict,
 ) -> Iterator[tuple[int, list[Document]]]:
     """(number of the source, documents) of all sources; fills the manifest."""
     for number, source in enumerate(sources):
         entry = {**new_entry(), "commit": source.commit}
         manifest["sources"].append(entry)
-        for documents in tokenise(source, tokenizer, options, on_bad_row, entry, manifest["bad_rows"]):
+        for documents in tokenise(source, tokenizer, options, on_bad_row, entry, manifest["bad_rows"], digests):
             yield number, documents
         assert entry["rows_read"] == entry["rows_used"] + sum(entry["dropped"].values())
 
 
 def _write_ones(file: BinaryIO, count: int) -> None:
     for first in range(0, count, BLOCK_TOKENS):
-        np.ones(min(BLOCK_TOKENS, count - first), dtype=np.float32).tofile(file)
+        _append(file, np.ones(min(BLOCK_TOKENS, count - first), dtype=np.float32))
 
 
 def _write_weights(file: BinaryIO, documents: list[Document]) -> None:
     for document in documents:
-        np.full(len(document.ids), document.weights, dtype=np.float32).tofile(file)
+        _append(file, np.full(len(document.ids), document.weights, dtype=np.float32))
+
+
+def _append(file: BinaryIO, column: np.ndarray) -> None:
+    """ndarray.tofile does the same, but where the disk is full it may lose the last bytes without an error."""
+    file.write(column.data)

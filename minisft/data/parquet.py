@@ -21,8 +21,9 @@ from collections.abc import Iterator
 from decimal import Decimal
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from minisft.data.hashed_file import open_file
 from minisft.data.rows import NotJson, Row
 from minisft.errors import DATA, UserError
 
@@ -40,13 +41,14 @@ UNREADABLE = (
 )  # of a value; pyarrow's are among them
 
 
-def read_parquet(path: Path, tools: str = "tools") -> Iterator[tuple[int, Row]]:
-    """(row number from 1, row). tools: the column of tools, which a field_map may rename later.
+def read_parquet(path: Path, digests: bytes | None = None, tools: str = "tools") -> Iterator[tuple[int, Row]]:
+    """(row number from 1, row). digests: as in hashed_file.open_file. tools: the column of tools, which a field_map may
+    rename later.
 
-    Raises UserError if pyarrow is missing or the file is damaged.
+    Raises UserError if pyarrow is missing, the file is damaged, or has changed.
     """
     number = 0
-    with _opened(path) as file:
+    with open_file(path, digests) as bare, _opened(path, bare) as file:
         shapes = {column.name: _shape(column.type) for column in file.schema_arrow}
         batches = file.iter_batches(batch_size=BATCH_ROWS)
         while (batch := _next_batch(batches, path, number)) is not None:
@@ -56,13 +58,13 @@ def read_parquet(path: Path, tools: str = "tools") -> Iterator[tuple[int, Row]]:
                 yield number, Row(row, str(path), number)
 
 
-def count_parquet(path: Path) -> int:
+def count_parquet(path: Path, digests: bytes | None = None) -> int:
     """The number of rows, from the file's footer. Raises UserError as read_parquet does."""
-    with _opened(path) as file:
+    with open_file(path, digests) as bare, _opened(path, bare) as file:
         return file.metadata.num_rows
 
 
-def _opened(path: Path) -> "ParquetFile":
+def _opened(path: Path, bare: BinaryIO) -> "ParquetFile":
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -70,7 +72,9 @@ def _opened(path: Path) -> "ParquetFile":
         hint = 'pip install "minisft[parquet]", or convert the file to .jsonl'
         raise UserError(f"{path}: Parquet files need the package pyarrow", hint=hint, exit_code=DATA) from None
     try:
-        file = ParquetFile(path)
+        file = ParquetFile(bare)
+    except UserError:
+        raise
     except (OSError, ValueError, ArrowException) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}", exit_code=DATA) from None
     names = file.schema_arrow.names
@@ -85,6 +89,8 @@ def _next_batch(batches: Iterator["RecordBatch"], path: Path, number: int) -> "R
 
     try:
         return next(batches, None)
+    except UserError:
+        raise
     except (OSError, ValueError, ArrowException) as error:
         raise UserError(f"{path}: damaged after row {number}: {error}", exit_code=DATA) from None
 

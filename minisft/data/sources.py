@@ -35,6 +35,7 @@ from math import isfinite
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TextIO, cast
 
+from minisft.data.hashed_file import open_file
 from minisft.data.parquet import count_parquet, read_parquet
 from minisft.data.rows import EXCERPT, BadRow, Row, excerpt
 from minisft.errors import DATA, UserError
@@ -62,6 +63,7 @@ MAGIC = {  # first bytes of files that people name .jsonl by mistake
 LISTS = {"data_files": "names of files", "ignore": "names of fields"}  # fields of a source that are lists
 BOM = b"\xef\xbb\xbf"
 SPACE = re.compile(r"[ \t\r\n]+")  # between the elements of a JSON array
+Digests = dict[str, bytes]  # path -> the hashes of its blocks (hashed_file.py)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Source:
     revision: str = ""  # branch, tag or commit
     data_dir: str = ""  # the folder in it
     data_files: tuple[str, ...] = ()  # names or globs
-    files: tuple[str, ...] = ()  # local paths, once repositories.locate has downloaded them
+    files: tuple[str, ...] = ()  # local paths, once repositories.locate has downloaded them, or a glob was looked up
     commit: str = ""  # that they are from
 
     @property
@@ -160,7 +162,7 @@ def parse_source(value: str | dict | Source) -> Source:
 
 
 def list_files(source: Source) -> list[Path]:
-    """The files of a source, sorted by path; of a repository those that repositories.locate has found.
+    """The files of a source, sorted by path; those that it names in `files`, if it does.
 
     Raises UserError if there are none or one cannot be read.
     """
@@ -222,17 +224,19 @@ def _check_file(name: str) -> None:
             refuse(what)
 
 
-def read_rows(source: Source) -> Iterator[Row | BadRow]:
+def read_rows(source: Source, digests: Digests | None = None) -> Iterator[Row | BadRow]:
     """All rows of a source in order, or those of its slice. A slice counts the rows of all files together, bad ones too.
 
-    One row at a time is in memory (a .json file is read whole). Raises UserError if a whole file cannot be read.
+    digests: of each file, what hashed_file.hash_blocks returned; then no byte is used that has changed since. One row at a time
+    is in memory (a .json file is read whole). Raises UserError if a whole file cannot be read, or has changed.
     """
-    records = _records(source)
+    digests = digests or {}
+    records = _records(source, digests)
     sliced = SLICE.fullmatch(source.slice)
     if sliced:
         # Counting costs a pass over the files, so the rows are counted only for bounds that need their number.
         needs_total = any(bound and bound[-1] == "%" or bound and bound[0] == "-" for bound in sliced.groups())
-        total = sum(map(_count, list_files(source))) if needs_total else 0
+        total = sum(_count(path, digests.get(str(path))) for path in list_files(source)) if needs_total else 0
         first, last = (_row_number(bound, total) for bound in sliced.groups())
         if last is not None and (first or 0) >= last or needs_total and (first or 0) >= total:
             raise UserError(f"{source.label}: the slice holds no row", exit_code=DATA)
@@ -241,8 +245,9 @@ def read_rows(source: Source) -> Iterator[Row | BadRow]:
         yield _parse(file, line, value) if isinstance(value, bytes) else value
 
 
-def _count(path: Path) -> int:
-    return count_parquet(path) if file_kind(path)[0] == ".parquet" else sum(1 for _ in _read(path))
+def _count(path: Path, digests: bytes | None) -> int:
+    is_parquet = file_kind(path)[0] == ".parquet"
+    return count_parquet(path, digests) if is_parquet else sum(1 for _ in _read(path, digests))
 
 
 def _row_number(bound: str | None, total: int) -> int | None:
@@ -258,11 +263,11 @@ def _row_number(bound: str | None, total: int) -> int | None:
 # ------------------------------------------------------------------------------------------------- file formats
 
 
-def _records(source: Source) -> Iterator[tuple[str, int, bytes | Row | BadRow]]:
+def _records(source: Source, digests: Digests) -> Iterator[tuple[str, int, bytes | Row | BadRow]]:
     """(file, line, record) of each row. A JSON record stays bytes, so that rows outside a slice are never parsed."""
     tools = next((theirs for theirs, ours in source.field_map.items() if ours == "tools"), "tools")
     for path in list_files(source):
-        for line, value in _read(path, tools):
+        for line, value in _read(path, digests.get(str(path)), tools):
             yield str(path), line, value
 
 
@@ -273,30 +278,31 @@ def file_kind(path: Path | str) -> tuple[str, str]:
     return Path(name.removesuffix(compression)).suffix, compression
 
 
-def _read(path: Path, tools: str = "tools") -> Iterator[tuple[int, bytes | Row | BadRow]]:
-    """(line, record) of each row of a file. tools: its column of tools. Raises UserError if it is damaged."""
+def _read(path: Path, digests: bytes | None, tools: str = "tools") -> Iterator[tuple[int, bytes | Row | BadRow]]:
+    """(line, record) of each row of a file. tools: its column of tools. Raises UserError if it is damaged or cannot be read."""
     suffix, compression = file_kind(path)
     try:
-        yield from read_parquet(path, tools) if suffix == ".parquet" else READERS[suffix](path)
+        is_parquet = suffix == ".parquet"
+        yield from read_parquet(path, digests, tools) if is_parquet else READERS[suffix](path, digests)
     except DAMAGED as error:
-        if not compression:
-            raise
-        raise UserError(f"{path}: damaged {compression} data: {error}", exit_code=DATA) from None
+        problem = f"damaged {compression} data: {error}" if compression else getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: {problem}", exit_code=DATA) from None
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path, digests: bytes | None = None) -> BinaryIO:
     """The bytes of a file, unpacked. Raises UserError if that needs pyarrow and it is missing."""
     compression = file_kind(path)[1]
+    if not compression:
+        return open_file(path, digests)
+    packed = str(path) if digests is None else open_file(path, digests)
     if compression == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if compression == ".zst":
-        try:
-            from pyarrow import input_stream
-        except ImportError:
-            hint = 'pip install "minisft[parquet]", or unpack the file'
-            raise UserError(f"{path}: .zst files need the package pyarrow", hint=hint, exit_code=DATA) from None
-        return cast(BinaryIO, io.BufferedReader(input_stream(str(path), compression="zstd")))
-    return open(path, "rb")
+        return cast(BinaryIO, gzip.open(packed, "rb"))
+    try:
+        from pyarrow import input_stream
+    except ImportError:
+        hint = 'pip install "minisft[parquet]", or unpack the file'
+        raise UserError(f"{path}: .zst files need the package pyarrow", hint=hint, exit_code=DATA) from None
+    return cast(BinaryIO, io.BufferedReader(input_stream(packed, compression="zstd")))
 
 
 def _parse(file: str, line: int, text: bytes) -> Row | BadRow:
@@ -329,9 +335,9 @@ def _json_hint(text: bytes, line: int) -> str:
     return ""
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
+def _read_jsonl(path: Path, digests: bytes | None) -> Iterator[tuple[int, bytes]]:
     empty: list[tuple[int, bytes]] = []  # lines, which are rows only if something follows
-    with _opened(path) as file:
+    with _opened(path, digests) as file:
         for number, line in enumerate(file, 1):  # a binary file is split on 0x0A only
             if number == 1:
                 line = line.removeprefix(BOM)
@@ -344,7 +350,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, bytes]]:
+def _read_json(path: Path, digests: bytes | None) -> Iterator[tuple[int, bytes]]:
     """The elements of an array, found by a lenient scan; `_parse` then reads each one strictly."""
 
     def refuse(what: str) -> NoReturn:
@@ -355,7 +361,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, bytes]]:
         )
 
     try:
-        text = _bytes(path).removeprefix(BOM).decode("utf-8")
+        text = _bytes(path, digests).removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         refuse(f"not UTF-8 text at byte {error.start}")
     scan = json.JSONDecoder().raw_decode
@@ -386,11 +392,11 @@ def _skip_space(text: str, at: int) -> int:
     return space.end() if space else at
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
+def _read_csv(path: Path, digests: bytes | None) -> Iterator[tuple[int, Row | BadRow]]:
     csv.field_size_limit(MAX_ROW_BYTES)
     # Undecodable bytes become lone surrogates, so that a wrong byte makes one bad row and not a bad file.
-    with _csv_text(path) as file:
-        reader = csv.reader(file, strict=True, delimiter=_delimiter(path))
+    with _csv_text(path, digests) as file:
+        reader = csv.reader(file, strict=True, delimiter=_delimiter(path, digests))
         try:
             header = next(reader)
         except csv.Error as error:
@@ -429,15 +435,15 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
                 yield line, Row(dict(zip(header, values)), str(path), line)
 
 
-def _csv_text(path: Path) -> TextIO:
-    return io.TextIOWrapper(_opened(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
+def _csv_text(path: Path, digests: bytes | None) -> TextIO:
+    return io.TextIOWrapper(_opened(path, digests), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _delimiter(path: Path) -> str:
+def _delimiter(path: Path, digests: bytes | None) -> str:
     """What separates the values of a CSV file: the first of DELIMITERS that divides the header and the first row alike."""
     if file_kind(path)[0] == ".tsv":
         return "\t"
-    with _csv_text(path) as file:
+    with _csv_text(path, digests) as file:
         start = file.read(MAX_HEADER)
     for delimiter in DELIMITERS:
         try:
@@ -449,13 +455,13 @@ def _delimiter(path: Path) -> str:
     return DELIMITERS[0]
 
 
-def _bytes(path: Path) -> bytes:
-    with _opened(path) as file:
+def _bytes(path: Path, digests: bytes | None) -> bytes:
+    with _opened(path, digests) as file:
         return file.read()
 
 
-def _read_text(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
-    data = _bytes(path).removeprefix(BOM)
+def _read_text(path: Path, digests: bytes | None) -> Iterator[tuple[int, Row | BadRow]]:
+    data = _bytes(path, digests).removeprefix(BOM)
     try:
         yield 1, Row({"text": data.decode("utf-8")}, str(path), 1)
     except UnicodeDecodeError as error:

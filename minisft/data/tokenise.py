@@ -38,7 +38,7 @@ from minisft.data.kinds import ANSWER, MISMATCHED, SPECIAL, TERMINATOR, TEXT, TR
 from minisft.data.preferences import SIDES
 from minisft.data.row_format import FormatOptions, RowFormat
 from minisft.data.rows import BadRow, Row, RowError, excerpt, place
-from minisft.data.sources import Source, read_rows
+from minisft.data.sources import Digests, Source, read_rows
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
 
@@ -93,12 +93,13 @@ def tokenise(
     on_bad_row: str,
     entry: dict,
     bad_rows: list[str],
+    digests: Digests,
 ) -> Iterator[list[Document]]:
     """The documents of a source in batches; fills in `entry` and appends the first bad rows to `bad_rows`.
 
-    on_bad_row: "error" raises UserError at the first bad row, "skip" counts bad rows.
+    on_bad_row: "error" raises UserError at the first bad row, "skip" counts bad rows. digests: as in read_rows.
     """
-    work = _Work(source, tokenizer, options, on_bad_row, entry, bad_rows)
+    work = _Work(source, tokenizer, options, on_bad_row, entry, bad_rows, digests)
     with ThreadPoolExecutor(THREADS) as pool:
         encoding: deque[tuple[list[_Pending], Future]] = deque()  # batches whose text is being encoded
         for batch in work.batches():
@@ -122,6 +123,7 @@ class _Work:
     on_bad_row: str
     entry: dict
     bad_rows: list[str]
+    digests: Digests
     row_format: RowFormat | None = None  # decided by the first row
     columns: dict[tuple[str, ...], tuple[set[str], tuple[str, ...]]] = field(default_factory=dict)  # see unread_columns
     dropped: Counter = field(default_factory=Counter)  # reason -> rows
@@ -130,7 +132,7 @@ class _Work:
     def batches(self) -> Iterator[list[_Pending]]:
         """The rows of the source as texts to encode, some hundred rows at a time."""
         batch, characters = [], 0
-        for number, row in enumerate(read_rows(self.source)):
+        for number, row in enumerate(read_rows(self.source, self.digests)):
             self.entry["rows_read"] += 1
             parts = self.parts(number, row)
             batch += parts
