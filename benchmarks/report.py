@@ -66,22 +66,31 @@ def section(title: str, command: str, results: Path, name: str, make: Callable[[
     return f"**{title}** (`python -m {command}`; {source(rows)})\n\n{make(rows)}"
 
 
+ENGINES = {
+    "minisft": "minisft",
+    "plain": "a plain loop with transformers",
+    "compiled": "the same, compiled",
+    "trl": "TRL",
+    "products": "the matrix products alone",
+}
+
+
 def step_table(rows: list[dict]) -> str:
-    rows = newest(rows, "engine", "trained")
-    lines = []
-    for mine in [row for row in rows if row["engine"] == "minisft"]:
-        peer = next((r for r in rows if r["engine"] != "minisft" and r["trained"] == mine["trained"]), None)
-        ours = float(mine["tokens_per_second"])
-        line = [mine["trained"], f"{ours:,.0f} tokens/s", "-", "-", f"{float(mine['peak_gb']):.2f} GB"]
-        if peer:
-            theirs = float(peer["tokens_per_second"])
-            line[2:] = [
-                f"{theirs:,.0f} tokens/s",
-                f"{ours / theirs:.1f} x",
-                line[4][:-3] + f" / {float(peer['peak_gb']):.2f} GB",
-            ]
-        lines.append(line)
-    return table(["trained", "minisft", "TRL", "speed", "memory minisft / TRL"], lines)
+    """The newest run: speeds of different days are not compared."""
+    date, lines = max(row["date"] for row in rows), []
+    for row in [row for row in rows if row["date"] == date]:
+        is_ceiling, times = row["engine"] == "products", row.get("minisft_times")
+        ratio = (
+            "-"
+            if not times or row["engine"] == "minisft"
+            else f"{float(times):.0%}"
+            if is_ceiling
+            else f"{float(times):.1f} x"
+        )
+        memory = "-" if is_ceiling else f"{float(row['peak_gb']):.2f} GB"
+        speed = f"{float(row['tokens_per_second']):,.0f} tokens/s"
+        lines.append([row["trained"], ENGINES[row["engine"]], speed, ratio, memory])
+    return table(["trained", "", "speed", "minisft beside it", "memory"], lines)
 
 
 def gpu_step_table(rows: list[dict]) -> str:

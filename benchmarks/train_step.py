@@ -1,16 +1,24 @@
-"""Tokens per second and peak memory of a whole optimizer step on the CPU, beside TRL where it can be imported.
+"""Tokens per second and peak memory of a whole optimizer step on the CPU, beside others and beside its ceiling.
 
-    python -m benchmarks.train_step                 minisft, and TRL if it is installed (pip install -e ".[bench]")
-    python -m benchmarks.train_step --only minisft --steps 6
+    python -m benchmarks.train_step                     all of them; TRL if it is installed (pip install -e ".[bench]")
+    python -m benchmarks.train_step --only minisft products --steps 6
 
 The work: a 57 M parameter Llama (hidden 576, 8 layers, 9 heads, 3 KV heads, intermediate 1536, vocabulary 49,152, tied) on
 GSM8K, tokenised by a byte-level BPE that is trained on it, packed to 1,024 tokens, 2 packs a micro-batch, 2 micro-batches a
 step, bf16 autocast over fp32 weights, AdamW, clipping, the statistics that each logs by default. Once with every token
 trained and once with the answers only; the two are different work and are reported apart.
 
+    minisft     loop.train_step, as a run takes it
+    plain       the loop that a careful user writes with transformers' Llama: SDPA with a mask that keeps the documents of a pack
+                apart, torch's cross-entropy and fused AdamW, on the packs of minisft, a pack a row
+    compiled    the same, the forward pass with its loss through torch.compile
+    trl         SFTTrainer, which packs for itself
+    products    the ceiling: the matrix products with weights of the same steps, forward and backward in bf16, and nothing else
+
 A step is timed from taking its micro-batches to the end of the update; its tokens are the real ones of its packs. Every
 case runs in a process of its own, in rounds (a b c a b c), and the median step over all rounds is reported with its
-quartiles; the first steps of a process are not counted. Peak memory is that of the process, with Python and torch.
+quartiles; the first steps of a process are not counted. Ratios are medians of the rounds' ratios. Peak memory is that of
+the process, with Python and torch.
 """
 
 import argparse
@@ -21,7 +29,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import ROOT, in_fresh_process, print_table, write_csv
+from benchmarks.harness import ROOT, in_fresh_process, print_table, quartiles, write_csv
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
 MAX_LENGTH, BATCH_SIZE, ACCUMULATION, WARMUP_STEPS = 1024, 2, 2, 1
@@ -36,41 +44,91 @@ MODEL = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
+PEERS = {"plain": "transformers", "compiled": "transformers", "trl": "trl"}  # and what each of them needs
+ENGINES = ("minisft", *PEERS, "products")
+TRAINED = ("every token", "answers")
 
 
-def make_tokenizer(folder: str) -> dict:
+# ---- the data ---------------------------------------------------------------------------------------------------
+
+
+def load_config(folder: str, trained: str, batch_size: int, accumulation: int):
+    from minisft.config.load import load
+
+    values = {
+        "output_dir": f"{folder}/out",
+        "model.config": MODEL,
+        "model.tokenizer_name_or_path": f"{folder}/tokenizer",
+        "data.train_data": str(GSM8K),
+        "data.completion_only_loss": trained == "answers",
+        "data.max_length": MAX_LENGTH,
+        "data.packing": True,
+        "train.per_device_train_batch_size": batch_size,
+        "train.gradient_accumulation_steps": accumulation,
+        "train.device": "cpu",
+    }
+    return load({}, values, origin="benchmark")[0]
+
+
+def make_inputs(folder: str, steps: int) -> dict:
+    """Writes the tokenizer and, for the plain loops and the products, the micro-batches of the first steps."""
+    import torch
+    from safetensors.torch import save_file
+
     from minisft.data.tokenizer import train_tokenizer
+    from minisft.prepare.run import prepare
 
     rows = [json.loads(line) for line in GSM8K.read_bytes().split(b"\n") if line]
     texts = (f"{row['question']}\n{row['answer']}" for row in rows)
     train_tokenizer(texts, MODEL["vocab_size"], chat_template=None).save(Path(folder) / "tokenizer")
+    for trained in TRAINED:
+        # One pack a micro-batch: the packs of a step are the same ones.
+        loader = prepare(load_config(folder, trained, 1, BATCH_SIZE * ACCUMULATION), torch.device("cpu")).train
+        for step in range(WARMUP_STEPS + steps):
+            packs = loader.step(0, step)
+            for number in range(ACCUMULATION):
+                some = packs[number * BATCH_SIZE : (number + 1) * BATCH_SIZE]
+                save_file(as_rows(some), Path(folder) / f"{trained}-{step}-{number}.safetensors")
     return {}
 
 
-def minisft(folder: str, steps: int, answers_only: bool) -> dict:
+def as_rows(packs: list) -> dict:
+    """A micro-batch as others have it, a pack a row: input_ids, position_ids, document and targets, int64 [B, MAX_LENGTH] each,
+    and num_tokens [B].
+
+    Row t of the hidden states is scored against targets[t], -100 = not trained. Tokens that fill a row are documents of one.
+    """
+    import torch
+
+    rows = {key: torch.zeros(len(packs), MAX_LENGTH, dtype=torch.int64) for key in ("input_ids", "position_ids")}
+    rows["targets"] = torch.full((len(packs), MAX_LENGTH), -100)
+    rows["document"] = torch.arange(MAX_LENGTH).repeat(len(packs), 1)
+    for i, pack in enumerate(packs):
+        tokens, scored = slice(pack.num_tokens), slice(pack.num_targets)  # filler comes after them
+        rows["input_ids"][i, tokens] = pack.input_ids[tokens]
+        rows["position_ids"][i, tokens] = pack.position_ids[tokens]
+        rows["document"][i, tokens] = pack.start[tokens].long()
+        rows["targets"][i, pack.loss_rows[scored]] = pack.targets[scored]
+    return rows | {"num_tokens": torch.tensor([pack.num_tokens for pack in packs])}
+
+
+def load_step(folder: str, trained: str, step: int) -> list[dict]:
+    from safetensors.torch import load_file
+
+    return [load_file(Path(folder) / f"{trained}-{step}-{number}.safetensors") for number in range(ACCUMULATION)]
+
+
+# ---- the engines ------------------------------------------------------------------------------------------------
+
+
+def minisft(folder: str, steps: int, trained: str) -> dict:
     """Steps of loop.train_step, as a run takes them."""
     import torch
 
-    from minisft.config.load import load
     from minisft.loop import train_step
     from minisft.prepare.run import prepare
 
-    config, _ = load(
-        {},
-        {
-            "output_dir": f"{folder}/out",
-            "model.config": MODEL,
-            "model.tokenizer_name_or_path": f"{folder}/tokenizer",
-            "data.train_data": str(GSM8K),
-            "data.completion_only_loss": answers_only,
-            "data.max_length": MAX_LENGTH,
-            "data.packing": True,
-            "train.per_device_train_batch_size": BATCH_SIZE,
-            "train.gradient_accumulation_steps": ACCUMULATION,
-            "train.device": "cpu",
-        },
-        origin="benchmark",
-    )
+    config = load_config(folder, trained, BATCH_SIZE, ACCUMULATION)
     run = prepare(config, torch.device("cpu"))
     speeds, losses = [], []
     for step in range(WARMUP_STEPS + steps):
@@ -82,7 +140,48 @@ def minisft(folder: str, steps: int, answers_only: bool) -> dict:
     return {"speeds": speeds[WARMUP_STEPS:], "loss": losses[-1]}
 
 
-def trl(folder: str, steps: int, answers_only: bool) -> dict:
+def plain(folder: str, steps: int, trained: str, is_compiled: bool = False) -> dict:
+    """Steps of the loop that a careful user writes with transformers and torch."""
+    import torch
+    from torch.nn.functional import cross_entropy
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(42)
+    model = LlamaForCausalLM(LlamaConfig(**{key: value for key, value in MODEL.items() if key != "model_type"}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0, fused=True)
+
+    def summed_loss(input_ids, position_ids, mask, targets):
+        logits = model(input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False).logits
+        return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+
+    if is_compiled:
+        summed_loss = torch.compile(summed_loss)
+    not_later = torch.ones(MAX_LENGTH, MAX_LENGTH, dtype=torch.bool).tril()
+    speeds, losses = [], []
+    for step in range(WARMUP_STEPS + steps):
+        batches, losses_of_step = load_step(folder, trained, step), []
+        began = time.perf_counter()
+        num_targets = sum(int((batch["targets"] != -100).sum()) for batch in batches)
+        for batch in batches:
+            document = batch["document"]
+            mask = (document[:, None, :, None] == document[:, None, None, :]) & not_later  # [B, 1, T, T]
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = summed_loss(batch["input_ids"], batch["position_ids"], mask, batch["targets"]) / num_targets
+            loss.backward()
+            losses_of_step.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        speeds.append(sum(int(batch["num_tokens"].sum()) for batch in batches) / (time.perf_counter() - began))
+        losses.append(sum(losses_of_step))
+    return {"speeds": speeds[WARMUP_STEPS:], "loss": losses[-1]}
+
+
+def compiled(folder: str, steps: int, trained: str) -> dict:
+    return plain(folder, steps, trained, is_compiled=True)
+
+
+def trl(folder: str, steps: int, trained: str) -> dict:
     """Steps of SFTTrainer with the same model, data and settings; gradient checkpointing off, as in minisft."""
     import torch
     from datasets import Dataset
@@ -91,7 +190,7 @@ def trl(folder: str, steps: int, answers_only: bool) -> dict:
 
     rows = [json.loads(line) for line in GSM8K.read_bytes().split(b"\n") if line]
     prompts = [f"### Instruction:\n{row['question']}\n\n### Response:\n" for row in rows]
-    if answers_only:
+    if trained == "answers":
         data = [{"prompt": prompt, "completion": row["answer"]} for prompt, row in zip(prompts, rows)]
     else:
         data = [{"text": prompt + row["answer"]} for prompt, row in zip(prompts, rows)]
@@ -140,39 +239,103 @@ def trl(folder: str, steps: int, answers_only: bool) -> dict:
     return {"speeds": speeds[WARMUP_STEPS:], "loss": losses[-1]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4, help="counted steps of a process")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("minisft", "trl"))
-    arguments = parser.parse_args()
-    if not GSM8K.exists():
-        raise SystemExit(f"needs {GSM8K}")
-    engines = [arguments.only] if arguments.only else ["minisft", *(["trl"] if importlib.util.find_spec("trl") else [])]
-    cases = [(engine, answers_only) for answers_only in (False, True) for engine in engines]
-    with tempfile.TemporaryDirectory() as folder:
-        in_fresh_process("benchmarks.train_step:make_tokenizer", folder=folder)
-        answers = {case: [] for case in cases}
-        for _ in range(arguments.rounds):
-            for engine, answers_only in cases:
-                target = f"benchmarks.train_step:{engine}"
-                answer = in_fresh_process(target, folder=folder, steps=arguments.steps, answers_only=answers_only)
-                answers[engine, answers_only].append(answer)
+def products(folder: str, steps: int, trained: str) -> dict:
+    """For each weight of the model y = x W^T, dx = dy W and dW = dy^T x, into memory that is there already."""
+    import torch
+
+    hidden, intermediate, vocabulary = MODEL["hidden_size"], MODEL["intermediate_size"], MODEL["vocab_size"]
+    keys = hidden // MODEL["num_attention_heads"] * MODEL["num_key_value_heads"]
+    sizes = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden)]  # q, k, v, o
+    sizes += [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]  # gate, up, down
+    layers = [torch.randn(size).bfloat16() for _ in range(MODEL["num_hidden_layers"]) for size in sizes]
+    head = torch.randn(vocabulary, hidden).bfloat16()
+    most_rows = BATCH_SIZE * MAX_LENGTH
+    inputs = most_rows * intermediate, most_rows * vocabulary, most_rows * intermediate, vocabulary * hidden
+    x, y, dx, dw = (torch.randn(size).bfloat16() for size in inputs)
+
+    def multiply(weight, rows):
+        m, n = weight.shape
+        x_rows, y_rows = x[: rows * n].view(rows, n), y[: rows * m].view(rows, m)
+        torch.mm(x_rows, weight.T, out=y_rows)
+        torch.mm(y_rows, weight, out=dx[: rows * n].view(rows, n))
+        torch.mm(y_rows.T, x_rows, out=dw[: m * n].view(m, n))
+
+    speeds = []
+    for step in range(WARMUP_STEPS + steps):
+        batches = load_step(folder, trained, step)
+        counts = [(int(batch["num_tokens"].sum()), int((batch["targets"] != -100).sum())) for batch in batches]
+        began = time.perf_counter()
+        for num_tokens, num_targets in counts:
+            for weight in layers:
+                multiply(weight, num_tokens)
+            multiply(head, num_targets)
+        speeds.append(sum(num_tokens for num_tokens, _ in counts) / (time.perf_counter() - began))
+    return {"speeds": speeds[WARMUP_STEPS:], "loss": ""}
+
+
+# ---- the comparison ---------------------------------------------------------------------------------------------
+
+
+def rows_of(answers: dict[tuple[str, str], list[dict]]) -> list[dict]:
+    """A row for each (engine, trained), from its answers in all rounds. minisft_times: how many times as fast as this engine
+    minisft is; of `products` that is the share of the ceiling."""
     rows = []
-    for (engine, answers_only), runs in answers.items():
-        q1, median, q3 = statistics.quantiles([s for run in runs for s in run["speeds"]], n=4, method="inclusive")
+    for (engine, trained), runs in answers.items():
+        q1, median, q3 = quartiles([speed for run in runs for speed in run["speeds"]])
+        ours = answers.get(("minisft", trained), [])
+        ratios = [statistics.median(our["speeds"]) / statistics.median(run["speeds"]) for our, run in zip(ours, runs)]
         rows.append(
             {
                 "engine": engine,
-                "trained": "answers" if answers_only else "every token",
+                "trained": trained,
                 "tokens_per_second": median,
                 "q1": q1,
                 "q3": q3,
                 "peak_gb": statistics.median(run["peak_mb"] for run in runs) * 2**20 / 1e9,
                 "last_loss": runs[0]["loss"],
+                "minisft_times": statistics.median(ratios) if ratios else "",
             }
         )
+    return rows
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """minisft's share of the ceiling, and its strongest peer."""
+    lines = []
+    for trained in dict.fromkeys(row["trained"] for row in rows):
+        of = {row["engine"]: row for row in rows if row["trained"] == trained}
+        if "minisft" in of and "products" in of:
+            lines.append(f"{trained}: minisft reaches {of['products']['minisft_times']:.1%} of the ceiling")
+        if "minisft" in of and (peers := [of[name] for name in PEERS if name in of]):
+            best = min(peers, key=lambda row: row["minisft_times"])
+            memory = of["minisft"]["peak_gb"] / best["peak_gb"]
+            lines.append(f"{trained}: {best['minisft_times']:.2f} x {best['engine']}, in {memory:.0%} of its memory")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=4, help="counted steps of a process")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=ENGINES, nargs="+", help="these engines")
+    parser.add_argument("--trained", choices=TRAINED, nargs="+", default=TRAINED)
+    arguments = parser.parse_args()
+    if not GSM8K.exists():
+        raise SystemExit(f"needs {GSM8K}")
+    installed = [name for name in ENGINES if name not in PEERS or importlib.util.find_spec(PEERS[name])]
+    cases = [(engine, trained) for trained in arguments.trained for engine in arguments.only or installed]
+    with tempfile.TemporaryDirectory() as folder:
+        in_fresh_process("benchmarks.train_step:make_inputs", folder=folder, steps=arguments.steps)
+        answers = {case: [] for case in cases}
+        for _ in range(arguments.rounds):
+            for engine, trained in cases:
+                target = f"benchmarks.train_step:{engine}"
+                answers[engine, trained].append(
+                    in_fresh_process(target, folder=folder, steps=arguments.steps, trained=trained)
+                )
+    rows = rows_of(answers)
     print_table(rows)
+    print("\n".join(summary(rows)))
     print(f"written to {write_csv('train_step', rows)}")
 
 

@@ -5,11 +5,12 @@ import json
 import math
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import bench_dpo, bench_shared_turns, paper_report, report
+from benchmarks import bench_dpo, bench_shared_turns, paper_report, report, train_step
 from benchmarks.compare import (
     EVERYBODY,
     Case,
@@ -190,6 +191,44 @@ def test_every_case_runs(op, device):
         runs, errors, differs = first_calls(case, case.inputs(), CpuClock())
         assert runs.keys() == plain.keys() and not errors
         assert all(value < 0.02 for value in differs.values()), differs  # bf16 through a sum or two
+
+
+def test_the_step_beside_its_peers_and_its_ceiling(tmp_path):
+    """Ratios are those of the rounds, so that a slow round counts as one; the strongest peer is the one named."""
+
+    def runs(*speeds, gb=2.0):
+        return [{"speeds": [speed], "loss": 10.0, "peak_mb": gb * 1e9 / 2**20} for speed in speeds]
+
+    engines = {"minisft": runs(100, 10, 100), "plain": runs(50, 5, 40, gb=4), "compiled": runs(80, 8, 80, gb=2.5)}
+    engines["products"] = runs(200, 20, 100)
+    rows = train_step.rows_of({(engine, "answers"): answers for engine, answers in engines.items()})
+    assert [row["minisft_times"] for row in rows] == pytest.approx([1, 2, 1.25, 0.5])
+    assert [row["tokens_per_second"] for row in rows] == [100, 40, 80, 100]
+    ceiling, peer = train_step.summary(rows)
+    assert "50.0% of the ceiling" in ceiling and "1.25 x compiled, in 80% of its memory" in peer
+    assert train_step.summary(rows[1:]) == []
+    write_csv("train_step", rows, tmp_path)
+    lines = report.step_table(read_csv(tmp_path / "train_step.csv")).splitlines()[2:]
+    assert [line.split(" | ")[3] for line in lines] == ["-", "2.0 x", "1.2 x", "50%"]
+
+
+def test_micro_batches_as_others_have_them():
+    """Each pack is a row; what fills it is scored nowhere, and is a document of its own at every place."""
+    packs = [
+        SimpleNamespace(
+            input_ids=torch.tensor([5, 6, 7, 0]),
+            position_ids=torch.tensor([0, 1, 0, 0]),
+            start=torch.tensor([0, 0, 2, 3]),
+            loss_rows=torch.tensor([0, 0]),
+            targets=torch.tensor([6, -100]),
+            num_tokens=3,
+            num_targets=1,
+        )
+    ]
+    rows = train_step.as_rows(packs)
+    assert rows["input_ids"][0, :5].tolist() == [5, 6, 7, 0, 0] and rows["num_tokens"].tolist() == [3]
+    assert rows["document"][0, :5].tolist() == [0, 0, 2, 3, 4] and rows["document"][0, -1] == train_step.MAX_LENGTH - 1
+    assert rows["targets"][0, 0] == 6 and (rows["targets"][0, 1:] == -100).all()
 
 
 # ---- preference tuning ---------------------------------------------------------------------------------------------
