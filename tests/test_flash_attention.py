@@ -14,6 +14,7 @@ from tolerance import (
 )
 
 from minisft.kernels import flash_attention as module
+from minisft.kernels import flash_attention_torch as torch_path
 from minisft.kernels.common import use_backend
 from minisft.kernels.flash_attention import (
     flash_attention,
@@ -65,7 +66,7 @@ def test_window_softcap_scale(options, dtype):
 
 
 def test_short_documents_with_a_softcap():
-    """Blocks of short documents are multiplied together only where the probabilities are those of a plain softmax."""
+    """They share a block, which plain packing without a softcap does not do."""
     start, end = bounds_of([20, 30, 25, 9, 40, 33, 64, 2])
     hold_to_truth(qkv(len(start)), start, end, torch.float32, softcap=1.0)
 
@@ -234,6 +235,17 @@ def test_packed_equals_one_by_one(lengths, options):
         assert relative_error(tensor, alone[name]) < 1e-14, name  # fp64 rounding
 
 
+def test_a_batch_of_documents_may_be_cut_into_parts(monkeypatch):
+    lengths = [200, 7, 203, 5, 201, 6]  # two groups, one in two blocks each, both with padding
+    start, end = bounds_of(lengths)
+    inputs = qkv(sum(lengths), dtype=torch.float64)
+    whole = run_with_gradients(lambda q, k, v: flash_attention(q, k, v, start, end), inputs)
+    monkeypatch.setattr(torch_path, "AT_ONCE", 100)
+    parts = run_with_gradients(lambda q, k, v: flash_attention(q, k, v, start, end), inputs)
+    for name, tensor in parts.items():
+        assert relative_error(tensor, whole[name]) < 1e-14, name  # fp64 rounding
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("lengths", [[70, 250, 130], [20, 30, 25]], ids=["long", "short, one block"])
 @pytest.mark.parametrize("options", [{}, dict(window=10), dict(window=40, softcap=3.0)], ids=str)
@@ -252,8 +264,8 @@ def test_neighbours_change_nothing_bitwise(options, lengths, dtype):
         assert not torch.equal(a[name], b[name])
 
 
-def test_long_neighbours_may_even_be_nan():
-    lengths = [BLOCK + 1, BLOCK + 70]
+@pytest.mark.parametrize("lengths", [[BLOCK + 1, BLOCK + 70], [7, 5]], ids=["long", "padded"])
+def test_neighbours_may_even_be_nan(lengths):
     q, k, v = qkv(sum(lengths))
     start, end = bounds_of(lengths)
     expected = flash_attention(q, k, v, start, end)
