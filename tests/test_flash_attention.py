@@ -376,11 +376,11 @@ def test_bad_arguments(change, words):
 
 
 def test_what_only_a_gpu_reads(monkeypatch):
-    """The mean length of the documents chooses the tiles; a head has two parts whose sizes are powers of two."""
+    """The mean length of the documents chooses the tiles, and whole documents share nothing; a head has two parts whose sizes are powers of two."""
     seen = {}
     monkeypatch.setattr(module, "flash_attention", lambda *arguments, **options: seen.update(options))
     flash_attention_varlen(*qkv(9), torch.tensor([0, 2, 3, 9]))
-    assert seen == {"mean_length": 3.0}
+    assert seen == {"mean_length": 3.0, "shared": False}
     assert [module._parts(n) for n in (64, 80, 96, 128)] == [(64, 0), (64, 16), (64, 32), (128, 0)]
 
 
