@@ -376,7 +376,7 @@ def test_bad_arguments(change, words):
 
 
 def test_what_only_a_gpu_reads(monkeypatch):
-    """The mean length of the documents chooses the tiles, and whole documents share nothing; a head has two parts whose sizes are powers of two."""
+    """The mean length of the documents chooses the tiles, whole documents share nothing; a head has two parts, powers of two."""
     seen = {}
     monkeypatch.setattr(module, "flash_attention", lambda *arguments, **options: seen.update(options))
     flash_attention_varlen(*qkv(9), torch.tensor([0, 2, 3, 9]))
