@@ -189,18 +189,19 @@ class _Linears(torch.autograd.Function):
         x, *copies = ctx.saved_tensors
         n = len(copies)
         dx, gradients = None, [None] * (2 * n)
+        needs_dx, *needs_dW = ctx.needs_input_grad[0], *ctx.needs_input_grad[2 : 2 + n]
         W, dy = side_by_side(copies, 0), side_by_side(dys, 1)
-        is_one = W is not None and dy is not None
-        if is_one and ctx.needs_input_grad[0]:
-            dx = dy @ W
-        if is_one and all(ctx.needs_input_grad[2 : 2 + n]):
-            gradients[:n] = _weight_gradients(ctx.weights, dy, x)
+        if W is not None and dy is not None:  # one product for all
+            if needs_dx:
+                dx, needs_dx = dy @ W, False
+            if all(needs_dW):
+                gradients[:n], needs_dW = _weight_gradients(ctx.weights, dy, x), [False] * n
         for i, (dy, W, weight) in enumerate(zip(dys, copies, ctx.weights)):
             if dy is None:
                 continue
-            if not is_one and ctx.needs_input_grad[0]:
+            if needs_dx:
                 dx = dy @ W if dx is None else dx.addmm_(dy, W)
-            if not (is_one and all(ctx.needs_input_grad[2 : 2 + n])) and ctx.needs_input_grad[2 + i]:
+            if needs_dW[i]:
                 (gradients[i],) = _weight_gradients([weight], dy, x)
             if ctx.needs_input_grad[2 + n + i]:
                 gradients[n + i] = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
@@ -218,9 +219,8 @@ def _weight_gradients(weights: Sequence[Tensor], dy: Tensor, x: Tensor) -> list[
     grads = [weight.grad if weight.is_leaf else None for weight in weights]
     if all(grad is not None for grad in grads):
         whole = side_by_side(grads, 0) if len(grads) > 1 else grads[0]
-        for grad, part in (
-            [(whole, dy)] if whole is not None else zip(grads, dy.split([len(w) for w in weights], dim=1))
-        ):
+        sums = zip(grads, dy.split([len(w) for w in weights], dim=1)) if whole is None else [(whole, dy)]
+        for grad, part in sums:
             product(grad, part.T, x, add=True)
         return [None] * len(weights)
     dtypes = {(weight.grad_dtype if weight.is_leaf else None) or weight.dtype for weight in weights}
