@@ -159,6 +159,8 @@ def take_steps(
             stop = True  # after a save of the step before this one
             continue
         progress.step += 1
+        if result.updated:
+            progress.nonfinite_in_a_row = 0
         if run.reference is not None:
             run.reference.follow(progress.step)
         progress.num_tokens += result.num_tokens
@@ -361,22 +363,34 @@ def handle_nonfinite(run: Run, train: TrainSection, batches: list[Batch], folder
     """
     if run.precision == "fp16" and run.progress.loss_scale.scale >= 1.0:
         return None
-    run.progress.nonfinite_steps += 1
-    if train.on_nonfinite == "skip":
+    progress, step = run.progress, run.progress.step + 1  # the number that the log shows
+    progress.nonfinite_steps += 1
+    progress.nonfinite_in_a_row += 1
+    num_skipped, in_a_row = progress.nonfinite_steps, progress.nonfinite_in_a_row
+    is_too_often = num_skipped >= train.max_skips_in_a_row and num_skipped > train.max_skips_share * step
+    if train.on_nonfinite == "skip" and in_a_row <= train.max_skips_in_a_row and not is_too_often:
         return None
     cache = run.train.documents.cache
     documents = torch.cat([batch.row_document[: batch.num_targets] for batch in batches]).unique().tolist()
     rows = list(dict.fromkeys(cache.place(document) for document in documents))  # a row may have several
-    path = folder / f"nonfinite-step-{run.progress.step:08d}-rank-{ranks.rank()}.json"
-    write_report(path, {"step": run.progress.step, "rows": rows})
+    path = folder / f"nonfinite-step-{step:08d}-rank-{ranks.rank()}.json"
+    write_report(path, {"step": step, "rows": rows})
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
     result = "the update was refused"
     if train.optimizer_in_backward:
         result = "its updates were made in the backward pass, so the run stops without saving them"
+    if train.on_nonfinite == "skip":
+        result += (
+            f", as were {num_skipped - 1} before it, {in_a_row} in a row now, and such a run trains little or nothing"
+        )
+        hint = f"the rows of the last one are in {path}. Try a lower learning_rate or precision = 'fp32'; max_skips_in_a_row and "
+        hint += "max_skips_share are the limits"
+    else:
+        hint = f"all of them are in {path}. Look at these rows; try a lower learning_rate or precision = 'fp32'; "
+        hint += "on_nonfinite = 'skip' leaves such steps out and counts them"
     return UserError(
-        f"step {run.progress.step}: the loss or a gradient is not finite; {result}. Its rows: {', '.join(rows[:8])}{more}",
-        hint=f"all of them are in {path}. Look at these rows; try a lower learning_rate or precision = 'fp32'; "
-        "on_nonfinite = 'skip' leaves such steps out and counts them",
+        f"step {step}: the loss or a gradient is not finite; {result}. Its rows: {', '.join(rows[:8])}{more}",
+        hint=hint,
         exit_code=NONFINITE,
     )
 
@@ -400,6 +414,8 @@ def finish(
             print(console.stopped(folder, step, run.total_steps, signal.received))
         return Result(folder, None, step, values, exit_code=STOPPED, signal=signal.received)
     if loggers:
+        if num_skipped := run.progress.nonfinite_steps:
+            warn(f"{num_skipped:,} of {step:,} steps were not finite and trained nothing")
         if step < run.total_steps:
             print(console.stopped_early(step, run.best_metric, run.progress.best))
         if config.evaluate.load_best_model_at_end:

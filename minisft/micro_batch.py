@@ -16,7 +16,6 @@ loss and by its gradient: backward is linear in grad_scale, so a replay with -gr
 If it does not, or cannot be recorded, a warning says so and the run goes on op by op.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from minisft import runtime
 from minisft.data.batch import Batch
+from minisft.errors import warn
 from minisft.kernels.linear import kept_copy, refresh_copies
 from minisft.metrics import Metrics
 from minisft.model.decoder import Decoder
@@ -128,7 +128,7 @@ class Graphs:
         return graph.loss.clone(), {name: (value.clone(), weights[name]) for name, (value, _) in graph.metrics.items()}
 
     def _give_up(self, problem: str, batch: Batch, grad_scale: float) -> tuple[Tensor, Metrics]:
-        print(f"minisft: WARNING no CUDA graph is used: {problem}", file=sys.stderr)
+        warn(f"no CUDA graph is used: {problem}")
         self.failed = True
         self.graphs.clear()
         self._clear_gradients()

@@ -38,6 +38,7 @@ def resume(config: Config, run: Run, folder: Path) -> dict | None:
     progress = run.progress
     progress.step, progress.num_tokens = state["step"], state["num_tokens"]
     progress.nonfinite_steps = state["nonfinite_steps"]
+    progress.nonfinite_in_a_row = state.get("nonfinite_in_a_row", 0)
     if state["precision"] == run.precision:
         progress.loss_scale = LossScale(**state["loss_scale"])
     progress.plateau = Plateau(**state.get("plateau", {}))
@@ -96,6 +97,7 @@ def training_state(config: Config, run: Run) -> dict:
     return {
         "num_tokens": progress.num_tokens,
         "nonfinite_steps": progress.nonfinite_steps,
+        "nonfinite_in_a_row": progress.nonfinite_in_a_row,
         "precision": run.precision,
         "loss_scale": asdict(progress.loss_scale),
         "plateau": asdict(progress.plateau),

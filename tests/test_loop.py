@@ -23,7 +23,7 @@ from tiny import (
     write_rows,
 )
 
-from minisft import update
+from minisft import loop, update
 from minisft.errors import UserError
 from minisft.loop import train_step
 from minisft.metrics import Sums
@@ -331,7 +331,7 @@ def test_a_step_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
     options = {"train.lr_scheduler_type": "constant"}
     good = train(tmp_path, output_dir=str(tmp_path / "good"), **options, **{"train.max_steps": 3})
     break_step(monkeypatch, at=3, value=value)
-    with pytest.raises(UserError, match=r"step 3: .* not finite.*rows.jsonl:\d+") as caught:
+    with pytest.raises(UserError, match=r"step 4: .* not finite.*rows.jsonl:\d+") as caught:
         train(tmp_path, **options, **{"train.max_steps": 8})
     assert caught.value.exit_code == 76
     (saved,) = (tmp_path / "out" / "checkpoints").iterdir()  # nothing of the first three steps is lost
@@ -396,6 +396,37 @@ def test_the_host_waits_for_the_verdict_when_the_update_of_adamw_is_queued(tmp_p
     monkeypatch.setattr(run.optimizer, "step", step)
     assert train_step(run, config.train, run.train.step(0, 0)).updated
     assert " ".join(happened) == order
+
+
+@pytest.mark.parametrize(
+    "limits, broken, last",
+    [
+        (
+            {"max_skips_in_a_row": 3, "max_skips_share": 1.0},
+            range(2, 30),
+            6,
+        ),  # steps 3 to 5 are skipped, 6 is one too many
+        ({"max_skips_in_a_row": 3, "max_skips_share": 0.5}, range(0, 30, 2), 5),  # 1 and 3; 5 is the third of five
+        ({"max_skips_in_a_row": 3, "max_skips_share": 1.0}, range(0, 30, 2), None),
+    ],
+    ids=["in a row", "share", "neither"],
+)
+def test_skipping_has_an_end(tmp_path, monkeypatch, capsys, limits, broken, last):
+    def step(run, *arguments):
+        return train_step(with_spoilt_loss(run) if run.progress.step in broken else run, *arguments)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    options = {f"train.{key}": value for key, value in limits.items()}
+    options |= {"train.on_nonfinite": "skip", "train.max_steps": 9}
+    if last is None:
+        assert train(tmp_path, **options).metrics["nonfinite_steps"] == 5
+        assert "WARNING 5 of 9 steps were not finite" in capsys.readouterr().err
+        return
+    with pytest.raises(UserError, match=f"step {last}: .* trains little or nothing") as caught:
+        train(tmp_path, **options)
+    assert caught.value.exit_code == 76 and not (tmp_path / "out" / "model").exists()
+    with pytest.raises(UserError, match=f"step {last}: "):  # a resume does not begin to count anew
+        train(tmp_path, **options)
 
 
 def test_a_skipped_step_is_logged_as_nan_and_counted(tmp_path, monkeypatch):

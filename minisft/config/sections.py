@@ -232,6 +232,10 @@ class TrainSection:
     z_loss: float = option(0.0, "weight of log(Z)^2", at_least=0)
     neftune_noise_alpha: float | None = option(None, "NEFTune: noise on the embeddings; 5 is usual", above=0)
     on_nonfinite: Literal["stop", "skip"] = option("stop", "a step with a NaN or inf gradient: stop, or count and skip")
+    max_skips_in_a_row: int = option(10, "more steps in a row that are not finite stop the run", at_least=1)
+    max_skips_share: float = option(
+        0.1, "so does a larger part of all steps, once there are max_skips_in_a_row of them", above=0, at_most=1
+    )
     seed: int = option(42, "of weights, order, dropout and held-out rows", at_least=0)
     deterministic: bool = option(False, "bitwise repeatable on a GPU too (always so on a CPU), slower")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto = the GPU if there is one")

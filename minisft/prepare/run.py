@@ -44,7 +44,8 @@ class Progress:
     best: Best = Best()
     step: int = 0  # optimizer steps taken
     num_tokens: int = 0  # over all ranks
-    nonfinite_steps: int = 0
+    nonfinite_steps: int = 0  # that were skipped
+    nonfinite_in_a_row: int = 0
 
 
 @dataclass(frozen=True)
