@@ -127,7 +127,7 @@ def test_a_step_that_one_rank_finds_not_finite_is_refused_by_both(home, tmp_path
     if policy == "stop":
         assert codes == (NONFINITE, NONFINITE)
         rows = [
-            json.loads((tmp_path / "out" / f"nonfinite-step-00000001-rank-{i}.json").read_text())["rows"]
+            json.loads((tmp_path / "out" / f"nonfinite-step-00000002-rank-{i}.json").read_text())["rows"]
             for i in (0, 1)
         ]
         assert len(rows[0]) == len(rows[1]) == 4 and not set(rows[0]) & set(rows[1])
