@@ -161,6 +161,6 @@ def test_overflows_of_fp16_end_a_run_once_the_scale_is_below_1(go, monkeypatch):
     monkeypatch.setattr(sft, "loss", loss)
     options = {"train.precision": "fp16", "train.per_device_train_batch_size": 1}
     assert go(**options, **{"train.max_steps": 16}).exit_code == 0
-    with pytest.raises(UserError, match="step 16: the loss or a gradient is not finite") as caught:
+    with pytest.raises(UserError, match="step 17: the loss or a gradient is not finite") as caught:
         go(**options, **{"train.max_steps": 20, "checkpoint.resume": "never"})
     assert caught.value.exit_code == NONFINITE
