@@ -185,7 +185,7 @@ CONFIGS = {
 }
 
 
-def _run(hidden, weight, bias, rows, targets, upstream, needs, o: Options):
+def _run(hidden, weight, bias, rows, targets, upstream, needs, o: Options, grad: None = None):
     """All rows, chunk by chunk. Arguments and gradients as those of the torch path's `run`, results of `score_rows`."""
     (T, D), M, V = hidden.shape, len(targets), len(weight)
     width = cdiv(V, ROW_ALIGNMENT) * ROW_ALIGNMENT
@@ -257,33 +257,39 @@ def _scaled(gradients, d_loss: Tensor, o: Options) -> list[Tensor | None]:
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
-    """-> weighted sum of the losses, results [4 to 8, M]. The gradients are ready when the forward ends."""
+    """-> weighted sum of the losses, results [4 to 8, M]. The gradients are ready when the forward ends, that of the weight in
+    `grad` unless it is None."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, targets, row_weights, grad_scale, needs, o):
+    def forward(ctx, hidden, weight, bias, rows, targets, row_weights, grad_scale, needs, o, grad):
         upstream = (row_weights * grad_scale).to(o.wide) if any(needs) else None
-        results, gradients = (_run if o.triton else run_torch)(hidden, weight, bias, rows, targets, upstream, needs, o)
-        ctx.save_for_backward(*gradients)
-        ctx.options = o
+        run = _run if o.triton else run_torch
+        results, gradients = run(hidden, weight, bias, rows, targets, upstream, needs, o, grad)
+        inputs = () if grad is None else (hidden, weight, bias, rows, targets, upstream)
+        ctx.save_for_backward(*gradients, *inputs)
+        ctx.options, ctx.grad = o, grad
         ctx.mark_non_differentiable(results)
         return (results[0] * row_weights).sum(), results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss, _):
-        gradients = _scaled(ctx.saved_tensors, d_loss, ctx.options)  # autograd lets go of them, .grad takes them over
-        return *gradients, None, None, None, None, None, None
+        if ctx.grad is not None and d_loss != 1:  # rare: the rest of the weight's gradient is computed again
+            *inputs, upstream = ctx.saved_tensors[3:]
+            run_torch(*inputs, (d_loss - 1) * upstream, (False, True, False), ctx.options, ctx.grad)
+        gradients = ctx.saved_tensors[:3]  # autograd lets go of them, .grad takes them over
+        return *_scaled(gradients, d_loss, ctx.options), *[None] * 7
 
 
 class _LinearCrossEntropyRows(torch.autograd.Function):
     """-> weighted losses [M], results [4 to 8, M]. Each row's gradient comes later: the backward computes the logits again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, targets, row_weights, grad_scale, needs, o):
+    def forward(ctx, hidden, weight, bias, rows, targets, row_weights, grad_scale, needs, o, grad):
         run = _run if o.triton else run_torch
         results, _ = run(hidden, weight, bias, rows, targets, None, (False, False, False), o)
         ctx.save_for_backward(hidden, weight, bias, rows, targets, row_weights)
-        ctx.grad_scale, ctx.needs = grad_scale, needs
+        ctx.grad_scale, ctx.needs, ctx.grad = grad_scale, needs, grad
         ctx.options = replace(o, entropy=False, all_stats=False)  # the backward has no use for them
         ctx.mark_non_differentiable(results)
         return results[0] * row_weights, results
@@ -295,8 +301,8 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
         upstream = d_losses * (row_weights * ctx.grad_scale).to(ctx.options.wide)
         run = _run if ctx.options.triton else run_torch
         with torch.autocast(d_losses.device.type, enabled=False):
-            _, gradients = run(*tensors, upstream, ctx.needs, ctx.options)
-        return *gradients, None, None, None, None, None, None
+            _, gradients = run(*tensors, upstream, ctx.needs, ctx.options, ctx.grad)
+        return *gradients, *[None] * 7
 
 
 def linear_cross_entropy(
@@ -314,6 +320,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     reduction: str = "sum",
     return_stats: bool | Literal["all"] = False,
+    add_to_grad: bool = False,
 ) -> Tensor | tuple[Tensor, Stats]:
     """Cross-entropy of the logits softcap(logit_scale * (hidden W^T + bias)) without materialising them.
 
@@ -334,6 +341,9 @@ def linear_cross_entropy(
     reduction:    "sum": the weighted sum over the rows, a scalar; gradients are computed in the forward.
                   "none": the weighted losses [M]; gradients are recomputed in the backward.
     return_stats: True: also return `Stats` of nll, correct and entropy. "all": its mean_logit and log_sum_sq_probs too.
+    add_to_grad:  for a caller that calls backward() next. If weight is an fp32 leaf on a CPU that has a gradient already, the
+                  new one is added to it in place and none comes through autograd. With "sum" the forward does it, for a loss
+                  whose own gradient is 1; another one costs a second pass, and digits where it is much smaller.
 
     Returns the loss in fp32 (fp64 for fp64 inputs); with return_stats, (loss, Stats). Inputs that do not require a
     gradient cost nothing. Without any row to score the loss is 0 and the gradients are zeros.
@@ -380,10 +390,12 @@ def linear_cross_entropy(
     targets, row_weights = _send(targets.contiguous(), device), _send(row_weights, device)
 
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    grad = weight.grad if add_to_grad and needs[1] and weight.is_leaf and not o.triton else None
+    grad = None if grad is None or not (grad.dtype == o.wide == weight.dtype) or grad.is_cuda else grad
     function = _LinearCrossEntropySum if reduction == "sum" else _LinearCrossEntropyRows
     with torch.autocast(device.type, enabled=False):
         scale = 1.0 if grad_scale is None else grad_scale
-        loss, results = function.apply(hidden, weight, bias, rows, targets, row_weights, scale, needs, o)
+        loss, results = function.apply(hidden, weight, bias, rows, targets, row_weights, scale, needs, o, grad)
 
     stats = torch.cat((results[1:4], results[-2:])) if o.all_stats else results[1:4]
     if keep is not None:  # back to [M]

@@ -129,12 +129,14 @@ def _score(logits, targets, upstream, bias, d_bias, o: Options, z, p) -> Tensor:
     return torch.stack(results)[..., 0]
 
 
-def run(hidden, weight, bias, rows, targets, upstream, needs, o: Options):
+def run(hidden, weight, bias, rows, targets, upstream, needs, o: Options, d_weight: Tensor | None = None):
     """All rows, chunk by chunk.
 
     rows int64 [M], or None for all; targets int64 [M], where one below 0 makes the row count for nothing.
     upstream [M]: the gradient of each row's loss, or None for no gradients. needs: which of (hidden, weight, bias) want one.
-    Returns results [4 or 6, M] as `_score`, and the three gradients (None where not needed) in the dtypes of their inputs.
+    d_weight [V, D] wide: what the weight's gradient is added to, or None.
+    Returns results [4 or 6, M] as `_score`, and the three gradients in the dtypes of their inputs: None where they are not needed
+    or were added.
     """
     M, V = len(targets), len(weight)
     if rows is None:
@@ -143,10 +145,12 @@ def run(hidden, weight, bias, rows, targets, upstream, needs, o: Options):
     if upstream is not None:
         upstream = upstream.masked_fill(ignored, 0)
     d_hidden = torch.zeros_like(hidden, dtype=o.wide) if needs[0] else None
-    d_weight = torch.empty_like(weight, dtype=o.wide) if needs[1] else None
+    adds = d_weight is not None
+    if needs[1] and not adds:
+        d_weight = torch.empty_like(weight, dtype=o.wide)
     d_bias = torch.zeros_like(bias, dtype=o.wide) if needs[2] else None
     results = hidden.new_empty(6 if o.all_stats else 4, M, dtype=o.wide)
-    if M == 0 and d_weight is not None:
+    if M == 0 and d_weight is not None and not adds:
         d_weight.zero_()
     W = weight_as(weight, o.dtype)
 
@@ -167,7 +171,7 @@ def run(hidden, weight, bias, rows, targets, upstream, needs, o: Options):
             d_hidden.index_add_(0, rows[a : a + R], torch.mm(logits, W).to(o.wide))
         if d_weight is not None:
             product = product_into if hidden.is_cuda else product_in_blocks
-            product(d_weight, logits.T, x, add=a > 0)
+            product(d_weight, logits.T, x, add=adds or a > 0)
 
-    gradients = zip((d_hidden, d_weight, d_bias), (hidden, weight, bias))
+    gradients = zip((d_hidden, None if adds else d_weight, d_bias), (hidden, weight, bias))
     return results.masked_fill_(ignored, 0), [None if d is None else d.to(like.dtype) for d, like in gradients]

@@ -45,7 +45,15 @@ from minisft.ranks import sum_gradients
 from minisft.resume import changed_keys, resume, training_state
 from minisft.samples import complete, example_prompt
 from minisft.schedule import lr_factor
-from minisft.update import ZeroUpdates, clip_and_update, gradient_norms, gradients, unscale, update_in_backward
+from minisft.update import (
+    ZeroUpdates,
+    clip_and_update,
+    gradient_norms,
+    gradients,
+    make_gradients,
+    unscale,
+    update_in_backward,
+)
 
 
 @dataclass(frozen=True)
@@ -212,6 +220,10 @@ def train_step(
     stats, losses = Sums(run.device), []
     in_backward = train.optimizer_in_backward
     zero_updates = ZeroUpdates(run.measured if is_logged and factor else set())
+    # A CPU maps new memory more slowly than it fills old memory with zeros.
+    keeps_gradients = run.device.type == "cpu" and not in_backward
+    if keeps_gradients:
+        make_gradients(run.model)
     with update_in_backward(run.model, optimizer, zero_updates) if in_backward else nullcontext() as norms:
         for batch, weight in zip(batches, weights):
             # "micro_batch" is the mean of the micro-batches' means, as older trainers have it
@@ -243,7 +255,7 @@ def train_step(
         stats.add(zero_updates.metrics())
     if run.precision == "fp16":
         progress.loss_scale.update(overflow=not updated)
-    optimizer.zero_grad(set_to_none=run.graphs is None)
+    optimizer.zero_grad(set_to_none=run.graphs is None and not keeps_gradients)
     return StepResult(updated, num_stops > 0, int(num_tokens), stats)
 
 

@@ -28,7 +28,8 @@ def loss(
 ) -> tuple[Tensor, Metrics]:
     """The weighted sum of the loss over the batch's targets, and metrics.
 
-    Returns a scalar (fp32) that is not scaled by grad_scale; its gradient is. The metrics are detached.
+    Returns a scalar (fp32) that is not scaled by grad_scale; its gradient is. The metrics are detached. Call backward() on it, if
+    gradients are enabled: a head that has a gradient already has got its new one by then.
     """
     hidden = model(batch.input_ids, batch.position_ids, batch.start, batch.end, shared=batch.shared)  # [T, D]
     total, stats = linear_cross_entropy(
@@ -44,6 +45,7 @@ def loss(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         return_stats=True,
+        add_to_grad=True,
     )
     sums = {"loss": total.detach(), "mean_token_accuracy": stats.correct.sum(), "entropy": stats.entropy.sum()}
     return total, {name: (sums[name], number) for name, number in metric_weights(batch).items()}

@@ -18,6 +18,13 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
+def make_gradients(model: nn.Module) -> None:
+    """Zeros as the gradient of every parameter that trains and has none, so that each micro-batch adds to it in place."""
+    for p in model.parameters():
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype or p.dtype)
+
+
 def unscale(grads: list[Tensor], scale: float) -> None:
     """Divide the gradients, in place, by the loss scale that they were computed with."""
     if scale != 1.0:

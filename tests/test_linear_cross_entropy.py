@@ -291,6 +291,41 @@ def test_gradient_of_a_frozen_input_is_not_computed(frozen, reduction):
     assert len(matmuls) == (2 if reduction == "sum" else 3)  # "none" computes the logits twice
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_gradient_that_is_there_may_be_added_to_in_place(small_chunks, reduction):
+    """The second micro-batch of a step; the gradients of hidden come as ever, and without add_to_grad those of the weight too."""
+    hidden, weight, targets = example(dtype=BF16, weight_dtype=FP32)
+    options = dict(grad_scale=1 / 3, reduction=reduction)
+
+    def backward(**more):
+        hidden.grad = None
+        linear_cross_entropy(hidden, weight, targets, **options, **more).sum().backward()
+        return hidden.grad
+
+    d_hidden = backward()
+    once = weight.grad.clone()
+    for more in ({"add_to_grad": True}, {}):
+        weight.grad, before = torch.ones_like(weight), torch.ones_like(weight)
+        memory = weight.grad.data_ptr()
+        assert torch.equal(backward(**more), d_hidden) and weight.grad.data_ptr() == memory
+        assert relative_error(weight.grad - before, once) < 1e-6  # fp32 sums of the same bf16 products, beside 1
+    weight.grad = None
+    backward(add_to_grad=True)  # nothing is there: as ever
+    assert torch.equal(weight.grad, once)
+
+
+def test_a_loss_that_is_scaled_after_its_gradient_was_added(small_chunks):
+    hidden, weight, targets = example(dtype=FP64)
+    expected = 3 * torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), weight)[0]
+    weight.grad = torch.zeros_like(weight)
+    (3 * linear_cross_entropy(hidden, weight, targets, add_to_grad=True)).backward()
+    assert relative_error(weight.grad, expected) < 1e-14  # fp64 rounding
+    with torch.no_grad():  # without gradients nothing is added
+        before = weight.grad.clone()
+        linear_cross_entropy(hidden, weight, targets, add_to_grad=True)
+    assert torch.equal(weight.grad, before)
+
+
 def test_without_gradients_there_is_one_matmul():
     hidden, weight, targets = example()
     with Recorder() as recorder, torch.no_grad():

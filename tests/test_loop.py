@@ -29,7 +29,7 @@ from minisft.loop import train_step
 from minisft.metrics import Sums
 from minisft.optimizers import OPTIMIZERS
 from minisft.runtime import seed_step
-from minisft.update import LossScale
+from minisft.update import LossScale, make_gradients
 
 # fp32 sums in another order differ by a few ulp (6e-8) times a small factor; the bound of the house for equal maths.
 TOLERANCE = 1e-6
@@ -169,8 +169,8 @@ def test_micro_batch_normalization_is_the_mean_of_means(tmp_path):
     _, grads = gradients_of_step(tmp_path, **split, **{"train.loss_normalization": "micro_batch"})
     run, _ = parts(tmp_path, **split)
     for batch in run.train.step(0, 0):
-        total, stats = run.loss(run.model, batch, 1.0)
-        (total / batch.num_targets / 4).backward()
+        total, _ = run.loss(run.model, batch, 1 / (4 * batch.num_targets))
+        total.backward()
     expected = {name: p.grad for name, p in run.model.named_parameters()}
     assert all(relative_error(grads[name], expected[name]) <= TOLERANCE for name in expected)
     _, exact = gradients_of_step(tmp_path, **split)
@@ -182,8 +182,8 @@ def test_the_summed_loss_is_not_scaled_and_its_gradient_is(tmp_path):
     (batch,) = run.train.step(0, 0)
     grads = []
     for scale in (1.0, 0.125):
-        total, _ = run.loss(run.model, batch, scale)
         run.model.zero_grad()
+        total, _ = run.loss(run.model, batch, scale)
         total.backward()
         grads.append((total.item(), run.model.head_weight.grad.clone()))
     assert grads[0][0] == grads[1][0]
@@ -195,6 +195,17 @@ def test_label_smoothing_and_z_loss_reach_the_gradient(tmp_path):
     for key in ("train.label_smoothing", "train.z_loss"):
         _, other = gradients_of_step(tmp_path, **{key: 0.1})
         assert max(relative_error(other[name], plain[name]) for name in plain) > 1e-3, key
+
+
+def test_gradients_stay_where_they_are_on_a_cpu(tmp_path):
+    """From the first micro-batch on each one is added in place, so that a resumed run adds in the same order as any other."""
+    run, config = parts(tmp_path)
+    make_gradients(run.model)
+    memory = [p.grad.data_ptr() for p in run.model.parameters()]
+    for step in range(2):
+        train_step(run, config.train, run.train.step(0, step))
+        assert [p.grad.data_ptr() for p in run.model.parameters()] == memory
+        assert not any(p.grad.any() for p in run.model.parameters())
 
 
 # ---- whole runs -------------------------------------------------------------------------------------------------
@@ -357,7 +368,7 @@ def test_skipping_leaves_weights_and_moments_alone(tmp_path, spoil):
     assert not train_step(with_spoilt_loss(run, spoil), config.train, run.train.step(0, 1)).updated
     assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), before))
     assert all(torch.equal(s["exp_avg"], m) for s, m in zip(run.optimizer.state.values(), moments))
-    assert all(p.grad is None for p in run.model.parameters())
+    assert not any(p.grad.any() for p in run.model.parameters())
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

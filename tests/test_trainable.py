@@ -223,7 +223,7 @@ def test_a_parameter_starts_with_an_empty_state_and_its_own_count(home, optim):
         expected = {n for n in before if not n.startswith(("layers.0.", "embed"))}
         expected |= {n for n in before if n.startswith("layers.0.")} if step >= 4 else set()
         assert moved == expected | ({"embed_tokens.weight"} if step >= 6 else set())
-        assert all(p.grad is None for p in run.model.parameters())
+        assert not any(p.grad is not None and p.grad.any() for p in run.model.parameters())
         run.progress.step += 1
         if step < 6:
             assert torch.equal(late.detach(), first) and not run.optimizer.state.get(late)

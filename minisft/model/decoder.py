@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from minisft.model.attention import Attention, KVCache
 from minisft.model.blocks import OTHER_BLOCKS
 from minisft.model.gated_delta_net import GatedDeltaNet
-from minisft.model.layers import MLPS, NORMS, compute_dtype
+from minisft.model.layers import MLPS, NORMS, Embedding, compute_dtype
 from minisft.model.lora_options import LoraOptions
 from minisft.model.model_config import ModelConfig
 from minisft.model.recompute import offloaded
@@ -95,9 +95,9 @@ class Decoder(nn.Module):
         self.adapter_is_new = True
         self.generation_config: dict = {}  # generation_config.json of the folder it was loaded from, kept for saving
         # No padding_idx, unlike transformers: it would keep one row, often that of EOS, from being trained.
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         if config.learned_positions:
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = Embedding(config.max_position_embeddings, config.hidden_size)
         # Layers without attention are pre blocks in every family.
         blocks = [BLOCKS[config.block if mixer == "attention" else "pre"] for mixer in config.mixers]
         self.layers = nn.ModuleList(block(config, layer) for layer, block in enumerate(blocks))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minisft.kernels.embedding import embedding
 from minisft.kernels.glu import geglu, swiglu
 from minisft.kernels.layer_norm import layer_norm
 from minisft.kernels.linear import linears
@@ -89,6 +90,18 @@ class HeadLayerNorm(nn.Module):
         weight = torch.cat([norm.weight for norm in self.norms]) if self.is_apart else self.weight
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # rounded once, after the weight
         return (layer_norm(wide, None, None, self.eps) * weight.view(x.shape[1:])).to(x.dtype)
+
+
+class Embedding(nn.Embedding):
+    """A row of the weight for each token; its gradient is that of kernels/embedding.py."""
+
+    def reset_parameters(self) -> None:
+        """Nothing where there is no memory yet (load.py): PyTorch would import its compiler for that, 150 MB."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return embedding(ids, self.weight)
 
 
 class GatedMLP(nn.Module):

@@ -30,6 +30,7 @@ def answer_logps(
         logit_scale=model.config.logit_scale,
         reduction="none",
         return_stats=return_stats,
+        add_to_grad=True,
     )
     nll, stats = result if return_stats else (result, None)  # [M]
     if ld_alpha is not None:
