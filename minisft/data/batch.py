@@ -71,8 +71,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch, with all that the device reads on the device: one copy, without a wait. The rest stays on the host."""
-        is_ready = self.buffer is not None
-        batch = self if is_ready else self.in_one_buffer(pin_memory=torch.device(device).type == "cuda")
+        batch = self
+        if batch.buffer is None:
+            batch = self.in_one_buffer(pin_memory=torch.device(device).type == "cuda")
+        assert batch.buffer is not None
         return batch.over(batch.buffer.to(device, non_blocking=True))
 
     def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
