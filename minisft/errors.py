@@ -1,23 +1,30 @@
-"""The one way to report a user's mistake.
+"""The one way to report a user's mistake, and the last resort for everything else.
 
 A `UserError` says what is wrong, with the values, and what to do next. The commands print it as two lines and exit with
 its code; nobody sees a traceback for a mistake of their own. Internal invariants use `assert`.
+
+What nobody foresaw (a bug of ours, of a library, or no memory left) is two lines too, and a file with the traceback.
 """
 
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS, ESTALE
+from pathlib import Path
 
 CONFIG = 2  # the configuration or the command line
 DATA = 65  # a data file or a row
 MODEL = 66  # model or tokenizer files
+INTERNAL = 70  # nobody foresaw it: a bug of ours, or of a library
+MEMORY = 71  # not enough memory
 SAVE = 74  # the disk: checkpoints could not be written, or a file not be read
 STOPPED = 75  # stopped by a signal after saving; the same command resumes
 NONFINITE = 76  # a loss or gradient that is not finite
 
 DISK = (ENOSPC, EDQUOT, EFBIG, EACCES, EPERM, EROFS, EIO, ESTALE)  # an OSError of the disk, not of the program
+LONGEST_MESSAGE = 4000  # characters that are printed: some are about a text of megabytes
+VERSIONS = ("torch", "triton", "numpy", "tokenizers", "safetensors", "jinja2")  # that a report names, if imported
 
 
 class UserError(ValueError):
@@ -34,39 +41,46 @@ class UserError(ValueError):
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
 
 
-def warn(message: str) -> None:
-    """Print a warning on stderr. Where stderr is a file on a full disk, the run goes on without it."""
+def shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
+def tell(text: str) -> None:
+    """Print on stderr, without control characters: names in files may hold commands for a terminal. Where stderr is a file on a
+    full disk, the program goes on without it."""
+    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in shortened(text, LONGEST_MESSAGE))
     with suppress(OSError):
-        print(f"minisft: WARNING {message}", file=sys.stderr)
+        print(f"minisft: {shown}", file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    tell(f"WARNING {message}")
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Call a command and return its exit code. For a user's mistake, a full disk or a file that may not be read or written
-    it prints two lines on stderr, not a traceback."""
+    """Call a command and return its exit code. Whatever is raised becomes two lines on stderr, and no traceback."""
     try:
         code = command()
         sys.stdout.flush()
         return code
     except UserError as error:
-        return _refuse(str(error), error.exit_code)
+        tell(f"error: {error}")
+        return error.exit_code
     except BrokenPipeError:  # the reader of our output has ended, as in `... --help | head`
         return 141
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        hint = "check the disk, its free space and its permissions, then run the same command again"
-        return _refuse(f"{error.filename or 'disk'}: {error.strerror}\n  {hint}", SAVE)
     except KeyboardInterrupt:
         print("minisft: interrupted", file=sys.stderr)
         return 130
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        if isinstance(error, OSError) and error.errno in DISK:
+            hint = "check the disk, its free space and its permissions, then run the same command again"
+            tell(f"error: {error.filename or 'disk'}: {error.strerror}\n  {hint}")
+            return SAVE
+        return _unforeseen(error)
     finally:
         _drop_what_cannot_be_written()
-
-
-def _refuse(message: str, exit_code: int) -> int:
-    with suppress(OSError):  # stderr may be a file on the same full disk
-        print(f"minisft: error: {message}", file=sys.stderr)
-    return exit_code
 
 
 def _drop_what_cannot_be_written() -> None:
@@ -76,3 +90,55 @@ def _drop_what_cannot_be_written() -> None:
             getattr(sys, name).flush()
         except OSError:
             setattr(sys, name, open(os.devnull, "w"))
+
+
+@contextmanager
+def reports_in(folder: str | Path) -> Iterator[None]:
+    """The file about an error that nobody foresaw, raised inside, goes into this folder, if it exists by then."""
+    try:
+        yield
+    except BaseException as error:
+        if not hasattr(error, "report_folder"):
+            error.report_folder = os.fspath(folder)  # pyright: ignore[reportAttributeAccessIssue]
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's or numpy's error, or torch's for a GPU (a class that is not imported here) or for a CPU (only its text)."""
+    is_torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)[:1000]
+    return isinstance(error, MemoryError) or is_torchs
+
+
+def _unforeseen(error: BaseException) -> int:
+    """Tell the error in two lines, write the traceback into a file, and return the exit code."""
+    import traceback  # here, so that other commands start without it
+
+    report = _write_report("".join(traceback.format_exception(error)), getattr(error, "report_folder", ""))
+    where = f"the traceback is in {report}" if report else "the traceback could not be written to a file"
+    what = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+    if is_out_of_memory(error):
+        tell(f"error: out of memory ({what})\n  docs/debug.md says what to lower; {where}")
+        return MEMORY
+    tell(f"error: unexpected {what}\n  {where}; please report it")
+    if not report:
+        traceback.print_exception(error)
+    return INTERNAL
+
+
+def _write_report(text: str, folder: str) -> str:
+    """The path of a new file with the traceback, "" if it cannot be written. Values of variables are not in it."""
+    versions = {"python": sys.version.split()[0]}
+    for name in ("minisft", *VERSIONS):
+        if name in sys.modules:
+            versions[name] = getattr(sys.modules[name], "__version__", "?")
+    command = " ".join(sys.argv)
+    try:
+        import tempfile
+
+        folder = folder if os.path.isdir(folder) else tempfile.gettempdir()
+        handle, path = tempfile.mkstemp(prefix="minisft-error-", suffix=".txt", dir=folder)
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("\n".join([command, " ".join(f"{name} {v}" for name, v in versions.items()), "", text]))
+        return path
+    except (OSError, MemoryError):
+        return ""

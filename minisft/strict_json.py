@@ -2,7 +2,7 @@
 
 `parse_json` accepts exactly one JSON value in UTF-8 and refuses these, which Python's reader accepts: NaN, Infinity and 1e400,
 a key given twice (the last would win), half of a surrogate pair (it breaks the tokenizer later), UTF-16 (which Python
-guesses silently) and nesting so deep that it exhausts the stack.
+guesses silently) and nesting so deep that it exhausts the stack, of the parser or of what reads the value later.
 """
 
 import json
@@ -11,21 +11,25 @@ import re
 from pathlib import Path
 from typing import Any
 
-from minisft.errors import DATA, UserError
+from minisft.errors import DATA, UserError, shortened
+from minisft.files import read_file
+
+MAX_DEPTH = 100  # of lists and objects inside each other
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
+        seen = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"a key occurs twice in one object: {shortened(repr(twice), 60)}")
     return value
 
 
 def _finite_float(text: str) -> float:
     value = float(text)
     if value in (float("inf"), float("-inf")):
-        raise ValueError(f"the number {text[:40]} is too large for a float")
+        raise ValueError(f"a number is too large for a float: {shortened(text, 40)}")
     return value
 
 
@@ -56,6 +60,8 @@ def parse_json(data: bytes, where: str = "", *, exit_code: int = DATA) -> Any:
     """
     try:
         value = _decode(data.decode("utf-8"))
+        if data.count(b"{") + data.count(b"[") > MAX_DEPTH and not is_depth_at_most(value, MAX_DEPTH):
+            raise RecursionError
         if b"\\" in data and _SURROGATE_ESCAPE.search(data):  # the first test is a tenth of the second
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # fails on half a pair
         return value
@@ -73,13 +79,18 @@ def parse_json(data: bytes, where: str = "", *, exit_code: int = DATA) -> Any:
     raise UserError(f"{where}: {reason}" if where else reason, exit_code=exit_code)
 
 
+def is_depth_at_most(value: Any, depth: int) -> bool:
+    """Whether at most so many lists and dicts are inside each other."""
+    level = [value]
+    for _ in range(depth):
+        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = [value for values in inner for value in values]
+    return not any(isinstance(one, (dict, list)) for one in level)
+
+
 def read_json(path: Path | str, *, exit_code: int = DATA) -> Any:
     """The JSON value in a file. Raises UserError, also where the file cannot be read."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}", exit_code=exit_code) from None
-    return parse_json(data, str(path), exit_code=exit_code)
+    return parse_json(read_file(path, exit_code=exit_code), str(path), exit_code=exit_code)
 
 
 def dump_json(value: Any) -> bytes:

@@ -293,7 +293,7 @@ BAD_MESSAGES = [
     ([answer(tool_calls=[{"function": "f"}])], "has no function name"),
     ([call(arguments={})], "has no function name"),
     ([call(name="f", arguments="{")], "not valid JSON: messages[0].tool_calls[0].arguments"),
-    ([call(name="f", arguments='{"a": 1, "a": 2}')], "'a' occurs twice"),
+    ([call(name="f", arguments='{"a": 1, "a": 2}')], "occurs twice in one object: 'a'"),
     ([call(name="f", arguments="null")], "arguments is null, not an object"),
     ([call(name="f", arguments=[1])], "arguments is a list, not an object"),
     ([answer(function_call={"name": "f"})], "write calls as tool_calls"),

@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisft import atomic_folder, strict_json
+from minisft import atomic_folder, files, strict_json
+from minisft.data.sources import Source, list_files
+from minisft.data.tokenizer import load_tokenizer
 from minisft.errors import DATA, MODEL, SAVE, UserError
 
 # ------------------------------------------------------------------------------------------------- JSON
@@ -29,11 +33,14 @@ BAD_JSON = {
     "single quotes": (b"{'a': 1}", "column 2"),
     "NaN": (b'{"a": NaN}', "NaN"),
     "Infinity": (b"-Infinity", "Infinity"),
-    "overflow": (b"[1e400]", "1e400 is too large"),
+    "overflow": (b"[1e400]", "too large for a float: 1e400"),
     "long integer": (b"9" * 5000, "4300 digits"),
-    "key twice": (b'{"role": 1, "x": {"a": 1, "a": 2}}', "'a' occurs twice"),
+    "key twice": (b'{"role": 1, "x": {"a": 1, "a": 2}}', "occurs twice in one object: 'a'"),
     "deep list": (b"[" * 100_000 + b"]" * 100_000, "too deep"),
     "deep object": (b'{"a":' * 100_000, "too deep"),
+    "deeper than what reads it": (b'{"a":[' * 51 + b"]}" * 51, "too deep"),
+    "many keys, two equal": (b"{" + b",".join(b'"%d":1' % i for i in range(10**5)) + b',"7":1}', "in one object: '7'"),
+    "a long key twice": (b'{"a%s":1,"a%s":1}' % (2 * (b"a" * 10**6,)), "(1,000,003 characters)"),
     "lone surrogate": (b'{"a": "\\ud800 x"}', "surrogate"),
     "lone low surrogate in a key": (b'{"\\uDFff": 1}', "surrogate"),
     "UTF-16": ('"x"'.encode("utf-16"), "0xff at position 0"),
@@ -110,6 +117,74 @@ def test_reading_a_missing_file_or_a_folder_is_a_user_error(tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(UserError, match=str(path)):
             strict_json.read_json(path)
+
+
+def test_nesting_is_counted_where_it_is_allowed():
+    for value in ([[1]] * 500, {"a": [{}] * 500}, [[[]] * 200] * 2):
+        assert strict_json.parse_json(json.dumps(value).encode()) == value
+    assert strict_json.parse_json(b"[" * 100 + b"]" * 100)
+    assert [strict_json.is_depth_at_most(value, 1) for value in (1, [], [1], {"a": 1}, [[]], {"a": {}})] == [
+        *(True, True, True, True, False, False)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- regular files
+
+
+@pytest.fixture
+def kinds(tmp_path) -> dict[str, Path]:
+    """What a path may name besides a file: name of the kind in messages -> a path."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as there:
+        there.bind(str(tmp_path / "socket"))
+    paths = {"a pipe (FIFO)": "fifo", "a folder": "folder", "a socket": "socket", "a device": "/dev/zero"}
+    return {kind: tmp_path / path for kind, path in paths.items()} | {"a pipe": tmp_path / "link"}
+
+
+def test_only_regular_files_are_opened(kinds, tmp_path):
+    """Nothing waits for a pipe, and nothing reads from a device without end."""
+    readers = [files.open_file, files.read_file, files.require_file, strict_json.read_json]
+    readers += [lambda path: list_files(Source(str(path))), lambda path: load_tokenizer_file(path, tmp_path)]
+    for kind, path in kinds.items():
+        for read in readers[:4]:
+            with pytest.raises(UserError, match=re.escape(f"{path}: {kind}") + ".*, not a regular file"):
+                read(path)
+        for read in readers[4:]:
+            with pytest.raises(UserError):
+                read(path)
+    (tmp_path / "file").write_bytes(b"{}")
+    (tmp_path / "to file").symlink_to(tmp_path / "file")
+    assert strict_json.read_json(tmp_path / "to file") == {}
+    for path in (tmp_path / "absent", tmp_path / ("a" * 300), "a\0b", tmp_path / "file" / "x"):
+        with pytest.raises(UserError):
+            files.read_file(path)
+
+
+def load_tokenizer_file(path: Path, folder: Path) -> None:
+    """Read a tokenizer whose tokenizer.json is a link to this path."""
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    (folder / "tokenizer" / "tokenizer.json").symlink_to(path)
+    load_tokenizer(folder / "tokenizer")
+
+
+def test_a_file_is_read_up_to_a_limit(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 100)
+    assert files.read_file(tmp_path / "a", at_most=100) == b"x" * 100
+    with pytest.raises(UserError, match="more than 99 bytes"):
+        files.read_file(tmp_path / "a", at_most=99)
+
+
+def test_a_path_is_checked_and_its_home_is_written_out(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert files.checked_path("~/a", "x") == "/home/me/a" and files.checked_path(Path("a/b"), "x") == "a/b"
+    assert files.checked_path("\u00e4" * 127, "x") and files.checked_path("a/" * 2047 + "a", "x")
+    for path in ("", "a\0", "\u00e4" * 128, "a/" * 2048, "~nobody1", "\ud800"):
+        with pytest.raises(UserError, match="^output_dir = ") as error:
+            files.checked_path(path, "output_dir", exit_code=MODEL)
+        assert error.value.exit_code == MODEL and len(error.value.message) < 300
 
 
 # ------------------------------------------------------------------------------------------------- atomic folders

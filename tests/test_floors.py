@@ -16,8 +16,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Rooms that are not named here are of floor 3. "data/*" stands for the rooms of the folder without a line of their own.
 FLOORS = {
     "kernels/*": 0,
-    "__init__": 1, "errors": 1, "units": 1, "strict_json": 1, "atomic_folder": 1, "hub": 1, "schedule": 1, "loggers": 1,
-    "best": 1, "cards": 1,
+    "__init__": 1, "errors": 1, "units": 1, "files": 1, "strict_json": 1, "atomic_folder": 1, "hub": 1, "schedule": 1,
+    "loggers": 1, "best": 1, "cards": 1,
     "data/kinds": 1, "data/rows": 1, "data/row_format": 1, "data/formats": 1, "data/preferences": 1, "data/prompts": 1,
     "data/chat/conversations": 1, "data/packing_strategies": 1, "data/packing": 1, "preference/losses": 1,
     "model/lora_options": 1,

@@ -1,0 +1,79 @@
+"""Paths and files that somebody else named or wrote.
+
+A path is checked before it is used, and only regular files are opened: to open a pipe, a device or a socket may wait for ever,
+or change something. Links to files are followed; the hub's cache is made of them.
+"""
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from minisft.errors import CONFIG, DATA, UserError, shortened
+
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, as on Linux
+MAX_BYTES = 64 * 2**20  # of a file that is read whole
+KINDS = {  # what a path may name instead of a file
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def checked_path(path: str | Path, what: str, *, exit_code: int = CONFIG) -> str:
+    """The path with the home folder in place of ~. what: names it in messages, as in "run.toml: output_dir".
+
+    Raises UserError for text that cannot be a path: it is empty, too long, not UTF-8, has a NUL or an unknown user's ~.
+    """
+    text = os.path.expanduser(path)
+    problem = ""
+    if not text:
+        problem = "the path is empty"
+    elif "\0" in text:
+        problem = "a path has no NUL character"
+    elif text.startswith("~"):
+        problem = f"there is no home folder {shortened(text.partition('/')[0], 60)}; write ./~ for a file of that name"
+    else:
+        try:
+            size = len(text.encode("utf-8"))
+            longest = max(len(name.encode("utf-8")) for name in text.split("/"))
+            if size > LONGEST_PATH or longest > LONGEST_NAME:
+                problem = f"a path has at most {LONGEST_PATH:,} bytes, {LONGEST_NAME} between two slashes"
+        except UnicodeEncodeError:
+            problem = "the path is not UTF-8 text, and could not be recorded"
+    if problem:
+        raise UserError(f"{what} = {shortened(repr(os.fspath(path)), 100)}: {problem}", exit_code=exit_code)
+    return text
+
+
+def require_file(path: str | Path, *, exit_code: int = DATA) -> None:
+    """Raises UserError unless the path names a regular file, or a link to one."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        raise UserError(f"{path}: {getattr(error, 'strerror', error)}", exit_code=exit_code) from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: {KINDS.get(stat.S_IFMT(mode), 'something')}, not a regular file", exit_code=exit_code)
+
+
+def open_file(path: str | Path, *, exit_code: int = DATA) -> BinaryIO:
+    """A regular file, to be read. Raises UserError."""
+    require_file(path, exit_code=exit_code)
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}", exit_code=exit_code) from None
+
+
+def read_file(path: str | Path, *, exit_code: int = DATA, at_most: int = MAX_BYTES) -> bytes:
+    """The bytes of a regular file. Raises UserError, also if there are more than `at_most`."""
+    with open_file(path, exit_code=exit_code) as file:
+        try:
+            data = file.read(at_most + 1)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}", exit_code=exit_code) from None
+    if len(data) > at_most:
+        raise UserError(f"{path}: more than {at_most:,} bytes; such a file is not read", exit_code=exit_code)
+    return data
