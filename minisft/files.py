@@ -13,6 +13,7 @@ from minisft.errors import CONFIG, DATA, UserError, shortened
 
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, as on Linux
 MAX_BYTES = 64 * 2**20  # of a file that is read whole
+BLOCK = 2**20  # bytes that are read at a time
 KINDS = {  # what a path may name instead of a file
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe (FIFO)",
@@ -71,9 +72,17 @@ def read_file(path: str | Path, *, exit_code: int = DATA, at_most: int = MAX_BYT
     """The bytes of a regular file. Raises UserError, also if there are more than `at_most`."""
     with open_file(path, exit_code=exit_code) as file:
         try:
-            data = file.read(at_most + 1)
+            data = bytes(read_up_to(file, at_most + 1))
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}", exit_code=exit_code) from None
     if len(data) > at_most:
         raise UserError(f"{path}: more than {at_most:,} bytes; such a file is not read", exit_code=exit_code)
+    return data
+
+
+def read_up_to(file: BinaryIO, count: int) -> bytearray:
+    """At most so many bytes of a file. To read them at once would reserve the memory for all of them, however short it is."""
+    data = bytearray()
+    while part := file.read(min(BLOCK, count - len(data))):
+        data += part
     return data

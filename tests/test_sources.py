@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -100,11 +101,83 @@ def test_bad_lines_are_named_and_cost_only_themselves(tmp_path, name):
     assert len(bad.excerpt) <= 210 and bad.excerpt.isprintable()
 
 
-def test_too_long_a_row(tmp_path, monkeypatch):
+LONG = {  # a file of three rows, of which the second is longer than 100 bytes: those around it are read as ever
+    "a line": ("a.jsonl", '{"text": "a"}\n{"text": "' + "x" * 10**6 + '"}\n{"text": "b"}\n'),
+    "a line at the end": ("a.jsonl", '{"text": "a"}\n{"text": "b"}\n{"text": "' + "x" * 10**6),
+    "a line of spaces": ("a.jsonl", '{"text": "a"}\n' + " " * 10**6 + '{"text": "x"}\n{"text": "b"}\n'),
+    "the first line, after a mark": ("a.jsonl", "\ufeff" + '{"text": "a"}' + " " * 10**6 + '\n{"text": "b"}\n'),
+    "a packed line": ("a.jsonl.gz", '{"text": "a"}\n{"text": "' + "x" * 10**6 + '"}\n{"text": "b"}\n'),
+    "an element": ("a.json", '[{"text": "a"}, {"text": "' + "x" * 10**6 + '"}, {"text": "b"}]'),
+    "a row of a table": ("a.csv", "text\na\n" + "x" * 10**6 + "\nb\n"),
+    "a value of a table": ("a.csv", 'text\na\n"' + "x" * 10**6 + '"\nb\n'),
+    "a row of many lines": ("a.csv", "text\na\n" + '"' + "x\n" * 60 + "x" * 10**6 + '"\nb\n'),
+    "a row of many values": ("a.csv", "text\na\n" + "x," * 10**5 + "\nb\n"),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_a_row_is_read_up_to_a_limit(tmp_path, monkeypatch, case):
     monkeypatch.setattr("minisft.data.sources.MAX_ROW_BYTES", 100)
-    bad, good = read(tmp_path, "a.jsonl", json.dumps({"text": "a" * 100}) + '\n{"text": "b"}')
-    assert bad.reason == "too long" and good.data == {"text": "b"}
-    assert MAX_ROW_BYTES == 64 * 2**20
+    monkeypatch.setattr("minisft.data.sources.MAX_HEADER", 200)
+    name, text = LONG[case]
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    rows = []
+    tracemalloc.start()
+    try:
+        rows += read_rows(Source(str(path)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    if name != "a.json":
+        assert peak < 4e5  # a million bytes are never there at once
+    assert [row.data["text"] for row in rows if isinstance(row, Row)] == (["b"] if "mark" in case else ["a", "b"])
+    (bad,) = (row for row in rows if isinstance(row, BadRow))
+    assert bad.reason in ("too long", "not valid CSV") and len(str(bad)) < 1000
+    assert rows[-1].line == {"a.json": 2, "a.csv": 4}.get(name, 3 - ("mark" in case)) + 60 * ("many lines" in case)
+    assert MAX_ROW_BYTES == 16 * 2**20
+
+
+def test_files_that_are_read_at_once_have_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr("minisft.data.sources.MAX_FILE_BYTES", 100)
+    monkeypatch.setattr("minisft.data.sources.MAX_ROW_BYTES", 100)
+    with pytest.raises(UserError, match="more than 100 bytes"):
+        read(tmp_path, "a.json", "[" + " " * 100 + "]")
+    for text, is_fine in (
+        ("a" * 100, True),
+        ("a" * 101, False),
+        ("\ufeff" + "a" * 97, True),
+        ("\ufeff" + "a" * 98, False),
+    ):
+        (row,) = read(tmp_path, "a.txt", text)
+        assert isinstance(row, Row) == is_fine and (is_fine or row.reason == "too long")
+
+
+def test_empty_lines_cost_nothing_until_a_row_follows(tmp_path):
+    for name, head, row in (("a.jsonl", "", '{"text": "b"}\n'), ("a.csv", "text\n", "b\n")):
+        (tmp_path / name).write_text(head + row + "\n" * 10**5)
+        tracemalloc.start()
+        try:
+            assert [row.data for row in read_rows(Source(str(tmp_path / name)))] == [{"text": "b"}]
+            assert tracemalloc.get_traced_memory()[1] < 1e6
+        finally:
+            tracemalloc.stop()
+        (tmp_path / name).write_text(head + row + "\n \n"[: 3 if head == "" else 1] + row)
+        lines = [(row.line, getattr(row, "reason", "")) for row in read_rows(Source(str(tmp_path / name)))]
+        first = 1 + bool(head)
+        empty = [(first + 1 + i, "empty line") for i in range(2 if head == "" else 1)]
+        assert lines == [(first, ""), *empty, (first + 1 + len(empty), "")]
+
+
+@pytest.mark.parametrize("bound", ["9" * 16, "9" * 5000, "-" + "9" * 20])
+def test_bounds_of_slices_are_bounded(tmp_path, bound):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    for value in (f"{tmp_path}/a.jsonl[:{bound}]", {"path": f"{tmp_path}/a.jsonl", "split": f"[{bound}:]"}):
+        with pytest.raises(UserError) as error:
+            parse_source(value)
+        assert len(str(error.value)) < 6000
+    for slice in ("[:999999999999999]", "[:999999999999999%]", "[-999999999999999:]", "[-999999999999999%:]"):
+        assert len(list(read_rows(parse_source(f"{tmp_path}/a.jsonl{slice}")))) == 2
 
 
 def test_an_excerpt_is_short_and_printable():
@@ -380,7 +453,10 @@ def test_parse_source():
         ({"path": "a", "weight": "2"}, "weight = '2'"),
         ({"path": "a", "weight": True}, "weight = True"),
         ({"path": "a", "weight": 0}, "above 0"),
-        ({"path": "a", "weight": float("nan")}, "finite"),
+        ({"path": "a", "weight": float("nan")}, "above 0"),
+        ({"path": "a", "weight": 10_001}, "at most 10,000"),
+        ({"path": "a", "weight": 10**400}, "at most 10,000"),
+        ("a\0.jsonl", "NUL"),
         ({"path": "a", "field_map": "x"}, "field_map = 'x'"),
         ({"path": "a", "field_map": {"x": 1}}, "names must be text"),
         ({"path": "a", "split": "test"}, "is not a slice"),

@@ -25,30 +25,34 @@ import io
 import json
 import os
 import re
-import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from functools import partial
 from itertools import islice
-from math import isfinite
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TextIO, cast
 
 from minisft.data.hashed_file import open_file
 from minisft.data.parquet import count_parquet, read_parquet
 from minisft.data.rows import EXCERPT, BadRow, Row, excerpt
-from minisft.errors import DATA, UserError
+from minisft.errors import DATA, UserError, shortened
+from minisft.files import checked_path, read_up_to, require_file
 from minisft.hub import is_repository_name
 from minisft.strict_json import parse_json
 
-MAX_ROW_BYTES = 64 * 2**20
+MAX_ROW_BYTES = 16 * 2**20  # of a row; of what is read for one, if it is longer
+MAX_FILE_BYTES = 2**30  # of a .json file, which is read whole
 MAX_HEADER = 2**16  # characters of a CSV file that its delimiter is found from
 DELIMITERS = ",\t;"
+LINE_ENDS = ("\n", "\r")  # of a table
 COMPRESSED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # suffix -> first bytes
 DAMAGED = (OSError, EOFError, zlib.error)  # errors of reading and of unpacking
 
-SLICE = re.compile(r"\[\s*(-?\d+%?)?\s*:\s*(-?\d+%?)?\s*\]$")
+SLICE = re.compile(r"\[\s*(-?\d{1,15}%?)?\s*:\s*(-?\d{1,15}%?)?\s*\]$")
+LIKE_A_SLICE = re.compile(r"\[[-\d%: ]*:[-\d%: ]*\]$")
+MAX_WEIGHT = 10_000  # passes over a source per epoch
 MAGIC = {  # first bytes of files that people name .jsonl by mistake
     b"\x1f\x8b": "gzip data; name it .gz, as in .jsonl.gz",
     b"\x28\xb5\x2f\xfd": "zstandard data; name it .zst, as in .jsonl.zst",
@@ -132,13 +136,18 @@ def parse_source(value: str | dict | Source) -> Source:
     for key, names in lists.items():
         if not all(isinstance(name, str) and name for name in names):
             raise UserError(f"{key} = {table[key]!r} in a data source: expected {LISTS[key]}")
-    source = Source(**{**table, "weight": float(table.get("weight", 1.0)), **lists})
+    if not 0 < (weight := table.get("weight", 1.0)) <= MAX_WEIGHT:
+        bounds = f"expected a number above 0 and at most {MAX_WEIGHT:,}"
+        raise UserError(f"weight = {weight} of the data source {table['path']}: {bounds}")
+    source = Source(**{**table, "weight": float(weight), **lists})
     if not all(isinstance(name, str) for name in source.field_map.values()):
         raise UserError(f"field_map = {source.field_map} in a data source: names must be text")
-    if not isfinite(source.weight) or source.weight <= 0:
-        raise UserError(f"weight = {source.weight} of {source.path}: must be a finite number above 0")
+    checked_path(source.path, "the path of a data source")
 
     sliced = SLICE.search(source.path)
+    if not sliced and (like := LIKE_A_SLICE.search(source.path)) and not os.path.exists(source.path):
+        hint = 'as in "[:10%]", "[100:200]", "[-5:]"; a bound has at most 15 digits'
+        raise UserError(f"{shortened(like[0], 60)} of {source.path[: like.start()]} is not a slice", hint=hint)
     if sliced and not os.path.exists(source.path):
         if source.split:
             raise UserError(f"{source.path} has a slice and split = {source.split!r} another", hint="keep one of them")
@@ -197,9 +206,8 @@ def _check_file(name: str) -> None:
         refuse(f"unknown kind of file; known are {' '.join(READERS)}, also with {' or '.join(COMPRESSED)} after it")
     if suffix == ".parquet" and compression:
         refuse("a Parquet file is compressed inside; unpack it")
+    require_file(name)
     try:
-        if not stat.S_ISREG(os.stat(name).st_mode):
-            refuse("not a regular file")
         with open(name, "rb") as file:
             head = file.read(64)
         if compression and head and not head.startswith(COMPRESSED[compression]):
@@ -256,7 +264,7 @@ def _row_number(bound: str | None, total: int) -> int | None:
         return None
     number = int(bound.rstrip("%"))
     if bound.endswith("%"):
-        number = number * total // 100 if number >= 0 else -(-number * total // 100)
+        number = min(number * total // 100, total) if number >= 0 else -(-number * total // 100)
     return number if number >= 0 else max(0, total + number)
 
 
@@ -308,7 +316,7 @@ def _opened(path: Path, digests: bytes | None = None) -> BinaryIO:
 def _parse(file: str, line: int, text: bytes) -> Row | BadRow:
     reason = detail = ""
     if len(text) > MAX_ROW_BYTES:
-        reason, detail = "too long", f"{len(text)} bytes, at most {MAX_ROW_BYTES} are read"
+        reason, detail = "too long", f"at most {MAX_ROW_BYTES:,} bytes of a row are read"
     else:
         try:
             value = parse_json(text)
@@ -336,18 +344,27 @@ def _json_hint(text: bytes, line: int) -> str:
 
 
 def _read_jsonl(path: Path, digests: bytes | None) -> Iterator[tuple[int, bytes]]:
-    empty: list[tuple[int, bytes]] = []  # lines, which are rows only if something follows
+    num_empty = 0  # lines so far, which are rows only if something follows
     with _opened(path, digests) as file:
-        for number, line in enumerate(file, 1):  # a binary file is split on 0x0A only
-            if number == 1:
+        lines = iter(partial(file.readline, MAX_ROW_BYTES + 1), b"")  # a binary file is split on 0x0A only
+        for number, line in enumerate(lines, 1):
+            if len(line) > MAX_ROW_BYTES:
+                _skip_line(file, line)
+            elif number == 1:
                 line = line.removeprefix(BOM)
-            if not line or line.isspace():
-                empty.append((number, line))
+            if len(line) <= MAX_ROW_BYTES and (not line or line.isspace()):
+                num_empty += 1
                 continue
-            if empty:
-                yield from empty
-                empty.clear()
+            if num_empty:
+                yield from ((number - before, b"") for before in range(num_empty, 0, -1))
+                num_empty = 0
             yield number, line
+
+
+def _skip_line(file: BinaryIO, line: bytes) -> None:
+    """Read up to the end of a line that begins with `line`."""
+    while line and not line.endswith(b"\n"):
+        line = file.readline(MAX_HEADER)
 
 
 def _read_json(path: Path, digests: bytes | None) -> Iterator[tuple[int, bytes]]:
@@ -360,10 +377,14 @@ def _read_json(path: Path, digests: bytes | None) -> Iterator[tuple[int, bytes]]
             exit_code=DATA,
         )
 
+    data = _bytes(path, digests, MAX_FILE_BYTES)
+    if len(data) > MAX_FILE_BYTES:
+        refuse(f"more than {MAX_FILE_BYTES:,} bytes, which are read at once")
     try:
-        text = _bytes(path, digests).removeprefix(BOM).decode("utf-8")
+        text = data.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
         refuse(f"not UTF-8 text at byte {error.start}")
+    del data
     scan = json.JSONDecoder().raw_decode
     at = _skip_space(text, 0)
     if text[at : at + 1] != "[":
@@ -392,41 +413,84 @@ def _skip_space(text: str, at: int) -> int:
     return space.end() if space else at
 
 
+class _RowTooLong(Exception):
+    """A row of a table is longer than MAX_ROW_BYTES."""
+
+
+class _TableLines:
+    """The lines of a table for the csv module, which puts those of one row together as long as a quote is open."""
+
+    def __init__(self, file: TextIO):
+        self.file, self.number = file, 0  # lines so far
+        self.begin_row()
+
+    def begin_row(self) -> None:
+        self.size = self.quotes = 0  # characters of the row, and quotes among them
+
+    def __iter__(self) -> "_TableLines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._read(MAX_ROW_BYTES + 1)
+        if not line:
+            raise StopIteration
+        if self.size > MAX_ROW_BYTES:
+            while line and (self.quotes % 2 or not line.endswith(LINE_ENDS)):  # up to the end of the row
+                line = self._read(MAX_HEADER)
+            raise _RowTooLong
+        return line
+
+    def _read(self, at_most: int) -> str:
+        """The next line, or its beginning."""
+        line = self.file.readline(at_most)
+        self.number += line.endswith(LINE_ENDS)
+        self.size += len(line)
+        self.quotes += line.count('"')
+        return line
+
+
 def _read_csv(path: Path, digests: bytes | None) -> Iterator[tuple[int, Row | BadRow]]:
     csv.field_size_limit(MAX_ROW_BYTES)
+    delimiter = _delimiter(path, digests)
     # Undecodable bytes become lone surrogates, so that a wrong byte makes one bad row and not a bad file.
     with _csv_text(path, digests) as file:
-        reader = csv.reader(file, strict=True, delimiter=_delimiter(path, digests))
+        lines = _TableLines(file)
+        reader = csv.reader(lines, strict=True, delimiter=delimiter)
         try:
-            header = next(reader)
-        except csv.Error as error:
-            raise UserError(f"{path}:1: the header line: {error}", exit_code=DATA) from None
+            header = next(reader, [])
+        except (csv.Error, _RowTooLong) as error:
+            what = str(error) or f"more than {MAX_ROW_BYTES:,} characters"
+            raise UserError(f"{path}:1: the header line: {what}", exit_code=DATA) from None
         if not header:
             raise UserError(f"{path}:1: the header line is empty", exit_code=DATA)
         if not _is_unicode("".join(header)):
             raise UserError(f"{path}:1: not UTF-8 text", hint="save the file as UTF-8", exit_code=DATA)
         if len(set(header)) < len(header) or not all(name.strip() for name in header):
             raise UserError(f"{path}:1: a column name is empty or occurs twice: {header}", exit_code=DATA)
-        empty: list[tuple[int, BadRow]] = []  # lines, which are bad rows only if something follows
+        num_empty = 0  # lines so far, which are bad rows only if something follows
         while True:
-            line = reader.line_num + 1
+            line = lines.number + 1
+            lines.begin_row()
+            problem = detail = ""
+            values = [""]
             try:
-                values, error = next(reader), ""
+                values = next(reader)
             except StopIteration:
                 return
-            except csv.Error as caught:
-                values, error = [""], str(caught)
+            except csv.Error as error:
+                problem, detail = "not valid CSV", str(error)
+            except _RowTooLong:
+                problem, detail = "too long", f"at most {MAX_ROW_BYTES:,} characters of a row are read"
+                reader = csv.reader(lines, strict=True, delimiter=delimiter)  # the old one is inside that row
             if not values:
-                empty.append((line, BadRow(str(path), line, "empty line")))
+                num_empty += 1
                 continue
-            yield from empty
-            empty.clear()
-            problem = detail = ""
-            if error:
-                problem, detail = "not valid CSV", error
-            elif len(values) != len(header):
+            for before in range(num_empty, 0, -1):
+                yield line - before, BadRow(str(path), line - before, "empty line")
+            num_empty = 0
+            if not problem and len(values) != len(header):
                 problem, detail = "wrong number of values", f"{len(values)} values for {len(header)} columns"
-            elif not _is_unicode("".join(values)):
+            elif not problem and not _is_unicode("".join(values)):
                 problem = "not UTF-8 text"
             if problem:
                 shown = ",".join(values).encode("utf-8", "replace").decode()
@@ -455,13 +519,19 @@ def _delimiter(path: Path, digests: bytes | None) -> str:
     return DELIMITERS[0]
 
 
-def _bytes(path: Path, digests: bytes | None) -> bytes:
+def _bytes(path: Path, digests: bytes | None, at_most: int) -> bytearray:
+    """All bytes; of a longer file the first at_most + 1."""
     with _opened(path, digests) as file:
-        return file.read()
+        return read_up_to(file, at_most + 1)
 
 
 def _read_text(path: Path, digests: bytes | None) -> Iterator[tuple[int, Row | BadRow]]:
-    data = _bytes(path, digests).removeprefix(BOM)
+    data = _bytes(path, digests, MAX_ROW_BYTES)
+    if len(data) > MAX_ROW_BYTES:
+        detail = f"at most {MAX_ROW_BYTES:,} bytes of a row are read; cut it into rows"
+        yield 1, BadRow(str(path), 1, "too long", detail)
+        return
+    data = data.removeprefix(BOM)
     try:
         yield 1, Row({"text": data.decode("utf-8")}, str(path), 1)
     except UnicodeDecodeError as error:
