@@ -16,15 +16,21 @@ import torch
 from torch import Tensor
 
 from minisft.data.tokenizer import Tokenizer
-from minisft.errors import UserError
+from minisft.errors import MODEL, UserError, shortened
 from minisft.model.attention import KVCache
 from minisft.model.decoder import Decoder
 
 
 def stop_ids(model: Decoder, tokenizer: Tokenizer) -> set[int]:
-    """The tokens that end an answer: the tokenizer's, and those of the model's generation_config.json, one id or a list."""
+    """The tokens that end an answer: the tokenizer's, and those of the model's generation_config.json, one id or a list.
+
+    Raises UserError (exit code MODEL) for anything else there.
+    """
     listed = model.generation_config.get("eos_token_id")
     listed = listed if isinstance(listed, list) else [listed]
+    if not all(one is None or type(one) is int for one in listed):
+        problem = f"generation_config.json: eos_token_id = {shortened(str(listed), 60)}"
+        raise UserError(problem, hint="give the id of a token, or a list of ids", exit_code=MODEL)
     return tokenizer.stop_ids | set(listed) - {None}
 
 
@@ -47,7 +53,7 @@ def generate(
     Raises UserError for an empty prompt, an id outside the vocabulary, options out of range, or a text longer than the
     learned positions.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, seed)
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
     was_training = model.training
@@ -128,14 +134,17 @@ def _check(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
+    seed: int | None,
 ) -> None:
-    top_k_is_wrong = top_k is not None and top_k < 1
-    top_p_is_wrong = top_p is not None and not 0 < top_p <= 1
-    if max_new_tokens < 0 or temperature < 0 or top_k_is_wrong or top_p_is_wrong:
-        raise UserError(
-            f"max_new_tokens = {max_new_tokens}, temperature = {temperature}, top_k = {top_k}, top_p = {top_p}",
-            hint="expected max_new_tokens >= 0, temperature >= 0, top_k >= 1, 0 < top_p <= 1",
-        )
+    for name, value, fits, expected in (
+        ("max_new_tokens", max_new_tokens, 0 <= max_new_tokens <= 2**20, f"from 0 to {2**20:,}"),
+        ("temperature", temperature, temperature == 0 or 1e-6 <= temperature <= 1e6, "0, or from 1e-6 to 1e6"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
+        ("seed", seed, seed is None or abs(seed) < 2**63, "of 63 bits"),
+    ):
+        if not fits:
+            raise UserError(f"{name} = {value}: expected a number {expected}")
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {number} has no tokens", hint="begin it with the tokenizer's BOS token")

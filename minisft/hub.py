@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 from minisft.atomic_folder import make_folder
 from minisft.errors import DATA, MODEL, UserError
+from minisft.files import checked_path, read_file
 from minisft.gguf.file import is_gguf
 from minisft.strict_json import read_json, write_json
 
@@ -55,6 +56,7 @@ FILES = {
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".json", ".csv", ".txt", ".tsv", ".gz", ".zst", ".zip", ".arrow")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+MAX_CARD_BYTES = 2**22
 CONVERTED = "refs/convert/parquet"  # a branch where the hub keeps a data set as Parquet files
 
 
@@ -71,8 +73,8 @@ def resolve(
     HF_HUB_OFFLINE=1 or local_files_only stops downloads, HF_HOME is the folder of the cache, HF_TOKEN opens private
     repositories. Raises UserError (exit code MODEL), also if the repository or the cache lacks a required file.
     """
-    folder = Path(path_or_repo).expanduser()
-    if str(path_or_repo) and (folder.is_dir() or is_gguf(folder)):
+    folder = Path(checked_path(path_or_repo, f"the {kind}", exit_code=MODEL))
+    if folder.is_dir() or is_gguf(folder):
         if revision is not None:
             raise UserError(
                 f"revision {revision!r} is given, but {folder} is a local {'folder' if folder.is_dir() else 'file'}",
@@ -81,8 +83,7 @@ def resolve(
             )
         return folder, None
     repo = str(path_or_repo)
-    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo, re.ASCII) and not repo.lower().endswith(".gguf")
-    if not is_name or repo.startswith((".", "/")):
+    if not may_be_repository(repo):
         what = "a file" if folder.is_file() else "not a folder that exists"
         raise UserError(
             f"{repo!r} is {what}, and not the name of a hub repository",
@@ -101,6 +102,12 @@ def resolve(
     return folder, folder.name
 
 
+def may_be_repository(name: str) -> bool:
+    """Whether a path that is no folder may be the name of a repository: owner/name, or a name alone."""
+    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) and not name.lower().endswith(".gguf")
+    return bool(is_name) and not name.startswith(".")
+
+
 def _missing(folder: Path, kind: str) -> list[str]:
     """The names of the required files that a snapshot lacks."""
     if kind == "tokenizer":
@@ -112,7 +119,7 @@ def _missing(folder: Path, kind: str) -> list[str]:
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         shards = weight_map.values() if isinstance(weight_map, dict) else []  # load.py reports what is wrong with it
         needed = ["config.json", *sorted({shard for shard in shards if isinstance(shard, str)})]
-    return [name for name in needed if not (folder / name).exists()]
+    return [name for name in needed if not os.path.exists(folder / name)]
 
 
 def _incomplete(repo: str, commit: str, missing: list[str], local_files_only: bool) -> UserError:
@@ -214,7 +221,7 @@ def read_card(repo: str, commit: str, *, local_files_only: bool = False) -> dict
     from huggingface_hub import DatasetCard
 
     (path,) = download_dataset(repo, commit, ["README.md"], local_files_only=local_files_only)
-    text = path.read_text("utf-8", errors="replace").lstrip("\ufeff")
+    text = read_file(path, at_most=MAX_CARD_BYTES).decode("utf-8", errors="replace").lstrip("\ufeff")
     if not text.lstrip().startswith("---"):
         return {}
     try:

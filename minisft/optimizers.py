@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minisft.config.choices import OPTIMIZERS
+from minisft.config.choices import OPTIMIZERS, wrong_optimizer_option
 from minisft.errors import UserError
 from minisft.kernels.adamw import adamw_
 from minisft.kernels.adamw_formats import STATE_BLOCKSIZE, State
@@ -348,9 +348,8 @@ def build_optimizer(
         name = "adamw_minisft"
     make, defaults = RULES[name], OPTIMIZERS[name]
     for key, value in options.items():
-        if key not in defaults or isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-            known = ", ".join(f"{key} (from 0 to below 1)" for key in defaults) or "no options"
-            raise UserError(f"train.optim_args: {key} = {value!r}", hint=f"{name} takes {known}")
+        if expected := wrong_optimizer_option(name, key, value):
+            raise UserError(f"train.optim_args: {key} = {value!r}", hint=expected)
     for group in groups:
         group["lr"] = group["peak_lr"]
     if offload or is_bf16:  # config/check.py allows these only for ADAMW

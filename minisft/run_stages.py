@@ -8,7 +8,7 @@ import torch
 
 from minisft import console, loop, ranks, runtime
 from minisft.config.stages import Stage
-from minisft.errors import STOPPED
+from minisft.errors import STOPPED, reports_in
 from minisft.loop import Result
 
 
@@ -26,7 +26,8 @@ def run_stages(stages: list[Stage]) -> Result:
                 done.append((stage.title, Result(Path(folder), stage.model_dir, step)))
                 continue
             say(f"\n{stage.title} -> {folder}")
-            result = loop.run(stage.config, stage.origins)
+            with reports_in(folder):
+                result = loop.run(stage.config, stage.origins)
             done.append((stage.title, result))
             release_memory(device)
             # this also waits for the model that rank 0 writes

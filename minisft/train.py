@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisft.config.command_line import USAGE, help_text, parse_arguments
-from minisft.config.load import MODEL_FILES
-from minisft.config.sections import Config, eval_sets, source_list
 from minisft.config.stages import Stage, load_stages
-from minisft.errors import MODEL, UserError, run_command
+from minisft.errors import reports_in, run_command
 
 if TYPE_CHECKING:
     from minisft.loop import Result
@@ -34,7 +32,7 @@ def run(source: str | Path | dict[str, Any], /, **overrides: Any) -> Result:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 done, 2 configuration, 130 interrupted, and those of errors.py."""
+    """The exit code: 0 done, 130 interrupted, and those of errors.py."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         print(USAGE + "       --help lists every key", file=sys.stderr)
@@ -50,15 +48,9 @@ def _command(argv: list[str]) -> int:
 
 
 def _run(stages: list[Stage]) -> Result:
-    for number, stage in enumerate(stages):
-        try:
-            _look_for_data(stage.config)
-            if stage.title:
-                _look_for_model(stage, stages[:number])
-        except UserError as error:
-            title = f"{stage.title}: " if stage.title else ""
-            raise UserError(title + error.message, hint=error.hint, exit_code=error.exit_code) from None
+    from minisft.prepare.look import look
 
+    look(stages)
     # OpenMP threads spin while they wait for each other. If another program takes one thread's core, all others spin for it:
     # training on 2 busy cores fell to a thirtieth of its speed. After 20,000 turns they now sleep instead.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -71,32 +63,8 @@ def _run(stages: list[Stage]) -> Result:
         return run_stages(stages)
     from minisft import loop
 
-    return loop.run(stages[0].config, stages[0].origins)
-
-
-def _look_for_data(config: Config) -> None:
-    """Report a missing file now, before torch is imported."""
-    from minisft.data.sources import list_files, parse_source
-    from minisft.hub import is_repository_name
-
-    sources = source_list(config.data.train_data) + source_list(config.evaluate.generate_data)
-    for source in sources + [s for entry in eval_sets(config.data.eval_data).values() for s in entry]:
-        if not is_repository_name((parsed := parse_source(source)).path):
-            list_files(parsed)
-
-
-def _look_for_model(stage: Stage, before: list[Stage]) -> None:
-    """Report a missing folder that a stage starts from, unless an earlier stage will write it. Repositories come later."""
-    coming = [Path(os.path.abspath(other.config.output_dir)) for other in before]
-    for key in ("model_name_or_path", "tokenizer_name_or_path"):
-        path = os.path.expanduser(getattr(stage.config.model, key) or "")
-        is_coming = any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in coming)
-        if not path or is_coming or path.count("/") < 2 and not path.startswith((".", "/")) and not os.path.isdir(path):
-            continue
-        if not any(os.path.isfile(os.path.join(path, name)) for name in MODEL_FILES):
-            problem = "holds no model" if os.path.isdir(path) else "is no folder, and no stage before makes it"
-            hint = f"a folder with {MODEL_FILES[0]} or {MODEL_FILES[1]} in it, a run's output folder, or owner/name"
-            raise UserError(f"model.{key} = {path!r} {problem}", hint=hint, exit_code=MODEL)
+    with reports_in(stages[0].config.output_dir):
+        return loop.run(stages[0].config, stages[0].origins)
 
 
 if __name__ == "__main__":

@@ -162,13 +162,117 @@ def test_what_the_loop_raises_is_told_in_lines(folder, loop, capsys, raised, cod
     assert capsys.readouterr().err == told
 
 
-@pytest.mark.parametrize(
-    "raised", [AssertionError("invariant"), ConnectionResetError(errno.ECONNRESET, "Connection reset")]
-)
-def test_our_own_mistakes_keep_their_traceback(folder, loop, raised):
+class PanicException(BaseException):
+    """As PyO3 raises it for a panic of a library in Rust: no Exception."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch raises it for a GPU."""
+
+
+UNFORESEEN = {
+    AssertionError("invariant"): errors.INTERNAL,
+    ConnectionResetError(errno.ECONNRESET, "Connection reset"): errors.INTERNAL,
+    RecursionError("maximum recursion depth exceeded"): errors.INTERNAL,
+    OverflowError("Python int too large to convert to C long"): errors.INTERNAL,
+    PanicException("a panic\nof two lines, and of " + 5000 * "a"): errors.INTERNAL,
+    OSError(errno.ENAMETOOLONG, "File name too long", 5000 * "a"): errors.INTERNAL,
+    MemoryError(): errors.MEMORY,
+    OutOfMemoryError("CUDA out of memory."): errors.MEMORY,
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes"): errors.MEMORY,
+}
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["output folder", "temporary folder"])
+@pytest.mark.parametrize("raised", UNFORESEEN, ids=lambda error: type(error).__name__)
+def test_what_nobody_foresaw_is_two_lines_and_a_file(folder, loop, capsys, monkeypatch, raised, is_there):
+    """The file has the traceback; it is in the output folder, or in the temporary folder if there is none yet."""
+    (folder / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder / "tmp"))
+    if is_there:
+        (folder / "output").mkdir()
     loop(raised)
-    with pytest.raises(type(raised)):
+    assert train.main(["run.toml"]) == UNFORESEEN[raised]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 2 and "Traceback" not in said and len(said) < 1000
+    assert said.startswith("minisft: error: ") and type(raised).__name__ in said
+    (report,) = (folder / ("output" if is_there else "tmp")).iterdir()
+    assert str(report) in said or f"output/{report.name}" in said
+    text = report.read_text()
+    assert "Traceback (most recent call last):" in text and "in run" in text
+    assert f"minisft {__version__}" in text
+
+
+def test_a_report_that_cannot_be_written_is_printed(folder, loop, capsys, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(folder / "absent"))
+    loop(AssertionError("invariant"))
+    assert train.main(["run.toml"]) == errors.INTERNAL
+    assert "Traceback (most recent call last):" in capsys.readouterr().err
+
+
+def test_an_exit_is_none_of_our_business(folder, loop):
+    loop(SystemExit(3))
+    with pytest.raises(SystemExit, match="3"):
         train.main(["run.toml"])
+
+
+def test_messages_are_short_and_hold_no_commands_for_a_terminal(folder, loop, capsys):
+    loop(UserError("\x1b[2J\x07" + "a" * 10**6, hint="b"))
+    assert train.main(["run.toml"]) == errors.CONFIG
+    said = capsys.readouterr().err
+    assert len(said) < 5000 and "\x1b" not in said and "\\x1b[2J\\x07aaa" in said
+
+
+# ------------------------------------------------------------------------------------------------- before torch
+
+BROKEN_RUNS = {  # options: (exit code, what is told)
+    "--output_dir=": (2, "output_dir = '': the path is empty"),
+    "--output_dir=run.toml/x": (SAVE, "run.toml is no folder"),
+    "--output_dir=run.toml": (SAVE, "run.toml is no folder"),
+    "--cache_dir=run.toml": (SAVE, "data.cache_dir"),
+    f"--output_dir={'a' * 256}": (2, "at most 4,095 bytes"),
+    f"--output_dir={'a/' * 2100}": (2, "at most 4,095 bytes"),
+    "--output_dir=~nobody1/x": (2, "no home folder ~nobody1"),
+    "--model_name_or_path=/no/where": (errors.MODEL, "model.model_name_or_path = '/no/where' is no folder"),
+    "--model_name_or_path=broken": (errors.MODEL, "broken/config.json: a pipe (FIFO), not a regular file"),
+    "--model_name_or_path=alien": (errors.MODEL, "model_type 'alien' is not supported"),
+    "--tokenizer_name_or_path=./empty": (errors.MODEL, "model.tokenizer_name_or_path = './empty' holds no model"),
+    "--trainer_type=dpo --ref_model_name_or_path=./empty": (errors.MODEL, "dpo.ref_model_name_or_path = './empty'"),
+    "--resume=empty/x": (2, 'checkpoint.resume = "empty/x": no such folder'),
+    "--resume=empty": (DATA, "the checkpoint empty does not verify"),
+    "--trainable=((": (2, "is not a regular expression"),
+    "--frozen=a{99999999999}": (2, "is not a regular expression"),
+    "--unfreeze={'[' = 1}": (2, "is not a regular expression"),
+    "--learning_rates={'*' = 1.0}": (2, "is not a regular expression"),
+    "--weight_decays={'*' = 1.0}": (2, "is not a regular expression"),
+    "--lora.r=4 --rank_pattern={'*' = 1}": (2, "is not a regular expression"),
+    "--lora.r=4 --alpha_pattern={'*' = 1.0}": (2, "is not a regular expression"),
+    "--lora.r=4 --target_modules=*": (2, "is not a regular expression"),
+    "--optim_args={momentum=0.5}": (2, "adamw takes no options"),
+    "--train_data=pipe.jsonl": (DATA, "pipe.jsonl: a pipe (FIFO), not a regular file"),
+    "--train_data={path='rows.jsonl',weight=1e12}": (2, "above 0 and at most 10,000"),
+    "--field_map={prompt=3}": (2, "data.field_map = {prompt = 3}"),
+}
+
+
+def test_what_needs_no_torch_is_told_before_it(folder):
+    """All in one process, which refuses to import torch and numpy."""
+    for name in ("broken", "alien", "empty"):
+        (folder / name).mkdir()
+    (folder / "alien" / "config.json").write_text('{"model_type": "alien"}')
+    (folder / "broken" / "tokenizer.json").write_text("{}")
+    os.mkfifo(folder / "broken" / "config.json")
+    os.mkfifo(folder / "pipe.jsonl")
+    options = [option.split(" --") for option in BROKEN_RUNS]
+    many = WITHOUT_TORCH.replace("sys.exit(main(sys.argv[1:]))", f"for o in {options!r}:\n"
+           "    words = [o[0], *('--' + word for word in o[1:])]\n    print(main(['train', 'run.toml', *words]), flush=True)\n"
+           "    print('.', file=sys.stderr)")  # fmt: skip
+    done = run_python(["-c", many])
+    told = done.stderr.split(".\n")
+    for option, code, said in zip(BROKEN_RUNS, done.stdout.split(), told, strict=False):
+        assert (int(code), BROKEN_RUNS[option][1] in said, "Traceback" in said) == (BROKEN_RUNS[option][0], True, False), (
+            option, code, said)  # fmt: skip
+    assert len(done.stdout.split()) == len(BROKEN_RUNS), done.stderr[-2000:]
 
 
 def test_run_from_python(folder, loop):

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import math
 import os
+import re
 import tomllib
 from dataclasses import MISSING, FrozenInstanceError
 from pathlib import Path
@@ -17,7 +18,7 @@ from minisft.config.aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIAS
 from minisft.config.command_line import parse_arguments
 from minisft.config.load import SOURCE_FIELDS, SOURCES, load, write_resolved
 from minisft.config.sections import KEYS, SECTIONS, Config, config_to_dict, eval_sets, source_list
-from minisft.config.values import as_toml, fit
+from minisft.config.values import as_toml, fit, limits
 from minisft.data.audit import TITLES
 from minisft.errors import CONFIG, UserError
 
@@ -295,7 +296,7 @@ def test_malformed_command_lines(minimal, words, told):
         ("trainer_type = 'spo'", 'expected one of "sft"', ""),
         ("log.report_to = ['tensorbord']", 'a list of "tensorboard"', ""),
         ("data.train_data = 3", "expected a string or a list or a table", ""),
-        ("data.max_length = 'long'", 'expected a whole number at least 2 or "none"', ""),
+        ("data.max_length = 'long'", 'at least 2 and at most 16,777,216 or "none"', ""),
         ("model.model_name_or_path = 'none'", "model.model_name_or_path is not set", "[model.config]"),
         ("data.train_data = []", "data.train_data is not set", ""),
         ("extends = 1", "extends = 1", ""),
@@ -307,6 +308,97 @@ def test_mistakes_name_the_file_the_key_and_the_way_out(tmp_path, line, told, hi
     run = write(tmp_path / "run.toml", "\n".join([*(f"{k} = {v}" for k, v in tables.items()), line]))
     error = refused(run)
     assert told in error.message and hint in error.hint and str(run) in error.message
+
+
+NUMBERS = [key for key, f in KEYS.items() if limits(f)]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_every_number_has_bounds_and_the_message_names_them(key):
+    f = KEYS[key]
+    bounds = limits(f)
+    assert len(bounds) == 2 and all(abs(bound) <= 1e30 for bound in bounds.values()), bounds
+    in_table, in_list = "of" in f.metadata, "tuple" in str(f.type)
+    for value in (10**31, -(10**31), 1e300, -1e300, 10**300):
+        given = {"a": value} if in_table else [value] if in_list else value
+        error = refused(MINIMAL, {key: given})
+        assert f"{key} = " in error.message and "expected" in error.message
+        for name, bound in bounds.items():
+            assert f"{name.replace('_', ' ')} {bound:,}" in error.message
+
+
+def test_the_keys_with_numbers_are_all_found():
+    annotations = {key for key, f in KEYS.items() if re.search(r"\b(int|float)\b", f"{f.type} {f.metadata.get('of')}")}
+    assert annotations == set(NUMBERS) and len(NUMBERS) > 60
+    free = {key for key, f in KEYS.items() if f.type is dict and "of" not in f.metadata}
+    assert free == {"model.chat_template_kwargs"}  # of a template; model.config is checked by model/families.py
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.field_map", {"prompt": 3}),
+        ("data.field_map", {"prompt": ["a"]}),
+        ("lora.rank_pattern", {"a": 1.5}),
+        ("lora.rank_pattern", {"a": True}),
+        ("lora.alpha_pattern", {"a": "16"}),
+        ("lora.layers_to_transform", [0, -1]),
+        ("train.learning_rates", {"a": 1e-3, "b": math.nan}),
+        ("train.lr_scheduler_kwargs", {"power": 10**40}),
+        ("train.lr_scheduler_kwargs", {"power": [1]}),
+    ],
+)
+def test_values_inside_tables_and_lists_are_checked(key, value):
+    assert f"{key} = " in refused(MINIMAL, {key: value}).message
+
+
+def test_the_total_batch_has_the_bounds_of_the_accumulation():
+    assert "gradient_accumulation_steps = " in refused(MINIMAL, {"total_batch_size": 8 * 10**9}).message
+
+
+NO_PATHS = {
+    "": "empty",
+    "a\0b": "NUL",
+    "a" * 256: "4,095",
+    "a/" * 2100: "4,095",
+    "~nobody1/a": "no home",
+    "\udcff": "UTF-8",
+}
+
+
+@pytest.mark.parametrize("key", [key for key, f in KEYS.items() if "is_path" in f.metadata])
+def test_every_path_is_checked(key):
+    for text, told in NO_PATHS.items():
+        error = refused(MINIMAL, {key: text})
+        assert told in error.message and key in error.message and len(error.message) < 400
+        if key in SOURCES:
+            for value in ({"path": text}, ["a.jsonl", text]):
+                assert told in refused(MINIMAL, {key: value}).message
+    for text in NO_PATHS:  # the file itself
+        if text != "\udcff":
+            refused(text)
+        refused({**MINIMAL, "extends": text})
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (f"a = {'[' * 5000}1{']' * 5000}", "recursion"),
+        (f"model.config.{'a.' * 40}b = 1", "nested more than 32 deep"),
+        (f"model.config = {{a = 0x{'f' * 5000}}}", "20,000 bits"),
+        (f"train.seed = 0x{'f' * 5000}", "20,000 bits"),
+        (f"train.seed = {'9' * 5000}", "not a TOML file"),
+        ("a = '" + "a" * 2**22 + "'", "more than 4,194,304 bytes"),
+    ],
+)
+def test_files_that_are_too_much(minimal, text, told):
+    assert told in refused(append(minimal, text)).message
+
+
+def test_a_pipe_is_no_configuration(tmp_path):
+    os.mkfifo(tmp_path / "run.toml")
+    assert "a pipe (FIFO), not a regular file" in refused(tmp_path / "run.toml").message
+    assert "a device" in refused("/dev/zero").message
 
 
 @pytest.mark.parametrize(

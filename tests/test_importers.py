@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -1091,6 +1092,29 @@ def test_what_is_no_file_of_theirs(folder, text, told):
     assert raised.value.exit_code == 2
 
 
+def test_a_pipe_is_no_file_of_theirs(folder):
+    for name in ("x.yaml", "x.json"):
+        os.mkfifo(folder / name)
+        with pytest.raises(UserError, match="a pipe"):
+            read_yaml(folder / name)
+
+
+@pytest.mark.parametrize("reader", [trl, axolotl], ids=["trl", "axolotl"])
+def test_their_numbers_have_our_bounds(folder, reader):
+    """A number that our key refuses is told with our bounds, and never written."""
+    numbers = {"max_steps": 10**30, "per_device_train_batch_size": 10**6, "learning_rate": 1e300, "seed": 2**70}
+    if reader is axolotl:
+        numbers["micro_batch_size"] = numbers.pop("per_device_train_batch_size")
+    (folder / "x.yaml").write_text(
+        "".join(f"{key}: {value}\n" for key, value in numbers.items()) + "num_epochs: 0x" + "f" * 5000
+    )
+    t = reader.read(read_yaml(folder / "x.yaml"))
+    told = {note.key: note.text for note in t.notes if note.kind == NO_COUNTERPART}
+    assert numbers.keys() <= told.keys()
+    assert all("at most" in told[key] and len(told[key]) < 250 for key in numbers), told
+    assert not {value for value in t.values.values() if isinstance(value, int | float)} & set(numbers.values())
+
+
 def test_yaml_as_people_write_it(folder):
     (folder / "x.yml").write_text("a: &x {lr: 1e-4}\nb: {<<: *x, c: on}\nd: 2024-01-01\n7: seven\n")
     t = trl.read(read_yaml(folder / "x.yml"))
@@ -1112,7 +1136,7 @@ def test_a_file_without_end_is_told_at_once(folder):
     for text, told in (
         ("a: &x [*x]", "nested more than 20 deep"),
         (aliases, "more than 50,000 values"),
-        ("a: 1\n" * 300_000, "has 1.50 MB"),
+        ("a: 1\n" * 300_000, "more than 1,048,576 bytes"),
         ("".join(f"k{i}: 1\n" for i in range(6000)), "more than 5000 keys"),
     ):
         (folder / "x.yaml").write_text(text)

@@ -252,7 +252,7 @@ def test_names_that_are_found_nowhere_are_refused(options, message):
         ({"train.optim_args": {"momentum": 0.9}}, "momentum = 0.9"),
         ({"train.optim": "sgd", "train.optim_args": {"momentum": 1.5}}, "momentum = 1.5"),
         ({"train.optim": "schedule_free_adamw"}, "averages the weights instead"),
-        ({"train.learning_rates": {"embed": "fast"}}, "not a rate"),
+        ({"train.learning_rates": {"embed": "fast"}}, "values are each a number"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path, overrides, message):

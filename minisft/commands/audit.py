@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from minisft.config.sections import AuditSection
 from minisft.data.audit_text import text_report
-from minisft.errors import DATA, UserError
+from minisft.errors import DATA, UserError, shortened
+from minisft.files import checked_path
 
 if TYPE_CHECKING:
     from minisft.config.sections import Config
@@ -60,13 +61,16 @@ def main(argv: list[str]) -> int:
     options, rest = _own_options(argv)
     from minisft.config.command_line import parse_arguments
     from minisft.config.stages import before_training, load_stages
+    from minisft.prepare.look import look_for_data
 
     stages = load_stages(*parse_arguments(rest))
     if len(stages) > 1 and (alone := [f"--{name}" for name in ("html", "json", "row") if options.get(name)]):
         raise UserError(
             f"command line: {alone[0]} with {len(stages)} stages", hint="it needs one; name the stage's file"
         )
-    html = options.get("html")
+    for stage in stages:
+        look_for_data(stage.config)
+    html = options.get("html") and checked_path(options["html"], "--html")
     if html and not Path(html).absolute().parent.is_dir():
         raise UserError(f"--html {html}: there is no such folder")
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -119,8 +123,8 @@ def _own_options(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
         else:
             rest.append(word)
     if "show" in options:
-        if not options["show"].isdecimal():
-            raise UserError(f"command line: --show {options['show']}: expected a number of rows")
+        if not options["show"].isdecimal() or len(options["show"]) > 15:
+            raise UserError(f"command line: --show {shortened(options['show'], 60)}: expected a number of rows")
         options["show"] = int(options["show"])
     if "json" in options and ("show" in options or "row" in options):
         raise UserError("command line: --json prints nothing but the report", hint="omit --show and --row")
@@ -253,7 +257,7 @@ def _packing(
 
     def longest_tree() -> int | None:
         model = config.model
-        is_here = model.config is not None or Path(model.model_name_or_path or "").expanduser().is_dir()
+        is_here = model.config is not None or os.path.isdir(os.path.expanduser(model.model_name_or_path or ""))
         return find_longest_tree(config, tokenizer) if is_here else None
 
     data, train, batch_size = config.data, config.train, config.evaluate.per_device_eval_batch_size
@@ -302,9 +306,9 @@ def _show_row(config: "Config", place: str) -> None:
     """Print the documents of one row, used or not. Raises UserError if it has none."""
     from minisft.data.audit import place_of, printable
 
-    match = re.fullmatch(r"(.+?)(?::(\d+)|\[(\d+)\])", place)
+    match = re.fullmatch(r"(.+?)(?::(\d{1,15})|\[(\d{1,15})\])", place)
     if not match:
-        raise UserError(f"command line: --row {place}", hint="as in data.jsonl:12, or data.json[12]")
+        raise UserError(f"command line: --row {shortened(place, 100)}", hint="as in data.jsonl:12, or data.json[12]")
     tokenizer, _, sets = open_sets(config)
     shown = 0
     for name, data_set in sets.items():
@@ -320,7 +324,7 @@ def _show_row(config: "Config", place: str) -> None:
             shown += 1
     if not shown:
         hint = "rows that cannot be read are in the report as bad rows"
-        raise UserError(f"--row {place}: no document comes from there", hint=hint, exit_code=DATA)
+        raise UserError(f"--row {shortened(place, 100)}: no document comes from there", hint=hint, exit_code=DATA)
 
 
 def _row_text(documents: "Documents", d: int, start: int, end: int, tokenizer: "Tokenizer", limit: int) -> str:

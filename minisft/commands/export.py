@@ -11,6 +11,7 @@ of their logits is reported. The merge is refused if the difference is too large
 """
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from minisft.config.sections import KEYS
 from minisft.config.values import choices
 from minisft.errors import MODEL, UserError
+from minisft.files import checked_path
 
 if TYPE_CHECKING:
     import torch
@@ -48,11 +50,12 @@ def main(argv: list[str]) -> int:
     from minisft.runtime import DTYPES
     from minisft.strict_json import read_json
 
-    folder, out = model_folder(Path(arguments.run)), Path(arguments.out)
+    folder = model_folder(Path(checked_path(arguments.run, "the run")))
+    out = Path(checked_path(arguments.out, "the new folder"))
     if not (folder / CONFIG_FILE).exists():
         hint = "a run without [lora] wrote a whole model: use it as it is"
         raise UserError(f"{folder} holds no adapter (no {CONFIG_FILE})", hint=hint, exit_code=MODEL)
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out} exists", hint="name a new folder")
 
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minisft.atomic_folder import MANIFEST
+from minisft.data.rows import RowError
+from minisft.errors import UserError
+from minisft.files import checked_path
 from minisft.strict_json import read_json
 
 if TYPE_CHECKING:
@@ -36,7 +39,7 @@ def main(argv: list[str]) -> int:
     from minisft.model.adapter_files import load_adapted, model_folder
     from minisft.model.load import load_model
 
-    folder = model_folder(Path(arguments.folder))
+    folder = model_folder(Path(checked_path(arguments.folder, "the folder")))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}  # written by the run
     load = load_model if (folder / "config.json").exists() else load_adapted
@@ -47,7 +50,13 @@ def main(argv: list[str]) -> int:
     prompts = arguments.prompt or (line.rstrip("\n") for line in sys.stdin)
     is_escaped = trained.get("control_tokens") == "escape" and not arguments.plain
     for prompt in prompts:
-        ids = prompt_ids(tokenizer, prompt, layout, is_escaped)
+        try:
+            prompt.encode("utf-8")
+            ids = prompt_ids(tokenizer, prompt, layout, is_escaped)
+        except UnicodeEncodeError:
+            raise UserError(f"the prompt {prompt[:100]!r} is not UTF-8 text") from None
+        except RowError as error:
+            raise UserError(f"the prompt {prompt[:100]!r}: {error}") from None
         (output,) = generate(
             model,
             [ids],

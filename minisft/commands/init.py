@@ -18,7 +18,8 @@ from typing import Any
 
 from minisft.config.load import MODEL_FILES
 from minisft.config.sections import KEYS
-from minisft.errors import UserError
+from minisft.errors import UserError, shortened
+from minisft.files import checked_path
 from minisft.gguf.file import is_gguf
 from minisft.hub import is_repository_name
 from minisft.importers import axolotl, llamafactory, trl
@@ -179,6 +180,7 @@ def _asked(a: argparse.Namespace) -> argparse.Namespace:
         return int(text)
 
     def file(text: str) -> str:
+        checked_path(text, "the file")
         toml_text.refuse_to_replace(Path(text), force=a.force)
         return text
 
@@ -239,13 +241,13 @@ def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
 
 
 def _length(text: str) -> int:
-    if not text.isdecimal() or int(text) < 2:
-        raise UserError(f"{text}: a whole number of tokens, at least 2")
+    if not text.isdecimal() or len(text) > 15 or int(text) < 2:
+        raise UserError(f"{shortened(text, 60)}: a whole number of tokens, at least 2")
     return int(text)
 
 
 def _model(text: str) -> str:
-    folder = os.path.expanduser(text)
+    folder = checked_path(text, "the model")
     if is_gguf(folder):
         return text
     if not os.path.isdir(folder) and (not is_repository_name(text) or text.lower().endswith(".gguf")):
@@ -299,7 +301,7 @@ def _usual_method(a: argparse.Namespace) -> str:
 
 def _proposed(a: argparse.Namespace) -> tuple[Path, str, int]:
     """(the file, its text, the number of devices). The text is a configuration that loads."""
-    path = Path(a.output or a.file or "run.toml")
+    path = Path(checked_path(a.output or a.file or "run.toml", "the file"))
     a.output = str(path)
     hardware = propose.parse_hardware(a.hardware, cpu_gigabytes())
     size = model_size(a.model)
@@ -360,12 +362,13 @@ def _command(a: argparse.Namespace) -> str:
 def _imported(arguments: argparse.Namespace, name: str) -> tuple[Path, str, list[str], UserError | None]:
     """(the file, its text, lines to print, the error that keeps it from running)."""
     module, given = READERS[name], Path(getattr(arguments, f"from_{name}"))
+    checked_path(given, f"--from-{name}")
     unused = [n for n in ("method", "hardware", "preference_data") if getattr(arguments, n)]
     unused += ["trainer"] if arguments.trainer and (name != "trl" or "+" in arguments.trainer) else []
     if unused:
         hint = "sft or dpo" if unused[0] == "trainer" and name == "trl" else "the file says it"
         raise UserError(f"--{unused[0].replace('_', '-')} with --from-{name}", hint=hint)
-    path = Path(arguments.output or arguments.file or f"{given.stem}.toml")
+    path = Path(checked_path(arguments.output or arguments.file or f"{given.stem}.toml", "the file"))
     table = read_yaml(given)
     if name == "stages":
         parts = stage_files.read(table, first_row)

@@ -1,18 +1,20 @@
 """Checks of the configuration as a whole: missing keys, keys that contradict each other, packages that are not installed."""
 
 import importlib.util
-import math
+import re
 from collections.abc import Callable
 
-from minisft.config.choices import ADAMW
+from minisft.config.choices import ADAMW, wrong_optimizer_option
 from minisft.config.sections import KEYS, Config, config_to_dict, eval_sets
 from minisft.config.values import as_toml
 from minisft.data.packing_strategies import STRATEGIES
-from minisft.errors import UserError
+from minisft.errors import UserError, shortened
 from minisft.preference.losses import WITH_DIVERGENCE, WITH_LABEL_SMOOTHING, WITHOUT_REFERENCE
 from minisft.schedule import HAVE_NO_FLOOR, wrong_option
 
 OF_THE_BEST = ("metric_for_best_model", "greater_is_better", "load_best_model_at_end", "early_stopping_patience")
+PATTERNS = ("train.trainable", "train.frozen", "train.unfreeze", "train.learning_rates", "train.weight_decays")
+PATTERNS += ("lora.rank_pattern", "lora.alpha_pattern", "lora.target_modules")  # the last one if it is no list
 Refuse = Callable[[str, str, str], None]  # keys with spaces between them, the problem, a hint: raises UserError
 
 
@@ -21,7 +23,9 @@ def check_config(config: Config, origins: dict[str, str], where: str) -> None:
     values = config_to_dict(config)
 
     def refuse(keys: str, problem: str, hint: str) -> None:
-        written = " and ".join(f"{key} = {as_toml(values[key])} ({origins[key]})" for key in keys.split())
+        written = " and ".join(
+            f"{key} = {shortened(as_toml(values[key]), 200)} ({origins[key]})" for key in keys.split()
+        )
         raise UserError(f"{written}: {problem}", hint=hint)
 
     require_sources(config, where)
@@ -30,6 +34,7 @@ def check_config(config: Config, origins: dict[str, str], where: str) -> None:
     check_schedule(config, refuse)
     check_optimizer(config, refuse)
     check_trained(config, refuse)
+    check_patterns(config, refuse)
     check_evaluation(config, refuse)
     if config.trainer_type == "dpo":
         check_dpo(config, refuse)
@@ -142,22 +147,31 @@ def check_optimizer(config: Config, refuse: Refuse) -> None:
         if train.precision == "fp16":
             keys = "train.optimizer_in_backward train.precision"
             refuse(keys, "steps that overflow could not be left out", "set precision to bf16 or fp32")
-    for key, rates in (("train.learning_rates", train.learning_rates), ("train.weight_decays", train.weight_decays)):
-        for value in rates.values():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                refuse(key, f"{as_toml(value)} is not a rate", "give numbers from 0 on")
+    for key, value in train.optim_args.items():
+        if expected := wrong_optimizer_option(train.optim, key, value):
+            refuse("train.optim_args", f"{key} = {as_toml(value)}", expected)
 
 
 def check_trained(config: Config, refuse: Refuse) -> None:
     """The choice of the parameters that train."""
-    train, values = config.train, config_to_dict(config)
-    for step in train.unfreeze.values():
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            refuse("train.unfreeze", f"{as_toml(step)} is not a number of steps", "give whole numbers from 0 on")
+    values = config_to_dict(config)
     for key in ("train.trainable", "train.frozen"):
         if config.lora.r is not None and values[key]:
             hint = "choose adapters by lora.target_modules, and whole modules by lora.modules_to_save"
             refuse(f"{key} lora.r", "with [lora] the adapters train, and the model is frozen", hint)
+
+
+def check_patterns(config: Config, refuse: Refuse) -> None:
+    """The regular expressions of names of parameters and modules."""
+    values = config_to_dict(config)
+    for key in PATTERNS:
+        expressions = [values[key]] if isinstance(values[key], str) else values[key]
+        for expression in expressions if key != "lora.target_modules" or isinstance(values[key], str) else ():
+            try:
+                re.compile(expression)
+            except (re.error, OverflowError, RecursionError) as error:
+                shown = shortened(as_toml(expression), 100)
+                refuse(key, f"{shown} is not a regular expression: {error}", "see docs.python.org/3/library/re.html")
 
 
 def check_evaluation(config: Config, refuse: Refuse) -> None:
@@ -213,12 +227,8 @@ def check_losses(config: Config, refuse: Refuse) -> None:
     if dpo.loss_weights and len(dpo.loss_weights) != len(losses):
         keys = "dpo.loss_weights dpo.loss_type"
         refuse(keys, f"{len(dpo.loss_weights)} weights for {len(losses)} losses", "give one weight for each loss")
-    if min(dpo.loss_weights, default=0) < 0 or dpo.loss_weights and not any(dpo.loss_weights):
-        refuse(
-            "dpo.loss_weights",
-            "losses are minimised, so no weight may be below 0, and one must be above",
-            "give numbers from 0 on",
-        )
+    if dpo.loss_weights and not any(dpo.loss_weights):
+        refuse("dpo.loss_weights", "all losses are left out", "give one of them a weight above 0")
     if "kto" in losses and len(losses) > 1:
         refuse("dpo.loss_type", "kto takes single answers, the others take pairs", "use one or the other")
     if "robust" in losses and e >= 0.5:

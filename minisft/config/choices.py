@@ -16,3 +16,11 @@ OPTIMIZERS: dict[str, dict[str, float]] = {
     "muon": {"momentum": 0.95},
 }
 ADAMW = ("adamw", "adamw_minisft", "adamw_8bit")  # kernels/adamw.py serves these: bf16 weights, offloaded moments
+
+
+def wrong_optimizer_option(name: str, key: str, value: float) -> str:
+    """What optimizer `name` expects instead of this option; empty if the option is right."""
+    known = OPTIMIZERS[name]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    takes = ", ".join(f"{key} (from 0 to below 1)" for key in known) or "no options"
+    return "" if key in known and is_number and 0 <= value < 1 else f"{name} takes {takes}"

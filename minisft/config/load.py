@@ -16,7 +16,6 @@ import glob
 import hashlib
 import os
 import re
-import sys
 import tomllib
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields, replace
@@ -28,10 +27,12 @@ from minisft.atomic_folder import write_file
 from minisft.config.aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIASES, VALUE_NOTES
 from minisft.config.check import check_config
 from minisft.config.sections import KEYS, SECTIONS, Config, config_to_dict
-from minisft.config.values import as_toml, expected, fit, fit_type, nearest_choice
-from minisft.errors import UserError
+from minisft.config.values import as_toml, expected, fit, fit_type, nearest_choice, problem_of
+from minisft.errors import CONFIG, UserError, shortened, tell
+from minisft.files import checked_path, read_file
 
 RESOLVED_NAME = "config.toml"  # in the output folder
+MAX_BYTES = 2**22  # of a file
 SLICE = re.compile(r"\[[^\[\]]*:[^\[\]]*\]$")  # the end of data.jsonl[:10%]
 DEFAULTS = {"sft": {}, "dpo": {"train.learning_rate": 1e-6}}  # of a trainer, where config/sections.py has another one
 SOURCES = ("data.train_data", "data.eval_data")
@@ -90,7 +91,9 @@ def resolve(layers: list[dict[str, Given]], where: str) -> tuple[Config, dict[st
     values = {key: _fitted(key, g) for key, g in given.items() if not isinstance(g.value, TotalBatch)}
     of_trainer = DEFAULTS[values.get("trainer_type", "sft")]
     values = of_trainer | values
-    values |= {key: _accumulation(g, values) for key, g in given.items() if isinstance(g.value, TotalBatch)}
+    for key, g in given.items():
+        if isinstance(g.value, TotalBatch):
+            values[key] = _fitted(key, replace(g, value=_accumulation(g, values)))
 
     tables: dict[str, dict] = {name: {} for name in ("", *SECTIONS)}
     for key, value in values.items():
@@ -125,9 +128,10 @@ def read_files(
         return []
     if isinstance(source, dict):
         table, folder, chain = dict(source), folder or Path.cwd(), []
+        _refuse_problem(table, name)
     else:
-        path = Path(source).expanduser()
-        if path.parts[0] == "configs" and not path.exists() and (READY / path.name).exists():
+        path = Path(checked_path(source, "the configuration"))
+        if path.parts[:1] == ("configs",) and not path.exists() and (READY / path.name).exists():
             path = READY / path.name
             _tell(f"{source} is not here; the installed one is read: {path}")
         table, name, folder, chain = _read_toml(path), str(path), path.parent, [path]
@@ -135,7 +139,7 @@ def read_files(
     while (base := table.pop("extends", None)) is not None:
         if not isinstance(base, str):
             raise UserError(f"{name}: extends = {as_toml(base)}: expected the path of one TOML file")
-        path = folder / os.path.expanduser(base)
+        path = folder / checked_path(base, f"{name}: extends")
         again = path.resolve() in [p.resolve() for p in chain]
         chain.append(path)
         if again:
@@ -155,16 +159,24 @@ def _read_toml(path: Path, extended_by: str = "") -> dict:
             f"another trainer's file is translated by `python -m minisft init --from-trl {path}` (or --from-axolotl, "
         )
         raise UserError(f"{what}: not a TOML file", hint=hint + "--from-llamafactory, --from-stages)")
-    try:
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         where = "the path is relative to that file" if extended_by else f"the working directory is {Path.cwd()}"
-        raise UserError(f"{what}: there is no such file", hint=where) from None
-    except OSError as error:
-        raise UserError(f"{what}: cannot be read: {error.strerror}", hint="name a TOML file") from None
-    except ValueError as error:  # of TOML's syntax, or of UTF-8
+        raise UserError(f"{what}: there is no such file", hint=where)
+    try:
+        table = tomllib.loads(read_file(path, exit_code=CONFIG, at_most=MAX_BYTES).decode("utf-8-sig"))
+    except UserError as error:
+        reason = error.message.removeprefix(f"{path}: ")
+        raise UserError(f"{what}: cannot be read: {reason}", hint="name a TOML file") from None
+    except (ValueError, RecursionError) as error:  # of TOML's syntax, or of UTF-8
         hint = "strings need quotes, tables are [section] lines: https://toml.io"
         raise UserError(f"{what}: not a TOML file: {error}", hint=hint) from None
+    _refuse_problem(table, what)
+    return table
+
+
+def _refuse_problem(value: Any, what: str) -> None:
+    if problem := problem_of(value):
+        raise UserError(f"{what}: {problem}")
 
 
 def _flatten(table: dict, name: str) -> Iterable[tuple[str, Any]]:
@@ -185,6 +197,8 @@ def file_layer(file: tuple[dict, str, Path]) -> dict[str, Given]:
 
 
 def override_layer(overrides: dict[str, Any], origin: str) -> dict[str, Given]:
+    for name, value in overrides.items():
+        _refuse_problem(value, f"{origin}: {name}")
     return _layer(overrides.items(), origin, Path.cwd(), by_last_part=True)
 
 
@@ -197,7 +211,7 @@ def _layer(pairs: Iterable[tuple[str, Any]], origin: str, folder: Path, by_last_
             continue
         key, value = translated
         if (kind := KEYS[key].metadata.get("is_path")) and value is not None and not isinstance(value, SourceFields):
-            value = _find_paths(value, folder, kind)
+            value = _find_paths(value, folder, kind, f"{origin}: {key}")
         new = Given(value, origin, written)
         merges = (
             _is_table(key)
@@ -254,16 +268,19 @@ def _deep_merge(old: dict, new: dict) -> dict:
     return merged
 
 
-def _find_paths(value: Any, folder: Path, kind: str) -> Any:
-    """The value, its paths absolute where they exist: a string, a list, a table with "path", a table of named ones."""
+def _find_paths(value: Any, folder: Path, kind: str, what: str) -> Any:
+    """The value, its paths absolute where they exist: a string, a list, a table with "path", a table of named ones.
+
+    Raises UserError, which begins with `what`, for text that cannot be a path.
+    """
     if isinstance(value, list):
-        return [_find_paths(v, folder, kind) for v in value]
+        return [_find_paths(v, folder, kind, what) for v in value]
     if isinstance(value, dict):
         names = ["path"] if "path" in value else list(value)
-        return {k: _find_paths(v, folder, kind) if k in names else v for k, v in value.items()}
-    if not isinstance(value, (str, Path)):
-        return value
-    text = os.path.expanduser(value)
+        return {k: _find_paths(v, folder, kind, what) if k in names else v for k, v in value.items()}
+    if not isinstance(value, (str, Path)) or value == "none" or "{{" in str(value) or "{%" in str(value):
+        return value  # the last two: a chat template itself
+    text = checked_path(value, what)
     for base in (folder, Path.cwd()):
         path = os.path.abspath(base / text)
         if kind == "model" and any(os.path.isfile(os.path.join(path, name)) for name in MODEL_FILES):
@@ -368,7 +385,7 @@ def _nearest_key(written: str, homes: list[str]) -> str:
 
 def _tell(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":  # one process of several
-        print(f"minisft: {message}", file=sys.stderr)
+        tell(message)
 
 
 def _fitted(key: str, given: Given) -> Any:
@@ -377,7 +394,7 @@ def _fitted(key: str, given: Given) -> Any:
     value = fit(given.value, f)
     if value is MISSING:
         raise UserError(
-            f"{given.origin}: {key} = {as_toml(given.value)}: expected {expected(f)}",
+            f"{given.origin}: {key} = {shortened(as_toml(given.value), 200)}: expected {expected(f)}",
             hint=nearest_choice(given.value, f) or f"{key}: {f.metadata['help']}",
         )
     return value
@@ -409,7 +426,8 @@ def write_resolved(config: Config, origins: dict[str, str], folder: str | Path) 
         if here != section:
             lines += ["", f"[{here}]"]
             section = here
-        lines.append(f"{name} = {as_toml(value)}  # {origins.get(key, 'default')}")
+        origin = "".join(c if c.isprintable() else " " for c in origins.get(key, "default"))
+        lines.append(f"{name} = {as_toml(value)}  # {origin}")
     path = Path(folder) / RESOLVED_NAME
     write_file(path, "\n".join(lines) + "\n")
     return path

@@ -19,12 +19,17 @@ from minisft.model.lora_options import INITS
 from minisft.preference.losses import DIVERGENCES, LOSSES
 from minisft.schedule import SCHEDULES
 
+# The largest numbers that make sense. Arrays and loops of the engine are of these sizes.
+MAX_LENGTH, MAX_LAYERS, MAX_RANK, MAX_BATCH = 2**24, 10_000, 2**16, 2**16
+MAX_STEPS, MAX_EPOCHS, MAX_FACTOR = 10**9, 10**6, 1e6
+
 # A Literal of a table's names, as in Literal[tuple(SCHEDULES)], is exact at run time and unknown to a type checker.
 # pyright: reportInvalidTypeForm=false
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
-    """One key: default, line of --help, and limits: above, at_least, below, at_most; is_path = "data" | "model" | "folder"."""
+    """One key: default, line of --help, and limits: above, at_least, below, at_most, of all numbers in it (values.py has those of
+    keys that name none); of = the type of a table's values; is_path = "data" | "model" | "folder"."""
     metadata = {"help": help, **limits}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
@@ -66,7 +71,7 @@ class ModelSection:
         "run each block again in the backward: least memory, 15 to 35 % slower; selective = only norms and gated units: a "
         "quarter of that saving, a few percent slower",
     )
-    gradient_checkpointing_every: int = option(1, "with true: only every n-th block", at_least=1)
+    gradient_checkpointing_every: int = option(1, "with true: only every n-th block", at_least=1, at_most=MAX_LAYERS)
     offload_activations: bool = option(
         False, "with true: keep the blocks' inputs in CPU memory; only useful on a GPU that is too small otherwise"
     )
@@ -76,15 +81,19 @@ class ModelSection:
 class LoraSection:
     """Train thin matrices beside the frozen ones instead of the weights themselves; on if r is set."""
 
-    r: int | None = option(None, "rank of the adapters; none = train all weights", at_least=1)
-    lora_alpha: float = option(32.0, "adapters are scaled by lora_alpha / r", above=0)
+    r: int | None = option(None, "rank of the adapters; none = train all weights", at_least=1, at_most=MAX_RANK)
+    lora_alpha: float = option(32.0, "adapters are scaled by lora_alpha / r", above=0, at_most=MAX_FACTOR)
     lora_dropout: float = option(0.0, "dropout on the adapters' input", at_least=0, below=1)
     target_modules: str | tuple[str, ...] = option(
         "all-linear", "ends of module names, as in the model's files; or one regular expression of whole names"
     )
-    layers_to_transform: tuple[int, ...] | None = option(None, "numbers of the layers with adapters; none = all")
-    rank_pattern: dict = option({}, "other ranks, as in {down_proj = 4}; the keys are regular expressions")
-    alpha_pattern: dict = option({}, "other lora_alpha, likewise")
+    layers_to_transform: tuple[int, ...] | None = option(
+        None, "numbers of the layers with adapters; none = all", at_least=0, at_most=MAX_LAYERS
+    )
+    rank_pattern: dict = option(
+        {}, "other ranks, as in {down_proj = 4}; the keys are regular expressions", of=int, at_least=1, at_most=MAX_RANK
+    )
+    alpha_pattern: dict = option({}, "other lora_alpha, likewise", of=float, above=0, at_most=MAX_FACTOR)
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) (rank-stabilised LoRA)")
     use_dora: bool = option(False, "train the length of each row of a weight apart (DoRA)")
     init_lora_weights: Literal[INITS] = option(
@@ -92,11 +101,14 @@ class LoraSection:
         "how A starts, with B at zero; pissa = both start at the matrix's largest singular directions; niter = approximately, "
         "and fast",
     )
-    loraplus_lr_ratio: float = option(1.0, "learning rate of B over that of A (LoRA+; 16 is usual)", above=0)
+    loraplus_lr_ratio: float = option(
+        1.0, "learning rate of B over that of A (LoRA+; 16 is usual)", above=0, at_most=MAX_FACTOR
+    )
     modules_to_save: tuple[str, ...] = option((), 'trained whole and saved with the adapter, as in ["lm_head"]')
     trainable_token_indices: tuple[int, ...] = option(
         (),
         "ids of tokens whose rows are trained, in the embedding and in the head; those of new_special_tokens always are",
+        at_least=0,
     )
 
 
@@ -116,7 +128,7 @@ class DataSection:
     )
     eval_fraction: float = option(0.0, "part of the training rows held out for evaluation", at_least=0, below=1)
     format: Literal[("auto", *FORMATS)] = option("auto", "what a row looks like; auto = found out from its fields")
-    field_map: dict = option({}, "your field = our field, as in {query = 'prompt', reply = 'completion'}")
+    field_map: dict = option({}, "your field = our field, as in {query = 'prompt', reply = 'completion'}", of=str)
     dataset_text_field: str = option("text", "field of plain text rows")
     prompt_format: Literal[CHOICES["prompt_format"]] = option(
         "auto", "prompt and answer through the chat template, or as plain text; auto = chat if there is a template"
@@ -141,7 +153,10 @@ class DataSection:
     add_special_tokens: bool = option(True, "let the tokenizer add its own special tokens (BOS) to plain text")
     on_bad_row: Literal[ON_BAD_ROW] = option("error", "stop at a malformed row, or count and skip it")
     max_length: int | None = option(
-        1024, "tokens of a document and of a pack; dpo: of a prompt with one answer; none = no limit", at_least=2
+        1024,
+        "tokens of a document and of a pack; dpo: of a prompt with one answer; none = no limit",
+        at_least=2,
+        at_most=MAX_LENGTH,
     )
     truncation: Literal[TRUNCATIONS] = option(
         "right", "longer documents: the side that is cut off (and counted); turns = the oldest turns; or drop, or error"
@@ -168,24 +183,35 @@ class TrainSection:
 
     learning_rate: float = option(2e-5, "peak learning rate", above=0)
     lr_scheduler_type: Literal[*SCHEDULES] = option("linear", "learning rate after the warm-up; see schedule.py")
-    lr_scheduler_kwargs: dict = option({}, "options of the schedule, as in {num_cycles = 3} or {decay_ratio = 0.2}")
+    lr_scheduler_kwargs: dict = option(
+        {},
+        "options of the schedule, as in {num_cycles = 3} or {decay_ratio = 0.2}",
+        of=int | float | str | None,
+        at_least=0,
+    )
     min_lr: float = option(0.0, "learning rate at the end; inverse_sqrt and constant have no end", at_least=0)
-    warmup_steps: int = option(0, "steps from 0 to the peak", at_least=0)
+    warmup_steps: int = option(0, "steps from 0 to the peak", at_least=0, at_most=MAX_STEPS)
     warmup_ratio: float = option(0.0, "the same as a part of all steps", at_least=0, at_most=1)
-    num_train_epochs: float = option(3.0, "passes over the training data", above=0)
-    max_steps: int = option(-1, "number of optimizer steps; -1 = as num_train_epochs says", at_least=-1)
-    per_device_train_batch_size: int = option(8, "rows, or packs, of a micro-batch", at_least=1)
-    gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step", at_least=1)
+    num_train_epochs: float = option(3.0, "passes over the training data", above=0, at_most=MAX_EPOCHS)
+    max_steps: int = option(
+        -1, "number of optimizer steps; -1 = as num_train_epochs says", at_least=-1, at_most=MAX_STEPS
+    )
+    per_device_train_batch_size: int = option(8, "rows, or packs, of a micro-batch", at_least=1, at_most=MAX_BATCH)
+    gradient_accumulation_steps: int = option(1, "micro-batches of an optimizer step", at_least=1, at_most=MAX_BATCH)
     optim: Literal[*OPTIMIZERS] = option(
         "adamw",
         "optimizer; optimizers.py has the update rule of each. adamw = torch's fused one; adamw_minisft = that of "
         "kernels/adamw.py, clipping included; adamw_8bit = the same with moments of 8 bits",
     )
-    optim_args: dict = option({}, "options of the optimizer, as in {momentum = 0.9} for sgd and muon")
+    optim_args: dict = option({}, "options of the optimizer, as in {momentum = 0.9} for sgd and muon", of=float)
     trainable: tuple[str, ...] = option((), "train these parameters only: regular expressions of names; [] = all")
     frozen: tuple[str, ...] = option((), "do not train these; wins over trainable")
     unfreeze: dict = option(
-        {}, 'not in the first steps, as in {"embed_tokens" = 100}: expression of a name -> how many'
+        {},
+        'not in the first steps, as in {"embed_tokens" = 100}: expression of a name -> how many',
+        of=int,
+        at_least=0,
+        at_most=MAX_STEPS,
     )
     offload_optimizer: bool = option(
         False, "moments of adamw and adamw_8bit in CPU memory: less on the GPU, slower steps"
@@ -200,9 +226,11 @@ class TrainSection:
         "on a GPU start all kernels of a micro-batch at once, as a CUDA graph, which matters for small models and short "
         "micro-batches; auto = where they can be recorded",
     )
-    learning_rates: dict = option({}, 'peaks of their own, as in {"embed_tokens|lm_head" = 1e-5}: name -> rate')
+    learning_rates: dict = option(
+        {}, 'peaks of their own, as in {"embed_tokens|lm_head" = 1e-5}: name -> rate', of=float, at_least=0
+    )
     weight_decay: float = option(0.0, "for matrices; biases and norms do not decay", at_least=0)
-    weight_decays: dict = option({}, "weight decays of their own, likewise")
+    weight_decays: dict = option({}, "weight decays of their own, likewise", of=float, at_least=0)
     adam_beta1: float = option(0.9, "decay of the mean of the gradients", at_least=0, below=1)
     adam_beta2: float = option(0.999, "decay of the mean of their squares", at_least=0, below=1)
     adam_epsilon: float = option(1e-8, "added to the denominator", above=0)
@@ -236,7 +264,7 @@ class TrainSection:
     max_skips_share: float = option(
         0.1, "so does a larger part of all steps, once there are max_skips_in_a_row of them", above=0, at_most=1
     )
-    seed: int = option(42, "of weights, order, dropout and held-out rows", at_least=0)
+    seed: int = option(42, "of weights, order, dropout and held-out rows", at_least=0, at_most=2**32 - 1)
     deterministic: bool = option(False, "bitwise repeatable on a GPU too (always so on a CPU), slower")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto = the GPU if there is one")
 
@@ -249,7 +277,7 @@ class DpoSection:
         ("sigmoid",), "loss of a pair, or several that are added up; preference/losses.py has the equations. kto takes "
         "single answers with a label, or the answers of pairs one by one"
     )  # fmt: skip
-    loss_weights: tuple[float, ...] = option((), "weights of the losses of a mixture; [] = 1 each")
+    loss_weights: tuple[float, ...] = option((), "weights of the losses of a mixture; [] = 1 each", at_least=0)
     beta: float = option(0.1, "how far the policy may move from the reference: less = further", above=0)
     f_divergence_type: Literal[*DIVERGENCES] = option("reverse_kl", "the distance to the reference that is held small")
     f_alpha_divergence_coef: float = option(0.5, "alpha of the alpha_divergence")
@@ -272,13 +300,16 @@ class DpoSection:
         "compute the reference's log-probabilities once, before the first step, and keep them on disk: no reference in memory",
     )
     precompute_ref_batch_size: int | None = option(
-        None, "rows, or packs, at once for that; none = evaluate.per_device_eval_batch_size", at_least=1
+        None,
+        "rows, or packs, at once for that; none = evaluate.per_device_eval_batch_size",
+        at_least=1,
+        at_most=MAX_BATCH,
     )
     sync_ref_model: bool = option(False, "TR-DPO: let the reference follow the policy")
     ref_model_mixup_alpha: float = option(
         0.6, "TR-DPO: the part of the policy in the new reference", above=0, at_most=1
     )
-    ref_model_sync_steps: int = option(512, "TR-DPO: every so many steps", at_least=1)
+    ref_model_sync_steps: int = option(512, "TR-DPO: every so many steps", at_least=1, at_most=MAX_STEPS)
     share_prompt: bool = option(
         False, "both answers of a pair follow one copy of the prompt: the same numbers from fewer tokens"
     )
@@ -290,7 +321,7 @@ class EvaluateSection:
     """Loss on held-out rows, and sampled answers."""
 
     eval_steps: int | Literal["epoch", "never"] = option(
-        500, "evaluate every so many steps, or after every epoch, and at the end", at_least=1
+        500, "evaluate every so many steps, or after every epoch, and at the end", at_least=1, at_most=MAX_STEPS
     )
     eval_on_start: bool = option(False, "evaluate before the first step too")
     metric_for_best_model: str | None = option(
@@ -304,12 +335,12 @@ class EvaluateSection:
         None, "stop after so many evaluations in a row that are not better", at_least=1
     )
     early_stopping_threshold: float = option(0.0, "by how much they must be better", at_least=0)
-    per_device_eval_batch_size: int = option(8, "rows, or packs, of an evaluation batch", at_least=1)
+    per_device_eval_batch_size: int = option(8, "rows, or packs, of an evaluation batch", at_least=1, at_most=MAX_BATCH)
     generate_data: str | None = option(
         None, "prompt/completion rows to answer by sampling, scored by exact match", is_path="data"
     )
     generate_group_field: str | None = option(None, "report the exact match for each value of this field")
-    max_new_tokens: int = option(64, "length limit of a sampled answer", at_least=1)
+    max_new_tokens: int = option(64, "length limit of a sampled answer", at_least=1, at_most=2**20)
     generate_samples_shown: int = option(5, "answers printed", at_least=0)
 
 
@@ -318,7 +349,7 @@ class CheckpointSection:
     """What is saved, and where a run starts again."""
 
     save_steps: int | Literal["epoch", "never"] = option(
-        500, "save every so many steps, or after every epoch, and at the end", at_least=1
+        500, "save every so many steps, or after every epoch, and at the end", at_least=1, at_most=MAX_STEPS
     )
     save_total_limit: int = option(
         3, "verified checkpoints kept, besides the best one and those with a file `keep` in their folder", at_least=1
@@ -353,7 +384,7 @@ class AuditSection:
 class LogSection:
     """The console and the trackers; metrics always go to output_dir as JSONL."""
 
-    logging_steps: int = option(10, "log every so many steps", at_least=1)
+    logging_steps: int = option(10, "log every so many steps", at_least=1, at_most=MAX_STEPS)
     zero_update_fraction: bool | None = option(
         None, "log the share of the weights that a step's update did not change; none = only for bf16 weights"
     )

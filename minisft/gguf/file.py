@@ -6,6 +6,7 @@ what the run exports is a Hugging Face folder.
 """
 
 import math
+import os
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisft.errors import MODEL, UserError
+from minisft.files import open_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,12 +39,12 @@ class GgufFile:
 
 def is_gguf(path: Path | str) -> bool:
     """Whether the path names a GGUF file that exists."""
-    return Path(path).suffix.lower() == ".gguf" and Path(path).expanduser().is_file()
+    return Path(path).suffix.lower() == ".gguf" and os.path.isfile(os.path.expanduser(path))
 
 
 def open_gguf(path: Path | str) -> GgufFile:
     """The file, its tensors as memory maps. Raises UserError (exit code MODEL) if it cannot be read."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     status = path.stat()
     return _open(path, status.st_size, status.st_mtime_ns)
 
@@ -54,7 +56,7 @@ def _open(path: Path, _size: int, _time: int) -> GgufFile:
     except ImportError:
         hint = "install it: pip install 'minisft[gguf]'"
         raise UserError(f"{path}: reading GGUF needs the library gguf", hint=hint, exit_code=MODEL) from None
-    with open(path, "rb") as file:
+    with open_file(path, exit_code=MODEL) as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"{path} is not a GGUF file", hint="download it again", exit_code=MODEL)
     try:

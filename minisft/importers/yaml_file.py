@@ -5,6 +5,7 @@ that is given twice, the second silently wins (refused here); and aliases may co
 lines (values are counted with aliases written out).
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import yaml
 
 from minisft.errors import CONFIG, UserError
-from minisft.strict_json import read_json
-from minisft.units import size
+from minisft.files import read_file
+from minisft.strict_json import parse_json
 
 MAX_BYTES, MAX_VALUES, MAX_KEYS, MAX_DEPTH = 2**20, 50_000, 5000, 20
 
@@ -32,17 +33,14 @@ class _Loader(yaml.SafeLoader):
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The table of a .yaml, .yml or .json file. Raises UserError (exit code 2) for anything else."""
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: there is no such file", hint=f"the working directory is {Path.cwd()}")
+    data = read_file(path, exit_code=CONFIG, at_most=MAX_BYTES)
     try:
-        if (num_bytes := path.stat().st_size) > MAX_BYTES:
-            raise UserError(f"{path} has {size(num_bytes)}", hint="name the configuration of a run, not its data")
         if path.suffix == ".json":
-            table = read_json(path, exit_code=CONFIG)
+            table = parse_json(data, str(path), exit_code=CONFIG)
         else:
-            table = yaml.load(path.read_bytes().decode("utf-8-sig"), Loader=_Loader)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file", hint=f"the working directory is {Path.cwd()}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}", hint="name a YAML or JSON file") from None
+            table = yaml.load(data.decode("utf-8-sig"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise

@@ -9,6 +9,7 @@ A folder that a run wrote has a manifest, from which one hash of its contents is
 hash in its checkpoints: resuming from another starting model would mix two runs, and is refused.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def find_start(path_or_repo: str | Path, revision: str | None = None, *, local_f
     if not is_adapter(folder):
         return Start(str(folder), None, folder, None, contents_id(folder))
     base, base_revision = base_of(folder)
-    if Path(base).expanduser().is_dir() and is_adapter(model_folder(Path(base).expanduser())):
+    if os.path.isdir(found := os.path.expanduser(base)) and is_adapter(model_folder(Path(found))):
         hint = "merge that one first (minisft export --merge), and train an adapter beside the merged model"
         raise UserError(f"{folder / CONFIG_FILE}: the base {base} is an adapter itself", hint=hint, exit_code=MODEL)
     try:
@@ -62,13 +63,13 @@ def _without_base(folder: Path, base: str, problem: str) -> UserError:
 def tokenizer_source(path_or_repo: str, revision: str | None) -> tuple[str, str | None]:
     """(path or repository, revision) of a model's tokenizer. An adapter that came without one uses that of its base.
     Downloads nothing. Raises UserError (exit code MODEL) if that base is neither a folder nor a repository's name."""
-    folder = Path(path_or_repo).expanduser()
+    folder = Path(os.path.expanduser(path_or_repo))
     if not folder.is_dir() or (folder / "tokenizer.json").exists():
         return path_or_repo, revision
     folder = model_folder(folder)
     if is_adapter(folder) and not (folder / "tokenizer.json").exists():
         base, base_revision = base_of(folder)
-        if not Path(base).expanduser().is_dir() and not hub.is_repository_name(base):
+        if not os.path.isdir(os.path.expanduser(base)) and not hub.is_repository_name(base):
             raise _without_base(folder, base, "there is no such folder")
         return base, base_revision
     return str(folder), revision
