@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from minisft import memory
 from minisft.commands import init
 from minisft.config.load import load
 from minisft.config.stages import load_stages
@@ -135,7 +136,7 @@ def test_the_data_decides_the_length_and_the_number_of_steps(folder, trainer, nu
 def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
     (tmp_path / "limit").write_text("3000000000\n")
     (tmp_path / "none").write_text("max\n")
-    monkeypatch.setattr(detect, "CGROUP_LIMITS", (tmp_path / "none", tmp_path / "absent", tmp_path / "limit"))
+    monkeypatch.setattr(memory, "CGROUP_LIMITS", (tmp_path / "none", tmp_path / "absent", tmp_path / "limit"))
     assert detect.cpu_gigabytes() == 3.0
 
 

@@ -1,6 +1,7 @@
 """Loading and saving: what comes back is what was stored, and what is wrong is named."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -10,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, tiny
 
 from minisft import hub
-from minisft.errors import MODEL, UserError
+from minisft.errors import MEMORY, MODEL, UserError
 from minisft.model.decoder import Decoder
 from minisft.model.families import FAMILIES, from_hf
-from minisft.model.load import build_model, init_weights, load_model, load_weights, read_config
+from minisft.model.load import build_model, give_memory, init_weights, load_model, load_weights, read_config
 from minisft.model.model_config import with_vocab_size
 from minisft.model.save import save_model
 
@@ -225,6 +226,14 @@ def index(weight_map):
     return apply
 
 
+def pipe(name: str):
+    def apply(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return apply
+
+
 SHARD = "model-00001-of-00001.safetensors"
 BAD = {
     "a Git LFS pointer": (
@@ -252,6 +261,13 @@ BAD = {
     "index leads outside": (index(lambda names: dict.fromkeys(names, "../model.safetensors")), "'../model.safe"),
     "index names no file": (index(lambda names: dict.fromkeys(names, 7)), "7 is not the name"),
     "index names another format": (index(lambda names: dict.fromkeys(names, "model.bin")), "model.bin"),
+    "index names a long file": (index(lambda names: dict.fromkeys(names, "a" * 5000 + ".safetensors")), "'aaaa"),
+    "index names a file with a NUL": (index(lambda names: dict.fromkeys(names, "a\0.safetensors")), "is not the name"),
+    "long names of tensors": (edit(lambda t: t.update({"layers." + "a" * 5000: torch.ones(1)})), "5,007 characters"),
+    "a pipe as config": (pipe("config.json"), "config.json: a pipe (FIFO), not a regular file"),
+    "a pipe as weights": (pipe("model.safetensors"), "no model.safetensors"),
+    "a pipe as generation config": (pipe("generation_config.json"), "a pipe (FIFO), not a regular file"),
+    "a generation config of another kind": (overwrite("generation_config.json", b"[]"), "expected an object"),
     "index without map": (index(lambda names: []), "no weight_map"),
     "a shard is missing": (index(lambda names: dict.fromkeys(names, "b.safetensors")), "1 of 1 weight files"),
     "index lists more": (index(lambda names: dict.fromkeys([*names, "more"], SHARD)), "disagree about more"),
@@ -268,8 +284,39 @@ def test_bad_folders(tmp_path, damage, named):
     damage(tmp_path)
     with pytest.raises(UserError) as caught:
         load_model(tmp_path)
-    assert named in str(caught.value)
+    assert named in str(caught.value) and len(str(caught.value)) < 4000
     assert caught.value.exit_code == MODEL
+
+
+def test_a_model_larger_than_memory_is_refused_before_it_takes_any(tmp_path, monkeypatch):
+    """By its size in the dtype asked for, wherever memory is given; one that just fits is built."""
+    config = from_hf(LLAMA | {"vocab_size": 10**7, "hidden_size": 2**20, "tie_word_embeddings": True})
+    for make in (lambda: build_model(config, "cpu"), lambda: give_memory(build_model(config).bfloat16(), "cpu")):
+        with pytest.raises(
+            UserError, match=r"the model in (float32|bfloat16) needs [24]\d\.\d TB, and there are"
+        ) as caught:
+            make()
+        assert caught.value.exit_code == MEMORY
+    save_model(tiny(TIED), tmp_path)
+    size = sum(p.nbytes for p in tiny(TIED).parameters())
+    monkeypatch.setattr("minisft.model.load.memory_bytes", lambda: size)
+    load_model(tmp_path)
+    monkeypatch.setattr("minisft.model.load.memory_bytes", lambda: size - 1)
+    with pytest.raises(UserError, match="memory"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("number", [10**18, "7", None])
+def test_layers_that_predict_further_tokens_may_be_any_number(tmp_path, number):
+    """A file with a layer too many is told at once, whatever config.json says about layers behind the last one."""
+    save_model(tiny(TIED), tmp_path)
+    table = json.loads((tmp_path / "config.json").read_text()) | {"num_nextn_predict_layers": number}
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    edit(
+        lambda t: t.update({"model.layers.x.norm.weight": torch.ones(1), f"model.layers.{'9' * 5000}": torch.ones(1)})
+    )(tmp_path)
+    with pytest.raises(UserError, match="2 unexpected"):
+        load_model(tmp_path)
 
 
 def test_values_too_large_for_the_dtype(tmp_path):

@@ -1,6 +1,7 @@
 """Adapters: the base untouched, PEFT's files in both directions, merging."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from tiny_models import CONFIGS, stream, tiny
 from tolerance import relative_error
 
 from minisft.errors import UserError
-from minisft.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from minisft.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, load_adapted, load_adapter, save_adapter
 from minisft.model.lora import LoraLinear, adapter_disabled, adapter_sites, adapters, apply_lora, merge_adapter
 from minisft.model.lora_options import LoraOptions
 from minisft.model.save import save_model
+from minisft.model.start import find_start
 
 # Plain, windows with norms of heads, stacked, stacked head by head, stacked and transposed.
 FAMILIES = ("llama", "gemma3_text", "phi3", "gpt_neox", "gpt2")
@@ -194,6 +196,21 @@ def test_names_that_fit_nothing_are_refused(options, message):
         ({"lora_bias": True}, "lora_bias = True is not supported"),
         ({"r": None}, "TypeError"),
         ({"r": 3}, "not the tensors that this model's adapter has"),
+        ({"r": 10**30}, "r = 1000000000000000000000000000000 is out of range"),
+        ({"r": "4"}, "r = 4 is out of range or of another kind"),
+        ({"lora_alpha": [1]}, "lora_alpha"),
+        ({"lora_dropout": 2}, "lora_dropout"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+        ({"rank_pattern": [1]}, "rank_pattern"),
+        ({"rank_pattern": {"(": 1}}, "error: missing"),
+        ({"alpha_pattern": {"q_proj": [[]]}}, "alpha_pattern"),
+        ({"target_modules": [7]}, "target_modules"),
+        ({"target_modules": "(("}, "error: missing"),
+        ({"target_modules": "a{99999999999}"}, "OverflowError"),
+        ({"layers_to_transform": [10**30]}, "layers_to_transform"),
+        ({"modules_to_save": [None]}, "modules_to_save"),
+        ({"trainable_token_indices": 1}, "trainable_token_indices"),
+        ({"trainable_token_indices": {"embed_tokens": [10**30]}}, "trainable_token_indices"),
         ({"target_modules": ["q_proj"]}, "not the tensors that this model's adapter has: base_model"),
     ],
 )
@@ -211,6 +228,21 @@ def test_a_damaged_adapter_is_a_users_mistake(tmp_path):
     (tmp_path / WEIGHTS_FILE).write_bytes(b"no tensors")
     with pytest.raises(UserError, match="not a readable safetensors file"):
         load_adapter(tiny("llama"), tmp_path)
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}: a pipe"):
+            load_adapter(tiny("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("base", ["a" * 5000, "a\0b", "~nobody1/a", "/" * 5000, "../" * 2000, "a b"])
+def test_a_base_that_is_no_path_is_told(tmp_path, base):
+    save_adapter(adapted(), tmp_path, base=base)
+    with pytest.raises(UserError) as mistake:
+        load_adapted(tmp_path)
+    assert mistake.value.exit_code == 66 and len(str(mistake.value)) < 12_000
+    with pytest.raises(UserError):
+        find_start(tmp_path)
 
 
 # ---- PiSSA, and rows of new tokens -------------------------------------------------------------------------------------

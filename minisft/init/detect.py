@@ -22,11 +22,11 @@ from minisft.gguf.config import config_of
 from minisft.gguf.file import is_gguf, open_gguf
 from minisft.hub import is_repository_name
 from minisft.init.propose import Hardware, Rows, Size, size_from_config, size_from_name
+from minisft.memory import memory_bytes
 from minisft.strict_json import read_json
 
 OF_THE_DATA = ("data.train_data", "data.eval_data", "data.format", "data.field_map", "data.dataset_text_field",
                "data.eval_fraction", "evaluate.generate_data", "evaluate.generate_group_field", "output_dir")  # fmt: skip
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # version 2, 1
 READY_FOR = re.compile(r"^# Hardware: ((?:one GPU|(\d+) GPUs) with (\d+) GB)", re.MULTILINE)  # in their headers
 
 
@@ -34,17 +34,7 @@ MOST_ROWS = 100_000  # are read to measure a data set; more are a long run in an
 
 
 def cpu_gigabytes() -> float:
-    """The memory of this machine, or of the container (cgroup) that the program runs in if that is less."""
-    try:
-        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    except (AttributeError, ValueError, OSError):
-        sizes = [16_000_000_000]
-    for path in CGROUP_LIMITS:
-        try:
-            sizes.append(int(path.read_text()))
-        except (OSError, ValueError):  # absent, or "max"
-            pass
-    return min(sizes) / 1e9
+    return memory_bytes() / 1e9
 
 
 def detected_hardware() -> str:

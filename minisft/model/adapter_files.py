@@ -13,15 +13,18 @@ quantization_config.json says how, because PEFT's config has no field for it. Wi
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minisft.errors import MODEL, UserError
+from minisft.errors import MODEL, UserError, shortened
+from minisft.files import require_file
 from minisft.gguf.file import is_gguf
 from minisft.model.decoder import Decoder
 from minisft.model.load import load_model
@@ -46,6 +49,41 @@ NOT_COMPUTED = {
     "use_qalora": (False, None),
     # Other initialisations change the base's weights. PEFT writes True after converting such an adapter to a plain one.
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
+
+
+def _numbers(kind: type, low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: type(value) in (kind, int) and low <= value <= high
+
+
+def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _table_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+RANK, ALPHA, LAYER, TOKEN = (
+    _numbers(int, 1, 2**16),
+    _numbers(float, 0, 1e6),
+    _numbers(int, 0, 10_000),
+    _numbers(int, 0, 2**31 - 1),
+)
+SHAPES = {  # the keys that are read, unless they are null: what they may be, with the bounds of the section [lora]
+    "r": (RANK,),
+    "rank_pattern": (_table_of(RANK),),
+    "lora_alpha": (ALPHA,),
+    "alpha_pattern": (_table_of(ALPHA),),
+    "lora_dropout": (_numbers(float, 0, 1),),
+    "target_modules": (_is_text, _list_of(_is_text)),
+    "modules_to_save": (_list_of(_is_text),),
+    "layers_to_transform": (LAYER, _list_of(LAYER)),
+    "trainable_token_indices": (_list_of(TOKEN), _table_of(_list_of(TOKEN))),
 }
 
 
@@ -146,6 +184,7 @@ def least_vocab_size(folder: Path) -> int:
 def load_adapter_weights(model: Decoder, folder: Path | str) -> None:
     """Load the weights of an adapter that `model` has already. Raises UserError (exit code MODEL) if names or shapes differ."""
     path, wanted = Path(folder) / WEIGHTS_FILE, adapter_tensors(model)
+    require_file(path, exit_code=MODEL)  # safe_open would wait for a pipe
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}
@@ -188,6 +227,9 @@ def read_options(model: Decoder, folder: Path) -> LoraOptions:
     targets = config.get("target_modules")
     ours = {theirs: name for name, theirs in _file_names(model).items()}
     try:
+        patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+        for pattern in [*patterns, targets] if isinstance(targets, str) else patterns:
+            re.compile(pattern)
         return LoraOptions(
             r=int(config["r"]),
             lora_alpha=float(config["lora_alpha"]),
@@ -201,7 +243,7 @@ def read_options(model: Decoder, folder: Path) -> LoraOptions:
             modules_to_save=tuple(ours.get(name, name) for name in config.get("modules_to_save") or ()),
             trainable_token_indices={ours.get(k, k): tuple(map(int, ids)) for k, ids in _by_module(config).items()},
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, re.error) as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}", hint="is it PEFT's?", exit_code=MODEL) from error
 
 
@@ -210,6 +252,12 @@ def _read_config(folder: Path) -> dict:
     if not isinstance(config, dict):
         problem = f"{folder / CONFIG_FILE}: expected an object, found {type(config).__name__}"
         raise UserError(problem, hint="is it PEFT's?", exit_code=MODEL)
+    for key, shapes in SHAPES.items():
+        if config.get(key) is not None and not any(fits(config[key]) for fits in shapes):
+            problem = (
+                f"{folder / CONFIG_FILE}: {key} = {shortened(str(config[key]), 60)} is out of range or of another kind"
+            )
+            raise UserError(problem, hint="is it PEFT's?", exit_code=MODEL)
     return config
 
 

@@ -21,6 +21,7 @@ from minisft import hub
 from minisft.errors import MODEL, UserError
 from minisft.gguf.config import config_of, generation_config_of
 from minisft.gguf.file import is_gguf, open_gguf
+from minisft.memory import memory_bytes, require_memory
 from minisft.model.decoder import Decoder
 from minisft.model.families import from_hf
 from minisft.model.lora import adapter_sites
@@ -36,11 +37,26 @@ VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # they h
 
 
 def build_model(config: ModelConfig, device: torch.device | str = "meta") -> Decoder:
-    """A decoder in training mode with uninitialised weights. On meta it has no memory yet: call `model.to_empty(device=...)`.
-    Then fill it by init_weights or load_weights."""
+    """A decoder in training mode with uninitialised weights. On meta it has no memory yet: call `give_memory`. Then fill it by
+    init_weights or load_weights."""
     with torch.device("meta"):
         model = Decoder(config)
-    return model if torch.device(device).type == "meta" else model.to_empty(device=device)
+    return model if torch.device(device).type == "meta" else give_memory(model, device)
+
+
+def give_memory(model: Decoder, device: torch.device | str) -> Decoder:
+    """The model of build_model on a device. Raises UserError (exit code MEMORY) if the device cannot hold it."""
+    device, tensors = torch.device(device), [*model.parameters(), *model.buffers()]
+    is_cuda = device.type == "cuda"
+    there = torch.cuda.get_device_properties(device).total_memory if is_cuda else memory_bytes()
+    hint = "take a smaller model, weights_dtype = 'bf16', or with [lora] load_in_4bit"
+    require_memory(
+        sum(t.nbytes for t in tensors),
+        there,
+        f"the model in {str(model.head_weight.dtype).removeprefix('torch.')}",
+        hint,
+    )
+    return model.to_empty(device=device)
 
 
 def init_weights(model: Decoder, seed: int) -> None:
@@ -72,10 +88,15 @@ def read_config(folder: Path | str, *, max_length: int | None = None) -> ModelCo
     """The config.json of a model folder, or that of a GGUF file; max_length as in from_hf. Raises UserError (exit code MODEL)."""
     if is_gguf(folder):
         return from_hf(config_of(open_gguf(folder)), max_length=max_length)
-    hf = read_json(Path(folder) / "config.json", exit_code=MODEL)
-    if not isinstance(hf, dict):
-        raise UserError(f"{folder}/config.json: expected an object, found {type(hf).__name__}", exit_code=MODEL)
-    return from_hf(hf, max_length=max_length)
+    return from_hf(read_object(Path(folder) / "config.json"), max_length=max_length)
+
+
+def read_object(path: Path) -> dict:
+    """The table in a JSON file of a model. Raises UserError (exit code MODEL) for any other value."""
+    table = read_json(path, exit_code=MODEL)
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: expected an object, found {type(table).__name__}", exit_code=MODEL)
+    return table
 
 
 def load_model(
@@ -95,7 +116,7 @@ def load_model(
     config = read_config(folder, max_length=max_length)
     model = build_model(with_vocab_size(config, max(config.vocab_size, least_vocab_size))).to(dtype)
     place_quantized(model, folder, quantization)
-    model.to_empty(device=device)
+    give_memory(model, device)
     load_weights(model, folder)
     return model.eval()
 
@@ -142,7 +163,7 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
     """
     folder, config = Path(source), model.config
     parameters, device = named_weights(model), model.head_weight.device
-    assert not any(p.is_meta for p in model.parameters()), "give the model memory first: to_empty()"
+    assert not any(p.is_meta for p in model.parameters()), "give the model memory first"
     wanted = {bare(name): stored for name, stored in stored_tensors(config, parameters).items()}
     found, others = read_headers(folder, config)
     packed = take_parts(found)
@@ -174,7 +195,7 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
         model.generation_config = generation_config_of(open_gguf(folder))
     else:
         generation = folder / "generation_config.json"
-        model.generation_config = read_json(generation, exit_code=MODEL) if generation.exists() else {}
+        model.generation_config = read_object(generation) if generation.exists() else {}
     lines = [f"{added} new tokens start at the mean of the {config.vocab_size - added:,} others"] if added else []
     return lines + describe_others(others)
 

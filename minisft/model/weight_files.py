@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minisft.errors import MODEL, UserError
+from minisft.errors import MODEL, UserError, shortened
+from minisft.files import open_file, require_file
 from minisft.gguf.file import is_gguf, open_gguf
 from minisft.gguf.tensors import GgufTensor, gguf_tensors
 from minisft.model.model_config import ModelConfig
@@ -71,7 +72,8 @@ def read_headers(folder: Path, config: ModelConfig) -> tuple[dict[str, FileTenso
                 tensor = FileTensor(path, name, part.get_shape(), part.get_dtype())
                 key = usual_name(config, bare(name))
                 first, _, rest = key.partition(".")
-                is_further = first == layers and rest.partition(".")[0] in map(str, further)
+                number = rest.partition(".")[0]
+                is_further = first == layers and number.isdecimal() and len(number) < 10 and int(number) in further
                 if first not in parts or is_further or BUFFERS.search(name):
                     others[name] = tensor
                 elif key in text:
@@ -100,8 +102,9 @@ def weight_files(folder: Path) -> Mapping[Path, set[str] | None]:
     files: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
         # A path could lead out of the folder.
-        if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", file, re.ASCII):
-            raise UserError(f"{folder / INDEX}: {file!r} is not the name of a safetensors file", exit_code=MODEL)
+        if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]{0,200}\.safetensors", file, re.ASCII):
+            shown = shortened(repr(file), 60)
+            raise UserError(f"{folder / INDEX}: {shown} is not the name of a safetensors file", exit_code=MODEL)
         files.setdefault(folder / file, set()).add(name)
     missing = sorted(path.name for path in files if not path.is_file())
     if missing:
@@ -114,11 +117,12 @@ def weight_files(folder: Path) -> Mapping[Path, set[str] | None]:
 
 
 def open_weights(path: Path) -> safe_open:
+    require_file(path, exit_code=MODEL)  # safe_open would wait for a pipe
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         reason = str(error)[:100]
-    with open(path, "rb") as file:
+    with open_file(path, exit_code=MODEL) as file:
         start = file.read(64)
     problem = f"not a complete safetensors file ({reason})"
     if start.startswith(b"version https://git-lfs"):
@@ -137,4 +141,5 @@ def bare(name: str) -> str:
 
 def some(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    shown = ", ".join(shortened(name, 200) for name in names[:10])
+    return shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -30,14 +30,21 @@ from minisft.model.adapter_files import (
 )
 from minisft.model.decoder import Decoder
 from minisft.model.families import from_hf
-from minisft.model.load import build_model, init_weights, load_weights, place_quantized, read_config
+from minisft.model.load import (
+    build_model,
+    give_memory,
+    init_weights,
+    load_weights,
+    place_quantized,
+    read_config,
+    read_object,
+)
 from minisft.model.lora import apply_lora, merge_adapter
 from minisft.model.lora_options import LoraOptions
 from minisft.model.model_config import ModelConfig, longest_tree, with_vocab_size, without_dropout
 from minisft.model.quantized import Quantization, describe_quantized, named_weights, quantization_of, read_record
 from minisft.model.start import Start, find_start
 from minisft.prepare.data import titled
-from minisft.strict_json import read_json
 from minisft.units import size
 
 
@@ -55,7 +62,7 @@ def prepare_model(
     model_config, origin, notes = resolve_model_config(config, tokenizer, start, highest_id)
     model, lines = fill_model(config, model_config, start, device)
     if start is not None and start.adapter is not None and (start.adapter / "generation_config.json").exists():
-        model.generation_config = read_json(start.adapter / "generation_config.json", exit_code=MODEL)
+        model.generation_config = read_object(start.adapter / "generation_config.json")
     model.gradient_checkpointing = section.gradient_checkpointing is True
     model.gradient_checkpointing_every = section.gradient_checkpointing_every
     model.offload_activations = section.offload_activations
@@ -122,12 +129,12 @@ def fill_model(
     """The model with its weights, random or loaded, an adapter merged where lora.r is "none"; notes about them."""
     model, dtype = build_model(model_config), runtime.DTYPES[config.train.weights_dtype]
     if start is None:
-        init_weights(model.to(dtype).to_empty(device=device), config.train.seed)
+        init_weights(give_memory(model.to(dtype), device), config.train.seed)
         return model, []
     merges = start.adapter is not None and config.lora.r is None
     model.to(torch.float32 if merges else dtype)
     place_quantized(model, start.folder, quantization_for(config.model, start))
-    lines = list(load_weights(model.to_empty(device=device), start.folder))
+    lines = list(load_weights(give_memory(model, device), start.folder))
     if merges:
         was = quantization_of(model)
         merge_adapter(load_adapter(model, start.adapter)).to(dtype)
