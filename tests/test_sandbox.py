@@ -3,12 +3,16 @@
 import resource
 import time
 
+import jinja2
 import pytest
 
 from minisft.data.chat import sandbox
+from minisft.data.chat.dialogue import Masking
+from minisft.data.chat.masks import render_conversation
 from minisft.data.chat.template import ChatTemplate, render
 from minisft.data.chat.training_templates import CHATML
 from minisft.data.rows import RowError
+from minisft.errors import MODEL, UserError
 
 DOUBLING = "{% set ns = namespace(s='12345678') %}{% for i in range(60) %}{% set ns.s = ns.s OP ns.s %}{% endfor %}"
 ATTACKS = {
@@ -75,3 +79,80 @@ def test_measured_operations_give_what_they_gave():
     assert render(ChatTemplate(text), []) == "  a  |aaa|32|  7|a-b|1-2"
     text = "{{ '{:>3}'.format(7) }}|{{ 'a\nb' | indent(2) }}|{{ '-'.join(['a', 'b']) }}|{{ [1] * 2 }}|{{ 7 % 4 }}"
     assert render(ChatTemplate(text), []) == "  7|a\n  b|a-b|[1, 1]|3"
+
+
+# ------------------------------------------------------------------------------------------------- compiling
+
+LARGE = {  # templates of n parts; compiling them takes time in proportion
+    "a sum in a list": lambda n: "{{ [" + "~".join(["a"] * n) + "] | length }}",
+    "texts in a list": lambda n: "{{ [" + "~".join(["'b'"] * n) + ", a] | length }}",
+    "sums": lambda n: "{% set b = a ~ 'b' ~ a %}" * (n // 8),
+    "a list in lists": lambda n: "{{ " + "[" * 20 + "1," * n + "1" + "]" * 20 + " | length }}",
+    "a list with names": lambda n: "{{ [" + "a," * n + "a] | length }}",
+    "outputs": lambda n: "{{ a }}" * (n // 4),
+    "blocks": lambda n: "{% generation %}{{ a }}{% endgeneration %}" * (n // 16),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_compiling_takes_time_in_proportion_to_the_template(name):
+    """Its walk through the syntax tree was quadratic: 28 s for a sum of 4,000 parts. The rest is Jinja's and Python's."""
+    times = []
+    for n in (500, 4000):
+        began = time.process_time()
+        try:
+            render(ChatTemplate(LARGE[name](n)), [], a="")
+        except UserError as error:
+            assert "cannot be compiled" in str(error) and error.exit_code == MODEL
+        times.append(time.process_time() - began)
+    assert times[1] < 40 * times[0] + 0.2, times  # 8 in proportion, 64 if it were quadratic
+
+
+def test_a_template_has_a_largest_size():
+    most = sandbox.MAX_TEMPLATE
+    assert render(ChatTemplate("a" * most), []) == "a" * most
+    with pytest.raises(
+        UserError, match=f"the chat template has {most + 1:,} characters, at most {most:,} are read"
+    ) as error:
+        render(ChatTemplate("a" * (most + 1)), [])
+    assert error.value.exit_code == MODEL
+
+
+def test_long_sums_give_what_jinja_gives(monkeypatch):
+    """Also where they are measured: in a list, in an argument, in a block, with values of every kind."""
+    parts = " ~ ".join(["a", "'x'", "1", "none", "true", "b.c", "[1, a]", "1.5", "missing", "{'k': a}"] * 12)
+    text = "{{ [PARTS] | join('|') }};{% set s %}{{ PARTS }}{% endset %}{{ s | upper }};{{ (PARTS).replace('x', 'y') }}"
+    text = text.replace("PARTS", parts)
+    values = {"a": "\u00e4", "b": {"c": [1, "z"]}}
+    plain = jinja2.Environment().from_string(text).render(**values)
+    assert render(ChatTemplate(text), [], **values) == plain
+    monkeypatch.setattr(sandbox, "MAX_SIZE", 10**4)
+    with pytest.raises(RowError, match="LimitError"):
+        render(ChatTemplate("{{ [" + "~".join(["a"] * 100) + "] }}"), [], a="b" * 500)
+
+
+# ------------------------------------------------------------------------------------------------- time
+
+
+def test_a_rendering_has_two_seconds_of_the_processor(monkeypatch):
+    assert sandbox.MAX_SECONDS == 2
+    template = ChatTemplate("{% for i in range(200) %}{% endfor %}x")
+    monkeypatch.setattr(time, "monotonic", lambda: 1e9 * time.process_time())  # a machine on which all others run
+    assert render(template, []) == "x"
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.0)
+    with pytest.raises(RowError, match="LimitError: more than 0 seconds"):
+        render(template, [])
+
+
+def test_all_renderings_of_a_row_have_a_limit_too(monkeypatch):
+    """Turns are found by many renderings: their number is that of the turns, and their length too."""
+    template = ChatTemplate(CHATML)
+    messages = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(40)]
+    masking = Masking(multi_turn="per_turn")
+    assert len(render_conversation(template, messages, masking=masking)) == 20
+    monkeypatch.setattr("minisft.data.chat.masks.MAX_SIZE", 1000)
+    with pytest.raises(RowError, match="too long turn by turn: more than 1,000 characters in"):
+        render_conversation(template, messages, masking=masking)
+    monkeypatch.setattr("minisft.data.chat.dialogue.MAX_ROW_SECONDS", 0.0)
+    with pytest.raises(RowError, match="too long to render"):
+        render_conversation(template, messages, masking=masking)

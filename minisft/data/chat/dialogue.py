@@ -1,12 +1,15 @@
 """A conversation while it is rendered: the template's input, our notes about each message, and the documents that result."""
 
 import os
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minisft.data.chat.inference import PROBE, opens_thought, with_thought
 from minisft.data.chat.template import ChatTemplate, render
 from minisft.data.rows import RowError
+
+MAX_ROW_SECONDS = 120.0  # of the processor, for all renderings of a row
 
 Span = tuple[int, int, int]  # first character, the one after the last, kind | TRAINED
 
@@ -50,8 +53,11 @@ class Conversation:
     prompts: dict[int, str]  # answers after another prompt than the default: how it was chosen. masks.py fills it in
     switch: str = ""  # the value of a switch with which all is rendered, if it is not the default
     is_strict: bool = False  # whether a prompt that ends inside a stretch of whitespace is refused
+    began: float = field(default_factory=time.thread_time)  # the row: turns are found by many renderings
 
     def render(self, stop: int | None = None, **options: Any) -> str:
+        if time.thread_time() - self.began > MAX_ROW_SECONDS:
+            raise RowError("too long to render", f"its turns are not found within {MAX_ROW_SECONDS:g} s")
         return render(self.template, self.messages[:stop], **{**self.given, **options})
 
     def prompt(self, i: int, **switch: Any) -> str:

@@ -32,6 +32,7 @@ inference.py says which prompt an answer is given, and what ends an answer whose
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -45,6 +46,7 @@ from minisft.data.chat.inference import (
     opens_thought,
     switch_values,
 )
+from minisft.data.chat.sandbox import MAX_SIZE
 from minisft.data.chat.spans import THINKING, ended, spans_of
 from minisft.data.chat.template import REFUSED, ChatTemplate
 from minisft.data.chat.training_templates import CHATML, tagged_twin
@@ -121,7 +123,7 @@ def _documents(row: Conversation) -> list[Rendered]:
             errors.append(error)
     try:
         if row.masking.multi_turn != "joint" and sum(row.trained) > 1:
-            return [_alone(options, i) for i, on in enumerate(row.trained) if on]
+            return _not_too_long(_alone(options, i) for i, on in enumerate(row.trained) if on)
     except RowError:
         pass
     try:
@@ -359,7 +361,10 @@ def _per_turn(row: Conversation) -> list[Rendered]:
         raise RowError(
             "train = true outside of an answer", f"message {others[0]}, in a row that is rendered turn by turn"
         )
-    documents = []
+    return _not_too_long(_turns_alone(row))
+
+
+def _turns_alone(row: Conversation) -> Iterator[Rendered]:
     for i in (i for i, on in enumerate(row.trained) if on):
         alone = [n == i for n in range(i + 1)]
         part = replace(row, messages=row.messages[: i + 1], notes=row.notes[: i + 1], trained=alone, prompts={})
@@ -367,8 +372,18 @@ def _per_turn(row: Conversation) -> list[Rendered]:
         text = part.answered(i)  # a thought is put behind all other contents
         answers = [n for n, message in enumerate(part.messages) if message["role"] == "assistant"]
         turns = dict(zip(answers, _turns_by_prefix(part, text, answers)))
-        documents.append(spans_of(part, *ended(part, text, turns), contents, "per_turn"))
-    return documents
+        yield spans_of(part, *ended(part, text, turns), contents, "per_turn")
+
+
+def _not_too_long(documents: Iterable[Rendered]) -> list[Rendered]:
+    """The documents of a row. Raises RowError: those of n turns can be n times as long as the row."""
+    found, size = [], 0
+    for document in documents:
+        found.append(document)
+        size += len(document.text)
+        if size > MAX_SIZE:
+            raise RowError("too long turn by turn", f"more than {MAX_SIZE:,} characters in {len(found):,} documents")
+    return found
 
 
 def _everything(row: Conversation) -> Rendered:

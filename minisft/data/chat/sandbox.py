@@ -34,7 +34,8 @@ try:
 except ImportError:  # Windows: memory is limited by the sizes of values only
     resource = None
 
-MAX_SECONDS = 10.0  # of one rendering
+MAX_TEMPLATE = 2**17  # characters of a template; those of well-known models have some thousand
+MAX_SECONDS = 2.0  # of one rendering, of the processor, so that a busy machine refuses nothing
 MAX_STEPS = 2_000_000  # loop steps and macro calls of one rendering
 MAX_GROWTH = 2**30  # bytes of memory
 MAX_SIZE = 2**24  # characters of the output; characters of one value, with ELEMENT for each thing in a list or dict
@@ -66,12 +67,12 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(**options)
         self.start()
         # Filters, because a call would cost more: the sandbox checks each.
-        self.filters |= {"_steps": self.loop, "_tick": self.tick, "_made": self.made}
+        self.filters |= {"_steps": self.loop, "_tick": self.tick, "_made": self.made, "_joined": self.joined}
         del self.globals["lipsum"]  # makes random text of any length
 
     def start(self) -> None:
         self.steps = self.spent = 0
-        self.deadline = time.monotonic() + MAX_SECONDS
+        self.deadline = time.thread_time() + MAX_SECONDS
         self.memory = None  # read at the first check, because reading takes 20 us, as long as a short rendering
 
     def add_measures(self) -> None:
@@ -104,8 +105,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def _look(self) -> None:
         if self.steps > MAX_STEPS:
             raise LimitError(f"more than {MAX_STEPS:,} steps")
-        if time.monotonic() > self.deadline:
-            raise LimitError(f"more than {MAX_SECONDS:g} seconds")
+        if time.thread_time() > self.deadline:
+            raise LimitError(f"more than {MAX_SECONDS:g} seconds of computing")
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT if resource else 0  # never falls
         self.memory = memory if self.memory is None else self.memory
         if memory - self.memory > MAX_GROWTH:
@@ -116,6 +117,16 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         """Measure a value and return it."""
         self.spend(len(value) if isinstance(value, str) else weight(value))
         return value
+
+    @jinja2.pass_context
+    def joined(self, context: Any, values: tuple) -> str:
+        """What `~` makes of these values."""
+        texts, before = [], self.spent
+        for value in values:
+            texts.append(str(value))
+            self.spend(len(texts[-1]))
+        self.spend(self.spent - before)
+        return "".join(texts)
 
     def spend(self, size: int) -> None:
         """Count a value of this size, which is or will be made."""
@@ -194,10 +205,10 @@ class _Measure(NodeTransformer):
     """Puts ticks and measures into a template."""
 
     def __init__(self) -> None:
-        self.free: set[int] = (
-            set()
-        )  # ids of sums that go straight to the output or into a variable, and are not measured
+        # ids of sums that go straight to the output or into a variable, and are not measured
+        self.free: set[int] = set()
         self.is_buffered = False  # inside a block whose text is collected before it is placed
+        self.num_names = 0  # seen so far
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
         self._free(node.nodes)
@@ -243,17 +254,18 @@ class _Measure(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         is_free = id(node) in self.free
         self.generic_visit(node)
-        if is_free:
-            return node
-        whole = node.nodes[0]
-        for part in node.nodes[1:]:
-            whole = _filter(nodes.Concat([whole, part]).set_lineno(node.lineno), "_made")
-        return whole
+        return node if is_free else _filter(_at(nodes.Tuple(node.nodes, "load"), node.lineno), "_joined")
+
+    def visit_Name(self, node: nodes.Name) -> nodes.Node:
+        self.num_names += 1
+        return node
 
     def _display(self, node: nodes.Node) -> nodes.Node:
+        before = self.num_names
         self.generic_visit(node)
         is_target = getattr(node, "ctx", "load") != "load"
-        return node if is_target or node.find(nodes.Name) is None else _filter(node, "_made")
+        is_constant = self.num_names == before
+        return node if is_target or is_constant else _filter(node, "_made")
 
     visit_List = visit_Tuple = visit_Dict = _display
 
@@ -289,9 +301,13 @@ def _tick(value: nodes.Expr, line: int) -> nodes.Node:
 
 
 def _filter(value: nodes.Node, name: str) -> nodes.Expr:
-    filtered = nodes.Filter(value, name, [], [], None, None)
-    filtered.set_lineno(value.lineno)
-    return filtered
+    return _at(nodes.Filter(value, name, [], [], None, None), value.lineno)
+
+
+def _at(node: Any, line: int) -> Any:
+    """The node, said to be of this line. set_lineno would walk through all that is in it, once for every node around."""
+    node.lineno = line
+    return node
 
 
 # ------------------------------------------------------------------------------------------------- sizes

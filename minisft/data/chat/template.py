@@ -104,6 +104,9 @@ def _compile(template: ChatTemplate) -> jinja2.Template:
             hint="pip install -U 'jinja2>=3.1.6'",
             exit_code=MODEL,
         )
+    if len(template.text) > sandbox.MAX_TEMPLATE:
+        problem = f"the chat template has {len(template.text):,} characters, at most {sandbox.MAX_TEMPLATE:,} are read"
+        raise UserError(problem, exit_code=MODEL)
     environment = sandbox.LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -117,7 +120,13 @@ def _compile(template: ChatTemplate) -> jinja2.Template:
         compiled = environment.from_string(template.text)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template, line {error.lineno}: {error.message}", exit_code=MODEL) from None
-    except (RecursionError, SyntaxError, MemoryError, ValueError) as error:  # nested deeper than Python compiles
+    except (
+        RecursionError,
+        SyntaxError,
+        MemoryError,
+        ValueError,
+        OverflowError,
+    ) as error:  # deeper than Python compiles
         raise UserError(f"the chat template cannot be compiled: {error}", exit_code=MODEL) from None
     compiled.globals = dict(compiled.globals)  # every rendering copies them, and Jinja's ChainMap is slow to copy
     return compiled
