@@ -536,6 +536,19 @@ def test_source_weights_repeat_and_draw(tmp_path):
     assert np.array_equal(again.index, documents.index) and not np.array_equal(other.index, documents.index)
 
 
+def test_an_epoch_has_a_largest_number_of_documents(tmp_path, monkeypatch):
+    """Sources may be repeated 10,000 times each, but an epoch is an array of its documents."""
+    monkeypatch.setattr("minisft.data.documents.MAX_DOCUMENTS", 9)
+    path = jsonl(tmp_path / "a.jsonl", [{"input_ids": [i, i]} for i in range(1, 4)])
+    for weight, is_fine in ((3, True), (3.4, False), (10_000, False)):
+        cache = build(tmp_path, {"path": path, "weight": weight})
+        if is_fine:
+            assert len(select_documents(cache, max_length=None)[0]) == 9
+            continue
+        with pytest.raises(UserError, match="documents an epoch, at most 9"):
+            select_documents(cache, max_length=None)
+
+
 def test_a_held_out_row_is_never_trained(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"input_ids": [1, i]} for i in range(1, 21)])
     documents, _ = select_documents(build(tmp_path, {"path": path, "weight": 3.0}), max_length=None)

@@ -27,6 +27,7 @@ from minisft.data.row_format import TRUNCATIONS
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
 
+MAX_DOCUMENTS = 2**31 - 1  # in an epoch: packs number them in 32 bits
 BLOCK_TOKENS = 2**24  # tokens whose kinds are read at a time, to bound memory
 
 
@@ -90,7 +91,7 @@ def select_documents(
     cut documents into pieces of this length (bfd_split), whose first token is context. Dropped are documents with no target
     left (their first token is never one), and pairs whose two documents are the same after the cut. A source of weight 2.5
     gives every document, or pair, twice, and half of them, drawn once by `seed`, a third time.
-    Raises UserError if truncation is "error" and a document is longer, and if nothing is left.
+    Raises UserError if truncation is "error" and a document is longer, and if nothing or too much is left.
     """
     if truncation not in TRUNCATIONS:
         raise UserError(f"truncation = {truncation!r}", hint=f"one of {', '.join(TRUNCATIONS)}")
@@ -117,6 +118,9 @@ def select_documents(
     accounting = _account(cache, start, end, targets, copies, reasons)
     if not copies.any():
         raise UserError("no row is left to train on\n  " + "\n  ".join(accounting.lines()), exit_code=DATA)
+    if (number := int(copies.sum()) * cache.group) > MAX_DOCUMENTS:
+        hint = "lower the weights of the sources"
+        raise UserError(f"{number:,} documents an epoch, at most {MAX_DOCUMENTS:,}", hint=hint, exit_code=DATA)
     unit = np.repeat(np.arange(len(copies)), copies)
     index = (unit[:, None] * cache.group + np.arange(cache.group)).ravel()
     return Documents(cache, index, start[index], end[index]), accounting

@@ -35,6 +35,7 @@ from minisft.data.kinds import TRAINED
 from minisft.data.row_format import FormatOptions, RowFormat
 from minisft.data.rows import RowError
 from minisft.data.tokenizer import Tokenizer
+from minisft.data.tokenizer_limits import encode_each, encode_one
 from minisft.errors import UserError
 
 ESCAPES = range(0xF0000, 0xFFFFE)  # private-use characters in place of a row's control tokens while it is rendered
@@ -294,24 +295,26 @@ class Encoded:
 
 
 def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[Encoded]:
-    """Encode pieces in one batch on all cores. Raises RowError if a control token cannot be escaped."""
+    """Encode pieces in one batch on all cores. Raises RowError if one fails, or a control token cannot be escaped."""
     return [with_kinds(tokenizer, *both) for both in zip(pieces, raw_encodings(tokenizer, pieces))]
 
 
-def raw_encodings(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[tokenizers.Encoding]:
+def raw_encodings(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[tokenizers.Encoding | RowError]:
     """The part of encode_pieces that is Rust, which releases the interpreter."""
     if not any(piece.continues for piece in pieces):
-        return tokenizer.backend.encode_batch([piece.text for piece in pieces], add_special_tokens=False)
+        return encode_each(tokenizer.backend, [piece.text for piece in pieces], tokenizer.growth)
     encodings = {}
     for continues, backend in ((False, tokenizer.backend), (True, tokenizer.continuing_backend)):
         numbers = [n for n, piece in enumerate(pieces) if piece.continues == continues]
         texts = [pieces[n].text for n in numbers]
-        encodings |= zip(numbers, backend.encode_batch(texts, add_special_tokens=False))
+        encodings |= zip(numbers, encode_each(backend, texts, tokenizer.growth))
     return [encodings[n] for n in range(len(pieces))]
 
 
-def with_kinds(tokenizer: Tokenizer, piece: Piece, encoding: tokenizers.Encoding) -> Encoded:
+def with_kinds(tokenizer: Tokenizer, piece: Piece, encoding: tokenizers.Encoding | RowError) -> Encoded:
     """The part of encode_pieces that is Python, for one piece."""
+    if isinstance(encoding, RowError):
+        raise encoding
     if piece.literal:
         ids, offsets = _encode_literally(tokenizer, piece, encoding)
         kinds, straddling = token_kinds(offsets, piece.spans)
@@ -343,7 +346,7 @@ def _encode_literally(
         if written:
             continues = not tokenizer.has_space_after_special if start else piece.continues
             backend = tokenizer.continuing_literal_backend if continues else tokenizer.literal_backend
-            literal = backend.encode(piece.text[start:end], add_special_tokens=False)
+            literal = encode_one(backend, piece.text[start:end], tokenizer.growth)
             decoded = tokenizer.decode(literal.ids)
             if any(decoded.count(token) < written.count(token) for token in written):
                 raise RowError(

@@ -12,9 +12,11 @@ system turn, the tools and the answer at the end stay.
 """
 
 import json
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import attrgetter
@@ -40,11 +42,14 @@ from minisft.data.row_format import FormatOptions, RowFormat
 from minisft.data.rows import BadRow, Row, RowError, excerpt, place
 from minisft.data.sources import Digests, Source, read_rows
 from minisft.data.tokenizer import Tokenizer
-from minisft.errors import DATA, UserError
+from minisft.errors import DATA, MODEL, UserError
 
-BATCH_ROWS, BATCH_CHARACTERS = 512, 8_000_000  # a batch ends at whichever comes first
+BATCH_ROWS, BATCH_CHARACTERS = 512, 2_000_000  # a batch ends at whichever comes first
 # A thread may wait 5 ms for the interpreter before and after it encodes, and Rust should have the next batch meanwhile.
 THREADS, BATCHES_AT_WORK = 2, 3
+CHARACTERS_AT_WORK = 6_000_000  # in all batches; each takes up to some 250 bytes while it is encoded
+# Seconds of the processor that encoding may take: a tenth of the slowest speed that was measured, 200,000 characters a second.
+SECONDS_AT_LEAST, SLOWEST = 60.0, 20_000
 SHOWN_BAD_ROWS = 5
 TOO_LONG = "too long even without its earlier turns"
 
@@ -100,17 +105,59 @@ def tokenise(
     on_bad_row: "error" raises UserError at the first bad row, "skip" counts bad rows. digests: as in read_rows.
     """
     work = _Work(source, tokenizer, options, on_bad_row, entry, bad_rows, digests)
-    with ThreadPoolExecutor(THREADS) as pool:
-        encoding: deque[tuple[list[_Pending], Future]] = deque()  # batches whose text is being encoded
-        for batch in work.batches():
-            pieces = [piece for part in batch for piece in part.pieces]
-            encoding.append((batch, pool.submit(raw_encodings, tokenizer, pieces)))
-            if len(encoding) > BATCHES_AT_WORK:
-                yield from work.documents(*encoding.popleft())
-        while encoding:
-            yield from work.documents(*encoding.popleft())
+    encoding: deque[tuple[list[_Pending], Future, int]] = deque()  # batches whose text is being encoded, characters
+    slots = threading.Semaphore(THREADS)
+
+    def start(batch: list[_Pending]) -> Future:
+        """The encodings of a batch, by a thread that does not keep the process alive if it never ends."""
+        future: Future = Future()
+        pieces = [piece for part in batch for piece in part.pieces]
+
+        def encode() -> None:
+            with slots:
+                try:
+                    future.set_result(raw_encodings(tokenizer, pieces))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        threading.Thread(target=encode, daemon=True).start()
+        return future
+
+    def documents_of_the_first() -> Iterator[list[Document]]:
+        characters = sum(size for _, _, size in encoding)
+        batch, future, _ = encoding.popleft()
+        _wait(future, characters, batch)
+        yield from work.documents(batch, future)
+
+    for batch in work.batches():
+        characters = _characters(batch)
+        while encoding and sum(size for _, _, size in encoding) + characters > CHARACTERS_AT_WORK:
+            yield from documents_of_the_first()
+        encoding.append((batch, start(batch), characters))
+        if len(encoding) > BATCHES_AT_WORK:
+            yield from documents_of_the_first()
+    while encoding:
+        yield from documents_of_the_first()
     entry["dropped"] = dict(work.dropped)
     entry["strategies"] = {name: rows for name, rows in work.strategies.items() if name}
+
+
+def _wait(future: Future, characters: int, batch: list[_Pending]) -> None:
+    """Wait for a batch. Raises UserError if it takes much longer than these characters can take any honest tokenizer."""
+    seconds = SECONDS_AT_LEAST + characters / SLOWEST
+    end = time.process_time() + seconds
+    while wait([future], timeout=1.0).not_done:
+        if time.process_time() > end:
+            first, last = (place(part.row.file, part.row.line) for part in (batch[0], batch[-1]))
+            raise UserError(
+                f"the tokenizer has computed for {seconds:,.0f} s and is not done with {characters:,} characters",
+                hint=f"a regular expression in its tokenizer.json may have no end; the rows are {first} to {last}",
+                exit_code=MODEL,
+            )
+
+
+def _characters(parts: list[_Pending]) -> int:
+    return sum(len(piece.text) for part in parts for piece in part.pieces)
 
 
 @dataclass
@@ -135,9 +182,13 @@ class _Work:
         for number, row in enumerate(read_rows(self.source, self.digests)):
             self.entry["rows_read"] += 1
             parts = self.parts(number, row)
+            size = _characters(parts)
+            if batch and characters + size > BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
             batch += parts
-            characters += sum(len(piece.text) for part in parts for piece in part.pieces)
-            if len(batch) >= BATCH_ROWS or characters > BATCH_CHARACTERS:
+            characters += size
+            if len(batch) >= BATCH_ROWS:
                 yield batch
                 batch, characters = [], 0
         if batch:
@@ -198,7 +249,9 @@ class _Work:
         if documents:
             yield documents
 
-    def documents_of_row(self, parts: list[_Pending], encoded: Iterator[tokenizers.Encoding]) -> list[Document]:
+    def documents_of_row(
+        self, parts: list[_Pending], encoded: Iterator[tokenizers.Encoding | RowError]
+    ) -> list[Document]:
         """The documents of one row, whose encodings come next from `encoded`; none if the row is bad."""
         assert self.row_format is not None  # the first row decided it
         documents, too_long, error = [], [], None
@@ -346,7 +399,7 @@ def _without_oldest_turns(
 
 def _document(
     part: _Pending,
-    raw: list[tokenizers.Encoding],
+    raw: list[tokenizers.Encoding | RowError],
     row_format: RowFormat,
     tokenizer: Tokenizer,
     options: FormatOptions,

@@ -30,6 +30,7 @@ from minisft.data.chat.template import ChatTemplate, render
 from minisft.data.chat.template_check import ends_of_turns
 from minisft.data.rows import RowError
 from minisft.data.tokenizer_files import Parts, assemble, read_files
+from minisft.data.tokenizer_limits import call, encode_each, encode_one, growth
 from minisft.errors import MODEL, UserError
 from minisft.hub import resolve
 from minisft.strict_json import dump_json
@@ -73,13 +74,18 @@ class Tokenizer:
         ends = [
             text for template in (self.template, self.tool_template) if template for text in ends_of_turns(template)
         ]
-        last = {self.encode(text.rstrip())[-1] for text in ends}
+        last = {i for text in ends for i in self.encode(text.rstrip())[-1:]}
         return (last & self.special_ids) | ({self.eos_token_id} if self.eos_token_id is not None else set())
 
     @cached_property
     def vocab_size(self) -> int:
         """The largest id + 1, counting unused ids below it: the model's embedding needs at least this many rows."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def growth(self) -> int:
+        """The most characters that the normalizer makes of one."""
+        return growth(self.backend.normalizer)
 
     @cached_property
     def control_tokens(self) -> re.Pattern:
@@ -114,8 +120,8 @@ class Tokenizer:
         special = next((t.content for t in self.backend.get_added_tokens_decoder().values() if t.special), None)
         if special is None or not self.has_prefix_space:
             return False
-        after = self.backend.encode(special + "a", add_special_tokens=False).ids[1:]
-        return after != self.continuing_backend.encode("a", add_special_tokens=False).ids
+        after = encode_one(self.backend, special + "a", 1).ids[1:]
+        return after != encode_one(self.continuing_backend, "a", 1).ids
 
     @cached_property
     def literal_backend(self) -> tokenizers.Tokenizer:
@@ -129,15 +135,23 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """The ids of a text; add_special_tokens puts `prefix_ids` before and `suffix_ids` after it."""
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids = encode_one(self.backend, text, self.growth).ids
+        except RowError as error:
+            raise UserError(str(error), exit_code=MODEL) from None
         return self.prefix_ids + ids + self.suffix_ids if add_special_tokens else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of many texts, without special tokens, on all cores."""
-        return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+        encoded = encode_each(self.backend, texts, self.growth)
+        if error := next((one for one in encoded if isinstance(one, RowError)), None):
+            raise UserError(str(error), exit_code=MODEL)
+        return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        return call(
+            self.backend.decode, [int(i) for i in ids], what="decoding", skip_special_tokens=skip_special_tokens
+        )
 
     def decode_between(self, ids: Sequence[int] | np.ndarray, start: int, end: int) -> str:
         """The text of ids[start:end]. By itself it would lose the space before it, if the tokenizer puts one before a text."""
@@ -288,7 +302,10 @@ def _tokenizer(parts: Parts, chat_template_kwargs: dict, template_date: str | No
         text = parts.templates[name]
         return ChatTemplate(text, tuple(parts.special_tokens.items()), day if "strftime_now" in text else "", variables)
 
-    bare, full = (parts.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    bare, full = (
+        call(parts.backend.encode, "a", what="the tokenizer fails on the text a", add_special_tokens=special).ids
+        for special in (False, True)
+    )
     at = next((i for i in range(len(full)) if bare and full[i : i + len(bare)] == bare), len(full))
     return Tokenizer(
         parts.backend,

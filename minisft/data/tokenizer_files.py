@@ -13,6 +13,7 @@ The files that `Tokenizer.save` writes contain the overrides (EOS, padding, temp
 same tokenizer, with transformers or here.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ import tokenizers
 from tokenizers import AddedToken
 
 from minisft.data.chat.training_templates import CHATML
-from minisft.errors import MODEL, UserError
+from minisft.data.tokenizer_limits import call, check_backend
+from minisft.errors import MODEL, UserError, shortened
+from minisft.files import checked_path, read_file
 from minisft.gguf.file import is_gguf, open_gguf
 from minisft.gguf.tokenizer import tokenizer_files
 from minisft.hub import OTHER_TOKENIZERS
@@ -33,6 +36,7 @@ from minisft.strict_json import dump_json, parse_json
 OLDER_FILES = ("special_tokens_map.json", "added_tokens.json")
 FILES = ("tokenizer.json", "tokenizer_config.json", *OLDER_FILES, "chat_template.jinja")
 NAMED_TEMPLATES = "additional_chat_templates"
+MAX_BYTES = 2**28  # of a file
 FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -52,13 +56,13 @@ def read_files(folder: Path) -> dict[str, bytes]:
     if is_gguf(folder):
         return tokenizer_files(open_gguf(folder))
     paths = [folder / name for name in FILES] + sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+    files = {path.relative_to(folder).as_posix(): _read(path) for path in paths if os.path.lexists(path)}
     config = _table(files, "tokenizer_config.json", str(folder))
     if versions := config.pop("fast_tokenizer_files", None):
         files["tokenizer_config.json"] = dump_json(config)
         newest = _for_our_version(versions)
         if (folder / newest).is_file():
-            files["tokenizer.json"] = (folder / newest).read_bytes()
+            files["tokenizer.json"] = _read(folder / newest)
     if "tokenizer.json" not in files:
         others = [name for name in OTHER_TOKENIZERS if (folder / name).exists()]
         raise UserError(
@@ -67,6 +71,10 @@ def read_files(folder: Path) -> dict[str, bytes]:
             exit_code=MODEL,
         )
     return files
+
+
+def _read(path: Path) -> bytes:
+    return read_file(path, exit_code=MODEL, at_most=MAX_BYTES)
 
 
 def _for_our_version(names: object) -> str:
@@ -89,10 +97,10 @@ def assemble(
     new_special_tokens: Sequence[str] = (),
 ) -> Parts:
     """The parts of a tokenizer from its files and the user's overrides (see load_tokenizer). Raises UserError."""
-    try:
-        backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
-    except Exception as error:  # the Rust library raises a bare Exception
-        raise UserError(f"{where}/tokenizer.json: {error}", exit_code=MODEL) from None
+    name = f"{where}/tokenizer.json"
+    text = call(files["tokenizer.json"].decode, "utf-8", what=name)
+    backend = call(tokenizers.Tokenizer.from_str, text, what=name)
+    check_backend(backend, where)
     backend.no_truncation()
     backend.no_padding()
     changes = {name: text for name, text in (("eos_token", eos_token), ("pad_token", pad_token)) if text is not None}
@@ -253,8 +261,8 @@ def _chosen_template(chosen: str, own: dict[str, str]) -> str:
     if "{{" in chosen or "{%" in chosen:
         return chosen
     try:
-        return Path(chosen).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_file(checked_path(chosen, "chat_template")).decode("utf-8")
+    except (UserError, UnicodeDecodeError) as error:
         names = f", or one of the tokenizer's own: {', '.join(sorted(own))}" if own else ""
         hint = f'give "chatml", the path of a .jinja file, the template itself{names}'
-        raise UserError(f"chat_template = {chosen!r}: {error}", hint=hint) from None
+        raise UserError(f"chat_template = {shortened(repr(chosen), 100)}: {error}", hint=hint) from None
