@@ -81,11 +81,12 @@ def parse_json(data: bytes, where: str = "", *, exit_code: int = DATA) -> Any:
 
 def is_depth_at_most(value: Any, depth: int) -> bool:
     """Whether at most so many lists and dicts are inside each other."""
-    level = [value]
-    for _ in range(depth):
-        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
-        level = [value for values in inner for value in values]
-    return not any(isinstance(one, (dict, list)) for one in level)
+    level = [value] if isinstance(value, (dict, list)) else []
+    while level and depth:
+        inner = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [one for values in inner for one in values if isinstance(one, (dict, list))]
+        depth -= 1
+    return not level
 
 
 def read_json(path: Path | str, *, exit_code: int = DATA) -> Any:

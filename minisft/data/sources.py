@@ -32,7 +32,7 @@ from difflib import get_close_matches
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NoReturn, TextIO, cast
+from typing import Any, BinaryIO, NoReturn, TextIO, cast
 
 from minisft.data.hashed_file import open_file
 from minisft.data.parquet import count_parquet, read_parquet
@@ -136,7 +136,8 @@ def parse_source(value: str | dict | Source) -> Source:
     for key, names in lists.items():
         if not all(isinstance(name, str) and name for name in names):
             raise UserError(f"{key} = {table[key]!r} in a data source: expected {LISTS[key]}")
-    if not 0 < (weight := table.get("weight", 1.0)) <= MAX_WEIGHT:
+    weight: Any = table.get("weight", 1.0)  # a number, as was checked above
+    if not 0 < weight <= MAX_WEIGHT:
         bounds = f"expected a number above 0 and at most {MAX_WEIGHT:,}"
         raise UserError(f"weight = {weight} of the data source {table['path']}: {bounds}")
     source = Source(**{**table, "weight": float(weight), **lists})
@@ -431,22 +432,22 @@ class _TableLines:
         return self
 
     def __next__(self) -> str:
-        line = self._read(MAX_ROW_BYTES + 1)
+        line = self.file.readline(MAX_ROW_BYTES + 1)
         if not line:
             raise StopIteration
-        if self.size > MAX_ROW_BYTES:
-            while line and (self.quotes % 2 or not line.endswith(LINE_ENDS)):  # up to the end of the row
-                line = self._read(MAX_HEADER)
-            raise _RowTooLong
-        return line
-
-    def _read(self, at_most: int) -> str:
-        """The next line, or its beginning."""
-        line = self.file.readline(at_most)
-        self.number += line.endswith(LINE_ENDS)
         self.size += len(line)
         self.quotes += line.count('"')
-        return line
+        if self.size <= MAX_ROW_BYTES:
+            self.number += 1
+            return line
+        while line:  # up to the end of the row
+            if line.endswith(LINE_ENDS):
+                self.number += 1
+                if self.quotes % 2 == 0:
+                    break
+            line = self.file.readline(MAX_HEADER)
+            self.quotes += line.count('"')
+        raise _RowTooLong
 
 
 def _read_csv(path: Path, digests: bytes | None) -> Iterator[tuple[int, Row | BadRow]]:

@@ -146,7 +146,7 @@ class Tokenizer:
         encoded = encode_each(self.backend, texts, self.growth)
         if error := next((one for one in encoded if isinstance(one, RowError)), None):
             raise UserError(str(error), exit_code=MODEL)
-        return [encoding.ids for encoding in encoded]
+        return [encoding.ids for encoding in encoded if not isinstance(encoding, RowError)]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         return call(
