@@ -136,7 +136,7 @@ def test_intervals(tmp_path, eval_steps, save_steps, evaluated, saved):
         ({"load_best_model_at_end": True}, "nothing to evaluate"),
         ({"early_stopping_patience": 2, "eval_fraction": 0.1, "eval_steps": "never"}, "nothing is evaluated"),
         ({"early_stopping_threshold": 0.1}, "early_stopping_patience"),
-        ({"eval_steps": "epochs"}, "expected a whole number at least 1 or"),
+        ({"eval_steps": "epochs"}, "expected a whole number at least 1 and"),
     ],
 )
 def test_contradictions(keys, words):

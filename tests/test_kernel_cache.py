@@ -69,7 +69,14 @@ def test_a_kernel_that_has_travelled_is_not_compiled_again(tmp_path):
     if not common.HAS_TRITON:
         pytest.skip("needs Triton")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON")}
-    command = [sys.executable, "-c", TRAVEL, str(tmp_path), "tokenizers safetensors huggingface_hub jinja2 tqdm yaml"]
+    command = [
+        sys.executable,
+        "-u",
+        "-c",
+        TRAVEL,
+        str(tmp_path),
+        "tokenizers safetensors huggingface_hub jinja2 tqdm yaml",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines() == ["Empty", "here compiled", "1", "there found", "0.1"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minisft import loop, runtime, train
+from minisft.prepare import look
 
 
 @pytest.mark.parametrize(
@@ -18,9 +19,9 @@ def test_segments_may_grow_unless_the_user_says_otherwise(monkeypatch, theirs):
     seen = {}
     monkeypatch.setattr(os, "environ", dict(theirs))
     monkeypatch.setattr(train.sys, "platform", "linux")
-    monkeypatch.setattr(train, "_look_for_data", lambda config: None)
+    monkeypatch.setattr(look, "look", lambda stages: None)
     monkeypatch.setattr(loop, "run", lambda config, origins: seen.update(os.environ))
-    train._run([SimpleNamespace(config=None, origins={}, title="")])
+    train._run([SimpleNamespace(config=SimpleNamespace(output_dir="out"), origins={}, title="")])
     ours = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     assert seen == {"GOMP_SPINCOUNT": "20000"} | (theirs or ours)
 
