@@ -356,12 +356,12 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -
 
 def _rotate_rows(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     rotated = cos.shape[-1]
-    turned = x[..., :rotated].to(torch.promote_types(x.dtype, cos.dtype))
+    turned = x[..., :rotated].to(torch.promote_types(x.dtype, cos.dtype), copy=True)
     if interleaved:
         swapped = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
         swapped = turned.roll(rotated // 2, dims=-1)
-    turned = (turned * cos).add_(swapped.mul_(sin)).to(x.dtype)
+    turned = turned.mul_(cos).add_(swapped.mul_(sin)).to(x.dtype)
     return turned if rotated == x.shape[-1] else torch.cat((turned, x[..., rotated:]), dim=-1)
 
 
