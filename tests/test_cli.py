@@ -225,6 +225,32 @@ def test_messages_are_short_and_hold_no_commands_for_a_terminal(folder, loop, ca
 
 # ------------------------------------------------------------------------------------------------- before torch
 
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--model_name_or_path=whole",
+        "--model_name_or_path=whole/model.gguf",
+        "--model_name_or_path=run",
+        "--model_name_or_path=owner/name",
+        "--model_name_or_path=gpt2",
+        "--tokenizer_name_or_path=whole --chat_template=whole/a.jinja",
+        "--chat_template=chatml",
+        "--chat_template={{messages[0].content}}/",
+        "--resume=auto --output_dir=run/x/y",
+    ],
+)
+def test_what_is_there_passes(folder, loop, words):
+    (folder / "whole").mkdir()
+    (folder / "run" / "model").mkdir(parents=True)
+    for name in ("whole/config.json", "run/model/config.json"):
+        (folder / name).write_text('{"model_type": "llama"}')
+    for name in ("tokenizer.json", "model.gguf", "a.jinja"):
+        (folder / "whole" / name).write_text("{}")
+    loop(Outcome())
+    assert train.main(["run.toml", *words.split()]) == 75
+
+
 BROKEN_RUNS = {  # options: (exit code, what is told)
     "--output_dir=": (2, "output_dir = '': the path is empty"),
     "--output_dir=run.toml/x": (SAVE, "run.toml is no folder"),
@@ -240,6 +266,8 @@ BROKEN_RUNS = {  # options: (exit code, what is told)
     "--trainer_type=dpo --ref_model_name_or_path=./empty": (errors.MODEL, "dpo.ref_model_name_or_path = './empty'"),
     "--resume=empty/x": (2, 'checkpoint.resume = "empty/x": no such folder'),
     "--resume=empty": (DATA, "the checkpoint empty does not verify"),
+    "--chat_template=pipes/../pipe.jsonl": (errors.MODEL, "pipe.jsonl: "),
+    "--chat_template=./none.jinja": (errors.MODEL, "none.jinja: No such file or directory"),
     "--trainable=((": (2, "is not a regular expression"),
     "--frozen=a{99999999999}": (2, "is not a regular expression"),
     "--unfreeze={'[' = 1}": (2, "is not a regular expression"),

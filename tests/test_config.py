@@ -1,6 +1,7 @@
 """The configuration: layers and their order, strict keys and values, paths, and the way back to a file."""
 
 import ast
+import datetime
 import importlib.util
 import math
 import os
@@ -350,6 +351,35 @@ def test_the_keys_with_numbers_are_all_found():
 )
 def test_values_inside_tables_and_lists_are_checked(key, value):
     assert f"{key} = " in refused(MINIMAL, {key: value}).message
+
+
+ANYTHING = [
+    math.nan,
+    -3,
+    1e300,
+    10**400,
+    "",
+    "\udc80",
+    "a" * 5000,
+    "\0",
+    "((",
+    [[]],
+    [None],
+    {"a": {}},
+    {"((": 1},
+    {1: 2},
+]
+ANYTHING += [datetime.date(2026, 1, 1), b"a", (1, 2), object(), {"path": "rows.jsonl", "weight": 1e12}]
+
+
+@pytest.mark.parametrize("section", ["", *SECTIONS])
+def test_whatever_a_key_is_given_the_configuration_loads_or_is_refused_in_words(section):
+    for key in (key for key in KEYS if key.rpartition(".")[0] == section):
+        for value in ANYTHING:
+            try:
+                load(MINIMAL, {key: value})
+            except UserError as error:
+                assert error.exit_code == CONFIG and len(str(error)) < 6000, key
 
 
 def test_the_total_batch_has_the_bounds_of_the_accumulation():

@@ -115,7 +115,9 @@ def test_a_text_is_too_long_before_and_after_its_normalisation(tmp_path, monkeyp
         if not is_refused:
             assert encode_one(tokenizer.backend, text, 3).ids == tokenizer.backend.encode(text).ids
             continue
-        with pytest.raises(RowError, match="too long a text: .* characters; at most 100"):
+        with pytest.raises(
+            RowError, match="too long a text: .* characters(, of which the normalizer makes more)?; at most 100"
+        ):
             encode_one(tokenizer.backend, text, 3)
         with pytest.raises(UserError, match="too long a text"):
             tokenizer.encode(text)

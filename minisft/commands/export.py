@@ -40,6 +40,9 @@ def main(argv: list[str]) -> int:
         "--dtype", choices=choices(KEYS["checkpoint.save_dtype"].type), default="bf16", help="of the written weights"
     )
     arguments = parser.parse_args(argv)
+    run, out = Path(checked_path(arguments.run, "the run")), Path(checked_path(arguments.out, "the new folder"))
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists", hint="name a new folder")
 
     from minisft.atomic_folder import MANIFEST, atomic_folder, read_manifest
     from minisft.console import wrap
@@ -50,19 +53,16 @@ def main(argv: list[str]) -> int:
     from minisft.runtime import DTYPES
     from minisft.strict_json import read_json
 
-    folder = model_folder(Path(checked_path(arguments.run, "the run")))
-    out = Path(checked_path(arguments.out, "the new folder"))
+    folder = model_folder(run)
     if not (folder / CONFIG_FILE).exists():
         hint = "a run without [lora] wrote a whole model: use it as it is"
         raise UserError(f"{folder} holds no adapter (no {CONFIG_FILE})", hint=hint, exit_code=MODEL)
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists", hint="name a new folder")
 
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     base = find_start(folder).folder
     model = load_adapted(folder, max_length=manifest.get("max_length"))
-    print(wrap(merge(model, DTYPES[arguments.dtype], folder, Path(arguments.run))))
+    print(wrap(merge(model, DTYPES[arguments.dtype], folder, run)))
     if (folder / "generation_config.json").exists():
         model.generation_config = read_json(folder / "generation_config.json")
     asked = {key: manifest[key] for key in ("prompt", "chat_template_kwargs", "max_length") if key in manifest}

@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--seed", type=int)
     arguments = parser.parse_args(argv)
+    folder = Path(checked_path(arguments.folder, "the folder"))
 
     import torch
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
     from minisft.model.adapter_files import load_adapted, model_folder
     from minisft.model.load import load_model
 
-    folder = model_folder(Path(checked_path(arguments.folder, "the folder")))
+    folder = model_folder(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}  # written by the run
     load = load_model if (folder / "config.json").exists() else load_adapted

@@ -119,12 +119,14 @@ def _in_words(kind: Any) -> str:
 
 
 def problem_of(value: Any) -> str:
-    """What is wrong with a value of any key: nested too deeply, too long a number, text that is no text; else ""."""
+    """What is wrong with a value of any key, else "": nested too deeply, too long a number, text or a name that is none."""
     if not is_depth_at_most(value, MAX_DEPTH):
         return f"lists and tables are nested more than {MAX_DEPTH} deep"
     level = [value]
     while level:
         for one in level:
+            if isinstance(one, dict) and not all(isinstance(name, str) for name in one):
+                return "the names in a table are text"
             if isinstance(one, int) and one.bit_length() > MAX_BITS:
                 return f"a whole number of {one.bit_length():,} bits"
             if isinstance(one, str):
@@ -157,7 +159,7 @@ def as_toml(value: Any) -> str:
     if value is None:
         return '"none"'
     if isinstance(value, dict):  # None inside a table means absent
-        return "{" + ", ".join(f"{_key(k)} = {as_toml(v)}" for k, v in value.items() if v is not None) + "}"
+        return "{" + ", ".join(f"{_key(str(k))} = {as_toml(v)}" for k, v in value.items() if v is not None) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(as_toml(v) for v in value) + "]"
     if isinstance(value, bool):

@@ -452,11 +452,10 @@ class _TableLines:
 
 def _read_csv(path: Path, digests: bytes | None) -> Iterator[tuple[int, Row | BadRow]]:
     csv.field_size_limit(MAX_ROW_BYTES)
-    delimiter = _delimiter(path, digests)
     # Undecodable bytes become lone surrogates, so that a wrong byte makes one bad row and not a bad file.
     with _csv_text(path, digests) as file:
         lines = _TableLines(file)
-        reader = csv.reader(lines, strict=True, delimiter=delimiter)
+        reader = csv.reader(lines, strict=True, delimiter=_delimiter(path, digests))
         try:
             header = next(reader, [])
         except (csv.Error, _RowTooLong) as error:
@@ -482,7 +481,6 @@ def _read_csv(path: Path, digests: bytes | None) -> Iterator[tuple[int, Row | Ba
                 problem, detail = "not valid CSV", str(error)
             except _RowTooLong:
                 problem, detail = "too long", f"at most {MAX_ROW_BYTES:,} characters of a row are read"
-                reader = csv.reader(lines, strict=True, delimiter=delimiter)  # the old one is inside that row
             if not values:
                 num_empty += 1
                 continue

@@ -95,7 +95,8 @@ def _too_long(backend: tokenizers.Tokenizer, text: str, most: int) -> RowError |
                 break
     if size <= MAX_TEXT:
         return None
-    return RowError("too long a text", f"{len(text):,} characters; at most {MAX_TEXT:,} are encoded at once")
+    grows = ", of which the normalizer makes more" if len(text) <= MAX_TEXT else ""
+    return RowError("too long a text", f"{len(text):,} characters{grows}; at most {MAX_TEXT:,} are encoded at once")
 
 
 def check_backend(backend: tokenizers.Tokenizer, where: str) -> None:

@@ -14,6 +14,7 @@ from minisft.config.stages import Stage
 from minisft.config.values import as_toml
 from minisft.data.sources import list_files, parse_source
 from minisft.errors import CONFIG, DATA, MODEL, SAVE, UserError
+from minisft.files import require_file
 from minisft.gguf.file import is_gguf
 from minisft.strict_json import read_json
 
@@ -41,7 +42,7 @@ def look_for_data(config: Config) -> None:
 
 
 def look_for_models(stage: Stage, before: list[Stage]) -> None:
-    """The local folders of models and tokenizers hold one, unless an earlier stage will write it."""
+    """The local folders of models and tokenizers hold one, unless an earlier stage will write it; a template's file is there."""
     from minisft.model.families import from_hf  # here, because a missing file is told sooner without it
 
     coming = [Path(os.path.abspath(other.config.output_dir)) for other in before]
@@ -62,6 +63,9 @@ def look_for_models(stage: Stage, before: list[Stage]) -> None:
             hf = read_json(config, exit_code=MODEL)
             if isinstance(hf, dict):  # model/load.py says what else it may be
                 from_hf(hf)
+    template = stage.config.model.chat_template or ""
+    if "/" in template and "{{" not in template and "{%" not in template:  # else it may be a name, or is one itself
+        require_file(template, exit_code=MODEL)
     if stage.config.model.config is not None:
         from_hf({"vocab_size": 2, **stage.config.model.config})  # the size of the tokenizer comes later
 

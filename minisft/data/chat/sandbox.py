@@ -121,11 +121,13 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     @jinja2.pass_context
     def joined(self, context: Any, values: tuple) -> str:
         """What `~` makes of these values."""
-        texts, before = [], self.spent
+        texts, size = [], 0
         for value in values:
             texts.append(str(value))
-            self.spend(len(texts[-1]))
-        self.spend(self.spent - before)
+            size += len(texts[-1])
+            if size > MAX_SIZE:
+                break
+        self.spend(size)
         return "".join(texts)
 
     def spend(self, size: int) -> None:
