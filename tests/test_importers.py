@@ -872,7 +872,8 @@ def test_decay_steps_of_a_run_of_unknown_length_are_a_difference():
 # ------------------------------------------------------------------------------------------------- properties
 
 VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-2, 9), st.floats(0, 2), st.sampled_from(["", "1e-4", "none", "auto", "x/y", "${A}"]),
+    st.none(), st.booleans(), st.integers(-2, 9), st.floats(0, 2),
+    st.sampled_from(["", "1e-4", "-1", "1e999", "none", "auto", "x/y", "${A}", -0.5, 10**30, math.inf, math.nan]),
     st.lists(st.sampled_from(["sft", "a", "wandb"]), max_size=2), st.just({"a": 1, "b": [{"c": 2}]}),
 )  # fmt: skip
 KNOWN = {
@@ -895,7 +896,8 @@ def test_no_key_vanishes_and_no_value_is_wrong(name, data):
     keys = data.draw(st.lists(st.sampled_from([k for k in KNOWN[name] if "*" not in k]), max_size=12, unique=True))
     table = {key: data.draw(VALUES, label=key) for key in keys}
     table |= {k: data.draw(st.sampled_from(v)) for k, v in {
-        "axolotl": {"rl": [None, "dpo", "kto", "simpo"], "datasets": [None, [], [{"path": "a/b", "type": "alpaca", "x": 1}]]},
+        "axolotl": {"lr_groups": [None, [{"name": "a", "modules": ["x"], "lr": -1}, {"modules": "y", "lr": 1e-3}]],
+                    "rl": [None, "dpo", "kto", "simpo"], "datasets": [None, [], [{"path": "a/b", "type": "alpaca", "x": 1}]]},
         "llamafactory": {"stage": [None, "pt", "sft", "dpo", "kto"], "finetuning_type": [None, "lora", "full", "oft"]},
         "trl": {"datasets": [None, [{"path": "a/b", "fraction": 0.5}, {"path": "c", "columns": ["x"]}]]},
     }[name].items()}  # fmt: skip

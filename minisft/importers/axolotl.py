@@ -294,7 +294,7 @@ def _loss(t: Translation, rl: str | None) -> None:
         t.take("rl", TRANSLATED, f'trainer_type = "dpo", dpo.loss_type = ["{loss}"]')
         losses, weights = [loss], [1.0]
         extra = "cpo_alpha" if rl == "simpo" else "rpo_alpha"
-        weight = as_number(t.get(extra))
+        weight = t.number(extra, "dpo.loss_weights")
         if rl == "simpo" and weight is None:
             weight = 1.0
             t.difference(
@@ -326,18 +326,21 @@ def _rates(t: Translation) -> None:
     if ratio is not None and peak:
         t.into("cosine_min_lr_ratio", "train.min_lr", ratio * peak)
     rates = {}
-    if (rate := as_number(t.get("embedding_lr"))) is not None:
+    if (rate := t.number("embedding_lr", "train.learning_rates")) is not None:
         rates["embed_tokens|lm_head"] = rate
         t.take("embedding_lr", TRANSLATED, "train.learning_rates")
     i = 0
     while f"lr_groups[{i}].lr" in t.left:
         keys = {name: f"lr_groups[{i}].{name}" for name in ("name", "modules", "lr")}
-        rate = as_number(t.left[keys["lr"]])
-        if rate is not None and (modules := as_list(t.get(keys["modules"]))):
+        rate = t.number(keys["lr"], "train.learning_rates")
+        modules = as_list(t.get(keys["modules"]))
+        if rate is not None and modules:
             rates["|".join(re.escape(str(module)) for module in modules)] = rate
         for key in keys.values():
-            if key in t.left:
+            if key in t.left and rate is not None and modules:
                 t.take(key, TRANSLATED, "train.learning_rates")
+            elif key in t.left:
+                t.nothing(key, "train.learning_rates needs the modules of the group and a rate")
         i += 1
     if rates:
         t.values["train.learning_rates"], t.origins["train.learning_rates"] = rates, "embedding_lr, lr_groups"

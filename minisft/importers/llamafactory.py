@@ -291,7 +291,7 @@ def _template(t: Translation, stage: str) -> None:
 
 
 def _losses(t: Translation, stage: str) -> None:
-    weight = as_number(t.get("pref_ftx")) or 0.0
+    weight = t.number("pref_ftx", "dpo.loss_weights") or 0.0
     if stage == "dpo":
         loss = t.get("pref_loss", "sigmoid")
         ours = LOSSES.get(str(loss))

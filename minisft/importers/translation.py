@@ -9,6 +9,7 @@ sorts the rest. A value that our key does not accept is listed and never written
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
@@ -68,6 +69,18 @@ class Translation:
         """The value of a remaining key; `default` if the key is absent, empty or taken already."""
         value = self.left.get(key)
         return default if value in (None, "") else value
+
+    def number(self, key: str, ours: str) -> float | None:
+        """The value of a remaining key as one of the numbers of our key `ours`, which takes a table or a list of them.
+
+        None if the key is absent or empty, or its value is no such number; the last is noted."""
+        number = as_number(self.get(key))
+        if number is not None:
+            fitted = fitted_value(ours, {key: number} if KEYS[ours].type is dict else (number,))
+            if fitted is not MISSING:
+                return number
+            self.nothing(key, f"{ours} takes {expected(KEYS[ours])}")
+        return None
 
     def on(self, key: str) -> bool:
         """Whether the file has this switch on."""
@@ -191,10 +204,11 @@ def fitted_value(ours: str, value: Any) -> Any:
 
 
 def as_number(value: Any) -> float | None:
-    """A number that YAML read as one or as text; None for anything else."""
+    """A finite number that YAML read as one or as text; None for anything else."""
     if isinstance(value, str) and NUMBER.fullmatch(value):
         value = float(value)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and abs(value) <= sys.float_info.max else None
 
 
 def as_list(value: Any) -> list:

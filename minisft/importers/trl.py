@@ -341,7 +341,7 @@ def _dpo(t: Translation, row: dict | None, loss: str | None) -> None:
             t.into(key, "data.packing")
         else:
             t.nothing(key, "supervised fine-tuning only", harmless=not t.on(key))
-    weight = as_number(t.get("rpo_alpha"))
+    weight = t.number("rpo_alpha", "dpo.loss_weights")
     if weight is not None:  # an older name of a mixture
         losses = as_list(t.get("loss_type", "sigmoid"))
         t.take("rpo_alpha", TRANSLATED, "dpo.loss_type and dpo.loss_weights: sft is added")
