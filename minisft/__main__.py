@@ -13,6 +13,10 @@ COMMANDS = {  # name: (module with main(argv) -> exit code, what it does)
     "init": ("minisft.commands.init", "write a configuration: asks, or reads another trainer's file"),
     "audit": ("minisft.commands.audit", "check a data set: what is trained in it and what is wrong"),
     "export": ("minisft.commands.export", "merge a trained adapter into its base model"),
+    "verify-resume": (
+        "minisft.commands.verify_resume",
+        "prove that a resumed run is the same run, on your configuration",
+    ),
     "generate": ("minisft.commands.generate", "answer prompts with a trained model"),
 }
 
@@ -43,7 +47,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 def _usage() -> str:
     lines = ["usage: python -m minisft COMMAND ...", ""]
-    lines += [f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items()]
+    lines += [f"  {name:<15}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join([*lines, "", "COMMAND --help lists its options."])
 
 
