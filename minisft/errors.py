@@ -7,6 +7,7 @@ What nobody foresaw (a bug of ours, of a library, or no memory left) is two line
 """
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ CONFIG = 2  # the configuration or the command line
 DATA = 65  # a data file or a row
 MODEL = 66  # model or tokenizer files
 INTERNAL = 70  # nobody foresaw it: a bug of ours, or of a library
+PEER = 69  # another rank is gone
 MEMORY = 71  # not enough memory
 SAVE = 74  # the disk: checkpoints could not be written, or a file not be read
 STOPPED = 75  # stopped by a signal after saving; the same command resumes
@@ -45,12 +47,18 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
+def rank_name() -> str:
+    """This process among those of a launcher (torchrun): "rank 1 on host-b"; "" if it is the only one."""
+    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return "" if is_alone else f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()}"
+
+
 def tell(text: str) -> None:
     """Print on stderr, without control characters: names in files may hold commands for a terminal. Where stderr is a file on a
     full disk, the program goes on without it."""
     shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in shortened(text, LONGEST_MESSAGE))
     with suppress(OSError):
-        print(f"minisft: {shown}", file=sys.stderr)
+        print(" ".join(filter(None, ["minisft:", rank_name() and f"[{rank_name()}]", shown])), file=sys.stderr)
 
 
 def warn(message: str) -> None:

@@ -42,7 +42,7 @@ from minisft.micro_batch import forward_backward
 from minisft.optimizers import evaluation_weights
 from minisft.prepare.run import Run, prepare
 from minisft.ranks import sum_gradients
-from minisft.resume import changed_keys, resume, training_state
+from minisft.resume import changed_keys, require_same_state, resume, training_state
 from minisft.samples import complete, example_prompt
 from minisft.schedule import lr_factor
 from minisft.update import (
@@ -93,9 +93,10 @@ def run(config: Config, origins: dict[str, str]) -> Result:
         prepared = prepare(config, device)
         progress, total_steps = prepared.progress, prepared.total_steps
         saved = resume(config, prepared, folder / "checkpoints")
+        require_same_state(config, prepared)
         if is_main:
             print(console.wrap(prepared.summary), flush=True)
-        if is_complete(config, prepared) and is_exported(prepared, folder):
+        if is_complete(config, prepared) and ranks.from_first_rank(is_exported(prepared, folder)):
             require_unchanged(config, folder, saved)
             if has_samples(config):
                 if is_main:
@@ -106,6 +107,7 @@ def run(config: Config, origins: dict[str, str]) -> Result:
             loggers = start_output(config, origins, folder, prepared, saved)
             stack.callback(loggers.close)
         bar = stack.enter_context(console.ProgressBar(progress.step, total_steps, config.log.progress_bar and is_main))
+        ranks.expect_steps()
         steps = prepared.train.steps(progress.step, total_steps, ahead=device.type == "cuda")
         stack.enter_context(closing(steps))
         values = take_steps(config, prepared, steps, folder, loggers, bar, signal)

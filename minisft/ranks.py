@@ -10,10 +10,23 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from minisft.errors import PEER, UserError, rank_name
+from minisft.peers import START, Watch
+from minisft.strict_json import dump_json, parse_json
+
+STEP = timedelta(
+    minutes=10
+)  # that a rank waits for the others once steps are taken: an evaluation or a save may take long
+
+_watch: Watch | None = None
+_group: Any = None  # the group whose timeout is STEP; None before the first step
 
 
 def rank() -> int:
@@ -26,22 +39,57 @@ def world_size() -> int:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the group that a launcher (torchrun) describes in the environment; a single process joins none."""
+    """Join the group that a launcher (torchrun) describes in the environment; a single process joins none.
+
+    Inside, every rank watches the others (peers.py), and the block ends when all ranks are done.
+    """
+    global _watch, _group
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    store, number, count = next(dist.rendezvous("env://", timeout=START))
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("group", store), rank=number, world_size=count, timeout=START
+    )
+    try:
+        with Watch(dist.PrefixStore("peers", store.clone()), number, count) as _watch:
+            yield
+    except Exception as error:
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # then torchrun prints it below the rank that failed
+            get_error_handler().record_exception(error)
+        raise
+    finally:
+        _watch = _group = None
+        dist.destroy_process_group()
+
+
+def expect_steps() -> None:
+    """From now on ranks arrive within STEP of each other. All of them call it, before the first step."""
+    global _group
+    if dist.is_initialized() and _group is None:
+        _group = dist.new_group(timeout=STEP)
+
+
+@contextlib.contextmanager
+def _waiting() -> Iterator[None]:
+    """Around everything that waits for the other ranks: what goes wrong there is told by the watch, which knows whose fault it
+    was. Raises UserError (exit code PEER) where it is nobody's."""
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if _watch is not None:
+            _watch.wait_for_word()
+        reason = (str(error).splitlines() or [""])[0][:300]
+        hint = "all ranks are alive; if one of them only takes long, look at what it does"
+        raise UserError(f"the ranks cannot reach each other: {reason}", hint=hint, exit_code=PEER) from error
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of `x` over all ranks, in place."""
     if dist.is_initialized():
-        dist.all_reduce(x)
+        with _waiting():
+            dist.all_reduce(x, group=_group)
     return x
 
 
@@ -60,9 +108,48 @@ def sum_gradients(grads: list[Tensor], bucket_bytes: int = 2**26) -> None:
     for i, grad in enumerate(grads):
         bucket.append(grad)
         if i == len(grads) - 1 or sum(g.nbytes for g in bucket) >= bucket_bytes:
-            flat = torch.cat([g.flatten() for g in bucket])
-            dist.all_reduce(flat)
+            flat = sum_over_ranks(torch.cat([g.flatten() for g in bucket]))
             torch._foreach_copy_(
                 bucket, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in bucket]), bucket)]
             )
             bucket = []
+
+
+def from_first_rank(value: Any) -> Any:
+    """The first rank's value, which JSON can hold, on every rank."""
+    return gathered(value if rank() == 0 else None)[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all ranks, which JSON can hold, in the order of the ranks."""
+    if not dist.is_initialized():
+        return [value]
+    data = torch.frombuffer(bytearray(dump_json(value)), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    with _waiting():
+        dist.all_gather(sizes, torch.tensor([len(data)]), group=_group)
+        longest = int(max(sizes))
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+        dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - len(data))), group=_group)
+    return [parse_json(part[: int(size)].numpy().tobytes(), "another rank") for part, size in zip(parts, sizes)]
+
+
+def send_from_first_rank(tensors: list[Tensor]) -> None:
+    """Overwrite the tensors with those of the first rank."""
+    if dist.is_initialized():
+        with _waiting(), torch.no_grad():
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0, group=_group)
+
+
+def require_agreement(values: dict[str, Any]) -> None:
+    """UserError, on every rank, where a value is not the same on all of them."""
+    everyone = gathered({"": rank_name(), **values})
+    for key in values:
+        others = [one for one in everyone if one[key] != everyone[0][key]]
+        if others:
+            told = "; ".join(f"{one['']}: {one[key]}" for one in (everyone[0], *others[:3]))
+            raise UserError(
+                f"the ranks are not in the same state, so their gradients do not belong together: {key} ({told})",
+                hint="every rank needs the same configuration, data and model, and an output_dir on a disk that all share",
+            )

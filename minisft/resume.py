@@ -5,9 +5,11 @@ checkpoint holds the weights, the moments and `Progress`; data_order() lists the
 """
 
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from minisft.best import Best
 from minisft.checkpoint import find_checkpoint, load_checkpoint
@@ -16,9 +18,12 @@ from minisft.config.sections import Config
 from minisft.errors import UserError
 from minisft.export import read_model
 from minisft.prepare.run import Run
+from minisft.ranks import from_first_rank, rank, require_agreement
 from minisft.schedule import Plateau
 from minisft.strict_json import read_json
 from minisft.update import LossScale
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of so many bytes
 
 
 def resume(config: Config, run: Run, folder: Path) -> dict | None:
@@ -27,7 +32,7 @@ def resume(config: Config, run: Run, folder: Path) -> dict | None:
     None where there is none: then the run starts at step 0. Raises UserError where the checkpoint belongs to other data,
     another starting model or another optimizer.
     """
-    path, skipped = find_checkpoint(folder, config.checkpoint.resume)
+    path, skipped = _chosen_checkpoint(folder, config.checkpoint.resume)
     run.summary.extend(f"skipped    {p}: {reason}" for p, reason in skipped)
     if path is None:
         return None
@@ -54,6 +59,21 @@ def resume(config: Config, run: Run, folder: Path) -> dict | None:
     return state
 
 
+def _chosen_checkpoint(folder: Path, resume: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """As find_checkpoint: the first rank looks and verifies, and the others take what it found."""
+    found = None
+    if rank() == 0:
+        path, skipped = find_checkpoint(folder, resume)
+        found = [path and str(path), [[str(p), reason] for p, reason in skipped]]
+    path, skipped = from_first_rank(found)
+    if path and not Path(path).is_dir():
+        raise UserError(
+            f"the first rank resumes from {path}, which is not here",
+            hint="output_dir must be on a disk that all machines share",
+        )
+    return path and Path(path), [(Path(p), reason) for p, reason in skipped]
+
+
 def require_same_run(config: Config, run: Run, path: Path, state: dict) -> None:
     """UserError where the checkpoint of `path`, with this trainer_state, is not one of this run."""
     was, now = state.get("order", {}), data_order(config, run)
@@ -77,6 +97,17 @@ def require_same_run(config: Config, run: Run, path: Path, state: dict) -> None:
     if optim != used and {optim, used} != {"adamw", "adamw_minisft"}:  # these two keep the same state
         hint = f"set optim = '{used}', or start a new run from the model of this one"
         raise UserError(f"{path} holds the state of {used}, but train.optim = '{optim}'", hint=hint)
+
+
+def require_same_state(config: Config, run: Run) -> None:
+    """UserError where the ranks are not at the same step with the same data, weights and configuration. All ranks call it."""
+    bits = [
+        p.detach().contiguous().view(-1).view(BITS[p.element_size()]).sum(dtype=torch.int64)
+        for p in run.model.parameters()
+    ]
+    weights = sha256(repr(torch.stack(bits).tolist()).encode()).hexdigest()
+    order = data_order(config, run)
+    require_agreement({**settings(config), **order, "step": run.progress.step, "weights": weights[:12]})
 
 
 def settings(config: Config) -> dict[str, str]:

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from tiny import logged, relative_error, settings, start, train_quietly, weights, with_spoilt_loss
+from tiny import logged, relative_error, settings, start, train, train_quietly, weights, with_spoilt_loss
 
-from minisft import loop
-from minisft.errors import NONFINITE, STOPPED
+from minisft import loop, peers
+from minisft.errors import DATA, NONFINITE, PEER, STOPPED, UserError
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +24,58 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
-def train_rank(folder: Path, overrides: dict, rank: int, port: int, broken_step: int | None) -> None:
-    """What one process does: train, and leave its output and a hash of its final weights in the output folder."""
+def misbehave(how: str) -> None:
+    if how == "fails":
+        raise UserError("row 7 is bad", exit_code=DATA)
+    os.kill(os.getpid(), {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[how])
+
+
+def train_rank(
+    folder: Path,
+    overrides: dict,
+    rank: int,
+    port: int,
+    broken_step: int | None,
+    trouble: tuple[int, str, str],
+    cwd: Path | None,
+) -> None:
+    """What one process does: train, and leave its output and a hash of its final weights in the output folder.
+
+    trouble: (rank, where, how) of a rank that is killed, stopped or fails.
+    """
+
+    def in_trouble(where: str) -> None:
+        if trouble[:2] == (rank, where):
+            misbehave(trouble[2])
+
+    if cwd is not None:
+        os.chdir(cwd)
+    if trouble == (rank, "decomposition", "other"):
+        honest_svd = torch.linalg.svd
+        torch.linalg.svd = lambda *arguments, **options: [-part for part in honest_svd(*arguments, **options)]
+    peers.BEAT, peers.SILENCE, peers.SUSPICIOUS, peers.LAST_WORD = 0.1, 2.0, 1.0, 0.5
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     out = Path(overrides["output_dir"])
     out.mkdir(exist_ok=True)
-    honest_step, honest_finish = loop.train_step, loop.finish
+    honest_step, honest_finish, honest_evaluate, honest_save = (
+        loop.train_step,
+        loop.finish,
+        loop.evaluate_sets,
+        loop.save,
+    )
+
+    def evaluate_sets(*arguments):
+        in_trouble("evaluate")
+        return honest_evaluate(*arguments)
+
+    def save(*arguments):
+        in_trouble("save")
+        return honest_save(*arguments)
 
     def train_step(run, *arguments, **options):
+        if run.progress.step == 2:
+            in_trouble("step")
         if rank == 1 and run.progress.step + 1 == broken_step:
             run = with_spoilt_loss(run)
         return honest_step(run, *arguments, **options)
@@ -39,17 +83,28 @@ def train_rank(folder: Path, overrides: dict, rank: int, port: int, broken_step:
     def finish(config, run, *arguments):
         data = b"".join(p.detach().numpy().tobytes() for p in run.model.parameters())
         (out / f"weights-{rank}").write_text(hashlib.sha256(data).hexdigest())
+        in_trouble("export")
         return honest_finish(config, run, *arguments)
 
-    loop.train_step, loop.finish = train_step, finish
+    loop.train_step, loop.finish, loop.evaluate_sets, loop.save = train_step, finish, evaluate_sets, save
+    in_trouble("start")
     train_quietly(folder, overrides, output=out / f"said-{rank}")
 
 
-def start_ranks(folder: Path, overrides: dict, broken_step: int | None = None) -> list:
+def start_ranks(
+    folder: Path,
+    overrides: dict,
+    broken_step: int | None = None,
+    trouble: tuple = (-1, "", ""),
+    folders: tuple = (None, None),
+    of_rank: tuple[dict, dict] = ({}, {}),
+) -> list:
+    """folders: where each rank is; of_rank: overrides of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [start(train_rank, folder, overrides, rank, port, broken_step) for rank in (0, 1)]
+    more = (port, broken_step, trouble)
+    return [start(train_rank, folder, overrides | of_rank[i], i, *more, folders[i]) for i in (0, 1)]
 
 
 def join(processes) -> tuple[int, ...]:
@@ -136,3 +191,68 @@ def test_a_step_that_one_rank_finds_not_finite_is_refused_by_both(home, tmp_path
         assert codes == (0, 0)
         assert same_weights(tmp_path / "out")
         assert logged(tmp_path / "out", "nonfinite_steps") == [1]
+
+
+PLACES = ("step", "evaluate", "save", "export")
+TROUBLES = [(1, "step", "killed"), (0, "export", "killed"), (1, "evaluate", "stopped"), (0, "save", "fails")]
+ALL_TROUBLES = [(rank, where, how) for rank in (0, 1) for where in PLACES for how in ("killed", "stopped", "fails")]
+
+
+@pytest.mark.parametrize(
+    "rank, where, how",
+    [*TROUBLES, *(pytest.param(*one, marks=pytest.mark.slow) for one in ALL_TROUBLES if one not in TROUBLES)],
+)
+def test_a_rank_that_is_gone_ends_the_other_which_names_it(home, tmp_path, rank, where, how):
+    out = tmp_path / "out"
+    options = {"output_dir": str(out), "data.eval_data": str(home / "rows.jsonl"), "train.max_steps": 4}
+    options |= {"train.per_device_train_batch_size": 4, "evaluate.eval_steps": 2, "checkpoint.save_steps": 2}
+    processes = start_ranks(home, options, trouble=(rank, where, how))
+    survivor = processes[1 - rank]
+    survivor.join(30)
+    code, said = survivor.exitcode, (out / f"said-{1 - rank}").read_text()
+    assert code == (DATA if how == "fails" else PEER), said
+    assert f"minisft: [rank {1 - rank} on {socket.gethostname()}] error:" in said and "Traceback" not in said
+    # the store is in the first rank's process here; with torchrun it is in the launcher's, which tells more
+    if rank == 1 or how != "killed":
+        assert f"rank {rank} on {socket.gethostname()}" in said
+        assert ("row 7 is bad" if how == "fails" else "no sign of life for 2 s") in said
+    if how == "stopped":
+        os.kill(processes[rank].pid, signal.SIGCONT)
+    processes[rank].join(30)
+    assert processes[rank].exitcode == {"killed": -signal.SIGKILL, "fails": DATA}.get(how, PEER)
+
+
+def test_a_checkpoint_that_one_machine_does_not_have_is_refused(home, tmp_path):
+    """Two machines without a shared disk: a relative output_dir in two folders."""
+    options = {"train.per_device_train_batch_size": 4, "checkpoint.save_steps": 1, "output_dir": "out"}
+    folders = (tmp_path / "a", tmp_path / "b")
+    for folder in folders:
+        folder.mkdir()
+    assert join(start_ranks(home, options | {"train.max_steps": 1}, folders=folders)) == (0, 0)  # a new run needs none
+    assert join(start_ranks(home, options | {"train.max_steps": 2}, folders=folders)) == (2, 2)
+    told = "the first rank resumes from out/checkpoints/step-00000001, which is not here"
+    for rank, folder in enumerate(folders):
+        assert told in (folder / "out" / f"said-{rank}").read_text()
+    assert not (folders[0] / "out" / "checkpoints" / "step-00000002").exists()
+
+
+@pytest.mark.parametrize("key, values", [("train.learning_rate", (0.01, 0.02)), ("train.seed", (1, 2))])
+def test_ranks_with_other_settings_or_weights_refuse(home, tmp_path, key, values):
+    options = {"train.per_device_train_batch_size": 4, "output_dir": str(tmp_path / "out")}
+    processes = start_ranks(home, options, of_rank=tuple({key: value} for value in values))
+    assert join(processes) == (2, 2)
+    for rank in (0, 1):
+        said = (tmp_path / "out" / f"said-{rank}").read_text()
+        assert "the ranks are not in the same state" in said and key.rpartition(".")[2] in said
+        assert "rank 0 on" in said and "rank 1 on" in said
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_all_ranks_start_from_the_decomposition_of_the_first(home, tmp_path):
+    """The second rank's PiSSA would start elsewhere, because its decomposition is not the same to the last bit."""
+    options = {"train.per_device_train_batch_size": 4, "train.max_steps": 2, "output_dir": str(tmp_path / "out")}
+    train(home, output_dir=str(tmp_path / "base"), **{"train.max_steps": 1})
+    options |= {"model.config": None, "model.model_name_or_path": str(tmp_path / "base" / "model")}
+    options |= {"lora.r": 4, "lora.init_lora_weights": "pissa"}
+    assert join(start_ranks(home, options, trouble=(1, "decomposition", "other"))) == (0, 0)
+    assert same_weights(tmp_path / "out")

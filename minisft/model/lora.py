@@ -122,12 +122,19 @@ def adapter_sites(model: Decoder) -> dict[str, Stored]:
 # ---- a model with adapters ----------------------------------------------------------------------------------------
 
 
-def apply_lora(model: Decoder, options: LoraOptions, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[str]:
+def apply_lora(
+    model: Decoder,
+    options: LoraOptions,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    decomposes: bool = True,
+) -> list[str]:
     """Freeze the model and put an adapter beside every linear layer that the options name.
 
-    The adapters are in `dtype`, on the device of their layers, with A drawn from `seed` alone. Returns the names of the adapted
-    modules, as in Hugging Face's files. Raises UserError if a name in target_modules, layers_to_transform or
-    modules_to_save matches no module.
+    The adapters are in `dtype`, on the device of their layers, with A drawn from `seed` alone. decomposes: False leaves
+    PiSSA's starts to be copied from another rank's model. Returns the names of the adapted modules, as in Hugging Face's
+    files. Raises UserError if a name in target_modules, layers_to_transform or modules_to_save matches no module.
     """
     if options.init_lora_weights not in INITS:
         raise UserError(f"lora.init_lora_weights = {options.init_lora_weights!r}", hint=f"one of {INITS}")
@@ -146,9 +153,11 @@ def apply_lora(model: Decoder, options: LoraOptions, *, seed: int = 0, dtype: to
             adapted = LoraLinear(layer, lora_A, scale, options.lora_dropout, options.use_dora)
             setattr(model.get_submodule(parent), child, adapted)
         if options.is_pissa:
-            _start_at_singular_vectors(
-                [model.get_submodule(n.removesuffix(".weight")) for n in sites[site].names], options, seed
-            )
+            parts = [model.get_submodule(name.removesuffix(".weight")) for name in sites[site].names]
+            if decomposes:
+                _start_at_singular_vectors(parts, options, seed)
+            for part in parts:
+                part.start_A, part.start_B = lora_A.detach().clone(), part.lora_B.detach().clone()
     for name, ids in options.trainable_token_indices.items():
         setattr(model, name, TokenRows(model.get_submodule(name), ids, dtype))
     for name in options.modules_to_save:
@@ -166,7 +175,7 @@ def _random(r: int, size: int, options: LoraOptions, generator: torch.Generator)
 
 
 def _start_at_singular_vectors(parts: list[LoraLinear], options: LoraOptions, seed: int) -> None:
-    """A = sqrt(S / s) V^T and B = U sqrt(S / s) of the r largest singular values of the stacked matrices; A0, B0 the same."""
+    """A = sqrt(S / s) V^T and B = U sqrt(S / s) of the r largest singular values of the stacked matrices."""
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)  # the approximate decomposition begins with random directions
         weight, r = torch.cat([dense(part.weight, torch.float32) for part in parts]), len(parts[0].lora_A)
@@ -180,10 +189,8 @@ def _start_at_singular_vectors(parts: list[LoraLinear], options: LoraOptions, se
             Vh = V.T
         root = (S[:r] / parts[0].scale).sqrt()
         parts[0].lora_A.copy_(root[:, None] * Vh[:r])
-        start_A = parts[0].lora_A.detach().clone()
         for part, B in zip(parts, (U[:, :r] * root).split([part.weight.shape[0] for part in parts])):
             part.lora_B.copy_(B)
-            part.start_A, part.start_B = start_A, part.lora_B.detach().clone()
 
 
 def _refuse_names_without_module(model: Decoder, sites: list[str], targets: list[str], options: LoraOptions) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from minisft import runtime
+from minisft import ranks, runtime
 from minisft.config.sections import Config, LoraSection, ModelSection
 from minisft.config.values import as_toml
 from minisft.data.tokenizer import Tokenizer
@@ -181,7 +181,11 @@ def add_adapters(model: Decoder, config: Config, tokenizer: Tokenizer, adapter: 
         options = LoraOptions(**chosen, trainable_token_indices=rows)
     else:
         options = options_of(model, adapter, config.lora, ids)
-    sites = apply_lora(model, options, seed=config.train.seed)
+    sites = apply_lora(model, options, seed=config.train.seed, decomposes=ranks.rank() == 0)
+    if options.is_pissa:  # each rank's decomposition would have signs and last bits of its own
+        trained = [p for p in model.parameters() if p.requires_grad]
+        starts = [b for name, b in model.named_buffers() if name.rpartition(".")[2] in ("start_A", "start_B")]
+        ranks.send_from_first_rank([*trained, *starts])
     if adapter is not None:
         load_adapter_weights(model, adapter)
         model.adapter_is_new = False
