@@ -24,6 +24,19 @@ if find_spec("triton") is not None and (os.environ.get("TRITON_INTERPRET") == "1
     importlib.import_module("interpreter").install()
     del os.environ["TRITON_INTERPRET"]
 
+if find_spec("hypothesis") is not None:  # a machine with a GPU may have no more than pytest
+    from hypothesis import settings
+    from hypothesis.internal.conjecture import providers
+
+    settings.register_profile("search", deadline=None)
+
+    def pytest_configure(config) -> None:
+        """Hypothesis draws the same examples in every run. `--hypothesis-profile=search` draws others each time."""
+        if config.getoption("--hypothesis-profile") is None:
+            settings.load_profile("ci")
+            # It also draws constants that it finds in our modules that are loaded: in another order of tests other ones.
+            providers._get_local_constants = lambda: providers.Constants()
+
 
 @pytest.hookimpl(optionalhook=True)  # the tests run without xdist too, with `-o addopts=-q`
 def pytest_xdist_auto_num_workers(config) -> int:
