@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 from minisft import __version__
 from minisft.errors import UserError, run_command
+from minisft.signals import StopSignal
 
 COMMANDS = {  # name: (module with main(argv) -> exit code, what it does)
     "train": ("minisft.train", "fine-tune a model: train CONFIG.toml"),
@@ -34,7 +35,8 @@ def _run(argv: list[str]) -> int:
     if name in ("-V", "--version"):
         print(f"minisft {__version__}")
         return 0
-    return _command(name)(rest)
+    with StopSignal(is_command=True):
+        return _command(name)(rest)
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

@@ -21,6 +21,7 @@ from minisft.atomic_folder import write_file
 from minisft.best import Best
 from minisft.errors import DISK
 from minisft.samples import Sample, exact_match
+from minisft.signals import BEFORE_STEPS
 from minisft.units import digits, duration, thousands
 
 WIDTH = 100  # columns
@@ -287,6 +288,10 @@ def stopped_early(step: int, metric: str | None, best: Best) -> str:
 
 
 def stopped(folder: Path, step: int, total: int, signal: str | None) -> str:
-    signal = signal or "a signal to another rank"
-    line = f"stopped by {signal} after step {step} of {total}, saved in {folder}/checkpoints; the same command resumes"
+    line = f"stopped by {signal or 'a signal to another rank'} "
+    line += (
+        f"after step {step} of {total}, saved in {folder}/checkpoints; the same command resumes"
+        if step
+        else BEFORE_STEPS
+    )
     return wrap([line], indent=2)

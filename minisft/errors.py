@@ -21,7 +21,7 @@ INTERNAL = 70  # nobody foresaw it: a bug of ours, or of a library
 PEER = 69  # another rank is gone
 MEMORY = 71  # not enough memory
 SAVE = 74  # the disk: checkpoints could not be written, or a file not be read
-STOPPED = 75  # stopped by a signal after saving; the same command resumes
+STOPPED = 75  # stopped by a signal, before the first step or after saving; the same command resumes
 NONFINITE = 76  # a loss or gradient that is not finite
 
 DISK = (ENOSPC, EDQUOT, EFBIG, EACCES, EPERM, EROFS, EIO, ESTALE)  # an OSError of the disk, not of the program
@@ -41,6 +41,17 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has ended the process, where nothing is lost by that (signals.py). Ctrl-C in a notebook looks as it always does.
+
+    exit_code: 75 where the same command goes on, else 128 + the number of the signal.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def shortened(text: str, most: int) -> str:
@@ -76,8 +87,11 @@ def run_command(command: Callable[[], int]) -> int:
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has ended, as in `... --help | head`
         return 141
+    except Stopped as stopped:
+        tell(str(stopped))
+        return stopped.exit_code
     except KeyboardInterrupt:
-        print("minisft: interrupted", file=sys.stderr)
+        tell("interrupted")
         return 130
     except (SystemExit, GeneratorExit):
         raise

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 
-from minisft import best, console, ranks, runtime, schedule
+from minisft import best, console, ranks, runtime, schedule, signals
 from minisft.atomic_folder import lock_folder, remove_leftovers, verify_folder, write_file
 from minisft.checkpoint import MAX_FAILED_SAVES, load_checkpoint, try_save
 from minisft.config.load import fingerprint, write_resolved
 from minisft.config.sections import Config, TrainSection, config_to_dict
 from minisft.config.stages import has_samples
 from minisft.data.batch import Batch
-from minisft.errors import NONFINITE, STOPPED, UserError, warn
+from minisft.errors import NONFINITE, STOPPED, Stopped, UserError, warn
 from minisft.evaluation import evaluate
 from minisft.export import (
     export_dtype,
@@ -45,6 +45,7 @@ from minisft.ranks import sum_gradients
 from minisft.resume import changed_keys, require_same_state, resume, training_state
 from minisft.samples import complete, example_prompt
 from minisft.schedule import lr_factor
+from minisft.signals import StopSignal
 from minisft.update import (
     ZeroUpdates,
     clip_and_update,
@@ -76,11 +77,13 @@ class StepResult:
     stats: Sums  # metrics of the step
 
 
-def run(config: Config, origins: dict[str, str]) -> Result:
+def run(config: Config, origins: dict[str, str], signal: StopSignal) -> Result:
     """Train as `config` says. origins: where each value came from, recorded in the output folder.
 
-    Raises UserError for whatever the user can mend, before the first step where that can be known.
+    Raises UserError for whatever the user can mend, before the first step where that can be known, and Stopped for a signal
+    before it.
     """
+    signal.end_at_once(signals.BEFORE_STEPS)  # also one that was noted in the stage before
     with ExitStack() as stack:
         folder = Path(config.output_dir)
         device = runtime.pick_device(config.train.device)
@@ -88,8 +91,6 @@ def run(config: Config, origins: dict[str, str]) -> Result:
         is_main = ranks.rank() == 0
         if is_main:
             stack.enter_context(lock_folder(folder))
-        signal = stack.enter_context(runtime.StopSignal())
-
         prepared = prepare(config, device)
         progress, total_steps = prepared.progress, prepared.total_steps
         saved = resume(config, prepared, folder / "checkpoints")
@@ -122,7 +123,7 @@ def take_steps(
     folder: Path,
     loggers: Loggers | None,
     bar: console.ProgressBar,
-    signal: runtime.StopSignal,
+    signal: StopSignal,
 ) -> dict[str, float]:
     """The loop: steps until the run is done, or stopped by a signal. Returns the last value of everything logged.
 
@@ -130,32 +131,40 @@ def take_steps(
     step is not finite and on_nonfinite = "stop".
     """
     progress, total_steps = run.progress, run.total_steps
-    # a resumed run was evaluated and saved at this step already: do neither again
-    evaluated_at = saved_at = progress.step
+    signal.note("saving at the end of a step, then stopping")
+    saved_at = progress.step  # a resumed run was saved at this step already
     num_failed_saves, stop, failure = 0, False, None
     values, seconds, waited, tokens = {}, 0.0, 0.0, 0
 
     while True:
-        done = stop or is_complete(config, run)
+        stop = stop or asked_alone(signal)
 
-        # ---- 1. evaluate if due
-        if is_evaluation_due(config, run, evaluated_at):
-            scores, evaluated_at = evaluate_sets(config, run), progress.step
-            values, done = values | scores, stop or is_complete(config, run)
-            if loggers:
-                loggers.log(progress.step, scores)
-                bar.evaluated(progress.step, scores)
+        # ---- 1. evaluate if due; a run that is stopped before the end of it evaluates after it is resumed
+        if is_evaluation_due(config, run) and not stop:
+            signal.note("giving up this evaluation, which the next start makes, saving, then stopping")
+            try:
+                scores = evaluate_sets(config, run, signal)
+            except Stopped:
+                stop = True
+            else:
+                values, progress.evaluated_at = values | scores, progress.step
+                if loggers:
+                    loggers.log(progress.step, scores)
+                    bar.evaluated(progress.step, scores)
 
         # ---- 2. save if due, the best, or last
+        signal.note("stopping once a checkpoint is written")
+        done = stop or is_complete(config, run)
         is_due = run.save_steps is not None and progress.step % run.save_steps == 0
         if progress.step > saved_at and (is_due or done or progress.best.step == progress.step):
             failed_before = MAX_FAILED_SAVES - 1 if done else num_failed_saves  # a last save has no next one to retry
             num_failed_saves, saved_at = save(config, run, folder, loggers, failed_before), progress.step
-        if done:
+        if done or saved_at == progress.step and asked_alone(signal):
             break
 
         # ---- 3. the step's micro-batches, a pure function of (seed, data, epoch, step); for a GPU they are made in advance
         began = time.perf_counter()
+        signal.note("saving at the end of a step, then stopping")
         batches = next(steps)
         waited += time.perf_counter() - began
 
@@ -299,22 +308,37 @@ def is_complete(config: Config, run: Run) -> bool:
     return run.progress.step >= run.total_steps or patience is not None and run.progress.best.num_bad >= patience
 
 
-def is_evaluation_due(config: Config, run: Run, evaluated_at: int) -> bool:
+def asked_alone(signal: StopSignal) -> bool:
+    """Whether a run of one rank is asked to stop. Several ranks must agree, which they do at the start of each step."""
+    return signal.received is not None and ranks.world_size() == 1
+
+
+def is_any_asked(signal: StopSignal) -> bool:
+    """Whether some rank is asked to stop. All ranks call it together."""
+    return ranks.sum_numbers_over_ranks([float(signal.received is not None)])[0] > 0
+
+
+def raise_if_any_asked(signal: StopSignal) -> None:
+    if is_any_asked(signal):
+        raise Stopped("stopped by a signal", STOPPED)
+
+
+def is_evaluation_due(config: Config, run: Run) -> bool:
     """After every eval_steps steps and at the end, once each; with eval_on_start before the first step too."""
     step = run.progress.step
-    if not run.evals or run.eval_steps is None:
+    if not run.evals or run.eval_steps is None or step == run.progress.evaluated_at:
         return False
-    is_due = step > evaluated_at and (step % run.eval_steps == 0 or step == run.total_steps)
-    return is_due or config.evaluate.eval_on_start and step == 0
+    return step % run.eval_steps == 0 or step == run.total_steps if step else config.evaluate.eval_on_start
 
 
-def evaluate_sets(config: Config, run: Run) -> dict[str, float]:
+def evaluate_sets(config: Config, run: Run, signal: StopSignal) -> dict[str, float]:
     """The means of every evaluation set, as eval_<name>_loss. The first set's loss moves the plateau of the schedule, and one
-    metric is compared with the best so far."""
+    metric is compared with the best so far. Raises Stopped on all ranks, and changes nothing, where one is asked to stop."""
     progress, section, means = run.progress, config.evaluate, {}
     with evaluation_weights(run.optimizer):
         for name, loader in run.evals.items():
-            means[name] = evaluate(run.model, loader, run.loss, run.device, run.precision)
+            poll = partial(raise_if_any_asked, signal)
+            means[name] = evaluate(run.model, loader, run.loss, run.device, run.precision, poll)
     scores = {eval_name(name, key): mean for name, of_set in means.items() for key, mean in of_set.items()}
     # An evaluation that is due only because the run ends must not move the plateau: with more epochs it would not have
     # happened, and a run that is resumed to train longer would differ.
@@ -419,11 +443,12 @@ def finish(
     loggers: Loggers | None,
     bar: console.ProgressBar,
     values: dict[str, float],
-    signal: runtime.StopSignal,
+    signal: StopSignal,
 ) -> Result:
     """Export the model, complete the held-out prompts, and print what is in the output folder and what to do next."""
     is_main, step = ranks.rank() == 0, run.progress.step
-    if not is_complete(config, run):
+    signal.note("stopping once the model is written" if run.prompts else "the run ends once the model is written")
+    if is_any_asked(signal) or not is_complete(config, run):
         if is_main:
             print(console.stopped(folder, step, run.total_steps, signal.received))
         return Result(folder, None, step, values, exit_code=STOPPED, signal=signal.received)
@@ -439,17 +464,13 @@ def finish(
                 (folder / "samples.jsonl").unlink(missing_ok=True)
                 export_model(run, folder, export_dtype(config), fingerprint(config))
             if run.prompts:
-                length = config.evaluate.max_new_tokens
-                samples = complete(
-                    run.model, run.tokenizer, run.prompts, max_new_tokens=length, precision=run.precision
-                )
-                print(console.sample_report(samples, config.evaluate.generate_samples_shown))
-                scores = {"eval_exact_match": sum(sample.correct for sample in samples) / len(samples)}
-                values |= scores
-                loggers.log(step, scores)
-                console.write_samples(
-                    folder / "samples.jsonl", samples
-                )  # the last act: its presence means that all is there
+                try:
+                    signal.end_at_once(signals.IN_SAMPLES)
+                    values |= complete_prompts(config, run, folder, loggers)
+                    signal.note("the run is done")
+                except Stopped as stopped:
+                    print(f"{stopped}")
+                    return Result(folder, folder / "model", step, values, STOPPED, signal.received)
         documents = next(iter(run.evals.values()), run.train).documents
         print(
             console.closing(
@@ -465,6 +486,19 @@ def finish(
         summary = console.summing_up(rows, bar.seconds(), bar.first_step, run.best_metric, run.progress.best)
         print("\n" + summary)
     return Result(folder, folder / "model", step, values, signal=signal.received)
+
+
+def complete_prompts(config: Config, run: Run, folder: Path, loggers: Loggers) -> dict[str, float]:
+    """Complete the held-out prompts, print, log and write them. Returns their score."""
+    section = config.evaluate
+    samples = complete(
+        run.model, run.tokenizer, run.prompts, max_new_tokens=section.max_new_tokens, precision=run.precision
+    )
+    print(console.sample_report(samples, section.generate_samples_shown))
+    scores = {"eval_exact_match": sum(sample.correct for sample in samples) / len(samples)}
+    loggers.log(run.progress.step, scores)
+    console.write_samples(folder / "samples.jsonl", samples)  # the last act: its presence means that all is there
+    return scores
 
 
 def longer(config: Config, stopped_early: bool) -> str:

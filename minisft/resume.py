@@ -42,6 +42,9 @@ def resume(config: Config, run: Run, folder: Path) -> dict | None:
         run.reference.load(path)
     progress = run.progress
     progress.step, progress.num_tokens = state["step"], state["num_tokens"]
+    progress.evaluated_at = state.get(
+        "evaluated_at", progress.step
+    )  # a signal may have come before its evaluation ended
     progress.nonfinite_steps = state["nonfinite_steps"]
     progress.nonfinite_in_a_row = state.get("nonfinite_in_a_row", 0)
     if state["precision"] == run.precision:
@@ -127,6 +130,7 @@ def training_state(config: Config, run: Run) -> dict:
     progress = run.progress
     return {
         "num_tokens": progress.num_tokens,
+        "evaluated_at": progress.evaluated_at,
         "nonfinite_steps": progress.nonfinite_steps,
         "nonfinite_in_a_row": progress.nonfinite_in_a_row,
         "precision": run.precision,

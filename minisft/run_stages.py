@@ -10,10 +10,14 @@ from minisft import console, loop, ranks, runtime
 from minisft.config.stages import Stage
 from minisft.errors import STOPPED, reports_in
 from minisft.loop import Result
+from minisft.signals import StopSignal
 
 
-def run_stages(stages: list[Stage]) -> Result:
-    """Run the stages that are not finished yet. Returns the result of the last one, or of the one that was stopped."""
+def run_stages(stages: list[Stage], signal: StopSignal) -> Result:
+    """Run the stages that are not finished yet. Returns the result of the last one, or of the one that was stopped.
+
+    Raises Stopped where a signal comes before the first step of one; the finished ones are skipped at the next start.
+    """
     device = runtime.pick_device(stages[0].config.train.device)
     done: list[tuple[str, Result]] = []
     # One group for all stages: a second group would find the first one's keys in the launcher's store.
@@ -27,11 +31,11 @@ def run_stages(stages: list[Stage]) -> Result:
                 continue
             say(f"\n{stage.title} -> {folder}")
             with reports_in(folder):
-                result = loop.run(stage.config, stage.origins)
+                result = loop.run(stage.config, stage.origins, signal)
             done.append((stage.title, result))
             release_memory(device)
             # this also waits for the model that rank 0 writes
-            (num_stops,) = ranks.sum_numbers_over_ranks([result.signal is not None])
+            (num_stops,) = ranks.sum_numbers_over_ranks([signal.received is not None])
             if result.exit_code:
                 return result
             if num_stops and stage is not stages[-1]:

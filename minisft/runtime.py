@@ -1,4 +1,4 @@
-"""The machine a run sees: device, precision, seeds, signals.
+"""The machine a run sees: device, precision, seeds.
 
 Precision is explicit: the weights stay in fp32 (the master weights) and autocast computes in bf16 or fp16. bf16 weights
 alone do not train well: an update smaller than 2^-9 of a weight rounds to nothing.
@@ -6,8 +6,6 @@ alone do not train well: an update smaller than 2^-9 of a weight rounds to nothi
 
 import contextlib
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -88,32 +86,3 @@ def read_back(x: Tensor) -> Callable[[], float]:
         return here.item()
 
     return number
-
-
-# ---- signals ----------------------------------------------------------------------------------------------------
-
-
-class StopSignal:
-    """Notes the first SIGINT, SIGTERM or SIGUSR1, so that the loop saves at the next step and stops. A second one
-    interrupts at once. Use as a context manager; does nothing outside the main thread."""
-
-    def __init__(self):
-        self.received: str | None = None
-        self.previous: dict[signal.Signals, object] = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self.previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame):
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-        told = f"\nminisft: {self.received}: saving after the next step, then stopping; once more quits at once\n"
-        os.write(2, told.encode())  # print is not allowed to interrupt another print

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from minisft.config.command_line import USAGE, help_text, parse_arguments
 from minisft.config.stages import Stage, load_stages
-from minisft.errors import reports_in, run_command
+from minisft.errors import STOPPED, reports_in, run_command
+from minisft.signals import BEFORE_STEPS, StopSignal
 
 if TYPE_CHECKING:
     from minisft.loop import Result
@@ -26,9 +27,11 @@ def run(source: str | Path | dict[str, Any], /, **overrides: Any) -> Result:
     """Train as a configuration file, or a dict shaped like one, says; of a list of stages, the result of the last one.
 
     overrides: keys by their last part (learning_rate=1e-4), or in full with **{"train.learning_rate": 1e-4}.
-    Raises UserError for a mistake in the configuration, the data or the model.
+    Raises UserError for a mistake in the configuration, the data or the model, and Stopped, a KeyboardInterrupt, where a signal
+    comes before the first step. A later signal saves and returns, with exit code 75.
     """
-    return _run(load_stages(source, overrides, origin="run()"))
+    with StopSignal(BEFORE_STEPS, STOPPED) as signal:
+        return _run(load_stages(source, overrides, origin="run()"), signal)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,10 +47,11 @@ def _command(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(help_text())
         return 0
-    return _run(load_stages(*parse_arguments(argv))).exit_code
+    with StopSignal(BEFORE_STEPS, STOPPED, is_command=True) as signal:
+        return _run(load_stages(*parse_arguments(argv)), signal).exit_code
 
 
-def _run(stages: list[Stage]) -> Result:
+def _run(stages: list[Stage], signal: StopSignal) -> Result:
     from minisft.prepare.look import look
 
     look(stages)
@@ -60,11 +64,11 @@ def _run(stages: list[Stage]) -> Result:
     if stages[0].title:
         from minisft.run_stages import run_stages
 
-        return run_stages(stages)
+        return run_stages(stages, signal)
     from minisft import loop
 
     with reports_in(stages[0].config.output_dir):
-        return loop.run(stages[0].config, stages[0].origins)
+        return loop.run(stages[0].config, stages[0].origins, signal)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine, small tensor
 
 import pytest
 import torch
+
+from minisft.signals import SIGNALS
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -134,6 +137,15 @@ def pytest_collection_modifyitems(items) -> None:
 def _seed():
     # torch.manual_seed formats the stack of calls where CUDA is not in use: half a millisecond in each of 6,000 tests
     torch.manual_seed(0) if torch.cuda.is_initialized() else torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers():
+    """A command that was stopped ignores signals until its process has ended, and here that is the process of the tests."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ class FakeLoop:
     def __init__(self, outcome):
         self.outcome = outcome
 
-    def run(self, config, origins):
+    def run(self, config, origins, signal):
         self.seen = config, origins
         if isinstance(self.outcome, BaseException):
             raise self.outcome

@@ -386,7 +386,7 @@ def test_ctrl_c_saves_and_says_what_to_do(home, tmp_path, monkeypatch, capfd):
     stop_after(monkeypatch, 3, signal.SIGINT)
     assert command.main([write_config(home, tmp_path)]) == STOPPED
     out, err = capfd.readouterr()
-    assert err.strip() == "minisft: SIGINT: saving after the next step, then stopping; once more quits at once"
+    assert err.strip() == "minisft: SIGINT: saving at the end of a step, then stopping; once more quits at once"
     assert (
         f"stopped by SIGINT after step 3 of 16, saved in {tmp_path}/out/checkpoints; the same command resumes"
         in " ".join(out.split())
@@ -396,7 +396,10 @@ def test_ctrl_c_saves_and_says_what_to_do(home, tmp_path, monkeypatch, capfd):
 def test_ctrl_c_twice_quits_at_once(home, tmp_path):
     slow = {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": 64, "log.progress_bar": True}
     config = write_config(home, tmp_path, **slow, **{"train.num_train_epochs": 1000})  # half a second a step
-    arguments = [sys.executable, "-m", "minisft.train", config]
+    code = (
+        "import sys; from minisft import signals, train; signals.SAME_SECONDS = 0.0; sys.exit(train.main(sys.argv[1:]))"
+    )
+    arguments = [sys.executable, "-c", code, config]
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout:
             if line.startswith("step    1/") or "once more quits at once" in line:

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from minisft.atomic_folder import not_written
+from minisft.atomic_folder import write_file
 from minisft.data.audit import TITLES, Finding, place_of, stretches
 from minisft.data.cache import Documents
 from minisft.data.tokenizer import Tokenizer
@@ -47,10 +47,7 @@ def write_page(
         sources=sorted({row["source"] for row in rows}),
         rows=rows,
     )
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise not_written(path, error, hint="name another file by --html") from None
+    write_file(path, page, hint="name another file by --html")
 
 
 # ------------------------------------------------------------------------------------------------- charts

@@ -43,6 +43,7 @@ class Progress:
     plateau: Plateau = Plateau()
     best: Best = Best()
     step: int = 0  # optimizer steps taken
+    evaluated_at: int = -1  # after how many steps the last evaluation was made; -1: there was none
     num_tokens: int = 0  # over all ranks
     nonfinite_steps: int = 0  # that were skipped
     nonfinite_in_a_row: int = 0
