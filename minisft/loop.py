@@ -131,7 +131,6 @@ def take_steps(
     step is not finite and on_nonfinite = "stop".
     """
     progress, total_steps = run.progress, run.total_steps
-    signal.note("saving at the end of a step, then stopping")
     saved_at = progress.step  # a resumed run was saved at this step already
     num_failed_saves, stop, failure = 0, False, None
     values, seconds, waited, tokens = {}, 0.0, 0.0, 0

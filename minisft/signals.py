@@ -8,7 +8,7 @@ both deliver it.
 
 Python calls a handler between two operations of the main thread, and never while that thread waits inside a library: for other
 ranks, or for the threads of a download. A thread of each command therefore watches too. Where a signal should end the process at
-once and has not done so after five seconds, the thread does.
+once and has not done so after ten seconds, the thread does.
 """
 
 import os
@@ -20,7 +20,7 @@ from minisft.errors import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SAME_SECONDS = 1.0  # a second signal within this time is the first one, delivered twice
-UNWIND_SECONDS = 5.0
+UNWIND_SECONDS = 10.0
 BEFORE_STEPS = "before the first step; the same command starts again"
 IN_SAMPLES = "before the held-out prompts were completed; the model is written, and the same command completes them"
 

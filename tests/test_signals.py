@@ -285,16 +285,14 @@ def test_stopped_in_every_phase_it_ends_in_the_same_bytes(tmp_path, monkeypatch,
         signals_at, "minisft.loop.train_step", 2
     )  # step 4, whose evaluation is not begun
     assert (step, evaluated) == (4, 2) and "SIGTERM: saving at the end of a step" in said
-    step, evaluated, said = stopped_at(
-        signals_at, "minisft.loop.write_state", 1
-    )  # the save of step 6, or of a better one
-    assert step in (5, 6) and "SIGTERM: stopping once a checkpoint is written" in said
-    with monkeypatch.context() as patch:  # now the second signal comes into the save
+    step, evaluated, said = stopped_at(signals_at, "minisft.loop.write_state")
+    assert (step, evaluated) == (6, 6) and "SIGTERM: stopping once a checkpoint is written" in said  # no step follows
+    with monkeypatch.context() as patch:  # both signals come into the save of step 7
         patch.setattr(signals, "SAME_SECONDS", -1.0)
         before = files(saved(out)[-1])
-        step, _, said = stopped_at(lambda inner: signals_at(inner, "minisft.loop.write_state", 1, times=2), code=130)
-    assert step in (5, 6) and said.endswith("minisft: interrupted") and files(saved(out)[-1]) == before
-    step, evaluated, said = stopped_at(in_evaluation, 2 if step == 5 else 1)
+        step, _, said = stopped_at(lambda inner: signals_at(inner, "minisft.loop.write_state", times=2), code=130)
+    assert step == 6 and said.endswith("minisft: interrupted") and files(saved(out)[-1]) == before
+    step, evaluated, said = stopped_at(in_evaluation, 1)
     assert (step, evaluated) == (7, 6) and not (out / "model").exists()
     step, evaluated, said = stopped_at(signals_at, "minisft.samples.generate", 1)
     assert "stopped by SIGTERM before the held-out prompts were completed; the model is written" in said
@@ -354,8 +352,9 @@ def command_for(seconds: float, config: str, said: str) -> None:
 @pytest.mark.slow
 def test_50_signals_at_random_moments(tmp_path):
     settings(tmp_path)
-    write_rows(tmp_path / "rows.jsonl", count=2000)
+    write_rows(tmp_path / "rows.jsonl", count=1000)
     keys = RUN | {"evaluate.generate_data": str(tmp_path / "rows.jsonl[:64]"), "evaluate.max_new_tokens": 32}
+    keys["evaluate.per_device_eval_batch_size"] = 10
     whole = tmp_path / "whole"
     (whole / "run").mkdir(parents=True)
     config = config_file(whole, settings(tmp_path, **keys, output_dir=str(whole / "run")))
@@ -369,7 +368,8 @@ def test_50_signals_at_random_moments(tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         config = config_file(folder, settings(tmp_path, **keys, output_dir=str(folder / "run")))
-        stopped = start(command_for, draw.uniform(0, seconds), config, str(folder / "said"))
+        delay = draw.uniform(0.1, seconds)  # Python itself has just started before, and has no handler yet
+        stopped = start(command_for, delay, config, str(folder / "said"))
         stopped.join(60)
         said = (folder / "said").read_text()
         assert stopped.exitcode in (0, STOPPED), (stopped.exitcode, said)

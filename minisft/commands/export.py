@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     if os.path.lexists(out):
         raise UserError(f"{out} exists", hint="name a new folder")
 
-    from minisft.atomic_folder import MANIFEST, atomic_folder, read_manifest
+    from minisft.atomic_folder import MANIFEST, atomic_folder, read_manifest, remove_leftovers
     from minisft.console import wrap
     from minisft.data.tokenizer import load_tokenizer
     from minisft.export import model_bytes, room_for, write_whole
@@ -57,6 +57,7 @@ def main(argv: list[str]) -> int:
     if not (folder / CONFIG_FILE).exists():
         hint = "a run without [lora] wrote a whole model: use it as it is"
         raise UserError(f"{folder} holds no adapter (no {CONFIG_FILE})", hint=hint, exit_code=MODEL)
+    remove_leftovers(out.parent)  # of an export that was killed
 
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None

@@ -50,7 +50,6 @@ THREADS, BATCHES_AT_WORK = 2, 3
 CHARACTERS_AT_WORK = 6_000_000  # in all batches; each takes up to some 250 bytes while it is encoded
 # Seconds of the processor that encoding may take: a tenth of the slowest speed that was measured, 200,000 characters a second.
 SECONDS_AT_LEAST, SLOWEST = 60.0, 20_000
-LAST_SECONDS = 3.0  # for the batches at work when the tokenising ends early
 SHOWN_BAD_ROWS = 5
 TOO_LONG = "too long even without its earlier turns"
 
@@ -126,23 +125,19 @@ def tokenise(
 
     def documents_of_the_first() -> Iterator[list[Document]]:
         characters = sum(size for _, _, size in encoding)
-        batch, future, _ = encoding[0]
+        batch, future, _ = encoding.popleft()
         _wait(future, characters, batch)
-        encoding.popleft()
         yield from work.documents(batch, future)
 
-    try:
-        for batch in work.batches():
-            characters = _characters(batch)
-            while encoding and sum(size for _, _, size in encoding) + characters > CHARACTERS_AT_WORK:
-                yield from documents_of_the_first()
-            encoding.append((batch, start(batch), characters))
-            if len(encoding) > BATCHES_AT_WORK:
-                yield from documents_of_the_first()
-        while encoding:
+    for batch in work.batches():
+        characters = _characters(batch)
+        while encoding and sum(size for _, _, size in encoding) + characters > CHARACTERS_AT_WORK:
             yield from documents_of_the_first()
-    finally:  # after an error or a signal: a thread that comes back from Rust while Python ends would abort the process
-        wait([future for _, future, _ in encoding], timeout=LAST_SECONDS)
+        encoding.append((batch, start(batch), characters))
+        if len(encoding) > BATCHES_AT_WORK:
+            yield from documents_of_the_first()
+    while encoding:
+        yield from documents_of_the_first()
     entry["dropped"] = dict(work.dropped)
     entry["strategies"] = {name: rows for name, rows in work.strategies.items() if name}
 
