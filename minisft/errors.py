@@ -25,6 +25,8 @@ STOPPED = 75  # stopped by a signal, before the first step or after saving; the 
 NONFINITE = 76  # a loss or gradient that is not finite
 
 DISK = (ENOSPC, EDQUOT, EFBIG, EACCES, EPERM, EROFS, EIO, ESTALE)  # an OSError of the disk, not of the program
+# In the texts of RuntimeErrors: of the CPU's allocator, of mmap, of CUDA and Triton, of cuBLAS.
+NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 LONGEST_MESSAGE = 4000  # characters that are printed: some are about a text of megabytes
 VERSIONS = ("torch", "triton", "numpy", "tokenizers", "safetensors", "jinja2")  # that a report names, if imported
 
@@ -126,9 +128,10 @@ def reports_in(folder: str | Path) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Python's or numpy's error, or torch's for a GPU (a class that is not imported here) or for a CPU (only its text)."""
-    is_torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)[:1000]
-    return isinstance(error, MemoryError) or is_torchs
+    """Python's or numpy's error; or torch's, CUDA's or Triton's, which have a class that is not imported here, or only a text."""
+    text = str(error)[:1000]
+    is_torchs = isinstance(error, RuntimeError) and any(words in text for words in NO_MEMORY)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_torchs
 
 
 def _unforeseen(error: BaseException) -> int:

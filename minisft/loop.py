@@ -40,6 +40,7 @@ from minisft.loggers import Loggers, read_metrics, write_report
 from minisft.metrics import Sums, eval_name, peak_memory
 from minisft.micro_batch import forward_backward
 from minisft.optimizers import evaluation_weights
+from minisft.out_of_memory import OutOfMemory, evaluation_error, halve, memory_error, rows_of, try_largest
 from minisft.prepare.run import Run, prepare
 from minisft.ranks import sum_gradients
 from minisft.resume import changed_keys, require_same_state, resume, training_state
@@ -71,10 +72,11 @@ class Result:
 
 @dataclass(frozen=True)
 class StepResult:
-    updated: bool  # False: a loss or gradient was not finite; weights and moments are untouched, on every rank
+    updated: bool  # False: a loss or gradient was not finite, or memory ran out; weights and moments are untouched, on every rank
     stop: bool  # some rank was asked to stop
     num_tokens: int  # over all ranks
     stats: Sums  # metrics of the step
+    ran_out: OutOfMemory | None = None  # of memory, on some rank
 
 
 def run(config: Config, origins: dict[str, str], signal: StopSignal) -> Result:
@@ -95,9 +97,12 @@ def run(config: Config, origins: dict[str, str], signal: StopSignal) -> Result:
         progress, total_steps = prepared.progress, prepared.total_steps
         saved = resume(config, prepared, folder / "checkpoints")
         require_same_state(config, prepared)
+        is_finished = is_complete(config, prepared) and ranks.from_first_rank(is_exported(prepared, folder))
+        if not is_complete(config, prepared):
+            try_largest(config, prepared)
         if is_main:
             print(console.wrap(prepared.summary), flush=True)
-        if is_complete(config, prepared) and ranks.from_first_rank(is_exported(prepared, folder)):
+        if is_finished:
             require_unchanged(config, folder, saved)
             if has_samples(config):
                 if is_main:
@@ -139,17 +144,20 @@ def take_steps(
         stop = stop or asked_alone(signal)
 
         # ---- 1. evaluate if due; a run that is stopped before the end of it evaluates after it is resumed
-        if is_evaluation_due(config, run) and not stop:
+        if is_evaluation_due(config, run) and not stop and failure is None:
             signal.note("giving up this evaluation, which the next start makes, saving, then stopping")
-            try:
-                scores = evaluate_sets(config, run, signal)
-            except Stopped:
-                stop = True
-            else:
-                values, progress.evaluated_at = values | scores, progress.step
-                if loggers:
-                    loggers.log(progress.step, scores)
-                    bar.evaluated(progress.step, scores)
+            with OutOfMemory() as ran_out:
+                try:
+                    scores = evaluate_sets(config, run, signal)
+                except Stopped:
+                    stop = True
+                else:
+                    values, progress.evaluated_at = values | scores, progress.step
+                    if loggers:
+                        loggers.log(progress.step, scores)
+                        bar.evaluated(progress.step, scores)
+            if ran_out.message:
+                failure, stop = evaluation_error(config, run, ran_out), True
 
         # ---- 2. save if due, the best, or last
         signal.note("stopping once a checkpoint is written")
@@ -169,8 +177,13 @@ def take_steps(
 
         # ---- 4 to 7. N, forward and backward, finite check, update
         is_logged = (progress.step + 1) % config.log.logging_steps == 0 or progress.step + 1 == total_steps
-        result = train_step(run, config.train, batches, signal.received is not None, is_logged)
+        result = take_step(config, run, batches, signal, is_logged)
         stop = result.stop
+        if result.ran_out is not None:
+            failure, stop = memory_error(config, run, result.ran_out, f"step {progress.step + 1}"), True
+            if config.train.optimizer_in_backward:
+                raise failure  # some weights are updated already
+            continue  # after a save of the step before this one
         if not result.updated and (failure := handle_nonfinite(run, config.train, batches, folder)):
             if config.train.optimizer_in_backward:
                 raise failure  # before the weights, some of which are spoiled, are saved
@@ -205,6 +218,15 @@ def take_steps(
     return values
 
 
+def take_step(config: Config, run: Run, batches: list[Batch], signal: StopSignal, is_logged: bool) -> StepResult:
+    """`train_step`; where memory runs out and on_oom = "split", again from its start, with smaller micro-batches."""
+    result = train_step(run, config.train, batches, signal.received is not None, is_logged)
+    while result.ran_out is not None and halve(run, config.train, result.ran_out):
+        batches = run.train.step(*divmod(run.progress.step, run.train.steps_per_epoch))
+        result = train_step(run, config.train, batches, signal.received is not None, is_logged)
+    return result
+
+
 def train_step(
     run: Run, train: TrainSection, batches: list[Batch], stop_asked: bool = False, is_logged: bool = False
 ) -> StepResult:
@@ -232,10 +254,14 @@ def train_step(
     zero_updates = ZeroUpdates(run.measured if is_logged and factor else set())
     # A CPU maps new memory more slowly than it fills old memory with zeros.
     keeps_gradients = run.device.type == "cpu" and not in_backward
-    if keeps_gradients:
-        make_gradients(run.model)
-    with update_in_backward(run.model, optimizer, zero_updates) if in_backward else nullcontext() as norms:
+    ran_out, updates = OutOfMemory(), nullcontext()
+    if in_backward:
+        updates = update_in_backward(run.model, optimizer, zero_updates)
+    with ran_out, updates as norms:
+        if keeps_gradients:
+            make_gradients(run.model)
         for batch, weight in zip(batches, weights):
+            ran_out.batch = batch
             # "micro_batch" is the mean of the micro-batches' means, as older trainers have it
             n = total_weight if train.loss_normalization == "tokens" else weight * num_batches
             work = batch.to(run.device), scale / max(n, 1e-12)
@@ -245,6 +271,9 @@ def train_step(
                 loss, metrics = forward_backward(run.loss, run.model, run.precision, *work)
             losses.append(loss)
             stats.add(metrics)
+    if ranks.any_rank(bool(ran_out.message)):
+        optimizer.zero_grad(set_to_none=True)
+        return StepResult(False, num_stops > 0, 0, stats, ran_out)
 
     # ---- 6. the gradient's norm, and the finite check, on which all ranks agree
     grads = gradients(run.model)
@@ -384,6 +413,7 @@ def progress_values(run: Run) -> dict[str, float]:
     """Where the run is: logged values that are not sums over the window."""
     progress = run.progress
     unusual = {"nonfinite_steps": progress.nonfinite_steps} if progress.nonfinite_steps else {}
+    unusual |= {"micro_batch_size": run.train.micro_batch_size} if run.train.micro_batch_size else {}
     unusual |= {"loss_scale": progress.loss_scale.scale} if run.precision == "fp16" else {}
     return {
         "learning_rate": run.optimizer.param_groups[0]["lr"],
@@ -407,9 +437,7 @@ def handle_nonfinite(run: Run, train: TrainSection, batches: list[Batch], folder
     is_too_often = num_skipped >= train.max_skips_in_a_row and num_skipped > train.max_skips_share * step
     if train.on_nonfinite == "skip" and in_a_row <= train.max_skips_in_a_row and not is_too_often:
         return None
-    cache = run.train.documents.cache
-    documents = torch.cat([batch.row_document[: batch.num_targets] for batch in batches]).unique().tolist()
-    rows = list(dict.fromkeys(cache.place(document) for document in documents))  # a row may have several
+    rows = rows_of(run, batches)
     path = folder / f"nonfinite-step-{step:08d}-rank-{ranks.rank()}.json"
     write_report(path, {"step": step, "rows": rows})
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""

@@ -90,14 +90,22 @@ class Graphs:
             return self.plainly(batch, grad_scale)
         return self._begin(batch, grad_scale)
 
+    def forget(self) -> None:
+        """Drop all graphs, and with them their memory."""
+        self.graphs.clear()
+        self.times.clear()
+
     def _begin(self, batch: Batch, grad_scale: float) -> tuple[Tensor, Metrics]:
         """Record a graph and compare it. The result is the graph's, or the plain one where it is not used."""
         loss, _ = self.plainly(batch, grad_scale)
         size = self._gradient_norm()
+        graph, problem = None, ""
         try:
             graph = self._record(batch)
-        except RuntimeError as error:  # a kernel cannot be recorded
-            return self._give_up(str(error).partition("\n")[0], batch, grad_scale)
+        except RuntimeError as error:  # a kernel cannot be recorded, or there is too little memory
+            problem = str(error).partition("\n")[0]
+        if graph is None:  # outside of the handler, in which the error keeps what it had allocated
+            return self._give_up(problem, batch, grad_scale)
         self._replay(graph, batch, -grad_scale)
         difference = self._gradient_norm()
         self._clear_gradients()

@@ -210,7 +210,8 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
             update = torch._foreach_div(grads, scale)
             torch._foreach_add_(update, params, alpha=group["weight_decay"])
             # y = b1 x + (1 - b1) z with the new x and z, written in terms of the old y
-            torch._foreach_lerp_(params, z, c)
+            if c:  # 0 with a learning rate of 0, which is to leave -0.0 as it is too
+                torch._foreach_lerp_(params, z, c)
             torch._foreach_add_(params, update, alpha=lr * (b1 * (1 - c) - 1))
             torch._foreach_add_(z, update, alpha=-lr)
 

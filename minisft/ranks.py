@@ -100,6 +100,11 @@ def sum_numbers_over_ranks(numbers: list[float]) -> list[float]:
     return sum_over_ranks(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
 
+def any_rank(is_true: bool) -> bool:
+    """Whether it is true on some rank."""
+    return sum_numbers_over_ranks([float(is_true)])[0] > 0
+
+
 def sum_gradients(grads: list[Tensor], bucket_bytes: int = 2**26) -> None:
     """Sum the gradients over all ranks, in place, through buckets of `bucket_bytes` (few large messages, little memory)."""
     if not dist.is_initialized():

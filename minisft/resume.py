@@ -17,6 +17,7 @@ from minisft.config.load import deciding_values
 from minisft.config.sections import Config
 from minisft.errors import UserError
 from minisft.export import read_model
+from minisft.out_of_memory import describe_micro_batches, use_micro_batch_size
 from minisft.prepare.run import Run
 from minisft.ranks import from_first_rank, rank, require_agreement
 from minisft.schedule import Plateau
@@ -50,6 +51,10 @@ def resume(config: Config, run: Run, folder: Path) -> dict | None:
     if state["precision"] == run.precision:
         progress.loss_scale = LossScale(**state["loss_scale"])
     progress.plateau = Plateau(**state.get("plateau", {}))
+    smaller = state.get("micro_batch_size") or run.train.batch_size
+    if config.train.on_oom == "split" and smaller < run.train.batch_size:
+        use_micro_batch_size(run, smaller)
+        run.summary.append(f"memory     {describe_micro_batches(run)}, as memory ran out before")
     best = dict(state.get("best", {}))
     if best.pop("metric", None) == run.best_metric:  # else its values are those of another metric
         progress.best = Best(**best)
@@ -133,6 +138,7 @@ def training_state(config: Config, run: Run) -> dict:
         "evaluated_at": progress.evaluated_at,
         "nonfinite_steps": progress.nonfinite_steps,
         "nonfinite_in_a_row": progress.nonfinite_in_a_row,
+        "micro_batch_size": run.train.micro_batch_size,
         "precision": run.precision,
         "loss_scale": asdict(progress.loss_scale),
         "plateau": asdict(progress.plateau),

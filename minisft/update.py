@@ -72,6 +72,16 @@ def clip_and_update(
 
 
 @contextlib.contextmanager
+def only(optimizer: torch.optim.Optimizer, p: Tensor, group: dict) -> Iterator[None]:
+    """Inside the block the optimizer has this parameter of the group alone."""
+    everything, optimizer.param_groups = optimizer.param_groups, [group | {"params": [p]}]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = everything
+
+
+@contextlib.contextmanager
 def update_in_backward(
     model: nn.Module, optimizer: torch.optim.Optimizer, zero_updates: "ZeroUpdates"
 ) -> Iterator[list[Tensor]]:
@@ -86,10 +96,8 @@ def update_in_backward(
 
     def update(p: Tensor, group: dict) -> None:
         norm_of[p] = gradient_norms([p.grad])[0]
-        everything, optimizer.param_groups = optimizer.param_groups, [group | {"params": [p]}]
-        with zero_updates.counted({p}):
+        with only(optimizer, p, group), zero_updates.counted({p}):
             optimizer.step()
-        optimizer.param_groups = everything
         p.grad = None
 
     hooks = [

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,12 @@ def train_rank(
     rank: int,
     port: int,
     broken_step: int | None,
+    spoil: Callable,
     trouble: tuple[int, str, str],
     cwd: Path | None,
 ) -> None:
-    """What one process does: train, and leave its output and a hash of its final weights in the output folder.
+    """What one process does: train, and leave its output and a hash of its final weights in the output folder. On rank 1
+    spoil(run) takes the place of the run in step `broken_step`.
 
     trouble: (rank, where, how) of a rank that is killed, stopped or fails.
     """
@@ -77,7 +80,7 @@ def train_rank(
         if run.progress.step == 2:
             in_trouble("step")
         if rank == 1 and run.progress.step + 1 == broken_step:
-            run = with_spoilt_loss(run)
+            run = spoil(run)
         return honest_step(run, *arguments, **options)
 
     def finish(config, run, *arguments):
@@ -95,6 +98,7 @@ def start_ranks(
     folder: Path,
     overrides: dict,
     broken_step: int | None = None,
+    spoil: Callable = with_spoilt_loss,
     trouble: tuple = (-1, "", ""),
     folders: tuple = (None, None),
     of_rank: tuple[dict, dict] = ({}, {}),
@@ -103,7 +107,7 @@ def start_ranks(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    more = (port, broken_step, trouble)
+    more = (port, broken_step, spoil, trouble)
     return [start(train_rank, folder, overrides | of_rank[i], i, *more, folders[i]) for i in (0, 1)]
 
 

@@ -9,7 +9,7 @@ from minisft.config.sections import KEYS, Config, config_to_dict, eval_sets
 from minisft.config.values import as_toml
 from minisft.data.packing_strategies import STRATEGIES
 from minisft.errors import UserError, shortened
-from minisft.preference.losses import WITH_DIVERGENCE, WITH_LABEL_SMOOTHING, WITHOUT_REFERENCE
+from minisft.preference.losses import ACROSS_THE_BATCH, WITH_DIVERGENCE, WITH_LABEL_SMOOTHING, WITHOUT_REFERENCE
 from minisft.schedule import HAVE_NO_FLOOR, wrong_option
 
 OF_THE_BEST = ("metric_for_best_model", "greater_is_better", "load_best_model_at_end", "early_stopping_patience")
@@ -136,11 +136,15 @@ def check_optimizer(config: Config, refuse: Refuse) -> None:
         if train.precision not in ("bf16", "auto"):
             keys = "train.weights_dtype train.precision"
             refuse(keys, "weights in bf16 are multiplied in bf16", "set precision to bf16, or weights_dtype to fp32")
+    if train.on_oom == "split" and train.loss_normalization == "micro_batch":
+        problem = "smaller micro-batches would have other means"
+        refuse("train.on_oom train.loss_normalization", problem, 'set on_oom to "stop"')
     if train.optimizer_in_backward:
         for key, wanted, problem in (
             ("gradient_accumulation_steps", 1, "there is an update for every micro-batch"),
             ("max_grad_norm", None, "the norm is known when all weights are updated already, too late to clip"),
             ("on_nonfinite", "stop", "an update in the backward pass cannot be left out"),
+            ("on_oom", "stop", "an update in the backward pass cannot be made again"),
         ):
             if getattr(train, key) != wanted:
                 refuse(f"train.optimizer_in_backward train.{key}", problem, f"set {key} = {as_toml(wanted)}")
@@ -245,6 +249,10 @@ def check_losses(config: Config, refuse: Refuse) -> None:
         refuse(
             "dpo.use_weighting dpo.loss_type", "aot sorts, so that no loss belongs to one pair", "choose one of them"
         )
+    across = [name for name in losses if name in (*ACROSS_THE_BATCH, "kto")]
+    if config.train.on_oom == "split" and across:
+        problem = f"a pair's {across[0]} depends on the others of its micro-batch"
+        refuse("train.on_oom dpo.loss_type", problem, 'set on_oom to "stop"')
     if not dpo.desirable_weight and not dpo.undesirable_weight:
         refuse("dpo.desirable_weight dpo.undesirable_weight", "nothing would train", "set one of them above 0")
 

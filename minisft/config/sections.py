@@ -264,6 +264,16 @@ class TrainSection:
     max_skips_share: float = option(
         0.1, "so does a larger part of all steps, once there are max_skips_in_a_row of them", above=0, at_most=1
     )
+    on_oom: Literal["stop", "split"] = option(
+        "stop",
+        "out of memory: stop after a save of the step before; or split = halve the micro-batches and accumulate twice as many, "
+        "for the rest of the run, which is the same step up to rounding (dropout and NEFTune draw other numbers)",
+    )
+    memory_check: bool | Literal["auto"] = option(
+        "auto",
+        "try the largest micro-batch before the first step; auto = on a GPU, and on a CPU where it is clearly larger than those "
+        "of the first step",
+    )
     seed: int = option(42, "of weights, order, dropout and held-out rows", at_least=0, at_most=2**32 - 1)
     deterministic: bool = option(False, "bitwise repeatable on a GPU too (always so on a CPU), slower")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto = the GPU if there is one")

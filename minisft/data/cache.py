@@ -181,6 +181,7 @@ class Documents:
     index: np.ndarray  # int64 [P]
     start: np.ndarray  # int64 [P]
     end: np.ndarray  # int64 [P]
+    num_targets: np.ndarray | None = None  # int64 [P]: the targets of each piece; None: they were not counted
     turns: Turns | None = None  # documents of a conversation that share their beginnings (shared_turns.py)
     # In preference data:
     shared: np.ndarray | None = None  # int64 [U]: tokens of the prompt, if the two of a unit share one copy of it
@@ -235,8 +236,9 @@ class Documents:
         assert self.turns is None
         documents = np.repeat(units, self.group)
         shared = None if self.shared is None else self.shared[units]
+        targets = None if self.num_targets is None else self.num_targets[documents]
         cut = {name: getattr(self, name)[documents] for name in ("index", "start", "end")}
-        return replace(self, **cut, shared=shared)
+        return replace(self, **cut, num_targets=targets, shared=shared)
 
 
 # ------------------------------------------------------------------------------------------------- open or build

@@ -123,7 +123,7 @@ def select_documents(
         raise UserError(f"{number:,} documents an epoch, at most {MAX_DOCUMENTS:,}", hint=hint, exit_code=DATA)
     unit = np.repeat(np.arange(len(copies)), copies)
     index = (unit[:, None] * cache.group + np.arange(cache.group)).ravel()
-    return Documents(cache, index, start[index], end[index]), accounting
+    return Documents(cache, index, start[index], end[index], targets[index]), accounting
 
 
 def is_mismatched(cache: TokenCache) -> np.ndarray:

@@ -34,6 +34,8 @@ from minisft.data.kinds import KIND_MASK, TRAINED
 from minisft.data.packing import Packs, Plan, plan, ragged_arange
 from minisft.data.shared_turns import share_turns, tree_bounds
 
+MOST_PIECES = 20_000_000  # of all epochs in which a run looks for its largest micro-batch: a few seconds
+
 
 def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], *, round_to: int = 1) -> Batch:
     """The packs with these numbers, side by side: T tokens in N pieces with M targets, on the host.
@@ -194,6 +196,17 @@ def shared_prompts(documents: Documents) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Largest:
+    """A micro-batch of a run, and what it will hold."""
+
+    step: int  # counted over all epochs
+    packs: Packs  # of its epoch
+    numbers: range  # of its packs
+    num_tokens: int
+    num_targets: int  # about, where packing cuts documents
+
+
+@dataclass(eq=False)
 class Loader:
     """The batches of one rank. An optimizer step has batch_size * accumulation * world_size packs over all ranks."""
 
@@ -206,6 +219,7 @@ class Loader:
     world_size: int = 1
     shuffle: bool = True  # False: the same order in every epoch, for evaluation
     round_to: int = 1
+    micro_batch_size: int | None = field(default=None, init=False)  # smaller than batch_size once memory ran out
     _dealt: dict[int, Packs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -232,36 +246,85 @@ class Loader:
     def step(self, epoch: int, s: int) -> list[Batch]:
         """This rank's micro-batches of step s: the packs of the step go to the ranks in turn, batch_size at a time.
 
-        The last step of an epoch may have fewer chunks of packs, and a smaller one. All ranks get the same number of
-        micro-batches, so that their collectives match: a rank without a chunk gets filler, which trains nothing.
+        A chunk of batch_size packs is a micro-batch, or several with micro_batch_size packs each: the packs of a step, and those
+        of a rank, stay the same. The last step of an epoch may have fewer chunks, and a smaller one. All ranks get the same
+        number of micro-batches, so that their collectives match: a rank without packs gets filler, which trains nothing.
         """
         assert 0 <= s < self.steps_per_epoch, f"step {s} of {self.steps_per_epoch}"
         first = s * self.packs_per_step
         last = first + self.num_packs(s)
         batches = []
         for chunk in range(first, last, self.batch_size * self.world_size):  # one for every rank
+            most = min(self.batch_size, last - chunk)  # packs of the first rank; the others have as many or fewer
             chunk += self.rank * self.batch_size
-            numbers = range(chunk, min(chunk + self.batch_size, last))  # empty where none is left
-            batches.append(make_batch(self.documents, self.packs(epoch), numbers, round_to=self.round_to))
+            for start in range(chunk, chunk + most, self.micro_batch_size or self.batch_size):
+                batches.append(self._batch(self.packs(epoch), start, min(chunk + self.batch_size, last)))
         return batches
+
+    def _batch(self, packs: Packs, start: int, end: int) -> Batch:
+        """The micro-batch that begins with pack `start` of a chunk that ends before pack `end`; filler if none is left."""
+        size = self.micro_batch_size or self.batch_size
+        # the filler of smaller micro-batches shrinks with them, down to a few shapes still
+        round_to = min(self.round_to, math.ceil(self.round_to * size / self.batch_size / 64) * 64)
+        return make_batch(self.documents, packs, range(start, min(start + size, end)), round_to=round_to)
 
     def steps(self, first: int, last: int, *, ahead: bool) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step from `first` to `last` - 1, counted over all epochs.
 
         ahead: while the caller works on a step, a thread makes the batches of the next one, in pinned memory if there is a GPU.
-        What the thread raises is raised here. It ends when the generator is closed.
+        What the thread raises is raised here. It ends when the generator is closed. A micro_batch_size that the caller has
+        changed holds from the next step on.
         """
 
-        def make(step: int) -> list[Batch]:
-            batches = self.step(*divmod(step, self.steps_per_epoch))
-            return [batch.in_one_buffer(torch.cuda.is_available()) for batch in batches] if ahead else batches
+        def make(step: int) -> tuple[int | None, list[Batch]]:
+            size, batches = self.micro_batch_size, self.step(*divmod(step, self.steps_per_epoch))
+            return size, [batch.in_one_buffer(torch.cuda.is_available()) for batch in batches] if ahead else batches
 
         if not ahead:
-            yield from map(make, range(first, last))
+            yield from (make(step)[1] for step in range(first, last))
             return
         with ThreadPoolExecutor(1, "loader") as thread:
             coming = None
             for step in range(first, last):
-                batches = (coming or thread.submit(make, step)).result()
+                size, batches = (coming or thread.submit(make, step)).result()
+                if size != self.micro_batch_size:  # made in advance, before the change
+                    _, batches = make(step)
                 coming = thread.submit(make, step + 1) if step + 1 < last else None
                 yield batches
+
+    def largest(self, first: int, last: int) -> list[Largest]:
+        """The micro-batches of steps `first` to `last` - 1, of any rank, with the most tokens and with the most targets.
+
+        Found from lengths, without a look at a token. Where the passes to come are many, in the first ones of them.
+        """
+        epochs = range(first // self.steps_per_epoch, (last - 1) // self.steps_per_epoch + 1)
+        found: list[Largest] = []
+        # backwards, so that the packs of the first epoch, which are needed next, are those that stay
+        for epoch in reversed(epochs[: max(1, MOST_PIECES // len(self.documents))]):
+            packs, size = self.packs(epoch), self.micro_batch_size or self.batch_size
+            number = np.arange(len(packs))
+            starts = number[number % self.batch_size % size == 0]  # of each micro-batch
+            tokens, targets = (np.add.reduceat(of_pack, starts) for of_pack in self._sizes(packs))
+            step = epoch * self.steps_per_epoch + starts // self.packs_per_step
+            here = np.flatnonzero((first <= step) & (step < last))
+            for i in (here[tokens[here].argmax()], here[targets[here].argmax()]):
+                end = int(starts[i + 1]) if i + 1 < len(starts) else len(packs)
+                numbers = range(int(starts[i]), end)
+                found.append(Largest(int(step[i]), packs, numbers, int(tokens[i]), int(targets[i])))
+        best = [max(found, key=lambda micro_batch: getattr(micro_batch, key)) for key in ("num_tokens", "num_targets")]
+        return best[:1] if best[0].num_targets >= best[1].num_targets else best
+
+    def make(self, micro_batch: Largest) -> Batch:
+        """One that `largest` has found."""
+        return self._batch(micro_batch.packs, micro_batch.numbers.start, micro_batch.numbers.stop)
+
+    def _sizes(self, packs: Packs) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, targets) of every pack; [n] each. Of a document that is cut each piece has its share of the targets."""
+        tokens = (packs.end - packs.start).astype(np.int64)
+        targets = np.zeros(len(tokens))
+        if self.documents.num_targets is not None:
+            first, _ = self.documents.pieces_of(np.arange(self.documents.num_units))
+            of_unit = np.add.reduceat(self.documents.num_targets, first) / self.documents.unit_lengths
+            targets = of_unit[packs.document] * tokens
+        first = packs.offsets[:-1]
+        return np.add.reduceat(tokens, first), np.add.reduceat(targets, first)

@@ -68,7 +68,8 @@ def share_turns(documents: Documents, limit: int | None) -> Documents:
     if not shared.any():
         return documents
     turns = Turns(np.append(np.flatnonzero(begins), len(index)), shared)
-    return replace(documents, index=index, start=start, end=end, turns=turns)
+    targets = None if documents.num_targets is None else documents.num_targets[order]  # none is in what a piece skips
+    return replace(documents, index=index, start=start, end=end, num_targets=targets, turns=turns)
 
 
 def tree_bounds(begin: np.ndarray, first_position: np.ndarray, end: np.ndarray) -> np.ndarray:

@@ -62,7 +62,7 @@ CHANGES = spread(
     {
         "all rows are shuffled anew every epoch; a short last batch is used": "dataloader_drop_last group_by_length",
         "other orders than random are not supported": "train_sampling_strategy",
-        "the batch size is as written, never searched for": "auto_find_batch_size",
+        "the batch size is as written, never searched for; see train.on_oom": "auto_find_batch_size",
         "checkpoints hold everything that resuming needs": "save_only_model",
         "evaluation begins after eval_steps": "eval_delay",
         "fp32 products are not rounded to TF32": "tf32",

@@ -65,9 +65,11 @@ class Reference:
         dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         # autocast caches the casts of parameters by identity, and here the same parameters may hold other values
         with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
-            with self.in_place(policy) as model:
-                logps, _ = answer_logps(model.eval(), batch, ld_alpha)
-        policy.train(training)
+            try:
+                with self.in_place(policy) as model:
+                    logps, _ = answer_logps(model.eval(), batch, ld_alpha)
+            finally:  # also where memory runs out: the step may be taken again
+                policy.train(training)
         return logps
 
     @contextlib.contextmanager
