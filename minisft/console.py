@@ -37,7 +37,7 @@ class ProgressBar:
         self.timed_from: tuple[int, float] | None = (
             None  # the first step and when it ended: it takes longer than others
         )
-        self.num_skipped, self.loss_scale = 0, math.inf  # as they were in the line before
+        self.num_skipped, self.num_spikes, self.loss_scale = 0, 0, math.inf  # as they were in the line before
         self.bar = tqdm(
             initial=step, total=total, unit="step", dynamic_ncols=True, disable=not enabled or not sys.stderr.isatty()
         )
@@ -71,6 +71,10 @@ class ProgressBar:
         self.timed_from = self.timed_from or (self.step, time.perf_counter())
         self.bar.update()
 
+    def back_to(self, step: int) -> None:
+        """The run went back to an earlier step."""
+        self.step, self.timed_from, self.bar.n = step, None, step
+
     def seconds(self) -> float:
         """Since the start."""
         return time.perf_counter() - self.began
@@ -83,11 +87,14 @@ class ProgressBar:
         num_skipped, loss_scale = values.get("nonfinite_steps", 0), values.get("loss_scale", self.loss_scale)
         if num_skipped > self.num_skipped:
             parts.append(f"{num_skipped} non-finite steps skipped")
+        num_spikes = values.get("spikes", 0)
+        if num_spikes > self.num_spikes:
+            parts.append(f"{num_spikes} {'spike' if num_spikes == 1 else 'spikes'}")
         if loss_scale < self.loss_scale:
             parts.append(f"loss scale {loss_scale:g}")
         if (fraction := values.get("zero_update_fraction", 0.0)) > 0.5:
             parts.append(f"zero updates {fraction:.0%}")
-        self.num_skipped, self.loss_scale = num_skipped, loss_scale
+        self.num_skipped, self.num_spikes, self.loss_scale = num_skipped, num_spikes, loss_scale
         return parts
 
     def __enter__(self):

@@ -21,8 +21,8 @@ INTERNAL = 70  # nobody foresaw it: a bug of ours, or of a library
 PEER = 69  # another rank is gone
 MEMORY = 71  # not enough memory
 SAVE = 74  # the disk: checkpoints could not be written, or a file not be read
-STOPPED = 75  # stopped by a signal, before the first step or after saving; the same command resumes
-NONFINITE = 76  # a loss or gradient that is not finite
+STOPPED = 75  # by a signal or control.toml, before the first step or after saving; the same command resumes
+NONFINITE = 76  # a loss or gradient that is not finite, or a spike
 
 DISK = (ENOSPC, EDQUOT, EFBIG, EACCES, EPERM, EROFS, EIO, ESTALE)  # an OSError of the disk, not of the program
 # In the texts of RuntimeErrors: of the CPU's allocator, of mmap, of CUDA and Triton, of cuBLAS.

@@ -19,12 +19,11 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from minisft.errors import UserError, warn
-from minisft.strict_json import write_json
 
 Tracker = tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]  # log(step, values), close()
 
@@ -150,10 +149,10 @@ def _finite_or_string(value):
     return value
 
 
-def write_report(path: Path, value: Any) -> None:
-    """Write JSON values for the user to look at after an error, which a full disk must not hide."""
+def write_report(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write lines of JSON for the user to look at after something went wrong, which a full disk must not hide."""
     try:
-        write_json(path, value)
+        path.write_bytes(b"".join(map(json_line, rows)))
     except OSError as error:
         warn(f"{path} could not be written: {error}")
 

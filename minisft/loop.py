@@ -7,7 +7,6 @@ Data order, dropout and noise are pure functions of (seed, step). A run that was
 exactly where its last checkpoint was: nothing is replayed, and there is no generator state to save or to lose.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -20,12 +19,14 @@ import torch
 
 from minisft import best, console, ranks, runtime, schedule, signals
 from minisft.atomic_folder import lock_folder, remove_leftovers, verify_folder, write_file
+from minisft.bad_steps import handle_bad_step
 from minisft.checkpoint import MAX_FAILED_SAVES, load_checkpoint, try_save
-from minisft.config.load import fingerprint, write_resolved
+from minisft.config.load import add_history, fingerprint, write_resolved
 from minisft.config.sections import Config, TrainSection, config_to_dict
 from minisft.config.stages import has_samples
+from minisft.control import Control, Request
 from minisft.data.batch import Batch
-from minisft.errors import NONFINITE, STOPPED, Stopped, UserError, warn
+from minisft.errors import STOPPED, Stopped, UserError, warn
 from minisft.evaluation import evaluate
 from minisft.export import (
     export_dtype,
@@ -36,22 +37,25 @@ from minisft.export import (
     require_space_for_run,
     write_state,
 )
-from minisft.loggers import Loggers, read_metrics, write_report
+from minisft.loggers import Loggers, read_metrics
 from minisft.metrics import Sums, eval_name, peak_memory
 from minisft.micro_batch import forward_backward
 from minisft.optimizers import evaluation_weights
-from minisft.out_of_memory import OutOfMemory, evaluation_error, halve, memory_error, rows_of, try_largest
+from minisft.out_of_memory import OutOfMemory, evaluation_error, halve, memory_error, try_largest
 from minisft.prepare.run import Run, prepare
 from minisft.ranks import sum_gradients
-from minisft.resume import changed_keys, require_same_state, resume, training_state
+from minisft.resume import changed_keys, require_same_state, resume, rewind, training_state
+from minisft.runtime import read_back
 from minisft.samples import complete, example_prompt
 from minisft.schedule import lr_factor
 from minisft.signals import StopSignal
+from minisft.spikes import Recent, describe_spikes
 from minisft.update import (
     ZeroUpdates,
     clip_and_update,
     gradient_norms,
     gradients,
+    is_accepted,
     make_gradients,
     unscale,
     update_in_backward,
@@ -72,11 +76,15 @@ class Result:
 
 @dataclass(frozen=True)
 class StepResult:
-    updated: bool  # False: a loss or gradient was not finite, or memory ran out; weights and moments are untouched, on every rank
+    updated: bool  # False: weights and moments are untouched, on every rank
+    is_bad: bool  # the loss or a gradient is not finite, or a spike
+    loss: float  # of the step: over all micro-batches and ranks
+    grad_norm: float
     stop: bool  # some rank was asked to stop
+    asked: Request  # by control.toml
     num_tokens: int  # over all ranks
     stats: Sums  # metrics of the step
-    ran_out: OutOfMemory | None = None  # of memory, on some rank
+    ran_out: OutOfMemory | None = None  # of memory, on some rank: nothing else happened
 
 
 def run(config: Config, origins: dict[str, str], signal: StopSignal) -> Result:
@@ -100,7 +108,9 @@ def run(config: Config, origins: dict[str, str], signal: StopSignal) -> Result:
         is_finished = is_complete(config, prepared) and ranks.from_first_rank(is_exported(prepared, folder))
         if not is_complete(config, prepared):
             try_largest(config, prepared)
+        control = None
         if is_main:
+            control = start_control(config, prepared, folder)
             print(console.wrap(prepared.summary), flush=True)
         if is_finished:
             require_unchanged(config, folder, saved)
@@ -111,14 +121,22 @@ def run(config: Config, origins: dict[str, str], signal: StopSignal) -> Result:
         loggers = None
         if is_main:
             loggers = start_output(config, origins, folder, prepared, saved)
-            stack.callback(loggers.close)
+            stack.callback(lambda: loggers.close())  # those of the end
         bar = stack.enter_context(console.ProgressBar(progress.step, total_steps, config.log.progress_bar and is_main))
         ranks.expect_steps()
-        steps = prepared.train.steps(progress.step, total_steps, ahead=device.type == "cuda")
-        stack.enter_context(closing(steps))
-        values = take_steps(config, prepared, steps, folder, loggers, bar, signal)
+        while True:
+            with closing(prepared.train.steps(progress.step, total_steps, ahead=device.type == "cuda")) as steps:
+                values = take_steps(config, prepared, steps, folder, loggers, bar, signal, control)
+            if not isinstance(values, Path):
+                break
+            saved = rewind(config, prepared, values)  # a spike made the run go back to this checkpoint
+            bar.back_to(progress.step)
+            if loggers and control:
+                control.back_to(progress.step)
+                loggers.close()
+                loggers = open_loggers(config, folder, saved)
         bar.close()
-        return finish(config, prepared, folder, loggers, bar, values, signal)
+        return finish(config, prepared, folder, loggers, bar, values, signal, control)
 
 
 def take_steps(
@@ -129,22 +147,24 @@ def take_steps(
     loggers: Loggers | None,
     bar: console.ProgressBar,
     signal: StopSignal,
-) -> dict[str, float]:
-    """The loop: steps until the run is done, or stopped by a signal. Returns the last value of everything logged.
+    control: Control | None,
+) -> dict[str, float] | Path:
+    """The loop: steps until the run is done, or asked to stop. Returns the last value of everything logged; or the checkpoint to
+    go back to, where on_spike = "rewind".
 
-    steps: the micro-batches of each step that is to be taken. loggers: None on all ranks but the first. Raises UserError where a
-    step is not finite and on_nonfinite = "stop".
+    steps: the micro-batches of each step that is to be taken. loggers, control: None on all ranks but the first. Raises UserError
+    where memory runs out, or a step is not finite, or a spike, and the policy is to stop.
     """
     progress, total_steps = run.progress, run.total_steps
     saved_at = progress.step  # a resumed run was saved at this step already
-    num_failed_saves, stop, failure = 0, False, None
+    num_failed_saves, stop, asked, failure = 0, False, Request(), None
     values, seconds, waited, tokens = {}, 0.0, 0.0, 0
 
     while True:
         stop = stop or asked_alone(signal)
 
         # ---- 1. evaluate if due; a run that is stopped before the end of it evaluates after it is resumed
-        if is_evaluation_due(config, run) and not stop and failure is None:
+        if is_evaluation_due(config, run, asked.evaluate) and not stop and failure is None:
             signal.note("giving up this evaluation, which the next start makes, saving, then stopping")
             with OutOfMemory() as ran_out:
                 try:
@@ -159,10 +179,10 @@ def take_steps(
             if ran_out.message:
                 failure, stop = evaluation_error(config, run, ran_out), True
 
-        # ---- 2. save if due, the best, or last
+        # ---- 2. save if due, asked for, the best, or last
         signal.note("stopping once a checkpoint is written")
         done = stop or is_complete(config, run)
-        is_due = run.save_steps is not None and progress.step % run.save_steps == 0
+        is_due = asked.save or run.save_steps is not None and progress.step % run.save_steps == 0
         if progress.step > saved_at and (is_due or done or progress.best.step == progress.step):
             failed_before = MAX_FAILED_SAVES - 1 if done else num_failed_saves  # a last save has no next one to retry
             num_failed_saves, saved_at = save(config, run, folder, loggers, failed_before), progress.step
@@ -177,21 +197,28 @@ def take_steps(
 
         # ---- 4 to 7. N, forward and backward, finite check, update
         is_logged = (progress.step + 1) % config.log.logging_steps == 0 or progress.step + 1 == total_steps
-        result = take_step(config, run, batches, signal, is_logged)
-        stop = result.stop
+        request = control.before_step(progress.step + 1) if control else Request()
+        result = take_step(config, run, batches, signal, is_logged, request)
+        asked, stop = result.asked, result.stop or result.asked.stop
         if result.ran_out is not None:
             failure, stop = memory_error(config, run, result.ran_out, f"step {progress.step + 1}"), True
             if config.train.optimizer_in_backward:
                 raise failure  # some weights are updated already
             continue  # after a save of the step before this one
-        if not result.updated and (failure := handle_nonfinite(run, config.train, batches, folder)):
-            if config.train.optimizer_in_backward:
-                raise failure  # before the weights, some of which are spoiled, are saved
-            stop = True  # after a save of the step before this one
-            continue
+        if result.is_bad:
+            outcome = handle_bad_step(run, config.train, batches, folder, result.loss, result.grad_norm)
+            if isinstance(outcome, Path):
+                return outcome
+            if outcome:
+                if config.train.optimizer_in_backward:
+                    raise outcome  # before the weights, some of which are spoiled, are saved
+                failure, stop = outcome, True
+                continue  # after a save of the step before this one
         progress.step += 1
         if result.updated:
-            progress.nonfinite_in_a_row = 0
+            progress.skips_in_a_row = 0
+        if progress.step not in progress.spikes.left_out and math.isfinite(result.loss + result.grad_norm):
+            progress.recent.add(result.loss, result.grad_norm)
         if run.reference is not None:
             run.reference.follow(progress.step)
         progress.num_tokens += result.num_tokens
@@ -218,36 +245,48 @@ def take_steps(
     return values
 
 
-def take_step(config: Config, run: Run, batches: list[Batch], signal: StopSignal, is_logged: bool) -> StepResult:
+def take_step(
+    config: Config, run: Run, batches: list[Batch], signal: StopSignal, is_logged: bool, request: Request
+) -> StepResult:
     """`train_step`; where memory runs out and on_oom = "split", again from its start, with smaller micro-batches."""
-    result = train_step(run, config.train, batches, signal.received is not None, is_logged)
+    result = train_step(run, config.train, batches, signal.received is not None, is_logged, request)
     while result.ran_out is not None and halve(run, config.train, result.ran_out):
         batches = run.train.step(*divmod(run.progress.step, run.train.steps_per_epoch))
-        result = train_step(run, config.train, batches, signal.received is not None, is_logged)
+        result = train_step(run, config.train, batches, signal.received is not None, is_logged, request)
     return result
 
 
 def train_step(
-    run: Run, train: TrainSection, batches: list[Batch], stop_asked: bool = False, is_logged: bool = False
+    run: Run,
+    train: TrainSection,
+    batches: list[Batch],
+    stop_asked: bool = False,
+    is_logged: bool = False,
+    request: Request = Request(),  # noqa: B008 - frozen
 ) -> StepResult:
-    """One optimizer step over this rank's micro-batches. is_logged: count the zero updates too.
+    """One optimizer step over this rank's micro-batches. is_logged: count the zero updates too. request: of this rank.
 
     The loss of the step is the sum of weight x nll over all micro-batches and ranks, divided by N, the sum of their
     weights over the same.
     """
     optimizer, progress, scale = run.optimizer, run.progress, run.progress.loss_scale.scale
 
-    # ---- 4. the learning rate, and N of the whole step, over all ranks, known before the first forward pass
-    factor = lr_factor(step=progress.step, **run.schedule) * progress.plateau.factor
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+    # ---- 4. N of the whole step, over all ranks, known before the first forward pass; and the learning rate
     weights = [run.weight(batch) for batch in batches]
     totals = [sum(weights), len(batches), sum(batch.num_tokens for batch in batches), float(stop_asked)]
-    total_weight, num_batches, num_tokens, num_stops = ranks.sum_numbers_over_ranks(totals)
+    totals = ranks.sum_numbers_over_ranks(totals + request.numbers())
+    (total_weight, num_batches, num_tokens, num_stops), asked = totals[:4], Request.of(*totals[4:])
+    if asked.learning_rate:
+        progress.lr_scale = asked.learning_rate / train.learning_rate
+    factor = lr_factor(step=progress.step, **run.schedule) * progress.plateau.factor * progress.lr_scale
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
 
     # ---- 5. forward, loss, backward: the gradients of the micro-batches add up in fp32
     for name, first_step in run.first_steps.items():  # parameters that train from a later step on
         run.model.get_parameter(name).requires_grad_(progress.step >= first_step)
+        if progress.step == first_step:  # a norm of more parameters is not comparable with those before
+            progress.recent = Recent()
     runtime.seed_step(train.seed, progress.step)
     stats, losses = Sums(run.device), []
     in_backward = train.optimizer_in_backward
@@ -273,29 +312,36 @@ def train_step(
             stats.add(metrics)
     if ranks.any_rank(bool(ran_out.message)):
         optimizer.zero_grad(set_to_none=True)
-        return StepResult(False, num_stops > 0, 0, stats, ran_out)
+        return StepResult(False, False, math.nan, math.nan, num_stops > 0, asked, 0, stats, ran_out)
 
-    # ---- 6. the gradient's norm, and the finite check, on which all ranks agree
+    # ---- 6. the gradient's norm; what it and the loss must not exceed, on which all ranks agree
     grads = gradients(run.model)
     sum_gradients(grads)
     unscale(grads, scale)
     norm = torch.nn.utils.get_total_norm(norms if in_backward else gradient_norms(grads))
     stats.add({"grad_norm": (norm, 1.0)})
-    is_bad = ~torch.isfinite(norm + torch.stack(losses).sum())
-    num_bad = ranks.sum_over_ranks(is_bad.float())
+    sums = ranks.sum_over_ranks(torch.stack([torch.stack(losses).sum(), norm]))
+    units = max(total_weight, 1e-12), ranks.world_size()  # of which sums are the sums
+    is_left_out = progress.step + 1 in progress.spikes.left_out
+    highest = (-math.inf, -math.inf) if is_left_out else progress.recent.limits(train.spike_threshold)
+    limits = [limit * unit for limit, unit in zip(highest, units)]
 
     # ---- 7. clip, update
+    refusing = None if train.on_spike == "warn" and not is_left_out else limits
     if in_backward:
-        updated = num_bad.item() == 0
+        sums = read_back(sums)()
+        updated = bool(is_accepted(sums))
     else:
         with zero_updates.counted():
-            updated = clip_and_update(optimizer, grads, norm, train.max_grad_norm, num_bad)
+            updated, sums = clip_and_update(optimizer, grads, norm, train.max_grad_norm, sums, refusing)
     if updated:
         stats.add(zero_updates.metrics())
     if run.precision == "fp16":
-        progress.loss_scale.update(overflow=not updated)
+        progress.loss_scale.update(overflow=not is_accepted(sums))
     optimizer.zero_grad(set_to_none=run.graphs is None and not keeps_gradients)
-    return StepResult(updated, num_stops > 0, int(num_tokens), stats)
+    is_bad = not (is_left_out or is_accepted(sums, limits))
+    loss, grad_norm = (value / unit for value, unit in zip(sums.tolist(), units))
+    return StepResult(updated, is_bad, loss, grad_norm, num_stops > 0, asked, int(num_tokens), stats)
 
 
 # ---- the start --------------------------------------------------------------------------------------------------
@@ -307,13 +353,25 @@ def start_output(config: Config, origins: dict[str, str], folder: Path, run: Run
         remove_leftovers(parent, locked=True)
     require_space_for_run(config, run, folder)
     if saved and (changed := changed_keys(config, saved)):
-        history = folder / "config_history.jsonl"
-        earlier = history.read_text(encoding="utf-8") if history.exists() else ""
-        write_file(history, earlier + json.dumps({"step": saved["step"], "changed": changed}) + "\n")
+        add_history(folder, {"step": saved["step"], "changed": changed})
     write_resolved(config, origins, folder)
     write_file(folder / "summary.txt", "\n".join(run.summary) + "\n")
+    return open_loggers(config, folder, saved)
+
+
+def open_loggers(config: Config, folder: Path, saved: dict | None) -> Loggers:
     run_name = config.log.run_name or folder.resolve().name
     return Loggers(folder, list(config.log.report_to), run_name, config_to_dict(config), saved)
+
+
+def start_control(config: Config, run: Run, folder: Path) -> Control:
+    """The control file, and what is done again."""
+    if config.checkpoint.resume == "never":
+        for path in folder.glob("control-done-step-*.toml"):
+            path.unlink()  # of another run
+    control = Control(folder, run.progress.step, can_evaluate=bool(run.evals))
+    run.summary.extend(control.lines())
+    return control
 
 
 def require_unchanged(config: Config, folder: Path, saved: dict | None) -> None:
@@ -351,10 +409,14 @@ def raise_if_any_asked(signal: StopSignal) -> None:
         raise Stopped("stopped by a signal", STOPPED)
 
 
-def is_evaluation_due(config: Config, run: Run) -> bool:
-    """After every eval_steps steps and at the end, once each; with eval_on_start before the first step too."""
+def is_evaluation_due(config: Config, run: Run, is_asked: bool) -> bool:
+    """After every eval_steps steps, at the end and where it is asked for, once each; with eval_on_start before the first step."""
     step = run.progress.step
-    if not run.evals or run.eval_steps is None or step == run.progress.evaluated_at:
+    if not run.evals or step == run.progress.evaluated_at:
+        return False
+    if step and is_asked:
+        return True
+    if run.eval_steps is None:
         return False
     return step % run.eval_steps == 0 or step == run.total_steps if step else config.evaluate.eval_on_start
 
@@ -370,7 +432,7 @@ def evaluate_sets(config: Config, run: Run, signal: StopSignal) -> dict[str, flo
     scores = {eval_name(name, key): mean for name, of_set in means.items() for key, mean in of_set.items()}
     # An evaluation that is due only because the run ends must not move the plateau: with more epochs it would not have
     # happened, and a run that is resumed to train longer would differ.
-    is_regular = progress.step % run.eval_steps == 0
+    is_regular = run.eval_steps is not None and progress.step % run.eval_steps == 0
     if is_regular:
         first = next(iter(means.values()))
         progress.plateau = schedule.after_evaluation(progress.plateau, first["loss"], progress.step, **run.schedule)
@@ -412,7 +474,8 @@ def best_checkpoint(run: Run, folder: Path) -> Path:
 def progress_values(run: Run) -> dict[str, float]:
     """Where the run is: logged values that are not sums over the window."""
     progress = run.progress
-    unusual = {"nonfinite_steps": progress.nonfinite_steps} if progress.nonfinite_steps else {}
+    counts = {"nonfinite_steps": progress.nonfinite_steps, "spikes": progress.spikes.count}
+    unusual = {name: count for name, count in counts.items() if count}
     unusual |= {"micro_batch_size": run.train.micro_batch_size} if run.train.micro_batch_size else {}
     unusual |= {"loss_scale": progress.loss_scale.scale} if run.precision == "fp16" else {}
     return {
@@ -421,43 +484,6 @@ def progress_values(run: Run) -> dict[str, float]:
         "num_tokens": progress.num_tokens,
         **unusual,
     }
-
-
-def handle_nonfinite(run: Run, train: TrainSection, batches: list[Batch], folder: Path) -> UserError | None:
-    """After a refused step: the error to stop with, or None to continue, as on_nonfinite says.
-
-    An fp16 overflow is no failure, it lowers the loss scale; but a scale that sinks below 1 is.
-    """
-    if run.precision == "fp16" and run.progress.loss_scale.scale >= 1.0:
-        return None
-    progress, step = run.progress, run.progress.step + 1  # the number that the log shows
-    progress.nonfinite_steps += 1
-    progress.nonfinite_in_a_row += 1
-    num_skipped, in_a_row = progress.nonfinite_steps, progress.nonfinite_in_a_row
-    is_too_often = num_skipped >= train.max_skips_in_a_row and num_skipped > train.max_skips_share * step
-    if train.on_nonfinite == "skip" and in_a_row <= train.max_skips_in_a_row and not is_too_often:
-        return None
-    rows = rows_of(run, batches)
-    path = folder / f"nonfinite-step-{step:08d}-rank-{ranks.rank()}.json"
-    write_report(path, {"step": step, "rows": rows})
-    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-    result = "the update was refused"
-    if train.optimizer_in_backward:
-        result = "its updates were made in the backward pass, so the run stops without saving them"
-    if train.on_nonfinite == "skip":
-        result += (
-            f", as were {num_skipped - 1} before it, {in_a_row} in a row now, and such a run trains little or nothing"
-        )
-        hint = f"the rows of the last one are in {path}. Try a lower learning_rate or precision = 'fp32'; max_skips_in_a_row and "
-        hint += "max_skips_share are the limits"
-    else:
-        hint = f"all of them are in {path}. Look at these rows; try a lower learning_rate or precision = 'fp32'; "
-        hint += "on_nonfinite = 'skip' leaves such steps out and counts them"
-    return UserError(
-        f"step {step}: the loss or a gradient is not finite; {result}. Its rows: {', '.join(rows[:8])}{more}",
-        hint=hint,
-        exit_code=NONFINITE,
-    )
 
 
 # ---- the end -----------------------------------------------------------------------------------------------------
@@ -471,17 +497,21 @@ def finish(
     bar: console.ProgressBar,
     values: dict[str, float],
     signal: StopSignal,
+    control: Control | None,
 ) -> Result:
     """Export the model, complete the held-out prompts, and print what is in the output folder and what to do next."""
     is_main, step = ranks.rank() == 0, run.progress.step
     signal.note("stopping once the model is written" if run.prompts else "the run ends once the model is written")
     if is_any_asked(signal) or not is_complete(config, run):
         if is_main:
-            print(console.stopped(folder, step, run.total_steps, signal.received))
+            asked = "control.toml" if control and control.has_stopped else signal.received
+            print(console.stopped(folder, step, run.total_steps, asked))
         return Result(folder, None, step, values, exit_code=STOPPED, signal=signal.received)
     if loggers:
         if num_skipped := run.progress.nonfinite_steps:
             warn(f"{num_skipped:,} of {step:,} steps were not finite and trained nothing")
+        if run.progress.spikes.count:
+            warn(describe_spikes(run.progress.spikes, step))
         if step < run.total_steps:
             print(console.stopped_early(step, run.best_metric, run.progress.best))
         if config.evaluate.load_best_model_at_end:

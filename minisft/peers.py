@@ -23,6 +23,7 @@ from minisft.errors import INTERNAL, PEER, rank_name, tell
 BEAT = 2.0  # seconds between two looks
 SILENCE = 25.0  # seconds without a beat after which a rank is given up
 SUSPICIOUS = 6.0  # the same once a sum over the ranks has failed: torchrun leaves 30 seconds
+GRACE = 5.0  # seconds that a rank may still work after another one failed: it may be about to fail, and save, the same way
 LAST_WORD = 5.0  # seconds that the rank whose process holds the store waits for the others to read it
 START = timedelta(
     hours=24
@@ -53,7 +54,7 @@ class Watch:
 
     def __exit__(self, kind, error, traceback):
         if error is not None:
-            code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", INTERNAL)
+            code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else INTERNAL)
             self.failure = code, str(error)
         self.leaves.set()
         self.thread.join()
@@ -62,7 +63,7 @@ class Watch:
         """For the main thread, when a sum over the ranks has raised: the watch will learn why, and end the process. Returns if it
         does not."""
         self.suspects = True
-        time.sleep(SUSPICIOUS + 3 * BEAT)
+        time.sleep(SUSPICIOUS + GRACE + 4 * BEAT)
 
     # ---- the thread, which alone uses the store ---------------------------------------------------------------------
 
@@ -78,7 +79,10 @@ class Watch:
                 if self.leaves.is_set() and not is_done:
                     is_done = self.store.add("done", 1) > 0
                 if self.store.add("failed", 0):
-                    return self._end(*self._first_report())
+                    word = self._first_report()
+                    if self.leaves.wait(GRACE) and self.failure:
+                        continue
+                    return self._end(*word)
                 if self.store.add("done", 0) == self.world_size:
                     return self._part()
                 count += 1

@@ -17,10 +17,12 @@ from minisft.config.load import deciding_values
 from minisft.config.sections import Config
 from minisft.errors import UserError
 from minisft.export import read_model
+from minisft.metrics import Sums
 from minisft.out_of_memory import describe_micro_batches, use_micro_batch_size
 from minisft.prepare.run import Run
 from minisft.ranks import from_first_rank, rank, require_agreement
 from minisft.schedule import Plateau
+from minisft.spikes import Recent, Spikes
 from minisft.strict_json import read_json
 from minisft.update import LossScale
 
@@ -38,16 +40,37 @@ def resume(config: Config, run: Run, folder: Path) -> dict | None:
     if path is None:
         return None
     require_same_run(config, run, path, read_json(path / "trainer_state.json"))
+    state = restore(config, run, path)
+    progress = run.progress
+    run.summary.append(f"resumed    from {path}")
+    run.summary.extend(
+        f"changed since step {progress.step}: {key} {before} -> {now}"
+        for key, (before, now) in changed_keys(config, state).items()
+    )
+    if progress.lr_scale != 1.0:
+        run.summary.append(
+            f"control    the learning rate is {progress.lr_scale:g} x train.learning_rate since control.toml"
+        )
+    if left_out := progress.spikes.left_out:
+        run.summary.append(f"left out   the rows of these steps, which were spikes: {', '.join(map(str, left_out))}")
+    return state
+
+
+def restore(config: Config, run: Run, path: Path) -> dict:
+    """Bring weights, moments and progress back to what the checkpoint holds; returns its trainer_state."""
     state = load_checkpoint(path, run.model, run.optimizer, read_model)
     if run.reference is not None:
         run.reference.load(path)
     progress = run.progress
     progress.step, progress.num_tokens = state["step"], state["num_tokens"]
-    progress.evaluated_at = state.get(
-        "evaluated_at", progress.step
-    )  # a signal may have come before its evaluation ended
+    # a signal may have come before its evaluation ended
+    progress.evaluated_at = state.get("evaluated_at", progress.step)
     progress.nonfinite_steps = state["nonfinite_steps"]
-    progress.nonfinite_in_a_row = state.get("nonfinite_in_a_row", 0)
+    progress.skips_in_a_row = state.get("skips_in_a_row", 0)
+    progress.spikes = Spikes(**state.get("spikes", {}))
+    progress.recent = Recent(**state.get("recent", {}))
+    if "train.learning_rate" not in changed_keys(config, state):  # else the configured rate is the newer wish
+        progress.lr_scale = state.get("lr_scale", 1.0)
     if state["precision"] == run.precision:
         progress.loss_scale = LossScale(**state["loss_scale"])
     progress.plateau = Plateau(**state.get("plateau", {}))
@@ -58,12 +81,16 @@ def resume(config: Config, run: Run, folder: Path) -> dict | None:
     best = dict(state.get("best", {}))
     if best.pop("metric", None) == run.best_metric:  # else its values are those of another metric
         progress.best = Best(**best)
+    progress.sums = Sums(run.device)
     progress.sums.restore(state["sums"])
-    run.summary.append(f"resumed    from {path}")
-    run.summary.extend(
-        f"changed since step {progress.step}: {key} {before} -> {now}"
-        for key, (before, now) in changed_keys(config, state).items()
-    )
+    return state
+
+
+def rewind(config: Config, run: Run, path: Path) -> dict:
+    """`restore` in the middle of a run; what was learnt about its spikes is kept."""
+    spikes = run.progress.spikes
+    state = restore(config, run, path)
+    run.progress.spikes = spikes
     return state
 
 
@@ -137,7 +164,10 @@ def training_state(config: Config, run: Run) -> dict:
         "num_tokens": progress.num_tokens,
         "evaluated_at": progress.evaluated_at,
         "nonfinite_steps": progress.nonfinite_steps,
-        "nonfinite_in_a_row": progress.nonfinite_in_a_row,
+        "skips_in_a_row": progress.skips_in_a_row,
+        "spikes": asdict(progress.spikes),
+        "recent": asdict(progress.recent),
+        "lr_scale": progress.lr_scale,
         "micro_batch_size": run.train.micro_batch_size,
         "precision": run.precision,
         "loss_scale": asdict(progress.loss_scale),

@@ -74,15 +74,15 @@ def seed_step(seed: int, step: int) -> None:
         torch.cuda.manual_seed_all(number)
 
 
-def read_back(x: Tensor) -> Callable[[], float]:
-    """Begin to copy a number from the device. The function that is returned waits for the number, and has it; it does not wait
+def read_back(x: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor from the device. The function that is returned waits for the copy, and has it; it does not wait
     for what was queued after it."""
     here = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x, non_blocking=True)
     arrived = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
 
-    def number() -> float:
+    def values() -> Tensor:
         if arrived is not None:
             arrived.synchronize()
-        return here.item()
+        return here
 
-    return number
+    return values

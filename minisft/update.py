@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,32 +43,51 @@ def gradient_norms(grads: list[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(grads, 2, torch.promote_types(grads[0].dtype, torch.float32))) if grads else []
 
 
+def is_accepted(sums: Tensor, limits: Sequence[float] | None = None) -> Tensor:
+    """Whether a step may update the weights, bool [] where `sums` is: both are finite. With limits, neither is above its own, and
+    there is a gradient, unless the loss is 0 too (spikes.py).
+
+    sums: fp32 [2], the loss of the step and the norm of its gradient, each summed over the ranks.
+    """
+    is_finite, (loss, norm) = torch.isfinite(sums.sum()), sums
+    if limits is None:
+        return is_finite
+    return is_finite & (loss <= limits[0]) & (norm <= limits[1]) & ((norm > 0) | (loss <= 0))
+
+
 def clip_and_update(
-    optimizer: torch.optim.Optimizer, grads: list[Tensor], norm: Tensor, max_norm: float | None, num_bad: Tensor
-) -> bool:
-    """Scale all gradients by min(1, max_norm / norm), then update, unless num_bad, a number on the device, is above 0. Returns
-    whether there was an update. max_norm None or 0: no clipping.
+    optimizer: torch.optim.Optimizer,
+    grads: list[Tensor],
+    norm: Tensor,
+    max_norm: float | None,
+    sums: Tensor,
+    limits: Sequence[float] | None = None,
+) -> tuple[bool, Tensor]:
+    """Scale all gradients by min(1, max_norm / norm), then update, if sums and limits allow it (`is_accepted`). Returns whether
+    there was an update, and `sums` on the host. max_norm None or 0: no clipping.
 
     `AdamW` multiplies by the factor as it reads the gradients; for all other optimizers they are scaled in place.
 
     This is where the host waits for a GPU, once a step. `AdamW` finds out on the GPU that it is to change nothing, so its
-    update is queued before num_bad is here, and the GPU has work while the host goes on to the next step. For all other
+    update is queued before the sums are here, and the GPU has work while the host goes on to the next step. For all other
     optimizers the host waits first.
     """
-    num_bad_here = read_back(num_bad)
+    arriving = read_back(sums)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0) if max_norm else torch.ones_like(norm)
     if isinstance(optimizer, AdamW):
-        optimizer.step(clip=factor.where(num_bad == 0, math.nan))
-        is_refused = num_bad_here() > 0
-        if is_refused:
+        optimizer.step(clip=factor.where(is_accepted(sums, limits), math.nan))
+        here = arriving()
+        if not is_accepted(here, limits):
             optimizer.take_back()
-        return not is_refused
-    if num_bad_here() > 0:
-        return False
+            return False, here
+        return True, here
+    here = arriving()
+    if not is_accepted(here, limits):
+        return False, here
     if max_norm:
         torch._foreach_mul_(grads, factor)
     optimizer.step()
-    return True
+    return True, here
 
 
 @contextlib.contextmanager

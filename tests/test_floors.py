@@ -17,7 +17,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FLOORS = {
     "kernels/*": 0,
     "__init__": 1, "errors": 1, "units": 1, "files": 1, "strict_json": 1, "atomic_folder": 1, "hub": 1, "schedule": 1,
-    "signals": 1, "loggers": 1, "best": 1, "cards": 1, "memory": 1,
+    "signals": 1, "loggers": 1, "best": 1, "cards": 1, "memory": 1, "spikes": 1, "control": 1,
     "data/kinds": 1, "data/rows": 1, "data/row_format": 1, "data/formats": 1, "data/preferences": 1, "data/prompts": 1,
     "data/chat/conversations": 1, "data/packing_strategies": 1, "data/packing": 1, "preference/losses": 1,
     "model/lora_options": 1,

@@ -193,7 +193,7 @@ def test_a_log_on_a_full_disk_does_not_stop_a_run(monkeypatch):
 
 
 def test_a_report_that_finds_no_room_does_not_hide_the_error_that_it_is_about(go, monkeypatch, capsys):
-    fill_at(monkeypatch, loop, "handle_nonfinite")
+    fill_at(monkeypatch, loop, "handle_bad_step")
     options = {"train.learning_rate": 1e30, "train.warmup_steps": 0, "checkpoint.save_steps": "never"}
     assert run_command(lambda: go(**options).exit_code) == NONFINITE
     said = capsys.readouterr().err

@@ -127,7 +127,7 @@ def test_no_optimizer_leaves_a_stale_copy(name, in_backward):
         ):
             forward(linears).float().square().sum().backward()
         if not in_backward:
-            update.clip_and_update(optimizer, update.gradients(model), torch.tensor(1.0), 0.5, torch.tensor(0.0))
+            update.clip_and_update(optimizer, update.gradients(model), torch.tensor(1.0), 0.5, torch.zeros(2))
             optimizer.zero_grad()
         with torch.no_grad():
             assert torch.equal(forward(linears), forward(lambda x, layer: [F.linear(x, *layer)]))

@@ -347,8 +347,9 @@ def test_a_step_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
     assert caught.value.exit_code == 76
     (saved,) = (tmp_path / "out" / "checkpoints").iterdir()  # nothing of the first three steps is lost
     assert (saved / "model.safetensors").read_bytes() == (good.output_dir / "model" / "model.safetensors").read_bytes()
-    (report,) = (tmp_path / "out").glob("nonfinite-*.json")
-    assert len(json.loads(report.read_text())["rows"]) == 8
+    (report,) = (tmp_path / "out").glob("nonfinite-step-00000004-rank-0.jsonl")
+    about, *rows = map(json.loads, report.read_text().splitlines())
+    assert (about["step"], about["weights"]) == (4, "before the update of this step") and len(rows) == 8
 
 
 @pytest.mark.parametrize(

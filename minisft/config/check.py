@@ -145,12 +145,16 @@ def check_optimizer(config: Config, refuse: Refuse) -> None:
             ("max_grad_norm", None, "the norm is known when all weights are updated already, too late to clip"),
             ("on_nonfinite", "stop", "an update in the backward pass cannot be left out"),
             ("on_oom", "stop", "an update in the backward pass cannot be made again"),
+            ("on_spike", "warn", "an update in the backward pass cannot be left out"),
         ):
             if getattr(train, key) != wanted:
                 refuse(f"train.optimizer_in_backward train.{key}", problem, f"set {key} = {as_toml(wanted)}")
         if train.precision == "fp16":
             keys = "train.optimizer_in_backward train.precision"
             refuse(keys, "steps that overflow could not be left out", "set precision to bf16 or fp32")
+    if train.on_spike == "rewind" and config.checkpoint.save_steps == "never":
+        keys = "train.on_spike checkpoint.save_steps"
+        refuse(keys, "there is no checkpoint to go back to", "set save_steps to a number")
     for key, value in train.optim_args.items():
         if expected := wrong_optimizer_option(train.optim, key, value):
             refuse("train.optim_args", f"{key} = {as_toml(value)}", expected)

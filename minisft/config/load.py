@@ -14,6 +14,7 @@ Nothing here imports torch, so a mistake is reported within a fraction of a seco
 
 import glob
 import hashlib
+import json
 import os
 import re
 import tomllib
@@ -431,3 +432,10 @@ def write_resolved(config: Config, origins: dict[str, str], folder: str | Path) 
     path = Path(folder) / RESOLVED_NAME
     write_file(path, "\n".join(lines) + "\n")
     return path
+
+
+def add_history(folder: str | Path, entry: dict[str, Any]) -> None:
+    """Add a line to folder/config_history.jsonl: what is configured otherwise from a step on."""
+    path = Path(folder) / "config_history.jsonl"
+    earlier = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_file(path, earlier + json.dumps(entry) + "\n")

@@ -260,7 +260,17 @@ class TrainSection:
     z_loss: float = option(0.0, "weight of log(Z)^2", at_least=0)
     neftune_noise_alpha: float | None = option(None, "NEFTune: noise on the embeddings; 5 is usual", above=0)
     on_nonfinite: Literal["stop", "skip"] = option("stop", "a step with a NaN or inf gradient: stop, or count and skip")
-    max_skips_in_a_row: int = option(10, "more steps in a row that are not finite stop the run", at_least=1)
+    on_spike: Literal["warn", "skip", "stop", "rewind"] = option(
+        "warn",
+        "a step whose loss or gradient norm is far above those of the last steps: warn and count; skip = make no update; stop; "
+        "rewind = go back to a checkpoint, and leave the rows of that step out from then on",
+    )
+    spike_threshold: float = option(8.0, "how far above, as a robust z-score; see spikes.py", above=0)
+    rewind_steps: int = option(
+        0, "rewind: to the newest checkpoint that is at least so many steps back", at_least=0, at_most=MAX_STEPS
+    )
+    max_rewinds: int = option(3, "rewind: after so many the next spike stops the run", at_least=1)
+    max_skips_in_a_row: int = option(10, "more skipped steps in a row, not finite or spikes, stop the run", at_least=1)
     max_skips_share: float = option(
         0.1, "so does a larger part of all steps, once there are max_skips_in_a_row of them", above=0, at_most=1
     )

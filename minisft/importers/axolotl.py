@@ -114,7 +114,7 @@ HARD = CHANGES | spread(
         "to start from an adapter, name its folder as model.model_name_or_path": "lora_model_dir",
         "evaluation is every evaluate.eval_steps (500) steps or every epoch, and at the end": "evals_per_epoch",
         "saved every checkpoint.save_steps steps (500) or every epoch, and at the end": "saves_per_epoch",
-        "see [audit] and train.on_nonfinite for what stops a run": "loss_watchdog_threshold loss_watchdog_patience",
+        "see train.on_spike and train.on_nonfinite for what stops a run": "loss_watchdog_threshold loss_watchdog_patience",
         "plugins change the model or the loss": "plugins",
         "the tokenizer's own": "special_tokens.bos_token special_tokens.unk_token added_tokens_overrides.* "
         "default_system_message eot_tokens",

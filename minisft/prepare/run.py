@@ -6,7 +6,7 @@ and the model that were found, the parameters that train, and the arithmetic of 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -31,6 +31,7 @@ from minisft.prepare.model import find_longest_tree, prepare_model
 from minisft.prepare.optimizer import describe_optimizer, prepare_optimizer
 from minisft.samples import Prompt, read_prompts
 from minisft.schedule import Plateau, num_warmup_steps, total_steps
+from minisft.spikes import Recent, Spikes
 from minisft.update import LossScale
 
 
@@ -45,8 +46,11 @@ class Progress:
     step: int = 0  # optimizer steps taken
     evaluated_at: int = -1  # after how many steps the last evaluation was made; -1: there was none
     num_tokens: int = 0  # over all ranks
+    lr_scale: float = 1.0  # of all learning rates: another peak that control.toml asked for, over the configured one
     nonfinite_steps: int = 0  # that were skipped
-    nonfinite_in_a_row: int = 0
+    skips_in_a_row: int = 0  # steps that were not finite, or spikes
+    spikes: Spikes = field(default_factory=Spikes)
+    recent: Recent = field(default_factory=Recent)  # losses and norms, with which the next ones are compared
 
 
 @dataclass(frozen=True)
