@@ -307,6 +307,19 @@ def test_stopped_in_every_phase_it_ends_in_the_same_bytes(tmp_path, monkeypatch,
     assert (out / "samples.jsonl").read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()
 
 
+def test_a_stage_is_prepared_like_a_run_of_its_own(tmp_path, monkeypatch, capfd):
+    """What is noted while the first stage trains ends the process at once while the second one is prepared."""
+    keys = settings(tmp_path, **{"train.max_steps": 1})
+    config = config_file(tmp_path, keys | {"stages": [{"train.seed": 1}, {"train.seed": 2}]})
+    with monkeypatch.context() as patch:
+        signals_at(patch, "minisft.prepare.run.prepare_model", 2)
+        assert command.main([config]) == STOPPED
+    assert (
+        capfd.readouterr().err == "minisft: stopped by SIGTERM before the first step; the same command starts again\n"
+    )
+    assert (tmp_path / "out/1-sft/model").exists() and not (tmp_path / "out/2-sft/checkpoints").exists()
+
+
 # ---- ranks ------------------------------------------------------------------------------------------------------
 
 
