@@ -63,7 +63,7 @@ def restore(config: Config, run: Run, path: Path) -> dict:
         run.reference.load(path)
     progress = run.progress
     progress.step, progress.num_tokens = state["step"], state["num_tokens"]
-    # a signal may have come before its evaluation ended
+    # an earlier step where a signal came before the evaluation of this one ended
     progress.evaluated_at = state.get("evaluated_at", progress.step)
     progress.nonfinite_steps = state["nonfinite_steps"]
     progress.skips_in_a_row = state.get("skips_in_a_row", 0)
