@@ -138,6 +138,32 @@ def write_file(path: Path | str, text: str, *, hint: str = "") -> None:
 # ---- atomic folders -----------------------------------------------------------------------------------------------
 
 
+def crash_point(name: str) -> None:
+    """For tests: end the process here, as SIGKILL would, if MINISFT_CRASH_AT in the environment is this name.
+
+    A save passes these points, in this order, each just after what it is named for. FOLDER is the folder's name (step-00000010,
+    model, a token cache's hash), FILE a file in it.
+
+        FOLDER begun             nothing is written yet
+        FOLDER mkdir             the temporary folder is there
+        FOLDER model             a checkpoint: so are the model and its tokenizer,
+        FOLDER optimizer         the optimizer's state,
+        FOLDER state             and trainer_state.json
+        FOLDER fsync FILE        the file is on the disk; the files come in the order of their names
+        FOLDER manifest          the manifest is there, on the disk
+        FOLDER fsync             the names in the temporary folder are on the disk
+        FOLDER aside             the folder that was there before has its new name
+        FOLDER rename            the new folder is there, whole
+        FOLDER fsync parent      its name is on the disk
+        FOLDER later aside       a checkpoint of a later step, of a run that this one replaces, has its new name
+        FOLDER del               retention: an old checkpoint is out of sight
+        FOLDER fsync del         this is on the disk
+        FOLDER rmtree            it is deleted
+    """
+    if os.environ.get("MINISFT_CRASH_AT") == name:
+        os._exit(137)
+
+
 def _temporary(kind: str, target: Path) -> Path:
     """A new hidden name beside `target` that tells which process made it."""
     return target.with_name(f".{kind}-{target.name}-{HOST}-{os.getpid()}-{secrets.token_hex(4)}")
@@ -162,7 +188,9 @@ def atomic_folder(
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     make_folder(target.parent)
     folder = _temporary("tmp", target)
+    crash_point(f"{target.name} begun")
     folder.mkdir()
+    crash_point(f"{target.name} mkdir")
     try:
         yield folder
         file_mode = folder.stat().st_mode & 0o666  # mkdir applied the umask; reading the umask itself would change it
@@ -173,14 +201,20 @@ def atomic_folder(
                 continue
             path.chmod(file_mode)
             fsync_file(path)
+            crash_point(f"{target.name} fsync {path.name}")
             files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
         fields = {"format": "minisft folder 1", **(manifest or {}), "files": files}
         write_json(folder / MANIFEST, {**fields, "sha256": hashlib.sha256(dump_json(fields)).hexdigest()})
+        crash_point(f"{target.name} manifest")
         fsync_folder(folder)
+        crash_point(f"{target.name} fsync")
         if move_existing_to is not None and os.path.lexists(target):
             os.rename(target, move_existing_to)
+            crash_point(f"{target.name} aside")
         os.rename(folder, target)
+        crash_point(f"{target.name} rename")
         fsync_folder(target.parent)
+        crash_point(f"{target.name} fsync parent")
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -252,8 +286,11 @@ def remove_folder(path: Path | str) -> None:
     read_manifest(path)
     doomed = _temporary("del", path)
     os.rename(path, doomed)
+    crash_point(f"{path.name} del")
     fsync_folder(path.parent)
+    crash_point(f"{path.name} fsync del")
     shutil.rmtree(doomed)  # does not follow links
+    crash_point(f"{path.name} rmtree")
 
 
 def remove_leftovers(parent: Path | str, *, locked: bool = False) -> int:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from minisft.atomic_folder import (
     atomic_folder,
+    crash_point,
     free_bytes,
     not_read,
     read_manifest,
@@ -77,12 +78,16 @@ def save_checkpoint(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     with atomic_folder(target, {"step": step}, move_existing_to=name_aside(target)) as temporary:
         write_model(temporary)
+        crash_point(f"{target.name} model")
         _save_optimizer(temporary / "optimizer.safetensors", model, optimizer)
+        crash_point(f"{target.name} optimizer")
         write_json(temporary / "trainer_state.json", {"step": step, **state})
+        crash_point(f"{target.name} state")
 
     try:
         for later in [path for path in checkpoints(folder) if step_of(path) > step]:
             aside = later.rename(name_aside(later))
+            crash_point(f"{later.name} later aside")
             warn(f"{later} belongs to a run that this one replaces; renamed to {aside.name}")
         _delete_old(folder, keep, pinned)
     except (OSError, UserError) as error:  # this checkpoint is there; the next save looks at the others again

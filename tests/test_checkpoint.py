@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import shutil
 import tempfile
@@ -328,6 +329,21 @@ def test_a_crash_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_
         outcomes.append(state["step"])
         assert {p.name for p in crashed.iterdir()} <= {"step-00000010", "step-00000020"}
     assert outcomes == sorted(outcomes) and set(outcomes) == {10, 20}
+
+
+def test_a_save_passes_the_crash_points_of_the_table_in_its_order(tmp_path, monkeypatch):
+    """It replaces a checkpoint, renames a later one and deletes an old one."""
+    table, passed = re.findall(r"(?m)^ +(FOLDER .*?)  ", atomic_folder.crash_point.__doc__), []
+    for module in (atomic_folder, checkpoint):
+        monkeypatch.setattr(module, "crash_point", passed.append)
+    model, opt = make()
+    for step in (10, 20, 30):
+        save(tmp_path, step, model, opt)
+    passed.clear()
+    save(tmp_path, 20, model, opt, keep=1)
+    without_files = [re.sub(r"fsync \S+[.]\S+", "fsync FILE", point) for point in passed]
+    points = dict.fromkeys(re.sub(r"step-\d+", "FOLDER", point) for point in without_files)
+    assert list(points) == table
 
 
 def test_a_full_disk_at_any_operation_keeps_the_old_checkpoint(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -51,13 +52,14 @@ def saved(out: Path) -> list[Path]:
 def outcome(out: Path) -> dict[str, object]:
     """What a run leaves, without what depends on the clock (timings.jsonl, and its length in the checkpoint)."""
     last = saved(out)[-1]
+    (model,) = last.glob("*model.safetensors")  # or adapter_model.safetensors
     state = json.loads((last / "trainer_state.json").read_text())
     del state["timings.jsonl"]
     return {
         "metrics": (out / "metrics.jsonl").read_text(),
         "state": state,
         "weights": weights(out),
-        "checkpoint": (last.name, (last / "model.safetensors").read_bytes()),
+        "checkpoint": (last.name, model.read_bytes()),
         "optimizer": (last / "optimizer.safetensors").read_bytes(),
     }
 
@@ -348,12 +350,17 @@ def kill_when(process, folder: Path, pattern: str) -> None:
     process.join()
 
 
-def test_killed_at_18_moments(home, tmp_path):
-    """The next start ends like a run that nobody killed. Most kills are inside a save: it has begun, nothing is renamed."""
+@pytest.fixture(scope="module")
+def three_steps(home) -> tuple[dict, dict]:
+    """The configuration of a run that saves at each of its three steps, and its outcome."""
     options = {"checkpoint.save_steps": 1, "train.max_steps": 3, "checkpoint.save_total_limit": 2}
-    start(train_quietly, home, options | {"output_dir": str(tmp_path / "whole")}).join()
-    expected = outcome(tmp_path / "whole")
+    start(train_quietly, home, options | {"output_dir": str(home / "three steps")}).join()
+    return options, outcome(home / "three steps")
 
+
+def test_killed_at_18_moments(home, tmp_path, three_steps):
+    """The next start ends like a run that nobody killed. Most kills are inside a save: it has begun, nothing is renamed."""
+    options, expected = three_steps
     outside = (".lock", "config.toml", "metrics.jsonl", "checkpoints/step-00000001", "checkpoints/step-00000002")
     written = ("", "/config.json", "/tokenizer.json", "/optimizer.safetensors", "/trainer_state.json", "/manifest.json")
     moments = [f"checkpoints/.tmp-step-{step:08d}-*{name}" for name in written for step in (1, 3)]
@@ -371,6 +378,24 @@ def test_killed_at_18_moments(home, tmp_path):
         assert_same(outcome(out), expected)
         assert [path.name for path in out.rglob(".*")] == [".lock"]  # what was begun is tidied up
     assert killed >= 15 and inside >= 8, (killed, inside)
+
+
+def train_to_crash(folder: Path, overrides: dict, point: str) -> None:
+    """For a process of its own: it dies at a crash point (atomic_folder.py)."""
+    os.environ["MINISFT_CRASH_AT"] = point
+    train_quietly(folder, overrides)
+
+
+@pytest.mark.parametrize("point, found", [("step-00000003 state", 2), ("step-00000001 del", 3)])
+def test_killed_at_a_crash_point(home, tmp_path, three_steps, point, found):
+    """In a save, and in retention; tests/reliability.py has all points."""
+    overrides, expected = three_steps
+    overrides = overrides | {"output_dir": str(tmp_path / "out")}
+    crashed = start(train_to_crash, home, overrides, point)
+    crashed.join()
+    assert crashed.exitcode == 137 and saved(tmp_path / "out")[-1].name == f"step-{found:08d}"
+    start(train_quietly, home, overrides).join()
+    assert_same(outcome(tmp_path / "out"), expected)
 
 
 # ---- Ctrl-C -----------------------------------------------------------------------------------------------------
