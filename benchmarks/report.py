@@ -1,16 +1,18 @@
-"""Writes the benchmark tables and charts of README and docs/ from benchmarks/results/*.csv; nothing else writes them.
+"""Writes the tables and charts of README and docs/ from the files in benchmarks/results; nothing else writes them.
 
     python -m benchmarks.report         the tables between the markers, and the charts
 
 A table takes the newest row of each thing that was measured. What has no CSV is "not yet measured".
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, ROOT, drawing, number, read_csv, table
 from benchmarks.paper_report import paper_chart, paper_table
 
+PROMISES = ROOT / "docs" / "promises.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 VARLEN = "times torch varlen"
 
@@ -312,6 +314,26 @@ def paper_block(results: Path = RESULTS) -> str:
     return section("Steps on paper", "benchmarks.step_on_paper", results, "step_on_paper", paper_table)
 
 
+def reliability_block(results: Path = RESULTS) -> str:
+    """What stands between the markers of docs/promises.md: the experiments of tests/reliability.py."""
+    path = results / "reliability.json"
+    experiments = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not experiments:
+        return "Not yet measured."
+    lines = [
+        [
+            name,
+            f"{row['runs']:,}",
+            str(len(row["failures"])),
+            f"{row['seconds']:,.0f}",
+            ", ".join(f"{what}: {value:,}" for what, value in row["seen"].items()),
+        ]
+        for name, row in experiments.items()
+    ]
+    head = ["experiment", "runs stopped", "failures", "seconds", "seen"]
+    return f"({source(list(experiments.values()))})\n\n{table(head, lines)}"
+
+
 def write_block(readme: Path, text: str) -> None:
     """Raises ValueError where the README does not have the two markers, once and in order."""
     old = readme.read_text(encoding="utf-8")
@@ -353,7 +375,8 @@ def main() -> None:
     charts(RESULTS, RESULTS)
     write_block(ROOT / "README.md", block(RESULTS))
     write_block(ROOT / "docs" / "step_on_paper.md", paper_block(RESULTS))
-    print(f"written: {ROOT / 'README.md'}, docs/step_on_paper.md")
+    write_block(PROMISES, reliability_block(RESULTS))
+    print(f"written: {ROOT / 'README.md'}, docs/step_on_paper.md, docs/promises.md")
 
 
 if __name__ == "__main__":

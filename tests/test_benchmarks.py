@@ -384,7 +384,7 @@ def test_the_block_stands_between_its_markers(tmp_path):
         assert readme.read_text() == bad
 
 
-def test_the_readme_says_what_the_csvs_say():
+def test_the_pages_say_what_the_results_say():
     """`python -m benchmarks.report` writes the tables; by hand they would grow old."""
     text = (Path(report.ROOT) / "README.md").read_text(encoding="utf-8")
     if report.BEGIN not in text:
@@ -392,6 +392,8 @@ def test_the_readme_says_what_the_csvs_say():
     assert text.partition(report.BEGIN)[2].partition(report.END)[0].strip() == report.block()
     text = (Path(report.ROOT) / "docs" / "step_on_paper.md").read_text(encoding="utf-8")
     assert text.partition(report.BEGIN)[2].partition(report.END)[0].strip() == report.paper_block()
+    text = report.PROMISES.read_text(encoding="utf-8")
+    assert text.partition(report.BEGIN)[2].partition(report.END)[0].strip() == report.reliability_block()
 
 
 def test_the_table_of_steps_on_paper_has_the_newest_of_each(tmp_path):

@@ -44,6 +44,7 @@ def train_rank(
     spoil: Callable,
     trouble: tuple[int, str, str],
     cwd: Path | None,
+    before: Callable[[], None] | None,
 ) -> None:
     """What one process does: train, and leave its output and a hash of its final weights in the output folder. On rank 1
     spoil(run) takes the place of the run in step `broken_step`.
@@ -55,6 +56,8 @@ def train_rank(
         if trouble[:2] == (rank, where):
             misbehave(trouble[2])
 
+    if before and rank == 1:
+        before()
     if cwd is not None:
         os.chdir(cwd)
     if trouble == (rank, "decomposition", "other"):
@@ -106,18 +109,19 @@ def start_ranks(
     trouble: tuple = (-1, "", ""),
     folders: tuple = (None, None),
     of_rank: tuple[dict, dict] = ({}, {}),
+    before: Callable[[], None] | None = None,
 ) -> list:
-    """folders: where each rank is; of_rank: overrides of each."""
+    """Two processes. folders: where each rank is; of_rank: overrides of each; before: called by rank 1 before it trains."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     more = (port, broken_step, spoil, trouble)
-    return [start(train_rank, folder, overrides | of_rank[i], i, *more, folders[i]) for i in (0, 1)]
+    return [start(train_rank, folder, overrides | of_rank[i], i, *more, folders[i], before) for i in (0, 1)]
 
 
-def join(processes) -> tuple[int, ...]:
+def join(processes, seconds: float = 60) -> tuple[int, ...]:
     for process in processes:
-        process.join(60)
+        process.join(seconds)
         process.kill()  # where it hangs
         process.join()
     return tuple(process.exitcode for process in processes)

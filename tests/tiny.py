@@ -75,7 +75,8 @@ def train(folder: Path, **overrides: Any):
 
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["tiny", "minisft.loop", "torch._dynamo"])  # the last is imported by an optimizer
+PRELOAD = ["tiny", "minisft.loop", "torch._dynamo"]  # the last is imported by an optimizer
+FORK.set_forkserver_preload(PRELOAD)
 
 
 def start(target: Callable, *arguments: Any) -> multiprocessing.Process:
@@ -120,7 +121,8 @@ def logged(output_dir: Path, name: str = "loss") -> list[float]:
 
 def weights(output_dir: Path) -> dict[str, bytes]:
     """The final weights as bytes, to compare exactly."""
-    tensors = load_file(output_dir / "model" / "model.safetensors")
+    (file,) = (output_dir / "model").glob("*model.safetensors")  # or adapter_model.safetensors
+    tensors = load_file(file)
     return {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
 
 
