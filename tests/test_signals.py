@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 from test_dpo_run import write_pairs
-from test_ranks import join, train_rank
+from test_ranks import join
 from test_resume import assert_same, files, outcome, saved
-from tiny import settings, start, write_rows
+from tiny import settings, start, train_quietly, write_rows
 
 from minisft import __main__, loop, signals
 from minisft import train as command
@@ -325,10 +325,12 @@ def test_a_stage_is_prepared_like_a_run_of_its_own(tmp_path, monkeypatch, capfd)
 
 def rank_of_two(folder: Path, overrides: dict, rank: int, port: int) -> None:
     """What one of two processes does; rank 1 gets a signal in its second evaluation."""
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
             in_evaluation(patch, 2)
-        train_rank(folder, overrides, rank, port, None)
+        train_quietly(folder, overrides)
 
 
 def test_ranks_give_an_evaluation_up_together(tmp_path):
