@@ -330,7 +330,7 @@ def reliability_block(results: Path = RESULTS) -> str:
         ]
         for name, row in experiments.items()
     ]
-    head = ["experiment", "runs stopped", "failures", "seconds", "seen"]
+    head = ["experiment", "runs", "failures", "seconds", "seen"]
     return f"({source(list(experiments.values()))})\n\n{table(head, lines)}"
 
 
