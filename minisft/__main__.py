@@ -18,6 +18,7 @@ COMMANDS = {  # name: (module with main(argv) -> exit code, what it does)
         "minisft.commands.verify_resume",
         "prove that a resumed run is the same run, on your configuration",
     ),
+    "chat": ("minisft.commands.chat", "talk to a trained model"),
     "generate": ("minisft.commands.generate", "answer prompts with a trained model"),
 }
 

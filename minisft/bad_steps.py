@@ -21,6 +21,7 @@ from minisft.data.batch import Batch
 from minisft.errors import NONFINITE, UserError, is_out_of_memory, warn
 from minisft.kernels.linear_cross_entropy import linear_cross_entropy
 from minisft.loggers import write_report
+from minisft.out_of_memory import rows_of
 from minisft.prepare.run import Run
 
 MAX_REPORTS = 10  # steps of a run; further ones are only counted
@@ -53,14 +54,13 @@ def handle_bad_step(
             about |= dict(zip(("loss_z_score", "grad_norm_z_score"), progress.recent.z_scores(loss, grad_norm)))
         is_updated = action == "warn" or train.optimizer_in_backward
         about["weights"] = f"{'after' if is_updated else 'before'} the update of this step"  # those of the rows' losses
-        rows = describe_rows(run, batches)
-        write_report(path, [about, *rows])
+        write_report(path, [about, *describe_rows(run, batches)])
         if action != "stop" and ranks.rank() == 0:
             warn(f"step {step}: {problem}; {result}. Its rows: {path}")
     if action != "stop":
         return back
 
-    places = list(dict.fromkeys(row["row"] for row in rows))  # a row may have several documents
+    places = rows_of(run, batches)
     more = f" and {len(places) - 8} more" if len(places) > 8 else ""
     hint = f"all of them are in {path}. Look at these rows; try a lower learning_rate"
     hint += "" if is_spike else " or precision = 'fp32'"

@@ -10,7 +10,7 @@ walking down the sorted probabilities to a uniform number in [0, 1). Each row ha
 so a row's completion does not depend on when others finish.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -34,7 +34,6 @@ def stop_ids(model: Decoder, tokenizer: Tokenizer) -> set[int]:
     return tokenizer.stop_ids | set(listed) - {None}
 
 
-@torch.no_grad()
 def generate(
     model: Decoder,
     prompts: list[list[int]],
@@ -53,18 +52,38 @@ def generate(
     Raises UserError for an empty prompt, an id outside the vocabulary, options out of range, or a text longer than the
     learned positions.
     """
+    outputs: list[list[int]] = [[] for _ in prompts]
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop_ids": stop_ids, "seed": seed}
+    for row, token in stream(model, prompts, max_new_tokens=max_new_tokens, **options):
+        outputs[row].append(token)
+    return outputs
+
+
+@torch.no_grad()
+def stream(
+    model: Decoder,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Collection[int] = (),
+    seed: int | None = None,
+) -> Iterator[tuple[int, int]]:
+    """As `generate`, but yields (number of the prompt, new token) as soon as a token is chosen."""
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, seed)
     if not prompts or max_new_tokens == 0:
-        return [[] for _ in prompts]
+        return
     was_training = model.training
     model.eval()
     try:
-        return _generate(model, prompts, max_new_tokens, temperature, top_k, top_p, set(stop_ids), seed)
+        yield from _stream(model, prompts, max_new_tokens, temperature, top_k, top_p, set(stop_ids), seed)
     finally:
         model.train(was_training)
 
 
-def _generate(
+def _stream(
     model: Decoder,
     prompts: list[list[int]],
     max_new_tokens: int,
@@ -73,12 +92,11 @@ def _generate(
     top_p: float | None,
     stop_ids: set[int],
     seed: int | None,
-) -> list[list[int]]:
+) -> Iterator[tuple[int, int]]:
     device = model.head_weight.device
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     uniform = torch.rand(len(prompts), max_new_tokens, generator=generator).to(device)  # [B, max_new_tokens]
     cache = KVCache(max(map(len, prompts)) + max_new_tokens)
-    outputs: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))  # the prompt of each row of the batch
 
     # ---- prefill: the prompts side by side
@@ -96,8 +114,8 @@ def _generate(
         unfinished = []
         for row, token in enumerate(tokens.tolist()):
             if token not in stop_ids:
-                outputs[running[row]].append(token)
                 unfinished.append(row)
+                yield running[row], token
         if not unfinished or step + 1 == max_new_tokens:
             break
         if len(unfinished) < len(running):
@@ -108,7 +126,6 @@ def _generate(
         index = torch.arange(len(tokens), dtype=torch.int32, device=device)
         hidden = model(tokens, lengths.int(), index, index + 1, kv_cache=cache)  # [B, D]
         lengths = lengths + 1
-    return outputs
 
 
 def _choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:

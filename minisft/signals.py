@@ -87,7 +87,9 @@ class StopSignal:
 
     def _watch(self, readable: int) -> None:
         while number := os.read(readable, 1):
-            if self.then is not None or number[0] not in SIGNALS:
+            if (
+                self.then is not None or signal.getsignal(number[0]) != self._handle
+            ):  # of another block, or none of SIGNALS
                 continue
             if not self._is_over.wait(UNWIND_SECONDS) and self.then is None:
                 stopped = self._stopped(signal.Signals(number[0]).name)

@@ -397,8 +397,10 @@ def test_rows_of_a_step_that_is_not_finite_are_told_once(go, home):
     with pytest.raises(UserError, match="not finite") as caught:
         go(**{"dpo.beta": 1e30})
     path = Path(re.search(r"are in (\S+)\. Look", caught.value.hint)[1])
-    rows = json.loads(path.read_text())["rows"]
-    assert len(rows) == len(set(rows)) == 4
+    told = caught.value.message.partition("Its rows: ")[2].split(", ")
+    rows = [json.loads(line)["row"] for line in path.read_text().splitlines()[1:]]
+    assert len(told) == len(set(told)) == 4 and len(rows) == 8
+    assert set(rows) == {f"{row}, {answer}" for row in told for answer in ("chosen", "rejected")}
 
 
 def test_sft_data_is_refused(go, home):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from minisft.commands.generate import prompt_ids
+from minisft.answers import prompt_ids
 from minisft.data.cache import build_cache
 from minisft.data.chat.conversations import check_messages
 from minisft.data.chat.masks import render_conversation
@@ -262,7 +262,7 @@ def test_the_prompt_at_inference_has_the_tokens_of_training(tmp_path, layout):
             seen.append(prompt.ids)
         assert seen[0] != seen[1]
     for is_escaped, ids in zip((True, False), seen):  # `minisft generate`, of the last row
-        assert prompt_ids(tokenizer, asked, layout, is_escaped) == ids
+        assert prompt_ids(tokenizer, [{"role": "user", "content": asked}], layout, is_escaped) == ids
     if layout != "plain":
         with pytest.raises(UserError, match="rows.jsonl:1: control token in a message"):
             read_prompts(str(tmp_path / "rows.jsonl"), tokenizer, **(given | {"options": FormatOptions()}))

@@ -18,7 +18,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 hidden, find = set(sys.argv[2].split()), PathFinder.find_spec
-PathFinder.find_spec = lambda name, *more: None if name.partition(".")[0] in hidden else find(name, *more)
+PathFinder.find_spec = staticmethod(lambda name, *more: None if name.partition(".")[0] in hidden else find(name, *more))
 
 from benchmarks import kernel_cache, train_step_gpu
 import torch, triton

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from minisft.commands.generate import prompt_ids
+from minisft.answers import prompt_ids
 from minisft.data.audit import all_findings, stretches
 from minisft.data.cache import build_cache
 from minisft.data.documents import select_documents, show_document
@@ -109,7 +109,7 @@ def test_the_prompt_at_inference_is_that_of_training_and_nothing_else_is_found_o
     prompts = read_prompts(str(tmp_path / "rows.jsonl"), tokenizer, options=options, field_map={}, group_field=None)
     for ids, prompt, row in zip(documents_of(cache), prompts, rows, strict=True):
         assert ids[: len(prompt.ids)] == prompt.ids and ids.count(bos) == 1
-        assert prompt.ids == prompt_ids(tokenizer, row["prompt"], "plain")
+        assert prompt.ids == prompt_ids(tokenizer, [{"role": "user", "content": row["prompt"]}], "plain")
     documents, _ = select_documents(cache, max_length=None, truncation="right")
     assert not [f for f in all_findings(documents, tokenizer, None, "right") if f.name == "round_trip"]
     assert show_document(documents, 0, tokenizer).endswith("The sky is[ blue.<|im_end|>]")

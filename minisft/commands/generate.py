@@ -1,87 +1,131 @@
 """`python -m minisft generate FOLDER --prompt "..."`: answer prompts with a trained model.
 
-FOLDER is a run's output folder or a model folder (a checkpoint, any Hugging Face folder of a supported family). Without
---prompt, each line of standard input is a prompt. The prompt is formatted as the training prompts were: as a user's turn of
-the chat template, as an instruction, or unchanged. In a folder that no run wrote, the chat template is used if there is one.
+FOLDER is a run's output folder or a model folder (a checkpoint, any Hugging Face folder of a supported family). Prompts come from
+--prompt, from the conversations of a file (--messages), from rows with answers (--data), or line by line from standard input.
+They are formatted as the training prompts were: as a user's turn of the chat template, as an instruction, or unchanged. In
+a folder that no run wrote, the chat template is used if there is one.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from minisft.atomic_folder import MANIFEST
-from minisft.data.rows import RowError
-from minisft.errors import UserError
+from minisft.answers import Answerer, add_sampling, open_model, sampling, system_turn
+from minisft.atomic_folder import write_file
+from minisft.errors import DATA, UserError, shortened
 from minisft.files import checked_path
-from minisft.strict_json import read_json
-
-if TYPE_CHECKING:
-    from minisft.data.tokenizer import Tokenizer
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="minisft generate", description="Answer prompts with a trained model.")
     parser.add_argument("folder", help="a model folder, or the output folder of a run")
-    parser.add_argument("--prompt", action="append", help="may be repeated; without it, the lines of stdin")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--prompt", action="append", help="may be repeated; without it, the lines of stdin")
+    given.add_argument(
+        "--messages", metavar="FILE", help="conversations to go on with: rows with messages (JSON lines)"
+    )
+    given.add_argument("--data", metavar="FILE", help="rows with a prompt and its answer, in any format that trains")
+    parser.add_argument("--metric", choices=["exact_match"], help="with --data: compare with the rows' answers")
+    parser.add_argument("--out", metavar="FILE", help="with --messages or --data: write JSON lines there")
+    parser.add_argument("--batch_size", type=int, default=64, help="prompts that are completed at once (default 64)")
+    parser.add_argument("--system", help="the system turn of a chat")
     parser.add_argument("--plain", action="store_true", help="use the prompt unchanged; \\n is a newline")
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
-    parser.add_argument("--top_k", type=int)
-    parser.add_argument("--top_p", type=float)
-    parser.add_argument("--seed", type=int)
+    add_sampling(parser)
     arguments = parser.parse_args(argv)
     folder = Path(checked_path(arguments.folder, "the folder"))
+    for option in ("messages", "data", "out"):
+        if getattr(arguments, option):
+            checked_path(getattr(arguments, option), f"--{option}")
+    if arguments.metric and not arguments.data:
+        raise UserError("--metric compares with the answers of rows", hint="give --data FILE")
+    if not 1 <= arguments.batch_size <= 2**16:
+        raise UserError(f"--batch_size {arguments.batch_size}: expected a number from 1 to 65,536")
 
-    import torch
-
-    from minisft.data.tokenizer import load_tokenizer
-    from minisft.generation import generate, stop_ids
-    from minisft.model.adapter_files import load_adapted, model_folder
-    from minisft.model.load import load_model
-
-    folder = model_folder(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    trained = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}  # written by the run
-    load = load_model if (folder / "config.json").exists() else load_adapted
-    model = load(folder, device=device, max_length=trained.get("max_length"))
-    tokenizer = load_tokenizer(folder, chat_template_kwargs=trained.get("chat_template_kwargs"))
-    layout = trained.get("prompt", "plain" if tokenizer.template is None else "chat")
-    layout = "plain" if arguments.plain else layout
-    prompts = arguments.prompt or (line.rstrip("\n") for line in sys.stdin)
-    is_escaped = trained.get("control_tokens") == "escape" and not arguments.plain
-    for prompt in prompts:
-        try:
-            prompt.encode("utf-8")
-            ids = prompt_ids(tokenizer, prompt, layout, is_escaped)
-        except UnicodeEncodeError:
-            raise UserError(f"the prompt {prompt[:100]!r} is not UTF-8 text") from None
-        except RowError as error:
-            raise UserError(f"the prompt {prompt[:100]!r}: {error}") from None
-        (output,) = generate(
-            model,
-            [ids],
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            stop_ids=stop_ids(model, tokenizer),
-            seed=arguments.seed,
-        )
-        print(tokenizer.decode(output), flush=True)
+    answerer = open_model(folder)
+    if arguments.plain:
+        answerer.layout, answerer.is_escaped = "plain", False
+    if arguments.system and (answerer.layout != "chat" or arguments.data):
+        problem = "rows of --data have their own" if arguments.data else "this model has no chat template"
+        raise UserError(f"--system: {problem}", hint="write it into the prompts")
+    if arguments.messages or arguments.data:
+        return _answer_file(answerer, arguments)
+    for prompt in arguments.prompt or (line.rstrip("\n") for line in sys.stdin):
+        ids = answerer.ids_of([*system_turn(arguments.system), {"role": "user", "content": prompt}])
+        print(answerer.complete([ids], sampling(arguments))[0], flush=True)
     return 0
 
 
-def prompt_ids(tokenizer: "Tokenizer", prompt: str, layout: str, is_escaped: bool = False) -> list[int]:
-    """The tokens of a prompt, exactly as in training. is_escaped: special tokens that are written in it are text."""
-    from minisft.data.encoding import encode_prompt
-    from minisft.data.formats import Example, whole
-    from minisft.data.kinds import USER
-    from minisft.data.prompts import plain_prompt
+# ---- files ------------------------------------------------------------------------------------------------------
 
-    if layout == "chat":
-        asked = Example(messages=[{"role": "user", "content": prompt}])
+
+def _answer_file(answerer: Answerer, arguments: argparse.Namespace) -> int:
+    """Complete the prompts of a file in batches; print or write them, and the score by group."""
+    from minisft.samples import Prompt, Sample, exact_match, read_prompts
+
+    if arguments.data:
+        from minisft.config.sections import DataSection
+        from minisft.data.row_format import FormatOptions
+
+        options = FormatOptions(
+            prompt_format={"chat": "chat", "plain": "plain"}.get(answerer.layout, "auto"),
+            control_tokens="escape" if answerer.is_escaped else "allow",
+        )
+        field_map = DataSection().field_map
+        prompts = read_prompts(
+            arguments.data, answerer.tokenizer, options=options, field_map=field_map, group_field=None
+        )
+        rows: list[dict] = [{"prompt": prompt.text, "answer": prompt.answer} for prompt in prompts]
     else:
-        text = plain_prompt(prompt) if layout == "instruction" else prompt.replace("\\n", "\n")
-        asked = Example((whole(text, USER),))
-    return encode_prompt(tokenizer, asked, layout=layout, control_tokens="escape" if is_escaped else "allow")[1]
+        if answerer.layout != "chat":
+            raise UserError("--messages: this model has no chat template", hint="give --data, or --prompt")
+        rows = read_conversations(arguments.messages, arguments.system)
+        prompts = [Prompt(answerer.ids_of(row["messages"]), "", "", "all") for row in rows]
+
+    # Prompts of about one length are completed together: a batch keeps keys and values for its longest one.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    outputs: dict[int, str] = {}
+    for start in range(0, len(order), arguments.batch_size):
+        some = order[start : start + arguments.batch_size]
+        outputs |= zip(some, answerer.complete([prompts[i].ids for i in some], sampling(arguments)))
+        if sys.stderr.isatty():
+            print(f"{len(outputs):,} of {len(prompts):,} prompts", end="\r", file=sys.stderr, flush=True)
+    lines = [json.dumps({**row, "output": outputs[i]}, ensure_ascii=False) for i, row in enumerate(rows)]
+    if arguments.out:
+        write_file(arguments.out, "\n".join(lines) + "\n")
+        print(f"written: {arguments.out}, {len(lines):,} rows")
+    elif not arguments.metric:
+        print("\n".join(lines))
+    if arguments.metric:
+        samples = [Sample(prompt, outputs[i]) for i, prompt in enumerate(prompts)]
+        for right, total in exact_match(samples).values():
+            print(f"exact_match {right / total:.1%}, {right:,} of {total:,}")
+    return 0
+
+
+def read_conversations(path: str, system: str | None) -> list[dict]:
+    """The rows of a file, each with messages that end with a question. Raises UserError (exit code DATA)."""
+    from minisft.data.rows import BadRow, place
+    from minisft.data.sources import parse_source, read_rows
+
+    rows = []
+    for row in read_rows(parse_source(path)):
+        if isinstance(row, BadRow):
+            raise UserError(str(row), exit_code=DATA)
+        messages = row.data.get("messages")
+        is_list = isinstance(messages, list) and bool(messages)
+        if not is_list or not all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in messages
+        ):
+            told = shortened(json.dumps(messages, ensure_ascii=False), 100)
+            hint = "each row needs messages: a list of {role, content}, text both"
+            raise UserError(f"{place(row.file, row.line)}: messages = {told}", hint=hint, exit_code=DATA)
+        if messages[-1]["role"] == "assistant":
+            hint = "cut the last turn off; --data FILE --metric exact_match compares with it"
+            raise UserError(
+                f"{place(row.file, row.line)}: the conversation ends with an answer", hint=hint, exit_code=DATA
+            )
+        has_system = messages[0]["role"] == "system"
+        rows.append({"messages": messages if has_system else [*system_turn(system), *messages]})
+    return rows

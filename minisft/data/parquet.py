@@ -153,6 +153,8 @@ def _plain(value: Any, shape: Any, depth: int) -> Any:
             key: _plain(inner, shape[key], depth + 1) for key, inner in value.items() if inner is not None or depth == 0
         }
     if isinstance(value, (datetime.date, datetime.time)):  # a datetime is a date too
+        if getattr(value, "nanosecond", 0):  # where pandas is installed pyarrow returns its timestamps; else it raises
+            raise TypeError("nanoseconds have no exact JSON form")
         return value.isoformat()
     if isinstance(value, Decimal):
         return str(value)
