@@ -4,13 +4,16 @@ Our names are Llama's without the leading "model.". Some families name modules d
 one, transpose them, or interleave the rows of q, k and v by heads. To add a family that differs: one entry in NAMES.
 """
 
+from __future__ import annotations  # Tensor is the name of a type only: `minisft plan` reads the names without torch
+
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from minisft.model.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Stored:
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """Our parameters -> the tensor of the file."""
+        import torch
+
         if self.num_heads:
             heads = [part.unflatten(0, (self.num_heads, -1)) for part in parts]  # [H, Dh, ...]
             tensor = torch.stack(heads, dim=1).flatten(0, 2)

@@ -1,0 +1,173 @@
+"""What a block keeps for its backward pass, in bytes a token: the tensors that autograd saves, each counted once.
+
+    D residual stream, w bytes a number      E = w, or 2 where bf16 autocast makes the products narrower
+    Q, K features of all queries, all keys   F features of the MLP
+    H heads of queries and keys together
+
+    Llama on a GPU     two norms: 2 w D, 8 for rstd, 2 E D for what they hand to the products
+                       attention: E (Q + 2 K) q, k and v as they leave the product, of which v keeps the memory of all three,
+                                  E (Q + K) q and k turned, E Q the output, 4 bytes a query head
+                       MLP: 3 E F gate, up and their product
+    ... on a CPU       attention: E (Q + 2 K) q and k turned and v, E Q the output
+                       MLP in bf16: 4 E F, act(gate) too, as the formula runs op by op there
+
+Weights are no part of it: autograd saves their copies, which memory.py counts. Nor is what all layers share: the tables of the
+rotary embedding, `start` and `end`.
+
+tests/test_plan.py counts what autograd saves (torch.autograd.graph.saved_tensors_hooks) for every family, precision and kind of
+recomputation on a CPU, and for the Triton kernels on the GPU that exists on paper (benchmarks/paper_gpu.py).
+"""
+
+from dataclasses import dataclass
+
+from minisft.model.model_config import QK_LAYER_NORMS, ModelConfig
+
+KEEPS = ("all", "selective", "inputs")  # gradient_checkpointing = false, "selective", true
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of a number."""
+
+    stream: int  # of the residual stream: that of the weights, 4 or 2
+    product: int  # of the matrix products
+
+    @property
+    def casts(self) -> bool:
+        """Whether products run in another dtype than the weights have."""
+        return self.product != self.stream
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer with an adapter, for what it keeps besides a plain one."""
+
+    num_inputs: int
+    num_outputs: int
+    rank: int  # PiSSA's counts twice
+    dropout: bool
+    dora: bool
+
+
+def kept_by_block(
+    c: ModelConfig, layer: int, p: Precision, *, is_gpu: bool, selective: bool = False, sites: list[Site] | None = None
+) -> float:
+    """Bytes a token that layer keeps. sites: of its adapters; None = it has none, and its layers are plain."""
+    mixer = c.mixers[layer]
+    block = c.block if mixer == "attention" else "pre"
+    mixers = {"attention": _attention, "delta": _delta, "conv": _conv}
+    plain = not sites
+    total = _norms_of_block(c, block, p, is_gpu, selective)
+    total += mixers[mixer](c, layer, p, is_gpu, selective, plain)
+    total += _mlp(c, p, is_gpu, selective)
+    for rate, size in ((c.attention_output_dropout, c.hidden_size), (c.mlp_output_dropout, c.hidden_size)):
+        if rate and block in ("pre", "parallel"):
+            total += size * (1 if is_gpu else p.product)  # the mask: a CPU's is scaled, in the dtype of its input
+    return total + sum(_site(site, p, is_gpu) for site in sites or [])
+
+
+def kept_outside(c: ModelConfig, p: Precision, *, is_gpu: bool) -> float:
+    """Bytes a token that the last norm keeps, and what it hands to the loss."""
+    D, n = c.hidden_size, _numbers_of_norm(c)
+    embedding = D * (1 if is_gpu else p.stream) if c.embedding_dropout else 0
+    return embedding + p.stream * D + n + p.product * D
+
+
+def input_of_block(c: ModelConfig, p: Precision) -> float:
+    """Bytes a token of what a block reads: all that gradient checkpointing keeps of it."""
+    return p.stream * c.hidden_size
+
+
+def shared_by_layers(c: ModelConfig, p: Precision) -> float:
+    """Bytes a token that are there once: cos and sin of every rotary embedding, and a factor of the queries."""
+    total, width = 0, 4 if c.rope_in_fp32 else p.stream
+    for rope in {rope for rope in c.ropes if rope is not None}:
+        total += rope.dim * width + (width if rope.query_beta and not p.casts else 0)
+    return total
+
+
+# ---- the parts ----------------------------------------------------------------------------------------------------
+
+
+def _numbers_of_norm(c: ModelConfig) -> int:
+    """Bytes a row: rstd in fp32, LayerNorm's mean too."""
+    return 8 if c.norm == "layer" else 4
+
+
+def _norms_of_block(c: ModelConfig, block: str, p: Precision, is_gpu: bool, selective: bool) -> float:
+    """The norms of a block, and what they hand to the products. Norms that read a branch keep it in the dtype of products."""
+    D, n = c.hidden_size, _numbers_of_norm(c)
+    stream, handed = p.stream * D + n, 0 if selective else p.product * D
+    branch = p.product * D + n
+    if block in ("pre", "scaled"):
+        return 2 * (stream + handed)
+    if block == "sandwich":
+        return 2 * (stream + handed) + 2 * branch
+    if block == "post":  # the products read the stream itself, or a cast of it
+        return 2 * branch + 2 * p.product * D
+    return stream + handed + (n + handed if c.mlp_has_norm else 0)  # parallel: the two norms read one x
+
+
+def _attention(c: ModelConfig, layer: int, p: Precision, is_gpu: bool, selective: bool, plain: bool) -> float:
+    e, rope = p.product, c.ropes[layer]
+    Q, K, H = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_heads + c.num_kv_heads
+    projected = Q * (1 + c.attention_gate)  # a gate lies beside each head of q, in one tensor
+    # What attention reads: q and k as they are turned, v; its output; and on a GPU the log-sum-exp of every row.
+    total = e * (2 * Q + 2 * K) + (4 * c.num_heads if is_gpu else 0)
+    if c.attention_gate:
+        total += e * 2 * Q  # the output before its gate, and the gate's sigmoid
+    # Forms of q, k and v before that one: in front of a clamp, and of a norm.
+    before = 0
+    if c.clip_qkv is not None:
+        before += projected + 2 * K
+    after_rope = c.qk_norm_after_rope and rope is not None and c.qk_norm == "head"
+    if c.qk_norm in ("head", "full", "layer"):
+        before += (Q if after_rope else projected) + K
+    elif c.qk_norm != "none":  # a weight for each head: in fp32, before and after
+        total += 2 * 4 * (Q + K)
+    elif rope is None:
+        before += projected - Q
+    is_fused = is_gpu and rope is not None and c.qk_norm == "head" and not after_rope  # computes the norm again
+    total += {"none": 0, "full": 2 * 4, "head": 0 if is_fused else 4 * H}.get(c.qk_norm, 8 * H)
+    if rope is not None and rope.query_beta and p.casts:
+        total += e  # the factor of the queries
+    # On a GPU q, k and v are parts of one product's output, if the copies of their weights lie side by side. v keeps all of it,
+    # unless the parts of q and k are kept as they are anyway; norms of heads by themselves copy them first.
+    are_parts = is_fused or c.qk_norm == "full" or (rope is None and c.qk_norm == "none")
+    if is_gpu and plain and p.casts and c.clip_qkv is None and not are_parts:
+        before += projected + K
+    return total + e * before
+
+
+def _delta(c: ModelConfig, layer: int, p: Precision, is_gpu: bool, selective: bool, plain: bool) -> float:
+    e, heads = p.product, c.delta_num_value_heads
+    K, V = c.delta_num_key_heads * c.delta_key_dim, heads * c.delta_value_dim
+    convolved = 2 * e * (2 * K + V)  # q, k and v before and after the convolution
+    numbers = heads * (4 + e + e + 4 + 4)  # a, sigmoid(b), beta, softplus, g
+    if is_gpu and plain and p.casts:
+        numbers += heads * 2 * e  # a and b before these, which lie in one tensor with q, k and v
+    unit = e * V * (3 if is_gpu or e == 4 else 4) + 4 * heads  # out, gate, the normed out, act(gate); rstd
+    gated = 0 if selective else e * V
+    return convolved + numbers + unit + gated
+
+
+def _conv(c: ModelConfig, layer: int, p: Precision, is_gpu: bool, selective: bool, plain: bool) -> float:
+    return p.product * c.hidden_size * (3 + 1 + 1 + 1)  # before, after, h; before h; its convolution; what out_proj reads
+
+
+def _mlp(c: ModelConfig, p: Precision, is_gpu: bool, selective: bool) -> float:
+    y = 0 if selective else 1
+    if c.mlp == "plain":
+        return p.product * c.intermediate_size * (1 + y)
+    one_op = is_gpu or (c.activation == "silu" and p.product == 4)  # keeps gate and up; op by op also act(gate)
+    return p.product * c.intermediate_size * ((2 if one_op else 3) + y)
+
+
+def _site(site: Site, p: Precision, is_gpu: bool) -> float:
+    e = p.product
+    total = e * site.rank
+    if site.dropout:
+        total += site.num_inputs * (e + (1 if is_gpu else e))
+    if site.dora:
+        total += e * 2 * site.num_outputs
+    return total
