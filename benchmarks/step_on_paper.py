@@ -51,6 +51,7 @@ from minisft.model.families import from_hf
 from minisft.model.layers import NORMS, GatedMLP
 from minisft.model.lora import apply_lora
 from minisft.model.lora_options import LoraOptions
+from minisft.plan.flops import products
 from minisft.prepare.data import ROUND_TO
 from minisft.prepare.optimizer import prepare_optimizer
 from minisft.prepare.run import Progress, Run
@@ -255,18 +256,17 @@ def floor(run: Run, batches: list[Batch], card: Card) -> dict[str, float]:
 
     Additions to the residual stream, casts, the gradients' norm and the embedding are not in it: they could ride along.
     """
-    model, config, num_bytes, flops = run.model, run.model.config, Counter(), Counter()
+    model, config, num_bytes = run.model, run.model.config, Counter()
     T, M = (sum(getattr(batch, name) for batch in batches) for name in ("num_tokens", "num_targets"))
-    for layer in model.layers:
-        matrices = [p for p in layer.parameters() if p.ndim == 2]
-        flops["matmuls"] += sum(2 * T * p.numel() * (3 if p.requires_grad else 2) for p in matrices)
     V, D = model.head_weight.shape
-    flops["linear cross-entropy"] = 2 * M * V * D * (3 if model.head_weight.requires_grad else 2)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    pairs = sum(map(attended_pairs, batches))
+    flops = Counter(products(config, shapes, trained, tokens=T, targets=M, pairs=pairs))
     num_bytes["linear cross-entropy"] = 2 * M * V * 2
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     for mixer, rope in zip(config.mixers, config.ropes):
         if mixer == "attention":
-            flops["attention"] += (2 + 5) * 2 * sum(map(attended_pairs, batches)) * heads * head_dim
             num_bytes["rope"] += 0 if rope is None else 2 * 2 * T * (heads + kv_heads) * head_dim * 2
     for module in model.modules():
         if isinstance(module, tuple(NORMS.values())) and module.weight.numel() == D:

@@ -13,6 +13,7 @@ COMMANDS = {  # name: (module with main(argv) -> exit code, what it does)
     "train": ("minisft.train", "fine-tune a model: train CONFIG.toml"),
     "init": ("minisft.commands.init", "write a configuration: asks, or reads another trainer's file"),
     "audit": ("minisft.commands.audit", "check a data set: what is trained in it and what is wrong"),
+    "plan": ("minisft.commands.plan", "steps, memory, time and cost of a run before it starts, and what makes it fit"),
     "export": ("minisft.commands.export", "merge a trained adapter into its base model"),
     "verify-resume": (
         "minisft.commands.verify_resume",

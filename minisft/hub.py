@@ -102,6 +102,16 @@ def resolve(
     return folder, folder.name
 
 
+def model_file(repo: str, revision: str | None, name: str, *, local_files_only: bool = False) -> Path:
+    """One file of a model's repository, from the cache or downloaded. Raises UserError (exit code MODEL)."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision, local_files_only=local_files_only))
+    except Exception as error:
+        raise _user_error(error, repo, revision, MODEL) from None
+
+
 def may_be_repository(name: str) -> bool:
     """Whether a path that is no folder may be the name of a repository: owner/name, or a name alone."""
     is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) and not name.lower().endswith(".gguf")

@@ -264,19 +264,7 @@ def build_cache(
     """
     if on_bad_row not in ON_BAD_ROW:
         raise UserError(f"on_bad_row = {on_bad_row!r}", hint=f"one of {', '.join(ON_BAD_ROW)}")
-    if not sources:
-        raise UserError("no data source", hint='name one, as in train_data = "data.jsonl"')
-    sources = [
-        replace(
-            source,
-            format=format if source.format == "auto" else source.format,
-            field_map=source.field_map or field_map or {},
-        )
-        for source in sources
-    ]
-    for source in sources:
-        check_field_map(source.field_map, options)
-    sources = [locate(source, local_files_only=local_files_only) for source in sources]
+    sources = locate_all(sources, format, field_map, options, local_files_only=local_files_only)
     sources, digests = hash_files(sources)
     folder = Path(cache_dir) / cache_key(sources, digests, tokenizer, options, on_bad_row)[:32]
     note = "found"
@@ -295,6 +283,45 @@ def build_cache(
         finally:
             gc.unfreeze()
     return _open(folder, tuple(sources), note)
+
+
+def find_cache(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    *,
+    cache_dir: Path | str,
+    options: FormatOptions = FormatOptions(),  # noqa: B008 - frozen
+    on_bad_row: str = "error",
+) -> TokenCache | None:
+    """What build_cache would find of sources that are located (`locate_all`); None where it would build. Its bytes are not
+    verified."""
+    sources, digests = hash_files(sources)
+    folder = Path(cache_dir) / cache_key(sources, digests, tokenizer, options, on_bad_row)[:32]
+    return _open(folder, tuple(sources), "found") if verify_folder(folder, hashes=False) is None else None
+
+
+def locate_all(
+    sources: Sequence[Source],
+    format: str,
+    field_map: dict[str, str] | None,
+    options: FormatOptions,
+    *,
+    local_files_only: bool = False,
+) -> list[Source]:
+    """The sources with the format and the fields that they do not name themselves, and their files. Raises UserError."""
+    if not sources:
+        raise UserError("no data source", hint='name one, as in train_data = "data.jsonl"')
+    sources = [
+        replace(
+            source,
+            format=format if source.format == "auto" else source.format,
+            field_map=source.field_map or field_map or {},
+        )
+        for source in sources
+    ]
+    for source in sources:
+        check_field_map(source.field_map, options)
+    return [locate(source, local_files_only=local_files_only) for source in sources]
 
 
 def _problem(folder: Path) -> str | None:

@@ -254,6 +254,13 @@ def read_rows(source: Source, digests: Digests | None = None) -> Iterator[Row | 
         yield _parse(file, line, value) if isinstance(value, bytes) else value
 
 
+def count_rows(source: Source) -> int:
+    """Rows of all files of a source, or of its slice. Rows without a slice are counted, not parsed."""
+    if source.slice != "[:]" and source.slice:
+        return sum(1 for _ in read_rows(source))
+    return sum(_count(path, None) for path in list_files(source))
+
+
 def _count(path: Path, digests: bytes | None) -> int:
     is_parquet = file_kind(path)[0] == ".parquet"
     return count_parquet(path, digests) if is_parquet else sum(1 for _ in _read(path, digests))

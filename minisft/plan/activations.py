@@ -20,7 +20,7 @@ recomputation on a CPU, and for the Triton kernels on the GPU that exists on pap
 
 from dataclasses import dataclass
 
-from minisft.model.model_config import QK_LAYER_NORMS, ModelConfig
+from minisft.model.model_config import ModelConfig
 
 KEEPS = ("all", "selective", "inputs")  # gradient_checkpointing = false, "selective", true
 
@@ -152,7 +152,9 @@ def _delta(c: ModelConfig, layer: int, p: Precision, is_gpu: bool, selective: bo
 
 
 def _conv(c: ModelConfig, layer: int, p: Precision, is_gpu: bool, selective: bool, plain: bool) -> float:
-    return p.product * c.hidden_size * (3 + 1 + 1 + 1)  # before, after, h; before h; its convolution; what out_proj reads
+    return (
+        p.product * c.hidden_size * (3 + 1 + 1 + 1)
+    )  # before, after, h; before h; its convolution; what out_proj reads
 
 
 def _mlp(c: ModelConfig, p: Precision, is_gpu: bool, selective: bool) -> float:

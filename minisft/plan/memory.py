@@ -7,7 +7,8 @@
     moments       8 bytes a trained number with AdamW, 2.03 in 8 bits; optimizers.py has the others
     activations   activations.py, for each token of the largest micro-batch
     loss          a chunk of logits, and the gradients that the loss makes of its hidden states and of the head
-    working       what one block's backward allocates beside what it kept; one matrix out of 4 bits; temporary tensors of the update
+    working       what one block's backward allocates beside what it kept; one dequantised matrix; or temporary tensors of the
+                  update
     reference     preference tuning of all weights: a copy of the trained numbers
     context       a CPU: Python, PyTorch and what a run imports. A GPU: the CUDA context and the libraries' workspaces
 
@@ -45,11 +46,14 @@ from minisft.plan.shapes import (
 )
 
 SMALLEST_IN_8_BITS, BLOCK_OF_8_BITS = 4096, 256  # as in optimizers.py and kernels/adamw_formats.py
-BYTES_OF_4_BITS, BYTES_OF_DOUBLE = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256)  # kernels/quantize.py: blocks of 64, then of 256
+BYTES_OF_4_BITS, BYTES_OF_DOUBLE = (
+    0.5 + 4 / 64,
+    0.5 + 1 / 64 + 4 / (64 * 256),
+)  # kernels/quantize.py: blocks of 64, then of 256
 CPU_CHUNK, GPU_CHUNK, GPU_CHUNK_BYTES = 512, 4096, 1_250_000_000  # rows of logits: kernels/linear_cross_entropy*.py
 ROWS_A_THREAD = 8  # of logits in fp32, on a CPU
 # Resident memory of a process that has imported a run and PyTorch's CPU build, measured with PyTorch 2.13 (docs/plan.md).
-PYTHON_AND_TORCH = 330e6
+PYTHON_AND_TORCH = 425e6
 CUDA_CONTEXT = 700e6  # assumed, no GPU was measured: a context of about 0.5 GB, and cuBLAS's workspaces
 
 
@@ -283,7 +287,9 @@ class LossBytes:
     head: float  # the gradient of the head, where it is a new tensor
 
 
-def loss_bytes(c: ModelConfig, batch: MicroBatch, precision: Precision, place: Place, size: int, trains: bool) -> LossBytes:
+def loss_bytes(
+    c: ModelConfig, batch: MicroBatch, precision: Precision, place: Place, size: int, trains: bool
+) -> LossBytes:
     """size: bytes of a number of the head's gradient; trains: whether it has one."""
     (V, D), e, T, M = (c.vocab_size, c.hidden_size), precision.product, batch.tokens, max(1, batch.targets)
     if not place.is_gpu:

@@ -2,21 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 from minisft import ranks
-from minisft.config.sections import Config, DataSection, eval_sets, source_list
+from minisft.config.sections import Config, eval_sets, source_list
 from minisft.data.audit import quick_findings
 from minisft.data.cache import Documents, build_cache
 from minisft.data.documents import Accounting, select_documents, show_document, split_documents
 from minisft.data.loader import Loader, plan_set
 from minisft.data.packing_strategies import STRATEGIES
-from minisft.data.row_format import FormatOptions
 from minisft.data.shared_turns import may_share
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import Tokenizer, load_tokenizer
 from minisft.errors import DATA, UserError
 from minisft.model.start import tokenizer_source
+from minisft.prepare.options import cache_folder, cut_length, format_options, split_length
 
 # Findings whose numbers are in the account of the rows or the description of the cache.
 TOLD_ELSEWHERE = ("no_label", "lost_answer", "too_long", "control_token", "straddling")
@@ -172,41 +171,6 @@ def tree_limit(config: Config, packing: bool, find_longest_tree: Callable[[], in
     return limit
 
 
-def cache_folder(config: Config) -> Path:
-    return Path(config.data.cache_dir or Path(config.output_dir).absolute().parent / "token_cache")
-
-
-def cut_length(data: DataSection, packing: bool) -> int | None:
-    """Where longer documents are cut; None where packing takes all of them, in pieces."""
-    return None if packing and STRATEGIES[data.packing_strategy].cut != "front" else data.max_length
-
-
-def split_length(data: DataSection, packing: bool) -> int | None:
-    """Of what length these pieces are, where it is the same in every epoch."""
-    return data.max_length if packing and STRATEGIES[data.packing_strategy].cut == "pieces" else None
-
-
 def titled(title: str, lines: list[str]) -> list[str]:
     """Lines of the summary, the first with its title in front."""
     return [f"{title if i == 0 else '':<10} {line}" for i, line in enumerate(lines)]
-
-
-def format_options(config: Config) -> FormatOptions:
-    data = config.data
-    preference = "labels" if "kto" in config.dpo.loss_type else "pairs"
-    return FormatOptions(
-        answers=preference if config.trainer_type == "dpo" else "chosen",
-        dataset_text_field=data.dataset_text_field,
-        prompt_format=data.prompt_format,
-        completion_only_loss=data.completion_only_loss,
-        assistant_only_loss=data.assistant_only_loss,
-        response_marker=data.response_marker or "",
-        instruction_marker=data.instruction_marker or "",
-        add_eos=data.add_eos,
-        add_special_tokens=data.add_special_tokens,
-        control_tokens=data.control_tokens,
-        reasoning=data.reasoning,
-        multi_turn=data.multi_turn,
-        last_turn_only=data.train_on_last_turn_only,
-        turns_max_length=data.max_length if data.truncation == "turns" else None,
-    )
