@@ -1,12 +1,14 @@
 """A plan as text of at most 100 columns."""
 
+import textwrap
+
 from minisft.config.values import as_toml
-from minisft.console import wrap
 from minisft.init.toml_text import render
 from minisft.plan.changes import Fit
 from minisft.plan.estimate import MARGIN, Estimate
 from minisft.units import digits, duration, size, thousands
 
+WIDTH = 100
 MEANS = {  # what a component is, beside its number
     "weights": "of the model, and of adapters",
     "copies": "of the matrices, in the dtype of the products",
@@ -25,7 +27,8 @@ def report(e: Estimate) -> str:
     lines = [*_run(e), "", *_memory(e)]
     if e.fits != "yes":
         lines += ["", *_changes(e)]
-    return wrap([*lines, "", *_time(e)], indent=11)
+    options = {"subsequent_indent": " " * 11, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(line, WIDTH, **options) for line in [*lines, "", *_time(e)])
 
 
 def one_line(e: Estimate) -> str:
