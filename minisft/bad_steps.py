@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minisft import ranks, runtime
+from minisft import ranks
 from minisft.atomic_folder import verify_folder
 from minisft.checkpoint import checkpoints, step_of
 from minisft.config.sections import TrainSection
 from minisft.data.audit import place_of, stretches
 from minisft.data.batch import Batch
 from minisft.errors import NONFINITE, UserError, is_out_of_memory, warn
-from minisft.kernels.linear_cross_entropy import linear_cross_entropy
+from minisft.evaluation import target_stats
 from minisft.loggers import write_report
 from minisft.out_of_memory import rows_of
 from minisft.prepare.run import Run
@@ -151,7 +151,7 @@ def row_losses(run: Run, batches: list[Batch]) -> dict[int, np.ndarray]:
     for batch in batches:
         nll = np.full(batch.num_targets, np.nan, dtype=np.float32)
         try:
-            nll = token_losses(run, batch)
+            nll = target_stats(run.model, batch, run.device, run.precision).nll[: batch.num_targets].cpu().numpy()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -160,21 +160,3 @@ def row_losses(run: Run, batches: list[Batch]) -> dict[int, np.ndarray]:
             found[d] = np.append(found.get(d, nll[:0]), nll[of_document == d])
     run.model.train(training)
     return found
-
-
-def token_losses(run: Run, batch: Batch) -> np.ndarray:
-    """-log p of every target, fp32 [M] without filler."""
-    work, model = batch.to(run.device), run.model
-    with runtime.autocast(run.device, run.precision):
-        hidden = model(work.input_ids, work.position_ids, work.start, work.end, shared=work.shared)  # [T, D]
-        nll = linear_cross_entropy(
-            hidden,
-            model.head_weight,
-            work.targets,
-            rows=work.loss_rows,
-            bias=model.head_bias,
-            softcap=model.config.logit_softcap,
-            logit_scale=model.config.logit_scale,
-            reduction="none",
-        )
-    return nll[: batch.num_targets].float().cpu().numpy()
