@@ -44,6 +44,7 @@ def linears_ref(x: Tensor, *layers: Layer) -> list[Tensor]:
 
 
 _keeps = False
+_is_forbidden = False
 
 
 @contextlib.contextmanager
@@ -55,11 +56,18 @@ def keep_copies() -> Iterator[None]:
     update counts, which torch's fused optimizers do not by themselves (optimizers.py). Outside each use makes a new copy.
     """
     global _keeps
-    before, _keeps = _keeps, True
+    before, _keeps = _keeps, not _is_forbidden
     try:
         yield
     finally:
         _keeps = before
+
+
+def forbid_copies() -> None:
+    """`keep_copies` keeps none from now on: for weights that get other values without being changed in place, as those that
+    FSDP2 gathers, whose counter stands still by design."""
+    global _is_forbidden
+    _is_forbidden = True
 
 
 class _Copy(NamedTuple):

@@ -10,7 +10,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from minisft import ranks
 from minisft.atomic_folder import verify_folder
@@ -22,6 +21,7 @@ from minisft.errors import NONFINITE, UserError, is_out_of_memory, warn
 from minisft.evaluation import target_stats
 from minisft.loggers import write_report
 from minisft.out_of_memory import rows_of
+from minisft.parallel import is_sharded, no_backward
 from minisft.prepare.run import Run
 
 MAX_REPORTS = 10  # steps of a run; further ones are only counted
@@ -143,7 +143,6 @@ def describe_rows(run: Run, batches: list[Batch]) -> list[dict]:
     return sorted(rows, key=lambda row: -row["loss"] if math.isfinite(row["loss"]) else -math.inf)
 
 
-@torch.no_grad()
 def row_losses(run: Run, batches: list[Batch]) -> dict[int, np.ndarray]:
     """Document in the cache -> -log p of each of its targets, by the weights as they are; NaN if there is no memory for it."""
     training, found = run.model.training, {}
@@ -151,9 +150,11 @@ def row_losses(run: Run, batches: list[Batch]) -> dict[int, np.ndarray]:
     for batch in batches:
         nll = np.full(batch.num_targets, np.nan, dtype=np.float32)
         try:
-            nll = target_stats(run.model, batch, run.device, run.precision).nll[: batch.num_targets].cpu().numpy()
+            with no_backward(run.model):
+                stats = target_stats(run.model, batch, run.device, run.precision)
+            nll = stats.nll[: batch.num_targets].cpu().numpy()
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or is_sharded(run.model):
                 raise
         of_document = batch.row_document[: batch.num_targets].numpy()
         for d in np.unique(of_document).tolist():

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minisft import parallel, ranks
 from minisft.atomic_folder import (
     atomic_folder,
     crash_point,
@@ -40,7 +41,9 @@ from minisft.atomic_folder import (
     verify_folder,
 )
 from minisft.errors import CONFIG, DATA, SAVE, UserError, warn
+from minisft.model.shards import is_sharded, rows_here
 from minisft.optimizers import state_bytes
+from minisft.parallel import part_of, whole_state
 from minisft.strict_json import dump_json, parse_json, read_json, write_json
 
 MAX_FAILED_SAVES = 3  # in a row; then the run stops with exit code 74
@@ -121,7 +124,7 @@ def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     weights = sum(p.nbytes for p in (trained if adapter_only else model.parameters()))
     state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor))
-    return weights + (state or state_bytes(optimizer))
+    return weights + (state or state_bytes(optimizer)) * (ranks.world_size() if parallel.is_sharded(model) else 1)
 
 
 def most_at_once(existing: int, coming: int, keep: int | None) -> int:
@@ -214,7 +217,7 @@ def load_checkpoint(
 
 def _named_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[nn.Parameter, dict]]:
     """name -> (parameter, its group) for all that the optimizer trains."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {part_of(parameter): name for name, parameter in model.named_parameters()}
     return {names[p]: (p, group) for group in optimizer.param_groups for p in group["params"]}
 
 
@@ -224,7 +227,8 @@ def _save_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     for name, (parameter, _) in _named_parameters(model, optimizer).items():
         state = optimizer.state.get(parameter, {})
         assert not any("." in key for key in state), "the last dot separates name and key"
-        tensors |= {f"{name}.{key}": v.contiguous() for key, v in state.items() if isinstance(v, Tensor)}
+        keys = [key for key, value in state.items() if isinstance(value, Tensor)]
+        tensors |= {f"{name}.{key}": whole_state(model, optimizer, name, parameter, key).contiguous() for key in keys}
         others[name] = {key: v for key, v in state.items() if not isinstance(v, Tensor)}
     save_file(tensors, path, metadata={"parameters": dump_json(others).decode()})
 
@@ -241,6 +245,7 @@ def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
                     hint="resume with the model and the trainable parameters that the checkpoint was made with",
                     exit_code=DATA,
                 )
+        whole = dict(model.named_parameters())
         optimizer.state.clear()
         for name, others in saved.items():
             if others:
@@ -249,6 +254,8 @@ def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             name, key = full_name.rsplit(".", 1)
             parameter, group = named[name]
             value = file.get_tensor(full_name)
+            if is_sharded(whole[name]) and value.shape == whole[name].shape:
+                value = value[rows_here(whole[name])]
             # torch's convention: a step counter lives on the CPU unless the optimizer is fused or capturable
             counter = value.ndim == 0 and not (group.get("fused") or group.get("capturable"))
             at_home = counter or group.get("offload")

@@ -16,11 +16,11 @@ from minisft.data.loader import Loader
 from minisft.kernels.linear_cross_entropy import Stats, linear_cross_entropy
 from minisft.metrics import Sums
 from minisft.model.decoder import Decoder
+from minisft.parallel import no_backward
 
 POLL_BATCHES = 4  # the ranks exchange a number for each poll
 
 
-@torch.no_grad()
 def evaluate(
     model: Decoder,
     loader: Loader,
@@ -37,12 +37,13 @@ def evaluate(
     model.eval()
     sums = Sums(device)
     try:
-        for step in range(loader.steps_per_epoch):
-            if step % POLL_BATCHES == 0:
-                poll()
-            for batch in loader.step(0, step):
-                with runtime.autocast(device, precision):
-                    sums.add(loss(model, batch.to(device), 1.0)[1])
+        with no_backward(model):
+            for step in range(loader.steps_per_epoch):
+                if step % POLL_BATCHES == 0:
+                    poll()
+                for batch in loader.step(0, step):
+                    with runtime.autocast(device, precision):
+                        sums.add(loss(model, batch.to(device), 1.0)[1])
     finally:
         model.train(training)
     return sums.means()
@@ -51,9 +52,9 @@ def evaluate(
 # ---- by kind of token and by source -----------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def target_stats(model: Decoder, batch: Batch, device: torch.device, precision: str) -> Stats:
-    """nll, correct and entropy of every target of a batch, fp32 [M] each, on the device; filler comes last."""
+    """nll, correct and entropy of every target of a batch, fp32 [M] each, on the device; filler comes last. For passes
+    inside parallel.no_backward."""
     work = batch.to(device)
     with runtime.autocast(device, precision):
         hidden = model(work.input_ids, work.position_ids, work.start, work.end, shared=work.shared)  # [T, D]
@@ -86,7 +87,8 @@ def scores(model: Decoder, loader: Loader, device: torch.device, precision: str)
         for step in range(loader.steps_per_epoch):
             for batch in loader.step(0, step):
                 M = batch.num_targets
-                stats = target_stats(model, batch, device, precision)
+                with no_backward(model):
+                    stats = target_stats(model, batch, device, precision)
                 nll, correct, entropy = (
                     x[:M].double().cpu().numpy() for x in (stats.nll, stats.correct, stats.entropy)
                 )

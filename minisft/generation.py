@@ -19,6 +19,8 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.errors import MODEL, UserError, shortened
 from minisft.model.attention import KVCache
 from minisft.model.decoder import Decoder
+from minisft.parallel import is_sharded, no_backward
+from minisft.ranks import send_from_first_rank
 
 
 def stop_ids(model: Decoder, tokenizer: Tokenizer) -> set[int]:
@@ -78,7 +80,8 @@ def stream(
     was_training = model.training
     model.eval()
     try:
-        yield from _stream(model, prompts, max_new_tokens, temperature, top_k, top_p, set(stop_ids), seed)
+        with no_backward(model):
+            yield from _stream(model, prompts, max_new_tokens, temperature, top_k, top_p, set(stop_ids), seed)
     finally:
         model.train(was_training)
 
@@ -111,6 +114,8 @@ def _stream(
     # ---- decode: one token a row
     for step in range(max_new_tokens):
         tokens = _choose(model.logits(hidden).float(), uniform[:, step], temperature, top_k, top_p)  # [B]
+        if is_sharded(model):  # the ranks make the same passes together, so that they must choose the same
+            send_from_first_rank([tokens])
         unfinished = []
         for row, token in enumerate(tokens.tolist()):
             if token not in stop_ids:

@@ -42,8 +42,8 @@ from minisft.metrics import Sums, eval_name, peak_memory
 from minisft.micro_batch import forward_backward
 from minisft.optimizers import evaluation_weights
 from minisft.out_of_memory import OutOfMemory, evaluation_error, halve, memory_error, try_largest
+from minisft.parallel import is_sharded, on_first_rank, sum_gradients, total_norm, waiting
 from minisft.prepare.run import Run, prepare
-from minisft.ranks import sum_gradients
 from minisft.resume import changed_keys, require_same_state, resume, rewind, training_state
 from minisft.runtime import read_back
 from minisft.samples import complete, example_prompt
@@ -54,7 +54,6 @@ from minisft.update import (
     ZeroUpdates,
     clip_and_update,
     gradient_norms,
-    gradients,
     is_accepted,
     make_gradients,
     unscale,
@@ -166,7 +165,7 @@ def take_steps(
         # ---- 1. evaluate if due; a run that is stopped before the end of it evaluates after it is resumed
         if is_evaluation_due(config, run, asked.evaluate) and not stop and failure is None:
             signal.note("giving up this evaluation, which the next start makes, saving, then stopping")
-            with OutOfMemory() as ran_out:
+            with OutOfMemory(ends=is_sharded(run.model)) as ran_out:
                 try:
                     scores = evaluate_sets(config, run, signal)
                 except Stopped:
@@ -292,11 +291,11 @@ def train_step(
     in_backward = train.optimizer_in_backward
     zero_updates = ZeroUpdates(run.measured if is_logged and factor else set())
     # A CPU maps new memory more slowly than it fills old memory with zeros.
-    keeps_gradients = run.device.type == "cpu" and not in_backward
-    ran_out, updates = OutOfMemory(), nullcontext()
+    keeps_gradients = run.device.type == "cpu" and not in_backward and not is_sharded(run.model)
+    ran_out, updates = OutOfMemory(ends=is_sharded(run.model)), nullcontext()
     if in_backward:
         updates = update_in_backward(run.model, optimizer, zero_updates)
-    with ran_out, updates as norms:
+    with ran_out, waiting(run.model), updates as norms:
         if keeps_gradients:
             make_gradients(run.model)
         for batch, weight in zip(batches, weights):
@@ -315,10 +314,9 @@ def train_step(
         return StepResult(False, False, math.nan, math.nan, num_stops > 0, asked, 0, stats, ran_out)
 
     # ---- 6. the gradient's norm; what it and the loss must not exceed, on which all ranks agree
-    grads = gradients(run.model)
-    sum_gradients(grads)
+    grads = sum_gradients(run.model)
     unscale(grads, scale)
-    norm = torch.nn.utils.get_total_norm(norms if in_backward else gradient_norms(grads))
+    norm = total_norm(run.model, norms if in_backward else gradient_norms(grads))
     stats.add({"grad_norm": (norm, 1.0)})
     sums = ranks.sum_over_ranks(torch.stack([torch.stack(losses).sum(), norm]))
     units = max(total_weight, 1e-12), ranks.world_size()  # of which sums are the sums
@@ -451,20 +449,20 @@ def evaluate_sets(config: Config, run: Run, signal: StopSignal) -> dict[str, flo
 def save(config: Config, run: Run, folder: Path, loggers: Loggers | None, num_failed: int) -> int:
     """Write the checkpoint of this step. num_failed: saves that failed in a row before; returns the same after this one."""
     state = training_state(config, run)  # all ranks add their sums
-    if loggers is None:
-        return 0
-    return try_save(
+    write = partial(
+        try_save,
         num_failed,
         folder / "checkpoints",
         run.progress.step,
         write_model=partial(write_state, run),
         model=run.model,
         optimizer=run.optimizer,
-        state={**state, **loggers.position()},
+        state={**state, **(loggers.position() if loggers else {})},
         keep=config.checkpoint.save_total_limit,
         pinned=[best_checkpoint(run, folder)],
         other_bytes=other_bytes(run),
     )
+    return on_first_rank(run.model, run.optimizer, write) or 0
 
 
 def best_checkpoint(run: Run, folder: Path) -> Path:
@@ -514,20 +512,21 @@ def finish(
             warn(describe_spikes(run.progress.spikes, step))
         if step < run.total_steps:
             print(console.stopped_early(step, run.best_metric, run.progress.best))
+    if loggers or is_sharded(run.model):  # of sharded weights every rank has its rows
         if config.evaluate.load_best_model_at_end:
             load_best_model(run, folder)
         with evaluation_weights(run.optimizer):
-            if bar.first_step < step or not is_exported(run, folder):  # else only the samples are missing
-                (folder / "samples.jsonl").unlink(missing_ok=True)
-                export_model(run, folder, export_dtype(config), fingerprint(config))
+            on_first_rank(run.model, run.optimizer, partial(export_once, config, run, folder, bar))
             if run.prompts:
                 try:
-                    signal.end_at_once(signals.IN_SAMPLES)
+                    if not is_sharded(run.model):  # else the other ranks would wait for the rest of its passes
+                        signal.end_at_once(signals.IN_SAMPLES)
                     values |= complete_prompts(config, run, folder, loggers)
                     signal.note("the run is done")
                 except Stopped as stopped:
                     print(f"{stopped}")
                     return Result(folder, folder / "model", step, values, STOPPED, signal.received)
+    if loggers:
         documents = next(iter(run.evals.values()), run.train).documents
         print(
             console.closing(
@@ -545,12 +544,21 @@ def finish(
     return Result(folder, folder / "model", step, values, signal=signal.received)
 
 
-def complete_prompts(config: Config, run: Run, folder: Path, loggers: Loggers) -> dict[str, float]:
-    """Complete the held-out prompts, print, log and write them. Returns their score."""
+def export_once(config: Config, run: Run, folder: Path, bar: console.ProgressBar) -> None:
+    """Export the model, unless this start took no step and found it there: then only the samples are missing."""
+    if bar.first_step < run.progress.step or not is_exported(run, folder):
+        (folder / "samples.jsonl").unlink(missing_ok=True)
+        export_model(run, folder, export_dtype(config), fingerprint(config))
+
+
+def complete_prompts(config: Config, run: Run, folder: Path, loggers: Loggers | None) -> dict[str, float]:
+    """Complete the held-out prompts; the first rank prints, logs and writes them. Returns their score."""
     section = config.evaluate
     samples = complete(
         run.model, run.tokenizer, run.prompts, max_new_tokens=section.max_new_tokens, precision=run.precision
     )
+    if loggers is None:
+        return {}
     print(console.sample_report(samples, section.generate_samples_shown))
     scores = {"eval_exact_match": sum(sample.correct for sample in samples) / len(samples)}
     loggers.log(run.progress.step, scores)
@@ -572,8 +580,14 @@ def load_best_model(run: Run, folder: Path) -> None:
     chosen, path = run.progress.best, best_checkpoint(run, folder)
     if chosen.step in (0, run.progress.step):
         return
-    if reason := verify_folder(path):
-        warn(f"the best checkpoint {path}: {reason}; the last model is exported")
+    is_main = ranks.rank() == 0
+    reason = on_first_rank(run.model, run.optimizer, partial(verify_folder, path))
+    if is_sharded(run.model):
+        reason = ranks.from_first_rank(reason)
+    if reason:
+        if is_main:
+            warn(f"the best checkpoint {path}: {reason}; the last model is exported")
         return
     load_checkpoint(path, run.model, run.optimizer, read_model)  # the moments too: some optimizers keep weights in them
-    print(f"exported   the model of step {chosen.step}, with the best {run.best_metric}, {chosen.value:.4g}")
+    if is_main:
+        print(f"exported   the model of step {chosen.step}, with the best {run.best_metric}, {chosen.value:.4g}")

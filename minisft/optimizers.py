@@ -365,14 +365,15 @@ def evaluation_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
         return
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = [p.data for p in params]
-    for p in params:
-        p.data = optimizer.mean_weights(p)
+    with torch.no_grad():  # in place, as the rows of a sharded parameter must stay where they are
+        kept = [p.clone() for p in params]
+        for p in params:
+            p.copy_(optimizer.mean_weights(p))
     try:
         yield
     finally:
-        for p, data in zip(params, kept):
-            p.data = data
+        with torch.no_grad():
+            torch._foreach_copy_(params, kept)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

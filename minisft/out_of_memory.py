@@ -28,10 +28,10 @@ from minisft.errors import MEMORY, UserError, is_out_of_memory, warn
 from minisft.metrics import peak_memory
 from minisft.micro_batch import forward_backward
 from minisft.optimizers import AdamW
+from minisft.parallel import is_sharded, sum_gradients
 from minisft.prepare.run import Run
-from minisft.ranks import sum_gradients
 from minisft.units import size
-from minisft.update import gradients, only, sum_gradients_in_fp32
+from minisft.update import only, sum_gradients_in_fp32
 
 CLEARLY_LARGER = 1.5  # times the tokens or targets of the first step's largest micro-batch
 
@@ -41,6 +41,7 @@ class OutOfMemory:
     """A context in which running out of memory ends the block, and is noted instead of raised. Whatever the block had is
     free after it."""
 
+    ends: bool = False  # raise it: with sharded weights the other ranks wait for this one in the middle of a pass
     batch: Batch | None = None  # on the host: the micro-batch that was being computed; None: the optimizer's step
     message: str = ""  # of the error; "" where there was enough
 
@@ -48,7 +49,7 @@ class OutOfMemory:
         return self
 
     def __exit__(self, kind, error, traceback) -> bool:
-        if error is None or not is_out_of_memory(error):
+        if error is None or self.ends or not is_out_of_memory(error):
             return False
         self.message = f"{type(error).__name__}: {error}"
         return True
@@ -145,7 +146,7 @@ def trial_step(run: Run, train: TrainSection, batches: Iterable[Batch]) -> OutOf
     is_cuda = run.device.type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(run.device)
-    ran_out, hooks = OutOfMemory(), []
+    ran_out, hooks = OutOfMemory(ends=is_sharded(model)), []
     with torch.random.fork_rng([run.device] if is_cuda else []), ran_out:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
@@ -165,7 +166,7 @@ def trial_step(run: Run, train: TrainSection, batches: Iterable[Batch]) -> OutOf
             optimizer.zero_grad(set_to_none=is_cuda and not several and run.graphs is None)
             forward_backward(run.loss, model, run.precision, batch.to(run.device), 0.0)
     if not ranks.any_rank(bool(ran_out.message)):
-        sum_gradients(gradients(model))
+        sum_gradients(model)
 
     for hook in hooks:
         hook.remove()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from minisft.errors import PEER, UserError, rank_name
+from minisft.errors import PEER, UserError, is_out_of_memory, rank_name
 from minisft.peers import START, Watch
 from minisft.strict_json import dump_json, parse_json
 
@@ -72,12 +72,14 @@ def expect_steps() -> None:
 
 
 @contextlib.contextmanager
-def _waiting() -> Iterator[None]:
+def waiting() -> Iterator[None]:
     """Around everything that waits for the other ranks: what goes wrong there is told by the watch, which knows whose fault it
     was. Raises UserError (exit code PEER) where it is nobody's."""
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         if _watch is not None:
             _watch.wait_for_word()
         reason = (str(error).splitlines() or [""])[0][:300]
@@ -88,7 +90,7 @@ def _waiting() -> Iterator[None]:
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of `x` over all ranks, in place."""
     if dist.is_initialized():
-        with _waiting():
+        with waiting():
             dist.all_reduce(x, group=_group)
     return x
 
@@ -131,7 +133,7 @@ def gathered(value: Any) -> list[Any]:
         return [value]
     data = torch.frombuffer(bytearray(dump_json(value)), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    with _waiting():
+    with waiting():
         dist.all_gather(sizes, torch.tensor([len(data)]), group=_group)
         longest = int(max(sizes))
         parts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
@@ -142,7 +144,7 @@ def gathered(value: Any) -> list[Any]:
 def send_from_first_rank(tensors: list[Tensor]) -> None:
     """Overwrite the tensors with those of the first rank."""
     if dist.is_initialized():
-        with _waiting(), torch.no_grad():
+        with waiting(), torch.no_grad():
             for tensor in tensors:
                 dist.broadcast(tensor, src=0, group=_group)
 

@@ -16,6 +16,7 @@ from tiny import logged, relative_error, settings, start, train, train_quietly, 
 
 from minisft import loop, peers
 from minisft.errors import DATA, NONFINITE, PEER, STOPPED, UserError
+from minisft.model.shards import local
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,7 @@ def train_rank(
     trouble: tuple[int, str, str],
     cwd: Path | None,
     before: Callable[[], None] | None,
+    count: int = 2,
 ) -> None:
     """What one process does: train, and leave its output and a hash of its final weights in the output folder. On rank 1
     spoil(run) takes the place of the run in step `broken_step`.
@@ -64,7 +66,7 @@ def train_rank(
         honest_svd = torch.linalg.svd
         torch.linalg.svd = lambda *arguments, **options: [-part for part in honest_svd(*arguments, **options)]
     peers.BEAT, peers.SILENCE, peers.SUSPICIOUS, peers.GRACE, peers.LAST_WORD = 0.1, 2.0, 1.0, 0.5, 0.5
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     out = Path(overrides["output_dir"])
     out.mkdir(exist_ok=True)
@@ -91,7 +93,9 @@ def train_rank(
         return honest_step(run, *arguments, **options)
 
     def finish(config, run, *arguments):
-        data = b"".join(p.detach().numpy().tobytes() for p in run.model.parameters())
+        data = b"".join(
+            local(p).contiguous().view(-1).view(torch.uint8).numpy().tobytes() for p in run.model.parameters()
+        )
         (out / f"weights-{rank}").write_text(hashlib.sha256(data).hexdigest())
         in_trouble("export")
         return honest_finish(config, run, *arguments)
@@ -110,13 +114,17 @@ def start_ranks(
     folders: tuple = (None, None),
     of_rank: tuple[dict, dict] = ({}, {}),
     before: Callable[[], None] | None = None,
+    count: int = 2,
 ) -> list:
-    """Two processes. folders: where each rank is; of_rank: overrides of each; before: called by rank 1 before it trains."""
+    """`count` processes. Of the first two, folders: where each is; of_rank: overrides of each. before(): called by rank 1."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     more = (port, broken_step, spoil, trouble)
-    return [start(train_rank, folder, overrides | of_rank[i], i, *more, folders[i], before) for i in (0, 1)]
+    of_rank, folders = (*of_rank, *[{}] * (count - 2)), (*folders, *[None] * (count - 2))
+    return [
+        start(train_rank, folder, overrides | of_rank[i], i, *more, folders[i], before, count) for i in range(count)
+    ]
 
 
 def join(processes, seconds: float = 60) -> tuple[int, ...]:

@@ -75,7 +75,7 @@ def train(folder: Path, **overrides: Any):
 
 
 FORK = multiprocessing.get_context("forkserver")
-PRELOAD = ["tiny", "minisft.loop", "torch._dynamo"]  # the last is imported by an optimizer
+PRELOAD = ["tiny", "minisft.loop", "torch._dynamo", "torch.distributed.fsdp"]  # the last two are imported late
 FORK.set_forkserver_preload(PRELOAD)
 
 

@@ -4,7 +4,7 @@ import importlib.util
 import re
 from collections.abc import Callable
 
-from minisft.config.choices import ADAMW, wrong_optimizer_option
+from minisft.config.choices import ADAMW, ELEMENTWISE, wrong_optimizer_option
 from minisft.config.sections import KEYS, Config, config_to_dict, eval_sets
 from minisft.config.values import as_toml
 from minisft.data.packing_strategies import STRATEGIES
@@ -34,6 +34,7 @@ def check_config(config: Config, origins: dict[str, str], where: str) -> None:
     check_schedule(config, refuse)
     check_optimizer(config, refuse)
     check_trained(config, refuse)
+    check_parallel(config, refuse)
     check_patterns(config, refuse)
     check_evaluation(config, refuse)
     if config.trainer_type == "dpo":
@@ -167,6 +168,42 @@ def check_trained(config: Config, refuse: Refuse) -> None:
         if config.lora.r is not None and values[key]:
             hint = "choose adapters by lora.target_modules, and whole modules by lora.modules_to_save"
             refuse(f"{key} lora.r", "with [lora] the adapters train, and the model is frozen", hint)
+
+
+def check_parallel(config: Config, refuse: Refuse) -> None:
+    """What sharded weights do not do yet."""
+    values, train, strategy = config_to_dict(config), config.train, config.parallel.strategy
+    is_sharded, trains_all = strategy in ("fsdp2", "hsdp"), config.lora.r is None
+    for key, belongs in (("replicas", strategy == "hsdp"), ("reshard_after_forward", is_sharded)):
+        if values[f"parallel.{key}"] != KEYS[f"parallel.{key}"].default and not belongs:
+            refuse(f"parallel.{key} parallel.strategy", "no weights are sharded so", "leave it out")
+    if not is_sharded:
+        return
+    needs_whole = "its rule needs whole matrices, and every rank has some rows of each"
+    bf16 = "their gradients would be rounded to bf16 after every micro-batch"
+    quantised = "quantised matrices are not sharded yet"
+    for key, is_used, problem, hint in (
+        ("train.optim", trains_all and train.optim not in ELEMENTWISE, needs_whole, f"use {', '.join(ELEMENTWISE)}"),
+        ("train.weights_dtype", trains_all and train.weights_dtype == "bf16", bf16, "use fp32, or lora.r"),
+        ("train.on_oom", train.on_oom == "split", "the other ranks are in the middle of a pass", 'set on_oom = "stop"'),
+        ("train.cuda_graph", train.cuda_graph is True, "weights are gathered for each block", 'use "auto"'),
+        ("train.optimizer_in_backward", train.optimizer_in_backward, "vectors are summed after it", "leave it out"),
+        ("model.load_in_4bit", config.model.load_in_4bit, quantised, 'use strategy = "ddp"'),
+        ("model.load_in_8bit", config.model.load_in_8bit, quantised, 'use strategy = "ddp"'),
+    ):
+        if is_used:
+            refuse(f"parallel.strategy {key}", problem, hint)
+    if config.trainer_type == "dpo":
+        for key, is_used, problem in (
+            (
+                "precompute_ref_log_probs",
+                config.dpo.precompute_ref_log_probs,
+                "its cache is found by a hash of whole weights",
+            ),
+            ("sync_ref_model", config.dpo.sync_ref_model and trains_all, "no checkpoint gathers the reference"),
+        ):
+            if is_used:
+                refuse(f"parallel.strategy dpo.{key}", problem, 'leave it out, or use strategy = "ddp"')
 
 
 def check_patterns(config: Config, refuse: Refuse) -> None:

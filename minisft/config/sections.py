@@ -290,6 +290,21 @@ class TrainSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelSection:
+    """Several ranks (torchrun): whether each has the whole model or a part of it. See docs/scaling.md."""
+
+    strategy: Literal["auto", "ddp", "fsdp2", "hsdp"] = option(
+        "auto",
+        "ddp = every rank has the whole model, and gradients are summed once a step; fsdp2 = every rank keeps a part of all "
+        "matrices, their gradients and moments; hsdp = the same inside each of `replicas` groups; auto = ddp",
+    )
+    replicas: int = option(2, "hsdp: groups of ranks that each have the whole model", at_least=2, at_most=MAX_BATCH)
+    reshard_after_forward: bool = option(
+        True, "fsdp2, hsdp: free a block's whole weights after its forward; false = more memory, fewer messages"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DpoSection:
     """Preference tuning, for trainer_type = "dpo": the loss and the reference."""
 
@@ -426,6 +441,7 @@ class Config:
     lora: LoraSection = field(default_factory=LoraSection)
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
     dpo: DpoSection = field(default_factory=DpoSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)

@@ -17,6 +17,7 @@ Measured against fp32 with 8 layers of hidden size 576, the hidden states are of
 of the time and be off by 1.1 %.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -91,6 +92,9 @@ class Decoder(nn.Module):
         self.neftune_alpha = 0.0
         self.mean_length: float | None = None
         self.lora: LoraOptions | None = None  # of a model with adapters (lora.py)
+        self.gather: Callable[[str], Tensor] | None = (
+            None  # of sharded weights, where the other ranks take part (parallel.py)
+        )
         # False for an adapter that was loaded: switching it off gives the base model, not the model that the run started from.
         self.adapter_is_new = True
         self.generation_config: dict = {}  # generation_config.json of the folder it was loaded from, kept for saving
@@ -156,6 +160,10 @@ class Decoder(nn.Module):
         every document, however they are packed."""
         limit = self.neftune_alpha * (lengths.float() * x.shape[-1]).rsqrt()  # [T]
         return torch.empty_like(x).uniform_(-1, 1) * limit[:, None].to(x.dtype)
+
+    def whole(self, name: str) -> Tensor:
+        """The values of a parameter, detached; also where this process has only some rows of it and `gather` is set."""
+        return self.get_parameter(name).detach() if self.gather is None else self.gather(name)
 
     @property
     def head_weight(self) -> Tensor:

@@ -121,20 +121,20 @@ def copied_bytes(source: Path, config: ModelConfig) -> int:
 
 def _is_unchanged(model: Decoder, stored: Stored, tensor: FileTensor) -> bool:
     """Whether the model has exactly what loading this tensor gives."""
-    parts = [model.get_parameter(name).detach() for name in stored.names]
-    if tensor.shape != stored.shape(parts):
+    if tensor.shape != stored.shape([model.get_parameter(name) for name in stored.names]):
         return False
+    parts = [model.whole(name) for name in stored.names]
     values = stored.split(tensor.read(), [len(part) for part in parts])
     return all(torch.equal(part, value.to(part.device, part.dtype)) for part, value in zip(parts, values))
 
 
 def _changed(model: Decoder, name: str, stored: Stored, dtype: torch.dtype) -> Entry:
-    parts = [model.get_parameter(part).detach() for part in stored.names]
+    parts = [model.get_parameter(part) for part in stored.names]
     shape = stored.shape(parts)
     num_bytes = sum(part.numel() for part in parts) * dtype.itemsize
 
     def write(file: BinaryIO) -> None:
-        tensor = stored.join(parts).to("cpu", dtype).contiguous()
+        tensor = stored.join([model.whole(part) for part in stored.names]).to("cpu", dtype).contiguous()
         file.write(tensor.flatten().view(torch.uint8).numpy())
 
     return Entry(name, DTYPES[dtype], shape, num_bytes, write)

@@ -28,6 +28,7 @@ from minisft.model.lora import adapter_sites
 from minisft.model.model_config import ModelConfig, with_vocab_size
 from minisft.model.quantized import Quantization, QuantLinear, QuantWeight, named_weights
 from minisft.model.quantized_files import quant_type_of, split, take_parts, unpack
+from minisft.model.shards import local, rows_here
 from minisft.model.tensor_names import Stored, stored_tensors
 from minisft.model.weight_files import BUFFERS, FileTensor, bare, read_headers, some
 from minisft.strict_json import read_json
@@ -51,7 +52,7 @@ def give_memory(model: Decoder, device: torch.device | str) -> Decoder:
     there = torch.cuda.get_device_properties(device).total_memory if is_cuda else memory_bytes()
     hint = "take a smaller model, weights_dtype = 'bf16', or with [lora] load_in_4bit"
     require_memory(
-        sum(t.nbytes for t in tensors),
+        sum(local(t).nbytes for t in tensors),
         there,
         f"the model in {str(model.head_weight.dtype).removeprefix('torch.')}",
         hint,
@@ -64,13 +65,13 @@ def init_weights(model: Decoder, seed: int) -> None:
     projections into the residual stream, two a layer, are smaller by sqrt(2 * num_layers). A Gated DeltaNet's decays are
     uniform in [0.01, 16] and its dt_bias is 1, OLMo hybrid's too.
 
-    Drawn in fp32 on the CPU from `seed` alone, so that every device and dtype starts from the same model.
+    Drawn in fp32 on the CPU from `seed` alone, so that every device, dtype and number of ranks starts from the same model.
     """
     config, generator = model.config, torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("A_log"):
-                parameter.copy_(torch.empty(parameter.shape).uniform_(0.01, 16, generator=generator).log_())
+                _set_rows(parameter, torch.empty(parameter.shape).uniform_(0.01, 16, generator=generator).log_())
                 continue
             if name.endswith(("dt_bias", "o_norm.weight")):
                 parameter.fill_(1.0)
@@ -81,7 +82,7 @@ def init_weights(model: Decoder, seed: int) -> None:
             is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             depth = 2 * config.num_layers if config.depth_scaled_init and is_residual else 1
             std = config.initializer_range / math.sqrt(depth)
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+            _set_rows(parameter, torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
 
 def read_config(folder: Path | str, *, max_length: int | None = None) -> ModelConfig:
@@ -152,7 +153,7 @@ def place_quantized(model: Decoder, source: Path | str, quantization: Quantizati
 
 def load_weights(model: Decoder, source: Path | str) -> list[str]:
     """Fill `model` (not on meta) from the safetensors of a folder, converted to the dtype of each parameter, or quantised
-    where the model has a quantised matrix (place_quantized).
+    where the model has a quantised matrix (place_quantized). Of a sharded parameter only the rows of this process are read.
 
     If the config has more tokens than the files (with_vocab_size), the new rows of the embedding and of the head are the
     mean of the old ones, so that no new token begins as the likeliest (Hewitt 2021).
@@ -180,7 +181,7 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
                 _set_packed(f"{folder}: {name}", parts, stored, tensor, leaves, device)
             else:
                 added = max(added, _set_plain(parts, stored, tensor, device))
-            if not all(part.isfinite().all() for part in parts):  # after the conversion: fp16 ends at 65504
+            if not all(_here(part).isfinite().all() for part in parts):  # after the conversion: fp16 ends at 65504
                 nonfinite.append(name)
             if head is not None and stored.names == ("embed_tokens.weight",):
                 _check_tied(folder, tensor, head.read())
@@ -219,11 +220,22 @@ def _set_plain(
         if isinstance(part, QuantWeight):
             part.fill(values.to(device))
             continue
-        part[: len(values)].copy_(values)
-        if len(values) < len(part):
-            part[len(values) :] = values.float().mean(0)
-            added = len(part) - len(values)
+        added = max(added, _set_rows(part, values))
     return added
+
+
+def _set_rows(parameter: nn.Parameter, values: torch.Tensor) -> int:
+    """Fill the rows of a parameter that are here; rows after the last of the values are their mean. Returns how many these are,
+    here or elsewhere."""
+    here, read = local(parameter), values[rows_here(parameter)]
+    here[: len(read)].copy_(read)
+    if len(read) < len(here):
+        here[len(read) :] = values.float().mean(0)
+    return len(parameter) - len(values)
+
+
+def _here(part: nn.Parameter | QuantWeight) -> torch.Tensor | QuantWeight:
+    return local(part) if isinstance(part, nn.Parameter) else part
 
 
 def _set_packed(

@@ -45,7 +45,7 @@ def save_model(
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         shard = {}
         for name in names:
-            shard |= _file_tensors(name, tensors[name], parameters, dtype)
+            shard |= _file_tensors(model, name, tensors[name], parameters, dtype)
         save_file(shard, folder / file, metadata={"format": "pt"})  # transformers refuses files without this entry
         weight_map |= dict.fromkeys(shard, file)
 
@@ -84,15 +84,14 @@ def _num_bytes(weight: Tensor | QuantWeight, dtype: torch.dtype) -> int:
     return weight.nbytes if isinstance(weight, QuantWeight) else weight.numel() * dtype.itemsize
 
 
-def _file_tensors(name: str, stored: Stored, parameters: dict, dtype: torch.dtype) -> dict[str, Tensor]:
-    parts = [parameters[part] for part in stored.names]
-    if isinstance(parts[0], QuantWeight):
+def _file_tensors(model: Decoder, name: str, stored: Stored, parameters: dict, dtype: torch.dtype) -> dict[str, Tensor]:
+    if isinstance(parameters[stored.names[0]], QuantWeight):
         try:
-            tensors = pack(name, join([part.get() for part in parts], stored))
+            tensors = pack(name, join([parameters[part].get() for part in stored.names], stored))
         except ValueError as error:
             raise UserError(f"{name} cannot be written in 4 bits: {error}", hint="write it in 8 bits") from error
         return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-    return {name: stored.join([part.detach() for part in parts]).to("cpu", dtype).contiguous()}
+    return {name: stored.join([model.whole(part) for part in stored.names]).to("cpu", dtype).contiguous()}
 
 
 def _is_plain_matrix(stored: Stored, parameters: dict) -> bool:

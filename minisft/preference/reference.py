@@ -36,6 +36,7 @@ from minisft.errors import DATA, MODEL, UserError
 from minisft.model.decoder import Decoder
 from minisft.model.lora import adapter_disabled
 from minisft.model.quantized import named_weights
+from minisft.parallel import is_sharded, no_backward, part_of, reshard
 from minisft.preference.answer_logps import answer_logps
 
 VERSION = 1  # of the cached log-probabilities; raise it when the same input gives other numbers
@@ -66,7 +67,7 @@ class Reference:
         # autocast caches the casts of parameters by identity, and here the same parameters may hold other values
         with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
             try:
-                with self.in_place(policy) as model:
+                with self.in_place(policy) as model, no_backward(model):
                     logps, _ = answer_logps(model.eval(), batch, ld_alpha)
             finally:  # also where memory runs out: the step may be taken again
                 policy.train(training)
@@ -81,16 +82,23 @@ class Reference:
         elif self.kind == "model":
             yield self.model
         else:
-            self._swap()
+            reshard(policy)  # an evaluation has whole weights of the policy from the batch before
+            self._swap(is_sharded(policy))
             try:
                 yield policy
             finally:
-                self._swap()
+                self._swap(is_sharded(policy))
 
-    def _swap(self) -> None:
+    def _swap(self, by_copy: bool) -> None:
+        """Exchange the values of policy and reference. by_copy: in place, as FSDP2 does not notice another `.data`."""
         for name, (parameter, value) in self.copies.items():
-            parameter.data, value = value, parameter.data
-            self.copies[name] = parameter, value
+            if by_copy:
+                kept = parameter.detach().clone()
+                parameter.detach().copy_(value)
+                value.copy_(kept)
+            else:
+                parameter.data, value = value, parameter.data
+                self.copies[name] = parameter, value
 
     def follow(self, step: int) -> None:
         """TR-DPO: move the copy towards the policy if the number of optimizer steps is a multiple of sync_steps."""
@@ -119,7 +127,7 @@ class Reference:
 
 def copy_of(model: Decoder, trained: Iterable[nn.Parameter]) -> dict[str, tuple[nn.Parameter, Tensor]]:
     """The trained parameters by name, each with a copy of its value."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {part_of(parameter): name for name, parameter in model.named_parameters()}
     return {names[p]: (p, p.detach().clone()) for p in trained}
 
 
@@ -132,7 +140,7 @@ def check_start(
     UserError. has_dropout: the policy trains with dropout, and is compared without.
     """
     training = policy.training
-    with torch.no_grad(), runtime.autocast(batch.input_ids.device, precision):
+    with no_backward(policy), runtime.autocast(batch.input_ids.device, precision):
         logps, _ = answer_logps(policy.train(training and not has_dropout), batch, ld_alpha)
         ref_logps = reference.logps(policy, batch, ld_alpha)
     policy.train(training)
@@ -154,8 +162,9 @@ def check_layout(policy: Decoder, batch: Batch, loader: Loader, precision: str) 
     """
     documents = replace(loader.documents, shared=None)
     number = np.unique(np.linspace(0, len(batch.answers.role) - 1, min(NUM_ALONE, len(batch.answers.role)), dtype=int))
+    most = max(ranks.gathered(len(number))) if is_sharded(policy) else len(number)  # passes that all ranks make
     training, alone = policy.training, []
-    with torch.no_grad(), runtime.autocast(batch.input_ids.device, precision):
+    with no_backward(policy), runtime.autocast(batch.input_ids.device, precision):
         logps, _ = answer_logps(policy.eval(), batch)
         for answer in number.tolist():
             unit = [int((documents.index == batch.answers.document[i].item()).argmax()) for i in (answer, answer ^ 1)]
@@ -163,6 +172,8 @@ def check_layout(policy: Decoder, batch: Batch, loader: Loader, precision: str) 
             packs = pack(pair.unit_lengths, int(pair.unit_lengths.sum()), "none")
             first = make_batch(pair, packs, [0], round_to=loader.round_to).to(batch.input_ids.device)
             alone.append(answer_logps(policy, first)[0][0])
+        for _ in range(most - len(number)):
+            answer_logps(policy, batch)
     policy.train(training)
     if alone:
         number = torch.from_numpy(number).to(logps.device)

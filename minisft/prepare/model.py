@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from minisft import ranks, runtime
+from minisft import parallel, ranks, runtime
 from minisft.config.sections import Config, LoraSection, ModelSection
 from minisft.config.values import as_toml
 from minisft.data.tokenizer import Tokenizer
@@ -72,6 +72,11 @@ def prepare_model(
     lines = [f"{model_config.model_type}, {count / 1e6:,.1f} M parameters, {origin}", *notes, *lines]
     if config.lora.r is not None:
         lines += add_adapters(model, config, tokenizer, start.adapter)
+    if is_to_be_sharded(config):
+        if not parallel.is_sharded(model):
+            shard(config, model, device)
+        parallel.settle(model)
+        lines.append(parallel.describe(model))
     return model.train(), titled("model", lines), start
 
 
@@ -128,11 +133,16 @@ def fill_model(
 ) -> tuple[Decoder, list[str]]:
     """The model with its weights, random or loaded, an adapter merged where lora.r is "none"; notes about them."""
     model, dtype = build_model(model_config), runtime.DTYPES[config.train.weights_dtype]
-    if start is None:
-        init_weights(give_memory(model.to(dtype), device), config.train.seed)
-        return model, []
-    merges = start.adapter is not None and config.lora.r is None
+    merges = start is not None and start.adapter is not None and config.lora.r is None
     model.to(torch.float32 if merges else dtype)
+    if is_to_be_sharded(config):
+        if config.lora.r is None and not merges:
+            shard(config, model, device)  # so that each row is read where it stays
+        else:
+            device = torch.device("cpu")  # adapters are made beside whole matrices
+    if start is None:
+        init_weights(give_memory(model, device), config.train.seed)
+        return model, []
     place_quantized(model, start.folder, quantization_for(config.model, start))
     lines = list(load_weights(give_memory(model, device), start.folder))
     if merges:
@@ -148,6 +158,24 @@ def fill_model(
                 exit_code=MODEL,
             )
     return model, lines
+
+
+def is_to_be_sharded(config: Config) -> bool:
+    return config.parallel.strategy in ("fsdp2", "hsdp") and ranks.world_size() > 1
+
+
+def shard(config: Config, model: Decoder, device: torch.device) -> None:
+    """Keep only this rank's rows of the matrices. Raises UserError where the ranks are no multiple of parallel.replicas."""
+    section, train = config.parallel, config.train
+    precision = "bf16" if train.weights_dtype == "bf16" else runtime.pick_precision(train.precision, device)
+    dtype = None if precision == "fp32" else runtime.DTYPES[precision]
+    replicas = section.replicas if section.strategy == "hsdp" else 1
+    if ranks.world_size() % replicas:
+        raise UserError(
+            f"parallel.replicas = {replicas} on {ranks.world_size()} ranks",
+            hint="each replica has the same number of ranks",
+        )
+    parallel.shard(model, device, replicas=replicas, reshard=section.reshard_after_forward, dtype=dtype)
 
 
 def quantization_for(section: ModelSection, start: Start) -> Quantization | None:

@@ -22,6 +22,7 @@ from minisft.micro_batch import Graphs, forward_backward
 from minisft.model.decoder import Decoder
 from minisft.model.quantized import named_weights
 from minisft.model.start import Start
+from minisft.parallel import no_backward
 from minisft.parameters import describe_trained
 from minisft.preference.reference import Reference
 from minisft.prepare.data import format_options, prepare_data, prepare_tokenizer, titled
@@ -191,7 +192,7 @@ def prepare_best_metric(
         return None
     known = []
     for name, loader in evals.items():
-        with torch.no_grad(), runtime.autocast(device, precision):
+        with no_backward(model), runtime.autocast(device, precision):
             # a batch of filler trains nothing, and has the names of all metrics
             filler = make_batch(loader.documents, loader.packs(0), [], round_to=loader.round_to).to(device)
             known += [eval_name(name, key) for key in loss(model, filler, 1.0)[1]]

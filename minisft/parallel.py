@@ -1,0 +1,205 @@
+"""Sharded training: every rank keeps some rows of every matrix, with their gradients and moments (FSDP2, torch's fully_shard).
+
+    memory of a rank     (weights + gradients + moments) / ranks, two blocks as whole tensors, and embedding and head
+    messages of a step   for every micro-batch: the weights of each block are gathered in its forward and again in its backward,
+                         and its gradients are summed (all-gather, all-gather, reduce-scatter)
+
+Each block is a group of its own; embedding and head are the root's group. The root stays whole from its forward to its backward,
+because the loss reads the head's weight in between. Vectors (norms, biases) and adapters are not sharded: every rank has all
+of them, and their gradients are summed in one message. The loss of a step is sum / N with N known before, so gradients are
+summed over the ranks, and nothing is divided.
+
+The optimizer knows nothing of this. `part_of` is this rank's rows as a parameter of their own, in the same memory, so an update
+that works number by number is the same code. `sum_gradients` gives these parts their gradients, and `total_norm` adds up one
+number of each rank. Only this file and the rooms that read and write weights (model/shards.py) see a DTensor.
+
+A forward pass without a backward leaves the root whole, and a later update would change the rows but not these whole weights.
+So all such passes are made inside `no_backward`. FSDP2 does not notice another `.data` either: values are changed in place.
+
+Zhao et al. 2023, "PyTorch FSDP", arXiv:2304.11277. ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from minisft import ranks
+from minisft.kernels.linear import forbid_copies
+from minisft.model import shards
+from minisft.model.decoder import Decoder
+
+T = TypeVar("T")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` was called with this model."""
+    return hasattr(model, "reshard")
+
+
+def shard(
+    model: Decoder, device: torch.device, *, replicas: int = 1, reshard: bool = True, dtype: torch.dtype | None = None
+) -> None:
+    """Keep this rank's rows of every matrix of the model, in place. It may be on the meta device, without memory.
+
+    replicas: groups of ranks that each have the whole model. reshard: free a block's whole weights after its forward, and gather
+    them again for its backward. dtype: in which the blocks are gathered, that of autocast, which would round them to it anyway;
+    gradients are summed in fp32. None: as they are.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    shape = (replicas, ranks.world_size() // replicas) if replicas > 1 else (ranks.world_size(),)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    whole = {p for p in model.parameters() if p.ndim == 1 or model.lora is not None and p.requires_grad}
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32, cast_forward_inputs=False
+    )
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, ignored_params=whole)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # a divided sum is no op of gloo
+    if not any(p.is_meta for p in whole):
+        for p in whole:  # fully_shard has moved the others
+            p.data = p.data.to(device)
+    # nobody changes a block's output in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    forbid_copies()  # gathered weights take the same memory every time, and do not count as changed
+
+
+def settle(model: Decoder) -> None:
+    """Call once the sharded model has its weights: FSDP2 finds their memory, and `part_of` is fixed from then on.
+
+    Where blocks are gathered in 16 bits, the gradients of their matrices are fp32 all the same.
+    """
+    for group in _groups(model):
+        group.unshard()
+        for p in group.parameters():
+            if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
+                p.grad_dtype = torch.float32
+        group.reshard()
+
+
+def _groups(model: nn.Module) -> list:
+    return [module for module in model.modules() if hasattr(module, "reshard")]
+
+
+def part_of(p: nn.Parameter) -> nn.Parameter:
+    """The rows of a sharded parameter that are here, as a parameter, always the same one; of any other the parameter itself."""
+    if not shards.is_sharded(p):
+        return p
+    if not hasattr(p, "part"):
+        p.part = nn.Parameter(shards.local(p))
+    return p.part
+
+
+def describe(model: Decoder) -> str:
+    """A line about what this rank has of the model."""
+    here, whole = (sum(f(p).numel() for p in model.parameters()) for f in (shards.local, lambda p: p))
+    return f"sharded: this rank keeps {here / 1e6:,.2f} M of {whole / 1e6:,.2f} M parameters"
+
+
+# ---- a step -------------------------------------------------------------------------------------------------------
+
+
+def sum_gradients(model: nn.Module) -> list[Tensor]:
+    """The gradients of the parts that train, summed over the ranks, in the order of the model's parameters."""
+    parts, plain = [], []
+    for p in model.parameters():
+        part = part_of(p)
+        if part is not p and p.grad is not None:  # summed by FSDP2 in the backward
+            part.grad, p.grad = shards.local(p.grad), None
+        elif part is p and p.grad is not None:
+            plain.append(p.grad)
+        parts.append(part)
+    ranks.sum_gradients(plain)
+    return [part.grad for part in parts if part.grad is not None]
+
+
+def total_norm(model: nn.Module, norms: list[Tensor]) -> Tensor:
+    """The norm of the whole gradient, fp32 []. norms: of `sum_gradients`, one by one."""
+    if not is_sharded(model):
+        return torch.nn.utils.get_total_norm(norms)
+    params = [p for p in model.parameters() if part_of(p).grad is not None]
+    # Every rank has all of a plain gradient, and with replicas several have the same rows.
+    shares = [1 / _replicas(p) if shards.is_sharded(p) else 1 / ranks.world_size() for p in params]
+    squares = torch.stack(norms).double().square() * torch.tensor(shares, dtype=torch.float64, device=norms[0].device)
+    return ranks.sum_over_ranks(squares.sum()).sqrt().float()
+
+
+def _replicas(p: Tensor) -> int:
+    return ranks.world_size() // p.device_mesh.size(p.device_mesh.ndim - 1)
+
+
+def waiting(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Around passes: those of sharded weights wait for the other ranks."""
+    return ranks.waiting() if is_sharded(model) else contextlib.nullcontext()
+
+
+# ---- passes without a backward ------------------------------------------------------------------------------------
+
+
+def reshard(model: nn.Module) -> None:
+    """Free all gathered weights."""
+    for group in _groups(model) if is_sharded(model) else ():
+        group.reshard()
+
+
+@contextlib.contextmanager
+def no_backward(model: nn.Module) -> Iterator[None]:
+    """torch.no_grad, after which no whole weights are left. All ranks are in it together, and make the same passes."""
+    try:
+        with waiting(model), torch.no_grad():
+            yield
+    finally:
+        reshard(model)
+
+
+# ---- whole tensors ------------------------------------------------------------------------------------------------
+
+
+def on_first_rank(model: Decoder, optimizer: torch.optim.Optimizer, work: Callable[[], T]) -> T | None:
+    """work() on the first rank, which has the result; None on all others. All ranks call it.
+
+    Inside, `model.whole` and `whole_state` give whole tensors: the first rank asks for one, and every rank gives its rows.
+    """
+    if not is_sharded(model):
+        return work() if ranks.rank() == 0 else None
+    parameters = dict(model.named_parameters())
+
+    def gather(name: str, key: str | None = None) -> Tensor:
+        p, part = parameters[name], part_of(parameters[name])
+        x = part.detach() if key is None else optimizer.state[part][key]
+        if part is p or x.shape != part.shape:
+            return x  # every rank has all of it
+        from torch.distributed.tensor import DTensor
+
+        with ranks.waiting(), torch.no_grad():
+            like = {"shape": p.shape, "stride": p.stride(), "run_check": False}
+            return DTensor.from_local(x, p.device_mesh, p.placements, **like).full_tensor()
+
+    def ask(name: str, key: str | None = None) -> Tensor:
+        ranks.from_first_rank([name, key])
+        return gather(name, key)
+
+    if ranks.rank() == 0:
+        model.gather = ask
+        try:
+            return work()
+        finally:
+            model.gather = None
+            ranks.from_first_rank(None)
+    while (wanted := ranks.from_first_rank(None)) is not None:
+        gather(*wanted)
+    return None
+
+
+def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer, name: str, part: Tensor, key: str) -> Tensor:
+    """One tensor of the optimizer's state of a parameter."""
+    return model.gather(name, key) if is_sharded(model) else optimizer.state[part][key]
