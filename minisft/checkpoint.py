@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minisft import parallel, ranks
@@ -42,6 +41,7 @@ from minisft.atomic_folder import (
 )
 from minisft.errors import CONFIG, DATA, SAVE, UserError, warn
 from minisft.model.shards import is_sharded, rows_here
+from minisft.model.weight_files import write_tensors
 from minisft.optimizers import state_bytes
 from minisft.parallel import part_of, whole_state
 from minisft.strict_json import dump_json, parse_json, read_json, write_json
@@ -223,14 +223,19 @@ def _named_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 def _save_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """State tensors as tensors; the names of all parameters, and state that is not a tensor, as JSON in the header."""
-    tensors, others = {}, {}
+    whole = dict(model.named_parameters())
+    shapes, keys, others = {}, {}, {}
     for name, (parameter, _) in _named_parameters(model, optimizer).items():
         state = optimizer.state.get(parameter, {})
         assert not any("." in key for key in state), "the last dot separates name and key"
-        keys = [key for key, value in state.items() if isinstance(value, Tensor)]
-        tensors |= {f"{name}.{key}": whole_state(model, optimizer, name, parameter, key).contiguous() for key in keys}
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                is_part = value.shape == parameter.shape
+                shapes[f"{name}.{key}"] = value.dtype, list(whole[name].shape if is_part else value.shape)
+                keys[f"{name}.{key}"] = name, parameter, key
         others[name] = {key: v for key, v in state.items() if not isinstance(v, Tensor)}
-    save_file(tensors, path, metadata={"parameters": dump_json(others).decode()})
+    metadata = {"parameters": dump_json(others).decode()}
+    write_tensors(path, shapes, lambda name: whole_state(model, optimizer, *keys[name]), metadata)
 
 
 def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

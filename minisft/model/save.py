@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minisft.errors import UserError
@@ -19,6 +18,7 @@ from minisft.model.families import to_hf
 from minisft.model.quantized import QuantWeight, named_weights, quantization_of
 from minisft.model.quantized_files import join, pack
 from minisft.model.tensor_names import Stored, stored_tensors
+from minisft.model.weight_files import write_tensors
 from minisft.strict_json import write_json
 
 
@@ -28,9 +28,9 @@ def save_model(
     """Write the model into `folder`, which is created if missing; older weight files in it are replaced.
 
     dtype: of the stored weights except quantised ones; None = the model's own. Shards hold at most max_shard_bytes each
-    (one tensor may be larger). At any time one shard is in memory besides the model. Not atomic: checkpoint.py calls it
-    inside an atomic folder. Raises OSError if writing fails, UserError if quantised rows cannot be stacked as the family's
-    files have them.
+    (one tensor may be larger). At any time one tensor is in memory besides the model, or the quantised ones of a shard. Not
+    atomic: checkpoint.py calls it inside an atomic folder. Raises OSError if writing fails, UserError if quantised rows
+    cannot be stacked as the family's files have them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,11 +43,22 @@ def save_model(
     weight_map = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        shard = {}
+        packed, shapes = {}, {}
         for name in names:
-            shard |= _file_tensors(model, name, tensors[name], parameters, dtype)
-        save_file(shard, folder / file, metadata={"format": "pt"})  # transformers refuses files without this entry
-        weight_map |= dict.fromkeys(shard, file)
+            parts = [parameters[part] for part in tensors[name].names]
+            if isinstance(parts[0], QuantWeight):
+                packed |= _packed_tensors(name, tensors[name], parts)
+            else:
+                shapes[name] = dtype, tensors[name].shape(parts)
+        shapes |= {name: (tensor.dtype, tensor.shape) for name, tensor in packed.items()}
+
+        def read(name: str) -> Tensor:
+            if name in packed:  # noqa: B023 - called before the next file
+                return packed[name]  # noqa: B023
+            return tensors[name].join([model.whole(part) for part in tensors[name].names])
+
+        write_tensors(folder / file, shapes, read, {"format": "pt"})  # transformers refuses files without this entry
+        weight_map |= dict.fromkeys(shapes, file)
 
     written = set(weight_map.values())
     if len(shards) > 1:
@@ -84,14 +95,11 @@ def _num_bytes(weight: Tensor | QuantWeight, dtype: torch.dtype) -> int:
     return weight.nbytes if isinstance(weight, QuantWeight) else weight.numel() * dtype.itemsize
 
 
-def _file_tensors(model: Decoder, name: str, stored: Stored, parameters: dict, dtype: torch.dtype) -> dict[str, Tensor]:
-    if isinstance(parameters[stored.names[0]], QuantWeight):
-        try:
-            tensors = pack(name, join([parameters[part].get() for part in stored.names], stored))
-        except ValueError as error:
-            raise UserError(f"{name} cannot be written in 4 bits: {error}", hint="write it in 8 bits") from error
-        return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-    return {name: stored.join([model.whole(part) for part in stored.names]).to("cpu", dtype).contiguous()}
+def _packed_tensors(name: str, stored: Stored, parts: list[QuantWeight]) -> dict[str, Tensor]:
+    try:
+        return pack(name, join([part.get() for part in parts], stored))
+    except ValueError as error:
+        raise UserError(f"{name} cannot be written in 4 bits: {error}", hint="write it in 8 bits") from error
 
 
 def _is_plain_matrix(stored: Stored, parameters: dict) -> bool:

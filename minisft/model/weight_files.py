@@ -7,8 +7,10 @@ A folder may hold more than the text model: a vision tower, an audio encoder, la
 (mtp). Such tensors are not read, and drop_in.py copies them.
 """
 
+import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,16 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Prefixes of names; files of a model without a head have none. Those with language_model come from vision models.
 PREFIXES = re.compile(r"^(model\.language_model|language_model\.model|language_model|model|transformer|gpt_neox)\.")
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")  # constants that old versions stored
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 PARTS = ("embed_tokens", "embed_positions", "layers", "norm", "lm_head")  # of the decoder
 
 
@@ -132,6 +144,33 @@ def open_weights(path: Path) -> safe_open:
     elif start.startswith((b"PK\x03\x04", b"\x80\x02")):
         problem = "a pickled PyTorch file with another name; it is not read, because opening it can run code"
     raise UserError(f"{path}: {problem}", hint="download the file again", exit_code=MODEL)
+
+
+def write_tensors(
+    path: Path, shapes: dict[str, tuple[torch.dtype, list[int]]], read: Callable[[str], torch.Tensor], metadata: dict
+) -> None:
+    """A safetensors file, written tensor by tensor, so that one of them is in memory at a time.
+
+    shapes: dtype and shape of each. read(name): its values, on any device. Raises OSError if writing fails.
+    """
+    header, offset = {"__metadata__": metadata}, 0
+    names = sorted(
+        shapes, key=lambda name: (-shapes[name][0].itemsize, name)
+    )  # each begins at a multiple of its item size
+    for name in names:
+        dtype, shape = shapes[name]
+        last = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, last]}
+        offset = last
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            dtype, shape = shapes[name]
+            values = read(name).detach().to("cpu", dtype).contiguous()
+            assert list(values.shape) == list(shape), name
+            file.write(values.reshape(-1).view(torch.uint8).numpy())
 
 
 def bare(name: str) -> str:
