@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tomllib
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,3 +143,284 @@ def test_adapters_keep_what_autograd_saves(keys):
         beside = {"lora.lora_dropout": 4 * shape.hidden_size, "lora.init_lora_weights": 3 * config.lora.r}
         first = 4 * shape.hidden_size + 4 + p.product * sum(beside.get(key, 0) for key in keys)
         assert again == 0 and expected == saved + first
+
+
+# ---- the peak -----------------------------------------------------------------------------------------------------
+
+
+def live_bytes_of_a_step(run, config) -> float:
+    """The most tensor bytes that a step allocates beside what was there, by the events of PyTorch's allocator."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from minisft.loop import train_step
+
+    batches = run.train.step(0, 0)
+    train_step(run, config.train, batches)  # makes moments, copies and buffers
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        train_step(run, config.train, batches)
+    live = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize(
+    "keys", [{"train.precision": "fp32"}, {"train.precision": "bf16"}, {"model.gradient_checkpointing": True}]
+)
+def test_the_peak_of_a_small_step(tmp_path, keys):
+    """What comes and goes in a step, without what stays. The bar is that of whole processes (below)."""
+    shape = MODEL | {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 512,
+    }
+    keys = {"model.config": shape, "train.per_device_train_batch_size": 32, "train.learning_rate": 1e-4} | keys
+    config, _ = load({}, settings(tmp_path, **keys), origin="test")
+    run = prepare(config, torch.device("cpu"))
+    (batch,) = run.train.step(0, 0)
+    micro_batch = MicroBatch(len(batch.input_ids), len(batch.targets))
+    place = Place(False, precision=config.train.precision)
+    memory = predict(config, run.model.config, micro_batch, place)
+    assert memory.moment == "where the backward pass begins"
+    stays = 40 * micro_batch.tokens + 60 * micro_batch.targets  # the batch
+    expected = memory.parts["activations"] + memory.parts["working"] - stays
+    assert live_bytes_of_a_step(run, config) == pytest.approx(expected, rel=0.15)
+
+
+WHOLE = {  # a tenth of a gigabyte in weights, so that a percent is more than what a process varies by
+    "vocab_size": 16384,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+LORA = {"lora.r": 16}
+PEAKS = {  # family, keys, other sizes, tokens of a micro-batch, largest error
+    "Llama, fp32": ("llama", {"train.precision": "fp32"}, {}, 2048, 0.10),
+    "Llama, bf16": ("llama", {}, {}, 2048, 0.10),
+    "Llama, checkpointing": ("llama", {"model.gradient_checkpointing": True}, {}, 4096, 0.10),
+    "Llama, selective": ("llama", {"model.gradient_checkpointing": "selective"}, {}, 2048, 0.10),
+    "Llama, 8-bit moments": ("llama", {"train.weights_dtype": "bf16", "train.optim": "adamw_8bit"}, {}, 2048, 0.10),
+    "Llama, LoRA": ("llama", LORA, {}, 2048, 0.10),
+    "Llama, QLoRA": ("llama", LORA | {"model.load_in_4bit": True, "train.weights_dtype": "bf16"}, {}, 2048, 0.10),
+    "Qwen 3": ("qwen3", {}, {"head_dim": 64}, 2048, 0.15),
+    "Gemma 3": ("gemma3_text", {}, {"head_dim": 64, "sliding_window": 512, "sliding_window_pattern": 2}, 2048, 0.15),
+    "OLMo 2": ("olmo2", {}, {}, 2048, 0.15),
+    "GPT-NeoX, fp32": ("gpt_neox", {"train.precision": "fp32"}, {"tie_word_embeddings": False}, 2048, 0.15),
+    "LFM 2": ("lfm2", {}, {"full_attn_idxs": [2, 5], "block_auto_adjust_ff_dim": False}, 2048, 0.15),
+}
+MEASURE = """
+import json, sys
+import torch._dynamo  # imported by an optimizer
+from pathlib import Path
+from minisft.config.load import load
+from minisft.plan.measure import measure_step
+def resident():
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmRSS"))
+config, _ = load({}, json.loads(sys.argv[1]), origin="test")
+before = resident()
+found = measure_step(config)
+print(json.dumps({"before": before, "bytes": found.bytes, "batch": [found.batch.tokens, found.batch.targets]}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a step is read on Linux")
+@pytest.mark.parametrize("case", PEAKS)
+def test_the_peak_of_a_process(case, tmp_path, record_property):
+    """A whole process, a step of a real run: in all, and without what Python and PyTorch take."""
+    from minisft.model.save import save_model
+
+    family, keys, sizes, tokens, largest_error = PEAKS[case]
+    shape = {"model_type": family} | WHOLE | sizes
+    keys = settings(tmp_path) | {"train.precision": "bf16", "train.learning_rate": 1e-4, "data.max_length": 512} | keys
+    keys |= {"train.per_device_train_batch_size": tokens // 512, "model.config": shape}
+    rows = [{"prompt": f"{i} ", "completion": "abcdefg " * 64} for i in range(16)]
+    Path(keys["data.train_data"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys |= {"audit.max_cut_answer": 1.0, "audit.max_duplicate": 1.0, "audit.max_untrained_end": 1.0}
+    if "lora.r" in keys:
+        model = build_model(from_hf(shape), "cpu")
+        init_weights(model, 0)
+        save_model(model, tmp_path / "model", dtype=torch.bfloat16)
+        keys |= {"model.config": None, "model.model_name_or_path": str(tmp_path / "model")}
+    command = [sys.executable, "-c", MEASURE, json.dumps({k: v for k, v in keys.items() if v is not None})]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    config, _ = load({}, {k: v for k, v in keys.items() if v is not None}, origin="test")
+    place = Place(False, precision="bf16" if config.train.weights_dtype == "bf16" else config.train.precision)
+    memory = predict(config, from_hf(shape), MicroBatch(*found["batch"]), place)
+    errors = (
+        memory.total / found["bytes"] - 1,
+        (memory.total - found["before"]) / (found["bytes"] - found["before"]) - 1,
+    )
+    print(f"{case:24} predicted {memory.total / 1e6:5.0f} MB, measured {found['bytes'] / 1e6:5.0f}: {errors[0]:+.1%}, "
+          f"without {found['before'] / 1e6:.0f}: {errors[1]:+.1%}")  # fmt: skip
+    assert max(map(abs, errors)) < largest_error
+
+
+# ---- what fits ----------------------------------------------------------------------------------------------------
+
+EIGHT_BILLION = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+
+
+def full_batches(config):
+    """The work of data that fills every micro-batch."""
+    from minisft.plan.work import _unknown
+
+    return _unknown(config, 1, 1, "a test")
+
+
+def test_sharding_divides_what_trains_and_gathers_blocks():
+    config, shape = config_of(), from_hf(EIGHT_BILLION)
+    batch = MicroBatch(1024, 1024)
+    whole = predict(config, shape, batch, Place(True))
+    shared = [predict(config, shape, batch, Place(True, ranks, "fsdp2")).parts for ranks in (2, 8)]
+    for ranks, parts in zip((2, 8), shared):
+        assert parts["weights"] == pytest.approx(whole.parts["weights"] / ranks)
+        assert parts["moments"] == pytest.approx(whole.parts["moments"] / ranks)
+    assert shared[0]["gathered"] == shared[1]["gathered"] > 0 and "gathered" not in whole.parts
+
+
+def test_every_change_takes_less_memory_and_is_a_configuration_that_loads(tmp_path):
+    keys = {"model.config": None, "train.per_device_train_batch_size": 8, "data.max_length": 4096}
+    config, shape = config_of(**{k: v for k, v in keys.items() if v is not None}), from_hf(EIGHT_BILLION)
+    work, place = full_batches(config), Place(True)
+    before = predict(config, shape, work.largest(8), place).total
+    for changes in dimensions(config, place, 0.3):
+        for change in changes[1:]:
+            changed = with_keys(config, change.keys)
+            batch = work.largest(changed.train.per_device_train_batch_size)
+            assert predict(changed, shape, batch, place).total < before, change
+            names = {k: v for k, v in keys.items() if v is not None and k not in change.keys}
+            assert config_of(**names | change.keys) == changed
+
+
+def test_the_cheapest_change_changes_no_more_than_it_must():
+    config, shape = (
+        config_of(**{"train.per_device_train_batch_size": 8, "data.max_length": 4096}),
+        from_hf(EIGHT_BILLION),
+    )
+    work, place, found = full_batches(config), Place(True), []
+    for room in (300e9, 200e9, 100e9, 60e9, 20e9, 10e9):
+        fit = cheapest(config, shape, work, place, 0.3, room)
+        assert fit is not None and fit.memory.total <= room
+        found.append(fit.price)
+    assert found == sorted(found) and found[0] < found[-1]
+    assert cheapest(config, shape, work, place, 0.3, 3e9) is None
+    assert "lora.r" in cheapest(config, shape, work, place, 0.3, 20e9).keys
+    assert "lora.r" not in cheapest(config, shape, work, place, 0.3, 100e9).keys
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    """A configuration with its data."""
+    from minisft.config.load import write_resolved
+
+    config, origins = load({}, settings(tmp_path, **{"data.packing": True}), origin="test")
+    (tmp_path / "out").mkdir()
+    return write_resolved(config, origins, tmp_path / "out")
+
+
+def test_the_plan_is_that_of_the_run(file, tmp_path, capsys):
+    """From a sample of all rows, and from the token cache once a run has built it."""
+    assert main([str(file), "--json"]) == 0
+    sampled = json.loads(capsys.readouterr().out)
+    assert sampled["data"]["source"] == "all 64 rows, tokenised now"
+    config, _ = load(file)
+    run = prepare(config, torch.device("cpu"))
+    assert main([str(file), "--json"]) == 0
+    cached = json.loads(capsys.readouterr().out)
+    assert cached["data"]["source"] == "the token cache"
+    for found in (sampled, cached):
+        assert found["steps"] == {"per_epoch": run.train.steps_per_epoch, "all": run.total_steps}
+        assert found["data"]["packs"] == run.train.plan.num_packs
+        assert found["data"]["tokens"] == run.train.documents.lengths.sum()
+        assert found["data"]["fill"] == run.train.plan.fill
+        assert found["model"]["trained"] == sum(p.numel() for p in run.model.parameters())
+        largest = max(run.train.step(0, s)[0].num_tokens for s in range(run.train.steps_per_epoch))
+        assert largest <= found["memory"]["micro_batch"]["tokens"] <= 8 * 64
+
+
+def test_what_is_printed_is_readable_and_what_is_proposed_loads(file, capsys):
+    """On a GPU with less memory than the run needs: exit code 71, TOML to paste, a price for each change."""
+    assert main([str(file), "--gpu-memory", "703MB", "--card", "h100", "--price", "2.5", "--gpus", "2"]) == MEMORY
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    assert "it does not fit" in text and "2 x H100" in text and "GPU hours at 2.5 each" in text
+    pasted = text.partition("paste it over these keys:")[2].partition("\n\n  ")[0] if "paste" in text else ""
+    table = tomllib.loads("\n".join(line.strip() for line in pasted.splitlines() if line.startswith("    ")))
+    assert "no combination" in text or table
+    assert "each change by itself:" in text
+
+
+def test_the_time_is_the_flops_over_the_rate(file, capsys):
+    main([str(file), "--json", "--card", "h100", "--mfu", "0.5", "--price", "3", "--gpus", "2"])
+    found = json.loads(capsys.readouterr().out)
+    seconds = sum(found["step"]["flops"].values()) / (0.5 * 788e12 * 2)
+    assert found["step"]["seconds"] == pytest.approx(seconds)
+    assert found["hours"] == pytest.approx(seconds * found["steps"]["all"] / 3600)
+    assert found["cost"] == pytest.approx(3 * 2 * found["hours"])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--gpus", "0"], "at least 1"),
+        (["--gpus", "two"], "at least 1"),
+        (["--gpus", "2"], "needs the memory of one"),
+        (["--gpu-memory", "lots"], "as in 80GB"),
+        (["--card", "h1000"], "known are"),
+        (["--price"], "needs a value"),
+        (["--mfu", "40"], "from 0.001 to 1"),
+        (["--json=yes"], "takes no value"),
+        (["--no_such_key", "1"], "no_such_key"),
+    ],
+)
+def test_wrong_options_are_told(file, words, message):
+    with pytest.raises(UserError) as error:
+        main([str(file), *words])
+    assert message in str(error.value)
+
+
+def test_a_plan_needs_no_torch(file):
+    code = (
+        "import sys; from minisft.commands.plan import main\n"
+        f"main([{str(file)!r}, '--card', 'h100', '--json'])\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_what_a_block_keeps_on_a_gpu_of_paper():
+    """The same for the Triton kernels, bf16 autocast and bf16 weights."""
+    pytest.importorskip("triton")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tests" / "paper_kept.py")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == CONFIGS.keys()
+    assert {family: [saved for saved, _ in cases] for family, cases in found.items()} == {
+        family: [formula for _, formula in cases] for family, cases in found.items()
+    }

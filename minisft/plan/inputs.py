@@ -18,8 +18,9 @@ def read_tokenizer(config: Config) -> Tokenizer:
     """As prepare/data.py loads it."""
     section = config.model
     path, revision = section.tokenizer_name_or_path, None
-    if path in (None, section.model_name_or_path):
+    if path is None or path == section.model_name_or_path:
         path, revision = section.model_name_or_path, section.revision
+        assert path is not None, "config/check.py requires one of them"
         if os.path.isdir(folder := os.path.expanduser(path)) and not os.path.isfile(Path(folder, "tokenizer.json")):
             from minisft.model.start import tokenizer_source
 
@@ -43,6 +44,7 @@ def read_model(config: Config, tokenizer: Tokenizer) -> ModelConfig:
     if section.config is not None:
         found = from_hf({"vocab_size": tokenizer.vocab_size, **section.config}, max_length=max_length)
     else:
+        assert section.model_name_or_path is not None, "config/check.py requires one of them"
         found = from_hf(_table(section.model_name_or_path, config), max_length=max_length)
         if section.new_special_tokens and tokenizer.vocab_size > found.vocab_size:
             found = with_vocab_size(found, tokenizer.vocab_size)

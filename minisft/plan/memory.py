@@ -10,6 +10,7 @@
     working       what one block's backward allocates beside what it kept; one dequantised matrix; or temporary tensors of the
                   update
     reference     preference tuning of all weights: a copy of the trained numbers
+    allocator     a CPU: freed memory that the C library keeps for later
     context       a CPU: Python, PyTorch and what a run imports. A GPU: the CUDA context and the libraries' workspaces
 
 A step has four moments that may be its peak: in the loss, where the backward pass begins, where it ends, and the update.
@@ -54,6 +55,8 @@ CPU_CHUNK, GPU_CHUNK, GPU_CHUNK_BYTES = 512, 4096, 1_250_000_000  # rows of logi
 ROWS_A_THREAD = 8  # of logits in fp32, on a CPU
 # Resident memory of a process that has imported a run and PyTorch's CPU build, measured with PyTorch 2.13 (docs/plan.md).
 PYTHON_AND_TORCH = 425e6
+# What the C library (glibc) holds of memory that was freed, on a CPU: 0.09 to 0.21 GB were measured (docs/plan.md).
+ALLOCATOR = 150e6
 CUDA_CONTEXT = 700e6  # assumed, no GPU was measured: a context of about 0.5 GB, and cuBLAS's workspaces
 
 
@@ -162,8 +165,8 @@ def weight_bytes(config: Config, c: ModelConfig, p: Parameters) -> float:
     times = 2 if lora_options(config).is_pissa else 1  # with the copies of where it started
     quantised = bytes_of_quantised(config)
     for name, shape in p.model.items():
-        is_quantised = quantised is not None and is_matrix_of_a_layer(name, shape)
-        total += prod(shape) * (quantised if is_quantised else each)
+        in_layer = is_matrix_of_a_layer(name, shape)
+        total += prod(shape) * (quantised if quantised is not None and in_layer else each)
         if config.lora.r is not None and name in p.trained:
             total += prod(shape) * each  # modules_to_save: the base's values, kept beside
     return total + 4.0 * (times - 1) * p.num_adapter
@@ -377,6 +380,8 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
         named = dict(zip(("gradients", "activations", "loss", "working"), parts))
         order = ("weights", "copies", "gradients", "moments", "activations", "loss", "working")
         both = always | named
+        if not place.is_gpu:  # at most a half of what comes and goes
+            both["allocator"] = min(ALLOCATOR, 0.5 * (parts[1] + parts[2] + parts[3]))
         names = [*order, *(name for name in both if name not in order)]
         found.append(Memory(moment, {name: float(both[name]) for name in names if both[name] >= 1}))
     return max(found, key=lambda memory: memory.total)

@@ -19,6 +19,7 @@ MEANS = {  # what a component is, beside its number
     "working": "temporary tensors of the pass",
     "reference": "of preference tuning",
     "gathered": "blocks that are whole for a while, and the root",
+    "allocator": "freed memory that the C library keeps",
     "context": "",
 }
 
@@ -113,7 +114,7 @@ def _time(e: Estimate) -> list[str]:
     if e.hours is not None:
         text += f", {duration(e.hours * 3600)} in all"
     lines = [f"{text}; loading, evaluation and saving are not in it"]
-    if e.cost is not None:
+    if e.cost is not None and e.hours is not None:
         hours = f"{digits(e.hours * e.hardware.place.ranks, 3)} GPU hours"
         lines.append(f"cost       {digits(e.cost, 3)} for {hours} at {e.price:g} each")
     return lines
