@@ -61,7 +61,7 @@ def generate(
     return outputs
 
 
-@torch.no_grad()
+@torch.no_grad()  # which no_backward alone would leave on at a yield
 def stream(
     model: Decoder,
     prompts: list[list[int]],

@@ -6,7 +6,7 @@ import torch
 from minisft.data.batch import document_bounds
 from minisft.data.tokenizer import train_tokenizer
 from minisft.errors import UserError
-from minisft.generation import generate, stop_ids
+from minisft.generation import generate, stop_ids, stream
 from minisft.kernels.common import use_backend
 from minisft.model.decoder import Decoder
 from minisft.model.families import from_hf
@@ -54,6 +54,15 @@ def test_greedy_equals_recomputing_everything(model, backend):
     model.eval()
     with use_backend(backend):
         assert generate(model, PROMPTS, max_new_tokens=10) == [greedy(model, prompt, 10) for prompt in PROMPTS]
+
+
+def test_a_stream_leaves_the_caller_s_gradients_on(model):
+    expected = generate(model, PROMPTS, max_new_tokens=3)
+    outputs = [[] for _ in PROMPTS]
+    for row, token in stream(model, PROMPTS, max_new_tokens=3):
+        assert torch.is_grad_enabled()
+        outputs[row].append(token)
+    assert outputs == expected and torch.is_grad_enabled()
 
 
 def test_stop_tokens_end_a_row_and_no_other(model):
