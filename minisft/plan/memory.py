@@ -21,7 +21,6 @@ head) are gathered whole. Adapters and norms are on every rank.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil, prod
 
@@ -45,6 +44,8 @@ from minisft.plan.shapes import (
     layer_of,
     parameter_shapes,
 )
+from minisft.preference.losses import WITHOUT_REFERENCE
+from minisft.units import size
 
 SMALLEST_IN_8_BITS, BLOCK_OF_8_BITS = 4096, 256  # as in optimizers.py and kernels/adamw_formats.py
 BYTES_OF_4_BITS, BYTES_OF_DOUBLE = (
@@ -223,24 +224,22 @@ def moment_bytes(config: Config, p: Parameters) -> float:
 
 def update_bytes(config: Config, p: Parameters) -> float:
     """Temporary tensors of the optimizer's step, and the copies that zero updates are counted by."""
-    n, size = p.num_trained, 2 if config.train.weights_dtype == "bf16" else 4
+    n, width = p.num_trained, 2 if config.train.weights_dtype == "bf16" else 4
     times = {"lion": 1, "muon": 1, "schedule_free_adamw": 2}.get(config.train.optim, 0)
     counted = config.log.zero_update_fraction
     if counted is None:
         counted = config.train.weights_dtype == "bf16" and config.lora.r is None
-    return 4.0 * n * times + (size * n if counted else 0)
+    return 4.0 * n * times + (width * n if counted else 0)
 
 
 def reference_bytes(config: Config, p: Parameters) -> float:
     """Of preference tuning: a copy of what trains; with new adapters, or cached log-probabilities, none."""
-    dpo, size = config.dpo, 2 if config.train.weights_dtype == "bf16" else 4
-    from minisft.preference.losses import WITHOUT_REFERENCE
-
+    dpo, width = config.dpo, 2 if config.train.weights_dtype == "bf16" else 4
     if config.trainer_type != "dpo" or dpo.precompute_ref_log_probs or set(dpo.loss_type) <= set(WITHOUT_REFERENCE):
         return 0.0
     if dpo.ref_model_name_or_path is not None:
-        return float(size * count(p.model))
-    return 0.0 if config.lora.r is not None else float(size * p.num_trained)
+        return float(width * count(p.model))
+    return 0.0 if config.lora.r is not None else float(width * p.num_trained)
 
 
 # ---- what a micro-batch takes -------------------------------------------------------------------------------------
@@ -291,9 +290,9 @@ class LossBytes:
 
 
 def loss_bytes(
-    c: ModelConfig, batch: MicroBatch, precision: Precision, place: Place, size: int, trains: bool
+    c: ModelConfig, batch: MicroBatch, precision: Precision, place: Place, each: int, trains: bool
 ) -> LossBytes:
-    """size: bytes of a number of the head's gradient; trains: whether it has one."""
+    """each: bytes of a number of the head's gradient; trains: whether it has one."""
     (V, D), e, T, M = (c.vocab_size, c.hidden_size), precision.product, batch.tokens, max(1, batch.targets)
     if not place.is_gpu:
         R = ceil(M / ceil(M / CPU_CHUNK))
@@ -306,8 +305,8 @@ def loss_bytes(
     width = ceil(V / 64) * 64
     R = min(max(GPU_CHUNK, int(GPU_CHUNK_BYTES // (width * e)) // 128 * 128), ceil(T / 128) * 128)
     wide = 4 if M > R or precision.stream == 4 else 2
-    inside = R * width * e + (M + T) * D * e + (V * D * (wide - size) if trains and wide > size else 0)
-    return LossBytes(0.0, inside, T * D * e, V * D * size if trains else 0.0)
+    inside = R * width * e + (M + T) * D * e + (V * D * (wide - each) if trains and wide > each else 0)
+    return LossBytes(0.0, inside, T * D * e, V * D * each if trains else 0.0)
 
 
 # ---- the peak -----------------------------------------------------------------------------------------------------
@@ -319,15 +318,15 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
     train, T, in_backward = config.train, batch.tokens, config.train.optimizer_in_backward
     is_full = config.lora.r is None
     head = "embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
-    size = gradient_size(config, place)
-    loss = loss_bytes(c, batch, precision, place, size, head in p.trained)
-    gradients = 4.0 * p.num_adapter + size * (p.num_trained - p.num_adapter)
+    width = gradient_size(config, place)
+    loss = loss_bytes(c, batch, precision, place, width, head in p.trained)
+    gradients = 4.0 * p.num_adapter + width * (p.num_trained - p.num_adapter)
     keeps_gradients = not in_backward and (
         not place.is_gpu or train.gradient_accumulation_steps > 1 or _may_be_graphs(config, c)
     )
     embedding = 0.0  # its gradient is a new tensor, which is then added to the head's
     if place.is_gpu and "embed_tokens.weight" in p.trained and (c.tie_word_embeddings or keeps_gradients):
-        embedding = float(size * prod(p.model["embed_tokens.weight"]))
+        embedding = float(width * prod(p.model["embed_tokens.weight"]))
 
     weights, moments = weight_bytes(config, c, p), moment_bytes(config, p)
     copies, gathered = copy_bytes(config, c, p, precision), 0.0
@@ -349,7 +348,7 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
         matrices = [prod(s) for name, s in p.model.items() if is_matrix_of_a_layer(name, s)]
         working += precision.product * max(matrices)
     of_one_block = T * max(again, (kept - kept_outside(c, precision, is_gpu=place.is_gpu)) / c.num_layers)
-    largest = size * max((prod(p.model[name]) for name in p.trained), default=0)
+    largest = width * max((prod(p.model[name]) for name in p.trained), default=0)
     batch_bytes = 40.0 * T + 60.0 * batch.targets
 
     always = {
@@ -398,4 +397,7 @@ def _may_be_graphs(config: Config, c: ModelConfig) -> bool:
     )
 
 
-Predict = Callable[[Config], Memory]
+def describe(memory: Memory) -> str:
+    """One line."""
+    parts = ", ".join(f"{name} {size(value)}" for name, value in memory.parts.items())
+    return f"{size(memory.total)} by formula, {memory.moment}: {parts}"

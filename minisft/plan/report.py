@@ -32,11 +32,6 @@ def report(e: Estimate) -> str:
     return "\n".join(textwrap.fill(line, WIDTH, **options) for line in [*lines, "", *_time(e)])
 
 
-def one_line(e: Estimate) -> str:
-    parts = ", ".join(f"{name} {size(value)}" for name, value in e.memory.parts.items())
-    return f"{size(e.memory.total)} at the peak of a step, by formula: {parts}"
-
-
 def _run(e: Estimate) -> list[str]:
     work, config, place = e.work, e.config, e.hardware.place
     train = config.train

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,6 +25,7 @@ from minisft.model.quantized import named_weights
 from minisft.model.start import Start
 from minisft.parallel import no_backward
 from minisft.parameters import describe_trained
+from minisft.plan.memory import MicroBatch, Place, describe, predict
 from minisft.preference.reference import Reference
 from minisft.prepare.data import format_options, prepare_data, prepare_tokenizer, titled
 from minisft.prepare.dpo import prepare_dpo
@@ -132,6 +134,7 @@ def prepare(config: Config, device: torch.device) -> Run:
         *preference_lines,
         f"kernels    {describe_kernels(model, device)}" + (", as CUDA graphs" if graphs else ""),
         f"steps      {describe_steps(config, loader, schedule)}",
+        f"predicted  {describe_memory(config, model, loader, device, precision)}",
     ]
     return Run(
         progress=Progress(Sums(device), LossScale(scale=2.0**16 if precision == "fp16" else 1.0)),
@@ -222,6 +225,21 @@ def prepare_schedule(config: Config, loader: Loader) -> dict:
         "min_factor": train.min_lr / train.learning_rate if train.learning_rate else 0.0,
         **train.lr_scheduler_kwargs,
     }
+
+
+def describe_memory(config: Config, model: Decoder, loader: Loader, device: torch.device, precision: str) -> str:
+    """What a step will take at most, by the formulas of plan/memory.py: with the longest packs, or rows, in one micro-batch.
+
+    No epoch is dealt for it: the packs of the first step may be those of a later one, where a run resumes.
+    """
+    if config.data.packing:
+        tokens = min(loader.batch_size * loader.plan.max_length, loader.plan.num_tokens)
+    else:
+        lengths, number = loader.documents.unit_lengths, min(loader.batch_size, loader.plan.num_packs)
+        tokens = int(np.partition(lengths, -number)[-number:].sum())
+    strategy = getattr(getattr(config, "parallel", None), "strategy", "ddp")
+    place = Place(device.type == "cuda", ranks.world_size(), strategy, torch.get_num_threads(), precision)
+    return f"at most {describe(predict(config, model.config, MicroBatch(tokens, tokens), place))}"
 
 
 def describe_steps(config: Config, loader: Loader, schedule: dict) -> str:
