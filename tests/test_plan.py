@@ -188,6 +188,12 @@ def test_the_peak_of_a_small_step(tmp_path, keys):
     stays = 40 * micro_batch.tokens + 60 * micro_batch.targets  # the batch
     expected = memory.parts["activations"] + memory.parts["working"] - stays
     assert live_bytes_of_a_step(run, config) == pytest.approx(expected, rel=0.15)
+    parameters = list(run.model.parameters())
+    copies = [p._copy.values.nbytes for p in parameters if hasattr(p, "_copy")]
+    found = {"weights": sum(p.nbytes for p in parameters), "gradients": sum(p.grad.nbytes for p in parameters)}
+    found |= {"moments": state_bytes(run.optimizer)} | ({"copies": sum(copies)} if copies else {})
+    names = ("weights", "gradients", "moments", "copies")
+    assert found == {name: memory.parts[name] for name in names if name in memory.parts}
 
 
 WHOLE = {  # a tenth of a gigabyte in weights, so that a percent is more than what a process varies by
@@ -358,6 +364,20 @@ def test_the_plan_is_that_of_the_run(file, tmp_path, capsys):
         assert found["model"]["trained"] == sum(p.numel() for p in run.model.parameters())
         largest = max(run.train.step(0, s)[0].num_tokens for s in range(run.train.steps_per_epoch))
         assert largest <= found["memory"]["micro_batch"]["tokens"] <= 8 * 64
+
+
+def test_a_sample_stands_for_all_rows(file, monkeypatch, capsys):
+    """Their number is counted, and a part of them is held out."""
+    from minisft.plan import work
+
+    monkeypatch.setattr(work, "SAMPLE_ROWS", 16)
+    found = []
+    for words in ([], ["--data.eval_fraction", "0.25"]):
+        main([str(file), "--json", *words])
+        found.append(json.loads(capsys.readouterr().out)["data"])
+    assert found[0]["units"] == 64 and found[1]["units"] == 48
+    assert found[1]["tokens"] == pytest.approx(0.75 * found[0]["tokens"])
+    assert "of 64 rows" in found[0]["source"]
 
 
 def test_what_is_printed_is_readable_and_what_is_proposed_loads(file, capsys):
