@@ -136,15 +136,14 @@ def hardware_of(config: Any, options: dict[str, Any]) -> Any:
     from minisft.init.propose import parse_hardware
     from minisft.memory import memory_bytes
     from minisft.plan.estimate import Hardware
-    from minisft.plan.memory import Place
+    from minisft.plan.memory import Place, shards_of
 
     card, gpus, memory = (options.get(key) for key in ("card", "gpus", "gpu_memory"))
-    strategy = getattr(getattr(config, "parallel", None), "strategy", "ddp")
     if card is None and gpus is None and memory is None:
         found = parse_hardware("cpu" if config.train.device == "cpu" else detected_hardware(), memory_bytes() / 1e9)
         if found.is_cpu:
             threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1
-            place = Place(False, 1, strategy, threads, _precision(config, False))
+            place = Place(False, threads=threads, precision=_precision(config, False))
             return Hardware(place, float(memory_bytes()), "this CPU")
         gpus, memory, name = found.devices, found.gigabytes * 1e9, "this machine's GPU"
     else:
@@ -154,7 +153,7 @@ def hardware_of(config: Any, options: dict[str, Any]) -> Any:
             raise UserError("command line: --gpus needs the memory of one", hint="--gpu-memory 80GB, or --card h100")
         memory = card.memory
     gpus = gpus or 1
-    place = Place(True, gpus, strategy, precision=_precision(config, True))
+    place = Place(True, gpus, shards_of(config, gpus), precision=_precision(config, True))
     return Hardware(place, memory, f"{gpus} x {name}" if gpus > 1 else f"one {name}", card)
 
 

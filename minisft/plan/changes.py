@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from minisft.config.check import check_config
 from minisft.config.choices import ADAMW
 from minisft.config.sections import KEYS, SECTIONS, Config
+from minisft.errors import UserError
 from minisft.model.model_config import ModelConfig
-from minisft.plan.memory import Memory, Place, predict
+from minisft.plan.memory import Memory, Place, predict, shards_of
 from minisft.plan.work import Work
 
 LORA = {"lora.r": 16, "lora.lora_alpha": 32.0}
@@ -59,8 +61,13 @@ def with_keys(config: Config, keys: dict[str, Any]) -> Config:
     return config
 
 
-def place_with(place: Place, keys: dict[str, Any]) -> Place:
-    return replace(place, strategy=keys.get("parallel.strategy", place.strategy))
+def is_allowed(config: Config) -> bool:
+    """Whether the changed keys go together."""
+    try:
+        check_config(config, dict.fromkeys(KEYS, "minisft plan"), "minisft plan")
+    except UserError:
+        return False
+    return True
 
 
 def dimensions(config: Config, place: Place, again: float) -> list[list[Change]]:
@@ -84,7 +91,7 @@ def dimensions(config: Config, place: Place, again: float) -> list[list[Change]]
         why = f"computes every block again: {again:.0%} more FLOPs"
         recompute.append(Change({"model.gradient_checkpointing": True}, again, why))
     found.append(recompute)
-    if "parallel.strategy" in KEYS and place.ranks > 1 and place.shards == 1:
+    if place.ranks > 1 and place.shards == 1:
         why = "shares weights, gradients and moments between the ranks: gathers every block twice a micro-batch"
         found.append([NOTHING, Change(FSDP2, 0.08, why)])
     if whole and train.optim in ("adamw", "adamw_minisft"):
@@ -111,7 +118,8 @@ def singles(config: Config, c: ModelConfig, work: Work, place: Place, again: flo
     """Every change by itself."""
     for changes in dimensions(config, place, again):
         for change in changes[1:]:
-            yield _fit(config, c, work, place, (change,))
+            if is_allowed(with_keys(config, change.keys)):
+                yield _fit(config, c, work, place, (change,))
 
 
 def cheapest(config: Config, c: ModelConfig, work: Work, place: Place, again: float, room: float) -> Fit | None:
@@ -121,13 +129,14 @@ def cheapest(config: Config, c: ModelConfig, work: Work, place: Place, again: fl
     ]
     for changes in sorted(combinations, key=lambda changes: sum(change.price for change in changes)):
         fit = _fit(config, c, work, place, changes)
-        if fit.memory.total <= room:
+        if fit.memory.total <= room and is_allowed(with_keys(config, fit.keys)):
             return fit
     return None
 
 
 def _fit(config: Config, c: ModelConfig, work: Work, place: Place, changes: tuple[Change, ...]) -> Fit:
     keys = {key: value for change in changes for key, value in change.keys.items()}
-    changed = with_keys(config, {key: value for key, value in keys.items() if key in KEYS})
+    changed = with_keys(config, keys)
     batch = work.largest(changed.train.per_device_train_batch_size)
-    return Fit(changes, predict(changed, c, batch, place_with(place, keys)))
+    place = replace(place, shards=shards_of(changed, place.ranks))
+    return Fit(changes, predict(changed, c, batch, place))

@@ -16,12 +16,12 @@
 A step has four moments that may be its peak: in the loss, where the backward pass begins, where it ends, and the update.
 The answer is the largest, with its components.
 
-With strategy "fsdp2" weights, gradients and moments are divided by the ranks; two blocks and the root (embedding, last norm,
-head) are gathered whole. Adapters and norms are on every rank.
+With strategy "fsdp2" weights, gradients and moments are divided by the ranks; two blocks, the root (embedding, last norm, head)
+and their gradients are whole for a while. Adapters and norms are on every rank.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 
 from minisft.config.sections import Config
@@ -57,7 +57,8 @@ ROWS_A_THREAD = 8  # of logits in fp32, on a CPU
 # Resident memory of a process that has imported a run and PyTorch's CPU build, measured with PyTorch 2.13 (docs/plan.md).
 PYTHON_AND_TORCH = 425e6
 # What the C library (glibc) holds of memory that was freed, on a CPU: 0.09 to 0.21 GB were measured (docs/plan.md).
-ALLOCATOR = 150e6
+# With sharded weights, whose buffers come and go in many sizes and threads, 0.40 and 0.42 GB.
+ALLOCATOR, ALLOCATOR_SHARDED = 150e6, 400e6
 CUDA_CONTEXT = 700e6  # assumed, no GPU was measured: a context of about 0.5 GB, and cuBLAS's workspaces
 
 
@@ -75,13 +76,9 @@ class Place:
 
     is_gpu: bool
     ranks: int = 1
-    strategy: str = "ddp"  # or "fsdp2"
+    shards: int = 1  # ranks that share one copy of the weights: parallel.strategy
     threads: int = 1  # of a CPU
     precision: str = "bf16"  # of the matrix products: "bf16", "fp16" or "fp32"
-
-    @property
-    def shards(self) -> int:
-        return self.ranks if self.strategy in ("fsdp2", "hsdp") else 1
 
 
 @dataclass(frozen=True)
@@ -155,6 +152,12 @@ def precision_of(config: Config, place: Place) -> Precision:
     if config.train.weights_dtype == "bf16":
         return Precision(2, 2)
     return Precision(4, 4 if place.precision == "fp32" else 2)
+
+
+def shards_of(config: Config, ranks: int) -> int:
+    """How many ranks share one copy of the weights."""
+    section = config.parallel
+    return {"fsdp2": ranks, "hsdp": max(1, ranks // section.replicas)}.get(section.strategy, 1)
 
 
 # ---- what stays from step to step ---------------------------------------------------------------------------------
@@ -321,8 +324,9 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
     width = gradient_size(config, place)
     loss = loss_bytes(c, batch, precision, place, width, head in p.trained)
     gradients = 4.0 * p.num_adapter + width * (p.num_trained - p.num_adapter)
+    is_whole_cpu, is_graph = not place.is_gpu and place.shards == 1, place.is_gpu and _may_be_graphs(config, c)
     keeps_gradients = not in_backward and (
-        not place.is_gpu or train.gradient_accumulation_steps > 1 or _may_be_graphs(config, c)
+        is_whole_cpu or train.gradient_accumulation_steps > 1 or is_graph and place.shards == 1
     )
     embedding = 0.0  # its gradient is a new tensor, which is then added to the head's
     if place.is_gpu and "embed_tokens.weight" in p.trained and (c.tie_word_embeddings or keeps_gradients):
@@ -337,7 +341,12 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
             gradients, moments = gradients / place.shards, moments / place.shards
         blocks = [sum(prod(s) for n, s in p.model.items() if layer_of(n) == i) for i in range(c.num_layers)]
         in_root = sum(prod(s) for n, s in p.model.items() if layer_of(n) is None)
-        gathered = 2.0 * precision.product * max(blocks) + 4.0 * in_root + (4.0 * max(blocks) if is_full else 0)
+        whole_blocks = 2.0 * max(blocks) if config.parallel.reshard_after_forward else float(sum(blocks))
+        gathered = precision.product * whole_blocks + precision.stream * in_root
+        if is_full:  # the gradient of a block, as it is and as it is summed
+            gathered += (precision.product + 4.0) * max(blocks)
+            loss = replace(loss, head=4.0 * prod(p.model[head]) if head in p.trained else 0.0)
+            embedding = 4.0 * in_root
         copies = 2.0 * prod(p.model[head]) if precision.casts else 0.0
     if train.offload_optimizer and place.is_gpu:
         moments = 0.0
@@ -379,8 +388,10 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
         named = dict(zip(("gradients", "activations", "loss", "working"), parts))
         order = ("weights", "copies", "gradients", "moments", "activations", "loss", "working")
         both = always | named
-        if not place.is_gpu:  # at most a half of what comes and goes
-            both["allocator"] = min(ALLOCATOR, 0.5 * (parts[1] + parts[2] + parts[3]))
+        if not place.is_gpu:  # at most a half of what comes and goes, or all of it
+            moved = parts[1] + parts[2] + parts[3]
+            alone = min(ALLOCATOR, 0.5 * moved)
+            both["allocator"] = alone if place.shards == 1 else min(ALLOCATOR_SHARDED, moved + gathered)
         names = [*order, *(name for name in both if name not in order)]
         found.append(Memory(moment, {name: float(both[name]) for name in names if both[name] >= 1}))
     return max(found, key=lambda memory: memory.total)

@@ -25,7 +25,7 @@ from minisft.model.quantized import named_weights
 from minisft.model.start import Start
 from minisft.parallel import no_backward
 from minisft.parameters import describe_trained
-from minisft.plan.memory import MicroBatch, Place, describe, predict
+from minisft.plan.memory import MicroBatch, Place, describe, predict, shards_of
 from minisft.preference.reference import Reference
 from minisft.prepare.data import format_options, prepare_data, prepare_tokenizer, titled
 from minisft.prepare.dpo import prepare_dpo
@@ -237,8 +237,8 @@ def describe_memory(config: Config, model: Decoder, loader: Loader, device: torc
     else:
         lengths, number = loader.documents.unit_lengths, min(loader.batch_size, loader.plan.num_packs)
         tokens = int(np.partition(lengths, -number)[-number:].sum())
-    strategy = getattr(getattr(config, "parallel", None), "strategy", "ddp")
-    place = Place(device.type == "cuda", ranks.world_size(), strategy, torch.get_num_threads(), precision)
+    number, shards = ranks.world_size(), shards_of(config, ranks.world_size())
+    place = Place(device.type == "cuda", number, shards, torch.get_num_threads(), precision)
     return f"at most {describe(predict(config, model.config, MicroBatch(tokens, tokens), place))}"
 
 
