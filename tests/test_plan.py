@@ -20,6 +20,8 @@ from minisft.model.families import from_hf
 from minisft.model.load import build_model, init_weights
 from minisft.model.lora import apply_lora
 from minisft.model.model_config import ModelConfig
+from minisft.model.quantized import named_weights
+from minisft.model.save import save_model
 from minisft.optimizers import state_bytes
 from minisft.plan.activations import Precision, kept_by_block, kept_outside, shared_by_layers
 from minisft.plan.changes import cheapest, dimensions, with_keys
@@ -241,8 +243,6 @@ print(json.dumps({"before": before, "bytes": found.bytes, "batch": [found.batch.
 @pytest.mark.parametrize("case", PEAKS)
 def test_the_peak_of_a_process(case, tmp_path, record_property):
     """A whole process, a step of a real run: in all, and without what Python and PyTorch take."""
-    from minisft.model.save import save_model
-
     family, keys, sizes, tokens, largest_error = PEAKS[case]
     shape = {"model_type": family} | WHOLE | sizes
     keys = settings(tmp_path) | {"train.precision": "bf16", "train.learning_rate": 1e-4, "data.max_length": 512} | keys
@@ -364,6 +364,33 @@ def test_the_plan_is_that_of_the_run(file, tmp_path, capsys):
         assert found["model"]["trained"] == sum(p.numel() for p in run.model.parameters())
         largest = max(run.train.step(0, s)[0].num_tokens for s in range(run.train.steps_per_epoch))
         assert largest <= found["memory"]["micro_batch"]["tokens"] <= 8 * 64
+
+
+def test_the_plan_of_an_adapter_beside_a_quantised_folder(tmp_path, capsys):
+    """config.json is enough: the folder has no weights when it is planned."""
+    model = tiny(MODEL)
+    keys = settings(tmp_path, **{"lora.r": 4, "model.load_in_4bit": True, "train.weights_dtype": "bf16"})
+    keys |= {"train.precision": "bf16", "model.model_name_or_path": str(tmp_path / "model")}
+    del keys["model.config"]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL))
+    words = [
+        word
+        for key, value in keys.items()
+        for word in (f"--{key}", str(value).lower() if value is True else str(value))
+    ]
+    words = [word for word in words if word != "[]"]
+    words.remove("--log.report_to")
+    assert main([*words, "--json", "--card", "h100"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    save_model(model, tmp_path / "model", dtype=torch.bfloat16)
+    config, _ = load({}, keys, origin="test")
+    run = prepare(config, torch.device("cpu"))
+    assert found["model"]["trained"] == sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    assert found["model"]["parameters"] == sum(w.numel() for w in named_weights(run.model).values())
+    # To a percent: the scales of a matrix of less than 256 blocks still have a second scale of their own.
+    bytes_there = sum(w.nbytes for w in named_weights(run.model).values())
+    assert found["memory"]["parts"]["weights"] == pytest.approx(bytes_there, rel=0.01)
 
 
 def test_a_sample_stands_for_all_rows(file, tmp_path, capsys):

@@ -95,7 +95,7 @@ def dimensions(config: Config, place: Place, again: float) -> list[list[Change]]
         why = "shares weights, gradients and moments between the ranks: gathers every block twice a micro-batch"
         found.append([NOTHING, Change(FSDP2, 0.08, why)])
     if whole and train.optim in ("adamw", "adamw_minisft"):
-        why = "moments of 8 bits: other rounding, no more time on a GPU"
+        why = "moments of 8 bits: other rounding, a quarter of the moments' traffic"
         found.append([NOTHING, Change({"train.optim": "adamw_8bit"}, 0.4, why)])
     if train.weights_dtype == "fp32" and train.optim in ADAMW and train.precision in ("bf16", "auto"):
         what = "weights and gradients" if whole else "the frozen weights"

@@ -74,7 +74,7 @@ def _memory(e: Estimate) -> list[str]:
         lines.append(f"  {name:<13}{size(value):>9}  {means}".rstrip())
     verdict = {
         "yes": "it fits",
-        "perhaps": f"it may not fit: the prediction is good to {MARGIN:.0%}",
+        "perhaps": f"it may not fit, as the prediction may be off by {MARGIN:.0%}",
         "no": "it does not fit",
     }[e.fits]
     lines.append(
