@@ -427,6 +427,23 @@ def test_the_time_is_the_flops_over_the_rate(file, capsys):
     assert found["step"]["seconds"] == pytest.approx(seconds)
     assert found["hours"] == pytest.approx(seconds * found["steps"]["all"] / 3600)
     assert found["cost"] == pytest.approx(3 * 2 * found["hours"])
+    main([str(file), "--json", "--card", "h100", "--gradient_checkpointing"])
+    parts = json.loads(capsys.readouterr().out)["step"]["flops"]
+    # The forward pass is a third of the products of a layer, and two of seven of attention.
+    assert parts["again"] == pytest.approx(parts["matmuls"] / 3 + parts["attention"] * 2 / 7)
+
+
+def test_a_measured_step_writes_nothing_and_stands_beside_its_prediction(file, capsys):
+    before = sorted(file.parent.iterdir())
+    main([str(file), "--measure", "--json", "--precision", "fp32"])
+    found = json.loads(capsys.readouterr().out)["measured"]
+    config, _ = load(file)
+    run = prepare(config, torch.device("cpu"))
+    assert found["tokens"] == sum(batch.num_tokens for batch in run.train.step(0, 0))
+    assert found["seconds"] > 0 and found["predicted"] > 0
+    # This process has run other tests; the prediction is of a fresh one.
+    assert found["bytes"] > sum(p.nbytes for p in run.model.parameters())
+    assert sorted(file.parent.iterdir()) == before
 
 
 @pytest.mark.parametrize(
