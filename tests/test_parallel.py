@@ -1,6 +1,9 @@
 """Sharded ranks (FSDP2 on gloo) are one: losses, first gradients, weights, files. A run goes on with another number of them."""
 
 import json
+import os
+import signal
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +14,7 @@ from test_ranks import join, start_ranks
 from tiny import GPT2, MODEL, logged, relative_error, settings, start, train, train_quietly
 
 from minisft.config.load import load
-from minisft.errors import UserError
+from minisft.errors import DATA, PEER, UserError
 from minisft.model.shards import rows_here
 
 SHARDED = {"parallel.strategy": "fsdp2"}
@@ -95,7 +98,11 @@ def test_two_sharded_ranks_are_one_and_a_run_goes_on_with_another_number_of_them
     elastic = tmp_path / "elastic"
     keys = options(home, **keys, **SHARDED, output_dir=str(elastic))
     for steps, count in ((4, 2), (7, 1), (10, 2)):
-        rows = {"train.max_steps": steps, "train.per_device_train_batch_size": 12 // count}
+        rows = {
+            "checkpoint.save_steps": 1000,
+            "train.max_steps": steps,
+            "train.per_device_train_batch_size": 12 // count,
+        }
         ranks = start_ranks(home, keys | rows) if count > 1 else [start(train_quietly, home, keys | rows)]
         assert join(ranks) == (0,) * count
     assert logged(elastic) == pytest.approx(logged(one), rel=1e-5)
@@ -121,9 +128,10 @@ SLOW = {
     "adamw_minisft": {"train.optim": "adamw_minisft"},
     "sgd": {"train.optim": "sgd", "train.optim_args": {"momentum": 0.9}, "train.learning_rate": 0.1},
     "lion": {"train.optim": "lion"},
-    "schedule-free": {"train.optim": "schedule_free_adamw"},
+    "schedule-free": {"train.optim": "schedule_free_adamw", "train.adam_beta1": 0.9},
     "a trained model, with new tokens": {"model.config": None, "model.new_special_tokens": ["<a>", "<b>", "<c>"]},
     "the largest micro-batch first": {"train.memory_check": True},
+    "bf16": {"train.precision": "bf16"},
     "LoRA": LORA | {"lora.use_dora": False, "lora.modules_to_save": [], "model.new_special_tokens": ["<a>"]},
     "DoRA, a whole head": LORA,
     "LoRA, bf16": LORA | {"train.weights_dtype": "bf16", "train.precision": "bf16"},
@@ -147,6 +155,37 @@ def test_sharded_ranks_are_one(home, tmp_path, case, count):
         assert logged(several) == pytest.approx(logged(one), rel=1e-3)  # products in bf16, rounded in other parts
     else:
         assert_equal(one, several)
+
+
+@pytest.mark.slow
+def test_replicas_of_sharded_ranks_are_one(home, tmp_path):
+    """2 groups of 2 ranks: a group has the whole model, each of its ranks half of it."""
+    keys = {"data.eval_data": str(home / "rows.jsonl"), "parallel.strategy": "hsdp", "parallel.replicas": 2}
+    one, several = run_both(home, tmp_path, keys, {"parallel.strategy": "hsdp"}, 4)
+    assert_equal(one, several)
+
+
+# ---- trouble ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["step", "evaluate", "save", "export"])
+@pytest.mark.parametrize("rank, how", [(1, "killed"), (1, "stopped"), (1, "fails"), (0, "killed"), (0, "fails")])
+def test_a_rank_that_is_gone_ends_the_other_which_names_it(home, tmp_path, rank, how, where):
+    """The first rank, which has the launcher's store here, is not stopped: nobody could be told."""
+    keys = {"data.eval_data": str(home / "rows.jsonl"), "evaluate.eval_steps": 2, "checkpoint.save_steps": 2}
+    keys = options(home, **keys, **SHARDED, output_dir=str(tmp_path / "out")) | {"train.max_steps": 4}
+    processes = start_ranks(home, keys, trouble=(rank, where, how))
+    survivor = processes[1 - rank]
+    survivor.join(60)
+    said = (tmp_path / "out" / f"said-{1 - rank}").read_text()
+    assert survivor.exitcode == (DATA if how == "fails" else PEER), said
+    if rank == 1 or how != "killed":  # else the launcher's store, which is in the first rank here, is gone with it
+        assert f"rank {rank} on {socket.gethostname()}" in said
+    if how == "stopped":
+        os.kill(processes[rank].pid, signal.SIGCONT)
+    processes[rank].join(30)
+    assert processes[rank].exitcode not in (0, None)
 
 
 # ---- refused ------------------------------------------------------------------------------------------------------

@@ -185,6 +185,12 @@ def check_parallel(config: Config, refuse: Refuse) -> None:
     for key, is_used, problem, hint in (
         ("train.optim", trains_all and train.optim not in ELEMENTWISE, needs_whole, f"use {', '.join(ELEMENTWISE)}"),
         ("train.weights_dtype", trains_all and train.weights_dtype == "bf16", bf16, "use fp32, or lora.r"),
+        (
+            "log.zero_update_fraction",
+            trains_all and config.log.zero_update_fraction,
+            "vectors would count more",
+            "leave it out",
+        ),
         ("train.on_oom", train.on_oom == "split", "the other ranks are in the middle of a pass", 'set on_oom = "stop"'),
         ("train.cuda_graph", train.cuda_graph is True, "weights are gathered for each block", 'use "auto"'),
         ("train.optimizer_in_backward", train.optimizer_in_backward, "vectors are summed after it", "leave it out"),

@@ -10,7 +10,7 @@ from minisft.config.sections import Config, TrainSection
 from minisft.errors import UserError
 from minisft.model.decoder import Decoder
 from minisft.optimizers import build_optimizer
-from minisft.parallel import is_sharded, part_of
+from minisft.parallel import part_of
 from minisft.parameters import choose_trainable, parameter_groups
 from minisft.update import sum_gradients_in_fp32
 
@@ -58,8 +58,6 @@ def prepare_optimizer(config: Config, model: Decoder) -> Trained:
         measured = {p for p in parameters if p.dtype == torch.bfloat16}
     else:
         measured = parameters if config.log.zero_update_fraction else set()
-    if is_sharded(model) and ranks.rank() > 0:  # the counts of the ranks are added up, and these are on all of them
-        measured -= set(model.parameters())
     return Trained(optimizer, parameters, first_steps, measured)
 
 
