@@ -44,14 +44,21 @@ class Watch:
         self.leaves = threading.Event()
         self.suspects = False
         self.failure: tuple[int, str] | None = None  # exit code and message of this rank
+        self.holder = "the launcher"  # of the store
+        self.looked_at = time.monotonic()  # when the thread last had an answer from the store
         self.thread = threading.Thread(target=self._look, name="peers", daemon=True)
+        self.guard = threading.Thread(target=self._guard, name="peers-guard", daemon=True)
 
     def __enter__(self):
         self.store.set(f"name/{self.rank}", rank_name())
         self.store.set(f"beat/{self.rank}", "0")
-        self.store.wait([f"beat/{self._next()}"], START)
+        self.store.wait([f"beat/{self._next()}", "name/0"], START)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun keeps the store in a process of its own
+            self.holder = self.store.get("name/0").decode()
         self.store.set_timeout(ANSWER)
+        self.looked_at = time.monotonic()
         self.thread.start()
+        self.guard.start()
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -94,12 +101,20 @@ class Watch:
                 if self.failure:
                     return
                 reason = (str(error).splitlines() or [""])[0][:200]
-                return self._end(f"the launcher's store is gone, and so is its process ({reason})", PEER)
+                return self._end(f"{self.holder} is gone, and with it the store by which ranks meet ({reason})", PEER)
+            self.looked_at = time.monotonic()
             if beat != last_beat:
                 last_beat, heard_at = beat, time.monotonic()
             elif (silence := time.monotonic() - heard_at) > (SUSPICIOUS if self.suspects else SILENCE):
                 silent = f"no sign of life for {silence:.0f} s: it was killed or stopped, or its machine is gone"
                 self._report(self._next(), PEER, silent)
+
+    def _guard(self) -> None:
+        """A store whose process is stopped never answers, and `_look` waits for it: ends the process then."""
+        while self.thread.is_alive():
+            self.thread.join(BEAT)
+            if self.thread.is_alive() and time.monotonic() - self.looked_at > SILENCE + GRACE:
+                self._tell_and_exit(f"{self.holder} does not answer: it was stopped, or is unreachable", PEER)
 
     def _next(self) -> int:
         return (self.rank + 1) % self.world_size
@@ -125,6 +140,9 @@ class Watch:
     def _end(self, message: str, code: int) -> None:
         with suppress(Exception):
             self._part()
+        self._tell_and_exit(message, code)
+
+    def _tell_and_exit(self, message: str, code: int) -> None:
         tell(f"error: {message}")
         with suppress(Exception):
             sys.stdout.flush()
