@@ -4,7 +4,9 @@ import gc
 import importlib
 import os
 import signal
+from collections import Counter, defaultdict
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -123,11 +125,41 @@ LONGEST = """
 """.split()
 
 
+def values_of(case) -> list[tuple]:
+    """(number of the axis, identities of its objects) for each `parametrize` and each fixture with parameters."""
+    params = {name: id(value) for name, value in case.callspec.params.items()}
+    axes = [mark.args[0] for mark in case.iter_markers("parametrize")]
+    axes = [names.replace(" ", "").split(",") if isinstance(names, str) else names for names in axes]
+    axes += [[name] for name in params if not any(name in names for names in axes)]
+    return [(axis, *(params[name] for name in names)) for axis, names in enumerate(axes)]
+
+
+def leave_the_rest_to_slow(items) -> None:
+    """Of a test that is marked covers(n) the normal run has cases in which any n values of n axes meet; the others are slow.
+    Taken each time: the case with the most that has not met, of these the one whose values were used least."""
+    cases_of = defaultdict(list)
+    for item in items:
+        if mark := item.get_closest_marker("covers"):
+            cases_of[item.nodeid.partition("[")[0], *mark.args].append(item)
+    for (_, n), cases in cases_of.items():
+        values = {case: values_of(case) for case in cases}
+        meetings = {case: {*combinations(values[case], n)} for case in cases}
+        missing, used = set().union(*meetings.values()), Counter()
+        while missing:
+            best = max(cases, key=lambda case: (len(meetings[case] & missing), -sum(used[v] for v in values[case])))
+            missing -= meetings[best]
+            used.update(values[best])
+            cases.remove(best)
+        for case in cases:
+            case.add_marker("slow")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items) -> None:
-    """Sorts by LONGEST, and marks `quick`: of every other test the first case."""
+    """Sorts by LONGEST, leaves cases to `slow`, and marks `quick`: of every other test the first case."""
     order = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    leave_the_rest_to_slow(items)
     seen = set()
     for item in items:
         test = item.nodeid.partition("[")[0]

@@ -149,6 +149,7 @@ def whole(gradients):
     return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("case", CASES)
 def test_loss_gradients_and_metrics(case, trainer, folder, documents, tmp_path, monkeypatch):
     losses, options = CASES[case]

@@ -39,6 +39,7 @@ def hold_to_truth(inputs, start, end, dtype, **options):
     )
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout(layout, dtype):
@@ -47,6 +48,7 @@ def test_every_layout(layout, dtype):
     hold_to_truth(qkv(len(start)), start, end, dtype, window=50, softcap=4.0)
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
     "options",
@@ -71,6 +73,7 @@ def test_short_documents_with_a_softcap():
     hold_to_truth(qkv(len(start)), start, end, torch.float32, softcap=1.0)
 
 
+@pytest.mark.covers(2)
 @pytest.mark.parametrize("heads,kv_heads", [(1, 1), (4, 4), (9, 3), (8, 1)])
 @pytest.mark.parametrize("head_dim", [2, 16, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("options", [{}, dict(window=30, softcap=20.0)], ids=str)
@@ -163,6 +166,7 @@ def test_pairs_that_share_their_prompt_equal_their_answers_one_by_one(prompt):
         assert relative_error(tensor, expected[name]) < 1e-14, name  # fp64 rounding
 
 
+@pytest.mark.covers(2)
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("options", [{}, dict(softcap=4.0)], ids=str)

@@ -44,6 +44,7 @@ def hold_to_the_recurrence(lengths, inputs, dtype, **options):
     )
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_against_the_recurrence(layout, dtype):
@@ -76,6 +77,7 @@ def test_options_reach_the_formula():
         torch.testing.assert_close(normed, expected / q.norm() / k.norm() / 2)  # scale 4 ** -0.5
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("decay", [0.0, 30.0, 300.0])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_no_decay_and_strong_decay(decay, dtype):

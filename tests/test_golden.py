@@ -101,6 +101,7 @@ def training_loss(model):
     return total / len(rows), total
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @each_variant
 def test_gradients(variant, backend, tmp_path):

@@ -43,6 +43,7 @@ def adapted(family="llama", **options):
     return model
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_an_untrained_adapter_changes_nothing(family, kind):
@@ -78,6 +79,7 @@ def test_merged_equals_unmerged(family, kind):
     assert {n for n, _ in model.named_parameters()} == {n for n, _ in tiny(family).named_parameters()}
 
 
+@pytest.mark.covers(1)
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", WITH_HYBRIDS)
@@ -94,6 +96,7 @@ def test_peft_reads_ours(family, kind, tmp_path):
     assert relative_error(theirs_of(theirs), forward(model)) <= 1e-5  # attention sums in another order
 
 
+@pytest.mark.covers(1)
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", WITH_HYBRIDS)
@@ -296,6 +299,7 @@ def test_peft_reads_pissa_and_token_rows(family, kind, tmp_path):
         assert relative_error(forward(merge_adapter(again)), forward(model)) <= 1e-5
 
 
+@pytest.mark.covers(1)
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("form", ["list", "dict"])

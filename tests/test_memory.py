@@ -31,6 +31,7 @@ def home(tmp_path_factory):
 # ---- the same bits ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_selective_gives_the_same_gradients_bitwise(family, autocast):

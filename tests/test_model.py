@@ -196,6 +196,7 @@ def test_how_far_a_token_reaches_through_windows(backend):
     assert differs.nonzero()[:, 0].tolist() == list(range(10, 10 + 2 * (9 - 1) + 1))
 
 
+@pytest.mark.covers(1)
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_generation_is_the_whole_forward(family, backend):

@@ -136,6 +136,7 @@ def test_bytes_of_a_parameter(kind, low, high):
 # ---- loading ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers(1)
 @each_kind
 @each_family
 def test_layers_are_quantised_as_they_are_read(family, kind, tmp_path):
@@ -280,6 +281,7 @@ def test_bitsandbytes_reads_ours(kind, tmp_path):
         assert torch.equal(theirs, weight.dequantize(theirs.dtype)), name
 
 
+@pytest.mark.covers(1)
 @each_kind
 @each_family
 def test_we_read_theirs(family, kind, tmp_path):

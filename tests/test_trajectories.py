@@ -57,6 +57,7 @@ def test_losses_are_those_recorded(home, tmp_path, kind):
     assert logged(tmp_path / "out") == pytest.approx(json.loads(GOLDEN.read_text())[kind], rel=tolerance)
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("kind", ["LoRA", "QLoRA nf4"])
 def test_an_adapter_resumes_to_the_same_bytes_with_every_optimizer(home, tmp_path, monkeypatch, kind, optimizer):

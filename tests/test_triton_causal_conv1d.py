@@ -15,6 +15,7 @@ DTYPES = {
 }
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["one_63", "ones", "filler_tail"])
 def test_against_the_formula(layout, dtype):
@@ -22,6 +23,7 @@ def test_against_the_formula(layout, dtype):
     hold_to_the_formula(lengths, inputs_of(sum(lengths), 20, 4), DTYPES[dtype], "silu")
 
 
+@pytest.mark.covers(2)
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("K", [1, 2, 3, 4])

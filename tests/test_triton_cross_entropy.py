@@ -48,6 +48,7 @@ def example(T=13, D=24, V=V, ignored=3):
 # ---- linear_cross_entropy ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_each_option_of_the_linear_loss(options, dtype):
@@ -63,6 +64,7 @@ def test_each_option_of_the_linear_loss(options, dtype):
     )
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 def test_all_options_in_several_chunks(small_chunks, dtypes, reduction):
@@ -79,6 +81,7 @@ def test_all_options_in_several_chunks(small_chunks, dtypes, reduction):
     assert len(errors) == 4
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("V", [50257, 151936])
 def test_real_vocabularies(V, dtype):
@@ -324,6 +327,7 @@ def test_documents_do_not_leak():
 # ---- cross_entropy -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers(2)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("options", CE_OPTIONS.values(), ids=CE_OPTIONS)
@@ -339,6 +343,7 @@ def test_the_loss_of_logits(options, dtype, reduction):
     )
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("V", [50257, 151936])
 def test_logits_of_real_vocabularies(V, dtype):

@@ -58,6 +58,7 @@ def hold_to_truth(inputs, start, end, dtype, deterministic=False, floor=None, **
     )
 
 
+@pytest.mark.covers(2)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @ONE_PASS_AND_SPLIT
 @pytest.mark.parametrize("layout", SMALL_LAYOUTS)
@@ -77,6 +78,7 @@ def test_longer_layouts(layout, options, deterministic, dtype):
     hold_to_truth(qkv(len(start), heads=2, kv_heads=1), start, end, dtype, deterministic, **options)
 
 
+@pytest.mark.covers(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @ONE_PASS_AND_SPLIT
 @pytest.mark.parametrize(
@@ -97,6 +99,7 @@ def test_window_softcap_scale(options, deterministic, dtype):
     hold_to_truth(qkv(len(start)), start, end, dtype, deterministic, one_key, **options)
 
 
+@pytest.mark.covers(1)
 @ONE_PASS_AND_SPLIT
 @pytest.mark.parametrize(
     "heads, kv_heads, head_dim", [(1, 1, 64), (3, 1, 32), (4, 2, 80), (2, 2, 96), (6, 2, 128), (2, 1, 256)]
@@ -107,6 +110,7 @@ def test_heads_and_head_dims(heads, kv_heads, head_dim, deterministic):
     hold_to_truth(inputs, start, end, torch.bfloat16, deterministic, window=30, softcap=20.0)
 
 
+@pytest.mark.covers(1)
 @ONE_PASS_AND_SPLIT
 @pytest.mark.parametrize("seed", range(4))
 def test_random_layouts_of_documents_and_shared_prefixes(seed, deterministic):
@@ -130,6 +134,7 @@ def test_random_layouts_of_documents_and_shared_prefixes(seed, deterministic):
     hold_to_truth(inputs, start, end, torch.float32, deterministic, window=None if seed % 2 else 37)
 
 
+@pytest.mark.covers(1)
 @ONE_PASS_AND_SPLIT
 @pytest.mark.parametrize("head_dim", [16, 80, 128])
 def test_pairs_that_share_their_prompt_equal_their_answers_one_by_one(head_dim, deterministic):
@@ -222,6 +227,7 @@ def test_packed_equals_one_by_one(deterministic):
         assert relative_error(tensor, alone[name]) < 1e-6, name  # fp32: a document's sums fall into other tiles
 
 
+@pytest.mark.covers(2)
 @ONE_PASS_AND_SPLIT
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("options", [{}, dict(window=10, softcap=3.0)], ids=str)
@@ -345,6 +351,7 @@ def test_dropout_draws_the_same_in_every_kernel(deterministic):
     assert abs(share - (1 - rate)) < 0.05 and not torch.equal(kept[0][0], kept[0][1])
 
 
+@pytest.mark.covers(2)
 @ONE_PASS_AND_SPLIT
 @pytest.mark.parametrize("norms", [False, True], ids=["plain", "norms"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])

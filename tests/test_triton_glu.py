@@ -22,6 +22,7 @@ def leaf(*shape):
     return padded_with_nan(2 * torch.randn(*shape)).requires_grad_()
 
 
+@pytest.mark.covers(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -29,6 +30,7 @@ def test_against_the_formula(shape, unit, dtype):
     assert_close_to_truth(*UNITS[unit], [leaf(*shape), leaf(*shape)], DTYPES[dtype])
 
 
+@pytest.mark.covers(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("shape", [(15, 200), (4, 9000), (5, 2), (2, 3, 8)], ids=str)

@@ -27,6 +27,7 @@ def with_parameters(op, names):
     return lambda x, *values: op(x, **{"weight": None, "bias": None, "eps": 1e-5, **dict(zip(names, values))})
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_the_formula(shape, dtypes):

@@ -40,6 +40,7 @@ def check_4bit(quant_type, w, blocksize=64, double_quant=True):
         assert torch.equal(back, expected) and back.dtype == dtype and back.shape == w.shape
 
 
+@pytest.mark.covers(2)
 @pytest.mark.parametrize("quant_type", FOUR_BITS)
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 4097)], ids=str)  # the last: over the end of a program

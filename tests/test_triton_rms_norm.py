@@ -24,6 +24,7 @@ def leaf(*shape):
     return padded_with_nan(torch.randn(*shape)).requires_grad_()
 
 
+@pytest.mark.covers(2)
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -36,6 +37,7 @@ def test_against_the_formula(shape, family, dtypes):
     )
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_the_residual(family, dtypes):

@@ -48,6 +48,7 @@ def compare(inputs, dtypes, offsets=(None, None), interleaved=False):
     assert_close_to_truth(*(with_norms(op, offsets, interleaved) for op in (rope, rope_ref)), inputs, dtypes)
 
 
+@pytest.mark.covers(2)
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -56,6 +57,7 @@ def test_against_the_formula(interleaved, heads, dtypes):
     compare(make(head_dim=head_dim, rotated=rotated), DTYPES[dtypes], interleaved=interleaved)
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("norms", NORMS)
 def test_with_norms(norms, dtypes):
