@@ -120,8 +120,8 @@ NOT_QUICK = (
 
 # Files that take longest come first, so that no process is left with one of them at the end.
 LONGEST = """
-    compile dpo_run triton_flash_attention stages resume flash_attention audit triton_cross_entropy optim_memory loop lora
-    golden quantized qlora configs trajectories step_on_paper
+    dpo_run ranks resume stages golden triton_flash_attention parallel optim_memory out_of_memory qlora spikes step_on_paper
+    loop lora model trajectories micro_batch dpo
 """.split()
 
 
@@ -173,6 +173,8 @@ def pytest_collection_finish() -> None:
     """What is there now stays to the end, so no collection looks at it again; one took 0.3 s, and a run collects itself."""
     gc.freeze()
     gc.enable()
+    gc.set_threshold(20_000, 10, 20)  # by default every 700 objects, and often through all that is imported by a test
+    gc.freeze = gc.unfreeze = lambda: None  # the token cache freezes and thaws everything
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import minisft
 from minisft import __main__, __version__, errors, train
 from minisft.config.sections import KEYS
 from minisft.errors import DATA, SAVE, UserError
@@ -113,14 +114,20 @@ import sys, minisft
 assert [name for name in sys.modules if name.startswith("minisft.")] == []
 from minisft import run
 assert run is sys.modules["minisft.train"].run and "torch" not in sys.modules
-from minisft import evaluate, generate, load_model, load_tokenizer
-assert evaluate is sys.modules["minisft.evaluation"].evaluate and generate is sys.modules["minisft.generation"].generate
-assert load_model is sys.modules["minisft.model.load"].load_model
-assert load_tokenizer is sys.modules["minisft.data.tokenizer"].load_tokenizer
-assert all(hasattr(minisft, name) for name in minisft.__all__) and not hasattr(minisft, "rum")
 """
     done = run_python(["-c", code])
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_names_of_the_package_are_those_of_its_rooms():
+    from minisft.data.tokenizer import load_tokenizer
+    from minisft.evaluation import evaluate
+    from minisft.generation import generate
+    from minisft.model.load import load_model
+
+    assert minisft.evaluate is evaluate and minisft.generate is generate
+    assert minisft.load_model is load_model and minisft.load_tokenizer is load_tokenizer
+    assert all(hasattr(minisft, name) for name in minisft.__all__) and not hasattr(minisft, "rum")
 
 
 # ------------------------------------------------------------------------------------------------- in this process

@@ -2,13 +2,12 @@
 
 import csv
 import importlib
-import os
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from tiny import run_anew, start
 
 from minisft.kernels import common
 from minisft.kernels.flash_attention_configs import CANDIDATES, CONFIGS
@@ -36,11 +35,10 @@ def compile_anew(folder: Path, known: Path | None) -> list[dict]:
     file = folder / "table.csv"
     if known is not None:
         shutil.copyfile(known, file)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    command = [sys.executable, str(HERE / "compile_gate.py"), str(file)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    said, program = folder / "said.txt", HERE / "compile_gate.py"
+    done = start(partial(run_anew, TRITON_CACHE_DIR=str(folder / "cache")), program, said, str(file))
+    done.join()
+    assert done.exitcode == 0, said.read_text()[-4000:]
     with file.open(newline="", encoding="utf-8") as lines:
         return list(csv.DictReader(lines))
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields, replace
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -87,6 +88,11 @@ def naive_logps(model, documents: Documents) -> torch.Tensor:
         logp = model.logits(hidden)[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
         logps.append(logp[torch.from_numpy(documents.cache.kinds[start + 1 : end] >= TRAINED)])
     return logps
+
+
+@cache
+def naive_logps_of(model) -> list[torch.Tensor]:
+    return naive_logps(model, make_pairs(weighted=True))
 
 
 def objective(losses, **options):
@@ -231,7 +237,7 @@ def test_value_and_gradients_are_those_of_the_equation(name, other):
     tokens = [by_document[i] for i in order]
     logps, lengths = torch.stack([t.sum() for t in tokens]), torch.tensor([len(t) for t in tokens]).double()
     with torch.no_grad():
-        of_other = naive_logps(other.model, documents)
+        of_other = naive_logps_of(other.model)
         refs = torch.stack([of_other[i].sum() for i in order]) if reference else torch.zeros_like(logps)
     expected, chosen, rejected = dpo_loss(
         *(logps[::2], logps[1::2], refs[::2], refs[1::2]),

@@ -165,7 +165,7 @@ def test_two_ranks_are_one(home, tmp_path, go):
 )
 def test_resumed_is_uninterrupted(go, keys, monkeypatch):
     file = "adapter_model.safetensors" if "lora.r" in keys else "model.safetensors"
-    keys = keys | {"train.per_device_train_batch_size": 8}  # 4 steps an epoch
+    keys = keys | {"train.per_device_train_batch_size": 8, "train.max_steps": 6}  # 4 steps an epoch
     whole = go("whole", **keys)
     with monkeypatch.context() as patch:
         stop_after(patch, 5, signal.SIGTERM)

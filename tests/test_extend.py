@@ -1,13 +1,11 @@
 """To extend is to write a function and an entry of a table: CONTRIBUTING.md says which. Each is tried on a copy of the code."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
-from tiny import logged, settings
+from tiny import logged, run_anew, settings, start
 
 ROOT = Path(__file__).resolve().parents[1]
 ADDED = {  # file -> what is added at its end
@@ -55,11 +53,12 @@ def test_a_format_a_loss_a_schedule_and_an_optimizer_are_added_by_an_entry(tmp_p
     sft = keys | {"data.train_data": str(tmp_path / "fables.jsonl"), "output_dir": str(tmp_path / "sft")}
     dpo = keys | {"data.train_data": str(tmp_path / "pairs.jsonl"), "output_dir": str(tmp_path / "dpo")}
     dpo |= {"trainer_type": "dpo", "dpo.loss_type": ["square"]}
-    code = f"from minisft.train import run\nfor keys in {[sft, dpo]}: run({{}}, **keys)"
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    printed = " ".join(done.stdout.split())  # a line is wrapped where the length of the folder's path has it
+    program, said = tmp_path / "program.py", tmp_path / "said.txt"
+    program.write_text(f"from minisft.train import run\nfor keys in {[sft, dpo]}: run({{}}, **keys)")
+    done = start(partial(run_anew, first=tmp_path), program, said)
+    done.join()
+    assert done.exitcode == 0, said.read_text()
+    printed = " ".join(said.read_text().split())  # a line is wrapped where the length of the folder's path has it
     assert "fables.jsonl: fable, " in printed and printed.count("optimizer steepest") == 2
     assert logged(tmp_path / "dpo")[0] == 1.0  # policy and reference are equal at first: (0 - 1)^2
     assert [rate / 1e-2 for rate in logged(tmp_path / "sft", "learning_rate")] == [1.0, 1.0, 0.25, 0.25]

@@ -98,10 +98,15 @@ def room_of_module(module: str) -> str | None:
 
 
 @cache
+def nodes_of(room: str) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(FILES[room].read_text())))
+
+
+@cache
 def imports(room: str) -> tuple[frozenset[str], frozenset[str]]:
     """(our rooms, top-level names of other packages) that a file imports, wherever in the file it does so."""
     ours, others = set(), set()
-    for node in ast.walk(ast.parse(FILES[room].read_text())):
+    for node in nodes_of(room):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -165,13 +170,13 @@ def test_no_circle():
 
 @pytest.mark.parametrize("room", FILES)
 def test_nothing_unsafe(room):
-    tree = ast.parse(FILES[room].read_text())
-    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    imported = {a.name for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
-    modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)} | imported
+    nodes = nodes_of(room)
+    calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+    imported = {a.name for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    modules = {n.module for n in nodes if isinstance(n, ast.ImportFrom)} | imported
     assert calls & FORBIDDEN_CALLS == set()
     assert modules & FORBIDDEN_MODULES == set()
-    keywords = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.keyword)}
+    keywords = {ast.unparse(node) for node in nodes if isinstance(node, ast.keyword)}
     assert keywords & {"allow_pickle=True", "shell=True", "trust_remote_code=True"} == set()
 
 

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -14,15 +13,13 @@ from pathlib import Path
 import pytest
 from tiny import GPT2, logged, settings, start, train, train_quietly, weights, with_spoilt_loss
 
-from minisft import export, loop
+from minisft import export, loop, signals
 from minisft import train as command
 from minisft.config.values import as_toml
 from minisft.data.loader import Loader
 from minisft.errors import DATA, SAVE, STOPPED, UserError
 from minisft.prepare import run as prepare_run
 from minisft.update import LossScale
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +133,9 @@ def prepare_kind(name: str, monkeypatch) -> None:
 @pytest.mark.parametrize(
     "name, steps",
     [
-        *(("plain", k) for k in (1, 8)),
-        *(("random", k) for k in (1, 4, 11, 12, 13)),
+        ("plain", 1),
+        *(("random", k) for k in (4, 12, 13)),
         ("fp16", 7),
-        ("skip", 4),
         ("skip", 8),
     ],
 )
@@ -358,14 +354,14 @@ def three_steps(home) -> tuple[dict, dict]:
     return options, outcome(home / "three steps")
 
 
-def test_killed_at_18_moments(home, tmp_path, three_steps):
+def test_killed_at_9_moments(home, tmp_path, three_steps):
     """The next start ends like a run that nobody killed. Most kills are inside a save: it has begun, nothing is renamed."""
     options, expected = three_steps
-    outside = (".lock", "config.toml", "metrics.jsonl", "checkpoints/step-00000001", "checkpoints/step-00000002")
+    outside = ("config.toml", "checkpoints/step-00000002", ".tmp-model-*")
     written = ("", "/config.json", "/tokenizer.json", "/optimizer.safetensors", "/trainer_state.json", "/manifest.json")
-    moments = [f"checkpoints/.tmp-step-{step:08d}-*{name}" for name in written for step in (1, 3)]
+    moments = [f"checkpoints/.tmp-step-{step:08d}-*{name}" for name, step in zip(written, (1, 3) * 3)]
     killed = inside = 0
-    for i, pattern in enumerate((*moments, *outside, ".tmp-model-*")):
+    for i, pattern in enumerate((*moments, *outside)):
         out = tmp_path / str(i)
         process = start(train_quietly, home, options | {"output_dir": str(out)})
         kill_when(process, out, pattern)
@@ -377,7 +373,7 @@ def test_killed_at_18_moments(home, tmp_path, three_steps):
         assert again.exitcode == 0
         assert_same(outcome(out), expected)
         assert [path.name for path in out.rglob(".*")] == [".lock"]  # what was begun is tidied up
-    assert killed >= 15 and inside >= 8, (killed, inside)
+    assert killed >= 7 and inside >= 4, (killed, inside)
 
 
 def train_to_crash(folder: Path, overrides: dict, point: str) -> None:
@@ -418,18 +414,27 @@ def test_ctrl_c_saves_and_says_what_to_do(home, tmp_path, monkeypatch, capfd):
     )
 
 
+def say_to(file: str, config: str) -> None:
+    """The command, for a process of its own, where each signal counts."""
+    signals.SAME_SECONDS = 0.0
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.exit(command.main([config]))
+
+
 def test_ctrl_c_twice_quits_at_once(home, tmp_path):
     slow = {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": 64, "log.progress_bar": True}
     config = write_config(home, tmp_path, **slow, **{"train.num_train_epochs": 1000})  # half a second a step
-    code = (
-        "import sys; from minisft import signals, train; signals.SAME_SECONDS = 0.0; sys.exit(train.main(sys.argv[1:]))"
-    )
-    arguments = [sys.executable, "-c", code, config]
-    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("step    1/") or "once more quits at once" in line:
-                process.send_signal(signal.SIGINT)
-            last = line
-    assert process.returncode == 130
-    assert last.startswith("minisft: interrupted")
+    said, sent = tmp_path / "said.txt", 0
+    said.touch()
+    process = start(say_to, str(said), config)
+    while process.is_alive():
+        if ("\nstep    1/", "once more quits at once", "no more")[sent] in said.read_text():
+            os.kill(process.pid, signal.SIGINT)
+            sent += 1
+        time.sleep(0.002)
+    assert process.exitcode == 130
+    assert said.read_text().splitlines()[-1].startswith("minisft: interrupted")
     assert not saved(tmp_path / "out")

@@ -204,7 +204,9 @@ def test_the_quickstart_starts(tmp_path, capsys):
     (tmp_path / "few.jsonl").write_text(
         "".join(f'{{"prompt": "Last: ab{i}\\\\n", "completion": "{i}", "kind": "{i}"}}\n' for i in range(2))
     )
-    result = run(QUICKSTART, output_dir=tmp_path / "out", max_steps=2, generate_data=tmp_path / "few.jsonl")
+    rows = QUICKSTART.parent / "quickstart" / "train.jsonl[:3000]"
+    keys = {"max_steps": 2, "train_data": rows, "generate_data": tmp_path / "few.jsonl"}
+    result = run(QUICKSTART, output_dir=tmp_path / "out", **keys)
     said = capsys.readouterr().out
     rate = result.metrics["eval_exact_match"]  # a metric like the others
     assert result.step == 2 and logged(result.output_dir, "eval_exact_match") == [rate] and 0 <= rate <= 1

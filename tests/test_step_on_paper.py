@@ -1,13 +1,11 @@
 """A step on paper: what it counts, its floor, and how many launches and waits a step may have at most."""
 
 import json
-import os
-import subprocess
-import sys
 from operator import itemgetter
 from pathlib import Path
 
 import pytest
+from tiny import run_anew, start
 
 from minisft.kernels import common
 
@@ -31,15 +29,15 @@ PLANNED_FLOORS = {
 
 
 @pytest.fixture(scope="module")
-def paper() -> dict:
+def paper(tmp_path_factory) -> dict:
     """What paper_steps.py prints."""
     if not common.HAS_TRITON:
         pytest.skip("needs Triton")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(HERE / "paper_steps.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    said = tmp_path_factory.mktemp("paper") / "said.json"
+    done = start(run_anew, HERE / "paper_steps.py", said)
+    done.join()
+    assert done.exitcode == 0, said.read_text()[-4000:]
+    return json.loads(said.read_text())
 
 
 def at(steps: dict, layers: int, measure) -> float:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from minisft.errors import run_command
 from minisft.prepare.run import Run, prepare
 from minisft.train import run
 
+TESTS = Path(__file__).resolve().parent
 MODEL = {
     "model_type": "llama",
     "vocab_size": 259,
@@ -81,9 +83,8 @@ FORK.set_forkserver_preload(PRELOAD)
 
 def start(target: Callable, *arguments: Any) -> multiprocessing.Process:
     """A started process that calls target(*arguments). Its server has imported torch once, so that it starts at once."""
-    tests = Path(__file__).parent
     # one thread: a pool of threads would not survive the fork
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{tests.parent}{os.pathsep}{tests}"):
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}"):
         process = FORK.Process(target=target, args=arguments)
         process.start()
     return process
@@ -93,6 +94,18 @@ def train_quietly(folder: Path, overrides: dict[str, Any], output: str = os.devn
     """`train` for a process of its own: what it says goes to a file, and it exits with the code of the command."""
     sys.stdout = sys.stderr = open(output, "w")
     sys.exit(run_command(lambda: train(folder, **overrides).exit_code))
+
+
+def run_anew(program: Path, output: Path, *arguments: str, first: Path = TESTS.parent, **environment: str) -> None:
+    """For a process of its own: a Python file as a program that finds torch imported and nothing of ours, which it imports from
+    the folder `first`. What it says goes to a file."""
+    os.environ |= environment
+    sys.stdout = sys.stderr = output.open("w", buffering=1)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("minisft", "tiny")]:
+        del sys.modules[name]
+    sys.path.insert(0, str(first))
+    sys.argv = [str(program), *arguments]
+    runpy.run_path(str(program), run_name="__main__")
 
 
 def with_spoilt_loss(
