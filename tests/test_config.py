@@ -443,6 +443,10 @@ def test_a_pipe_is_no_configuration(tmp_path):
         ({"eval_data": {"a b": "e.jsonl"}}, ['"a b"']),
         ({"min_lr": 1.0}, ["min_lr = 1.0", "learning_rate = 2e-05 (default)"]),
         ({"min_lr": 1e-6, "lr_scheduler_type": "constant"}, ["min_lr", "lr_scheduler_type"]),
+        (
+            {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "adam_beta1": 0.0},
+            ["schedule_free_adamw", "adam_beta1 = 0.0"],
+        ),
         ({"instruction_marker": "<u>"}, ["instruction_marker"]),
         ({"generate_group_field": "task"}, ["generate_group_field"]),
         ({"bf16": True, "fp16": True}, ["bf16 and fp16 contradict"]),

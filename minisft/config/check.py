@@ -115,6 +115,9 @@ def check_schedule(config: Config, refuse: Refuse) -> None:
     if train.optim == "schedule_free_adamw" and train.lr_scheduler_type != "constant":
         keys = "train.optim train.lr_scheduler_type"
         refuse(keys, "it averages the weights instead of lowering the rate", "set lr_scheduler_type to constant")
+    if train.optim == "schedule_free_adamw" and train.adam_beta1 == 0:
+        keys = "train.optim train.adam_beta1"
+        refuse(keys, "the average of the weights could not be found from what is kept", "set adam_beta1 above 0")
     is_evaluated = (data.eval_data or data.eval_fraction) and config.evaluate.eval_steps != "never"
     if train.lr_scheduler_type == "reduce_on_plateau" and not is_evaluated:
         refuse("train.lr_scheduler_type", "there is nothing to evaluate", "set data.eval_data or data.eval_fraction")
