@@ -21,7 +21,7 @@ from torch.distributed import Store
 from minisft.errors import INTERNAL, PEER, rank_name, tell
 
 BEAT = 2.0  # seconds between two looks
-SILENCE = 25.0  # seconds without a beat after which a rank is given up
+SILENCE = 20.0  # seconds without a beat after which a rank is given up; all have ended ten seconds later
 SUSPICIOUS = 6.0  # the same once a sum over the ranks has failed: torchrun leaves 30 seconds
 GRACE = (
     5.0  # seconds that a rank may still work after another one failed: it may be about to fail, and save, the same way
