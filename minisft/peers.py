@@ -108,6 +108,7 @@ class Watch:
             elif (silence := time.monotonic() - heard_at) > (SUSPICIOUS if self.suspects else SILENCE):
                 silent = f"no sign of life for {silence:.0f} s: it was killed or stopped, or its machine is gone"
                 self._report(self._next(), PEER, silent)
+                return self._end(*self._first_report())
 
     def _guard(self) -> None:
         """A store whose process is stopped never answers, and `_look` waits for it: ends the process then."""
