@@ -13,7 +13,7 @@ import numpy as np
 
 from minisft import ranks
 from minisft.atomic_folder import verify_folder
-from minisft.checkpoint import checkpoints, step_of
+from minisft.checkpoint import checkpoints, step_folder, step_of
 from minisft.config.sections import TrainSection
 from minisft.data.audit import place_of, stretches
 from minisft.data.batch import Batch
@@ -111,7 +111,7 @@ def checkpoint_before(folder: Path, last: int) -> Path | None:
         steps = {step_of(path): path for path in checkpoints(folder) if step_of(path) <= last}
         found = next((step for step in sorted(steps, reverse=True) if verify_folder(steps[step]) is None), 0)
     (step,) = ranks.sum_numbers_over_ranks([found])
-    return folder / f"step-{int(step):08d}" if step else None
+    return step_folder(folder, int(step)) if step else None
 
 
 # ---- the rows of a step -----------------------------------------------------------------------------------------

@@ -22,13 +22,14 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minisft import parallel, ranks
+from minisft import ranks
 from minisft.atomic_folder import (
     atomic_folder,
     crash_point,
@@ -40,10 +41,10 @@ from minisft.atomic_folder import (
     verify_folder,
 )
 from minisft.errors import CONFIG, DATA, SAVE, UserError, warn
-from minisft.model.shards import is_sharded, rows_here
-from minisft.model.weight_files import write_tensors
+from minisft.model.shards import is_shard, rows_here
+from minisft.model.weight_files import entry_of, in_usual_order, write_entries
 from minisft.optimizers import state_bytes
-from minisft.parallel import part_of, whole_state
+from minisft.parallel import is_sharded, part_of, whole_state
 from minisft.strict_json import dump_json, parse_json, read_json, write_json
 
 MAX_FAILED_SAVES = 3  # in a row; then the run stops with exit code 74
@@ -75,7 +76,7 @@ def save_checkpoint(
     checkpoint): they are renamed to step-XXXXXXXX.replaced-N, out of sight of resume = "auto".
     Raises OSError or SafetensorError when the disk refuses; then all other checkpoints are untouched.
     """
-    target = folder / f"step-{step:08d}"
+    target = step_folder(folder, step)
     needed = checkpoint_bytes(model, optimizer) + other_bytes
     if free_bytes(folder) < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
@@ -124,7 +125,7 @@ def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     weights = sum(p.nbytes for p in (trained if adapter_only else model.parameters()))
     state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor))
-    return weights + (state or state_bytes(optimizer)) * (ranks.world_size() if parallel.is_sharded(model) else 1)
+    return weights + (state or state_bytes(optimizer)) * (ranks.world_size() if is_sharded(model) else 1)
 
 
 def most_at_once(existing: int, coming: int, keep: int | None) -> int:
@@ -140,6 +141,11 @@ def most_at_once(existing: int, coming: int, keep: int | None) -> int:
 
 
 # ------------------------------------------------------------------------------------------------- find and load
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is in the folder of all of them."""
+    return folder / f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:
@@ -224,18 +230,17 @@ def _named_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def _save_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """State tensors as tensors; the names of all parameters, and state that is not a tensor, as JSON in the header."""
     whole = dict(model.named_parameters())
-    shapes, keys, others = {}, {}, {}
+    entries, others = [], {}
     for name, (parameter, _) in _named_parameters(model, optimizer).items():
         state = optimizer.state.get(parameter, {})
         assert not any("." in key for key in state), "the last dot separates name and key"
         for key, value in state.items():
             if isinstance(value, Tensor):
-                is_part = value.shape == parameter.shape
-                shapes[f"{name}.{key}"] = value.dtype, list(whole[name].shape if is_part else value.shape)
-                keys[f"{name}.{key}"] = name, parameter, key
+                shape = whole[name].shape if value.shape == parameter.shape else value.shape
+                read = partial(whole_state, model, optimizer, name, parameter, key)
+                entries.append(entry_of(f"{name}.{key}", value.dtype, shape, read))
         others[name] = {key: v for key, v in state.items() if not isinstance(v, Tensor)}
-    metadata = {"parameters": dump_json(others).decode()}
-    write_tensors(path, shapes, lambda name: whole_state(model, optimizer, *keys[name]), metadata)
+    write_entries(path, in_usual_order(entries), {"parameters": dump_json(others).decode()})
 
 
 def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -259,7 +264,7 @@ def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             name, key = full_name.rsplit(".", 1)
             parameter, group = named[name]
             value = file.get_tensor(full_name)
-            if is_sharded(whole[name]) and value.shape == whole[name].shape:
+            if is_shard(whole[name]) and value.shape == whole[name].shape:
                 value = value[rows_here(whole[name])]
             # torch's convention: a step counter lives on the CPU unless the optimizer is fused or capturable
             counter = value.ndim == 0 and not (group.get("fused") or group.get("capturable"))

@@ -273,7 +273,7 @@ def summing_up(
 
 
 def stages_closing(done: list[tuple[str, Any]]) -> str:
-    """(title, loop.Result) of every stage -> a line for each."""
+    """(title, finish.Result) of every stage -> a line for each."""
     lines = ["", "all stages are done:"]
     for title, result in done:
         loss = f", loss {digits(result.metrics['loss'], 4)}" if "loss" in result.metrics else ""

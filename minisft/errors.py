@@ -17,8 +17,8 @@ from pathlib import Path
 CONFIG = 2  # the configuration or the command line
 DATA = 65  # a data file or a row
 MODEL = 66  # model or tokenizer files
-INTERNAL = 70  # nobody foresaw it: a bug of ours, or of a library
 PEER = 69  # another rank is gone
+INTERNAL = 70  # nobody foresaw it: a bug of ours, or of a library
 MEMORY = 71  # not enough memory
 SAVE = 74  # the disk: checkpoints could not be written, or a file not be read
 STOPPED = 75  # by a signal or control.toml, before the first step or after saving; the same command resumes

@@ -13,7 +13,7 @@ from minisft import runtime
 from minisft.data.batch import Batch
 from minisft.data.kinds import TOKEN_KINDS
 from minisft.data.loader import Loader
-from minisft.kernels.linear_cross_entropy import Stats, linear_cross_entropy
+from minisft.kernels.linear_cross_entropy import Stats
 from minisft.metrics import Sums
 from minisft.model.decoder import Decoder
 from minisft.parallel import no_backward
@@ -58,16 +58,7 @@ def target_stats(model: Decoder, batch: Batch, device: torch.device, precision: 
     work = batch.to(device)
     with runtime.autocast(device, precision):
         hidden = model(work.input_ids, work.position_ids, work.start, work.end, shared=work.shared)  # [T, D]
-        _, stats = linear_cross_entropy(
-            hidden,
-            model.head_weight,
-            work.targets,
-            rows=work.loss_rows,
-            bias=model.head_bias,
-            softcap=model.config.logit_softcap,
-            logit_scale=model.config.logit_scale,
-            return_stats=True,
-        )
+        _, stats = model.cross_entropy(hidden, work.targets, work.loss_rows, return_stats=True)
     return stats
 
 

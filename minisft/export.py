@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from minisft.atomic_folder import atomic_folder, not_written, read_manifest, require_space, verify_folder
-from minisft.checkpoint import checkpoint_bytes, checkpoints, is_pinned, most_at_once, name_aside, step_of
+from minisft.checkpoint import checkpoint_bytes, checkpoints, is_pinned, most_at_once, name_aside, step_folder, step_of
 from minisft.config.sections import Config
 from minisft.console import wrap
 from minisft.data.tokenizer import Tokenizer
@@ -114,7 +114,7 @@ def is_exported(run: Run, folder: Path) -> bool:
 
 def checkpoint_id(run: Run, folder: Path) -> str | None:
     """The hash that identifies the checkpoint of this step; None where it is not in this folder."""
-    path = folder / "checkpoints" / f"step-{run.progress.step:08d}"
+    path = step_folder(folder / "checkpoints", run.progress.step)
     return read_manifest(path)["sha256"] if path.exists() else None
 
 

@@ -11,6 +11,7 @@ so a row's completion does not depend on when others finish.
 """
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,27 +37,10 @@ def stop_ids(model: Decoder, tokenizer: Tokenizer) -> set[int]:
     return tokenizer.stop_ids | set(listed) - {None}
 
 
-def generate(
-    model: Decoder,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_ids: Collection[int] = (),
-    seed: int | None = None,
-) -> list[list[int]]:
-    """The new tokens of each prompt, without the stop token that ended it.
-
-    temperature 0 takes the most likely token. `seed` fixes the draws; None takes them from torch's global generator.
-    Works in eval mode, under the autocast of the caller, and leaves the model in the mode it was in.
-    Raises UserError for an empty prompt, an id outside the vocabulary, options out of range, or a text longer than the
-    learned positions.
-    """
+def generate(model: Decoder, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+    """The new tokens of each prompt, without the stop token that ended it. options: those of `stream`."""
     outputs: list[list[int]] = [[] for _ in prompts]
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop_ids": stop_ids, "seed": seed}
-    for row, token in stream(model, prompts, max_new_tokens=max_new_tokens, **options):
+    for row, token in stream(model, prompts, **options):
         outputs[row].append(token)
     return outputs
 
@@ -73,7 +57,14 @@ def stream(
     stop_ids: Collection[int] = (),
     seed: int | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """As `generate`, but yields (number of the prompt, new token) as soon as a token is chosen."""
+    """(number of the prompt, its next token) for all prompts together, as the tokens are chosen; no more of a prompt after a stop
+    token, which is not among them.
+
+    temperature 0 takes the most likely token. `seed` fixes the draws; None takes them from torch's global generator.
+    Works in eval mode, under the autocast of the caller, and leaves the model in the mode it was in.
+    Raises UserError for an empty prompt, an id outside the vocabulary, options out of range, or a text longer than the
+    learned positions.
+    """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, seed)
     if not prompts or max_new_tokens == 0:
         return

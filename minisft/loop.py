@@ -11,33 +11,31 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from minisft import best, console, ranks, runtime, schedule, signals
-from minisft.atomic_folder import lock_folder, remove_leftovers, verify_folder, write_file
+from minisft.atomic_folder import lock_folder, remove_leftovers, write_file
 from minisft.bad_steps import handle_bad_step
-from minisft.checkpoint import MAX_FAILED_SAVES, load_checkpoint, try_save
-from minisft.config.load import add_history, fingerprint, write_resolved
+from minisft.checkpoint import MAX_FAILED_SAVES, step_folder, try_save
+from minisft.config.load import add_history, write_resolved
 from minisft.config.sections import Config, TrainSection, config_to_dict
 from minisft.config.stages import has_samples
 from minisft.control import Control, Request
 from minisft.data.batch import Batch
-from minisft.errors import STOPPED, Stopped, UserError, warn
+from minisft.errors import STOPPED, Stopped, UserError
 from minisft.evaluation import evaluate
 from minisft.export import (
-    export_dtype,
-    export_model,
     is_exported,
     other_bytes,
-    read_model,
     require_space_for_run,
     write_state,
 )
-from minisft.loggers import Loggers, read_metrics
+from minisft.finish import Result, finish, is_complete
+from minisft.loggers import Loggers
 from minisft.metrics import Sums, eval_name, peak_memory
 from minisft.micro_batch import forward_backward
 from minisft.optimizers import evaluation_weights
@@ -46,10 +44,9 @@ from minisft.parallel import is_sharded, on_first_rank, sum_gradients, total_nor
 from minisft.prepare.run import Run, prepare
 from minisft.resume import changed_keys, require_same_state, resume, rewind, training_state
 from minisft.runtime import read_back
-from minisft.samples import complete, example_prompt
 from minisft.schedule import lr_factor
 from minisft.signals import StopSignal
-from minisft.spikes import Recent, describe_spikes
+from minisft.spikes import Recent
 from minisft.update import (
     ZeroUpdates,
     clip_and_update,
@@ -59,18 +56,6 @@ from minisft.update import (
     unscale,
     update_in_backward,
 )
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run leaves behind."""
-
-    output_dir: Path
-    model_dir: Path | None  # the trained model as Hugging Face files; None where the run was stopped early
-    step: int  # optimizer steps taken
-    metrics: dict[str, float] = field(default_factory=dict)  # the last value of everything that was logged
-    exit_code: int = 0  # 0 done, 75 stopped by a signal after saving
-    signal: str | None = None  # the one that asked this process to stop, perhaps too late for a run that was done
 
 
 @dataclass(frozen=True)
@@ -386,24 +371,13 @@ def require_unchanged(config: Config, folder: Path, saved: dict | None) -> None:
 # ---- during the run ---------------------------------------------------------------------------------------------
 
 
-def is_complete(config: Config, run: Run) -> bool:
-    """All steps are taken, or early stopping has run out of patience."""
-    patience = config.evaluate.early_stopping_patience
-    return run.progress.step >= run.total_steps or patience is not None and run.progress.best.num_bad >= patience
-
-
 def asked_alone(signal: StopSignal) -> bool:
     """Whether a run of one rank is asked to stop. Several ranks must agree, which they do at the start of each step."""
     return signal.received is not None and ranks.world_size() == 1
 
 
-def is_any_asked(signal: StopSignal) -> bool:
-    """Whether some rank is asked to stop. All ranks call it together."""
-    return ranks.sum_numbers_over_ranks([float(signal.received is not None)])[0] > 0
-
-
 def raise_if_any_asked(signal: StopSignal) -> None:
-    if is_any_asked(signal):
+    if ranks.any_rank(signal.received is not None):
         raise Stopped("stopped by a signal", STOPPED)
 
 
@@ -459,14 +433,10 @@ def save(config: Config, run: Run, folder: Path, loggers: Loggers | None, num_fa
         optimizer=run.optimizer,
         state={**state, **(loggers.position() if loggers else {})},
         keep=config.checkpoint.save_total_limit,
-        pinned=[best_checkpoint(run, folder)],
+        pinned=[step_folder(folder / "checkpoints", run.progress.best.step)],
         other_bytes=other_bytes(run),
     )
     return on_first_rank(run.model, run.optimizer, write) or 0
-
-
-def best_checkpoint(run: Run, folder: Path) -> Path:
-    return folder / "checkpoints" / f"step-{run.progress.best.step:08d}"
 
 
 def progress_values(run: Run) -> dict[str, float]:
@@ -482,112 +452,3 @@ def progress_values(run: Run) -> dict[str, float]:
         "num_tokens": progress.num_tokens,
         **unusual,
     }
-
-
-# ---- the end -----------------------------------------------------------------------------------------------------
-
-
-def finish(
-    config: Config,
-    run: Run,
-    folder: Path,
-    loggers: Loggers | None,
-    bar: console.ProgressBar,
-    values: dict[str, float],
-    signal: StopSignal,
-    control: Control | None,
-) -> Result:
-    """Export the model, complete the held-out prompts, and print what is in the output folder and what to do next."""
-    is_main, step = ranks.rank() == 0, run.progress.step
-    signal.note("stopping once the model is written" if run.prompts else "the run ends once the model is written")
-    if is_any_asked(signal) or not is_complete(config, run):
-        if is_main:
-            asked = "control.toml" if control and control.has_stopped else signal.received
-            print(console.stopped(folder, step, run.total_steps, asked))
-        return Result(folder, None, step, values, exit_code=STOPPED, signal=signal.received)
-    if loggers:
-        if num_skipped := run.progress.nonfinite_steps:
-            warn(f"{num_skipped:,} of {step:,} steps were not finite and trained nothing")
-        if run.progress.spikes.count:
-            warn(describe_spikes(run.progress.spikes, step))
-        if step < run.total_steps:
-            print(console.stopped_early(step, run.best_metric, run.progress.best))
-    if loggers or is_sharded(run.model):  # of sharded weights every rank has its rows
-        if config.evaluate.load_best_model_at_end:
-            load_best_model(run, folder)
-        with evaluation_weights(run.optimizer):
-            on_first_rank(run.model, run.optimizer, partial(export_once, config, run, folder, bar))
-            if run.prompts:
-                try:
-                    if not is_sharded(run.model):  # else the other ranks would wait for the rest of its passes
-                        signal.end_at_once(signals.IN_SAMPLES)
-                    values |= complete_prompts(config, run, folder, loggers)
-                    signal.note("the run is done")
-                except Stopped as stopped:
-                    print(f"{stopped}")
-                    return Result(folder, folder / "model", step, values, STOPPED, signal.received)
-    if loggers:
-        documents = next(iter(run.evals.values()), run.train).documents
-        print(
-            console.closing(
-                folder,
-                step=step,
-                report_to=config.log.report_to,
-                prompt=example_prompt(documents, run.tokenizer, run.prompting["prompt"]),
-                longer=longer(config, stopped_early=step < run.total_steps),
-                base=run.start.name if run.model.lora is not None else None,
-            )
-        )
-        rows = read_metrics(folder / "metrics.jsonl")
-        summary = console.summing_up(rows, bar.seconds(), bar.first_step, run.best_metric, run.progress.best)
-        print("\n" + summary)
-    return Result(folder, folder / "model", step, values, signal=signal.received)
-
-
-def export_once(config: Config, run: Run, folder: Path, bar: console.ProgressBar) -> None:
-    """Export the model, unless this start took no step and found it there: then only the samples are missing."""
-    if bar.first_step < run.progress.step or not is_exported(run, folder):
-        (folder / "samples.jsonl").unlink(missing_ok=True)
-        export_model(run, folder, export_dtype(config), fingerprint(config))
-
-
-def complete_prompts(config: Config, run: Run, folder: Path, loggers: Loggers | None) -> dict[str, float]:
-    """Complete the held-out prompts; the first rank prints, logs and writes them. Returns their score."""
-    section = config.evaluate
-    samples = complete(
-        run.model, run.tokenizer, run.prompts, max_new_tokens=section.max_new_tokens, precision=run.precision
-    )
-    if loggers is None:
-        return {}
-    print(console.sample_report(samples, section.generate_samples_shown))
-    scores = {"eval_exact_match": sum(sample.correct for sample in samples) / len(samples)}
-    loggers.log(run.progress.step, scores)
-    console.write_samples(folder / "samples.jsonl", samples)  # the last act: its presence means that all is there
-    return scores
-
-
-def longer(config: Config, stopped_early: bool) -> str:
-    """The option with which a finished run would take more steps."""
-    if stopped_early:
-        return f"--early_stopping_patience {2 * config.evaluate.early_stopping_patience}"
-    if config.train.max_steps > 0:
-        return f"--max_steps {2 * config.train.max_steps}"
-    return f"--num_train_epochs {2 * config.train.num_train_epochs:g}"
-
-
-def load_best_model(run: Run, folder: Path) -> None:
-    """Put the weights of the best evaluation into the model. Prints a warning where its checkpoint is not whole."""
-    chosen, path = run.progress.best, best_checkpoint(run, folder)
-    if chosen.step in (0, run.progress.step):
-        return
-    is_main = ranks.rank() == 0
-    reason = on_first_rank(run.model, run.optimizer, partial(verify_folder, path))
-    if is_sharded(run.model):
-        reason = ranks.from_first_rank(reason)
-    if reason:
-        if is_main:
-            warn(f"the best checkpoint {path}: {reason}; the last model is exported")
-        return
-    load_checkpoint(path, run.model, run.optimizer, read_model)  # the moments too: some optimizers keep weights in them
-    if is_main:
-        print(f"exported   the model of step {chosen.step}, with the best {run.best_metric}, {chosen.value:.4g}")

@@ -259,9 +259,8 @@ def _ways(config: Config, run: Run, batch: Batch | None) -> list[str]:
     model, train, loader, ways = config.model, config.train, run.train, []
     now, of_step = loader.micro_batch_size or loader.batch_size, loader.batch_size * loader.accumulation
     if batch is not None and now > 1 and not train.optimizer_in_backward:
-        half = next(
-            n for n in range(now // 2, 0, -1) if of_step % n == 0
-        )  # the same packs a step, so that a resume goes on
+        # the same packs a step, so that a resume goes on
+        half = next(n for n in range(now // 2, 0, -1) if of_step % n == 0)
         split = ', or on_oom = "split"' if train.on_oom == "stop" else ""
         ways.append(f"per_device_train_batch_size = {half} with gradient_accumulation_steps = {of_step // half}{split}")
     if batch is not None:

@@ -92,7 +92,7 @@ def _groups(model: nn.Module) -> list:
 
 def part_of(p: nn.Parameter) -> nn.Parameter:
     """The rows of a sharded parameter that are here, as a parameter, always the same one; of any other the parameter itself."""
-    if not shards.is_sharded(p):
+    if not shards.is_shard(p):
         return p
     if not hasattr(p, "part"):
         p.part = nn.Parameter(shards.local(p))
@@ -128,7 +128,7 @@ def total_norm(model: nn.Module, norms: list[Tensor]) -> Tensor:
         return torch.nn.utils.get_total_norm(norms)
     params = [p for p in model.parameters() if part_of(p).grad is not None]
     # Every rank has all of a plain gradient, and with replicas several have the same rows.
-    shares = [1 / _replicas(p) if shards.is_sharded(p) else 1 / ranks.world_size() for p in params]
+    shares = [1 / _replicas(p) if shards.is_shard(p) else 1 / ranks.world_size() for p in params]
     squares = torch.stack(norms).double().square() * torch.tensor(shares, dtype=torch.float64, device=norms[0].device)
     return ranks.sum_over_ranks(squares.sum()).sqrt().float()
 

@@ -23,13 +23,10 @@ from minisft.errors import INTERNAL, PEER, rank_name, tell
 BEAT = 2.0  # seconds between two looks
 SILENCE = 20.0  # seconds without a beat after which a rank is given up; all have ended ten seconds later
 SUSPICIOUS = 6.0  # the same once a sum over the ranks has failed: torchrun leaves 30 seconds
-GRACE = (
-    5.0  # seconds that a rank may still work after another one failed: it may be about to fail, and save, the same way
-)
+# Seconds that a rank may still work after another one failed: it may be about to fail, and save, the same way.
+GRACE = 5.0
 LAST_WORD = 5.0  # seconds that the rank whose process holds the store waits for the others to read it
-START = timedelta(
-    hours=24
-)  # that ranks may be apart at the start: one machine may tokenise while another has found its cache
+START = timedelta(hours=24)  # that ranks may be apart at first: one tokenises while another has found its cache
 ANSWER = timedelta(seconds=10)  # that the store may take
 
 

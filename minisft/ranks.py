@@ -21,9 +21,7 @@ from minisft.errors import PEER, UserError, is_out_of_memory, rank_name
 from minisft.peers import START, Watch
 from minisft.strict_json import dump_json, parse_json
 
-STEP = timedelta(
-    minutes=10
-)  # that a rank waits for the others once steps are taken: an evaluation or a save may take long
+STEP = timedelta(minutes=10)  # that a rank waits for the others once steps are taken: one of them may save
 
 _watch: Watch | None = None
 _group: Any = None  # the group whose timeout is STEP; None before the first step

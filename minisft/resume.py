@@ -18,7 +18,7 @@ from minisft.config.sections import Config
 from minisft.errors import UserError
 from minisft.export import read_model
 from minisft.metrics import Sums
-from minisft.model.shards import is_sharded
+from minisft.model.shards import is_shard
 from minisft.out_of_memory import describe_micro_batches, use_micro_batch_size
 from minisft.prepare.run import Run
 from minisft.ranks import from_first_rank, rank, require_agreement
@@ -140,7 +140,7 @@ def require_same_state(config: Config, run: Run) -> None:
     bits = [
         p.detach().contiguous().view(-1).view(BITS[p.element_size()]).sum(dtype=torch.int64)
         for p in run.model.parameters()
-        if not is_sharded(p)  # the same on all ranks
+        if not is_shard(p)  # the same on all ranks
     ]
     weights = sha256(repr(torch.stack(bits).tolist() if bits else []).encode()).hexdigest()
     order = data_order(config, run)

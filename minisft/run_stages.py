@@ -9,7 +9,7 @@ import torch
 from minisft import console, loop, ranks, runtime
 from minisft.config.stages import Stage
 from minisft.errors import STOPPED, reports_in
-from minisft.loop import Result
+from minisft.finish import Result
 from minisft.signals import StopSignal
 
 

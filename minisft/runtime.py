@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minisft.config.sections import TrainSection
 from minisft.errors import UserError
 from minisft.kernels.linear import keep_copies
 from minisft.ranks import rank
@@ -50,10 +51,12 @@ def cpu_has_bf16() -> bool:
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
-def pick_precision(name: str, device: torch.device) -> str:
-    """ "auto" is bf16 where the device computes in it, fp32 elsewhere; other names stay the same."""
-    if name != "auto":
-        return name
+def pick_precision(train: TrainSection, device: torch.device) -> str:
+    """Of the matrix products: bf16 for weights in bf16; "auto" is bf16 where the device computes in it, fp32 elsewhere."""
+    if train.weights_dtype == "bf16":
+        return "bf16"
+    if train.precision != "auto":
+        return train.precision
     has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
     return "bf16" if has_bf16 else "fp32"
 

@@ -13,7 +13,6 @@ grad_scale = 1 / N, so it is applied once, in fp32, inside the kernel.
 from torch import Tensor
 
 from minisft.data.batch import Batch
-from minisft.kernels.linear_cross_entropy import linear_cross_entropy
 from minisft.metrics import Metrics
 from minisft.model.decoder import Decoder
 
@@ -32,16 +31,12 @@ def loss(
     gradients are enabled: a head that has a gradient already has got its new one by then.
     """
     hidden = model(batch.input_ids, batch.position_ids, batch.start, batch.end, shared=batch.shared)  # [T, D]
-    total, stats = linear_cross_entropy(
+    total, stats = model.cross_entropy(
         hidden,
-        model.head_weight,
         batch.targets,
-        rows=batch.loss_rows,
+        batch.loss_rows,
         row_weights=batch.row_weights,
         grad_scale=grad_scale,
-        bias=model.head_bias,
-        softcap=model.config.logit_softcap,
-        logit_scale=model.config.logit_scale,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         return_stats=True,

@@ -45,9 +45,8 @@ class Spikes:
     count: int = 0
     skipped: int = 0  # whose step made no update, and the run went on
     rewinds: int = 0  # how often the run went back to a checkpoint
-    left_out: list[int] = field(
-        default_factory=list
-    )  # steps, as the log numbers them, whose rows train nothing any more
+    # steps, as the log numbers them, whose rows train nothing any more
+    left_out: list[int] = field(default_factory=list)
 
 
 @dataclass

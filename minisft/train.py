@@ -20,7 +20,7 @@ from minisft.errors import STOPPED, reports_in, run_command
 from minisft.signals import BEFORE_STEPS, StopSignal
 
 if TYPE_CHECKING:
-    from minisft.loop import Result
+    from minisft.finish import Result
 
 
 def run(source: str | Path | dict[str, Any], /, **overrides: Any) -> Result:

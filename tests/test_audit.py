@@ -32,7 +32,8 @@ from minisft.data.row_format import FormatOptions
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import load_tokenizer, train_tokenizer
 from minisft.errors import DATA, UserError
-from minisft.prepare.data import prepare_data, prepare_tokenizer
+from minisft.prepare.data import prepare_data
+from minisft.prepare.options import prepare_tokenizer
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 TOKENIZER = train_tokenizer(["Hello, how are you?", "2 + 2 = 4"] * 5, 300)

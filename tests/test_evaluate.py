@@ -13,7 +13,8 @@ from minisft.answers import open_model
 from minisft.config.load import load
 from minisft.data.kinds import TOKEN_KINDS
 from minisft.data.tokenizer import train_tokenizer
-from minisft.prepare.data import prepare_data, prepare_tokenizer
+from minisft.prepare.data import prepare_data
+from minisft.prepare.options import prepare_tokenizer
 
 LONG = {"data.max_length": 256}
 

@@ -25,7 +25,7 @@ from test_lora_run import LORA
 from test_resume import assert_same, outcome
 from tiny import train
 
-from minisft import console, errors, export, loop
+from minisft import console, errors, export, finish, loop
 from minisft.data.loader import Loader
 from minisft.errors import NONFINITE, SAVE, UserError, run_command
 
@@ -206,7 +206,7 @@ PROMPTS = {"evaluate.generate_data": "{home}/rows.jsonl", "evaluate.max_new_toke
 SITES = {  # what is written, and the function that does it
     "config and summary": (loop, "start_output", {}),
     "the last checkpoint": (loop, "save", {}),
-    "the model": (loop, "export_model", {}),
+    "the model": (finish, "export_model", {}),
     "samples": (console, "write_samples", PROMPTS),
 }
 

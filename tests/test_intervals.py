@@ -108,7 +108,7 @@ def test_a_run_killed_before_its_samples_completes_them_at_the_next_start(go, ho
     whole = go(output_dir=str(tmp_path / "whole"), **data).output_dir
     for killed in ("complete", "console.write_samples"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"minisft.loop.{killed}", lambda *arguments, **options: 1 / 0)
+            patch.setattr(f"minisft.finish.{killed}", lambda *arguments, **options: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 go(**data, **{"checkpoint.resume": "never"})
         out = tmp_path / "out"

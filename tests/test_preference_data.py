@@ -26,7 +26,8 @@ from minisft.data.rows import RowError
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import train_tokenizer
 from minisft.errors import DATA, UserError
-from minisft.prepare.data import prepare_data, prepare_tokenizer
+from minisft.prepare.data import prepare_data
+from minisft.prepare.options import prepare_tokenizer
 from minisft.samples import read_prompts
 
 TOKENIZER = train_tokenizer(["Hello, how are you today?", "Human: Assistant: fine, thank you."] * 5, 320)

@@ -13,7 +13,7 @@ from test_ranks import join
 from test_resume import assert_same, outcome, stop_after
 from tiny import logged, settings, start, weights
 
-from minisft import loop, ranks
+from minisft import finish, loop, ranks
 from minisft import train as command
 from minisft.commands import audit
 from minisft.config.load import load
@@ -321,14 +321,14 @@ def run_quietly(path: str, output: str = "/dev/null", **environment: str) -> Non
 
 
 def test_a_signal_while_a_stage_is_written_ends_the_command_before_the_next(write, tmp_path, monkeypatch, capsys):
-    path, honest = write(), loop.export_model
+    path, honest = write(), finish.export_model
 
     def export_model(*arguments):
         signal.raise_signal(signal.SIGTERM)
         honest(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "export_model", export_model)
+        patch.setattr(finish, "export_model", export_model)
         assert main([str(path)]) == STOPPED
     assert "stopped after stage 1 of 2" in capsys.readouterr().out
     assert (tmp_path / "out/1-first/model").exists() and not (tmp_path / "out/2-second").exists()

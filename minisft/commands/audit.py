@@ -108,20 +108,10 @@ def _audit_one(config: "Config", options: dict[str, Any]) -> int:
 
 def _own_options(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The options of this command, by name, and the rest of the command line."""
-    options, rest, words = {}, [], list(argv)
-    while words:
-        word = words.pop(0)
-        name, has_value, value = word.partition("=")
-        if name == "--json" and not has_value:
-            options["json"] = True
-        elif name in ("--show", "--row", "--html"):
-            if not has_value and not words:
-                raise UserError(f"command line: {name} needs a value", hint="see minisft audit --help")
-            options[name[2:]] = value if has_value else words.pop(0)
-            if not options[name[2:]]:
-                raise UserError(f"command line: {name} needs a value", hint="see minisft audit --help")
-        else:
-            rest.append(word)
+    from minisft.config.command_line import take_options
+
+    found, rest = take_options(argv, ("show", "row", "html"), ("json",))
+    options: dict[str, Any] = {name: value if value is True else value[-1] for name, value in found.items()}
     if "show" in options:
         if not options["show"].isdecimal() or len(options["show"]) > 15:
             raise UserError(f"command line: --show {shortened(options['show'], 60)}: expected a number of rows")
@@ -137,7 +127,8 @@ def _own_options(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
 def open_sets(config: "Config") -> tuple["Tokenizer", str, dict[str, DataSet]]:
     """The tokenizer, a line about it, and the sets by name: "train", "eval" or "eval NAME"."""
     from minisft.config.sections import eval_sets, source_list
-    from minisft.prepare.data import open_documents, prepare_tokenizer
+    from minisft.prepare.data import open_documents
+    from minisft.prepare.options import prepare_tokenizer
 
     data = config.data
     tokenizer, line = prepare_tokenizer(config)
@@ -154,7 +145,7 @@ def audit(config: "Config") -> tuple[dict[str, Any], "Tokenizer", dict[str, Data
     """(report for JSON, tokenizer, the sets, their findings). Raises UserError if the data cannot be read at all."""
     from minisft.data.audit import TITLES, all_findings, overlap
     from minisft.data.documents import split_documents
-    from minisft.prepare.data import cut_length
+    from minisft.prepare.options import cut_length
 
     data, limits = config.data, asdict(config.audit)
     tokenizer, tokenizer_line, sets = open_sets(config)
@@ -210,7 +201,7 @@ def _tables(
 ) -> dict[str, Any]:
     """The account and the tables of a set. in_epoch: its documents without the held-out ones."""
     from minisft.data.audit import count_tokens, kind_table, length_histogram, length_summary, source_table
-    from minisft.prepare.data import split_length
+    from minisft.prepare.options import split_length
 
     account, documents, lengths = data_set.account, data_set.documents, in_epoch.lengths
     counts = count_tokens(documents, split_length(config.data, data_set.packing))

@@ -5,7 +5,6 @@ training; for a run with its own data settings. Every number is a mean over exac
 whatever the batch size and the packing.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -14,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisft.config.command_line import parse_arguments
+from minisft.config.command_line import parse_arguments, take_options
 from minisft.config.load import RESOLVED_NAME, load
 from minisft.errors import UserError
 from minisft.files import checked_path
@@ -23,28 +22,33 @@ from minisft.units import digits
 if TYPE_CHECKING:
     from minisft.config.sections import Config
 
+USAGE = """\
+usage: minisft evaluate FOLDER --data FILE [--data FILE ...] [--json] [--KEY VALUE ...]
+
+Loss, perplexity, accuracy and entropy of a data set, by kind of token and by source, as means over exactly the tokens that are
+named. probability is the mean of p(target): for the terminator it says how surely answers end.
+
+  --data FILE   rows in any format that trains; may be repeated
+  --json        print only the numbers, as JSON
+
+FOLDER is a run's output folder or a model folder. Other options are keys of the configuration, as for `minisft train`:
+--max_length 2048, --precision fp32.
+"""
 COLUMNS = ("tokens", "loss", "perplexity", "accuracy", "entropy", "probability")
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="minisft evaluate",
-        description="Loss, perplexity, accuracy and entropy of a data set, by kind of token and by source.",
-        epilog="Other options are keys of the configuration, as for `minisft train`: --max_length 2048, --precision fp32. "
-        "probability is the mean of p(target): for the terminator it says how surely answers end.",
-    )
-    parser.add_argument("folder", help="a model folder, or the output folder of a run")
-    parser.add_argument("--data", metavar="FILE", action="append", required=True, help="rows; may be repeated")
-    parser.add_argument("--json", action="store_true", help="print only the numbers, as JSON")
-    arguments, others = parser.parse_known_args(argv)
-    folder = Path(checked_path(arguments.folder, "the folder"))
-    path, overrides = parse_arguments(others)
-    if path is not None:
-        raise UserError(f"command line: {path}: one folder is evaluated", hint="name data with --data")
+    if not argv or "-h" in argv or "--help" in argv:
+        print(USAGE, file=sys.stdout if argv else sys.stderr, end="")
+        return 0 if argv else 2
+    options, rest = take_options(argv, ("data",), ("json",))
+    name, overrides = parse_arguments(rest)
+    if name is None or "data" not in options:
+        raise UserError("command line: a folder and --data FILE are needed", hint="minisft evaluate FOLDER --data FILE")
+    folder = Path(checked_path(name, "the folder"))
     with tempfile.TemporaryDirectory() as temporary:
-        config = configuration(folder, arguments.data, overrides, temporary)
-        lines, parts = _evaluate(config, folder)
-    if arguments.json:
+        lines, parts = _evaluate(configuration(folder, options["data"], overrides, temporary), folder)
+    if "json" in options:
         finite = {name: {key: spelled(value) for key, value in means.items()} for name, means in parts.items()}
         print(json.dumps(finite, indent=2, allow_nan=False, ensure_ascii=False))
         return 0
@@ -80,7 +84,7 @@ def _evaluate(config: "Config", folder: Path) -> tuple[list[str], dict[str, dict
         answerer.model,
         replace(loader, shuffle=False, accumulation=1),
         device,
-        runtime.pick_precision(config.train.precision, device),
+        runtime.pick_precision(config.train, device),
     )
     return lines, found
 

@@ -80,7 +80,8 @@ def probe(model: "Decoder", run: Path) -> tuple[str, tuple]:
     import torch
 
     from minisft.config.load import RESOLVED_NAME, load
-    from minisft.prepare.data import prepare_data, prepare_tokenizer
+    from minisft.prepare.data import prepare_data
+    from minisft.prepare.options import prepare_tokenizer
 
     for folder in (run, run.parent):
         if (folder / RESOLVED_NAME).exists() and (folder / "checkpoints").exists():

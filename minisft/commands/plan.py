@@ -43,11 +43,12 @@ def main(argv: list[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         print(USAGE.format(cards=", ".join(name.lower() for name in CARDS)), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
-    options, rest = own_options(argv)
-    from minisft.config.command_line import parse_arguments
+    from minisft.config.command_line import parse_arguments, take_options
     from minisft.config.stages import load_stages
     from minisft.plan.report import report
 
+    texts, rest = take_options(argv, OPTIONS, FLAGS)
+    options = {key: text if text is True else _value(key, text[-1]) for key, text in texts.items()}
     stages = load_stages(*parse_arguments(rest))
     if len(stages) > 1 and (alone := [f"--{name}" for name in FLAGS if options.get(name)]):
         raise UserError(f"command line: {alone[0]} with {len(stages)} stages", hint="name the file of one stage")
@@ -64,29 +65,10 @@ def main(argv: list[str]) -> int:
     return max(codes)
 
 
-def own_options(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The options of this command, by name, and the rest of the command line. Raises UserError."""
-    options, rest, words = {}, [], list(argv)
-    while words:
-        word = words.pop(0)
-        name, has_value, value = word.partition("=")
-        key = name.removeprefix("--").replace("-", "_")
-        if name.startswith("--") and key in FLAGS:
-            if has_value:
-                raise UserError(f"command line: {name} takes no value", hint=name)
-            options[key] = True
-        elif name.startswith("--") and key in OPTIONS:
-            if not has_value and not words:
-                raise UserError(f"command line: {name} needs a value", hint="see minisft plan --help")
-            options[key] = _value(key, name, value if has_value else words.pop(0))
-        else:
-            rest.append(word)
-    return options, rest
-
-
-def _value(key: str, name: str, text: str) -> Any:
+def _value(key: str, text: str) -> Any:
     from minisft.cards import CARDS
 
+    name = f"--{key.replace('_', '-')}"
     if key == "card":
         found = next((card for card in CARDS.values() if card.name.lower() == text.lower()), None)
         if found is None:
@@ -113,8 +95,9 @@ def _plan(stage: Any, options: dict[str, Any]) -> Any:
     """The `Estimate` of a stage. One that starts from the model of a stage before has the shape of that one's."""
     from minisft.config.sections import ModelSection
     from minisft.plan.estimate import MFU, estimate
-    from minisft.plan.inputs import read_model, read_tokenizer
+    from minisft.plan.inputs import read_model
     from minisft.plan.work import measure
+    from minisft.prepare.options import prepare_tokenizer
 
     first, config = stage, stage.config
     while first.previous is not None:
@@ -124,7 +107,7 @@ def _plan(stage: Any, options: dict[str, Any]) -> Any:
         names = ("model_name_or_path", "config", "revision", "tokenizer_name_or_path")
         config = replace(config, model=replace(config.model, **{name: getattr(start, name) for name in names}))
     hardware = hardware_of(config, options)
-    tokenizer = read_tokenizer(config)
+    tokenizer, _ = prepare_tokenizer(config)
     model = read_model(config, tokenizer)
     work = measure(config, tokenizer, hardware.place.ranks)
     return estimate(config, model, work, hardware, mfu=options.get("mfu", MFU), price=options.get("price"))

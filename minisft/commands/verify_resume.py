@@ -31,7 +31,7 @@ bytes of weights, moments, state, metrics and the exported model.
 Other options are keys of the configuration, as for `minisft train`. Both runs write into a new folder beside output_dir,
 which is removed if they are equal. The exit code is 1 if they are not.
 """
-DEFAULT_STEPS, FEWEST_STEPS = 20, 8
+DEFAULT_STEPS, FEWEST_STEPS, MOST_STEPS = 20, 8, 10**6
 DIFFERENT = 1  # the exit code
 # Where two runs may differ though they are the same: how many bytes of timings were logged.
 NOT_COMPARED = ("timings.jsonl",)
@@ -41,11 +41,15 @@ def main(argv: list[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         print(USAGE, file=sys.stdout if argv else sys.stderr, end="")
         return 0 if argv else 2
-    steps, rest = _own_option(argv)
-    from minisft.config.command_line import parse_arguments
+    from minisft.config.command_line import parse_arguments, take_options
     from minisft.config.stages import load_stages
     from minisft.prepare.look import look
 
+    options, rest = take_options(argv, ("steps",), ())
+    text = options.get("steps", [str(DEFAULT_STEPS)])[-1]
+    if not text.isdecimal() or not FEWEST_STEPS <= int(text[:9]) <= MOST_STEPS:
+        raise UserError(f"command line: --steps {text[:60]}: expected a number from {FEWEST_STEPS} to {MOST_STEPS:,}")
+    steps = int(text)
     stages = load_stages(*parse_arguments(rest))
     if len(stages) > 1:
         raise UserError(f"verify-resume with {len(stages)} stages", hint="it needs one; name the stage's file")
@@ -62,20 +66,6 @@ def main(argv: list[str]) -> int:
         else:
             print(f"\nboth runs, with what they printed, are in {folder}")
     return 0 if is_equal else DIFFERENT
-
-
-def _own_option(argv: list[str]) -> tuple[int, list[str]]:
-    """(steps, the rest of the command line)"""
-    steps, rest, words = str(DEFAULT_STEPS), [], list(argv)
-    while words:
-        name, has_value, value = words.pop(0).partition("=")
-        if name == "--steps":
-            steps = value if has_value else words.pop(0) if words else ""
-        else:
-            rest.append(name + has_value + value)
-    if not steps.isdecimal() or not FEWEST_STEPS <= int(steps) <= 10**6:
-        raise UserError(f"command line: --steps {steps}: expected a number from {FEWEST_STEPS} to 1,000,000")
-    return int(steps), rest
 
 
 def verify(words: list[str], folder: Path, steps: int) -> bool:

@@ -2,6 +2,7 @@
 
 import textwrap
 import tomllib
+from collections.abc import Collection
 from dataclasses import MISSING
 from typing import Any, Literal, get_args, get_origin
 
@@ -29,6 +30,28 @@ output_dir; its other keys are common to them. The same command resumes where it
 """
 
 HELP_COLUMN, HELP_WIDTH = 44, 120
+
+
+def take_options(argv: list[str], valued: Collection[str], flags: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """({name: the texts after --name, in order; True for a flag}, the rest of the command line), for the options that a command
+    has besides the keys of a configuration. Names are as in "gpu_memory"; a hyphen does as well. Raises UserError."""
+    options, rest, words = {}, [], list(argv)
+    while words:
+        word = words.pop(0)
+        name, has_value, value = word.partition("=")
+        key = name[2:].replace("-", "_") if name.startswith("--") else ""
+        if key in flags:
+            if has_value:
+                raise UserError(f"command line: {name} takes no value", hint=name)
+            options[key] = True
+        elif key in valued:
+            value = value if has_value else words.pop(0) if words else ""
+            if not value:
+                raise UserError(f"command line: {name} needs a value", hint=f"{name} VALUE; see --help")
+            options.setdefault(key, []).append(value)
+        else:
+            rest.append(word)
+    return options, rest
 
 
 def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, Any]]:

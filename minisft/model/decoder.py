@@ -19,12 +19,14 @@ of the time and be off by 1.1 %.
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minisft.kernels.linear_cross_entropy import linear_cross_entropy
 from minisft.model.attention import Attention, KVCache
 from minisft.model.blocks import OTHER_BLOCKS
 from minisft.model.gated_delta_net import GatedDeltaNet
@@ -92,9 +94,8 @@ class Decoder(nn.Module):
         self.neftune_alpha = 0.0
         self.mean_length: float | None = None
         self.lora: LoraOptions | None = None  # of a model with adapters (lora.py)
-        self.gather: Callable[[str], Tensor] | None = (
-            None  # of sharded weights, where the other ranks take part (parallel.py)
-        )
+        # of sharded weights, where the other ranks take part (parallel.py)
+        self.gather: Callable[[str], Tensor] | None = None
         # False for an adapter that was loaded: switching it off gives the base model, not the model that the run started from.
         self.adapter_is_new = True
         self.generation_config: dict = {}  # generation_config.json of the folder it was loaded from, kept for saving
@@ -160,6 +161,19 @@ class Decoder(nn.Module):
         every document, however they are packed."""
         limit = self.neftune_alpha * (lengths.float() * x.shape[-1]).rsqrt()  # [T]
         return torch.empty_like(x).uniform_(-1, 1) * limit[:, None].to(x.dtype)
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor, rows: Tensor, **options: Any) -> Any:
+        """`linear_cross_entropy` under the head of this model. options: its others."""
+        return linear_cross_entropy(
+            hidden,
+            self.head_weight,
+            targets,
+            rows=rows,
+            bias=self.head_bias,
+            softcap=self.config.logit_softcap,
+            logit_scale=self.config.logit_scale,
+            **options,
+        )
 
     def whole(self, name: str) -> Tensor:
         """The values of a parameter, detached; also where this process has only some rows of it and `gather` is set."""

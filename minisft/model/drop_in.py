@@ -8,11 +8,7 @@ others are written in the dtype of the export, in the layout of the family's fil
 Tensors are compared and written one after the other: memory is that of the largest one, besides the model.
 """
 
-import json
-import math
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -26,25 +22,24 @@ from minisft.model.decoder import Decoder
 from minisft.model.model_config import ModelConfig
 from minisft.model.quantized import quantization_of
 from minisft.model.quantized_files import take_parts
+from minisft.model.save import whole_tensor
 from minisft.model.tensor_names import Stored, stored_tensors
-from minisft.model.weight_files import INDEX, FileTensor, bare, read_headers, weight_files
+from minisft.model.weight_files import (
+    INDEX,
+    Entry,
+    FileTensor,
+    aligned,
+    bare,
+    entry_of,
+    read_headers,
+    weight_files,
+    write_entries,
+)
 from minisft.strict_json import dump_json, parse_json, read_json, write_json
 
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # Files that are not copied: those that are written anew, weights in other formats, and the model's own card.
 WRITTEN = ("config.json", "generation_config.json", "quantization_config.json", "manifest.json", INDEX)
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
-
-
-@dataclass
-class Entry:
-    """A tensor of a file that is written."""
-
-    name: str
-    dtype: str
-    shape: list[int]
-    num_bytes: int
-    write: Callable[[BinaryIO], None]
 
 
 def save_like(model: Decoder, source: Path, folder: Path, dtype: torch.dtype) -> list[str]:
@@ -69,8 +64,8 @@ def save_like(model: Decoder, source: Path, folder: Path, dtype: torch.dtype) ->
     sources = {tensor.name: (wanted[key], tensor) for key, tensor in text.items()}
     num_changed, weight_map, total = 0, {}, 0
     for path in weight_files(source):
-        header, start = _read_header(path)
-        entries = []
+        header, text_of_header = _read_header(path)
+        start, entries = 8 + len(text_of_header), []
         for name, place in sorted(header.items(), key=lambda item: item[1].get("data_offsets", [-1])[0]):
             if name == "__metadata__" or name in dropped:
                 continue
@@ -79,7 +74,9 @@ def save_like(model: Decoder, source: Path, folder: Path, dtype: torch.dtype) ->
             entries.append(
                 _changed(model, name, sources[name][0], dtype) if changed else _kept(path, start, name, place)
             )
-        _write_file(path, folder / path.name, entries, header)
+        if any(entry.dtype != header[entry.name]["dtype"] for entry in entries):
+            entries = aligned(entries)
+        write_entries(folder / path.name, entries, header.get("__metadata__"), like=text_of_header)
         weight_map |= {entry.name: path.name for entry in entries}
         total += sum(entry.num_bytes for entry in entries)
     if (source / INDEX).is_file():
@@ -129,15 +126,8 @@ def _is_unchanged(model: Decoder, stored: Stored, tensor: FileTensor) -> bool:
 
 
 def _changed(model: Decoder, name: str, stored: Stored, dtype: torch.dtype) -> Entry:
-    parts = [model.get_parameter(part) for part in stored.names]
-    shape = stored.shape(parts)
-    num_bytes = sum(part.numel() for part in parts) * dtype.itemsize
-
-    def write(file: BinaryIO) -> None:
-        tensor = stored.join([model.whole(part) for part in stored.names]).to("cpu", dtype).contiguous()
-        file.write(tensor.flatten().view(torch.uint8).numpy())
-
-    return Entry(name, DTYPES[dtype], shape, num_bytes, write)
+    shape = stored.shape([model.get_parameter(part) for part in stored.names])
+    return entry_of(name, dtype, shape, partial(whole_tensor, model, stored))
 
 
 def _kept(path: Path, start: int, name: str, place: dict) -> Entry:
@@ -160,32 +150,11 @@ def _copy_bytes(path: Path, start: int, count: int, out: BinaryIO) -> None:
 # ---- files --------------------------------------------------------------------------------------------------------
 
 
-def _read_header(path: Path) -> tuple[dict, int]:
-    """The JSON header of a file that safetensors has checked, and where the bytes of the tensors begin."""
+def _read_header(path: Path) -> tuple[dict, bytes]:
+    """The header of a file that safetensors has checked, as JSON and as it is. The bytes of the tensors begin after it."""
     with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return parse_json(file.read(size), str(path)), 8 + size
-
-
-def _write_file(source: Path, path: Path, entries: list[Entry], old: dict) -> None:
-    """One safetensors file. The header is the old one, byte by byte, where every tensor kept its dtype and shape."""
-    if any(entry.dtype != old[entry.name]["dtype"] for entry in entries):
-        # Readers want each tensor to begin at a multiple of its item size.
-        entries = sorted(entries, key=lambda entry: -entry.num_bytes // max(math.prod(entry.shape), 1))
-    new, offset = {"__metadata__": old["__metadata__"]} if "__metadata__" in old else {}, 0
-    for entry in entries:
-        last = offset + entry.num_bytes
-        new[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [offset, last]}
-        offset = last
-    with open(path, "wb") as file:
-        if new == old:
-            _copy_bytes(source, 0, _read_header(source)[1], file)
-        else:
-            header = json.dumps(new, separators=(",", ":"), ensure_ascii=False).encode()
-            header += b" " * (-len(header) % 8)
-            file.write(len(header).to_bytes(8, "little") + header)
-        for entry in entries:
-            entry.write(file)
+        text = file.read(int.from_bytes(file.read(8), "little"))
+    return parse_json(text, str(path)), text
 
 
 def _write_index(source: Path, path: Path, weight_map: dict[str, str], total: int) -> None:

@@ -7,6 +7,7 @@ form of bitsandbytes (quantized_files.py), with the `quantization_config` that m
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from minisft.model.families import to_hf
 from minisft.model.quantized import QuantWeight, named_weights, quantization_of
 from minisft.model.quantized_files import join, pack
 from minisft.model.tensor_names import Stored, stored_tensors
-from minisft.model.weight_files import write_tensors
+from minisft.model.weight_files import entry_of, in_usual_order, write_entries
 from minisft.strict_json import write_json
 
 
@@ -43,22 +44,18 @@ def save_model(
     weight_map = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        packed, shapes = {}, {}
+        entries = []
         for name in names:
             parts = [parameters[part] for part in tensors[name].names]
             if isinstance(parts[0], QuantWeight):
-                packed |= _packed_tensors(name, tensors[name], parts)
+                for key, tensor in _packed_tensors(name, tensors[name], parts).items():
+                    entries.append(entry_of(key, tensor.dtype, tensor.shape, tensor.detach))
             else:
-                shapes[name] = dtype, tensors[name].shape(parts)
-        shapes |= {name: (tensor.dtype, tensor.shape) for name, tensor in packed.items()}
-
-        def read(name: str) -> Tensor:
-            if name in packed:  # noqa: B023 - called before the next file
-                return packed[name]  # noqa: B023
-            return tensors[name].join([model.whole(part) for part in tensors[name].names])
-
-        write_tensors(folder / file, shapes, read, {"format": "pt"})  # transformers refuses files without this entry
-        weight_map |= dict.fromkeys(shapes, file)
+                read = partial(whole_tensor, model, tensors[name])
+                entries.append(entry_of(name, dtype, tensors[name].shape(parts), read))
+        # transformers refuses files without this entry
+        write_entries(folder / file, in_usual_order(entries), {"format": "pt"})
+        weight_map |= dict.fromkeys((entry.name for entry in entries), file)
 
     written = set(weight_map.values())
     if len(shards) > 1:
@@ -93,6 +90,11 @@ def _shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
 
 def _num_bytes(weight: Tensor | QuantWeight, dtype: torch.dtype) -> int:
     return weight.nbytes if isinstance(weight, QuantWeight) else weight.numel() * dtype.itemsize
+
+
+def whole_tensor(model: Decoder, stored: Stored) -> Tensor:
+    """The values of a tensor of the family's files."""
+    return stored.join([model.whole(name) for name in stored.names])
 
 
 def _packed_tensors(name: str, stored: Stored, parts: list[QuantWeight]) -> dict[str, Tensor]:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 
-def is_sharded(x: Tensor) -> bool:
+def is_shard(x: Tensor) -> bool:
     return hasattr(x, "device_mesh")
 
 
 def rows_here(x: Tensor) -> slice:
     """Which rows of the whole tensor this process has: torch.chunk's cut, the last ranks may have fewer or none."""
-    if not is_sharded(x):
+    if not is_shard(x):
         return slice(0, x.shape[0])
     dim = x.device_mesh.ndim - 1  # replicas before it have the same rows
     count = -(-x.shape[0] // x.device_mesh.size(dim))
@@ -24,7 +24,7 @@ def rows_here(x: Tensor) -> slice:
 
 def local(x: Tensor) -> Tensor:
     """These rows, detached: the same memory."""
-    if not is_sharded(x):
+    if not is_shard(x):
         return x.detach()
     with torch.no_grad():
         return x.to_local()

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +24,7 @@ from minisft.gguf.file import is_gguf, open_gguf
 from minisft.gguf.tensors import GgufTensor, gguf_tensors
 from minisft.model.model_config import ModelConfig
 from minisft.model.tensor_names import module_name, usual_name
-from minisft.strict_json import read_json
+from minisft.strict_json import parse_json, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Prefixes of names; files of a model without a head have none. Those with language_model come from vision models.
@@ -146,31 +147,62 @@ def open_weights(path: Path) -> safe_open:
     raise UserError(f"{path}: {problem}", hint="download the file again", exit_code=MODEL)
 
 
-def write_tensors(
-    path: Path, shapes: dict[str, tuple[torch.dtype, list[int]]], read: Callable[[str], torch.Tensor], metadata: dict
-) -> None:
-    """A safetensors file, written tensor by tensor, so that one of them is in memory at a time.
+@dataclass
+class Entry:
+    """A tensor of a file that is written."""
 
-    shapes: dtype and shape of each. read(name): its values, on any device. Raises OSError if writing fails.
+    name: str
+    dtype: str  # as safetensors spells it
+    shape: list[int]
+    num_bytes: int
+    write: Callable[[BinaryIO], None]
+
+
+def entry_of(name: str, dtype: torch.dtype, shape: Iterable[int], read: Callable[[], torch.Tensor]) -> Entry:
+    """read(): the values, on any device and in any dtype, when they are written."""
+
+    def write(file: BinaryIO) -> None:
+        values = read().detach().to("cpu", dtype).contiguous()
+        assert list(values.shape) == entry.shape, name
+        file.write(values.reshape(-1).view(torch.uint8).numpy())
+
+    shape = list(shape)
+    entry = Entry(name, DTYPE_NAMES[dtype], shape, math.prod(shape) * dtype.itemsize, write)
+    return entry
+
+
+def aligned(entries: Iterable[Entry]) -> list[Entry]:
+    """Those of large items first: readers want each tensor to begin at a multiple of its item size."""
+    return sorted(entries, key=lambda entry: -entry.num_bytes // max(math.prod(entry.shape), 1))
+
+
+def in_usual_order(entries: Iterable[Entry]) -> list[Entry]:
+    """As safetensors writes them: by the size of an item, then by name."""
+    return aligned(sorted(entries, key=lambda entry: entry.name))
+
+
+def write_entries(
+    path: Path, entries: list[Entry], metadata: dict[str, str] | None, *, like: bytes | None = None
+) -> None:
+    """A safetensors file, tensor by tensor in this order, so that one of them is in memory at a time. Raises OSError if writing
+    fails.
+
+    like: the header of another file, which is taken byte by byte where it says the same.
     """
-    header, offset = {"__metadata__": metadata}, 0
-    names = sorted(
-        shapes, key=lambda name: (-shapes[name][0].itemsize, name)
-    )  # each begins at a multiple of its item size
-    for name in names:
-        dtype, shape = shapes[name]
-        last = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, last]}
+    header, offset = {} if metadata is None else {"__metadata__": metadata}, 0
+    for entry in entries:
+        last = offset + entry.num_bytes
+        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [offset, last]}
         offset = last
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    if like is not None and parse_json(like, str(path)) == header:
+        text = like
+    else:
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            dtype, shape = shapes[name]
-            values = read(name).detach().to("cpu", dtype).contiguous()
-            assert list(values.shape) == list(shape), name
-            file.write(values.reshape(-1).view(torch.uint8).numpy())
+        for entry in entries:
+            entry.write(file)
 
 
 def bare(name: str) -> str:

@@ -1,41 +1,17 @@
-"""The model and the tokenizer of a plan: config.json and the tokenizer's files, never weights, and no torch for a plain model."""
+"""The model of a plan: its config.json, never weights, and no torch for a plain model."""
 
 import os
 from pathlib import Path
 
 from minisft import hub
 from minisft.config.sections import Config
-from minisft.data.tokenizer import Tokenizer, load_tokenizer
+from minisft.data.tokenizer import Tokenizer
 from minisft.errors import MODEL, UserError
 from minisft.gguf.config import config_of
 from minisft.gguf.file import is_gguf, open_gguf
 from minisft.model.families import from_hf
 from minisft.model.model_config import ModelConfig, with_vocab_size, without_dropout
 from minisft.strict_json import read_json
-
-
-def read_tokenizer(config: Config) -> Tokenizer:
-    """As prepare/data.py loads it."""
-    section = config.model
-    path, revision = section.tokenizer_name_or_path, None
-    if path is None or path == section.model_name_or_path:
-        path, revision = section.model_name_or_path, section.revision
-        assert path is not None, "config/check.py requires one of them"
-        if os.path.isdir(folder := os.path.expanduser(path)) and not os.path.isfile(Path(folder, "tokenizer.json")):
-            from minisft.model.start import tokenizer_source
-
-            path, revision = tokenizer_source(path, revision)
-    return load_tokenizer(
-        path,
-        revision=revision,
-        chat_template=section.chat_template,
-        chat_template_kwargs=section.chat_template_kwargs,
-        template_date=section.template_date,
-        eos_token=section.eos_token,
-        pad_token=section.pad_token,
-        new_special_tokens=section.new_special_tokens,
-        local_files_only=section.local_files_only,
-    )
 
 
 def read_model(config: Config, tokenizer: Tokenizer) -> ModelConfig:

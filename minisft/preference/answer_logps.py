@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minisft.data.batch import Answers, Batch
-from minisft.kernels.linear_cross_entropy import Stats, linear_cross_entropy
+from minisft.kernels.linear_cross_entropy import Stats
 from minisft.model.decoder import Decoder
 from minisft.preference.losses import ld_weights
 
@@ -20,17 +20,8 @@ def answer_logps(
 ) -> tuple[Tensor, Stats | None]:
     """log p of every answer, fp32 [2U], and the statistics of the targets [M]."""
     hidden = model(batch.input_ids, batch.position_ids, batch.start, batch.end, shared=batch.shared)  # [T, D]
-    result = linear_cross_entropy(
-        hidden,
-        model.head_weight,
-        batch.targets,
-        rows=batch.loss_rows,
-        bias=model.head_bias,
-        softcap=model.config.logit_softcap,
-        logit_scale=model.config.logit_scale,
-        reduction="none",
-        return_stats=return_stats,
-        add_to_grad=True,
+    result = model.cross_entropy(
+        hidden, batch.targets, batch.loss_rows, reduction="none", return_stats=return_stats, add_to_grad=True
     )
     nll, stats = result if return_stats else (result, None)  # [M]
     if ld_alpha is not None:

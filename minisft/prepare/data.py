@@ -1,4 +1,4 @@
-"""The data of a run: the tokenizer, documents read, checked, cut and packed, and what became of every row, in lines."""
+"""The data of a run: documents read, checked, cut and packed, and what became of every row, in lines."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,36 +12,13 @@ from minisft.data.loader import Loader, plan_set
 from minisft.data.packing_strategies import STRATEGIES
 from minisft.data.shared_turns import may_share
 from minisft.data.sources import parse_source
-from minisft.data.tokenizer import Tokenizer, load_tokenizer
+from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
-from minisft.model.start import tokenizer_source
 from minisft.prepare.options import cache_folder, cut_length, format_options, split_length
 
 # Findings whose numbers are in the account of the rows or the description of the cache.
 TOLD_ELSEWHERE = ("no_label", "lost_answer", "too_long", "control_token", "straddling")
 ROUND_TO = 64  # tokens and targets of a batch are filled up to a multiple: few shapes, so few kernels to set up
-
-
-def prepare_tokenizer(config: Config) -> tuple[Tokenizer, str]:
-    section = config.model
-    path, revision = section.tokenizer_name_or_path, None
-    if path in (None, section.model_name_or_path):
-        path, revision = tokenizer_source(section.model_name_or_path, section.revision)
-    tokenizer = load_tokenizer(
-        path,
-        revision=revision,
-        chat_template=section.chat_template,
-        chat_template_kwargs=section.chat_template_kwargs,
-        template_date=section.template_date,
-        eos_token=section.eos_token,
-        pad_token=section.pad_token,
-        new_special_tokens=section.new_special_tokens,
-        local_files_only=section.local_files_only,
-    )
-    return (
-        tokenizer,
-        f"tokenizer  {path}: {tokenizer.vocab_size:,} tokens, EOS {tokenizer.special_tokens.get('eos_token')!r}",
-    )
 
 
 def prepare_data(

@@ -18,7 +18,8 @@ from minisft.model.quantized import read_record
 from minisft.model.start import find_start
 from minisft.preference.losses import WITHOUT_REFERENCE, LossOptions
 from minisft.preference.reference import Reference, cache_logps, check_layout, check_start, copy_of, fingerprint
-from minisft.prepare.data import cache_folder, titled
+from minisft.prepare.data import titled
+from minisft.prepare.options import cache_folder
 from minisft.units import size
 
 

@@ -166,8 +166,7 @@ def is_to_be_sharded(config: Config) -> bool:
 
 def shard(config: Config, model: Decoder, device: torch.device) -> None:
     """Keep only this rank's rows of the matrices. Raises UserError where the ranks are no multiple of parallel.replicas."""
-    section, train = config.parallel, config.train
-    precision = "bf16" if train.weights_dtype == "bf16" else runtime.pick_precision(train.precision, device)
+    section, precision = config.parallel, runtime.pick_precision(config.train, device)
     dtype = None if precision == "fp32" else runtime.DTYPES[precision]
     replicas = section.replicas if section.strategy == "hsdp" else 1
     if ranks.world_size() % replicas:

@@ -1,10 +1,41 @@
-"""What a configuration means for the data, as arguments of the data rooms. No torch, so that `minisft plan` reads it at once."""
+"""What a configuration means for the data: the tokenizer, and arguments of the data rooms. No torch, so that `minisft plan` reads
+it at once."""
 
+import os
 from pathlib import Path
 
 from minisft.config.sections import Config, DataSection
 from minisft.data.packing_strategies import STRATEGIES
 from minisft.data.row_format import FormatOptions
+from minisft.data.tokenizer import Tokenizer, load_tokenizer
+
+
+def prepare_tokenizer(config: Config) -> tuple[Tokenizer, str]:
+    """The tokenizer of the configuration, and a line about it."""
+    section = config.model
+    path, revision = section.tokenizer_name_or_path, None
+    if path is None or path == section.model_name_or_path:
+        path, revision = section.model_name_or_path, section.revision
+        assert path is not None, "config/check.py requires one of them"
+        if os.path.isdir(folder := os.path.expanduser(path)) and not os.path.isfile(Path(folder, "tokenizer.json")):
+            from minisft.model.start import tokenizer_source  # of a run's folder or an adapter; it needs torch
+
+            path, revision = tokenizer_source(path, revision)
+    tokenizer = load_tokenizer(
+        path,
+        revision=revision,
+        chat_template=section.chat_template,
+        chat_template_kwargs=section.chat_template_kwargs,
+        template_date=section.template_date,
+        eos_token=section.eos_token,
+        pad_token=section.pad_token,
+        new_special_tokens=section.new_special_tokens,
+        local_files_only=section.local_files_only,
+    )
+    return (
+        tokenizer,
+        f"tokenizer  {path}: {tokenizer.vocab_size:,} tokens, EOS {tokenizer.special_tokens.get('eos_token')!r}",
+    )
 
 
 def cache_folder(config: Config) -> Path:

@@ -27,11 +27,12 @@ from minisft.parallel import no_backward
 from minisft.parameters import describe_trained
 from minisft.plan.memory import MicroBatch, Place, describe, predict, shards_of
 from minisft.preference.reference import Reference
-from minisft.prepare.data import format_options, prepare_data, prepare_tokenizer, titled
+from minisft.prepare.data import prepare_data, titled
 from minisft.prepare.dpo import prepare_dpo
 from minisft.prepare.kernels import describe_kernels, graph_round_to, pick_kernels, use_graphs
 from minisft.prepare.model import find_longest_tree, prepare_model
 from minisft.prepare.optimizer import describe_optimizer, prepare_optimizer
+from minisft.prepare.options import format_options, prepare_tokenizer
 from minisft.samples import Prompt, read_prompts
 from minisft.schedule import Plateau, num_warmup_steps, total_steps
 from minisft.spikes import Recent, Spikes
@@ -93,7 +94,7 @@ def prepare(config: Config, device: torch.device) -> Run:
     if config.trainer_type == "dpo" and config.dpo.disable_dropout:
         config = replace(config, lora=replace(config.lora, lora_dropout=0.0))
     train = config.train
-    precision = "bf16" if train.weights_dtype == "bf16" else runtime.pick_precision(train.precision, device)
+    precision = runtime.pick_precision(train, device)
     if train.deterministic:
         runtime.use_deterministic_algorithms()
     pick_kernels(config.model.kernels, device)
