@@ -3,7 +3,7 @@
 Data parallelism is the plain one: every rank holds the whole model and sums its gradients with the others. The loss of an
 optimizer step is sum / N with N known before the forward pass, so each rank's gradients are already its share of the
 answer: one sum over the ranks, once an optimizer step, and every rank applies the same update. There is no averaging to
-undo and no hook to wait for.
+undo and no hook to wait for. parallel.py has the other way, in which each rank keeps a part of the model.
 """
 
 import contextlib
