@@ -21,7 +21,7 @@ from minisft.errors import NONFINITE, UserError, is_out_of_memory, warn
 from minisft.evaluation import target_stats
 from minisft.loggers import write_report
 from minisft.out_of_memory import rows_of
-from minisft.parallel import is_sharded, no_backward
+from minisft.parallel import needs_others, no_backward
 from minisft.prepare.run import Run
 
 MAX_REPORTS = 10  # steps of a run; further ones are only counted
@@ -154,7 +154,7 @@ def row_losses(run: Run, batches: list[Batch]) -> dict[int, np.ndarray]:
                 stats = target_stats(run.model, batch, run.device, run.precision)
             nll = stats.nll[: batch.num_targets].cpu().numpy()
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or is_sharded(run.model):
+            if not is_out_of_memory(error) or needs_others(run.model):
                 raise
         of_document = batch.row_document[: batch.num_targets].numpy()
         for d in np.unique(of_document).tolist():

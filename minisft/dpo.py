@@ -64,8 +64,8 @@ def loss(
         pairs = make_pairs(logps[0::2], logps[1::2], ref_logps[0::2], ref_logps[1::2], *lengths, o.options)
         losses = mixture(pairs, o.losses, o.options)
         if o.use_weighting:
-            log_sums = sum_by_answer(stats.log_sum_sq_probs, answers)
-            plain = sum_by_answer(-stats.nll, answers)  # whatever LD-DPO makes of the tokens
+            log_sums = sum_by_answer(stats.log_sum_sq_probs, model, batch)
+            plain = sum_by_answer(-stats.nll, model, batch)  # whatever LD-DPO makes of the tokens
             losses = losses * wpo_weights(plain[0::2], plain[1::2], log_sums[0::2], log_sums[1::2], *lengths)
     total = (losses * answers.weight).sum()
     scaled = total * grad_scale

@@ -40,7 +40,7 @@ from minisft.metrics import Sums, eval_name, peak_memory
 from minisft.micro_batch import forward_backward
 from minisft.optimizers import evaluation_weights
 from minisft.out_of_memory import OutOfMemory, evaluation_error, halve, memory_error, try_largest
-from minisft.parallel import is_sharded, on_first_rank, sum_gradients, total_norm, waiting
+from minisft.parallel import is_sharded, needs_others, on_first_rank, sum_gradients, total_norm, waiting
 from minisft.prepare.run import Run, prepare
 from minisft.resume import changed_keys, require_same_state, resume, rewind, training_state
 from minisft.runtime import read_back
@@ -150,7 +150,7 @@ def take_steps(
         # ---- 1. evaluate if due; a run that is stopped before the end of it evaluates after it is resumed
         if is_evaluation_due(config, run, asked.evaluate) and not stop and failure is None:
             signal.note("giving up this evaluation, which the next start makes, saving, then stopping")
-            with OutOfMemory(ends=is_sharded(run.model)) as ran_out:
+            with OutOfMemory(ends=needs_others(run.model)) as ran_out:
                 try:
                     scores = evaluate_sets(config, run, signal)
                 except Stopped:
@@ -277,7 +277,7 @@ def train_step(
     zero_updates = ZeroUpdates(run.measured if is_logged and factor else set())
     # A CPU maps new memory more slowly than it fills old memory with zeros.
     keeps_gradients = run.device.type == "cpu" and not in_backward and not is_sharded(run.model)
-    ran_out, updates = OutOfMemory(ends=is_sharded(run.model)), nullcontext()
+    ran_out, updates = OutOfMemory(ends=needs_others(run.model)), nullcontext()
     if in_backward:
         updates = update_in_backward(run.model, optimizer, zero_updates)
     with ran_out, waiting(run.model), updates as norms:

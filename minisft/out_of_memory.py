@@ -28,7 +28,7 @@ from minisft.errors import MEMORY, UserError, is_out_of_memory, warn
 from minisft.metrics import peak_memory
 from minisft.micro_batch import forward_backward
 from minisft.optimizers import AdamW
-from minisft.parallel import is_sharded, sum_gradients
+from minisft.parallel import needs_others, sum_gradients
 from minisft.prepare.run import Run
 from minisft.units import size
 from minisft.update import only, sum_gradients_in_fp32
@@ -146,7 +146,7 @@ def trial_step(run: Run, train: TrainSection, batches: Iterable[Batch]) -> OutOf
     is_cuda = run.device.type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(run.device)
-    ran_out, hooks = OutOfMemory(ends=is_sharded(model)), []
+    ran_out, hooks = OutOfMemory(ends=needs_others(model)), []
     with torch.random.fork_rng([run.device] if is_cuda else []), ran_out:
         for group in optimizer.param_groups:
             group["lr"] = 0.0

@@ -28,8 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from minisft import ranks
+from minisft.data.pieces import pieces_of
 from minisft.kernels.linear import forbid_copies
 from minisft.model import shards
+from minisft.model.attention import Attention
+from minisft.model.context import Context
 from minisft.model.decoder import Decoder
 
 T = TypeVar("T")
@@ -38,6 +41,23 @@ T = TypeVar("T")
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard` was called with this model."""
     return hasattr(model, "reshard")
+
+
+def needs_others(model: Decoder) -> bool:
+    """Whether other ranks take part in a training pass: they have weights, or tokens of the same documents."""
+    return is_sharded(model) or model.context is not None
+
+
+def split_documents(model: Decoder, device: torch.device, count: int) -> None:
+    """Let each `count` ranks share their batches, as data/pieces.py deals them: ranks 0 to count - 1, and so on."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(device.type, (ranks.world_size() // count, count), mesh_dim_names=("data", "context"))
+    pieces = tuple(pieces_of(index, count) for index in range(count))
+    context = Context(mesh.get_group("context"), ranks.rank() % count, pieces)
+    for module in model.modules():
+        if isinstance(module, Decoder | Attention):
+            module.context = context
 
 
 def shard(
@@ -137,9 +157,9 @@ def _replicas(p: Tensor) -> int:
     return ranks.world_size() // p.device_mesh.size(p.device_mesh.ndim - 1)
 
 
-def waiting(model: nn.Module) -> contextlib.AbstractContextManager:
-    """Around passes: those of sharded weights wait for the other ranks."""
-    return ranks.waiting() if is_sharded(model) else contextlib.nullcontext()
+def waiting(model: Decoder) -> contextlib.AbstractContextManager:
+    """Around passes: they may wait for the other ranks."""
+    return ranks.waiting() if needs_others(model) else contextlib.nullcontext()
 
 
 # ---- passes without a backward ------------------------------------------------------------------------------------
@@ -152,7 +172,7 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def no_backward(model: nn.Module) -> Iterator[None]:
+def no_backward(model: Decoder) -> Iterator[None]:
     """torch.no_grad, after which no whole weights are left. All ranks are in it together, and make the same passes."""
     try:
         with waiting(model), torch.no_grad():

@@ -180,6 +180,26 @@ def check_parallel(config: Config, refuse: Refuse) -> None:
     for key, belongs in (("replicas", strategy == "hsdp"), ("reshard_after_forward", is_sharded)):
         if values[f"parallel.{key}"] != KEYS[f"parallel.{key}"].default and not belongs:
             refuse(f"parallel.{key} parallel.strategy", "no weights are sharded so", "leave it out")
+    if config.parallel.context_parallel > 1:
+        for key, is_used, problem, hint in (
+            ("train.neftune_noise_alpha", train.neftune_noise_alpha, "noise is as long as a document", "leave it out"),
+            (
+                "train.loss_normalization",
+                train.loss_normalization != "tokens",
+                "a rank has a part of a micro-batch",
+                'use "tokens"',
+            ),
+            ("train.cuda_graph", train.cuda_graph is True, "ranks exchange keys and values in the pass", 'use "auto"'),
+            (
+                "train.on_oom",
+                train.on_oom == "split",
+                "the other ranks are in the middle of a pass",
+                'set on_oom = "stop"',
+            ),
+            ("dpo.ld_alpha", config.dpo.ld_alpha is not None, "it counts the tokens of an answer", "leave it out"),
+        ):
+            if is_used:
+                refuse(f"parallel.context_parallel {key}", f"documents are split over ranks: {problem}", hint)
     if not is_sharded:
         return
     needs_whole = "its rule needs whole matrices, and every rank has some rows of each"

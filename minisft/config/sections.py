@@ -302,6 +302,13 @@ class ParallelSection:
     reshard_after_forward: bool = option(
         True, "fsdp2, hsdp: free a block's whole weights after its forward; false = more memory, fewer messages"
     )
+    context_parallel: int = option(
+        1,
+        "ranks that share each micro-batch: every one of them has a part of the tokens of its documents; for documents whose "
+        "activations do not fit on one device",
+        at_least=1,
+        at_most=MAX_BATCH,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ class Batch:
     input_ids: Tensor  # int64 [T]
     position_ids: Tensor  # int32 [T], from 0 in every document; a piece that shares a beginning continues it
     start: Tensor  # int32 [T]: key k is visible to query q iff start[q] <= k <= q < end[k]
-    end: Tensor  # int32 [T]
+    end: Tensor  # int32 [T]; of a piece (data/pieces.py): of the whole stream, to which the numbers in start and end refer
     # int32 [N+1], 0 first, T last: for the reference and for peers. Documents that share tokens are one.
     cu_seqlens: Tensor
     max_seqlen: int
@@ -60,6 +60,11 @@ class Batch:
     # for any that ended before. The same for all batches of a set.
     shared: bool = True
     buffer: Tensor | None = None  # uint8: the memory of all tensors in FOR_THE_DEVICE, once they have been put together
+
+    @property
+    def is_piece(self) -> bool:
+        """Whether other ranks have the rest of these documents."""
+        return len(self.input_ids) < len(self.end)
 
     def in_one_buffer(self, pin_memory: bool) -> "Batch":
         """The same batch, with one buffer for all that the device reads. From pinned memory its copy to a GPU does not wait."""

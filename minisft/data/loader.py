@@ -32,6 +32,7 @@ from minisft.data.batch import IGNORE_INDEX, Answers, Batch, document_bounds
 from minisft.data.cache import Documents
 from minisft.data.kinds import KIND_MASK, TRAINED
 from minisft.data.packing import Packs, Plan, plan, ragged_arange
+from minisft.data.pieces import take_pieces
 from minisft.data.shared_turns import share_turns, tree_bounds
 
 MOST_PIECES = 20_000_000  # of all epochs in which a run looks for its largest micro-batch: a few seconds
@@ -208,7 +209,10 @@ class Largest:
 
 @dataclass(eq=False)
 class Loader:
-    """The batches of one rank. An optimizer step has batch_size * accumulation * world_size packs over all ranks."""
+    """The batches of one rank. An optimizer step has batch_size * accumulation * world_size packs over all ranks.
+
+    Ranks that share their batches count as one in `rank` and `world_size`.
+    """
 
     documents: Documents
     plan: Plan  # of documents.unit_lengths
@@ -217,6 +221,10 @@ class Loader:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    context: tuple[int, int] = (
+        0,
+        1,
+    )  # (i, n): this rank is number i of the n that share each batch, and has a piece of it
     shuffle: bool = True  # False: the same order in every epoch, for evaluation
     round_to: int = 1
     micro_batch_size: int | None = field(default=None, init=False)  # smaller than batch_size once memory ran out
@@ -266,7 +274,10 @@ class Loader:
         size = self.micro_batch_size or self.batch_size
         # the filler of smaller micro-batches shrinks with them, down to a few shapes still
         round_to = min(self.round_to, math.ceil(self.round_to * size / self.batch_size / 64) * 64)
-        return make_batch(self.documents, packs, range(start, min(start + size, end)), round_to=round_to)
+        batch = make_batch(
+            self.documents, packs, range(start, min(start + size, end)), round_to=round_to * self.context[1]
+        )
+        return take_pieces(batch, *self.context) if self.context[1] > 1 else batch
 
     def steps(self, first: int, last: int, *, ahead: bool) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step from `first` to `last` - 1, counted over all epochs.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minisft.kernels.flash_attention import flash_attention, flash_attention_with_kvcache
 from minisft.kernels.rope import rope
+from minisft.model.context import Context
 from minisft.model.layers import HeadLayerNorm, LayerNorm, RMSNorm, project
 from minisft.model.model_config import QK_LAYER_NORMS, ModelConfig
 from minisft.model.recompute import dropped
@@ -59,6 +60,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.context: Context | None = None  # where documents are split over ranks (parallel.py)
         scale = config.attention_scale / (layer + 1 if config.attention_scale_by_layer else 1)
         self.options = {"scale": scale, "window": config.windows[layer], "softcap": config.attention_softcap}
         self.dropout = config.attention_dropout
@@ -99,15 +101,17 @@ class Attention(nn.Module):
         v = v.unflatten(-1, (-1, self.head_dim))
         if self.qk_norm in QK_LAYER_NORMS:
             q, k = self.q_norm(q), self.k_norm(k)
-        is_whole = kv_cache is None  # else the keys go to the cache turned
+        is_piece = len(start) < len(end)  # of a stream that is split over ranks
+        is_whole = kv_cache is None and not is_piece  # else the keys go to the cache, or to other ranks, turned
         rotary, q, k = self._turn(q, k, cos_sin, is_whole)
 
-        keys, values = (k, v) if is_whole else kv_cache.append(self.layer, k, v)
+        keys, values = (k, v) if kv_cache is None else kv_cache.append(self.layer, k, v)
         if kv_cache is not None and kv_cache.is_filled:
             out = flash_attention_with_kvcache(q, keys, values, kv_cache.lengths, **self.options)
         else:
             options = self.options | {"dropout": self.dropout if self.training else 0.0} | (hints or {})
-            out = flash_attention(q, k, v, start, end, rotary=rotary, **options)
+            attend = self.context.attend if is_piece else flash_attention
+            out = attend(q, k, v, start, end, rotary=rotary, **options)
         if gate is not None:
             out = out * gate.sigmoid()
         return project(out.flatten(-2), self.o_proj)[0]  # [T, D]

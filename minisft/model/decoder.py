@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from minisft.kernels.linear_cross_entropy import linear_cross_entropy
 from minisft.model.attention import Attention, KVCache
 from minisft.model.blocks import OTHER_BLOCKS
+from minisft.model.context import Context
 from minisft.model.gated_delta_net import GatedDeltaNet
 from minisft.model.layers import MLPS, NORMS, Embedding, compute_dtype
 from minisft.model.lora_options import LoraOptions
@@ -93,6 +94,7 @@ class Decoder(nn.Module):
         self.offload_activations = False
         self.neftune_alpha = 0.0
         self.mean_length: float | None = None
+        self.context: Context | None = None  # of ranks that share each batch (parallel.py)
         self.lora: LoraOptions | None = None  # of a model with adapters (lora.py)
         # of sharded weights, where the other ranks take part (parallel.py)
         self.gather: Callable[[str], Tensor] | None = None
@@ -120,7 +122,7 @@ class Decoder(nn.Module):
         shared: bool = True,
     ) -> Tensor:
         """input_ids int64 [T], position_ids, start, end int32 [T] (see Batch) -> hidden [T, D], after the final norm, in the
-        dtype of matrix products.
+        dtype of matrix products. Where `end` is longer than the others, these are the tokens that this rank has of a stream.
 
         With a kv_cache the forward stores its keys and values there and attends to those already stored, as KVCache
         describes; without one the documents must be whole. shared: False where no two documents share tokens (Batch.shared).

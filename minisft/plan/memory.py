@@ -45,6 +45,7 @@ from minisft.plan.shapes import (
     parameter_shapes,
 )
 from minisft.preference.losses import WITHOUT_REFERENCE
+from minisft.prepare.options import ranks_sharing_a_batch
 from minisft.units import size
 
 SMALLEST_IN_8_BITS, BLOCK_OF_8_BITS = 4096, 256  # as in optimizers.py and kernels/adamw_formats.py
@@ -259,15 +260,20 @@ def sites_of_layers(config: Config, p: Parameters) -> dict[int, list[Site]]:
 
 
 def activation_bytes(
-    config: Config, c: ModelConfig, p: Parameters, precision: Precision, is_gpu: bool
+    config: Config, c: ModelConfig, p: Parameters, precision: Precision, is_gpu: bool, sharing: int = 1
 ) -> tuple[float, float]:
-    """Bytes a token: (kept from the forward pass to the backward, of one block while it is computed again or else 0)."""
+    """Bytes a token: (kept from the forward pass to the backward, of one block while it is computed again or else 0).
+
+    sharing: ranks that share a batch: each keeps the keys and values of all tokens.
+    """
+    others = precision.product * 2 * c.num_kv_heads * c.head_dim * (sharing - 1)
     section, sites = config.model, sites_of_layers(config, p)
     selective = section.gradient_checkpointing == "selective"
     total = kept_outside(c, precision, is_gpu=is_gpu) + shared_by_layers(c, precision)
     again = 0.0
     for layer in range(min(p.first_trained_layer, c.num_layers), c.num_layers):
         kept = kept_by_block(c, layer, precision, is_gpu=is_gpu, selective=selective, sites=sites.get(layer))
+        kept += others
         if section.gradient_checkpointing is True and layer % section.gradient_checkpointing_every == 0:
             again = max(again, kept)
             total += 0 if section.offload_activations and is_gpu else input_of_block(c, precision)
@@ -318,6 +324,8 @@ def loss_bytes(
 def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> Memory:
     """The peak of a step with this micro-batch."""
     p, precision = parameters_of(config, c), precision_of(config, place)
+    sharing = ranks_sharing_a_batch(config, place.ranks)
+    batch = MicroBatch(ceil(batch.tokens / sharing), ceil(batch.targets / sharing))
     train, T, in_backward = config.train, batch.tokens, config.train.optimizer_in_backward
     is_full = config.lora.r is None
     head = "embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
@@ -351,7 +359,7 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
     if train.offload_optimizer and place.is_gpu:
         moments = 0.0
 
-    kept, again = activation_bytes(config, c, p, precision, place.is_gpu)
+    kept, again = activation_bytes(config, c, p, precision, place.is_gpu, sharing)
     working = T * working_bytes(c, precision)
     if bytes_of_quantised(config) is not None:
         matrices = [prod(s) for name, s in p.model.items() if is_matrix_of_a_layer(name, s)]

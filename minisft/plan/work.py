@@ -21,7 +21,7 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.hub import is_repository_name
 from minisft.plan.memory import MicroBatch
-from minisft.prepare.options import cache_folder, cut_length, format_options, split_length
+from minisft.prepare.options import cache_folder, cut_length, format_options, ranks_sharing_a_batch, split_length
 from minisft.schedule import total_steps
 
 SAMPLE_ROWS = 1000  # of a source
@@ -182,7 +182,8 @@ def _unknown(config: Config, ranks: int, group: int, source: str) -> Work:
 
 
 def _packs_a_step(config: Config, ranks: int) -> int:
-    return config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * ranks
+    groups = ranks // ranks_sharing_a_batch(config, ranks)
+    return config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * groups
 
 
 def with_batch(config: Config, size: int, accumulation: int) -> Config:

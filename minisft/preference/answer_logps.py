@@ -26,13 +26,14 @@ def answer_logps(
     nll, stats = result if return_stats else (result, None)  # [M]
     if ld_alpha is not None:
         nll = nll * token_weights(batch.answers, ld_alpha)
-    return sum_by_answer(-nll, batch.answers), stats
+    return sum_by_answer(-nll, model, batch), stats
 
 
-def sum_by_answer(x: Tensor, answers: Answers) -> Tensor:
-    """[M] -> [2U]: the sums over the targets of each answer."""
-    num_answers = len(answers.role)
-    return x.new_zeros(num_answers + 1).index_add(0, answers.row_answer, x)[:num_answers]  # the last is filler's
+def sum_by_answer(x: Tensor, model: Decoder, batch: Batch) -> Tensor:
+    """[M] -> [2U]: the sums over the targets of each answer, on whatever ranks they are."""
+    num_answers = len(batch.answers.role)
+    sums = x.new_zeros(num_answers + 1).index_add(0, batch.answers.row_answer, x)[:num_answers]  # the last is filler's
+    return model.context.sum(sums) if batch.is_piece else sums
 
 
 def token_weights(answers: Answers, ld_alpha: float) -> Tensor:

@@ -14,7 +14,7 @@ from minisft.data.shared_turns import may_share
 from minisft.data.sources import parse_source
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
-from minisft.prepare.options import cache_folder, cut_length, format_options, split_length
+from minisft.prepare.options import cache_folder, cut_length, format_options, ranks_sharing_a_batch, split_length
 
 # Findings whose numbers are in the account of the rows or the description of the cache.
 TOLD_ELSEWHERE = ("no_label", "lost_answer", "too_long", "control_token", "straddling")
@@ -29,7 +29,7 @@ def prepare_data(
     find_longest_tree(): `longest_tree` of the model. A function, because few data sets need it, and it finds the model. None:
     no turns are shared.
     """
-    data, seed = config.data, config.train.seed
+    data, seed, sharing = config.data, config.train.seed, ranks_sharing_a_batch(config, ranks.world_size())
     eval_packing = data.packing if data.eval_packing is None else data.eval_packing
     documents, lines = read_documents("train", source_list(data.train_data), config, tokenizer, data.packing)
     held_out = {}
@@ -53,8 +53,9 @@ def prepare_data(
             if find_longest_tree and may_share(documents)
             else 0,
         )
-        options |= {"seed": seed, "round_to": ROUND_TO, "rank": ranks.rank(), "world_size": ranks.world_size()}
-        return Loader(documents, packs, batch_size, **options)
+        group, place = divmod(ranks.rank(), sharing)
+        options |= {"seed": seed, "round_to": ROUND_TO, "rank": group, "world_size": ranks.world_size() // sharing}
+        return Loader(documents, packs, batch_size, context=(place, sharing), **options)
 
     train = loader(
         documents,

@@ -10,7 +10,7 @@ from minisft.kernels.flash_attention import unsupported
 from minisft.model.decoder import Decoder
 from minisft.model.model_config import without_dropout
 from minisft.model.quantized import quantization_of
-from minisft.parallel import is_sharded
+from minisft.parallel import needs_others
 
 
 def pick_kernels(name: str, device: torch.device) -> None:
@@ -41,7 +41,7 @@ def use_graphs(config: Config, model: Decoder, device: torch.device) -> bool:
         "optimizer_in_backward changes the weights in between": train.optimizer_in_backward,
         "unfreeze changes what is trained": bool(train.unfreeze),
         "schedule_free_adamw evaluates other weights": train.optim == "schedule_free_adamw",
-        "sharded weights are gathered for each block": is_sharded(model),
+        "weights, or keys and values, are gathered from other ranks": needs_others(model),
     }
     problem = next((problem for problem, holds in problems.items() if holds), None)
     if train.cuda_graph is True and problem:

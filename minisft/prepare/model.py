@@ -45,6 +45,7 @@ from minisft.model.model_config import ModelConfig, longest_tree, with_vocab_siz
 from minisft.model.quantized import Quantization, describe_quantized, named_weights, quantization_of, read_record
 from minisft.model.start import Start, find_start
 from minisft.prepare.data import titled
+from minisft.prepare.options import ranks_sharing_a_batch
 from minisft.units import size
 
 
@@ -77,7 +78,27 @@ def prepare_model(
             shard(config, model, device)
         parallel.settle(model)
         lines.append(parallel.describe(model))
+    if (sharing := ranks_sharing_a_batch(config, ranks.world_size())) > 1:
+        refuse_split_documents(model_config)
+        parallel.split_documents(model, device, sharing)
+        lines.append(
+            f"documents are split: {sharing} ranks share each micro-batch, and every one has 1/{sharing} of its tokens"
+        )
     return model.train(), titled("model", lines), start
+
+
+def refuse_split_documents(c: ModelConfig) -> None:
+    """UserError for a model whose layers cannot attend over ranks."""
+    others = sorted({mixer for mixer in c.mixers if mixer != "attention"})
+    if others or c.attention_dropout:
+        what = f"has layers ({', '.join(others)}) that" if others else "draws attention dropout as if it"
+        raise UserError(
+            f"parallel.context_parallel: {c.model_type} {what} read a document from its first token on, on one rank",
+            hint="leave context_parallel out"
+            if others
+            else "set attention_dropout to 0 in config.json, or leave context_parallel out",
+            exit_code=MODEL,
+        )
 
 
 def find_longest_tree(config: Config, tokenizer: Tokenizer) -> int | None:

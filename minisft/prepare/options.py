@@ -8,6 +8,7 @@ from minisft.config.sections import Config, DataSection
 from minisft.data.packing_strategies import STRATEGIES
 from minisft.data.row_format import FormatOptions
 from minisft.data.tokenizer import Tokenizer, load_tokenizer
+from minisft.errors import UserError
 
 
 def prepare_tokenizer(config: Config) -> tuple[Tokenizer, str]:
@@ -71,3 +72,14 @@ def format_options(config: Config) -> FormatOptions:
         last_turn_only=data.train_on_last_turn_only,
         turns_max_length=data.max_length if data.truncation == "turns" else None,
     )
+
+
+def ranks_sharing_a_batch(config: Config, number: int) -> int:
+    """parallel.context_parallel, on `number` ranks; one rank alone ignores it. Raises UserError where it does not divide them."""
+    count = config.parallel.context_parallel
+    if number > 1 and number % count:
+        raise UserError(
+            f"parallel.context_parallel = {count} on {number} ranks",
+            hint=f"start a multiple of {count} ranks: each {count} of them share a micro-batch",
+        )
+    return count if number > 1 else 1

@@ -247,7 +247,9 @@ def describe_steps(config: Config, loader: Loader, schedule: dict) -> str:
     """total steps = ceil(packs or rows / packs per step) x epochs, with the numbers."""
     train, unit = config.train, "packs" if config.data.packing else loader.documents.unit
     window = f"{train.per_device_train_batch_size} x {train.gradient_accumulation_steps} accumulated"
-    if loader.world_size > 1:
+    if loader.context[1] > 1:
+        window += f" x {loader.world_size} groups of {loader.context[1]} ranks"
+    elif loader.world_size > 1:
         window += f" x {loader.world_size} ranks"
     text = f"{loader.plan.num_packs:,} {unit} / ({window}) = {loader.steps_per_epoch:,} a pass"
     if train.max_steps > 0:
