@@ -48,6 +48,10 @@ from minisft.kernels.linear import kept_copy
 ALLOCATIONS = set("empty empty_like empty_strided new_empty new_empty_strided _unsafe_view lift_fresh".split())
 FILLS = set("fill_ zero_ zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full".split())
 GATHERS = {"embedding", "index_select", "gather", "index"}  # read as much of their first argument as they write
+SCATTERS = {
+    "scatter_": 1,
+    "index_add_": 2,
+}  # write, or read and write, a number of their first argument for each of the last
 ASKS_DEVICE = torch.ops.prim.device.default  # how C++ asks a fake tensor
 ENGINE = "_engine_run_backward"  # below it runs autograd's engine
 
@@ -324,6 +328,8 @@ def _traffic(name: str, args: tuple, inputs: list[Tensor], outputs: list[Tensor]
         return written
     if name in GATHERS:
         return read - _nbytes(args[0]) + 2 * written
+    if name in SCATTERS:
+        return read - _nbytes(args[0]) + SCATTERS[name] * _nbytes(args[3])
     if name == "_fused_adamw_":
         return 2 * read - sum(map(_nbytes, args[1]))  # gradients are only read
     if name.startswith("_foreach") and name.endswith("_"):

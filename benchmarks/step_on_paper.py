@@ -113,6 +113,7 @@ PART_OF_ROOM = {
     "kernels/rms_norm": "norms",
     "kernels/layer_norm": "norms",
     "kernels/flash_attention": "attention",
+    "kernels/embedding": "embedding",
     "kernels/rope": "rope",
     "model/rope": "rope",
     "kernels/glu": "glu",

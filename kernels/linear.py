@@ -8,9 +8,9 @@ before, and q, k and v, which read the same x, have three gradients of x that tw
   copy beside the weight (adamw.py);
 - dW goes to the fp32 gradient in the product itself. A GPU sums and adds in fp32 (beta = 1). A CPU has no product of bf16
   matrices into fp32, so it multiplies a block of rows at a time, and adds the block while it is in the cache;
-- layers with the same input are one op. On a GPU they are one product too, if their copies lie side by side and their outputs'
-  gradients do: fewer launches, and fewer tiles that find no multiprocessor free (a matrix of 192 columns has few tiles). Else
-  the product of one adds to the gradient of x by the other.
+- layers with the same input are one op. On a GPU they are one product too, as their copies lie side by side (weights in bf16 are
+  moved there themselves) and, mostly, their outputs' gradients: fewer launches, and fewer tiles that find no multiprocessor free
+  (a matrix of 192 columns has few tiles). Else the product of one adds to the gradient of x by the other.
 
 Bytes moved for a weight of n numbers in one more micro-batch of a step: 2 n for each of y and dx, 8 n for dW. By autocast also
 6 n for the cast, 2 n + 6 n for dW's detour, 4 n more for the addition.
@@ -91,6 +91,14 @@ def weight_as(weight: Tensor, dtype: torch.dtype) -> Tensor:
         values = weight.detach().to(dtype) if kept is None else kept.values.copy_(weight)
     weight._copy = _Copy(weight.detach(), weight._version, values)
     return values
+
+
+def move_side_by_side(weights: Sequence[Tensor]) -> None:
+    """Weights [out, in], or biases [out], that are multiplied as they are become views of one buffer, one after another."""
+    values = [weight.detach() for weight in weights]
+    if side_by_side([value.view(len(value), -1) for value in values], 0) is None:
+        for weight, part in zip(weights, torch.cat(values).split([len(value) for value in values])):
+            weight.data = part
 
 
 def keep_side_by_side(weights: Sequence[Tensor], dtype: torch.dtype) -> None:
@@ -251,9 +259,11 @@ def linears(x: Tensor, *layers: Layer) -> list[Tensor]:
         dtype = torch.get_autocast_dtype(x.device.type)
     if chosen_backend() == "reference" or not torch.is_grad_enabled() and all(w.dtype == dtype for w, _ in layers):
         return linears_ref(x, *layers)
-    for tensors in zip(*layers):  # all weights, all biases
-        if len(layers) > 1 and _keeps and all(t is not None and t.dtype != dtype for t in tensors):
+    for tensors in zip(*layers) if len(layers) > 1 and _keeps else ():  # all weights, all biases
+        if all(t is not None and t.dtype != dtype for t in tensors):
             keep_side_by_side(tensors, dtype)
+        elif all(t is not None and t.dtype == dtype and t.is_leaf for t in tensors) and _sums_in_fp32(x):
+            move_side_by_side(tensors)
     copies = [(weight_as(weight, dtype), None if bias is None else weight_as(bias, dtype)) for weight, bias in layers]
     with torch.autocast(x.device.type, enabled=False):
         rows = x.to(dtype).reshape(-1, x.shape[-1])

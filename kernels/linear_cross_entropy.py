@@ -27,9 +27,10 @@ What makes it fast:
 - chunks are large. Each one, of R rows, reads and writes all of dW: 8 V D bytes against 6 R V D FLOPs. An H200 does some
   180 FLOPs in the time of a byte: with 4096 rows that traffic adds 6 % to the matmuls, with 128 rows it doubles and
   triples them;
-- their size depends on T and V and not on how many rows are trained, so that a run allocates the same memory in every step;
-  only the last chunk of a step has fewer rows. It is not padded: below some 370 rows it takes as long as its traffic, and
-  from there on as long as its FLOPs (a chunk reads W twice and reads and writes dW, 12 V D bytes);
+- the memory for one depends on T and V and not on how many rows are trained, so that a run allocates the same in every step. The
+  rows that are trained are spread evenly over as few chunks as there can be: a small last one would have few tiles for many
+  multiprocessors, and below some 370 rows its traffic would take longer than its FLOPs (a chunk reads W twice and reads and
+  writes dW, 12 V D bytes);
 - the matrix products are cuBLAS's, written directly to their destination. Rows of logits are padded to a multiple of 128 bytes,
   so that an odd vocabulary (50,257) reads and writes as fast as an even one;
 - between them one kernel (`score_rows` of cross_entropy.py) reads a chunk of logits and writes its gradient in its place.
@@ -58,8 +59,9 @@ What is fp32 whatever the dtype: the soft-max, lse, the loss, the statistics, (p
 grad_scale, and the sums over chunks of dW, dh and dbias (dbias adds up dz as rounded for the matmuls).
 
 Memory besides inputs and gradients: one chunk of logits, 1.25 GB or 4096 rows whichever is more, of T rows if these are
-fewer; the fp32 sum of dW where the weight is not fp32 and there are several chunks; the shares of dh [M, D] with `rows`; W in
-the matmul's dtype if it is not so already. CPUs, and GPUs without Triton, run linear_cross_entropy_torch.py.
+fewer; where the weight is not fp32, the sum of dW in fp32, or its bytes in more logits if one chunk is then enough; the shares
+of dh [M, D] with `rows`; W in the matmul's dtype if it is not so already. CPUs, and GPUs without Triton, run
+linear_cross_entropy_torch.py.
 Limits: targets and rows are checked where they are on the CPU (a check on a GPU would wait for it); no second derivative.
 
 After "Cut Your Losses in Large-Vocabulary Language Models" (Wijmans et al. 2024, arXiv:2411.09009), which recomputes
@@ -185,13 +187,23 @@ CONFIGS = {
 }
 
 
+def most_rows(T: int, width: int, itemsize: int, sum_bytes: int) -> int:
+    """How many rows of logits may exist at once. sum_bytes: of the fp32 sum of dW that several chunks need and one does not."""
+    all_rows = max(1, cdiv(T, ROW_TILE) * ROW_TILE)
+    if all_rows * width * itemsize <= CHUNK_BYTES + sum_bytes:
+        return all_rows
+    return min(all_rows, max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (width * itemsize) // ROW_TILE * ROW_TILE))
+
+
 def _run(hidden, weight, bias, rows, targets, upstream, needs, o: Options, grad: None = None):
     """All rows, chunk by chunk. Arguments and gradients as those of the torch path's `run`, results of `score_rows`."""
     (T, D), M, V = hidden.shape, len(targets), len(weight)
     width = cdiv(V, ROW_ALIGNMENT) * ROW_ALIGNMENT
-    most = max(LEAST_CHUNK_ROWS, CHUNK_BYTES // (width * o.dtype.itemsize) // ROW_TILE * ROW_TILE)
-    R = max(1, min(most, cdiv(T, ROW_TILE) * ROW_TILE))
-    chunk = hidden.new_empty(R, width, dtype=o.dtype)
+    has_narrow_gradient = needs[1] and o.product(weight) != o.wide
+    most = most_rows(T, width, o.dtype.itemsize, sum_bytes=4 * V * D if has_narrow_gradient else 0)
+    chunk = hidden.new_empty(most, width, dtype=o.dtype)
+    num_chunks = max(1, cdiv(M, most))
+    R = max(1, min(most, cdiv(cdiv(M, num_chunks), ROW_TILE) * ROW_TILE))  # of each; the last one has what is left
     results = hidden.new_empty(8 if o.all_stats else 6, M, dtype=torch.float32)
     d_rows = hidden.new_empty(M, D, dtype=o.product(hidden)) if needs[0] else None
     d_weight = weight.new_empty(V, D, dtype=o.product(weight) if M <= R else o.wide) if needs[1] else None
@@ -256,18 +268,27 @@ def _scaled(gradients, d_loss: Tensor, o: Options) -> list[Tensor | None]:
     return list(gradients)
 
 
+def _hand_over(gradients, owner: Tensor | None) -> list[Tensor | None]:
+    """What autograd gets of the gradients of (hidden, weight, bias). owner: None, or the weight, which gets its own at once."""
+    d_hidden, d_weight, d_bias = gradients
+    if owner is None or d_weight is None:
+        return [d_hidden, d_weight, d_bias]
+    owner.grad = d_weight if owner.grad is None else owner.grad.add_(d_weight)
+    return [d_hidden, None, d_bias]
+
+
 class _LinearCrossEntropySum(torch.autograd.Function):
     """-> weighted sum of the losses, results [4 to 8, M]. The gradients are ready when the forward ends, that of the weight in
     `grad` unless it is None."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, targets, row_weights, grad_scale, needs, o, grad):
+    def forward(ctx, hidden, weight, bias, rows, targets, row_weights, grad_scale, needs, o, grad, owner):
         upstream = (row_weights * grad_scale).to(o.wide) if any(needs) else None
         run = _run if o.triton else run_torch
         results, gradients = run(hidden, weight, bias, rows, targets, upstream, needs, o, grad)
         inputs = () if grad is None else (hidden, weight, bias, rows, targets, upstream)
         ctx.save_for_backward(*gradients, *inputs)
-        ctx.options, ctx.grad = o, grad
+        ctx.options, ctx.grad, ctx.owner = o, grad, owner
         ctx.mark_non_differentiable(results)
         return (results[0] * row_weights).sum(), results
 
@@ -278,18 +299,18 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             *inputs, upstream = ctx.saved_tensors[3:]
             run_torch(*inputs, (d_loss - 1) * upstream, (False, True, False), ctx.options, ctx.grad)
         gradients = ctx.saved_tensors[:3]  # autograd lets go of them, .grad takes them over
-        return *_scaled(gradients, d_loss, ctx.options), *[None] * 7
+        return *_hand_over(_scaled(gradients, d_loss, ctx.options), ctx.owner), *[None] * 8
 
 
 class _LinearCrossEntropyRows(torch.autograd.Function):
     """-> weighted losses [M], results [4 to 8, M]. Each row's gradient comes later: the backward computes the logits again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, targets, row_weights, grad_scale, needs, o, grad):
+    def forward(ctx, hidden, weight, bias, rows, targets, row_weights, grad_scale, needs, o, grad, owner):
         run = _run if o.triton else run_torch
         results, _ = run(hidden, weight, bias, rows, targets, None, (False, False, False), o)
         ctx.save_for_backward(hidden, weight, bias, rows, targets, row_weights)
-        ctx.grad_scale, ctx.needs, ctx.grad = grad_scale, needs, grad
+        ctx.grad_scale, ctx.needs, ctx.grad, ctx.owner = grad_scale, needs, grad, owner
         ctx.options = replace(o, entropy=False, all_stats=False)  # the backward has no use for them
         ctx.mark_non_differentiable(results)
         return results[0] * row_weights, results
@@ -302,7 +323,7 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
         run = _run if ctx.options.triton else run_torch
         with torch.autocast(d_losses.device.type, enabled=False):
             _, gradients = run(*tensors, upstream, ctx.needs, ctx.options, ctx.grad)
-        return *gradients, *[None] * 7
+        return *_hand_over(gradients, ctx.owner), *[None] * 8
 
 
 def linear_cross_entropy(
@@ -343,7 +364,9 @@ def linear_cross_entropy(
     return_stats: True: also return `Stats` of nll, correct and entropy. "all": its mean_logit and log_sum_sq_probs too.
     add_to_grad:  for a caller that calls backward() next. If weight is an fp32 leaf on a CPU that has a gradient already, the
                   new one is added to it in place and none comes through autograd. With "sum" the forward does it, for a loss
-                  whose own gradient is 1; another one costs a second pass, and digits where it is much smaller.
+                  whose own gradient is 1; another one costs a second pass, and digits where it is much smaller. On a GPU an
+                  fp32 leaf has its gradient when this op's backward ends, before autograd has those of other ops: an
+                  embedding that is tied to it then adds its rows in place.
 
     Returns the loss in fp32 (fp64 for fp64 inputs); with return_stats, (loss, Stats). Inputs that do not require a
     gradient cost nothing. Without any row to score the loss is 0 and the gradients are zeros.
@@ -392,10 +415,12 @@ def linear_cross_entropy(
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     grad = weight.grad if add_to_grad and needs[1] and weight.is_leaf and not o.triton else None
     grad = None if grad is None or not (grad.dtype == o.wide == weight.dtype) or grad.is_cuda else grad
+    hands_over = add_to_grad and needs[1] and o.triton and weight.is_leaf and weight.dtype == torch.float32
+    owner = weight if hands_over and not weight._post_accumulate_grad_hooks else None
     function = _LinearCrossEntropySum if reduction == "sum" else _LinearCrossEntropyRows
     with torch.autocast(device.type, enabled=False):
         scale = 1.0 if grad_scale is None else grad_scale
-        loss, results = function.apply(hidden, weight, bias, rows, targets, row_weights, scale, needs, o, grad)
+        loss, results = function.apply(hidden, weight, bias, rows, targets, row_weights, scale, needs, o, grad, owner)
 
     stats = torch.cat((results[1:4], results[-2:])) if o.all_stats else results[1:4]
     if keep is not None:  # back to [M]

@@ -16,11 +16,12 @@ def test_equals_the_reference(shape, dtype):
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-def test_a_gradient_that_is_there_is_added_to_in_place():
-    weight = torch.nn.Parameter(torch.randn(9, 3))
+@pytest.mark.parametrize("ids", [[[4, 0], [4, 8]], [[8] * 40], [[]]], ids=["some repeat", "one token", "none"])
+def test_a_gradient_that_is_there_is_added_to_in_place(ids):
+    ids = torch.tensor(ids, dtype=torch.int64)
+    weight, dy = torch.nn.Parameter(torch.randn(9, 3)), torch.randn(*ids.shape, 3)
     weight.grad = torch.randn(9, 3)
     memory, before = weight.grad.data_ptr(), weight.grad.clone()
-    ids, dy = torch.tensor([[4, 0], [4, 8]]), torch.randn(2, 2, 3)
     embedding(ids, weight).backward(dy)
     assert weight.grad.data_ptr() == memory
     (gradient,) = torch.autograd.grad(embedding_ref(ids, weight), weight, dy)

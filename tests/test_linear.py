@@ -145,9 +145,12 @@ def test_a_weight_that_changes_before_the_backward_is_noticed():
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_layers_side_by_side_are_one_product(accumulated, monkeypatch):
-    """On a GPU: one product each for y, dx and all dW, with the results of three; the copies stay their weights' own."""
-    layers, x = layers_of(), torch.randn(50, 24)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
+def test_layers_side_by_side_are_one_product(accumulated, dtype, monkeypatch):
+    """On a GPU: one product each for y, dx and all dW, with the results of three; the copies stay their weights' own.
+    Weights that are multiplied as they are lie in one buffer from then on."""
+    layers, x = layers_of(dtype), torch.randn(50, 24)
+    values = [t.detach().clone() for t in sum(layers, ())]
     probe = torch.randn(50, 64, dtype=BF16)
     launches, product = [], module.product_into
 
@@ -176,10 +179,13 @@ def test_layers_side_by_side_are_one_product(accumulated, monkeypatch):
     assert launches[3 * accumulated :] == [(64, 24)] * accumulated
     for a, b in zip(together, apart, strict=True):
         assert relative_error(a, b) < (2**-8 if a.dtype == BF16 or a.shape == x.shape else 1e-6)
-    for weight, bias in layers:
-        assert torch.equal(kept_copy(weight), weight.detach().to(BF16)) and torch.equal(
-            kept_copy(bias), bias.detach().to(BF16)
-        )
+    assert all(torch.equal(t, value) and t.is_contiguous() for t, value in zip(sum(layers, ()), values))
+    for tensors in zip(*layers):
+        if dtype == BF16:
+            assert not any(hasattr(t, "_copy") for t in tensors)
+            assert side_by_side([t.detach().view(len(t), -1) for t in tensors], 0) is not None
+        else:
+            assert all(torch.equal(kept_copy(t), t.detach().to(BF16)) for t in tensors)
     with keep_copies(), torch.no_grad():
         layers[1][0].mul_(2)
         with torch.autocast("cpu", dtype=BF16), use_backend("triton"):

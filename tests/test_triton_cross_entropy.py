@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from test_linear_cross_entropy import Recorder
 from tolerance import assert_close_to_truth, cu_seqlens_of, padded_with_nan, relative_error, run_with_gradients
 
 from minisft.kernels import linear_cross_entropy as module
 from minisft.kernels.common import use_backend
 from minisft.kernels.cross_entropy import cross_entropy, cross_entropy_ref, score_rows
+from minisft.kernels.embedding import embedding
 from minisft.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_ref,
@@ -24,14 +26,14 @@ ALL = dict(softcap=3.0, logit_scale=1.5, label_smoothing=0.2, z_loss=0.02)
 OPTIONS = {"plain": {}, **{name: {name: value} for name, value in ALL.items()}, "all": ALL}
 CE_ALL = dict(softcap=2.0, label_smoothing=0.2, z_loss=0.02)
 CE_OPTIONS = {"plain": {}, **{name: {name: value} for name, value in CE_ALL.items()}, "all": CE_ALL}
+ADDITIONS = "aten::add.Tensor", "aten::add_.Tensor"
 V = 257  # five blocks of the interpreter's configuration, the last of one word
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of at most 6 rows."""
-    monkeypatch.setattr(module, "LEAST_CHUNK_ROWS", 6)
-    monkeypatch.setattr(module, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(module, "most_rows", lambda T, *sizes, **more: min(6, T + T % 2))
     monkeypatch.setattr(module, "ROW_TILE", 2)
 
 
@@ -267,8 +269,7 @@ def test_one_chunk_has_no_fp32_sum_and_several_do(small_chunks):
 
 
 @pytest.mark.parametrize("T, R", [(4, 4), (13, 6)])
-def test_a_chunk_has_the_same_size_whatever_is_trained(small_chunks, monkeypatch, T, R):
-    """Its memory, and the shapes of its products but for the last one of a step."""
+def test_chunks_have_the_same_memory_whatever_is_trained_and_even_rows(small_chunks, monkeypatch, T, R):
     hidden, weight, _ = example(T=T)
     seen = []
 
@@ -280,7 +281,50 @@ def test_a_chunk_has_the_same_size_whatever_is_trained(small_chunks, monkeypatch
     for M in (1, R, R + 1, 2 * R + 1):
         seen.clear()
         linear_cross_entropy(hidden, weight, torch.zeros(M, dtype=torch.int64), rows=torch.arange(M) % T)
-        assert seen == [(R, R)] * (M // R) + [(M % R, R)] * (M % R > 0)
+        sizes, memory = zip(*seen)
+        assert sum(sizes) == M and len(sizes) == -(-M // R) and set(memory) == {R}
+        assert len(set(sizes[:-1])) <= 1 and sizes[0] - 2 * len(sizes) < sizes[-1] <= sizes[0]  # tiles of 2 rows
+
+
+def test_logits_exist_at_once_where_a_sum_in_fp32_would_take_more():
+    T, V, D = 8192, 128256, 4096
+    chunk = module.most_rows(T, V, 2, sum_bytes=0)
+    assert chunk < T and chunk * V * 2 <= module.CHUNK_BYTES < (chunk + module.ROW_TILE) * V * 2
+    assert module.most_rows(T, V, 2, sum_bytes=4 * V * D) == T
+    assert module.most_rows(4 * T, V, 2, sum_bytes=4 * V * D) == chunk
+    assert module.most_rows(300, V, 2, sum_bytes=0) == 384 and module.most_rows(0, V, 2, sum_bytes=0) > 0
+    assert module.most_rows(9 * T, 8 * V, 2, sum_bytes=0) == module.LEAST_CHUNK_ROWS
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_tied_embedding_adds_its_rows_to_the_gradient_of_the_head(small_chunks, reduction, micro_batches):
+    """In place: no other matrix [V, D] is made for it."""
+    _, weight, targets = example(ignored=0)
+    weight, ids = weight.detach().clone().requires_grad_(), torch.randint(V, (13,))
+
+    def backward(**more):
+        weight.grad = None
+        with Recorder() as recorder:
+            for _ in range(micro_batches):
+                hidden = embedding(ids, weight) * 2
+                loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction, **more)
+                (loss * 3).sum().backward()
+        additions = [name for name, size in recorder.outputs if name.startswith(ADDITIONS) and size == weight.nbytes]
+        return weight.grad, additions
+
+    (expected, additions), (ours, fewer) = backward(), backward(add_to_grad=True)
+    assert relative_error(ours, expected) < 1e-6  # fp32 sums in another order
+    assert len(fewer) == micro_batches - 1 < len(additions)
+
+
+def test_a_gradient_with_a_hook_comes_through_autograd():
+    """Updates in the backward wait for it there."""
+    hidden, weight, targets = example()
+    weight, seen = weight.detach().clone().requires_grad_(), []
+    weight.register_post_accumulate_grad_hook(lambda w: seen.append(w.grad.clone()))
+    linear_cross_entropy(hidden, weight, targets, add_to_grad=True).backward()
+    assert len(seen) == 1 and torch.equal(seen[0], weight.grad)
 
 
 def test_autocast():

@@ -16,10 +16,11 @@ Ways of stretching a trained model to longer contexts change the f_i:
   as in yarn.
 
 Frequencies and angles are fp32 whatever the model's dtype: at position 8000 a bf16 angle is off by up to 16 radians.
-They are computed on the fly, because a buffer would follow `model.to(torch.bfloat16)`.
+Frequencies are no buffer of the model, which would follow `model.to(torch.bfloat16)`.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,8 +28,9 @@ from torch import Tensor
 from minisft.model.model_config import Rope
 
 
+@lru_cache(64)
 def inverse_frequencies(rope: Rope, device: torch.device | None = None) -> Tensor:
-    """f_i in radians a token, fp32 [dim/2]."""
+    """f_i in radians a token, fp32 [dim/2]. Always the same tensor, which nobody may change."""
     power = rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device) / rope.dim)
     frequency = 1.0 / power
     match rope.kind:

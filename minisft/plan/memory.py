@@ -312,7 +312,9 @@ def loss_bytes(
         inside += min(2048, V) * D * e if e == 2 and trains else 0  # a block of rows of the product
         return LossBytes(kept, inside, T * D * e, 0.0)
     width = ceil(V / 64) * 64
-    R = min(max(GPU_CHUNK, int(GPU_CHUNK_BYTES // (width * e)) // 128 * 128), ceil(T / 128) * 128)
+    all_rows, spared = ceil(T / 128) * 128, 4 * V * D if trains and precision.stream != 4 else 0
+    R = min(max(GPU_CHUNK, int(GPU_CHUNK_BYTES // (width * e)) // 128 * 128), all_rows)
+    R = all_rows if all_rows * width * e <= GPU_CHUNK_BYTES + spared else R
     wide = 4 if M > R or precision.stream == 4 else 2
     inside = R * width * e + (M + T) * D * e + (V * D * (wide - each) if trains and wide > each else 0)
     return LossBytes(0.0, inside, T * D * e, V * D * each if trains else 0.0)
@@ -336,9 +338,10 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
     keeps_gradients = not in_backward and (
         is_whole_cpu or train.gradient_accumulation_steps > 1 or is_graph and place.shards == 1
     )
-    embedding = 0.0  # its gradient is a new tensor, which is then added to the head's
+    embedding = 0.0  # its gradient: rows that are added to that of the head in place, or a new tensor
     if place.is_gpu and "embed_tokens.weight" in p.trained and (c.tie_word_embeddings or keeps_gradients):
-        embedding = float(width * prod(p.model["embed_tokens.weight"]))
+        adds_rows = precision.stream == 4 and not in_backward
+        embedding = 4.0 * T * c.hidden_size if adds_rows else float(width * prod(p.model["embed_tokens.weight"]))
 
     weights, moments = weight_bytes(config, c, p), moment_bytes(config, p)
     copies, gathered = copy_bytes(config, c, p, precision), 0.0
