@@ -44,7 +44,6 @@ def linears_ref(x: Tensor, *layers: Layer) -> list[Tensor]:
 
 
 _keeps = False
-_is_forbidden = False
 
 
 @contextlib.contextmanager
@@ -53,21 +52,25 @@ def keep_copies() -> Iterator[None]:
     other values for a while).
 
     A copy counts as current while autograd's counter of changes stands still. Whoever opens the block must see to it that every
-    update counts, which torch's fused optimizers do not by themselves (optimizers.py). Outside each use makes a new copy.
+    update counts, which torch's fused optimizers do not by themselves (optimizers.py). Outside each use makes a new copy, and so
+    does each use of a weight of `never_keep_copy`.
     """
     global _keeps
-    before, _keeps = _keeps, not _is_forbidden
+    before, _keeps = _keeps, True
     try:
         yield
     finally:
         _keeps = before
 
 
-def forbid_copies() -> None:
-    """`keep_copies` keeps none from now on: for weights that get other values without being changed in place, as those that
-    FSDP2 gathers, whose counter stands still by design."""
-    global _is_forbidden
-    _is_forbidden = True
+def never_keep_copy(weight: Tensor) -> None:
+    """Each use of this weight makes a new copy: it gets other values without being changed in place, as a weight that FSDP2
+    gathers, whose counter stands still by design."""
+    weight._is_refilled = True
+
+
+def _keeps_copy(weight: Tensor) -> bool:
+    return _keeps and torch.is_autocast_cache_enabled() and not hasattr(weight, "_is_refilled")
 
 
 class _Copy(NamedTuple):
@@ -85,7 +88,7 @@ def weight_as(weight: Tensor, dtype: torch.dtype) -> Tensor:
         kept = None
     elif kept.version == weight._version:
         return kept.values
-    if not (_keeps and torch.is_autocast_cache_enabled()):
+    if not _keeps_copy(weight):
         return weight.detach().to(dtype)
     with torch.no_grad():
         values = weight.detach().to(dtype) if kept is None else kept.values.copy_(weight)
@@ -103,7 +106,7 @@ def move_side_by_side(weights: Sequence[Tensor]) -> None:
 
 def keep_side_by_side(weights: Sequence[Tensor], dtype: torch.dtype) -> None:
     """Weights [out, in], or biases [out], that have no copy yet get theirs in one buffer, one after another."""
-    if torch.is_autocast_cache_enabled() and not any(hasattr(weight, "_copy") for weight in weights):
+    if all(map(_keeps_copy, weights)) and not any(hasattr(weight, "_copy") for weight in weights):
         with torch.no_grad():
             values = torch.cat([weight.detach().to(dtype) for weight in weights]).split([len(w) for w in weights])
         for weight, part in zip(weights, values):
@@ -259,10 +262,12 @@ def linears(x: Tensor, *layers: Layer) -> list[Tensor]:
         dtype = torch.get_autocast_dtype(x.device.type)
     if chosen_backend() == "reference" or not torch.is_grad_enabled() and all(w.dtype == dtype for w, _ in layers):
         return linears_ref(x, *layers)
-    for tensors in zip(*layers) if len(layers) > 1 and _keeps else ():  # all weights, all biases
+    for tensors in zip(*layers) if len(layers) > 1 else ():  # all weights, all biases
         if all(t is not None and t.dtype != dtype for t in tensors):
             keep_side_by_side(tensors, dtype)
-        elif all(t is not None and t.dtype == dtype and t.is_leaf for t in tensors) and _sums_in_fp32(x):
+        elif all(
+            t is not None and t.dtype == dtype and t.is_leaf and _keeps_copy(t) for t in tensors
+        ) and _sums_in_fp32(x):
             move_side_by_side(tensors)
     copies = [(weight_as(weight, dtype), None if bias is None else weight_as(bias, dtype)) for weight, bias in layers]
     with torch.autocast(x.device.type, enabled=False):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from minisft import ranks
 from minisft.data.pieces import pieces_of
-from minisft.kernels.linear import forbid_copies
+from minisft.kernels.linear import never_keep_copy
 from minisft.model import shards
 from minisft.model.attention import Attention
 from minisft.model.context import Context
@@ -90,7 +90,6 @@ def shard(
             p.data = p.data.to(device)
     # nobody changes a block's output in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    forbid_copies()  # gathered weights take the same memory every time, and do not count as changed
 
 
 def settle(model: Decoder) -> None:
@@ -99,8 +98,10 @@ def settle(model: Decoder) -> None:
     Where blocks are gathered in 16 bits, the gradients of their matrices are fp32 all the same.
     """
     for group in _groups(model):
+        names = [name for name, p in group.named_parameters() if shards.is_shard(p)]
         group.unshard()
-        for p in group.parameters():
+        for p in map(group.get_parameter, names):
+            never_keep_copy(p)  # it is gathered into the same memory every time, and does not count as changed
             if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
                 p.grad_dtype = torch.float32
         group.reshard()

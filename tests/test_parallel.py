@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_ranks import join, start_ranks
-from tiny import GPT2, MODEL, logged, relative_error, settings, start, train, train_quietly
+from tiny import GPT2, MODEL, logged, parts, relative_error, settings, start, train, train_quietly
 
+from minisft import loop, parallel
 from minisft.config.load import load
 from minisft.errors import DATA, PEER, UserError
 from minisft.model.shards import rows_here
@@ -227,6 +228,25 @@ def test_what_sharded_weights_cannot_do_is_refused_by_name(home, key, value, oth
     load({}, keys, origin="test")
     with pytest.raises(UserError, match=rf"parallel\.strategy = .* and {key} = "):
         load({}, keys | SHARDED, origin="test")
+
+
+def test_a_process_that_had_sharded_weights_keeps_copies_of_others(home):
+    """In bf16: gathered weights keep none, as they would be stale, and the weights of the next run in a notebook keep theirs."""
+    bf16 = {"train.precision": "bf16", "train.max_steps": 1}
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        run, config = parts(home, **bf16)
+        parallel.shard(run.model, run.device)
+        parallel.settle(run.model)
+        loop.train_step(run, config.train, run.train.step(0, 0))
+        block = run.model.layers[0]
+        block.unshard()
+        assert block.mlp.up_proj.weight.shape == (48, 32) and not hasattr(block.mlp.up_proj.weight, "_copy")
+    finally:
+        torch.distributed.destroy_process_group()
+    run, config = parts(home, **bf16)
+    loop.train_step(run, config.train, run.train.step(0, 0))
+    assert hasattr(run.model.layers[0].mlp.up_proj.weight, "_copy")
 
 
 @pytest.mark.parametrize("rows, ranks", [(10, 4), (3, 4), (8, 2), (1, 2)])
