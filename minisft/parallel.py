@@ -34,6 +34,7 @@ from minisft.model import shards
 from minisft.model.attention import Attention
 from minisft.model.context import Context
 from minisft.model.decoder import Decoder
+from minisft.model.quantized import QuantWeight, named_weights, quant_weights
 
 T = TypeVar("T")
 
@@ -74,7 +75,14 @@ def shard(
 
     shape = (replicas, ranks.world_size() // replicas) if replicas > 1 else (ranks.world_size(),)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-    whole = {p for p in model.parameters() if p.ndim == 1 or model.lora is not None and p.requires_grad}
+    quantised = list(quant_weights(model).values())
+    for weight in quantised:
+        weight.make_shardable()
+    parts = {p for weight in quantised for p in weight.parameters()}
+    adds = model.lora is not None
+    whole = {p for p in model.parameters() if p not in parts and (p.ndim == 1 or adds and p.requires_grad)}
+    if quantised:
+        dtype = None  # scales are gathered as they are: in 16 bits they would give other matrices
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32, cast_forward_inputs=False
     )
@@ -116,14 +124,21 @@ def part_of(p: nn.Parameter) -> nn.Parameter:
     if not shards.is_shard(p):
         return p
     if not hasattr(p, "part"):
-        p.part = nn.Parameter(shards.local(p))
+        p.part = nn.Parameter(shards.local(p), requires_grad=p.is_floating_point())
     return p.part
 
 
 def describe(model: Decoder) -> str:
     """A line about what this rank has of the model."""
-    here, whole = (sum(f(p).numel() for p in model.parameters()) for f in (shards.local, lambda p: p))
+    weights = named_weights(model).values()
+    here, whole = sum(map(_numel_here, weights)), sum(weight.numel() for weight in weights)
     return f"sharded: this rank keeps {here / 1e6:,.2f} M of {whole / 1e6:,.2f} M parameters"
+
+
+def _numel_here(weight: nn.Parameter | QuantWeight) -> float:
+    if isinstance(weight, QuantWeight):
+        return weight.numel() * shards.local(weight.data).numel() / weight.data.numel()
+    return shards.local(weight).numel()
 
 
 # ---- a step -------------------------------------------------------------------------------------------------------

@@ -10,8 +10,19 @@ from tolerance import relative_error
 
 from minisft.errors import UserError
 from minisft.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, load_adapted, load_adapter, save_adapter
-from minisft.model.lora import LoraLinear, adapter_disabled, adapter_sites, adapters, apply_lora, merge_adapter
+from minisft.model.load import build_model, give_memory, load_model, load_weights, place_quantized, read_config
+from minisft.model.lora import (
+    LoraLinear,
+    adapter_disabled,
+    adapter_sites,
+    adapters,
+    apply_lora,
+    merge_adapter,
+    place_adapters,
+    start_adapters,
+)
 from minisft.model.lora_options import LoraOptions
+from minisft.model.quantized import Quantization
 from minisft.model.save import save_model
 from minisft.model.start import find_start
 
@@ -50,6 +61,26 @@ def test_an_untrained_adapter_changes_nothing(family, kind):
     base, model = tiny(family).eval(), adapted(family, **KINDS[kind])
     # DoRA divides by the norm that it multiplies by: rounded, not exact
     assert relative_error(forward(model), forward(base)) <= (1e-6 if kind == "dora" else 0)
+
+
+@pytest.mark.parametrize("quantization", [None, Quantization("nf4", True), Quantization("int8")], ids=str)
+@pytest.mark.parametrize("family", WITH_HYBRIDS)
+def test_adapters_that_are_placed_before_the_weights_are_read_are_the_same(family, quantization, tmp_path):
+    """Bit for bit; and a parameter of several layers stays one, though each module gets memory of its own."""
+    save_model(tiny(family), tmp_path)
+    options = LoraOptions(
+        r=4, use_dora=True, init_lora_weights="pissa", trainable_token_indices={"embed_tokens": (3, 5)}
+    )
+    expected = load_model(tmp_path, quantization=quantization)
+    apply_lora(expected, options, seed=5)
+    model = build_model(read_config(tmp_path))
+    place_quantized(model, tmp_path, quantization)
+    place_adapters(model, options)
+    load_weights(give_memory(model, "cpu"), tmp_path)
+    start_adapters(model, seed=5)
+    named, wanted = (dict([*m.named_parameters(), *m.named_buffers()]) for m in (model, expected))
+    assert [*named] == [*wanted] and all(torch.equal(named[name], wanted[name]) for name in wanted)
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in expected.parameters()]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,20 +4,31 @@ import json
 import os
 import signal
 import socket
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_ranks import join, start_ranks
+from test_lora import randomise
+from test_ranks import free_port, join, start_ranks
 from tiny import GPT2, MODEL, logged, parts, relative_error, settings, start, train, train_quietly
 
-from minisft import loop, parallel
+from minisft import loop, parallel, peers
 from minisft.config.load import load
-from minisft.errors import DATA, PEER, UserError
+from minisft.errors import DATA, PEER, UserError, run_command
+from minisft.model.adapter_files import save_adapter
+from minisft.model.families import from_hf
+from minisft.model.load import build_model, init_weights, load_model
+from minisft.model.lora import apply_lora
+from minisft.model.lora_options import LoraOptions
+from minisft.model.quantized import Quantization
+from minisft.model.save import save_model
 from minisft.model.shards import rows_here
 
+PLAIN_GPT2 = GPT2 | {f"{part}_pdrop": 0.0 for part in ("resid", "embd", "attn")}
 SHARDED = {"parallel.strategy": "fsdp2"}
 ACCUMULATED = {"train.per_device_train_batch_size": 3, "train.gradient_accumulation_steps": 2}
 
@@ -30,6 +41,16 @@ def home(tmp_path_factory) -> Path:
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["completion"][::-1] + "x"} for r in rows]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    model = load_model(folder / "base" / "model", quantization=Quantization("nf4", True))
+    save_model(model, folder / "base-nf4")
+    gpt2 = build_model(from_hf(PLAIN_GPT2), "cpu")
+    init_weights(gpt2, seed=1)
+    save_model(gpt2, folder / "gpt2")
+    save_model(load_model(folder / "gpt2", quantization=Quantization("int8")), folder / "gpt2-int8")
+    adapter = load_model(folder / "base" / "model")
+    apply_lora(adapter, LoraOptions(r=4))
+    randomise(adapter)
+    save_adapter(adapter, folder / "adapter", base=str(folder / "base" / "model"))
     return folder
 
 
@@ -46,18 +67,37 @@ def options(home: Path, **more) -> dict:
     }
 
 
-def run_both(home: Path, tmp_path: Path, keys: dict, sharded: dict, count: int = 2) -> tuple[Path, Path]:
-    """The output folders of one rank and of several."""
-    one, several = tmp_path / "one", tmp_path / "several"
-    one_keys = options(home, **keys, output_dir=str(one))
-    one_keys.setdefault("train.per_device_train_batch_size", 12)
-    rows = one_keys["train.per_device_train_batch_size"] // count
-    several_keys = (
-        one_keys | {"train.per_device_train_batch_size": rows, "output_dir": str(several)} | SHARDED | sharded
-    )
-    processes = [start(train_quietly, home, one_keys), *start_ranks(home, several_keys, count=count)]
-    assert join(processes, 120) == (0,) * (count + 1), (several / "said-0").read_text()[-2000:]
-    return one, several
+def train_all(home: Path, runs: list[dict], ports: list[int], rank: int, count: int) -> None:
+    """What one process does: one run after another, each with a group of its own. The first that fails is the last."""
+    peers.BEAT, peers.GRACE, peers.LAST_WORD = 0.1, 0.5, 0.5
+    os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    for keys, port in zip(runs, ports):
+        os.environ["MASTER_PORT"] = str(port)
+        out = Path(keys["output_dir"])
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / f"said-{rank}").open("w") as said, redirect_stdout(said), redirect_stderr(said):
+            code = run_command(lambda keys=keys: train(home, **keys).exit_code)
+        if code:
+            sys.exit(code)
+
+
+def run_both(home: Path, folder: Path, cases: dict[str, dict], sharded: dict, count: int = 2) -> Path:
+    """The folder in which <case>/one and <case>/several are the output folders of one rank and of several."""
+    ones, manys = [], []
+    for case, keys in cases.items():
+        keys = options(home, **keys)
+        keys.setdefault("train.per_device_train_batch_size", 12)
+        ones.append(keys | {"output_dir": str(folder / case / "one")})
+        rows = {"train.per_device_train_batch_size": keys["train.per_device_train_batch_size"] // count}
+        manys.append(SHARDED | keys | rows | sharded | {"output_dir": str(folder / case / "several")})
+    ports = [free_port() for _ in cases]
+    processes = [start(train_all, home, ones, ports, 0, 1)]
+    processes += [start(train_all, home, manys, ports, rank, count) for rank in range(count)]
+    codes = join(processes, 60 + 30 * len(cases))
+    if codes != (0,) * (count + 1):
+        said = max(folder.glob("*/*/said-*"), key=lambda path: path.stat().st_mtime)
+        pytest.fail(f"{codes}: {said}: {said.read_text()[-3000:]}")
+    return folder
 
 
 def final_weights(output_dir: Path) -> dict[str, torch.Tensor]:
@@ -65,8 +105,9 @@ def final_weights(output_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def assert_equal(one: Path, several: Path, weights: float = 1e-5) -> None:
+def assert_equal(folder: Path, weights: float = 1e-5) -> None:
     """weights: the bound after 10 steps, in which Adam amplifies the last bits of a gradient near zero."""
+    one, several = folder / "one", folder / "several"
     for name in ("loss", "grad_norm", "eval_loss"):
         expected, values = logged(one, name), logged(several, name)
         assert values[:1] == pytest.approx(expected[:1], rel=1e-6)  # the bound of the house for equal maths in fp32
@@ -89,8 +130,9 @@ def evaluated(home: Path) -> dict:
 def test_two_sharded_ranks_are_one_and_go_on_with_a_run_of_one(home, tmp_path):
     """Micro-batches of unequal shares, of which the second rank has none in steps 6 and 12."""
     keys = evaluated(home)
-    one, several = run_both(home, tmp_path, keys, ACCUMULATED)
-    assert_equal(one, several)
+    run_both(home, tmp_path, {"": keys}, ACCUMULATED)
+    one, several = tmp_path / "one", tmp_path / "several"
+    assert_equal(tmp_path)
     first = "checkpoints/step-00000001/optimizer.safetensors"
     moments, expected = (load_file(folder / first) for folder in (several, one))
     gradients = [name for name in expected if name.endswith("exp_avg")]  # with beta1 = 0
@@ -131,12 +173,17 @@ def assert_same_end(elastic: Path, one: Path, since: int = 0) -> None:
         assert relative_error(final_weights(elastic)[name], weight) <= 1e-5, name
 
 
-LORA = {"model.config": None, "lora.r": 4, "lora.use_dora": True, "lora.modules_to_save": ["lm_head"]}
+LORA = {"model.config": None, "lora.r": 4}
 DPO = {"model.config": None, "trainer_type": "dpo", "train.learning_rate": 1e-4, "evaluate.eval_steps": 3}
+NF4 = LORA | {"model.load_in_4bit": True}
+QUICK = {
+    "QLoRA, double quantised": NF4 | {"lora.use_dora": True},
+    "QLoRA beside a base that is stored in 4 bits": LORA | {"model.model_name_or_path": "base-nf4"},
+}
 SLOW = {
     "tied": {"model.config": MODEL | {"tie_word_embeddings": True}},
     "GPT-2": {
-        "model.config": GPT2 | {f"{part}_pdrop": 0.0 for part in ("resid", "embd", "attn")},
+        "model.config": PLAIN_GPT2,
         "train.optim": "sgd",
     },
     "packing, checkpointing": {
@@ -153,37 +200,75 @@ SLOW = {
     "a trained model, with new tokens": {"model.config": None, "model.new_special_tokens": ["<a>", "<b>", "<c>"]},
     "the largest micro-batch first": {"train.memory_check": True},
     "bf16": {"train.precision": "bf16"},
-    "LoRA": LORA | {"lora.use_dora": False, "lora.modules_to_save": [], "model.new_special_tokens": ["<a>"]},
-    "DoRA, a whole head": LORA,
+    "LoRA": LORA | {"model.new_special_tokens": ["<a>"]},
+    "DoRA, a whole head": LORA | {"lora.use_dora": True, "lora.modules_to_save": ["lm_head"]},
+    "PiSSA": LORA | {"lora.init_lora_weights": "pissa", "train.learning_rate": 1e-4},
     "LoRA, bf16": LORA | {"train.weights_dtype": "bf16", "train.precision": "bf16"},
+    "QLoRA, fp4": NF4 | {"model.bnb_4bit_quant_type": "fp4", "model.bnb_4bit_use_double_quant": False},
+    "QLoRA, int8, checkpointing": LORA | {"model.load_in_8bit": True, "model.gradient_checkpointing": True},
+    "QLoRA, bf16": NF4 | {"train.precision": "bf16"},
+    "QLoRA beside GPT-2 that is stored in 8 bits": LORA | {"model.model_name_or_path": "gpt2-int8"},
+    "an adapter that is merged": {"model.config": None, "model.model_name_or_path": "adapter"},
+    "an adapter that is trained further": LORA | {"model.model_name_or_path": "adapter"},
     "DPO": DPO,
     "DPO, LoRA": DPO | {"lora.r": 4},
+    "DPO, QLoRA": DPO | NF4,
     "DPO, empty shares": DPO | {"train.per_device_train_batch_size": 120},
 }
 
 
+def run_cases(home: Path, tmp_path_factory, cases: dict[str, dict], count: int) -> Path:
+    filled = {}
+    for case, keys in cases.items():
+        keys = dict(keys)
+        if keys.get("model.config", MODEL) is None:
+            keys["model.model_name_or_path"] = str(home / keys.get("model.model_name_or_path", "base/model"))
+        if "trainer_type" in keys:
+            keys |= {"data.train_data": str(home / "pairs.jsonl"), "data.eval_data": str(home / "pairs.jsonl")}
+        filled[case] = keys
+    return run_both(home, tmp_path_factory.mktemp(f"cases-{count}"), filled, {}, count)
+
+
+@pytest.fixture(scope="module")
+def quick(home, tmp_path_factory) -> Path:
+    return run_cases(home, tmp_path_factory, QUICK, 2)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def slow(home, tmp_path_factory, request) -> Path:
+    """Every case, on so many ranks."""
+    return run_cases(home, tmp_path_factory, QUICK | SLOW, request.param)
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_two_sharded_ranks_are_one(quick, case):
+    assert_case(quick, case)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("case", SLOW)
-def test_sharded_ranks_are_one(home, tmp_path, case, count):
-    keys = dict(SLOW[case])
-    if keys.get("model.config", MODEL) is None:
-        keys["model.model_name_or_path"] = str(home / "base" / "model")
-    if "trainer_type" in keys:
-        keys |= {"data.train_data": str(home / "pairs.jsonl"), "data.eval_data": str(home / "pairs.jsonl")}
-    one, several = run_both(home, tmp_path, keys, {}, count)
+@pytest.mark.parametrize("case", QUICK | SLOW)
+def test_sharded_ranks_are_one(slow, case):
+    assert_case(slow, case)
+
+
+def assert_case(folder: Path, case: str) -> None:
+    assert "this rank keeps" in (folder / case / "several" / "said-0").read_text()
     if "bf16" in case:
-        assert logged(several) == pytest.approx(logged(one), rel=1e-3)  # products in bf16, rounded in other parts
+        one, several = (logged(folder / case / name) for name in ("one", "several"))
+        assert several == pytest.approx(one, rel=1e-3)  # products in bf16, rounded in other parts
     else:
-        assert_equal(one, several)
+        assert_equal(folder / case)
 
 
 @pytest.mark.slow
 def test_replicas_of_sharded_ranks_are_one(home, tmp_path):
     """2 groups of 2 ranks: a group has the whole model, each of its ranks half of it."""
-    keys = {"data.eval_data": str(home / "rows.jsonl"), "parallel.strategy": "hsdp", "parallel.replicas": 2}
-    one, several = run_both(home, tmp_path, keys, {"parallel.strategy": "hsdp"}, 4)
-    assert_equal(one, several)
+    base = {"model.config": None, "model.model_name_or_path": str(home / "base" / "model")}
+    cases = {"all": {"data.eval_data": str(home / "rows.jsonl")}, "QLoRA": NF4 | base}
+    keys = {"parallel.strategy": "hsdp", "parallel.replicas": 2}
+    run_both(home, tmp_path, cases, keys, 4)
+    for case in cases:
+        assert_equal(tmp_path / case)
 
 
 # ---- trouble ------------------------------------------------------------------------------------------------------
@@ -218,7 +303,6 @@ def test_a_rank_that_is_gone_ends_the_other_which_names_it(home, tmp_path, rank,
         ("train.optim", "muon", {}),
         ("train.weights_dtype", "bf16", {"train.precision": "bf16"}),
         ("train.on_oom", "split", {}),
-        ("model.load_in_4bit", True, {"lora.r": 4, "model.config": None, "model.model_name_or_path": "."}),
         ("dpo.precompute_ref_log_probs", True, {"trainer_type": "dpo"}),
         ("dpo.sync_ref_model", True, {"trainer_type": "dpo"}),
     ],

@@ -105,6 +105,12 @@ def train_rank(
     train_quietly(folder, overrides, output=out / f"said-{rank}")
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def start_ranks(
     folder: Path,
     overrides: dict,
@@ -117,10 +123,7 @@ def start_ranks(
     count: int = 2,
 ) -> list:
     """`count` processes. Of the first two, folders: where each is; of_rank: overrides of each. before(): called by rank 1."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    more = (port, broken_step, spoil, trouble)
+    more = (free_port(), broken_step, spoil, trouble)
     of_rank, folders = (*of_rank, *[{}] * (count - 2)), (*folders, *[None] * (count - 2))
     return [
         start(train_rank, folder, overrides | of_rank[i], i, *more, folders[i], before, count) for i in range(count)

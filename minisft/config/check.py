@@ -204,7 +204,6 @@ def check_parallel(config: Config, refuse: Refuse) -> None:
         return
     needs_whole = "its rule needs whole matrices, and every rank has some rows of each"
     bf16 = "their gradients would be rounded to bf16 after every micro-batch"
-    quantised = "quantised matrices are not sharded yet"
     for key, is_used, problem, hint in (
         ("train.optim", trains_all and train.optim not in ELEMENTWISE, needs_whole, f"use {', '.join(ELEMENTWISE)}"),
         ("train.weights_dtype", trains_all and train.weights_dtype == "bf16", bf16, "use fp32, or lora.r"),
@@ -217,8 +216,6 @@ def check_parallel(config: Config, refuse: Refuse) -> None:
         ("train.on_oom", train.on_oom == "split", "the other ranks are in the middle of a pass", 'set on_oom = "stop"'),
         ("train.cuda_graph", train.cuda_graph is True, "weights are gathered for each block", 'use "auto"'),
         ("train.optimizer_in_backward", train.optimizer_in_backward, "vectors are summed after it", "leave it out"),
-        ("model.load_in_4bit", config.model.load_in_4bit, quantised, 'use strategy = "ddp"'),
-        ("model.load_in_8bit", config.model.load_in_8bit, quantised, 'use strategy = "ddp"'),
     ):
         if is_used:
             refuse(f"parallel.strategy {key}", problem, hint)

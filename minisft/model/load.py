@@ -21,12 +21,13 @@ from minisft import hub
 from minisft.errors import MODEL, UserError
 from minisft.gguf.config import config_of, generation_config_of
 from minisft.gguf.file import is_gguf, open_gguf
+from minisft.kernels.quantize import BLOCKSIZES
 from minisft.memory import memory_bytes, require_memory
 from minisft.model.decoder import Decoder
 from minisft.model.families import from_hf
-from minisft.model.lora import adapter_sites
+from minisft.model.lora import adapter_sites, base_weights
 from minisft.model.model_config import ModelConfig, with_vocab_size
-from minisft.model.quantized import Quantization, QuantLinear, QuantWeight, named_weights
+from minisft.model.quantized import Quantization, QuantLinear, QuantWeight
 from minisft.model.quantized_files import quant_type_of, split, take_parts, unpack
 from minisft.model.shards import local, rows_here
 from minisft.model.tensor_names import Stored, stored_tensors
@@ -54,10 +55,18 @@ def give_memory(model: Decoder, device: torch.device | str) -> Decoder:
     require_memory(
         sum(local(t).nbytes for t in tensors),
         there,
-        f"the model in {str(model.head_weight.dtype).removeprefix('torch.')}",
+        f"the model in {str(model.embed_tokens.weight.dtype).removeprefix('torch.')}",
         hint,
     )
-    return model.to_empty(device=device)
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    model.to_empty(device=device)
+    for first, *others in names.values():  # one parameter of several modules has become several
+        for name in others:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, model.get_parameter(first))
+    return model
 
 
 def init_weights(model: Decoder, seed: int) -> None:
@@ -134,7 +143,7 @@ def place_quantized(model: Decoder, source: Path | str, quantization: Quantizati
         leaves, wanted = packed.get(bare(f"{site}.weight")), None if packed else quantization
         if leaves is not None:
             try:
-                wanted = Quantization(quant_type_of(leaves))
+                wanted = _as_stored(model, stored, leaves)
             except ValueError as error:
                 raise UserError(f"{folder}: {site}.weight: {error}", exit_code=MODEL) from error
             if quantization is not None and quantization.quant_type != wanted.quant_type:
@@ -151,9 +160,18 @@ def place_quantized(model: Decoder, source: Path | str, quantization: Quantizati
             setattr(layers, child, QuantLinear(getattr(layers, child), wanted))
 
 
+def _as_stored(model: Decoder, stored: Stored, leaves: dict[str, FileTensor]) -> Quantization:
+    """How the files quantise a matrix; the double quantisation of a stack is undone when it is split. Raises ValueError."""
+    kind, shapes = quant_type_of(leaves), [model.get_parameter(name).shape for name in stored.names]
+    numel, num_scales = sum(map(math.prod, shapes)), leaves["absmax"].shape[0] if "absmax" in leaves else 0
+    sizes = [size for size in BLOCKSIZES if -(-numel // size) == num_scales]
+    return Quantization(kind, "nested_absmax" in leaves and len(shapes) == 1, *sizes[:1])
+
+
 def load_weights(model: Decoder, source: Path | str) -> list[str]:
     """Fill `model` (not on meta) from the safetensors of a folder, converted to the dtype of each parameter, or quantised
-    where the model has a quantised matrix (place_quantized). Of a sharded parameter only the rows of this process are read.
+    where the model has a quantised matrix (place_quantized). Adapters beside the matrices are left alone. Of a sharded parameter
+    only the rows of this process are read; a sharded quantised matrix is quantised whole, and its rows are kept.
 
     If the config has more tokens than the files (with_vocab_size), the new rows of the embedding and of the head are the
     mean of the old ones, so that no new token begins as the likeliest (Hewitt 2021).
@@ -163,7 +181,7 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
     config, a value is not finite, a tied head differs from the embedding, or a file is missing or damaged.
     """
     folder, config = Path(source), model.config
-    parameters, device = named_weights(model), model.head_weight.device
+    parameters, device = base_weights(model), model.embed_tokens.weight.device
     assert not any(p.is_meta for p in model.parameters()), "give the model memory first"
     wanted = {bare(name): stored for name, stored in stored_tensors(config, parameters).items()}
     found, others = read_headers(folder, config)
@@ -187,7 +205,7 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
                 _check_tied(folder, tensor, head.read())
     if nonfinite:
         raise UserError(
-            f"{folder}: NaN or infinite values as {model.head_weight.dtype} in {some(nonfinite)}",
+            f"{folder}: NaN or infinite values as {model.embed_tokens.weight.dtype} in {some(nonfinite)}",
             hint="the files are damaged, or the dtype is too narrow for these weights",
             exit_code=MODEL,
         )

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from minisft.errors import UserError
 from minisft.model.decoder import Decoder
 from minisft.model.lora_options import ALL_LINEAR, INITS, LoraOptions, is_target, scale_of
-from minisft.model.quantized import QuantLinear, QuantWeight, dense, linear
+from minisft.model.quantized import QuantLinear, QuantWeight, dense, linear, named_weights
 from minisft.model.tensor_names import Stored, stored_tensors
 from minisft.model.token_rows import TokenRows
 
@@ -47,18 +47,23 @@ class LoraLinear(nn.Module):
     start_A: Tensor | None  # PiSSA's A0 [r, in] and B0 [out, r]
     start_B: Tensor | None
 
-    def __init__(
-        self, base: nn.Linear | QuantLinear, lora_A: nn.Parameter, scale: float, dropout: float, use_dora: bool
-    ):
+    def __init__(self, base: nn.Linear | QuantLinear, lora_A: nn.Parameter, scale: float, options: LoraOptions):
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
-        self.scale, self.dropout, self.enabled = scale, dropout, True
+        self.scale, self.dropout, self.enabled = scale, options.lora_dropout, True
         self.lora_A = lora_A  # [r, in]; one parameter for all layers that the files stack into one
-        zeros = torch.zeros(base.weight.shape[0], len(lora_A), dtype=lora_A.dtype, device=lora_A.device)
-        self.lora_B = nn.Parameter(zeros)  # [out, r]
-        self.magnitude = nn.Parameter(dense(base.weight, lora_A.dtype).norm(dim=1)) if use_dora else None  # [out]
-        self.register_buffer("start_A", None)
-        self.register_buffer("start_B", None)
+        num_rows = base.weight.shape[0]
+        self.lora_B = nn.Parameter(lora_A.new_empty(num_rows, len(lora_A)))  # [out, r]
+        self.magnitude = nn.Parameter(lora_A.new_empty(num_rows)) if options.use_dora else None  # [out]
+        self.register_buffer("start_A", torch.empty_like(lora_A) if options.is_pissa else None)
+        self.register_buffer("start_B", torch.empty_like(self.lora_B) if options.is_pissa else None)
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """The values that leave the base as it is, if A has some."""
+        self.lora_B.zero_()
+        if self.magnitude is not None:
+            self.magnitude.copy_(dense(self.weight, self.lora_A.dtype).norm(dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
         y = linear(x, self.weight)
@@ -122,18 +127,18 @@ def adapter_sites(model: Decoder) -> dict[str, Stored]:
 # ---- a model with adapters ----------------------------------------------------------------------------------------
 
 
-def apply_lora(
-    model: Decoder,
-    options: LoraOptions,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    decomposes: bool = True,
-) -> list[str]:
-    """Freeze the model and put an adapter beside every linear layer that the options name.
+def apply_lora(model: Decoder, options: LoraOptions, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Freeze the model and put an adapter beside every linear layer that the options name: `place_adapters` and
+    `start_adapters`, whose arguments, result and errors are theirs."""
+    targets = place_adapters(model, options, dtype)
+    start_adapters(model, seed=seed)
+    return targets
 
-    The adapters are in `dtype`, on the device of their layers, with A drawn from `seed` alone. decomposes: False leaves
-    PiSSA's starts to be copied from another rank's model. Returns the names of the adapted modules, as in Hugging Face's
+
+def place_adapters(model: Decoder, options: LoraOptions, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Freeze the model and put adapters without values beside its layers, which may be on the meta device.
+
+    The adapters are in `dtype`, on the device of their layers. Returns the names of the adapted modules, as in Hugging Face's
     files. Raises UserError if a name in target_modules, layers_to_transform or modules_to_save matches no module.
     """
     if options.init_lora_weights not in INITS:
@@ -142,30 +147,49 @@ def apply_lora(
     targets = [site for site in sites if is_target(site, options)]
     _refuse_names_without_module(model, list(sites), targets, options)
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
     for site in targets:
         r, scale = scale_of(site, options)
         linears = [model.get_submodule(name.removesuffix(".weight")) for name in sites[site].names]
         first = linears[0].weight
-        lora_A = nn.Parameter(_random(r, first.shape[1], options, generator).to(first.device, dtype))
+        lora_A = nn.Parameter(torch.empty(r, first.shape[1], dtype=dtype, device=first.device))
         for name, layer in zip(sites[site].names, linears):
             parent, _, child = name.removesuffix(".weight").rpartition(".")
-            adapted = LoraLinear(layer, lora_A, scale, options.lora_dropout, options.use_dora)
-            setattr(model.get_submodule(parent), child, adapted)
-        if options.is_pissa:
-            parts = [model.get_submodule(name.removesuffix(".weight")) for name in sites[site].names]
-            if decomposes:
-                _start_at_singular_vectors(parts, options, seed)
-            for part in parts:
-                part.start_A, part.start_B = lora_A.detach().clone(), part.lora_B.detach().clone()
+            setattr(model.get_submodule(parent), child, LoraLinear(layer, lora_A, scale, options))
     for name, ids in options.trainable_token_indices.items():
         setattr(model, name, TokenRows(model.get_submodule(name), ids, dtype))
     for name in options.modules_to_save:
-        module = model.get_submodule(name)
-        module.requires_grad_(True)
-        module.base = {key: p.detach().clone() for key, p in module.named_parameters()}  # for `adapter_disabled`
+        model.get_submodule(name).requires_grad_(True)
     model.lora = options
     return targets
+
+
+@torch.no_grad()
+def start_adapters(model: Decoder, *, seed: int = 0, decomposes: bool = True) -> None:
+    """Give the adapters of `place_adapters` their first values, with which the model computes what its base does.
+
+    A is drawn from `seed` alone. decomposes: False leaves PiSSA's starts to be copied from another rank's model. Where the
+    matrices are sharded, all ranks call it together.
+    """
+    options, generator = adapter_options(model), torch.Generator().manual_seed(seed)
+    for site, stored in adapter_sites(model).items():
+        if not is_target(site, options):
+            continue
+        parts = [model.get_submodule(name.removesuffix(".weight")) for name in stored.names]
+        parts[0].lora_A.copy_(_random(*parts[0].lora_A.shape, options, generator))
+        for part in parts:
+            part.start()
+        if options.is_pissa:
+            weight = torch.cat([dense(part.weight, torch.float32) for part in parts])
+            if decomposes:
+                _start_at_singular_vectors(parts, weight, options, seed)
+            for part in parts:
+                part.start_A.copy_(part.lora_A)
+                part.start_B.copy_(part.lora_B)
+    for name in options.trainable_token_indices:
+        model.get_submodule(name).start()
+    for name in options.modules_to_save:
+        module = model.get_submodule(name)
+        module.base = {key: p.detach().clone() for key, p in module.named_parameters()}  # for `adapter_disabled`
 
 
 def _random(r: int, size: int, options: LoraOptions, generator: torch.Generator) -> Tensor:
@@ -174,11 +198,11 @@ def _random(r: int, size: int, options: LoraOptions, generator: torch.Generator)
     return torch.empty(r, size).uniform_(-1.0, 1.0, generator=generator) / math.sqrt(size)
 
 
-def _start_at_singular_vectors(parts: list[LoraLinear], options: LoraOptions, seed: int) -> None:
-    """A = sqrt(S / s) V^T and B = U sqrt(S / s) of the r largest singular values of the stacked matrices."""
-    with torch.no_grad(), torch.random.fork_rng():
+def _start_at_singular_vectors(parts: list[LoraLinear], weight: Tensor, options: LoraOptions, seed: int) -> None:
+    """A = sqrt(S / s) V^T and B = U sqrt(S / s) of the r largest singular values of the stacked matrices, weight fp32."""
+    with torch.random.fork_rng():
         torch.manual_seed(seed)  # the approximate decomposition begins with random directions
-        weight, r = torch.cat([dense(part.weight, torch.float32) for part in parts]), len(parts[0].lora_A)
+        r = len(parts[0].lora_A)
         if r > min(weight.shape):
             problem = f"lora.init_lora_weights = {options.init_lora_weights!r}: r = {r}, but a matrix is {tuple(weight.shape)}"
             raise UserError(problem, hint="lower r, or set another one for such matrices in lora.rank_pattern")
@@ -232,6 +256,14 @@ def adapter_options(model: Decoder) -> LoraOptions:
     """The options of the adapter that the model has."""
     assert model.lora is not None, "the model has no adapter"
     return model.lora
+
+
+def base_weights(model: Decoder) -> dict[str, nn.Parameter | QuantWeight]:
+    """The parameters and the quantised matrices without the parameters of an adapter: those that the base's files have."""
+    added = {
+        p for a in adapters(model) for key, p in a.named_parameters(recurse=False) if key not in ("weight", "bias")
+    }
+    return {name: weight for name, weight in named_weights(model).items() if weight not in added}
 
 
 def adapters(model: Decoder) -> list[LoraLinear | TokenRows]:

@@ -13,7 +13,7 @@ QLoRA: Dettmers et al. 2023, arXiv:2305.14314.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from minisft.kernels.quantize import (
 )
 from minisft.model.decoder import Decoder
 from minisft.model.layers import compute_dtype
+from minisft.model.shards import local, rows_here, whole
 from minisft.strict_json import read_json, write_json
 from minisft.units import size
 
@@ -51,6 +52,7 @@ class Quantization:
 
     quant_type: str  # "nf4", "fp4" or "int8"
     double_quant: bool = False  # the scales of the 4-bit types in 8 bits
+    blocksize: int = field(default=BLOCKSIZE, compare=False)  # of the 4-bit types: how many numbers share a scale
 
     def to_config(self) -> dict:
         """The quantization_config that bitsandbytes writes into a config.json."""
@@ -67,7 +69,8 @@ class Quantization:
 class QuantWeight(nn.Module):
     """A frozen quantised matrix [out, in], which takes the place of a layer's `weight` and is not a parameter.
 
-    Its parts are buffers, so that they move with the model. It is empty until `fill` or `set`.
+    Its parts are buffers, so that they move with the model. It is empty until `fill` or `set`. `make_shardable` is for FSDP2,
+    which cuts parameters only.
     """
 
     PARTS = ("data", "absmax", "offset", "nested_absmax")
@@ -78,34 +81,71 @@ class QuantWeight(nn.Module):
         for part in self.PARTS:
             self.register_buffer(part, None)
 
+    def make_shardable(self) -> None:
+        """Make parameters, without values, of the two parts that are large, in the shapes that `set` will fill.
+
+        A cut may run through a block of numbers: blocks are looked at when all parts are gathered.
+        """
+        numel, wanted = self.numel(), self.wanted
+        if wanted.quant_type == "int8":
+            kinds = {"data": (self.shape, torch.int8), "absmax": (self.shape[:1], torch.float32)}
+        else:
+            scales = torch.uint8 if wanted.double_quant else torch.float32
+            blocks = -(-numel // wanted.blocksize)
+            kinds = {"data": (((numel + 1) // 2, 1), torch.uint8), "absmax": ((blocks,), scales)}
+        for part, (shape, dtype) in kinds.items():
+            del self._buffers[part]
+            values = torch.empty(shape, dtype=dtype, device="meta")
+            self.register_parameter(part, nn.Parameter(values, requires_grad=False))
+
     def fill(self, values: Tensor) -> None:
         """Quantise a matrix, on its device."""
-        kind = self.wanted.quant_type
+        kind, wanted = self.wanted.quant_type, self.wanted
         is_int8 = kind == "int8"
-        self.set(quantize_int8(values) if is_int8 else QUANTIZE[kind](values, BLOCKSIZE, self.wanted.double_quant))
+        q = quantize_int8(values) if is_int8 else QUANTIZE[kind](values, wanted.blocksize, wanted.double_quant)
+        self.set(q)
 
     def set(self, q: NF4Tensor | Int8Tensor) -> None:
-        """Take over a quantised matrix of any kind."""
+        """Take over a quantised matrix of any kind; a sharded one that of `wanted`, of which it keeps its rows."""
         is_int8 = isinstance(q, Int8Tensor)
         self.quant_type, self.blocksize = ("int8", 0) if is_int8 else (q.quant_type, q.blocksize)
-        self.dtype, self.absmax = q.dtype, q.absmax
-        self.data = q.values if is_int8 else q.packed
-        self.offset, self.nested_absmax = (None, None) if is_int8 else (q.offset, q.nested_absmax)
+        self.dtype = q.dtype
+        parts = {"data": q.values if is_int8 else q.packed, "absmax": q.absmax}
+        parts |= (
+            dict.fromkeys(("offset", "nested_absmax"))
+            if is_int8
+            else {
+                "offset": q.offset,
+                "nested_absmax": q.nested_absmax,
+            }
+        )
+        for name, values in parts.items():
+            if isinstance(own := getattr(self, name), nn.Parameter):
+                assert own.shape == values.shape and own.dtype == values.dtype, "not quantised as `wanted` says"
+                local(own).copy_(values[rows_here(own)])
+            else:
+                setattr(self, name, values)
 
     def get(self) -> NF4Tensor | Int8Tensor:
+        """The matrix; of a sharded one that is not gathered every process gives its parts, and all call this."""
+        data, absmax = whole(self.data), whole(self.absmax)
         if self.quant_type == "int8":
-            return Int8Tensor(self.data, self.absmax, self.dtype)
+            return Int8Tensor(data, absmax, self.dtype)
         table = None if self.offset is None else _nested_table(self.device)  # one for all weights
         parts = self.blocksize, self.quant_type, self.offset, self.nested_absmax, table
-        return NF4Tensor(self.data, self.absmax, self.shape, self.dtype, *parts)
+        return NF4Tensor(data, absmax, self.shape, self.dtype, *parts)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix [out, in]; dtype: None = the one that it was quantised from."""
         return DEQUANTIZE[self.quant_type](self.get(), dtype)
 
     def isfinite(self) -> Tensor:
-        """bool [floating parts]. A NaN or an infinity in the matrix always shows in a scale."""
-        return torch.stack([b.isfinite().all() for b in self.buffers() if b.is_floating_point()])
+        """bool [floating parts that are here]. A NaN or an infinity in the matrix always shows in a scale."""
+        return torch.stack([local(t).isfinite().all() for t in self.parts() if t.is_floating_point()])
+
+    def parts(self) -> list[Tensor]:
+        """The tensors that it has."""
+        return [part for name in self.PARTS if (part := getattr(self, name)) is not None]
 
     @property
     def quantization(self) -> Quantization:
@@ -113,20 +153,24 @@ class QuantWeight(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.data.device
+        return torch.device("meta") if self.data is None else self.data.device
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers())
+        """Of all rows, here or elsewhere."""
+        return sum(part.nbytes for part in self.parts())
 
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
 
     def _apply(self, fn, recurse=True):
         """Move with the model, but never cast: scales in bf16 would give another matrix."""
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                self._buffers[name] = buffer.to(fn(buffer.new_empty(0)).device)
+        for tensors in (self._buffers, self._parameters):
+            for name, part in tensors.items():
+                if part is not None:
+                    device = fn(torch.empty(0, device=part.device)).device
+                    moved = torch.empty_like(part, device=device) if part.is_meta else part.detach().to(device)
+                    tensors[name] = nn.Parameter(moved, False) if isinstance(part, nn.Parameter) else moved
         return self
 
 
@@ -156,8 +200,8 @@ def linear(x: Tensor, weight: Tensor | QuantWeight, bias: Tensor | None = None) 
 
 
 def dense(weight: Tensor | QuantWeight, dtype: torch.dtype) -> Tensor:
-    """The matrix [out, in] itself, of either kind of weight."""
-    return weight.detach().to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
+    """The matrix [out, in] itself, of either kind of weight. All processes call it where the weight is sharded."""
+    return whole(weight).to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
 
 class QuantLinear(nn.Module):
@@ -181,7 +225,9 @@ def quant_weights(model: Decoder) -> dict[str, QuantWeight]:
 
 def named_weights(model: Decoder) -> dict[str, nn.Parameter | QuantWeight]:
     """The parameters and the quantised matrices."""
-    return dict(model.named_parameters()) | quant_weights(model)
+    quantised = quant_weights(model)
+    parameters = {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] not in quantised}
+    return parameters | quantised
 
 
 def quantization_of(model: Decoder) -> Quantization | None:
@@ -193,7 +239,7 @@ def describe_quantized(model: Decoder) -> str:
     """A line with the quantised parameters and the memory that they take."""
     weights = quant_weights(model).values()
     numel, nbytes = sum(w.numel() for w in weights), sum(w.nbytes for w in weights)
-    rest = sum(p.nbytes for p in model.parameters())
+    rest = sum(w.nbytes for w in named_weights(model).values()) - nbytes
     return (
         f"{quantization_of(model)}: {numel / 1e6:,.1f} M parameters of {len(weights)} matrices at {nbytes / numel:.3f} "
         f"bytes each, {size(nbytes)}; {size(nbytes + rest)} with embeddings and norms"

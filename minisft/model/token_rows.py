@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minisft.model.shards import whole
+
 
 class TokenRows(nn.Module):
-    """Takes the place of an nn.Embedding or of the head; weight [V, D] is the frozen matrix, under its old name."""
+    """Takes the place of an nn.Embedding or of the head; weight [V, D] is the frozen matrix, under its old name. The rows have no
+    values until `start`."""
 
     index: Tensor  # [n], ids
     place: Tensor  # [V], where a token's row is in `rows`; -1: it is not trained
@@ -20,12 +23,18 @@ class TokenRows(nn.Module):
         super().__init__()
         self.weight, self.bias, self.enabled = base.weight, getattr(base, "bias", None), True
         self.is_head = isinstance(base, nn.Linear)
-        index = torch.tensor(ids, device=base.weight.device)
-        place = torch.full((len(base.weight),), -1, device=index.device)
-        place[index] = torch.arange(len(ids), device=index.device)
-        self.register_buffer("index", index)
-        self.register_buffer("place", place)
-        self.rows = nn.Parameter(base.weight.detach()[index].to(dtype))  # [n, D]
+        self.ids, device = ids, base.weight.device
+        self.register_buffer("index", torch.empty(len(ids), dtype=torch.int64, device=device))
+        self.register_buffer("place", torch.empty(len(base.weight), dtype=torch.int64, device=device))
+        self.rows = nn.Parameter(torch.empty(len(ids), base.weight.shape[1], dtype=dtype, device=device))  # [n, D]
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """The rows as they are in the matrix."""
+        self.index.copy_(torch.tensor(self.ids))
+        self.place.fill_(-1)
+        self.place[self.index] = torch.arange(len(self.ids), device=self.place.device)
+        self.rows.copy_(whole(self.weight)[self.index])
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int [T] -> [T, D]"""

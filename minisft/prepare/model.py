@@ -39,8 +39,8 @@ from minisft.model.load import (
     read_config,
     read_object,
 )
-from minisft.model.lora import apply_lora, merge_adapter
-from minisft.model.lora_options import LoraOptions
+from minisft.model.lora import adapter_sites, merge_adapter, place_adapters, start_adapters
+from minisft.model.lora_options import LoraOptions, is_target
 from minisft.model.model_config import ModelConfig, longest_tree, with_vocab_size, without_dropout
 from minisft.model.quantized import Quantization, describe_quantized, named_weights, quantization_of, read_record
 from minisft.model.start import Start, find_start
@@ -61,7 +61,7 @@ def prepare_model(
     if section.config is None:
         start = find_start(section.model_name_or_path, section.revision, local_files_only=section.local_files_only)
     model_config, origin, notes = resolve_model_config(config, tokenizer, start, highest_id)
-    model, lines = fill_model(config, model_config, start, device)
+    model, lines = fill_model(config, model_config, tokenizer, start, device)
     if start is not None and start.adapter is not None and (start.adapter / "generation_config.json").exists():
         model.generation_config = read_object(start.adapter / "generation_config.json")
     model.gradient_checkpointing = section.gradient_checkpointing is True
@@ -72,7 +72,7 @@ def prepare_model(
     count = sum(weight.numel() for weight in named_weights(model).values())
     lines = [f"{model_config.model_type}, {count / 1e6:,.1f} M parameters, {origin}", *notes, *lines]
     if config.lora.r is not None:
-        lines += add_adapters(model, config, tokenizer, start.adapter)
+        lines += describe_adapters(model)
     if is_to_be_sharded(config):
         if not parallel.is_sharded(model):
             shard(config, model, device)
@@ -150,22 +150,30 @@ def resolve_model_config(
 
 
 def fill_model(
-    config: Config, model_config: ModelConfig, start: Start | None, device: torch.device
+    config: Config, model_config: ModelConfig, tokenizer: Tokenizer, start: Start | None, device: torch.device
 ) -> tuple[Decoder, list[str]]:
-    """The model with its weights, random or loaded, an adapter merged where lora.r is "none"; notes about them."""
+    """The model with its weights, random or loaded, an adapter merged where lora.r is "none", or trained beside them; notes.
+
+    It gets its shape first, without memory: quantised layers, adapters, rows of this rank. Then each tensor is read to where it
+    stays. Only a merge needs whole matrices, in the memory of the CPU where the model is to be sharded.
+    """
     model, dtype = build_model(model_config), runtime.DTYPES[config.train.weights_dtype]
     merges = start is not None and start.adapter is not None and config.lora.r is None
     model.to(torch.float32 if merges else dtype)
+    if start is not None:
+        place_quantized(model, start.folder, quantization_for(config.model, start))
+        if config.lora.r is not None:
+            place_adapters(model, lora_options(model, config, tokenizer, start.adapter))
     if is_to_be_sharded(config):
-        if config.lora.r is None and not merges:
-            shard(config, model, device)  # so that each row is read where it stays
+        if merges:
+            device = torch.device("cpu")
         else:
-            device = torch.device("cpu")  # adapters are made beside whole matrices
+            shard(config, model, device)
+    give_memory(model, device)
     if start is None:
-        init_weights(give_memory(model, device), config.train.seed)
+        init_weights(model, config.train.seed)
         return model, []
-    place_quantized(model, start.folder, quantization_for(config.model, start))
-    lines = list(load_weights(give_memory(model, device), start.folder))
+    lines = list(load_weights(model, start.folder))
     if merges:
         was = quantization_of(model)
         merge_adapter(load_adapter(model, start.adapter)).to(dtype)
@@ -178,6 +186,8 @@ def fill_model(
                 hint="set lora.r, as in r = 16",
                 exit_code=MODEL,
             )
+    if config.lora.r is not None:
+        fill_adapters(model, config.train.seed, start.adapter)
     return model, lines
 
 
@@ -218,25 +228,33 @@ def quantization_for(section: ModelSection, start: Start) -> Quantization | None
     return asked or recorded
 
 
-def add_adapters(model: Decoder, config: Config, tokenizer: Tokenizer, adapter: Path | None) -> list[str]:
-    """Freeze the model and put adapters beside its layers: those of [lora], or the one of a folder. Returns lines about them."""
+def lora_options(model: Decoder, config: Config, tokenizer: Tokenizer, adapter: Path | None) -> LoraOptions:
+    """The options of [lora], or those of the adapter in a folder."""
     keys = {f.name for f in fields(LoraOptions)} - {"trainable_token_indices"}
     new = [tokenizer.backend.token_to_id(token) for token in config.model.new_special_tokens]
     ids = tuple(sorted({*config.lora.trainable_token_indices, *new}))
-    if adapter is None:
-        rows = token_rows(model, ids, config.lora.modules_to_save)
-        chosen = {key: value for key, value in asdict(config.lora).items() if key in keys}
-        options = LoraOptions(**chosen, trainable_token_indices=rows)
-    else:
-        options = options_of(model, adapter, config.lora, ids)
-    sites = apply_lora(model, options, seed=config.train.seed, decomposes=ranks.rank() == 0)
-    if options.is_pissa:  # each rank's decomposition would have signs and last bits of its own
+    if adapter is not None:
+        return options_of(model, adapter, config.lora, ids)
+    rows = token_rows(model, ids, config.lora.modules_to_save)
+    chosen = {key: value for key, value in asdict(config.lora).items() if key in keys}
+    return LoraOptions(**chosen, trainable_token_indices=rows)
+
+
+def fill_adapters(model: Decoder, seed: int, adapter: Path | None) -> None:
+    """Give the adapters their first values, or those of the adapter in a folder. All ranks call it."""
+    with parallel.waiting(model):
+        start_adapters(model, seed=seed, decomposes=ranks.rank() == 0)
+    if model.lora.is_pissa:  # each rank's decomposition would have signs and last bits of its own
         trained = [p for p in model.parameters() if p.requires_grad]
         starts = [b for name, b in model.named_buffers() if name.rpartition(".")[2] in ("start_A", "start_B")]
         ranks.send_from_first_rank([*trained, *starts])
     if adapter is not None:
         load_adapter_weights(model, adapter)
         model.adapter_is_new = False
+
+
+def describe_adapters(model: Decoder) -> list[str]:
+    options, sites = model.lora, [site for site in adapter_sites(model) if is_target(site, model.lora)]
     kinds = ", ".join(sorted({site.rpartition(".")[2] for site in sites}))
     trained = [p for p in model.parameters() if p.requires_grad]
     count, all_counts = (sum(w.numel() for w in weights) for weights in (trained, named_weights(model).values()))
