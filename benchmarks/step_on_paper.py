@@ -119,6 +119,8 @@ PART_OF_ROOM = {
     "kernels/glu": "glu",
     "kernels/cross_entropy": "linear cross-entropy",
     "kernels/linear_cross_entropy": "linear cross-entropy",
+    "data/batch": "metrics",
+    "metrics": "metrics",
     "update": "gradient norm, clip",
     "optimizers": "optimizer",
     "kernels/adamw": "optimizer",
@@ -192,7 +194,7 @@ def make_batches(case: Case) -> list[Batch]:
         ids=np.zeros(offsets[-1], dtype=np.uint32),
         kinds=np.full(offsets[-1], ANSWER | TRAINED, dtype=np.uint8),
         source=np.zeros(len(offsets) - 1, dtype=np.int32),
-        **dict(weights=None, role=None, group=1, fingerprint="0" * 64),
+        **dict(weights=None, role=None, group=1, fingerprint="0" * 64, sources=()),
     )
     documents = Documents(cache, np.arange(len(offsets) - 1), offsets[:-1], offsets[1:])
     each_alone = plan(documents.lengths, DOCUMENT, "none")

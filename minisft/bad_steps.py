@@ -151,7 +151,7 @@ def row_losses(run: Run, batches: list[Batch]) -> dict[int, np.ndarray]:
         nll = np.full(batch.num_targets, np.nan, dtype=np.float32)
         try:
             with no_backward(run.model):
-                stats = target_stats(run.model, batch, run.device, run.precision)
+                stats = target_stats(run.model, batch.to(run.device), run.precision)
             nll = stats.nll[: batch.num_targets].cpu().numpy()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or needs_others(run.model):

@@ -11,7 +11,6 @@ import torch
 
 from minisft import runtime
 from minisft.data.batch import Batch
-from minisft.data.kinds import TOKEN_KINDS
 from minisft.data.loader import Loader
 from minisft.kernels.linear_cross_entropy import Stats
 from minisft.metrics import Sums
@@ -52,57 +51,43 @@ def evaluate(
 # ---- by kind of token and by source -----------------------------------------------------------------------------
 
 
-def target_stats(model: Decoder, batch: Batch, device: torch.device, precision: str) -> Stats:
-    """nll, correct and entropy of every target of a batch, fp32 [M] each, on the device; filler comes last. For passes
-    inside parallel.no_backward."""
-    work = batch.to(device)
-    with runtime.autocast(device, precision):
-        hidden = model(work.input_ids, work.position_ids, work.start, work.end, shared=work.shared)  # [T, D]
-        _, stats = model.cross_entropy(hidden, work.targets, work.loss_rows, return_stats=True)
+def target_stats(model: Decoder, batch: Batch, precision: str) -> Stats:
+    """nll, correct and entropy of every target of a batch on the device, fp32 [M] each; filler comes last. For passes inside
+    parallel.no_backward."""
+    with runtime.autocast(batch.input_ids.device, precision):
+        hidden = model(batch.input_ids, batch.position_ids, batch.start, batch.end, shared=batch.shared)  # [T, D]
+        _, stats = model.cross_entropy(hidden, batch.targets, batch.loss_rows, return_stats=True)
     return stats
 
 
 def scores(model: Decoder, loader: Loader, device: torch.device, precision: str) -> dict[str, dict[str, float]]:
     """{part of the set: {tokens, loss, perplexity, accuracy, entropy, probability}}: exact means over its targets, in nats.
 
-    The parts are "all", the kinds of tokens that are trained, "first token" (of each trained stretch), and "source NAME" where
-    there are several sources. probability: the mean of p(target), which says of a terminator how surely the answers end. The
-    model's training mode is restored.
+    The parts are those of Batch.parts that the set has. probability: the mean of p(target), which says of a terminator how surely
+    the answers end. The model's training mode is restored.
     """
-    sources = [source.label for source in loader.documents.cache.sources]
-    names = ["all", *TOKEN_KINDS, "first token", *(f"source {name}" for name in sources)]
-    sums = np.zeros((len(names), 5))  # targets, nll, correct, entropy, p
+    sums, sizes, names = 0.0, 0, ()
     training = model.training
     model.eval()
     try:
         for step in range(loader.steps_per_epoch):
             for batch in loader.step(0, step):
-                M = batch.num_targets
+                work = batch.to(device)
                 with no_backward(model):
-                    stats = target_stats(model, batch, device, precision)
-                nll, correct, entropy = (
-                    x[:M].double().cpu().numpy() for x in (stats.nll, stats.correct, stats.entropy)
-                )
-                values = np.stack([np.ones(M), nll, correct, entropy, np.exp(-nll)], axis=1)  # [M, 5]
-                rows, document = batch.loss_rows[:M].numpy(), batch.row_document[:M].numpy()
-                is_first = np.ones(M, dtype=bool)
-                is_first[1:] = (np.diff(rows) != 1) | (np.diff(document) != 0)
-                sums[0] += values.sum(0)
-                np.add.at(sums, 1 + batch.row_kind[:M].numpy().astype(int), values)
-                sums[1 + len(TOKEN_KINDS)] += values[is_first].sum(0)
-                np.add.at(sums, 2 + len(TOKEN_KINDS) + batch.row_source[:M].numpy().astype(int), values)
+                    stats = target_stats(model, work, precision)
+                    sums = sums + work.sums_by_part(stats.nll, stats.correct, stats.entropy, (-stats.nll).exp())
+                names, sizes = batch.parts, sizes + np.array(batch.part_sizes)
     finally:
         model.train(training)
-    shown = range(len(names) if len(sources) > 1 else len(names) - 1)
-    return {names[i]: _means(sums[i]) for i in shown if sums[i, 0]}
+    return {name: _means(size, row) for name, size, row in zip(names, sizes.tolist(), sums.tolist()) if size}
 
 
-def _means(sums: np.ndarray) -> dict[str, float]:
-    loss, accuracy, entropy, probability = (sums[1:] / sums[0]).tolist()
+def _means(size: int, sums: list[float]) -> dict[str, float]:
+    loss, accuracy, entropy, probability = (total / size for total in sums)
     with np.errstate(over="ignore"):
         perplexity = float(np.exp(loss))
     return {
-        "tokens": int(sums[0]),
+        "tokens": size,
         "loss": loss,
         "perplexity": perplexity,
         "accuracy": accuracy,

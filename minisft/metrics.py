@@ -7,13 +7,18 @@ stay on the device, in fp64, until they are read: logging costs one device sync 
 
 import resource
 import sys
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minisft.ranks import rank, sum_over_ranks
 
-Metrics = dict[str, tuple[Tensor | float, float]]  # name -> (sum, weight); the metric is sum / weight
+# name -> (sum, weight); the metric is sum / weight. A tuple of n names stands for (sums [n], weights [n]): one tensor, which is
+# added up as a whole.
+Names = str | tuple[str, ...]
+Metrics = dict[Names, tuple[Tensor | float, float | Sequence[float]]]
 
 
 class Sums:
@@ -21,8 +26,8 @@ class Sums:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.sums: dict[str, Tensor] = {}  # fp64 scalars
-        self.weights: dict[str, float] = {}
+        self.sums: dict[Names, Tensor] = {}  # fp64, [] or [n]
+        self.weights: dict[Names, np.ndarray] = {}  # of the same shapes
 
     def add(self, metrics: Metrics) -> None:
         for name, (value, weight) in metrics.items():
@@ -31,16 +36,18 @@ class Sums:
             else:  # filled in by the device: a copy of a number would wait for it
                 value = torch.full((), value, dtype=torch.float64, device=self.device)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.weights[name] = self.weights.get(name, 0.0) + weight
+            self.weights[name] = self.weights.get(name, 0.0) + np.asarray(weight, dtype=np.float64)
 
     def merge(self, other: "Sums") -> None:
         self.add({name: (value, other.weights[name]) for name, value in other.sums.items()})
 
     def _reduce(self) -> tuple[list[str], Tensor]:
         """Names and fp64 [2, names]: sums and weights over all ranks. Empties the accumulator."""
-        names = list(self.sums)  # in the order of their first `add`, the same on all ranks
-        weights = torch.tensor([self.weights[name] for name in names], dtype=torch.float64, device=self.device)
-        sums = torch.stack([self.sums[name] for name in names]) if names else weights
+        keys = list(self.sums)  # in the order of their first `add`, the same on all ranks
+        names = names_of(self.sums)
+        numbers = [number for key in keys for number in np.atleast_1d(self.weights[key]).tolist()]
+        weights = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        sums = torch.cat([self.sums[key].view(-1) for key in keys]) if keys else weights
         self.sums, self.weights = {}, {}
         return names, sum_over_ranks(torch.stack([sums, weights]))
 
@@ -55,20 +62,36 @@ class Sums:
         return {name: mean for name, (mean, weight) in zip(names, table) if weight != 0 or name == "loss"}
 
     def state(self) -> dict[str, list[str]]:
-        """The open window as JSON, exact (hexadecimal floats, which also spell NaN).
+        """The open window as JSON, exact (hexadecimal floats, which also spell NaN): names, sums and weights that belong together
+        are one entry, {"a\\nb": ["sum of a, sum of b", "weight of a, weight of b"]}.
 
         The window stays open afterwards: rank 0 holds the sums of all ranks, the others continue from 0.
         """
-        names, table = self._reduce()
-        if rank() == 0:
-            self.add({name: (sum, weight) for name, sum, weight in zip(names, table[0], table[1].tolist())})
-        else:
-            self.add({name: (0.0, 0.0) for name in names})
-        return {name: [sum.hex(), weight.hex()] for name, (sum, weight) in zip(names, table.T.tolist())}
+        keys = list(self.sums)
+        _, table = self._reduce()
+        sizes = [len(names_of([key])) for key in keys]
+        spans = {key: slice(end - size, end) for key, size, end in zip(keys, sizes, np.cumsum(sizes).tolist())}
+        state = {
+            "\n".join(names_of([key])): [", ".join(map(float.hex, row[span].tolist())) for row in table]
+            for key, span in spans.items()
+        }
+        self.restore(state)
+        return state
 
     def restore(self, state: dict[str, list[str]]) -> None:
-        pairs = {name: tuple(map(float.fromhex, pair)) for name, pair in state.items()}
-        self.add(pairs if rank() == 0 else dict.fromkeys(pairs, (0.0, 0.0)))
+        for names, pair in state.items():
+            key = tuple(names.split("\n")) if "\n" in names else names
+            sums, weights = (
+                [float.fromhex(number) if rank() == 0 else 0.0 for number in row.split(", ")] for row in pair
+            )
+            if isinstance(key, str):
+                self.add({key: (sums[0], weights[0])})
+            else:
+                self.add({key: (torch.tensor(sums, dtype=torch.float64, device=self.device), weights)})
+
+
+def names_of(metrics: Iterable[Names]) -> list[str]:
+    return [name for key in metrics for name in ((key,) if isinstance(key, str) else key)]
 
 
 def eval_name(eval_set: str, metric: str) -> str:

@@ -69,7 +69,7 @@ class Graphs:
     def __init__(
         self,
         plainly: Callable[[Batch, float | Tensor], tuple[Tensor, Metrics]],
-        weights_of: Callable[[Batch], dict[str, float]],
+        weights_of: Callable[[Batch], dict],
         parameters: Iterable[nn.Parameter],
         record: Callable | None = None,
     ):

@@ -13,7 +13,7 @@ grad_scale = 1 / N, so it is applied once, in fp32, inside the kernel.
 from torch import Tensor
 
 from minisft.data.batch import Batch
-from minisft.metrics import Metrics
+from minisft.metrics import Metrics, Names
 from minisft.model.decoder import Decoder
 
 
@@ -42,10 +42,17 @@ def loss(
         return_stats=True,
         add_to_grad=True,
     )
-    sums = {"loss": total.detach(), "mean_token_accuracy": stats.correct.sum(), "entropy": stats.entropy.sum()}
-    return total, {name: (sums[name], number) for name, number in metric_weights(batch).items()}
+    nll, correct, entropy = batch.sums_by_part(stats.nll, stats.correct, stats.entropy).unbind(1)  # [parts] each
+    sums = (total.detach(), correct[0], entropy[0], nll[1:])  # the first part is the whole batch
+    return total, {name: (value, number) for (name, number), value in zip(metric_weights(batch).items(), sums)}
 
 
-def metric_weights(batch: Batch) -> dict[str, float]:
-    """What the sum of each metric is divided by. Filler rows add 0 to all sums."""
-    return {"loss": batch.total_weight, "mean_token_accuracy": batch.num_targets, "entropy": batch.num_targets}
+def metric_weights(batch: Batch) -> dict[Names, float | tuple[float, ...]]:
+    """What the sum of each metric is divided by, in the order of `loss`. Filler rows add 0 to all sums.
+
+    loss/NAME is the mean of -log p(target) over one part of the targets, whatever their weights: of a kind of token, the first
+    tokens of the answers, or a source, as in Batch.parts.
+    """
+    by_part = tuple(f"loss/{name}" for name in batch.parts[1:])
+    weights = {"loss": batch.total_weight, "mean_token_accuracy": batch.num_targets, "entropy": batch.num_targets}
+    return {**weights, by_part: batch.part_sizes[1:]}

@@ -61,6 +61,7 @@ def make_pairs(num_pairs=7, roles=(CHOSEN, REJECTED), seed=0, weighted=False, lo
         role=role,
         group=2,
         fingerprint="0123456789abcdef" * 4,
+        sources=(),
     )
     return Documents(cache, np.arange(2 * num_pairs), offsets[:-1], offsets[1:])
 

@@ -55,8 +55,8 @@ def definition(home: Path, files: list[str]) -> dict:
             nll, p = -log_p[i, batch.targets[i]].item(), log_p[i].exp()
             value = (nll, float(log_p[i].argmax() == batch.targets[i]), -(p * log_p[i]).sum().item(), math.exp(-nll))
             kind = TOKEN_KINDS[batch.row_kind[i]]
-            source = loader.documents.cache.sources[batch.row_source[i]].label
-            first = ["first token"] if row - 1 != last_row else []
+            source = Path(loader.documents.cache.sources[batch.row_source[i]].label).name
+            first = ["first_token"] if row - 1 != last_row else []
             last_row = row
             for name in ("all", kind, f"source {source}", *first):
                 groups.setdefault(name, []).append(value)
@@ -73,8 +73,8 @@ def test_every_part_is_the_mean_over_its_tokens(home, capsys, more):
     files = [str(home / "rows.jsonl"), str(home / "talks.jsonl")]
     found = evaluated(capsys, str(home / "out"), "--data", files[0], "--data", files[1], *more)
     expected = definition(home, files)
-    assert found.keys() == expected.keys() >= {"all", "answer", "terminator", "first token"}
-    assert found["first token"]["tokens"] == 12 + 2 * 5
+    assert found.keys() == expected.keys() >= {"all", "answer", "terminator", "first_token"}
+    assert found["first_token"]["tokens"] == 12 + 2 * 5
     for part, means in expected.items():
         for key, value in means.items():  # fp32 against fp64
             assert found[part][key] == pytest.approx(value, rel=1e-4), (part, key)

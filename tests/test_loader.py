@@ -37,6 +37,7 @@ def make_documents(num_documents=60, longest=24, weighted=False, seed=0):
         role=None,
         group=1,
         fingerprint="0123456789abcdef" * 4,
+        sources=(),
     )
     index = rng.permutation(in_cache)[:num_documents]
     start = offsets[index]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,7 @@ from tiny import (
 )
 
 from minisft import loop, update
+from minisft.data.kinds import TOKEN_KINDS
 from minisft.errors import UserError
 from minisft.loop import train_step
 from minisft.metrics import Sums
@@ -131,6 +133,7 @@ def masked(batch):
     """The same tokens with nothing trained."""
     empty = {"loss_rows": batch.loss_rows[:0], "targets": batch.targets[:0], "row_kind": batch.row_kind[:0]}
     empty |= {"row_source": batch.row_source[:0], "row_document": batch.row_document[:0], "row_weights": None}
+    empty |= {"row_parts": batch.row_parts[:, :0], "part_sizes": (0,) * len(batch.parts)}
     return replace(batch, **empty, labels=torch.full_like(batch.labels, -100), num_targets=0, total_weight=0.0)
 
 
@@ -235,9 +238,13 @@ def test_the_same_run_twice_is_byte_equal(tmp_path):
 
 
 def test_what_is_logged_is_exact(tmp_path):
-    """A window's loss and accuracy are sums over its tokens, not means of the steps' means."""
-    run, config = parts(tmp_path)
+    """A window's loss and accuracy are sums over its tokens, not means of the steps' means; so are the losses of its parts."""
+    settings(tmp_path)
+    sources = [{"path": str(tmp_path / "rows.jsonl[:20]"), "name": name} for name in ("a/x", "b/x")]  # 8 rows a step
+    sources += [str(tmp_path / "rows.jsonl[20:]")]
+    run, config = parts(tmp_path, **{"data.train_data": sources})
     nll = correct = count = num_tokens = 0
+    by_part = defaultdict(list)
     sums = Sums(run.device)
     for step in range(3):
         seed_step(config.train.seed, step)
@@ -246,7 +253,15 @@ def test_what_is_logged_is_exact(tmp_path):
             hidden = run.model(batch.input_ids, batch.position_ids, batch.start, batch.end)
             logits = run.model.logits(hidden)[batch.loss_rows[: batch.num_targets]].double()
         targets = batch.targets[: batch.num_targets]
-        nll += F.cross_entropy(logits, targets, reduction="sum").item()
+        losses = F.cross_entropy(logits, targets, reduction="none").tolist()
+        nll += sum(losses)
+        before = None
+        for i, loss in enumerate(losses):
+            row, document = batch.loss_rows[i].item(), batch.row_document[i].item()
+            names = [TOKEN_KINDS[batch.row_kind[i]], "source " + ("a/x", "b/x", "rows.jsonl[20:]")[batch.row_source[i]]]
+            for name in names + (["first_token"] if before != (row - 1, document) else []):
+                by_part[f"loss/{name}"].append(loss)
+            before = row, document
         correct += (logits.argmax(-1) == targets).sum().item()
         count += len(targets)
         result = train_step(run, config.train, [batch])
@@ -256,7 +271,24 @@ def test_what_is_logged_is_exact(tmp_path):
     means = sums.means()
     assert means["loss"] == pytest.approx(nll / count, rel=1e-6)
     assert means["mean_token_accuracy"] == correct / count
+    found = {name: mean for name, mean in means.items() if name.startswith("loss/")}
+    assert found.keys() == by_part.keys() and len(found) == 6 and len(by_part["loss/first_token"]) == 24
+    for name, of_part in by_part.items():
+        assert found[name] == pytest.approx(sum(of_part) / len(of_part), rel=1e-6), name
     assert num_tokens == sum(run.train.step(0, s)[0].num_tokens for s in range(3))
+
+
+def test_the_open_window_is_kept_exactly(tmp_path):
+    sums = Sums(torch.device("cpu"))
+    for value in (0.1, 1 / 3, math.nan):
+        sums.add({"grad_norm": (value, 1.0), ("a", "b c"): (torch.tensor([value, 0.25]), (2, 0.5)), "x": (1.0, 0.0)})
+        state = json.loads(json.dumps(sums.state()))  # which leaves the window open
+        copy = Sums(torch.device("cpu"))
+        copy.restore(state)
+        assert copy.state() == state and list(state) == ["grad_norm", "a\nb c", "x"]
+        copy.add({("a", "b c"): (torch.tensor([1.0, 1.0]), (1, 1))})
+        assert copy.means().keys() == {"grad_norm", "a", "b c"}
+    assert str(sums.means()) == str({"grad_norm": math.nan, "a": math.nan, "b c": 0.5})
 
 
 def test_evaluation_does_not_depend_on_the_batch_size_or_on_packing(tmp_path):

@@ -53,6 +53,7 @@ def documents_of(rows: list[list[tuple[list[int], int]]], *, weighted: bool = Fa
         group=1,
         unit="documents",
         fingerprint="0123456789abcdef" * 4,
+        sources=(),
     )
     index = np.repeat(np.arange(len(flat)), copies)
     return Documents(cache, index, offsets[index], offsets[index + 1])

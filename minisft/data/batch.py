@@ -14,7 +14,7 @@ IGNORE_INDEX = -100  # label of a token that is not trained, as in Hugging Face
 ALIGNMENT = 16  # bytes: the widest access of a kernel
 # What a model and its loss read. The other tensors are for messages, peers and references, and stay on the host.
 FOR_THE_DEVICE = (
-    *("input_ids", "position_ids", "start", "end", "loss_rows", "targets", "row_weights"),
+    *("input_ids", "position_ids", "start", "end", "loss_rows", "targets", "row_weights", "row_parts"),
     *("row_answer", "role", "length", "weight", "ref_logps"),
 )
 
@@ -48,6 +48,7 @@ class Batch:
     loss_rows: Tensor  # int64 [M]: the hidden state of row loss_rows[i] is scored against targets[i]
     targets: Tensor  # int64 [M]
     row_weights: Tensor | None  # fp32 [M]; None = all 1
+    row_parts: Tensor  # uint8 [P, M]: 1 where the target belongs to that part of `parts`; filler belongs to none
     row_kind: Tensor  # uint8 [M]: index into kinds.TOKEN_KINDS
     row_source: Tensor  # int32 [M]: index of the data source
     row_document: Tensor  # int64 [M]: index of the document in the token cache
@@ -55,6 +56,8 @@ class Batch:
     num_tokens: int  # real tokens, without filler
     num_targets: int  # real targets, without filler
     total_weight: float  # sum of row_weights
+    parts: tuple[str, ...]  # "all", the kinds of tokens, "first_token", and "source NAME" where there are several
+    part_sizes: tuple[int, ...]  # targets of each
     answers: Answers | None = None  # preference data only
     # False: whole documents side by side, where keys are visible to the end of their document: attention need not look
     # for any that ended before. The same for all batches of a set.
@@ -82,6 +85,13 @@ class Batch:
         assert batch.buffer is not None
         return batch.over(batch.buffer.to(device, non_blocking=True))
 
+    def sums_by_part(self, *values: Tensor) -> Tensor:
+        """The sums of some statistics of the targets, [M] each, over each of `parts`: fp64 [P, values], where they are.
+
+        One product of matrices, so that the order of the additions is always the same, and no wait for the device.
+        """
+        return self.row_parts.double() @ torch.stack(values).double().T
+
     def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """Names and shapes of the tensors that the device reads: batches with equal ones have the same layout."""
         return tuple((name, tuple(tensor.shape)) for name, (_, tensor) in _layout(self)[0].items())
@@ -89,7 +99,10 @@ class Batch:
     def over(self, buffer: Tensor) -> "Batch":
         """The batch with views of this buffer in the place of the tensors that the device reads."""
         layout, _ = _layout(self)
-        views = {name: buffer[first : first + old.nbytes].view(old.dtype) for name, (first, old) in layout.items()}
+        views = {
+            name: buffer[first : first + old.nbytes].view(old.dtype).view(old.shape)
+            for name, (first, old) in layout.items()
+        }
         answers = self.answers
         if answers is not None:
             answers = replace(answers, **{name: view for name, view in views.items() if hasattr(answers, name)})

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from minisft.data.batch import IGNORE_INDEX, Answers, Batch, document_bounds
-from minisft.data.cache import Documents
-from minisft.data.kinds import KIND_MASK, TRAINED
+from minisft.data.cache import Documents, TokenCache
+from minisft.data.kinds import KIND_MASK, TOKEN_KINDS, TRAINED
 from minisft.data.packing import Packs, Plan, plan, ragged_arange
 from minisft.data.pieces import take_pieces
 from minisft.data.shared_turns import share_turns, tree_bounds
@@ -81,6 +81,7 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
         return torch.from_numpy(np.append(values, np.full(filler, value_of_filler)).astype(dtype))
 
     row_weights = None if weights is None else rows(weights, 0, np.float32)
+    parts, row_parts = _parts(cache, scored_from, kinds[at] & KIND_MASK, index)
     return Batch(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(position.astype(np.int32)),
@@ -91,6 +92,7 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
         loss_rows=rows(scored_from, 0, np.int64),
         targets=rows(ids[at], IGNORE_INDEX, np.int64),
         row_weights=row_weights,
+        row_parts=torch.from_numpy(np.pad(row_parts, ((0, 0), (0, filler))).astype(np.uint8)),
         row_kind=rows(kinds[at] & KIND_MASK, 0, np.uint8),
         row_source=rows(cache.source[index], 0, np.int32),
         row_document=rows(index, -1, np.int64),
@@ -98,6 +100,8 @@ def make_batch(documents: Documents, packs: Packs, pack_numbers: Sequence[int], 
         num_tokens=num_tokens,
         num_targets=num_targets,
         total_weight=float(num_targets) if row_weights is None else row_weights.double().sum().item(),
+        parts=parts,
+        part_sizes=tuple(row_parts.sum(1).tolist()),
         answers=answers,
         shared=documents.shared is not None or documents.turns is not None,
     )
@@ -134,6 +138,33 @@ def _bounds(begin: np.ndarray, first_position: np.ndarray) -> tuple[Tensor, Tens
     cu_seqlens = torch.from_numpy(begin[np.append(first_position == 0, True)].astype(np.int32))
     start, end = document_bounds(cu_seqlens, int(begin[-1]))
     return cu_seqlens, start, end, tree_bounds(begin, first_position, end.numpy())
+
+
+def _parts(
+    cache: TokenCache, scored_from: np.ndarray, kind: np.ndarray, document: np.ndarray
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """(names, bool [P, M]): of which targets statistics are kept apart. scored_from, kind, document: of the M targets.
+
+    A first token opens a stretch of trained tokens: the target before it in the batch is another document's, or not beside it.
+    """
+    is_first = np.ones(len(kind), dtype=bool)
+    is_first[1:] = (np.diff(scored_from) != 1) | (np.diff(document) != 0)
+    labels = source_names([source.label for source in cache.sources])
+    names = list(dict.fromkeys(labels)) if len(labels) > 1 else []
+    number = np.array([names.index(label) for label in labels]) if names else np.empty(0, dtype=int)
+    rows = [
+        np.ones((1, len(kind)), dtype=bool),
+        kind == np.arange(len(TOKEN_KINDS))[:, None],
+        is_first[None],
+        number[cache.source[document]] == np.arange(len(names))[:, None] if names else np.empty((0, len(kind)), bool),
+    ]
+    return ("all", *TOKEN_KINDS, "first_token", *(f"source {name}" for name in names)), np.concatenate(rows)
+
+
+def source_names(labels: Sequence[str]) -> list[str]:
+    """The sources as metrics name them: by their last component, or whole where two different ones have the same."""
+    last = {label: label.rstrip("/").rpartition("/")[2] for label in labels}
+    return [last[label] if list(last.values()).count(last[label]) == 1 else label for label in labels]
 
 
 def _answers(documents: Documents, document: np.ndarray, row_answer: np.ndarray, weights: np.ndarray | None) -> Answers:

@@ -18,7 +18,7 @@ from minisft.best import Best, best_metric, is_greater_better
 from minisft.config.sections import Config
 from minisft.data.loader import Loader, make_batch
 from minisft.data.tokenizer import Tokenizer
-from minisft.metrics import Sums, eval_name
+from minisft.metrics import Sums, eval_name, names_of
 from minisft.micro_batch import Graphs, forward_backward
 from minisft.model.decoder import Decoder
 from minisft.model.quantized import named_weights
@@ -199,7 +199,7 @@ def prepare_best_metric(
         with no_backward(model), runtime.autocast(device, precision):
             # a batch of filler trains nothing, and has the names of all metrics
             filler = make_batch(loader.documents, loader.packs(0), [], round_to=loader.round_to).to(device)
-            known += [eval_name(name, key) for key in loss(model, filler, 1.0)[1]]
+            known += [eval_name(name, key) for key in names_of(loss(model, filler, 1.0)[1])]
     metric = best_metric(section.metric_for_best_model, known)
     is_greater_better(metric, section.greater_is_better)
     return metric
