@@ -19,7 +19,7 @@ from minisft.data.audit import place_of, stretches
 from minisft.data.batch import Batch
 from minisft.errors import NONFINITE, UserError, is_out_of_memory, warn
 from minisft.evaluation import target_stats
-from minisft.loggers import write_report
+from minisft.log_files import write_report
 from minisft.out_of_memory import rows_of
 from minisft.parallel import needs_others, no_backward
 from minisft.prepare.run import Run

@@ -43,7 +43,7 @@ def is_greater_better(metric: str, wanted: bool | None) -> bool:
     """evaluate.greater_is_better, or the answer that the metric's name gives. Raises UserError where it gives none."""
     if wanted is not None:
         return wanted
-    whole = "loss" if "loss/" in metric else metric  # of a kind of token, or of a source
+    whole = "loss" if "losses/" in metric else metric  # of a kind of token, or of a source
     last = whole.replace("/", "_").rpartition("_")[2]
     if last not in LOWER_IS_BETTER + GREATER_IS_BETTER:
         hint = "set evaluate.greater_is_better"

@@ -130,7 +130,9 @@ def step_line(
 def evaluation_lines(step: int, total: int, scores: dict[str, float]) -> str:
     """ "eval 50/153  loss 0.6612  acc 0.643  margin 0.0731", a line for each evaluation set."""
     lines = []
-    totals = [key for key in scores if key.endswith("loss") and "loss/" not in key]  # not those of a part of the tokens
+    totals = [
+        key for key in scores if key.endswith("loss") and "losses/" not in key
+    ]  # not those of a part of the tokens
     for prefix in (key.removesuffix("loss") for key in totals):  # "eval_" or "eval_<name>_"
         name = prefix.removeprefix("eval_").removesuffix("_")
         lines.append(

@@ -12,7 +12,8 @@ from minisft.config.sections import Config
 from minisft.control import Control
 from minisft.errors import STOPPED, Stopped, warn
 from minisft.export import export_dtype, export_model, is_exported, read_model
-from minisft.loggers import Loggers, read_metrics
+from minisft.log_files import read_metrics
+from minisft.loggers import Loggers
 from minisft.optimizers import evaluation_weights
 from minisft.parallel import is_sharded, on_first_rank
 from minisft.prepare.run import Run

@@ -50,9 +50,9 @@ def loss(
 def metric_weights(batch: Batch) -> dict[Names, float | tuple[float, ...]]:
     """What the sum of each metric is divided by, in the order of `loss`. Filler rows add 0 to all sums.
 
-    loss/NAME is the mean of -log p(target) over one part of the targets, whatever their weights: of a kind of token, the first
+    losses/NAME is the mean of -log p(target) over one part of the targets, whatever their weights: of a kind of token, the first
     tokens of the answers, or a source, as in Batch.parts.
     """
-    by_part = tuple(f"loss/{name}" for name in batch.parts[1:])
+    by_part = tuple(f"losses/{name}" for name in batch.parts[1:])
     weights = {"loss": batch.total_weight, "mean_token_accuracy": batch.num_targets, "entropy": batch.num_targets}
     return {**weights, by_part: batch.part_sizes[1:]}

@@ -17,7 +17,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FLOORS = {
     "kernels/*": 0,
     "__init__": 1, "errors": 1, "units": 1, "files": 1, "strict_json": 1, "atomic_folder": 1, "hub": 1, "schedule": 1,
-    "signals": 1, "loggers": 1, "best": 1, "cards": 1, "memory": 1, "spikes": 1, "control": 1,
+    "signals": 1, "loggers": 1, "log_files": 1, "trackers": 1, "best": 1, "cards": 1, "memory": 1, "spikes": 1, "control": 1,
     "data/kinds": 1, "data/rows": 1, "data/row_format": 1, "data/formats": 1, "data/preferences": 1, "data/prompts": 1,
     "data/chat/conversations": 1, "data/packing_strategies": 1, "data/packing": 1, "preference/losses": 1,
     "model/lora_options": 1,
@@ -45,6 +45,7 @@ EXTRA_PACKAGES = {
     "preference/losses": {"torch"},  # inside a function: the configuration reads the names of the losses from here
     "gguf/file": {"gguf"},  # inside functions: hub asks here whether a path is such a file
     "gguf/tensors": {"gguf"},  # for a type
+    "trackers": {"torch"},  # inside a function: its texts and hyperparameters for TensorBoard
     "importers/yaml_file": {"yaml"},  # other trainers write YAML, we TOML
 }
 # Kernels made of others: rope norms the heads of q and k first, where a model does; both losses score rows of logits; 8-bit

@@ -260,7 +260,7 @@ def test_what_is_logged_is_exact(tmp_path):
             row, document = batch.loss_rows[i].item(), batch.row_document[i].item()
             names = [TOKEN_KINDS[batch.row_kind[i]], "source " + ("a/x", "b/x", "rows.jsonl[20:]")[batch.row_source[i]]]
             for name in names + (["first_token"] if before != (row - 1, document) else []):
-                by_part[f"loss/{name}"].append(loss)
+                by_part[f"losses/{name}"].append(loss)
             before = row, document
         correct += (logits.argmax(-1) == targets).sum().item()
         count += len(targets)
@@ -271,8 +271,8 @@ def test_what_is_logged_is_exact(tmp_path):
     means = sums.means()
     assert means["loss"] == pytest.approx(nll / count, rel=1e-6)
     assert means["mean_token_accuracy"] == correct / count
-    found = {name: mean for name, mean in means.items() if name.startswith("loss/")}
-    assert found.keys() == by_part.keys() and len(found) == 6 and len(by_part["loss/first_token"]) == 24
+    found = {name: mean for name, mean in means.items() if name.startswith("losses/")}
+    assert found.keys() == by_part.keys() and len(found) == 6 and len(by_part["losses/first_token"]) == 24
     for name, of_part in by_part.items():
         assert found[name] == pytest.approx(sum(of_part) / len(of_part), rel=1e-6), name
     assert num_tokens == sum(run.train.step(0, s)[0].num_tokens for s in range(3))

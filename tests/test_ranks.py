@@ -163,7 +163,7 @@ def test_two_ranks_are_one(home, tmp_path, batch_size, accumulation):
     assert losses == pytest.approx(expected, rel=1e-5)  # Adam amplifies the last bits of a gradient near zero
     for name in ("num_tokens", "epoch", "learning_rate"):
         assert logged(tmp_path / "two", name) == logged(tmp_path / "one", name)
-    for name in ("eval_loss", "loss/answer", "loss/first_token", "eval_loss/terminator"):
+    for name in ("eval_loss", "losses/answer", "losses/first_token", "eval_losses/terminator"):
         assert logged(tmp_path / "two", name) == pytest.approx(logged(tmp_path / "one", name), rel=1e-5)
     first = "checkpoints/step-00000001/optimizer.safetensors"
     moments, expected = (load_file(tmp_path / name / first) for name in ("two", "one"))

@@ -14,10 +14,10 @@ from minisft.config.choices import OPTIMIZERS
 from minisft.data.formats import FORMATS
 from minisft.data.packing_strategies import STRATEGIES
 from minisft.data.row_format import CHOICES, ON_BAD_ROW, TRUNCATIONS
-from minisft.loggers import TRACKERS
 from minisft.model.lora_options import INITS
 from minisft.preference.losses import DIVERGENCES, LOSSES
 from minisft.schedule import SCHEDULES
+from minisft.trackers import TRACKERS
 
 # The largest numbers that make sense. Arrays and loops of the engine are of these sizes.
 MAX_LENGTH, MAX_LAYERS, MAX_RANK, MAX_BATCH = 2**24, 10_000, 2**16, 2**16
