@@ -212,7 +212,7 @@ def test_every_package_is_installed():
     settings = PYPROJECT["tool"]["setuptools"]
     folders = {path.parent.relative_to(ROOT).as_posix() for path in FILES.values()}
     names = {folder.replace("/", ".").replace("kernels", "minisft.kernels") for folder in folders}
-    assert settings["packages"] == sorted({*names, "minisft.configs"})
+    assert settings["packages"] == sorted({*names, "minisft.configs", "minisft.examples"})
     of_package = {"minisft": "minisft", "minisft.data": "minisft/data", "minisft.configs": "configs"}  # its folder
     installed = {
         path

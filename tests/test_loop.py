@@ -4,6 +4,7 @@ import json
 import math
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from tiny import (
 from minisft import loop, update
 from minisft.data.kinds import TOKEN_KINDS
 from minisft.errors import UserError
+from minisft.examples import naive
 from minisft.loop import train_step
 from minisft.metrics import Sums
 from minisft.optimizers import OPTIMIZERS
@@ -53,30 +55,13 @@ def assert_same(one, other, tolerance=TOLERANCE):
         assert relative_error(one[1][name], other[1][name]) <= tolerance, name
 
 
-def weights_of(batch):
-    return batch.row_weights[: batch.num_targets]
-
-
 def naive_step(folder, **overrides):
-    """The definition: every document alone through the model, weight x nll summed in fp32, divided by the sum of weights."""
+    """The definition, examples/naive.py: padding, a mask, all logits, weight x nll summed and divided by the sum of weights."""
     run, config = parts(folder, **overrides)
-    batches = run.train.step(0, 0)
-    total, weight = torch.zeros(()), 0.0
-    for batch in batches:
-        for first, last in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist()):
-            ids, n = batch.input_ids[first:last], last - first
-            positions, start = torch.arange(n, dtype=torch.int32), torch.zeros(n, dtype=torch.int32)
-            hidden = run.model(ids, positions, start, torch.full_like(start, n))
-            labels = batch.labels[first:last][1:]
-            nll = F.cross_entropy(run.model.logits(hidden)[:-1], labels, ignore_index=-100, reduction="none")
-            loss_rows = batch.loss_rows[: batch.num_targets]  # filler rows come last
-            row = (loss_rows >= first) & (loss_rows < last)
-            w = torch.zeros(n - 1)
-            w[labels != -100] = torch.ones(int(row.sum())) if batch.row_weights is None else weights_of(batch)[row]
-            total, weight = total + (w * nll).sum(), weight + w.sum().item()
-    loss = total / weight
-    loss.backward()
-    return loss.item(), {name: p.grad for name, p in run.model.named_parameters()}
+    weights = {name: p.detach().clone().requires_grad_() for name, p in run.model.named_parameters()}
+    micro_batches = [naive.rows_of(batch) for batch in run.train.step(0, 0)]
+    loss = naive.add_gradients(partial(naive.llama, weights, config.model.config), micro_batches)
+    return loss, {name: p.grad for name, p in weights.items()}
 
 
 # ---- equality of one step ---------------------------------------------------------------------------------------
