@@ -69,7 +69,7 @@ def in_fresh_process(target: str, **arguments) -> dict:
 def _answer() -> None:
     module, name = sys.argv[1].split(":")
     answer = getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))
-    print(json.dumps({**answer, "peak_mb": _memory_mb("VmHWM")}))
+    print(json.dumps({**answer, "peak_mb": memory_mb("VmHWM")}))
 
 
 def extra_memory(function: Callable[[], object]) -> tuple[object, float]:
@@ -78,12 +78,12 @@ def extra_memory(function: Callable[[], object]) -> tuple[object, float]:
     Linux only. Call it once, in a fresh process: memory that was used before and is free again would hide a rise.
     """
     Path("/proc/self/clear_refs").write_text("5")  # the peak (VmHWM) starts again from the present level
-    before = _memory_mb("VmRSS")
+    before = memory_mb("VmRSS")
     result = function()
-    return result, _memory_mb("VmHWM") - before
+    return result, memory_mb("VmHWM") - before
 
 
-def _memory_mb(field: str) -> float:
+def memory_mb(field: str) -> float:
     """VmRSS (resident now) or VmHWM (its peak) of this process in MiB."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -183,19 +183,6 @@ def number(value: float) -> str:
 
 def table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
-
-
-def drawing():
-    """matplotlib.pyplot; None, and a line that says so, where it is not installed."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        print("no charts: matplotlib is not installed (pip install -e '.[bench]')")
-        return None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def _text(value: object) -> str:

@@ -1,6 +1,6 @@
-"""Writes the tables and charts of README and docs/ from the files in benchmarks/results; nothing else writes them.
+"""Writes the tables of README and docs/, and the pictures, from the files in benchmarks/results; nothing else writes them.
 
-    python -m benchmarks.report         the tables between the markers, and the charts
+    python -m benchmarks.report         the tables between the markers, and docs/pictures.py
 
 A table takes the newest row of each thing that was measured. What has no CSV is "not yet measured".
 """
@@ -9,8 +9,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.harness import RESULTS, ROOT, drawing, number, read_csv, table
-from benchmarks.paper_report import paper_chart, paper_table
+from benchmarks.harness import RESULTS, ROOT, number, read_csv, table
+from benchmarks.paper_report import paper_table
 
 PROMISES = ROOT / "docs" / "promises.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -305,7 +305,8 @@ def block(results: Path = RESULTS) -> str:
         f"{targets}\n\n{target_table(gpu)}",
         section("The kernels on a GPU beside others", session, results, "kernels_cuda", gpu_table),
     ]
-    parts += [f"![{path.stem}](benchmarks/results/{path.name})" for path in sorted(results.glob("kernels_*.png"))]
+    for name, rows in (("kernels_cpu", read_csv(results / "kernels_cpu.csv")), ("kernels_gpu", gpu)):
+        parts += [f"![{name}](docs/images/{name}.svg)"] if rows else []
     return "\n\n".join(parts)
 
 
@@ -344,35 +345,10 @@ def write_block(readme: Path, text: str) -> None:
     readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
-def charts(results: Path, folder: Path) -> list[Path]:
-    """A PNG of bars for each CSV of kernels: the time of every contender on the first case of each op. And `paper_chart`."""
-    if (pyplot := drawing()) is None:
-        return []
-    written = [path for path in [paper_chart(results, folder)] if path]
-    for path in sorted(results.glob("kernels_*.csv")):
-        cases = by_case(read_csv(path))
-        first = {op: case for op, case in reversed(cases)}
-        keys = [key for key in cases if first[key[0]] == key[1]]
-        figure, axes = pyplot.subplots(-(-len(keys) // 3), 3, figsize=(15, 2.4 * -(-len(keys) // 3)), squeeze=False)
-        for axis in axes.flat[len(keys) :]:
-            axis.set_axis_off()
-        for axis, key in zip(axes.flat, keys):
-            bars = {name: float(whole(by_pass)["ms"]) for name, by_pass in cases[key].items() if whole(by_pass)}
-            names = list(bars)[::-1]
-            colors = ["tab:blue" if name.startswith("triton") else "tab:gray" for name in names]
-            axis.bar_label(axis.barh(names, [bars[name] for name in names], color=colors), fmt="%.3g", padding=2)
-            axis.set_title(f"{key[0]}\n{key[1]}", fontsize=8)
-            axis.set_xlabel("ms", fontsize=8)
-            axis.margins(x=0.15)
-        figure.tight_layout()
-        written.append(folder / f"{path.stem}.png")
-        figure.savefig(written[-1], dpi=100, metadata={"Software": None})
-        pyplot.close(figure)
-    return written
-
-
 def main() -> None:
-    charts(RESULTS, RESULTS)
+    from docs import pictures  # which reads the same rows by this file
+
+    pictures.main()
     write_block(ROOT / "README.md", block(RESULTS))
     write_block(ROOT / "docs" / "step_on_paper.md", paper_block(RESULTS))
     write_block(PROMISES, reliability_block(RESULTS))
