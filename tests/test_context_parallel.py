@@ -51,6 +51,7 @@ def batch_of(lengths: tuple[int, ...], seed: int = 0, answers: bool = False, wei
         loss_rows=rows,
         targets=ids[rows + 1],
         row_weights=weights,
+        row_parts=torch.stack([torch.ones(count), of_row % 2]).to(torch.uint8),
         row_kind=torch.zeros(count, dtype=torch.uint8),
         row_source=torch.zeros(count, dtype=torch.int32),
         row_document=of_row,
@@ -58,6 +59,8 @@ def batch_of(lengths: tuple[int, ...], seed: int = 0, answers: bool = False, wei
         num_tokens=num_tokens,
         num_targets=count,
         total_weight=float(count) if weights is None else weights.double().sum().item(),
+        parts=("all", "odd"),
+        part_sizes=(count, int((of_row % 2).sum())),
         answers=Answers(of_row, role, length, torch.arange(len(role)), ones, None, len(ones), (3, 3, 0), counts)
         if answers
         else None,
@@ -84,6 +87,7 @@ def test_every_token_and_every_target_is_on_one_rank(count, weighted):
         M = piece.num_targets
         weights = torch.ones(len(piece.targets)) if piece.row_weights is None else piece.row_weights
         assert len(piece.targets) % 64 == 0 and (weights[M:] == 0).all() and (piece.row_document[M:] == -1).all()
+        assert piece.part_sizes == tuple(piece.row_parts.sum(1).tolist()) and not piece.row_parts[:, M:].any()
         assert piece.total_weight == pytest.approx(weights.sum().item())
         rows = mine[piece.loss_rows[:M]].tolist()
         targets += list(zip(rows, piece.targets[:M].tolist(), piece.row_document[:M].tolist(), weights[:M].tolist()))
@@ -93,6 +97,7 @@ def test_every_token_and_every_target_is_on_one_rank(count, weighted):
     assert sorted(targets) == sorted(expected)
     for name in ("num_tokens", "num_targets", "total_weight"):
         assert sum(getattr(piece, name) for piece in pieces) == pytest.approx(getattr(whole, name))
+    assert tuple(np.sum([piece.part_sizes for piece in pieces], axis=0)) == whole.part_sizes
     by_role = np.sum([piece.answers.num_targets for piece in pieces], axis=0)
     assert tuple(by_role) == whole.answers.num_targets
 

@@ -38,8 +38,9 @@ def take_pieces(batch: Batch, index: int, count: int) -> Batch:
     num_targets = len(kept)
     num_filler = ROUND_TO if num_targets == 0 else -num_targets % ROUND_TO
 
-    def of_targets(values: torch.Tensor, value_of_filler: int) -> torch.Tensor:
-        return torch.cat([values[kept], values.new_full((num_filler,), value_of_filler)])
+    def of_targets(values: torch.Tensor, value_of_filler: int) -> torch.Tensor:  # [..., M]
+        filler = values.new_full((*values.shape[:-1], num_filler), value_of_filler)
+        return torch.cat([values[..., kept], filler], -1)
 
     weights = torch.ones(batch.num_targets) if batch.row_weights is None else batch.row_weights
     weights = of_targets(weights, 0)
@@ -56,6 +57,7 @@ def take_pieces(batch: Batch, index: int, count: int) -> Batch:
         loss_rows=of_targets(rows, 0),
         targets=of_targets(batch.targets, IGNORE_INDEX),
         row_weights=weights if num_filler or batch.row_weights is not None else None,
+        row_parts=of_targets(batch.row_parts, 0),
         row_kind=of_targets(batch.row_kind, 0),
         row_source=of_targets(batch.row_source, 0),
         row_document=of_targets(batch.row_document, -1),
@@ -63,5 +65,6 @@ def take_pieces(batch: Batch, index: int, count: int) -> Batch:
         num_tokens=int((mine < batch.num_tokens).sum()),
         num_targets=num_targets,
         total_weight=weights.double().sum().item(),
+        part_sizes=tuple(batch.row_parts[:, kept].sum(1).tolist()),
         answers=answers,
     )
