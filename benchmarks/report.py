@@ -13,6 +13,7 @@ from benchmarks.harness import RESULTS, ROOT, number, read_csv, table
 from benchmarks.paper_report import paper_table
 
 PROMISES = ROOT / "docs" / "promises.md"
+KERNEL_PAGES = ("rms_norm", "cross_entropy", "linear_cross_entropy", "flash_attention")
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 VARLEN = "times torch varlen"
 
@@ -315,6 +316,15 @@ def paper_block(results: Path = RESULTS) -> str:
     return section("Steps on paper", "benchmarks.step_on_paper", results, "step_on_paper", paper_table)
 
 
+def kernel_block(op: str, results: Path = RESULTS) -> str:
+    """What stands between the markers of docs/kernels/<op>.md: the rows of the op and of its relatives (add_rms_norm)."""
+    parts = []
+    for name, make in (("kernels_cpu", cpu_table), ("kernels_cuda", gpu_table)):
+        rows = [row for row in read_csv(results / f"{name}.csv") if row["op"] in (op, f"add_{op}")]
+        parts += [f"({source(rows)})\n\n{make(rows)}"] if rows else []
+    return "\n\n".join(parts) or "Not yet measured."
+
+
 def reliability_block(results: Path = RESULTS) -> str:
     """What stands between the markers of docs/promises.md: the experiments of tests/reliability.py."""
     path = results / "reliability.json"
@@ -352,7 +362,9 @@ def main() -> None:
     write_block(ROOT / "README.md", block(RESULTS))
     write_block(ROOT / "docs" / "step_on_paper.md", paper_block(RESULTS))
     write_block(PROMISES, reliability_block(RESULTS))
-    print(f"written: {ROOT / 'README.md'}, docs/step_on_paper.md, docs/promises.md")
+    for op in KERNEL_PAGES:
+        write_block(ROOT / "docs" / "kernels" / f"{op}.md", kernel_block(op))
+    print(f"written: {ROOT / 'README.md'}, docs/step_on_paper.md, docs/promises.md, docs/kernels/")
 
 
 if __name__ == "__main__":

@@ -40,11 +40,11 @@ def kinds() -> Sheet:
     s.box(20, 42, 600, 32, "empty")
     s.text(32, 58, '{"prompt": "Upper: cat\\n", "completion": "CAT"}', font="mono", size=14)
     s.text(20, 102, "its tokens", bold=True)
-    words = ["Upper", ":", "c", "a", "t", "\\n", "C", "A", "T", "end"]
+    words = ["Upper:", "space", "c", "a", "t", "\\n", "C", "A", "T", "end"]
     trained = [False] * 6 + [True] * 4
     x = 20.0
     for i, (word, is_trained) in enumerate(zip(words, trained)):
-        w = 72 if i == 0 else 58.6
+        w = 72 if i < 2 else 57
         s.cell(
             x,
             116,
@@ -64,10 +64,10 @@ def kinds() -> Sheet:
             color="strong_green" if is_trained else "soft",
         )
         x += w
-    s.line((20, 186), (20, 192), (376, 192), (376, 186))
-    s.line((384, 186), (384, 192), (617, 192), (617, 186), color="strong_green")
-    s.text(198, 210, "prompt: read, not trained", at="middle", color="soft")
-    s.text(500, 210, "answer and its end: trained", at="middle", color="strong_green", size=12.5)
+    s.line((20, 186), (20, 192), (388, 192), (388, 186))
+    s.line((396, 186), (396, 192), (619, 192), (619, 186), color="strong_green")
+    s.text(204, 210, "prompt: read, not trained", at="middle", color="soft")
+    s.text(507, 210, "answer and its end: trained", at="middle", color="strong_green", size=12.5)
     return s
 
 

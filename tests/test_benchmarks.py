@@ -394,6 +394,9 @@ def test_the_pages_say_what_the_results_say():
     assert text.partition(report.BEGIN)[2].partition(report.END)[0].strip() == report.paper_block()
     text = report.PROMISES.read_text(encoding="utf-8")
     assert text.partition(report.BEGIN)[2].partition(report.END)[0].strip() == report.reliability_block()
+    for op in report.KERNEL_PAGES:
+        text = (Path(report.ROOT) / "docs" / "kernels" / f"{op}.md").read_text(encoding="utf-8")
+        assert text.partition(report.BEGIN)[2].partition(report.END)[0].strip() == report.kernel_block(op)
 
 
 def test_the_table_of_steps_on_paper_has_the_newest_of_each(tmp_path):
