@@ -223,7 +223,17 @@ def make_run(config: Config, case: Case, gpu: PaperGPU) -> Run:
         return sft.loss(*arguments)
 
     nothing = dict.fromkeys(
-        ("tokenizer", "train", "eval_steps", "save_steps", "best_metric", "reference", "start", "graphs")
+        (
+            "tokenizer",
+            "train",
+            "eval_steps",
+            "save_steps",
+            "sample_steps",
+            "best_metric",
+            "reference",
+            "start",
+            "graphs",
+        )
     )
     return Run(
         progress=Progress(Sums(gpu.device), LossScale(1.0)),
@@ -233,6 +243,7 @@ def make_run(config: Config, case: Case, gpu: PaperGPU) -> Run:
         optimizer=trained.optimizer,
         evals={},
         prompts=[],
+        sample_prompts=[],
         weight=sft.weight,
         loss=loss,
         schedule={"name": "constant", "total_steps": 2},

@@ -148,6 +148,19 @@ def evaluation_lines(step: int, total: int, scores: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+def sample_lines(step: int, total: int, samples: list[Sample]) -> str:
+    """ "sample 50/153  '3+4=' -> '7'", a line for each; of a long prompt its end."""
+    head, lines = f"sample {step:>{len(str(total))}}/{total}", []
+    for sample in samples:
+        prompt, output = repr(sample.prompt.text), repr(sample.output)
+        room = WIDTH - len(head) - 6  # of both texts, with "  " and " -> " between
+        if len(prompt) + len(output) > room:
+            most = max(room // 2, room - len(output))
+            prompt = prompt if len(prompt) <= most else "..." + prompt[3 - most :]
+        lines.append(shortened(f"{head}  {prompt} -> {output}"))
+    return "\n".join(lines)
+
+
 def _rewards(values: dict[str, float], prefix: str) -> list[str]:
     shown = {"acc": f"{prefix}rewards/accuracies", "margin": f"{prefix}rewards/margins"}
     return [f"{label} {digits(values[name], 3)}" for label, name in shown.items() if name in values]
@@ -226,14 +239,15 @@ def closing(
         "metrics.jsonl": "the logged metrics, a JSON object a line",
         "timings.jsonl": "speed and memory",
         "samples.jsonl": "the completed prompts",
-        "tensorboard/": "the same for TensorBoard",
+        "step_samples.jsonl": "what it answered during training",
+        "tensorboard/": "all of these for TensorBoard",
         "summary.txt": "the data, the trained parameters, the arithmetic of the steps",
         "config.toml": "the whole configuration, with where each value came from",
     }
     if base is not None:
         contents["model/"] = f"the trained adapter and tokenizer, as PEFT files; its base is {base}"
     lines = ["", f"{folder}/"]
-    lines += [f"  {name:<15} {what}" for name, what in contents.items() if (folder / name).exists()]
+    lines += [f"  {name:<19} {what}" for name, what in contents.items() if (folder / name).exists()]
     config, place = str(folder / "config.toml"), str(folder)
     launch = ["python"]
     if ranks.world_size() > 1:

@@ -26,7 +26,7 @@ from minisft.config.sections import Config, TrainSection, config_to_dict
 from minisft.config.stages import has_samples
 from minisft.control import Control, Request
 from minisft.data.batch import Batch
-from minisft.errors import STOPPED, Stopped, UserError
+from minisft.errors import STOPPED, Stopped, UserError, warn
 from minisft.evaluation import evaluate
 from minisft.export import (
     is_exported,
@@ -44,6 +44,7 @@ from minisft.parallel import is_sharded, needs_others, on_first_rank, sum_gradie
 from minisft.prepare.run import Run, prepare
 from minisft.resume import changed_keys, require_same_state, resume, rewind, training_state
 from minisft.runtime import read_back
+from minisft.samples import complete
 from minisft.schedule import lr_factor
 from minisft.signals import StopSignal
 from minisft.spikes import Recent
@@ -147,7 +148,7 @@ def take_steps(
     while True:
         stop = stop or asked_alone(signal)
 
-        # ---- 1. evaluate if due; a run that is stopped before the end of it evaluates after it is resumed
+        # ---- 1. evaluate and sample if due; a run that is stopped before the end of it evaluates after it is resumed
         if is_evaluation_due(config, run, asked.evaluate) and not stop and failure is None:
             signal.note("giving up this evaluation, which the next start makes, saving, then stopping")
             with OutOfMemory(ends=needs_others(run.model)) as ran_out:
@@ -162,6 +163,11 @@ def take_steps(
                         bar.evaluated(progress.step, scores)
             if ran_out.message:
                 failure, stop = evaluation_error(config, run, ran_out), True
+
+        is_sampling_due = run.sample_steps is not None and progress.step % run.sample_steps == 0
+        if is_sampling_due and progress.step != progress.sampled_at and not stop and failure is None:
+            signal.note("sampling, saving, then stopping")
+            sample(config, run, loggers, bar)
 
         # ---- 2. save if due, asked for, the best, or last
         signal.note("stopping once a checkpoint is written")
@@ -418,6 +424,30 @@ def evaluate_sets(config: Config, run: Run, signal: StopSignal) -> dict[str, flo
             counts=is_regular,
         )
     return scores
+
+
+def sample(config: Config, run: Run, loggers: Loggers | None, bar: console.ProgressBar) -> None:
+    """Complete some prompts, as many at once as in a batch of an evaluation; the first rank shows the answers. Nothing of the
+    training changes: the most likely tokens are taken, without a random number."""
+    run.progress.sampled_at = run.progress.step
+    if not run.sample_prompts or loggers is None and not is_sharded(run.model):
+        return
+    section = config.evaluate
+    with OutOfMemory(ends=is_sharded(run.model)) as ran_out, evaluation_weights(run.optimizer):
+        samples = complete(
+            run.model,
+            run.tokenizer,
+            run.sample_prompts,
+            max_new_tokens=section.max_new_tokens,
+            precision=run.precision,
+            batch_size=section.per_device_eval_batch_size,
+        )
+    if ran_out.message:
+        warn(f"no samples of step {run.progress.step}: {ran_out.message}")
+    elif loggers:
+        rows = [{"prompt": s.prompt.text, "answer": s.prompt.answer, "output": s.output} for s in samples]
+        loggers.samples(run.progress.step, rows)
+        bar.say(console.sample_lines(run.progress.step, run.total_steps, samples))
 
 
 def save(config: Config, run: Run, folder: Path, loggers: Loggers | None, num_failed: int) -> int:

@@ -66,6 +66,7 @@ def restore(config: Config, run: Run, path: Path) -> dict:
     progress.step, progress.num_tokens = state["step"], state["num_tokens"]
     # an earlier step where a signal came before the evaluation of this one ended
     progress.evaluated_at = state.get("evaluated_at", progress.step)
+    progress.sampled_at = state.get("sampled_at", progress.step)
     progress.nonfinite_steps = state["nonfinite_steps"]
     progress.skips_in_a_row = state.get("skips_in_a_row", 0)
     progress.spikes = Spikes(**state.get("spikes", {}))
@@ -165,6 +166,7 @@ def training_state(config: Config, run: Run) -> dict:
     return {
         "num_tokens": progress.num_tokens,
         "evaluated_at": progress.evaluated_at,
+        "sampled_at": progress.sampled_at,
         "nonfinite_steps": progress.nonfinite_steps,
         "skips_in_a_row": progress.skips_in_a_row,
         "spikes": asdict(progress.spikes),

@@ -1,5 +1,6 @@
 """Held-out prompts completed by the model, and how many of the completions are right."""
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ from minisft.data.cache import Documents
 from minisft.data.detect_format import detect_row_format, rename_fields
 from minisft.data.encoding import encode_prompt, prompt_variables
 from minisft.data.formats import plain_prompt, to_example
-from minisft.data.kinds import KIND_MASK, USER
+from minisft.data.kinds import ANSWER, KIND_MASK, REASONING, TOOL_CALL, USER
 from minisft.data.row_format import FormatOptions
 from minisft.data.rows import BadRow, RowError, place
 from minisft.data.sources import parse_source, read_rows
@@ -97,6 +98,22 @@ def example_prompt(documents: Documents, tokenizer: Tokenizer, layout: str) -> s
         if 0 < len(text) <= LONGEST_EXAMPLE and text.isprintable():
             prompts.append(text.strip() if layout == "chat" else text)
     return min(prompts, key=len, default="Hello")
+
+
+def prompts_of(documents: Documents, tokenizer: Tokenizer, number: int) -> list[Prompt]:
+    """An even choice of the documents as prompts: each up to its first answer, which counts as right. Of text without answers the
+    first quarter is the prompt, and of a pair the first answer counts."""
+    cache, prompts = documents.cache, []
+    for unit in np.linspace(0, documents.num_units - 1, min(number, documents.num_units)).astype(int):
+        at = unit * documents.group
+        span = slice(int(documents.start[at]), int(documents.end[at]))
+        ids, kinds = cache.ids[span].tolist(), cache.kinds[span] & KIND_MASK
+        is_answer = np.append(np.isin(kinds, (ANSWER, REASONING, TOOL_CALL)), False)
+        first = int(is_answer.argmax()) or math.ceil(len(ids) / 4)
+        length = int((~is_answer[first:]).argmax()) or len(ids) - first
+        text, answer = (tokenizer.decode(part) for part in (ids[:first], ids[first : first + length]))
+        prompts.append(Prompt(ids[:first], text, answer, "all"))
+    return prompts
 
 
 @dataclass(frozen=True)

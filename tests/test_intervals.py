@@ -7,10 +7,14 @@ import time
 from functools import partial
 
 import pytest
-from tiny import logged, settings, train
+from tiny import GPT2, logged, settings, train, weights
 
 from minisft import checkpoint, samples, sft
-from minisft.data.tokenizer import load_tokenizer
+from minisft.data.cache import build_cache
+from minisft.data.documents import select_documents
+from minisft.data.row_format import FormatOptions
+from minisft.data.sources import parse_source
+from minisft.data.tokenizer import load_tokenizer, train_tokenizer
 from minisft.errors import NONFINITE, SAVE, UserError
 
 
@@ -122,6 +126,76 @@ def test_a_run_killed_before_its_samples_completes_them_at_the_next_start(go, ho
         assert "finished already" not in capsys.readouterr().out
         go(**data)
         assert "finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_samples_come_at_their_steps_and_change_nothing(go, home, tmp_path, adapter):
+    """Dropout, noise, an open log window and a resume; weights and metrics to the byte."""
+    options = {
+        "train.max_steps": 7,
+        "data.eval_fraction": 0.2,
+        "train.neftune_noise_alpha": 5.0,
+        "log.logging_steps": 3,
+    }
+    options |= {"train.optim": "schedule_free_adamw"}
+    if adapter:
+        base = go(output_dir=str(tmp_path / "base"), **{"train.max_steps": 1}).model_dir
+        options |= {"model.config": None, "model.model_name_or_path": str(base), "lora.r": 2, "lora.lora_dropout": 0.2}
+    else:
+        options |= {"model.config": GPT2}  # which has dropout
+    options |= {"train.lr_scheduler_type": "constant", "evaluate.max_new_tokens": 5}
+    sampled = {"evaluate.sample_steps": 2, "evaluate.generate_samples_shown": 3}
+    plain = go(output_dir=str(tmp_path / "plain"), **options).output_dir
+    whole = go(output_dir=str(tmp_path / "whole"), **options, **sampled).output_dir
+    out = go(**options | sampled | {"train.max_steps": 4}).output_dir
+    out = go(**options, **sampled).output_dir
+    assert weights(whole) == weights(plain) == weights(out)
+    names = ("metrics.jsonl", "step_samples.jsonl")
+    assert (whole / names[0]).read_bytes() == (plain / names[0]).read_bytes()
+    assert (out / names[1]).read_bytes() == (whole / names[1]).read_bytes() and not (plain / names[1]).exists()
+    rows = [json.loads(line) for line in (whole / "step_samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [step for step in (0, 2, 4, 6) for _ in range(3)]
+    known = {
+        row["prompt"]: row["completion"] for row in map(json.loads, (home / "rows.jsonl").read_text().splitlines())
+    }
+    assert all(known[row["prompt"]] == row["answer"] for row in rows) and len({row["prompt"] for row in rows}) == 3
+    assert go(**options, **sampled | {"evaluate.sample_steps": 3}).step == 7  # no other run, so it is finished
+
+
+@pytest.mark.parametrize("stop", ["memory", "none"])
+def test_samples_that_find_no_memory_are_left_out(go, monkeypatch, capsys, stop):
+    def generate(*arguments, **options):
+        if stop == "memory":
+            raise MemoryError
+        return [[] for _ in arguments[1]]
+
+    monkeypatch.setattr(samples, "generate", generate)
+    result = go(**{"train.max_steps": 2, "evaluate.sample_steps": 1})
+    assert result.step == 2
+    assert capsys.readouterr().err.count("no samples of step") == (3 if stop == "memory" else 0)
+
+
+def test_the_prompts_of_any_data_end_where_the_answer_begins(tmp_path):
+    tokenizer = train_tokenizer([], vocab_size=259, chat_template="chatml")
+    rows = {
+        "talk": {"messages": [{"role": role, "content": f"{role}!"} for role in ("user", "assistant") * 2]},
+        "pair": {"prompt": "why", "chosen": "because", "rejected": "no"},
+        "text": {"text": "abcdefgh" * 4},
+    }
+    found = {}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        options = FormatOptions(answers="pairs" if name == "pair" else "chosen", prompt_format="auto")
+        cache = build_cache(
+            [parse_source(str(tmp_path / f"{name}.jsonl"))], tokenizer, cache_dir=tmp_path / "cache", options=options
+        )
+        documents, _ = select_documents(cache, max_length=None, truncation="right", seed=0)
+        (found[name],) = samples.prompts_of(documents, tokenizer, 5)
+    opener = "<|im_start|>assistant\n"
+    assert found["talk"].text == f"<|im_start|>user\nuser!<|im_end|>\n{opener}" and found["talk"].answer == "assistant!"
+    assert found["pair"].text == "why" and found["pair"].answer == "because"
+    assert "abcdefgh" * 4 == found["text"].text + found["text"].answer.removesuffix("<|im_end|>")
+    assert 8 <= len(found["text"].ids) <= 9
 
 
 # ---- failures that a run survives, and those that end it --------------------------------------------------------

@@ -124,7 +124,8 @@ def assert_equal(folder: Path, weights: float = 1e-5) -> None:
 
 def evaluated(home: Path) -> dict:
     keys = {"data.eval_data": str(home / "rows.jsonl"), "evaluate.eval_steps": 4, "checkpoint.save_steps": 1}
-    return keys | {"evaluate.generate_data": str(home / "rows.jsonl[:3]"), "evaluate.max_new_tokens": 4}
+    keys |= {"evaluate.generate_data": str(home / "rows.jsonl[:3]"), "evaluate.max_new_tokens": 4}
+    return keys | {"evaluate.sample_steps": 6}
 
 
 def test_two_sharded_ranks_are_one_and_go_on_with_a_run_of_one(home, tmp_path):
@@ -139,7 +140,8 @@ def test_two_sharded_ranks_are_one_and_go_on_with_a_run_of_one(home, tmp_path):
     assert gradients and moments.keys() == expected.keys()
     for name in gradients:
         assert relative_error(moments[name], expected[name]) <= 1e-6, name
-    assert (several / "samples.jsonl").read_bytes() == (one / "samples.jsonl").read_bytes()
+    for name in ("samples.jsonl", "step_samples.jsonl"):
+        assert (several / name).read_bytes() == (one / name).read_bytes()
     assert "this rank keeps" in (several / "said-0").read_text()
 
     elastic = tmp_path / "elastic"

@@ -110,7 +110,7 @@ def resolve(layers: list[dict[str, Given]], where: str) -> tuple[Config, dict[st
 def deciding_values(config: Config) -> dict[str, str]:
     """{full name: value in TOML} of the keys that decide which model a run writes, without those of logging and saving."""
     free = ("output_dir", "verbose", "log.", "audit.", "checkpoint.save_steps", "checkpoint.save_total_limit")
-    free += ("checkpoint.resume", "data.cache_dir", "evaluate.generate_samples_shown")
+    free += ("checkpoint.resume", "data.cache_dir", "evaluate.generate_samples_shown", "evaluate.sample_steps")
     return {key: as_toml(value) for key, value in config_to_dict(config).items() if not key.startswith(free)}
 
 

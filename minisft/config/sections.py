@@ -383,7 +383,14 @@ class EvaluateSection:
     )
     generate_group_field: str | None = option(None, "report the exact match for each value of this field")
     max_new_tokens: int = option(64, "length limit of a sampled answer", at_least=1, at_most=2**20)
-    generate_samples_shown: int = option(5, "answers printed", at_least=0)
+    generate_samples_shown: int = option(5, "answers printed, and sampled every sample_steps", at_least=0)
+    sample_steps: int | Literal["epoch", "never"] = option(
+        "never",
+        "complete a few prompts before the first step and every so many steps, and show the answers in the trackers and in "
+        "step_samples.jsonl; the prompts are of generate_data, else of the evaluation data, else of the training data",
+        at_least=1,
+        at_most=MAX_STEPS,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

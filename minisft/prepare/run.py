@@ -33,7 +33,7 @@ from minisft.prepare.kernels import describe_kernels, graph_round_to, pick_kerne
 from minisft.prepare.model import find_longest_tree, prepare_model
 from minisft.prepare.optimizer import describe_optimizer, prepare_optimizer
 from minisft.prepare.options import format_options, prepare_tokenizer
-from minisft.samples import Prompt, read_prompts
+from minisft.samples import Prompt, prompts_of, read_prompts
 from minisft.schedule import Plateau, num_warmup_steps, total_steps
 from minisft.spikes import Recent, Spikes
 from minisft.update import LossScale
@@ -49,6 +49,7 @@ class Progress:
     best: Best = Best()
     step: int = 0  # optimizer steps taken
     evaluated_at: int = -1  # after how many steps the last evaluation was made; -1: there was none
+    sampled_at: int = -1  # the same of the last samples
     num_tokens: int = 0  # over all ranks
     lr_scale: float = 1.0  # of all learning rates: another peak that control.toml asked for, over the configured one
     nonfinite_steps: int = 0  # that were skipped
@@ -73,6 +74,8 @@ class Run:
     save_steps: int | None  # save after so many steps; None: at the end only
     best_metric: str | None  # name of the metric whose best value is kept; None: of none
     prompts: list[Prompt]  # to be completed at the end
+    sample_steps: int | None  # complete some prompts after so many steps; None: never
+    sample_prompts: list[Prompt]
     weight: Callable  # the objective: see sft.py
     loss: Callable
     graphs: Graphs | None  # forward and backward of micro-batches as CUDA graphs; None: op by op
@@ -150,6 +153,8 @@ def prepare(config: Config, device: torch.device) -> Run:
         save_steps=interval(config.checkpoint.save_steps, loader),
         best_metric=prepare_best_metric(config, model, evals, loss, device, precision),
         prompts=prompts,
+        sample_steps=interval(config.evaluate.sample_steps, loader),
+        sample_prompts=prepare_sample_prompts(config, tokenizer, prompts, loader, evals),
         weight=weight,
         loss=loss,
         graphs=graphs,
@@ -182,6 +187,19 @@ def prepare_prompts(config: Config, tokenizer: Tokenizer) -> list[Prompt]:
     )
 
 
+def prepare_sample_prompts(
+    config: Config, tokenizer: Tokenizer, prompts: list[Prompt], loader: Loader, evals: dict[str, Loader]
+) -> list[Prompt]:
+    """The prompts that are completed every evaluate.sample_steps: some of generate_data, of the first evaluation set, or of the
+    training data."""
+    number = config.evaluate.generate_samples_shown
+    if config.evaluate.sample_steps == "never" or number == 0:
+        return []
+    if not prompts:
+        return prompts_of(next(iter(evals.values()), loader).documents, tokenizer, number)
+    return [prompts[i] for i in np.linspace(0, len(prompts) - 1, min(number, len(prompts))).astype(int)]
+
+
 def max_token_id(loaders: list[Loader]) -> int:
     """The highest token id of the data; reads all of the caches."""
     return max(int(loader.documents.cache.ids.max()) for loader in loaders)
@@ -209,7 +227,7 @@ def prepare_best_metric(
 
 
 def interval(steps: int | str, loader: Loader) -> int | None:
-    """eval_steps or save_steps as a number; None for "never"."""
+    """eval_steps, save_steps or sample_steps as a number; None for "never"."""
     if steps == "epoch":
         return loader.steps_per_epoch
     return None if steps == "never" else int(steps)
