@@ -98,6 +98,7 @@ def test_the_learning_rate_is_that_of_preference_tuning(go):
         {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": 4},
         {"model.gradient_checkpointing": True},
         {"model.kernels": "reference"},
+        {"evaluate.sample_steps": 1, "evaluate.max_new_tokens": 4},
     ],
     ids=lambda keys: "-".join(key.rpartition(".")[2] for key in keys),
 )
