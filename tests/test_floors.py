@@ -46,6 +46,7 @@ EXTRA_PACKAGES = {
     "gguf/file": {"gguf"},  # inside functions: hub asks here whether a path is such a file
     "gguf/tensors": {"gguf"},  # for a type
     "trackers": {"torch"},  # inside a function: its texts and hyperparameters for TensorBoard
+    "selfcheck/checks": {"transformers"},  # where it is installed, for the logits of an exported folder
     "importers/yaml_file": {"yaml"},  # other trainers write YAML, we TOML
 }
 # Kernels made of others: rope norms the heads of q and k first, where a model does; both losses score rows of logits; 8-bit

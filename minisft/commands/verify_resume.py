@@ -5,7 +5,6 @@ ends by itself, and by SIGKILL, which leaves it no time to save. Both are proces
 them. Then the bytes of all that they left are compared: weights, moments, state, metrics and the exported model.
 """
 
-import contextlib
 import json
 import shutil
 import signal
@@ -136,6 +135,8 @@ def _train(words: list[str], log: Path, stop: signal.Signals | None = None, afte
 
 def compare(a: Path, b: Path, step: int) -> Iterator[tuple[str, str, str]]:
     """(what, how much of it, "" or the difference) for each part of what two runs of so many steps left in their folders."""
+    from minisft.selfcheck.measure import compare_tensors
+
     for name, folder in (("checkpoint", _checkpoint(step)), ("exported", "model")):
         files = sorted({path.name for side in (a, b) for path in (side / folder).glob("*.safetensors")})
         for file in files:
@@ -162,33 +163,3 @@ def _first_difference(a: list[bytes], b: list[bytes]) -> str:
     first, second = map(json.loads, lines[0])
     names = ", ".join(name for name in first if first[name] != second.get(name))
     return f"{len(lines):,} lines differ, the first at step {first['step']}: {names}"
-
-
-def compare_tensors(a: Path, b: Path) -> tuple[int, str]:
-    """(number of tensors, "" if all have the same bytes, else how many differ and by how much)"""
-    from safetensors import safe_open
-
-    if missing := [str(path) for path in (a, b) if not path.exists()]:
-        return 0, f"missing: {', '.join(missing)}"
-    with contextlib.ExitStack() as stack:
-        first, second = (stack.enter_context(safe_open(path, framework="pt")) for path in (a, b))
-        names = list(first.keys())
-        if set(names) != set(second.keys()):
-            return len(names), "other tensors"
-        differences = {name: _difference(first.get_tensor(name), second.get_tensor(name)) for name in names}
-    wrong = {name: difference for name, difference in differences.items() if difference is not None}
-    if not wrong:
-        return len(names), ""
-    worst = max(wrong, key=lambda name: wrong[name])
-    return len(names), f"{len(wrong):,} differ, by at most {wrong[worst]:.1e} ({worst})"
-
-
-def _difference(a: Any, b: Any) -> float | None:
-    """None if two tensors have the same bytes, else the largest difference of their elements."""
-    import torch
-
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return float("inf")
-    if torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):
-        return None
-    return (a.double() - b.double()).abs().max().item()
