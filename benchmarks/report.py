@@ -2,7 +2,7 @@
 
     python -m benchmarks.report         the tables between the markers, and docs/pictures.py
 
-A table takes the newest row of each thing that was measured. What has no CSV is "not yet measured".
+A table takes the newest row of each thing that was measured. What has no CSV is named at the end, as not yet measured.
 """
 
 import json
@@ -62,11 +62,9 @@ def source(rows: list[dict]) -> str:
 
 
 def section(title: str, command: str, results: Path, name: str, make: Callable[[list[dict]], str]) -> str:
-    """The heading, where its numbers are from, and the table that `make` builds of the CSV's rows."""
+    """The heading, where its numbers are from, and the table that `make` builds of the CSV's rows; "" if there are none."""
     rows = read_csv(results / f"{name}.csv")
-    if not rows:
-        return f"**{title}** (`python -m {command}`): not yet measured."
-    return f"**{title}** (`python -m {command}`; {source(rows)})\n\n{make(rows)}"
+    return f"## {title}\n\n(`python -m {command}`; {source(rows)})\n\n{make(rows)}" if rows else ""
 
 
 ENGINES = {
@@ -248,10 +246,10 @@ def _measured(contenders: dict, at: str, column: str) -> float | None:
 
 def target_table(rows: list[dict]) -> str:
     lines = []
-    for row in judged(rows):
+    for row in [row for row in judged(rows) if row["value"] is not None]:
         unit = UNITS[row["column"]]
-        value = "not yet measured" if row["value"] is None else f"{number(row['value'])} {unit}"
-        met = {None: "", True: "yes", False: "**no**"}[row["met"]]
+        value = f"{number(row['value'])} {unit}"
+        met = "yes" if row["met"] else "**no**"
         at = {"both": "forward + backward"}.get(row["pass"], row["pass"])
         sign = {"<=": "at most", ">=": "at least"}[row["relation"]]
         lines.append([row["op"], row["case"], at, value, f"{sign} {number(row['target'])} {unit}", met, row["beside"]])
@@ -286,29 +284,81 @@ def gpu_table(rows: list[dict]) -> str:
     return table(head, lines)
 
 
+SECTIONS = [  # title, command, CSV, table
+    ("A whole optimizer step", "benchmarks.train_step", "train_step", step_table),
+    ("A whole optimizer step on a GPU", "benchmarks.train_step_gpu", "train_step_cuda", gpu_step_table),
+    ("Memory of a fine-tuning", "benchmarks.bench_memory", "memory", memory_table),
+    ("Preference tuning", "benchmarks.bench_dpo", "dpo_cpu", dpo_table),
+    ("Preference tuning on a GPU", "benchmarks.bench_dpo --device cuda", "dpo_cuda", dpo_table),
+    ("Packing", "benchmarks.bench_packing", "packing", packing_table),
+    ("Turns that share their past", "benchmarks.bench_shared_turns", "shared_turns", turns_table),
+    ("From the file to the token cache", "benchmarks.bench_tokenize", "tokenize", tokenize_table),
+    ("Validation", "benchmarks.bench_validate", "validate", validate_table),
+    ("The kernels' torch paths on a CPU", "benchmarks.bench_<op>", "kernels_cpu", cpu_table),
+    ("The kernels on a GPU against their targets", "benchmarks.gpu_session --out DIR", "kernels_cuda", target_table),
+    ("The kernels on a GPU beside others", "benchmarks.gpu_session --out DIR", "kernels_cuda", gpu_table),
+]
+
+
 def block(results: Path = RESULTS) -> str:
-    """What stands between the README's markers."""
-    gpu, session = read_csv(results / "kernels_cuda.csv"), "benchmarks.gpu_session --out DIR"
-    targets = "**The kernels on a GPU against their targets**" + (f" ({source(gpu)})" if gpu else "")
-    parts = [
-        section("A whole optimizer step", "benchmarks.train_step", results, "train_step", step_table),
-        section(
-            "A whole optimizer step on a GPU", "benchmarks.train_step_gpu", results, "train_step_cuda", gpu_step_table
-        ),
-        section("Memory of a fine-tuning", "benchmarks.bench_memory", results, "memory", memory_table),
-        section("Preference tuning", "benchmarks.bench_dpo", results, "dpo_cpu", dpo_table),
-        section("Preference tuning on a GPU", "benchmarks.bench_dpo --device cuda", results, "dpo_cuda", dpo_table),
-        section("Packing", "benchmarks.bench_packing", results, "packing", packing_table),
-        section("Turns that share their past", "benchmarks.bench_shared_turns", results, "shared_turns", turns_table),
-        section("From the file to the token cache", "benchmarks.bench_tokenize", results, "tokenize", tokenize_table),
-        section("Validation", "benchmarks.bench_validate", results, "validate", validate_table),
-        section("The kernels' torch paths on a CPU", "benchmarks.bench_<op>", results, "kernels_cpu", cpu_table),
-        f"{targets}\n\n{target_table(gpu)}",
-        section("The kernels on a GPU beside others", session, results, "kernels_cuda", gpu_table),
+    """What stands between the markers of docs/benchmarks.md."""
+    parts, missing = [], []
+    for title, command, name, make in SECTIONS:
+        text = section(title, command, results, name, make)
+        parts += [text] if text else []
+        missing += [] if text else [f"{title[0].lower()}{title[1:]} (`python -m {command}`)"]
+    for name, rows in (("kernels_cpu", "kernels_cpu"), ("kernels_gpu", "kernels_cuda")):
+        parts += [f"![{name}](images/{name}.svg)"] if read_csv(results / f"{rows}.csv") else []
+    return "\n\n".join([*parts, *([f"Not yet measured: {'; '.join(missing)}."] if missing else [])])
+
+
+def highlights(results: Path = RESULTS) -> str:
+    """The README's table: the six numbers that say most. "" where one of them was not measured."""
+    names = ("train_step", "dpo_cpu", "kernels_cpu", "packing")
+    step, dpo, kernels, packing = (read_csv(results / f"{name}.csv") for name in names)
+    if not (step and dpo and kernels and packing):
+        return ""
+    date = max(row["date"] for row in step)
+    engines = {row["engine"]: row for row in step if row["date"] == date and row["trained"] == "answers"}
+    speed = {name: f"{float(row['tokens_per_second']):,.0f}" for name, row in engines.items()}
+    memory = {name: f"{float(row['peak_gb']):.2f} GB" for name, row in engines.items() if row["peak_gb"]}
+    times = {name: float(row["minisft_times"]) for name, row in engines.items() if row["minisft_times"]}
+    lines = [
+        [
+            "a training step of a 57 M Llama, answers trained",
+            f"{speed['minisft']} tokens/s",
+            f"{times['compiled']:.1f} x a compiled loop with transformers ({speed['compiled']}), {times['trl']:.1f} x TRL "
+            f"({speed['trl']}); {times['products']:.0%} of what its matrix products alone allow",
+        ],
+        ["its peak memory", memory["minisft"], f"{memory['compiled']} compiled, {memory['trl']} TRL"],
     ]
-    for name, rows in (("kernels_cpu", read_csv(results / "kernels_cpu.csv")), ("kernels_gpu", gpu)):
-        parts += [f"![{name}](docs/images/{name}.svg)"] if rows else []
-    return "\n\n".join(parts)
+    of_dpo = {(row["engine"] == "minisft", row["layout"]): row for row in dpo if row["reference"] == "cached"}
+    mine, peer = of_dpo[True, "shared"], next(row for (is_ours, _), row in of_dpo.items() if not is_ours)
+    ours, theirs = (float(row["tokens_per_second"]) for row in (mine, peer))
+    extra = float(mine["extra_mb"]) / float(peer["extra_mb"])
+    beside = f"{ours / theirs:.1f} x TRL ({theirs:,.0f}), with {extra:.0%} of its memory"
+    lines.append(["DPO with a cached reference and shared prompts", f"{ours:,.0f} tokens/s", beside])
+    cases = by_case(kernels)
+    for op, case, what in (
+        ("linear_cross_entropy", "1024 x 576 x 49152 bf16", "the loss from hidden states, 49,152 tokens, bf16"),
+        (
+            "flash_attention",
+            "packed, head dim 64, mean length 146, 2048 tokens, 9 + 3 heads, bf16",
+            "attention in packed documents, 2,048 tokens, bf16",
+        ),
+    ):
+        fast, naive = (whole(cases[op, case][name]) for name in ("torch", "eager"))
+        shown = [f"{number(float(row['ms']))} ms, {float(row['extra_mb']):.0f} MB" for row in (fast, naive)]
+        lines.append([what, shown[0], f"{float(fast['speedup']):.1f} x the naive formula ({shown[1]})"])
+    plan = next(row for row in newest(packing, "case", "strategy") if int(row["documents"]) == 10_000_000)
+    lines.append(
+        [
+            "planning the packs of 10 million documents",
+            f"{float(plan['plan_s']):.1f} s",
+            f"{float(plan['fill_percent']):.2f} % full",
+        ]
+    )
+    return table(["what", "minisft", "beside it"], lines)
 
 
 def paper_block(results: Path = RESULTS) -> str:
@@ -359,12 +409,13 @@ def main() -> None:
     from docs import pictures  # which reads the same rows by this file
 
     pictures.main()
-    write_block(ROOT / "README.md", block(RESULTS))
+    write_block(ROOT / "README.md", highlights(RESULTS))
+    write_block(ROOT / "docs" / "benchmarks.md", block(RESULTS))
     write_block(ROOT / "docs" / "step_on_paper.md", paper_block(RESULTS))
     write_block(PROMISES, reliability_block(RESULTS))
     for op in KERNEL_PAGES:
         write_block(ROOT / "docs" / "kernels" / f"{op}.md", kernel_block(op))
-    print(f"written: {ROOT / 'README.md'}, docs/step_on_paper.md, docs/promises.md, docs/kernels/")
+    print("written: README.md, docs/benchmarks.md, docs/step_on_paper.md, docs/promises.md, docs/kernels/")
 
 
 if __name__ == "__main__":

@@ -154,9 +154,9 @@ def test_other_keys_would_not_fit_the_header(name):
     assert tokens_line(longer, ranks(name)) not in text and memory_line(longer, repo, ranks(name))[0] not in text
 
 
-def test_the_readme_names_every_configuration():
-    readme = (ROOT / "README.md").read_text()
-    assert [name for name in FILES if f"configs/{name}.toml" not in readme] == []
+def test_the_page_names_every_configuration():
+    page = (ROOT / "docs" / "training.md").read_text()
+    assert [name for name in FILES if f"configs/{name}.toml" not in page] == []
 
 
 # ---------------------------------------------------------------- what a configuration says

@@ -230,16 +230,16 @@ def test_every_package_is_installed():
     assert {path for path in beside if path.is_file()} == installed
 
 
-def test_the_walk_in_the_readme_goes_through_functions_that_exist():
-    section = (ROOT / "README.md").read_text().partition("## How a step works")[2]
-    walk = re.findall(r"^\| `([\w.]+)` \| \[`([\w/.]+)`\]", section, re.MULTILINE)
+def test_the_walk_goes_through_functions_that_exist():
+    page = (ROOT / "docs" / "rooms.md").read_text()
+    walk = re.findall(r"^\| `([\w.]+)` \| \[`([\w/.]+)`\]", page, re.MULTILINE)
     assert len(walk) == 7 and len({file for _, file in walk}) == 6
     for function, file in walk:
         assert f"def {function.rpartition('.')[2]}(" in (ROOT / file).read_text(), function
 
 
-def test_the_map_in_the_readme_has_every_room():
-    block = (ROOT / "README.md").read_text().partition("### The rooms")[2].split("```")[1]
+def test_the_map_has_every_room():
+    block = (ROOT / "docs" / "rooms.md").read_text().partition("## The rooms")[2].split("```")[1]
     mapped, folder = set(), ""
     for line in block.strip("\n").split("\n"):
         indent, name = re.match(r"( *)(\S+)", line).groups()
