@@ -21,6 +21,7 @@ COMMANDS = {  # name: (module with main(argv) -> exit code, what it does)
         "prove that a resumed run is the same run, on your configuration",
     ),
     "selfcheck": ("minisft.commands.selfcheck", "check the equalities of this engine on your model, data and machine"),
+    "diff": ("minisft.commands.diff", "where the losses of two runs part, and everything that differs between them"),
     "chat": ("minisft.commands.chat", "talk to a trained model"),
     "generate": ("minisft.commands.generate", "answer prompts with a trained model"),
 }

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from minisft import best, console, ranks, runtime, schedule, signals
+from minisft import best, console, ranks, record, runtime, schedule, signals
 from minisft.atomic_folder import lock_folder, remove_leftovers, write_file
 from minisft.bad_steps import handle_bad_step
 from minisft.checkpoint import MAX_FAILED_SAVES, step_folder, try_save
@@ -344,6 +344,7 @@ def start_output(config: Config, origins: dict[str, str], folder: Path, run: Run
     if saved and (changed := changed_keys(config, saved)):
         add_history(folder, {"step": saved["step"], "changed": changed})
     write_resolved(config, origins, folder)
+    record.add_start(run, folder, is_resumed=saved is not None)
     write_file(folder / "summary.txt", "\n".join(run.summary) + "\n")
     return open_loggers(config, folder, saved)
 

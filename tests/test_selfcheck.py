@@ -40,7 +40,7 @@ def options(home: Path, kind: str) -> dict:
     return {
         "sft": {"data.packing": True},
         "bf16": {"train.precision": "bf16", "model.gradient_checkpointing": True},
-        "bf16 weights": {"train.weights_dtype": "bf16"},
+        "bf16 weights": {"train.weights_dtype": "bf16", "train.precision": "bf16"},
         "lora": lora_keys,
         "qlora": {**lora_keys, "model.load_in_4bit": True},
         "dpo": {**base, **dpo, "data.packing": True, "dpo.share_prompt": True},

@@ -25,7 +25,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -83,6 +83,9 @@ class TokenCache:
     manifest: dict  # for each source the rows read, used, and dropped by reason, and its row format
     fingerprint: str  # sha256 (hex) of the tokens, their kinds, and where documents and sources begin
     note: str  # "built", "found", or why it was built again
+    file_hashes: dict[str, str] = field(
+        default_factory=dict
+    )  # of each data file: sha256 (hex) of the hashes of its blocks
 
     @property
     def group(self) -> int:
@@ -282,7 +285,8 @@ def build_cache(
             raise not_written(folder, error, hint=hint) from None
         finally:
             gc.unfreeze()
-    return _open(folder, tuple(sources), note)
+    hashes = {path: sha256(blocks).hexdigest() for path, blocks in digests.items()}
+    return replace(_open(folder, tuple(sources), note), file_hashes=hashes)
 
 
 def find_cache(

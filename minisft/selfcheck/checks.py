@@ -35,6 +35,7 @@ from minisft.memory import memory_bytes
 from minisft.model.adapter_files import load_adapted
 from minisft.model.load import load_model
 from minisft.model.lora import adapter_disabled, adapters, changed_by_merge, merge_adapter
+from minisft.preference.losses import ACROSS_THE_BATCH
 from minisft.prepare.model import fill_model
 from minisft.prepare.run import Run, prepare
 from minisft.resume import resume
@@ -116,8 +117,13 @@ class Bench:
         """The reference of the equalities of the mathematics."""
         if self.by_rows is None:
             with in_fp32(self.prepared()) as run:
-                self.by_rows = engine_step(run, self.config.train, one_by_one(run.train, self.documents()))
+                self.by_rows = engine_step(run, self.config.train, self.rows(run))
         return self.by_rows
+
+    def rows(self, run: Run) -> Loader:
+        """Each document a row of its own: a micro-batch each or, where the loss depends on that, one for all of them."""
+        documents = self.documents()
+        return one_by_one(run.train, documents, documents.num_units if split_matters(self.config) else 1)
 
 
 def move_adapter(adapter: torch.nn.Module) -> None:
@@ -138,6 +144,16 @@ def has_noise(run: Run) -> bool:
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
+def split_matters(config: Config) -> str:
+    """Why another split into micro-batches is another objective; "" as a rule."""
+    if config.train.loss_normalization == "micro_batch":
+        return 'loss_normalization = "micro_batch" depends on the split, on purpose'
+    losses = set(config.dpo.loss_type) if config.trainer_type == "dpo" else set()
+    if across := sorted(losses & {"kto", *ACROSS_THE_BATCH}):
+        return f"{', '.join(across)} takes a mean over a micro-batch, which depends on the split, on purpose"
+    return ""
+
+
 def sharing(run: Run) -> Callable[[Documents], dict]:
     """By which options of plan_set the run's packs share beginnings."""
     shares_turns, shares_prompt = run.train.documents.turns is not None, run.train.documents.shared is not None
@@ -151,7 +167,7 @@ def definition(bench: Bench) -> Outcome:
     """The engine's step is the definition: documents one at a time, all logits, torch's functions (selfcheck/naive.py)."""
     alone, run = bench.alone(), bench.prepared()
     with in_fp32(run) as run:
-        run = replace(run, train=one_by_one(run.train, bench.documents()))
+        run = replace(run, train=bench.rows(run))
         loss = naive.add_gradients(bench.config, run, 0)
         return outcome(alone, take_gradients(run, loss), FP32)
 
@@ -175,10 +191,8 @@ def packing(bench: Bench) -> Outcome:
 
 def accumulation(bench: Bench) -> Outcome:
     """However a step is split into micro-batches, it is the same step."""
-    if bench.config.train.loss_normalization == "micro_batch":
-        raise Skipped('loss_normalization = "micro_batch" depends on the split, on purpose')
-    if "kto" in bench.config.dpo.loss_type and bench.config.trainer_type == "dpo":
-        raise Skipped("KTO compares with the mean over a micro-batch, which depends on the split, on purpose")
+    if reason := split_matters(bench.config):
+        raise Skipped(reason)
     alone, worst = bench.alone(), Outcome(0.0, FP32)
     with in_fp32(bench.prepared()) as run:
         for size in (2, 3, bench.num_rows):
@@ -277,6 +291,8 @@ def isolation(bench: Bench) -> Outcome:
 
 def two_ranks(bench: Bench) -> Outcome:
     """Two processes that share a step have the gradients of one. On the CPU where there are no two GPUs."""
+    if reason := split_matters(bench.config):
+        raise Skipped(reason)
     on_gpus = torch.cuda.device_count() > 1 and bench.config.train.device != "cpu"
     if not on_gpus and bench.prepared().device.type == "cuda" and not fits_in_memory(bench.prepared()):
         raise Skipped("one GPU, and too little memory to try it on the CPU")
