@@ -19,6 +19,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from minisft import __version__, ranks
+from minisft import ranks
 from minisft.atomic_folder import MANIFEST, read_manifest, write_file
 from minisft.data.cache import TokenCache
 from minisft.errors import UserError, warn
@@ -150,7 +151,7 @@ def describe_data(cache: TokenCache) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    found = {"minisft": __version__, "python": platform.python_version()}
+    found = {"minisft": sys.modules["minisft"].__version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
