@@ -88,6 +88,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 @contextlib.contextmanager
 def in_fp32(run: Run) -> Iterator[Run]:
     """The run with weights, matrix products and gradients in fp32 inside the block. The values of the weights stay the same."""
+    run.model.zero_grad(set_to_none=True)  # a CPU keeps zeros there
     dtypes = {p: (p.dtype, p.grad_dtype) for p in run.model.parameters()}
     for p, (dtype, _) in dtypes.items():
         if dtype.is_floating_point:
