@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench_dpo, bench_shared_turns, paper_report, report, train_step
+from benchmarks import bench_dpo, bench_ranks, bench_shared_turns, paper_report, report, train_step
 from benchmarks.compare import (
     EVERYBODY,
     Case,
@@ -419,3 +419,19 @@ def test_the_table_of_steps_on_paper_has_the_newest_of_each(tmp_path):
         f"| m, c, 2 x 2,048 tokens, adamw, fp32 weights, LoRA 16 | 20 {rest}",
     ]
     assert [len(step) for step in paper_report.newest_steps(read_csv(tmp_path / "step_on_paper.csv"))] == [2, 2]
+
+
+@pytest.mark.slow
+def test_ranks_of_all_kinds_take_the_same_steps(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["bench_ranks", "--quick", "--only", "ddp", "torch"])
+    bench_ranks.main()  # it compares the losses
+    said = capsys.readouterr().out
+    rows = {line[:18].strip(): line[18:].split() for line in said.splitlines() if line.startswith(("ddp", "torch"))}
+    assert set(rows) == {"ddp", "torch ddp", "torch fsdp2", "ddp, LoRA", "ddp, 4 ranks"}
+
+
+def test_a_contender_with_other_losses_is_named():
+    rows = [{"case": case, "ranks": 2, "loss": loss} for case, loss in (("ddp", 5.0), ("torch ddp", 5.001))]
+    with pytest.raises(SystemExit, match="ddp and torch ddp: losses"):
+        bench_ranks.require_equal_losses(rows)
+    bench_ranks.require_equal_losses([rows[0], rows[1] | {"ranks": 4}])
