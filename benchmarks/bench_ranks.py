@@ -12,10 +12,10 @@ letters in fp32 from the same weights (a Llama of 31 M parameters, 8 layers of 5
                          makes the same calls on GPUs; on CPUs Accelerate 1.15 takes DistributedDataParallel instead
 
 `step` and `after` (from the end of the last backward to the end of the update) are medians over steps and rounds; the ratio is
-that of the round's step to the same round's "one rank". All contenders run in every round, one after the other, each in processes
-of its own. `messages` are the collectives of a step that gloo was asked for, and `sent_mb` what the process wrote into sockets for
-them (/proc/self/io; Linux). `peak_mb` is what a rank takes at most above its imports, loading included: VmHWM. `loss` is that of
-the last step, over all ranks: the same for all contenders with as many ranks, which is checked.
+that of the round's step to the same round's "one rank". All contenders run in every round, one after the other, each in
+processes of its own. `messages` are the collectives of a step that gloo was asked for, and `sent_mb` what the process wrote into
+sockets for them (/proc/self/io; Linux). `peak_mb` is what a rank takes at most above its imports, loading included: VmHWM. `loss`
+is that of the last step, over all ranks: the same for all contenders with as many ranks, which is checked.
 """
 
 import argparse
