@@ -212,14 +212,17 @@ def list_dataset(repo: str, revision: str | None, *, local_files_only: bool = Fa
     return files, commit
 
 
-def download_dataset(repo: str, commit: str, files: list[str], *, local_files_only: bool = False) -> list[Path]:
-    """Local paths of files of a data set repository, from the cache or downloaded; each file is complete.
+def download_dataset(
+    repo: str, commit: str, files: list[str], *, local_files_only: bool = False, folder: Path | None = None
+) -> list[Path]:
+    """Local paths of files of a data set repository, from the cache or downloaded; each file is complete. folder: where they are
+    then, outside of the cache.
 
     Raises UserError (exit code DATA).
     """
     from huggingface_hub import hf_hub_download
 
-    options = {"repo_type": "dataset", "revision": commit, "local_files_only": local_files_only}
+    options = {"repo_type": "dataset", "revision": commit, "local_files_only": local_files_only, "local_dir": folder}
     try:
         return [Path(hf_hub_download(repo, file, **options)) for file in files]
     except Exception as error:

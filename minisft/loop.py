@@ -214,8 +214,7 @@ def take_steps(
         progress.num_tokens += result.num_tokens
         progress.sums.merge(result.stats)
         if config.data.packing:
-            step_of_epoch = (progress.step - 1) % run.train.steps_per_epoch
-            capacity = run.train.num_packs(step_of_epoch) * run.train.plan.max_length
+            capacity = run.train.num_packs(run.train.at(progress.step - 1)[1]) * run.train.plan.max_length
             progress.sums.add({"packing_fill": (result.num_tokens, capacity)})
 
         # ---- 8. log the window: one division, one device sync
@@ -241,7 +240,7 @@ def take_step(
     """`train_step`; where memory runs out and on_oom = "split", again from its start, with smaller micro-batches."""
     result = train_step(run, config.train, batches, signal.received is not None, is_logged, request)
     while result.ran_out is not None and halve(run, config.train, result.ran_out):
-        batches = run.train.step(*divmod(run.progress.step, run.train.steps_per_epoch))
+        batches = run.train.step(*run.train.at(run.progress.step))
         result = train_step(run, config.train, batches, signal.received is not None, is_logged, request)
     return result
 
@@ -479,7 +478,7 @@ def progress_values(run: Run) -> dict[str, float]:
     unusual |= {"loss_scale": progress.loss_scale.scale} if run.precision == "fp16" else {}
     return {
         "learning_rate": run.optimizer.param_groups[0]["lr"],
-        "epoch": progress.step / run.train.steps_per_epoch,
+        **run.train.epoch(progress.step),
         "num_tokens": progress.num_tokens,
         **unusual,
     }

@@ -40,9 +40,13 @@ def resume(config: Config, run: Run, folder: Path) -> dict | None:
     run.summary.extend(f"skipped    {p}: {reason}" for p, reason in skipped)
     if path is None:
         return None
-    require_same_run(config, run, path, read_json(path / "trainer_state.json"))
+    state = read_json(path / "trainer_state.json")
+    go_to_chunk(run, state)
+    require_same_run(config, run, path, state)
     state = restore(config, run, path)
     progress = run.progress
+    if run.train.stream is not None and progress.step < run.total_steps:
+        run.train.stream.reach(run.train, progress.step)  # the checkpoint may be of the last step of a chunk
     run.summary.append(f"resumed    from {path}")
     run.summary.extend(
         f"changed since step {progress.step}: {key} {before} -> {now}"
@@ -57,9 +61,16 @@ def resume(config: Config, run: Run, folder: Path) -> dict | None:
     return state
 
 
+def go_to_chunk(run: Run, state: dict) -> None:
+    """Open the chunk of the stream that a checkpoint was in."""
+    if run.train.stream is not None and "stream" in state:
+        run.train.stream.go_to(run.train, state["stream"], state["stream"]["first_step"])
+
+
 def restore(config: Config, run: Run, path: Path) -> dict:
     """Bring weights, moments and progress back to what the checkpoint holds; returns its trainer_state."""
     state = load_checkpoint(path, run.model, run.optimizer, read_model)
+    go_to_chunk(run, state)
     if run.reference is not None:
         run.reference.load(path)
     progress = run.progress
@@ -162,8 +173,9 @@ def changed_keys(config: Config, state: dict) -> dict[str, tuple[str, str]]:
 
 def training_state(config: Config, run: Run) -> dict:
     """The part of a checkpoint that is JSON: everything but weights and moments. All ranks call it."""
-    progress = run.progress
+    progress, stream = run.progress, run.train.stream
     return {
+        **({"stream": {**stream.position(), "first_step": run.train.first_step}} if stream is not None else {}),
         "num_tokens": progress.num_tokens,
         "evaluated_at": progress.evaluated_at,
         "sampled_at": progress.sampled_at,
@@ -204,4 +216,5 @@ def data_order(config: Config, run: Run) -> dict:
         "seed": config.train.seed,
         "shuffle": config.data.shuffle,
         "numpy": np.__version__.split(".")[0],  # its shuffles are stable within a major version
+        **({"chunk": run.train.stream.number} if run.train.stream is not None else {}),
     }

@@ -135,7 +135,7 @@ NOT_NEEDED: dict[str, str] = {
     "shuffle_dataset": "rows are dealt anew every epoch, as TRL does too without it; data.shuffle = false keeps their order",
     "remove_unused_columns": "fields that no format names are never read",
     "do_last_save": "the last step is always saved",
-    "num_of_sequences": "packing plans the whole data set at once, without a buffer",
+    "num_of_sequences": "packing plans the whole data set at once; with data.stream = true the buffer is data.stream_rows",
     "chars_per_token": "packing counts the tokens and does not estimate them",
     "dataset_batch_size": "the tokenizer takes rows in batches of its own size",
     "group_by_length": "there is no padding, so rows of one length need not be together",

@@ -99,8 +99,30 @@ def check_data(config: Config, refuse: Refuse) -> None:
     if data.share_turns is True and data.packing and STRATEGIES[data.packing_strategy].cut == "stream":
         problem = f"{data.packing_strategy} cuts documents anywhere"
         refuse("data.share_turns data.packing_strategy", problem, 'use "bfd", or set share_turns = "auto"')
+    if data.stream:
+        check_stream(config, refuse)
+    elif data.stream_rows != KEYS["data.stream_rows"].default:
+        refuse("data.stream_rows", "the data is not streamed", "set data.stream = true")
     if data.instruction_marker and not data.response_marker:
         refuse("data.instruction_marker", "it closes the turn that response_marker opens", "set response_marker too")
+
+
+def check_stream(config: Config, refuse: Refuse) -> None:
+    """What needs to know all rows before the first step."""
+    train, data = config.train, config.data
+    if train.max_steps < 1:
+        refuse("data.stream train.max_steps", "nobody knows where a pass over a stream ends", "set max_steps")
+    if config.trainer_type == "dpo":
+        refuse("data.stream trainer_type", "preference data is read before the first step", "set stream = false")
+    if data.eval_fraction:
+        problem = "the rows that are held out would be drawn from all rows"
+        refuse("data.stream data.eval_fraction", problem, "name them in eval_data, and set eval_fraction = 0")
+    for key, value in (
+        ("evaluate.eval_steps", config.evaluate.eval_steps),
+        ("checkpoint.save_steps", config.checkpoint.save_steps),
+    ):
+        if value == "epoch":
+            refuse(f"data.stream {key}", "nobody knows where an epoch ends", "set a number of steps")
 
 
 def check_schedule(config: Config, refuse: Refuse) -> None:

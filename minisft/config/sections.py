@@ -172,6 +172,14 @@ class DataSection:
     )
     eval_packing: bool | None = option(None, "packing for evaluation; none = as packing")
     shuffle: bool = option(True, "deal the rows anew every epoch")
+    stream: bool = option(
+        False,
+        "never read the data as a whole: tokenise and train stream_rows rows at a time, while another process prepares the next "
+        "ones; .jsonl and .parquet, local or of the hub; needs max_steps",
+    )
+    stream_rows: int = option(
+        100_000, "with stream: rows of a chunk, in which they are shuffled and packed", at_least=1, at_most=MAX_STEPS
+    )
     cache_dir: str | None = option(
         None, "folder of the token cache; none = token_cache beside output_dir", is_path="folder"
     )

@@ -22,6 +22,7 @@ The documents of a conversation that is rendered turn by turn are laid out in th
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -34,6 +35,7 @@ from minisft.data.kinds import KIND_MASK, TOKEN_KINDS, TRAINED
 from minisft.data.packing import Packs, Plan, plan, ragged_arange
 from minisft.data.pieces import take_pieces
 from minisft.data.shared_turns import share_turns, tree_bounds
+from minisft.data.stream import Stream
 
 MOST_PIECES = 20_000_000  # of all epochs in which a run looks for its largest micro-batch: a few seconds
 
@@ -258,6 +260,8 @@ class Loader:
     )  # (i, n): this rank is number i of the n that share each batch, and has a piece of it
     shuffle: bool = True  # False: the same order in every epoch, for evaluation
     round_to: int = 1
+    stream: Stream | None = None  # where documents and plan are those of a chunk
+    first_step: int = 0  # of the run, that this chunk had
     micro_batch_size: int | None = field(default=None, init=False)  # smaller than batch_size once memory ran out
     _dealt: dict[int, Packs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -272,6 +276,20 @@ class Loader:
     def num_packs(self, s: int) -> int:
         """Packs of step s over all ranks: packs_per_step, or the rest in the last step of an epoch."""
         return min(self.packs_per_step, self.plan.num_packs - s * self.packs_per_step)
+
+    def at(self, step: int) -> tuple[int, int]:
+        """(epoch, step in it) of a step of the run. In a stream it is one of this chunk, and its epoch the pass over the rows."""
+        if self.stream is not None:
+            return self.stream.begin.passes, step - self.first_step
+        return divmod(step, self.steps_per_epoch)
+
+    def epoch(self, step: int) -> dict[str, int | float]:
+        """For the log: how many epochs `step` steps are, or which chunk of a stream they end in."""
+        return {"epoch": step / self.steps_per_epoch} if self.stream is None else {"chunk": self.stream.number}
+
+    def forget(self) -> None:
+        """Call when documents or plan are others."""
+        self._dealt.clear()
 
     def packs(self, epoch: int) -> Packs:
         """The packs of an epoch, dealt once and kept until another epoch is requested."""
@@ -311,7 +329,7 @@ class Loader:
         return take_pieces(batch, *self.context) if self.context[1] > 1 else batch
 
     def steps(self, first: int, last: int, *, ahead: bool) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of each step from `first` to `last` - 1, counted over all epochs.
+        """This rank's micro-batches of each step from `first` to `last` - 1, counted over all epochs or chunks.
 
         ahead: while the caller works on a step, a thread makes the batches of the next one, in pinned memory if there is a GPU.
         What the thread raises is raised here. It ends when the generator is closed. A micro_batch_size that the caller has
@@ -319,27 +337,32 @@ class Loader:
         """
 
         def make(step: int) -> tuple[int | None, list[Batch]]:
-            size, batches = self.micro_batch_size, self.step(*divmod(step, self.steps_per_epoch))
+            size, batches = self.micro_batch_size, self.step(*self.at(step))
             return size, [batch.in_one_buffer(torch.cuda.is_available()) for batch in batches] if ahead else batches
 
-        if not ahead:
-            yield from (make(step)[1] for step in range(first, last))
-            return
-        with ThreadPoolExecutor(1, "loader") as thread:
+        with ThreadPoolExecutor(1, "loader") as thread, closing(self.stream) if self.stream else nullcontext():
             coming = None
             for step in range(first, last):
-                size, batches = (coming or thread.submit(make, step)).result()
+                if self.stream is not None:
+                    self.stream.follow(self, step)
+                size, batches = coming.result() if coming else make(step)
                 if size != self.micro_batch_size:  # made in advance, before the change
                     _, batches = make(step)
-                coming = thread.submit(make, step + 1) if step + 1 < last else None
+                is_last = (
+                    step + 1 == last or self.stream is not None and step + 1 == self.first_step + self.steps_per_epoch
+                )
+                coming = thread.submit(make, step + 1) if ahead and not is_last else None
                 yield batches
 
     def largest(self, first: int, last: int) -> list[Largest]:
         """The micro-batches of steps `first` to `last` - 1, of any rank, with the most tokens and with the most targets.
 
-        Found from lengths, without a look at a token. Where the passes to come are many, in the first ones of them.
+        Found from lengths, without a look at a token. Where the passes to come are many, in the first ones of them;
+        of a stream in the present chunk.
         """
-        epochs = range(first // self.steps_per_epoch, (last - 1) // self.steps_per_epoch + 1)
+        if self.stream is not None:
+            last = min(last, self.first_step + self.steps_per_epoch)
+        epochs = range(self.at(first)[0], self.at(last - 1)[0] + 1)
         found: list[Largest] = []
         # backwards, so that the packs of the first epoch, which are needed next, are those that stay
         for epoch in reversed(epochs[: max(1, MOST_PIECES // len(self.documents))]):
@@ -347,7 +370,8 @@ class Loader:
             number = np.arange(len(packs))
             starts = number[number % self.batch_size % size == 0]  # of each micro-batch
             tokens, targets = (np.add.reduceat(of_pack, starts) for of_pack in self._sizes(packs))
-            step = epoch * self.steps_per_epoch + starts // self.packs_per_step
+            step = starts // self.packs_per_step
+            step += epoch * self.steps_per_epoch if self.stream is None else self.first_step
             here = np.flatnonzero((first <= step) & (step < last))
             for i in (here[tokens[here].argmax()], here[targets[here].argmax()]):
                 end = int(starts[i + 1]) if i + 1 < len(starts) else len(packs)

@@ -64,6 +64,30 @@ def count_parquet(path: Path, digests: bytes | None = None) -> int:
         return file.metadata.num_rows
 
 
+def copy_parquet(path: Path, copy: Path, row: int, count: int) -> tuple[int, bool]:
+    """Write up to `count` rows from row `row` on (from 0) into another file; (rows written, whether they are the last).
+
+    One row group is in memory. Raises UserError as read_parquet does.
+    """
+    with open_file(path) as bare, _opened(path, bare) as file:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetWriter
+
+        number, first = 0, 0  # rows written; the first row of the group
+        try:
+            with ParquetWriter(copy, file.schema_arrow) as writer:
+                for group in range(file.num_row_groups):
+                    size = file.metadata.row_group(group).num_rows
+                    begin, end = max(row - first, 0), min(row + count - first, size)
+                    if begin < end:
+                        writer.write_table(file.read_row_group(group).slice(begin, end - begin))
+                        number += end - begin
+                    first += size
+        except (OSError, ValueError, ArrowException) as error:
+            raise UserError(f"{path}: damaged after row {row + number}: {error}", exit_code=DATA) from None
+        return number, row + number >= file.metadata.num_rows
+
+
 def _opened(path: Path, bare: BinaryIO) -> "ParquetFile":
     try:
         from pyarrow import ArrowException

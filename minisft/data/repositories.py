@@ -44,8 +44,9 @@ NOT_ROWS += ("dataset_info.json", "dataset_infos.json")
 DECLARED_KEYS = {"config_name", "data_files", "data_dir", "default", "description", "version", "features"}
 
 
-def locate(source: Source, *, local_files_only: bool = False) -> Source:
-    """The source with its files, which are downloaded, and their commit; a local source unchanged.
+def locate(source: Source, *, local_files_only: bool = False, download: bool = True) -> Source:
+    """The source with its files, which are downloaded, and their commit; a local source unchanged. download=False: with their
+    names in the repository.
 
     Raises UserError (exit code DATA).
     """
@@ -66,7 +67,7 @@ def locate(source: Source, *, local_files_only: bool = False) -> Source:
         converted, commit = hub.list_dataset(repo, hub.CONVERTED, **options)
         if not (files := choose_files(converted, source)):
             raise _error(source, f"{problem}, and the hub has no converted copy", listed)
-    paths = hub.download_dataset(repo, commit, files, **options)
+    paths = hub.download_dataset(repo, commit, files, **options) if download else files
     return replace(source, files=tuple(map(str, paths)), commit=commit)
 
 

@@ -214,7 +214,7 @@ def _check_file(name: str) -> None:
         if compression and head and not head.startswith(COMPRESSED[compression]):
             refuse(f"not {compression} data")
         if compression and head:
-            with _opened(Path(name)) as file:
+            with open_rows(Path(name)) as file:
                 head = file.read(64)
     except DAMAGED as error:
         refuse(getattr(error, "strerror", None) or str(error))
@@ -305,7 +305,7 @@ def _read(path: Path, digests: bytes | None, tools: str = "tools") -> Iterator[t
         raise UserError(f"{path}: {problem}", exit_code=DATA) from None
 
 
-def _opened(path: Path, digests: bytes | None = None) -> BinaryIO:
+def open_rows(path: Path, digests: bytes | None = None) -> BinaryIO:
     """The bytes of a file, unpacked. Raises UserError if that needs pyarrow and it is missing."""
     compression = file_kind(path)[1]
     if not compression:
@@ -353,7 +353,7 @@ def _json_hint(text: bytes, line: int) -> str:
 
 def _read_jsonl(path: Path, digests: bytes | None) -> Iterator[tuple[int, bytes]]:
     num_empty = 0  # lines so far, which are rows only if something follows
-    with _opened(path, digests) as file:
+    with open_rows(path, digests) as file:
         lines = iter(partial(file.readline, MAX_ROW_BYTES + 1), b"")  # a binary file is split on 0x0A only
         for number, line in enumerate(lines, 1):
             if len(line) > MAX_ROW_BYTES:
@@ -506,7 +506,7 @@ def _read_csv(path: Path, digests: bytes | None) -> Iterator[tuple[int, Row | Ba
 
 
 def _csv_text(path: Path, digests: bytes | None) -> TextIO:
-    return io.TextIOWrapper(_opened(path, digests), encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return io.TextIOWrapper(open_rows(path, digests), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _delimiter(path: Path, digests: bytes | None) -> str:
@@ -527,7 +527,7 @@ def _delimiter(path: Path, digests: bytes | None) -> str:
 
 def _bytes(path: Path, digests: bytes | None, at_most: int) -> bytearray:
     """All bytes; of a longer file the first at_most + 1."""
-    with _opened(path, digests) as file:
+    with open_rows(path, digests) as file:
         return read_up_to(file, at_most + 1)
 
 

@@ -1,17 +1,27 @@
 """The data of a run: documents read, checked, cut and packed, and what became of every row, in lines."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
 
 from minisft import ranks
-from minisft.config.sections import Config, eval_sets, source_list
+from minisft.config.sections import Config, config_to_dict, eval_sets, source_list
 from minisft.data.audit import quick_findings
 from minisft.data.cache import Documents, build_cache
 from minisft.data.documents import Accounting, select_documents, show_document, split_documents
 from minisft.data.loader import Loader, plan_set
+from minisft.data.packing import Plan
 from minisft.data.packing_strategies import STRATEGIES
 from minisft.data.shared_turns import may_share
 from minisft.data.sources import parse_source
+from minisft.data.stream import Place, Stream, find_files, read_chunk, write_chunk
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
 from minisft.prepare.options import cache_folder, cut_length, format_options, ranks_sharing_a_batch, split_length
@@ -31,7 +41,25 @@ def prepare_data(
     """
     data, seed, sharing = config.data, config.train.seed, ranks_sharing_a_batch(config, ranks.world_size())
     eval_packing = data.packing if data.eval_packing is None else data.eval_packing
-    documents, lines = read_documents("train", source_list(data.train_data), config, tokenizer, data.packing)
+
+    def planned(documents: Documents, packing: bool) -> tuple[Documents, Plan]:
+        return plan_set(
+            documents,
+            strategy=data.packing_strategy if packing else "none",
+            max_length=data.max_length,
+            share_prompt=config.dpo.share_prompt,
+            longest_tree=tree_limit(config, packing, find_longest_tree)
+            if find_longest_tree and may_share(documents)
+            else 0,
+        )
+
+    stream = None
+    if data.stream:
+        chunks = Chunks(config, tokenizer, planned)
+        documents, lines = chunks.read(0, Place())
+        stream = Stream(chunks.open, chunks.ahead, chunks.discard, end=chunks.end)
+    else:
+        documents, lines = read_documents("train", source_list(data.train_data), config, tokenizer, data.packing)
     held_out = {}
     for name, sources in eval_sets(data.eval_data).items():
         held_out[name], more = read_documents(f"eval {name}".strip(), sources, config, tokenizer, eval_packing)
@@ -44,15 +72,7 @@ def prepare_data(
         )
 
     def loader(documents: Documents, packing: bool, batch_size: int, **options) -> Loader:
-        documents, packs = plan_set(
-            documents,
-            strategy=data.packing_strategy if packing else "none",
-            max_length=data.max_length,
-            share_prompt=config.dpo.share_prompt,
-            longest_tree=tree_limit(config, packing, find_longest_tree)
-            if find_longest_tree and may_share(documents)
-            else 0,
-        )
+        documents, packs = planned(documents, packing)
         group, place = divmod(ranks.rank(), sharing)
         options |= {"seed": seed, "round_to": ROUND_TO, "rank": group, "world_size": ranks.world_size() // sharing}
         return Loader(documents, packs, batch_size, context=(place, sharing), **options)
@@ -63,6 +83,7 @@ def prepare_data(
         config.train.per_device_train_batch_size,
         accumulation=config.train.gradient_accumulation_steps,
         shuffle=data.shuffle,
+        stream=stream,
     )
     batch_size = config.evaluate.per_device_eval_batch_size
     evals = {name: loader(docs, eval_packing, batch_size, shuffle=False) for name, docs in held_out.items()}
@@ -84,10 +105,11 @@ def prepare_data(
 
 
 def read_documents(
-    title: str, sources: list, config: Config, tokenizer: Tokenizer, packing: bool
+    title: str, sources: list, config: Config, tokenizer: Tokenizer, packing: bool, cache_dir: Path | None = None
 ) -> tuple[Documents, list[str]]:
-    """The documents of some sources, and what became of every row. Raises UserError where too many are wrong."""
-    documents, account = open_documents(sources, config, tokenizer, packing)
+    """The documents of some sources, and what became of every row. cache_dir: None for that of the configuration. Raises
+    UserError where too many are wrong."""
+    documents, account = open_documents(sources, config, tokenizer, packing, cache_dir)
     cache = documents.cache
     lines = [*cache.describe(), *account.lines(), f"tokens {cache.note} in {cache.folder}"]
     limits = asdict(config.audit)
@@ -111,13 +133,15 @@ def read_documents(
     return documents, titled(title, lines)
 
 
-def open_documents(sources: list, config: Config, tokenizer: Tokenizer, packing: bool) -> tuple[Documents, Accounting]:
+def open_documents(
+    sources: list, config: Config, tokenizer: Tokenizer, packing: bool, cache_dir: Path | None = None
+) -> tuple[Documents, Accounting]:
     """Tokenise the sources (or find them in the cache) and cut what is too long."""
     data = config.data
     cache = build_cache(
         [parse_source(s) for s in sources],
         tokenizer,
-        cache_dir=cache_folder(config),
+        cache_dir=cache_dir or cache_folder(config),
         on_bad_row=data.on_bad_row,
         format=data.format,
         field_map=data.field_map,
@@ -131,6 +155,77 @@ def open_documents(sources: list, config: Config, tokenizer: Tokenizer, packing:
         truncation=data.truncation,
         seed=config.train.seed,
     )
+
+
+class Chunks:
+    """The chunks of a streamed training set (data/stream.py), each read as a data set of its own.
+
+    They are in a folder beside the token cache, named after the output folder: runs do not share them, because each deletes
+    those that are behind it.
+    """
+
+    def __init__(
+        self, config: Config, tokenizer: Tokenizer, planned: Callable[[Documents, bool], tuple[Documents, Plan]]
+    ):
+        self.config, self.tokenizer, self.planned = config, tokenizer, planned
+        sources = [parse_source(source) for source in source_list(config.data.train_data)]
+        self.sources = find_files(sources, local_files_only=config.model.local_files_only)
+        run = sha256(str(Path(config.output_dir).absolute()).encode()).hexdigest()
+        self.folder = cache_folder(config) / f"stream-{run[:16]}"
+        self.end = Place()  # of the chunk that was read last
+
+    def read(self, number: int, begin: Place) -> tuple[Documents, list[str]]:
+        """Its documents, and lines about them. What another process has prepared is found; what it prepares now is waited for."""
+        data, options = self.config.data, {"local_files_only": self.config.model.local_files_only}
+        folder = self.chunk(number, begin)
+        write_chunk(folder, self.sources, begin, data.stream_rows, **options)
+        sources, self.end = read_chunk(folder, self.sources)
+        title = "train" if number == 0 else f"chunk {number}"
+        return read_documents(title, sources, self.config, self.tokenizer, data.packing, folder.with_suffix(".tokens"))
+
+    def open(self, number: int, begin: Place) -> tuple[Documents, Plan, Place]:
+        documents, _ = self.read(number, begin)
+        return *self.planned(documents, self.config.data.packing), self.end
+
+    def ahead(self, number: int, begin: Place) -> Callable[[], None]:
+        """Prepare a chunk in another process, one for all ranks of this machine; returns what ends it."""
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            return lambda: None
+        # what goes wrong there goes wrong again in `read`, and is reported by it
+        command = [sys.executable, "-m", "minisft.prepare.ahead"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        task = {"config": config_to_dict(self.config), "number": number, "begin": asdict(begin)}
+        with suppress(BrokenPipeError), process.stdin as pipe:
+            pipe.write(json.dumps(task).encode())
+
+        def stop() -> None:
+            process.kill()
+            process.wait()
+
+        return stop
+
+    def chunk(self, number: int, begin: Place) -> Path:
+        """Its folder. It is another one where the chunk begins elsewhere, or where its files have been written since."""
+        files = [
+            (source.commit, name) if source.commit else written(name)
+            for source in self.sources
+            for name in source.files
+        ]
+        where = sha256(repr((begin, self.config.data.stream_rows, files)).encode()).hexdigest()
+        return self.folder / f"chunk-{number:06d}-{where[:8]}"
+
+    def discard(self, number: int) -> None:
+        """Delete a chunk and its tokens."""
+        if not int(os.environ.get("LOCAL_RANK", 0)):
+            for path in self.folder.glob(f"*chunk-{number:06d}-*"):
+                with suppress(OSError):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def written(path: str) -> tuple[str, int, int]:
+    """What changes when a file is written."""
+    found = os.stat(path)
+    return path, found.st_size, found.st_mtime_ns
 
 
 def tree_limit(config: Config, packing: bool, find_longest_tree: Callable[[], int | None]) -> int | None:

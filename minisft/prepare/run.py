@@ -107,6 +107,8 @@ def prepare(config: Config, device: torch.device) -> Run:
     prompts = prepare_prompts(config, tokenizer)
     highest_id = partial(max_token_id, [loader, *evals.values()])
     model, model_lines, start = prepare_model(config, tokenizer, highest_id, device)
+    if loader.stream is not None:
+        loader.stream.vocab_size = model.config.vocab_size
     lengths = loader.documents.lengths.astype(float)
     model.mean_length = (lengths**2).sum() / lengths.sum()  # over tokens, not over documents
     trained = prepare_optimizer(config, model)
@@ -269,8 +271,11 @@ def describe_steps(config: Config, loader: Loader, schedule: dict) -> str:
         window += f" x {loader.world_size} groups of {loader.context[1]} ranks"
     elif loader.world_size > 1:
         window += f" x {loader.world_size} ranks"
-    text = f"{loader.plan.num_packs:,} {unit} / ({window}) = {loader.steps_per_epoch:,} a pass"
-    if train.max_steps > 0:
+    text = f"{loader.plan.num_packs:,} {unit} / ({window}) = {loader.steps_per_epoch:,}"
+    text += "" if loader.stream else " a pass"
+    if loader.stream is not None:
+        text += f" of this chunk; max_steps = {train.max_steps:,}"
+    elif train.max_steps > 0:
         text += f"; max_steps = {train.max_steps:,}, that is {train.max_steps / loader.steps_per_epoch:.2f} passes"
     else:
         text += f", x {train.num_train_epochs:g} epochs = {schedule['total_steps']:,} steps"

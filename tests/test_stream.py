@@ -1,0 +1,263 @@
+"""Streams: chunks hold every row once, a stream of one chunk is the data set, a resumed run is one that was never stopped."""
+
+import gzip
+import json
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from test_ranks import join, start_ranks
+from tiny import logged, parts, settings, start, train, train_quietly, weights, write_rows
+
+from minisft.data.loader import Loader
+from minisft.data.sources import Row, parse_source, read_rows
+from minisft.data.stream import Place, find_files, read_chunk, write_chunk
+from minisft.errors import DATA, UserError
+from minisft.prepare import data as prepare_data
+
+STREAM = {"data.stream": True, "data.stream_rows": 20, "train.max_steps": 20, "train.lr_scheduler_type": "constant"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stream")
+    settings(folder)
+    return folder
+
+
+@pytest.fixture
+def no_process(monkeypatch):
+    """The run makes all its chunks itself: a process that starts takes seconds."""
+    monkeypatch.setattr(prepare_data.Chunks, "ahead", lambda *arguments: lambda: None)
+
+
+# ---- chunks -------------------------------------------------------------------------------------------------------
+
+
+def chunks_of(sources: list, rows: int, folder: Path) -> list[list]:
+    """The rows of every chunk of one pass, as values."""
+    sources = find_files([parse_source(source) for source in sources])
+    found, at = [], Place()
+    while at.passes == 0:
+        chunk = folder / f"chunk-{len(found)}"
+        write_chunk(chunk, sources, at, rows)
+        of_chunk, at = read_chunk(chunk, sources)
+        found.append([value_of(row) for source in of_chunk for row in read_rows(source)])
+    return found
+
+
+def value_of(row) -> object:
+    return row.data if isinstance(row, Row) else row.reason
+
+
+LINE = st.one_of(
+    st.integers(0, 99).map(lambda i: json.dumps({"text": f"row {i} \u2028 ü"}, ensure_ascii=False)), st.just(""), st.just(" "),
+    st.just("{broken"),
+)  # fmt: skip
+
+
+@hypothesis_settings(max_examples=40)
+@given(st.lists(st.lists(LINE, min_size=1, max_size=9), min_size=1, max_size=3), st.integers(1, 7), st.data())
+def test_chunks_have_the_rows_of_the_files(files, rows, data):
+    with tempfile.TemporaryDirectory() as name:
+        folder, sources, expected = Path(name), [], []
+        for i, lines in enumerate(files):
+            end, bom = data.draw(st.sampled_from([b"\n", b"\r\n"])), data.draw(st.sampled_from([b"", b"\xef\xbb\xbf"]))
+            content = bom + b'{"text": "first"}' + end + end.join(line.encode() for line in lines)
+            content += data.draw(st.sampled_from([b"", end]))
+            path = folder / f"{i}.jsonl{data.draw(st.sampled_from(['', '.gz']))}"
+            path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+            sources.append(str(path))
+            expected += [value_of(row) for row in read_rows(parse_source(str(path)))]
+        chunks = chunks_of(sources, rows, folder / "chunks")
+        assert [row for chunk in chunks for row in chunk] == expected
+        empty = sum(row == "empty line" for row in expected)  # they stay with the row behind them
+        assert all(rows <= len(chunk) <= rows + empty for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 10, 25, 60])
+def test_chunks_of_parquet_files(tmp_path, rows):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    values = [{"text": f"row {i}", "list": [{"a": i}], "day": None if i % 3 else "x"} for i in range(43)]
+    pq.write_table(pa.Table.from_pylist(values[:30]), tmp_path / "0.parquet", row_group_size=8)
+    pq.write_table(pa.Table.from_pylist(values[30:]), tmp_path / "1.parquet", row_group_size=50)
+    chunks = chunks_of([str(tmp_path / "*.parquet")], rows, tmp_path / "chunks")
+    assert [row for chunk in chunks for row in chunk] == values
+    assert [len(chunk) for chunk in chunks[:-1]] == [rows] * (len(chunks) - 1)
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ({"path": "rows.jsonl", "weight": 2.0}, "weight = 2"),
+        ("rows.jsonl[:10]", "the slice"),
+        ("table.csv", "table.csv cannot be read in pieces"),
+        ("empty.jsonl", "empty"),
+        ("absent.jsonl", "no file matches"),
+    ],
+)
+def test_what_cannot_be_streamed_is_told_at_once(home, tmp_path, monkeypatch, source, told):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", 3)
+    (tmp_path / "table.csv").write_text("text\nhello\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match=told) as caught:
+        parts(home, output_dir="out", **STREAM, **{"data.train_data": source})
+    assert caught.value.exit_code == DATA
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"train.max_steps": -1}, "max_steps"),
+        ({"trainer_type": "dpo"}, "preference data"),
+        ({"data.eval_fraction": 0.1}, "eval_data"),
+        ({"checkpoint.save_steps": "epoch"}, "epoch ends"),
+        ({"data.stream": False}, "the data is not streamed"),
+    ],
+)
+def test_keys_that_need_the_whole_data(home, keys, told):
+    with pytest.raises(UserError, match=told):
+        parts(home, **(STREAM | keys))
+
+
+# ---- runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_of_one_chunk_is_the_data_set(home, tmp_path, no_process):
+    """Over two and a half passes, packed."""
+    keys = {"train.max_steps": 20, "data.packing": True, "train.per_device_train_batch_size": 4}
+    train(home, output_dir=str(tmp_path / "whole"), **keys)
+    train(home, output_dir=str(tmp_path / "stream"), **keys, **{"data.stream": True})
+    assert weights(tmp_path / "stream") == weights(tmp_path / "whole")
+    for name in ("loss", "num_tokens", "packing_fill"):
+        assert logged(tmp_path / "stream", name) == logged(tmp_path / "whole", name)
+    assert logged(tmp_path / "stream", "chunk")[-1] >= 2
+
+
+def test_a_stopped_run_resumes_inside_a_chunk_and_at_its_end(home, tmp_path, no_process):
+    """20 rows in steps of 8 are three steps. Once with the chunks that the run had, once on a disk without them."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    train(home, output_dir=str(whole), **STREAM)
+    for max_steps in (4, 6, 7, 12, 20):
+        train(home, output_dir=str(out), **(STREAM | {"train.max_steps": max_steps}))
+        if max_steps == 7:
+            for folder in (home / "token_cache", tmp_path / "token_cache"):
+                shutil.rmtree(folder, ignore_errors=True)
+    assert weights(out) == weights(whole)
+    assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert logged(out, "chunk")[:7] == [0, 0, 0, 1, 1, 1, 2]
+
+
+def test_chunks_behind_are_deleted(home, tmp_path, no_process):
+    train(home, output_dir=str(tmp_path / "out"), **STREAM)
+    (folder,) = (tmp_path / "token_cache").glob("stream-*")
+    last = int(logged(tmp_path / "out", "chunk")[-1])
+    kept = {path.name.split("-")[1] for path in folder.iterdir() if not path.name.startswith(".")}
+    assert last > 3 and kept == {"000000", f"{last:06d}"}
+
+
+def test_other_rows_are_refused(home, tmp_path, no_process):
+    rows = shutil.copy(home / "rows.jsonl", tmp_path / "rows.jsonl")
+    keys = STREAM | {"output_dir": str(tmp_path / "out"), "data.train_data": str(rows)}
+    train(home, **(keys | {"train.max_steps": 5}))
+    with pytest.raises(UserError, match="cannot be resumed: tokens would be repeated and missed"):
+        train(home, **(keys | {"data.stream_rows": 21}))
+    lines = Path(rows).read_text().splitlines(keepends=True)
+    lines[25] = lines[25].replace('"prompt": "', '"prompt": "x')
+    Path(rows).write_text("".join(lines))
+    with pytest.raises(UserError, match="cannot be resumed: tokens would be repeated and missed"):
+        train(home, **keys)
+    lines[25] = lines[25].replace('"prompt": "x', '"prompt": "')
+    Path(rows).write_text("".join([lines[0], *lines]))
+    with pytest.raises(UserError, match="it has changed before row 21"):
+        train(home, **keys)
+    Path(rows).write_text("".join([*lines, lines[0]]))  # rows behind those of this chunk may come
+    assert train(home, **keys).exit_code == 0
+
+
+def test_two_ranks_are_one(home, tmp_path):
+    one = STREAM | {"output_dir": str(tmp_path / "one"), "train.per_device_train_batch_size": 8, "train.max_steps": 8}
+    two = one | {"output_dir": str(tmp_path / "two"), "train.per_device_train_batch_size": 4}
+    assert join([start(train_quietly, home, one), *start_ranks(home, two)], 120) == (0, 0, 0)
+    assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-5)  # as tests/test_ranks.py
+    for name in ("num_tokens", "chunk"):
+        assert logged(tmp_path / "two", name) == logged(tmp_path / "one", name)
+
+
+def test_another_process_prepares_the_next_chunk(home, tmp_path):
+    run, config = parts(home, output_dir=str(tmp_path / "out"), **STREAM)
+    stream = run.train.stream
+    stream.follow(run.train, 0)
+    (folder,) = (tmp_path / "token_cache").glob("stream-*")
+    deadline = time.monotonic() + 100
+    while not list(folder.glob("chunk-000001-*.tokens/*/manifest.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stream.follow(run.train, 3)
+    assert stream.number == 1 and run.train.documents.cache.note == "found"
+    stream.close()
+    assert stream.begin.row == 20 and stream.begin.offset == sum(map(len, lines_of(home)[:20]))
+
+
+def lines_of(home: Path) -> list[bytes]:
+    return (home / "rows.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def test_batches_made_ahead_are_the_same(home, tmp_path, no_process):
+    def batches(name: str, ahead: bool) -> list[list[np.ndarray]]:
+        loader: Loader = parts(home, output_dir=str(tmp_path / name), **STREAM)[0].train
+        found = []
+        for step, of_step in enumerate(loader.steps(0, 12, ahead=ahead)):
+            assert (
+                loader.first_step <= step < loader.first_step + loader.steps_per_epoch
+            )  # until the next one is asked for
+            found.append([batch.input_ids.numpy() for batch in of_step])
+        return found
+
+    for one, other in zip(batches("a", False), batches("b", True), strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+def test_files_of_the_hub_are_downloaded_one_at_a_time(tmp_path, monkeypatch):
+    """A repository of three files: each is fetched when its rows are needed, and deleted when they are read."""
+    for i in range(3):
+        write_rows(tmp_path / f"train-{i}.jsonl", 10)
+    downloads = []
+
+    def download(repo, commit, files, *, local_files_only=False, folder=None):
+        (name,) = files
+        downloads.append(name)
+        folder.mkdir(exist_ok=True, parents=True)
+        return [Path(shutil.copy(tmp_path / name, folder / name))]
+
+    monkeypatch.setattr("minisft.hub.list_dataset", lambda *a, **k: ([f"train-{i}.jsonl" for i in range(3)], "c0ffee"))
+    monkeypatch.setattr("minisft.hub.download_dataset", download)
+    sources = find_files([parse_source("owner/rows")])
+    assert not downloads and sources[0].commit == "c0ffee"
+    write_chunk(tmp_path / "s" / "a", sources, Place(), 15)
+    assert downloads == ["train-0.jsonl", "train-1.jsonl"]
+    assert [path.name for path in (tmp_path / "s" / "downloads").iterdir()] == ["train-1.jsonl"]
+    found, at = read_chunk(tmp_path / "s" / "a", sources)
+    assert at == Place(file=1, row=5, offset=at.offset, before=at.before) and sum(1 for _ in read_rows(found[0])) == 15
+
+
+def test_one_of_two_writers_waits(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", 50)
+    sources = find_files([parse_source(str(tmp_path / "rows.jsonl"))])
+    threads = [
+        threading.Thread(target=write_chunk, args=(tmp_path / "s" / "a", sources, Place(), 30)) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(list(read_rows(read_chunk(tmp_path / "s" / "a", sources)[0][0]))) == 30
