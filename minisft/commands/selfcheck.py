@@ -167,7 +167,7 @@ def compare_with_naive(config: Any, steps: int, as_json: bool) -> int:
     losses, seconds = [], []
     began = time.perf_counter()
     for step in range(steps):
-        result = loop.train_step(run, config.train, run.train.step(*divmod(step, run.train.steps_per_epoch)))
+        result = loop.train_step(run, config.train, run.train.step(*run.train.at(step)))
         losses.append(result.loss)
         run.progress.step += 1
         if run.reference is not None:

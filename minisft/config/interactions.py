@@ -30,6 +30,11 @@ TOGETHER: tuple[tuple[str, str], ...] = (  # (keys, what they do to each other)
     ("data.share_turns data.multi_turn data.packing_strategy", "documents of one conversation, whole, in one pack"),
     ("data.share_turns train.neftune_noise_alpha", "a shared token would have the noise of one document"),
     ("data.share_turns trainer_type", "in preference tuning answers share their prompt by dpo.share_prompt"),
+    ("data.stream data.stream_rows", "rows of a chunk, which are shuffled and packed together"),
+    (
+        "data.stream train.max_steps trainer_type data.eval_fraction evaluate.eval_steps checkpoint.save_steps",
+        "all rows are never known: the steps are counted, evaluation rows named, intervals numbers, and preference data is none",
+    ),
     ("data.instruction_marker data.response_marker", "the one closes the turn that the other opens"),
     (
         "train.per_device_train_batch_size train.gradient_accumulation_steps",

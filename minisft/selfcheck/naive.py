@@ -41,7 +41,7 @@ class Document(NamedTuple):
 
 def micro_batches(loader: Loader, step: int) -> list[list[Document]]:
     """The documents of each micro-batch of a step, in the order of the packs. Of one rank."""
-    epoch, s = divmod(step, loader.steps_per_epoch)
+    epoch, s = loader.at(step)
     packs, first = loader.packs(epoch), s * loader.packs_per_step
     last = first + loader.num_packs(s)
     chunks = [range(a, min(a + loader.batch_size, last)) for a in range(first, last, loader.batch_size)]
