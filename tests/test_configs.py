@@ -292,6 +292,7 @@ TOKENIZERS = {
     "google/gemma-3-1b-it": ("gemma", "<end_of_turn>"),
     "meta-llama/Llama-3.2-1B-Instruct": ("llama3", "<|eot_id|>"),
     "meta-llama/Llama-3.1-8B-Instruct": ("llama3", "<|eot_id|>"),
+    "meta-llama/Llama-3.1-70B-Instruct": ("llama3", "<|eot_id|>"),
 }
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "head_dim": 16, "n_embd": 64, "n_layer": 2, "n_head": 4}

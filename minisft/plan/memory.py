@@ -353,7 +353,7 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
         blocks = [sum(prod(s) for n, s in p.model.items() if layer_of(n) == i) for i in range(c.num_layers)]
         in_root = sum(prod(s) for n, s in p.model.items() if layer_of(n) is None)
         whole_blocks = 2.0 * max(blocks) if config.parallel.reshard_after_forward else float(sum(blocks))
-        gathered = precision.product * whole_blocks + precision.stream * in_root
+        gathered = (bytes_of_quantised(config) or precision.product) * whole_blocks + precision.stream * in_root
         if is_full:  # the gradient of a block, as it is and as it is summed
             gathered += (precision.product + 4.0) * max(blocks)
             loss = replace(loss, head=4.0 * prod(p.model[head]) if head in p.trained else 0.0)
