@@ -58,10 +58,11 @@ CPU_STRETCH = 2**16  # elements of the torch path that are worked on at a time
 
 def adamw_ref(
     params, grads, exp_avgs, exp_avg_sqs, *, step, lr, beta1, beta2, eps, weight_decay, clip=1.0,
-    stochastic_rounding_seed=None, places=None
+    stochastic_rounding_seed=None, places=None, firsts=None
 ):  # fmt: skip
     """The formulas, one tensor after the other. Arguments as in `adamw_`."""
-    for place, w, g, m_state, v_state in zip(places or range(len(params)), params, grads, exp_avgs, exp_avg_sqs):
+    places, firsts = places or range(len(params)), firsts or [0] * len(params)
+    for place, first, w, g, m_state, v_state in zip(places, firsts, params, grads, exp_avgs, exp_avg_sqs):
         m, v = (
             state if isinstance(state, Tensor) else dequantize_state(state, signed).view(w.shape)
             for state, signed in ((m_state, True), (v_state, False))
@@ -73,7 +74,7 @@ def adamw_ref(
         new = w.to(m.dtype)
         new = new - lr * (weight_decay * new + m_hat / (v_hat.sqrt() + eps))
         if stochastic_rounding_seed is not None and w.dtype == torch.bfloat16:
-            new = round_stochastically(new, stochastic_rounding_seed, step, place)
+            new = round_stochastically(new, stochastic_rounding_seed, step, place, first)
         w.copy_(new)
         for state, moment, signed in ((m_state, m, True), (v_state, v, False)):
             if isinstance(state, Tensor):
@@ -94,7 +95,8 @@ def _mix_bits(x):
 
 @jit
 def _store_weight(w_ptr, offset, w, first, tensor, step_key, mask, STOCHASTIC: tl.constexpr):
-    """w, fp32, rounded to the dtype of w_ptr, by chance if STOCHASTIC. offset: from w_ptr, which is at element `first`."""
+    """w, fp32, rounded to the dtype of w_ptr, by chance if STOCHASTIC. offset: from w_ptr, which is at element `first` of what is
+    numbered."""
     if STOCHASTIC:
         key = _mix_bits((step_key ^ tensor).to(tl.uint32))
         random = _mix_bits(_mix_bits((first + offset).to(tl.uint32)) ^ key) & 0xFFFF
@@ -117,7 +119,7 @@ def _update(w, g, m, v, clip, beta1, one_minus_beta1, beta2, one_minus_beta2, ra
 def _tensor_of_program(tensors_ptr, programs_ptr, STRETCH: tl.constexpr, WIDE: tl.constexpr):
     """-> (row in the table of tensors, first element of this program, number of elements up to the tensor's end)."""
     program = programs_ptr + tl.program_id(0).to(tl.int64) * 2
-    row = tensors_ptr + tl.load(program) * 9
+    row = tensors_ptr + tl.load(program) * 10
     first = tl.load(program + 1) * STRETCH
     left = tl.load(row + 6) - first
     if WIDE:
@@ -136,7 +138,7 @@ def _pointer(row, column: tl.constexpr, first, DTYPE: tl.constexpr, WIDE: tl.con
 
 @jit
 def _adamw_kernel(
-    tensors_ptr,  # int64 [tensors, 9]: addresses of w, g, m, v, two unused; elements; place in the list of parameters; copy of w
+    tensors_ptr,  # int64 [tensors, 10]: addresses of w, g, m, v, two unused; elements; place of the parameter; copy of w; first
     programs_ptr,  # int64 [programs, 2]: row of tensors_ptr, which stretch of that tensor
     clip_ptr,  # fp32 []
     beta1,
@@ -162,7 +164,7 @@ def _adamw_kernel(
     g_ptr = _pointer(row, 1, first, GRAD, WIDE)
     m_ptr = _pointer(row, 2, first, tl.float32, WIDE)
     v_ptr = _pointer(row, 3, first, tl.float32, WIDE)
-    tensor = tl.load(row + 7)
+    tensor, numbered = tl.load(row + 7), tl.load(row + 9) + first
     clip = tl.load(clip_ptr).to(tl.float32)
     left = tl.where(clip == clip, left, 0)  # NaN: nothing changes
     for start in range(0, tl.minimum(left, STRETCH).to(tl.int32), BLOCK):
@@ -177,7 +179,7 @@ def _adamw_kernel(
         )
         tl.store(m_ptr + offset, m, mask=mask)
         tl.store(v_ptr + offset, v, mask=mask)
-        _store_weight(w_ptr, offset, w, first, tensor, step_key, mask, STOCHASTIC)
+        _store_weight(w_ptr, offset, w, numbered, tensor, step_key, mask, STOCHASTIC)
         if COPY is not None:
             tl.store(_pointer(row, 8, first, COPY, WIDE) + offset, w.to(COPY), mask=mask)
 
@@ -205,7 +207,7 @@ def _nearest_code(scaled, midpoints_ptr, SIGNED: tl.constexpr):
 
 @jit
 def _adamw_8bit_kernel(
-    tensors_ptr,  # int64 [tensors, 9]: addresses of w, g, codes of m and v, absmax of m and v; elements; place; copy of w
+    tensors_ptr,  # int64 [tensors, 10]: addresses of w, g, codes of m and v, absmax of m and v; elements; place; copy of w; first
     programs_ptr,  # int64 [programs, 2]: row of tensors_ptr, which stretch of that tensor
     tables_ptr,  # fp32 [4, 256]: values and midpoints of the signed table, values and midpoints of the positive one
     clip_ptr,  # fp32 []
@@ -235,7 +237,7 @@ def _adamw_8bit_kernel(
     v_ptr = _pointer(row, 3, first, tl.uint8, WIDE)
     m_absmax_ptr = _pointer(row, 4, first // 256, tl.float32, False)
     v_absmax_ptr = _pointer(row, 5, first // 256, tl.float32, False)
-    tensor = tl.load(row + 7)
+    tensor, numbered = tl.load(row + 7), tl.load(row + 9) + first
     clip = tl.load(clip_ptr).to(tl.float32)
     left = tl.where(clip == clip, left, 0)
     for start in range(0, tl.minimum(left, STRETCH).to(tl.int32), BLOCK):
@@ -254,7 +256,7 @@ def _adamw_8bit_kernel(
         w, m, v = _update(
             w, g, m, v, clip, beta1, one_minus_beta1, beta2, one_minus_beta2, rate, root_correction, eps, decay
         )
-        _store_weight(w_ptr, offset, w, first, tensor, step_key, mask, STOCHASTIC)
+        _store_weight(w_ptr, offset, w, numbered, tensor, step_key, mask, STOCHASTIC)
         if COPY is not None:
             tl.store(_pointer(row, 8, first, COPY, WIDE) + offset, w.to(COPY), mask=mask)
         m, v = m.reshape(ROWS, 256), v.reshape(ROWS, 256)
@@ -275,10 +277,11 @@ CONFIGS = {
 
 
 def _adamw_torch(
-    params, grads, exp_avgs, exp_avg_sqs, *, step, lr, beta1, beta2, eps, weight_decay, clip, stochastic_rounding_seed, places
+    params, grads, exp_avgs, exp_avg_sqs, *, step, lr, beta1, beta2, eps, weight_decay, clip, stochastic_rounding_seed,
+    places, firsts
 ):  # fmt: skip
     """torch's fused kernel where all is fp32; else the formulas, on a CPU in stretches whose temporaries stay in the cache."""
-    for place, w, g, m_state, v_state in zip(places, params, grads, exp_avgs, exp_avg_sqs):
+    for place, start, w, g, m_state, v_state in zip(places, firsts, params, grads, exp_avgs, exp_avg_sqs):
         is_8bit = not isinstance(m_state, Tensor)
         g = g.to(torch.float32 if is_8bit else m_state.dtype).contiguous()
         if clip != 1:
@@ -298,7 +301,7 @@ def _adamw_torch(
             wide = w.to(m.dtype)
             new = wide - update.add_(wide * (lr * weight_decay))
             if stochastic_rounding_seed is not None and w.dtype == torch.bfloat16:
-                new = round_stochastically(new, stochastic_rounding_seed, step, place, first)
+                new = round_stochastically(new, stochastic_rounding_seed, step, place, start + first)
             w.copy_(new)
             if is_8bit:
                 for state, moment, signed in ((m_state, m, True), (v_state, v, False)):
@@ -332,8 +335,8 @@ def _tables(device: torch.device) -> Tensor:
 
 @lru_cache(16)
 def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """int64 [tensors, 9], as the kernels take it. From pinned memory the copy does not wait, and torch keeps that memory until it
-    is done."""
+    """int64 [tensors, 10], as the kernels take it. From pinned memory the copy does not wait, and torch keeps that memory until
+    it is done."""
     return torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
@@ -347,14 +350,15 @@ def _programs(sizes: tuple[int, ...], stretch: int, device: torch.device) -> Ten
 
 
 def _adamw_triton(
-    params, grads, exp_avgs, exp_avg_sqs, *, step, lr, beta1, beta2, eps, weight_decay, clip, stochastic_rounding_seed, places
+    params, grads, exp_avgs, exp_avg_sqs, *, step, lr, beta1, beta2, eps, weight_decay, clip, stochastic_rounding_seed,
+    places, firsts
 ):  # fmt: skip
     device = params[0].device
     clip = clip.to(device) if isinstance(clip, Tensor) else torch.full((), clip, device=device)
     # (8-bit moments?, dtypes of w, g and the copy of w, wide accesses?) -> rows of the table
     launches: dict[tuple, list[tuple[int, ...]]] = {}
     alive = []  # contiguous copies of gradients, until the launch
-    for place, w, g, m, v in zip(places, params, grads, exp_avgs, exp_avg_sqs):
+    for place, first, w, g, m, v in zip(places, firsts, params, grads, exp_avgs, exp_avg_sqs):
         if not w.numel():
             continue
         is_8bit = not isinstance(m, Tensor)
@@ -362,7 +366,7 @@ def _adamw_triton(
         arrays = (w, g, m[0], v[0], m[1], v[1]) if is_8bit else (w, g, m, v)
         copy = kept_copy(w)
         addresses = [t.data_ptr() for t in arrays] + [0] * (6 - len(arrays))
-        row = (*addresses, w.numel(), place, 0 if copy is None else copy.data_ptr())
+        row = (*addresses, w.numel(), place, 0 if copy is None else copy.data_ptr(), first)
         is_wide = not any(x % 16 for x in (*row[:4], w.numel(), row[8]))
         kind = is_8bit, w.dtype, g.dtype, None if copy is None else copy.dtype, is_wide
         launches.setdefault(kind, []).append(row)
@@ -406,6 +410,7 @@ def adamw_(
     clip: Tensor | float = 1.0,
     stochastic_rounding_seed: int | None = None,
     places: Sequence[int] | None = None,
+    firsts: Sequence[int] | None = None,
 ) -> None:
     """One AdamW step on a list of parameters, in place.
 
@@ -417,7 +422,8 @@ def adamw_(
     tensor on the device; without it the host waits for that number.
     stochastic_rounding_seed: round bf16 parameters by chance, as a function of this seed, the step, the place of
     the parameter and the element. None: round to nearest. places: the place of each parameter among all that are
-    updated in this step; None: 0, 1, 2, ..., for a single call with all of them.
+    updated in this step; None: 0, 1, 2, ..., for a single call with all of them. firsts: which element of that parameter the
+    first one here is, where only some rows of it are here; None: 0.
 
     fp64 parameters with fp64 moments go through torch. Raises ValueError where lengths or shapes differ.
     """
@@ -430,6 +436,7 @@ def adamw_(
         return
     options = dict(step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, clip=clip)
     options |= dict(stochastic_rounding_seed=stochastic_rounding_seed, places=places or range(len(params)))
+    options["firsts"] = firsts or [0] * len(params)
     strided = "" if all(w.is_contiguous() for w in params) else "a parameter that is not contiguous"
     backend = backend_for("adamw", params[0], strided)
     if backend != "triton" and math.isnan(clip := float(clip)):

@@ -41,10 +41,9 @@ from minisft.atomic_folder import (
     verify_folder,
 )
 from minisft.errors import CONFIG, DATA, SAVE, UserError, warn
-from minisft.model.shards import is_shard, rows_here
 from minisft.model.weight_files import entry_of, in_usual_order, write_entries
 from minisft.optimizers import state_bytes
-from minisft.parallel import is_sharded, part_of, whole_state
+from minisft.parallel import is_sharded, part_of, state_here, state_shape, whole_state
 from minisft.strict_json import dump_json, parse_json, read_json, write_json
 
 MAX_FAILED_SAVES = 3  # in a row; then the run stops with exit code 74
@@ -236,7 +235,7 @@ def _save_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         assert not any("." in key for key in state), "the last dot separates name and key"
         for key, value in state.items():
             if isinstance(value, Tensor):
-                shape = whole[name].shape if value.shape == parameter.shape else value.shape
+                shape = state_shape(whole[name], key, value)
                 read = partial(whole_state, model, optimizer, name, parameter, key)
                 entries.append(entry_of(f"{name}.{key}", value.dtype, shape, read))
         others[name] = {key: v for key, v in state.items() if not isinstance(v, Tensor)}
@@ -263,9 +262,7 @@ def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         for full_name in file.keys():
             name, key = full_name.rsplit(".", 1)
             parameter, group = named[name]
-            value = file.get_tensor(full_name)
-            if is_shard(whole[name]) and value.shape == whole[name].shape:
-                value = value[rows_here(whole[name])]
+            value = state_here(whole[name], key, file.get_tensor(full_name))
             # torch's convention: a step counter lives on the CPU unless the optimizer is fused or capturable
             counter = value.ndim == 0 and not (group.get("fused") or group.get("capturable"))
             at_home = counter or group.get("offload")

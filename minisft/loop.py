@@ -40,7 +40,7 @@ from minisft.metrics import Sums, eval_name, peak_memory
 from minisft.micro_batch import forward_backward
 from minisft.optimizers import evaluation_weights
 from minisft.out_of_memory import OutOfMemory, evaluation_error, halve, memory_error, try_largest
-from minisft.parallel import is_sharded, needs_others, on_first_rank, sum_gradients, total_norm, waiting
+from minisft.parallel import is_sharded, needs_others, on_first_rank, share_of, sum_gradients, total_norm, waiting
 from minisft.prepare.run import Run, prepare
 from minisft.resume import changed_keys, require_same_state, resume, rewind, training_state
 from minisft.runtime import read_back
@@ -279,7 +279,7 @@ def train_step(
     runtime.seed_step(train.seed, progress.step)
     stats, losses = Sums(run.device), []
     in_backward = train.optimizer_in_backward
-    zero_updates = ZeroUpdates(run.measured if is_logged and factor else set())
+    zero_updates = ZeroUpdates(run.measured if is_logged and factor else set(), share_of)
     # A CPU maps new memory more slowly than it fills old memory with zeros.
     keeps_gradients = run.device.type == "cpu" and not in_backward and not is_sharded(run.model)
     ran_out, updates = OutOfMemory(ends=needs_others(run.model)), nullcontext()

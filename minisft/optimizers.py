@@ -17,8 +17,13 @@ from minisft.config.choices import OPTIMIZERS, wrong_optimizer_option
 from minisft.errors import UserError
 from minisft.kernels.adamw import adamw_
 from minisft.kernels.adamw_formats import STATE_BLOCKSIZE, State
+from minisft.parts import first_of, shape_of, shared_out, summed
 
 SMALLEST_IN_8_BITS = 4096  # numbers; smaller tensors save nothing, and are often the sensitive ones
+OF_BLOCKS = (
+    "exp_avg_absmax",
+    "exp_avg_sq_absmax",
+)  # keys of state with a number for every STATE_BLOCKSIZE of a parameter
 
 
 class SGD(torch.optim.Optimizer):
@@ -84,7 +89,7 @@ class AdamW(torch.optim.Optimizer):
     al. 2022, arXiv 2110.02861.
     offload: the moments are in the memory of the CPU, pinned for a GPU, which they visit one tensor after the other.
     rounding_seed: of weights in bf16, which are rounded up or down by chance; None: to the nearest. The random numbers are a
-    function of the seed, t, the parameter's place in the groups, and the element.
+    function of the seed, t, the parameter's place in the groups, and the element of the whole tensor.
 
     Moments are fp32 where the weights are bf16.
     """
@@ -117,8 +122,8 @@ class AdamW(torch.optim.Optimizer):
                 device = params[0].device  # where nothing is offloaded, `to` and `copy_` have nothing to do
                 here = [{key: x.to(device, non_blocking=True) for key, x in home.items()} for home in homes[part]]
                 moments = ([_kernel_state(h, key) for h in here] for key in ("exp_avg", "exp_avg_sq"))
-                places = [self.places[p] for p in params[part]]
-                adamw_(params[part], grads[part], *moments, places=places, **options)
+                where = {"places": [self.places[p] for p in params[part]], "firsts": list(map(first_of, params[part]))}
+                adamw_(params[part], grads[part], *moments, **where, **options)
                 for home, visitors in zip(homes[part], here):
                     for key, visitor in visitors.items():
                         home[key].copy_(visitor, non_blocking=True)
@@ -147,7 +152,14 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _is_in_8_bits(p: Tensor, group: dict) -> bool:
-    return group["is_8bit"] and p.numel() >= SMALLEST_IN_8_BITS and not group["embedding"]
+    return group["is_8bit"] and shape_of(p).numel() >= SMALLEST_IN_8_BITS and not group["embedding"]
+
+
+def cut_runs_through_blocks(name: str, p: Tensor, size: int) -> bool:
+    """Whether ranks that share this matrix, `size` of them, would share blocks of its 8-bit moments too."""
+    numbers_each = -(-p.shape[0] // size) * p[0].numel()
+    is_in_8_bits = p.numel() >= SMALLEST_IN_8_BITS and not name.startswith("embed_")
+    return is_in_8_bits and numbers_each % STATE_BLOCKSIZE > 0
 
 
 def _kernel_state(moments: dict[str, Tensor], key: str) -> State:
@@ -176,8 +188,9 @@ class StableAdamW(torch.optim.Optimizer):
             torch._foreach_mul_(v, b2)
             torch._foreach_addcmul_(v, grads, grads, 1 - b2)
             _decay(group, params)
-            for w, g, mean, square in zip(params, grads, m, v):
-                r = (g.square() / square.clamp(min=eps**2)).mean().sqrt()
+            squares = summed(params, [(g.square() / square.clamp(min=eps**2)).sum() for g, square in zip(grads, v)])
+            for w, mean, square, total in zip(params, m, v, squares):
+                r = (total / shape_of(w).numel()).sqrt()
                 w -= (group["lr"] / r.clamp(min=1.0)) * mean / (square.sqrt() + eps)
 
 
@@ -221,11 +234,59 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
         return p.data if z is None else p.data.lerp(z, 1 - 1 / self.defaults["betas"][0])
 
 
-def adafactor(groups: list[dict], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
-    """v of a matrix is kept as the outer product of its row and column means, so that the state is a vector or two; no m.
-    Updates are clipped to an rms of 1 and scaled by max(1e-3, rms(w)). Shazeer & Stern 2018, arXiv 1804.04235; torch's
-    own. With that scale a learning rate of 1e-2 is usual."""
-    return torch.optim.Adafactor(groups)
+class Adafactor(torch.optim.Optimizer):
+    """v of a matrix is the outer product of the means of its rows and columns, so that the state is two vectors; no m:
+
+        R = b R + (1 - b) row means of g^2      C = b C + (1 - b) column means of g^2      v = R C^T / mean(R),  b = 1 - t^-0.8
+        u = g / max(sqrt(v), eps)               w -= min(lr, 1 / sqrt(t)) max(1e-3, rms(w)) u / max(1, rms(u)) + lr wd w
+
+    v of a vector is not factored; eps is the smallest step from 1 in the dtype of w. With the factor rms(w) a learning rate of
+    1e-2 is usual. The rule of torch.optim.Adafactor, whose state serves. Shazeer & Stern 2018, arXiv 1804.04235.
+    """
+
+    def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float):
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group, t, params, grads in _trained(self):
+            one_minus_beta = t**-0.8
+            squares = summed(params, [_row_column_and_weight_squares(w, g) for w, g in zip(params, grads)])
+            updates, rates = [], []
+            for w, g, sums in zip(params, grads, squares):
+                eps, shape = torch.finfo(w.dtype).eps, shape_of(w)
+                if w.dim() < 2:
+                    (v,) = _state(self, [w], "variance")
+                    v.lerp_(g.square(), one_minus_beta)
+                else:
+                    rows, columns = sums[:-1].split(list(shape))
+                    R, C = (x.view(-1) for x in (self._mean(w, "row_var", rows), self._mean(w, "col_var", columns)))
+                    R.lerp_(rows / shape[1], one_minus_beta)
+                    C.lerp_(columns / shape[0], one_minus_beta)
+                    first = w.cut.first_row if hasattr(w, "cut") else 0
+                    v = torch.outer(R[first : first + len(w)] / R.mean().clamp(min=eps), C)
+                updates.append(g * v.clamp(min=eps**2).rsqrt())
+                rates.append((sums[-1] / shape.numel()).sqrt().clamp(min=1e-3) * min(group["lr"], t**-0.5))
+            _decay(group, params)
+            squares = summed(params, [u.square().sum() for u in updates])
+            for w, u, rate, total in zip(params, updates, rates, squares):
+                w.sub_(u * (rate / (total / shape_of(w).numel()).sqrt().clamp(min=1.0)))
+
+    def _mean(self, w: Tensor, key: str, like: Tensor) -> Tensor:
+        """A running mean of the whole matrix, on every rank."""
+        return self.state[w].setdefault(key, torch.zeros_like(like))
+
+
+def _row_column_and_weight_squares(w: Tensor, g: Tensor) -> Tensor:
+    """[R + C + 1], or [1] for a vector: sums of g^2 over the rows and the columns of the whole matrix [R, C], as far as they are
+    here, and the sum of w^2."""
+    total = w.square().sum()[None]
+    if w.dim() < 2:
+        return total
+    rows = g.new_zeros(shape_of(w)[0])
+    first = w.cut.first_row if hasattr(w, "cut") else 0
+    rows[first : first + len(w)] = torch.linalg.vector_norm(g, dim=1).square()
+    return torch.cat([rows, torch.linalg.vector_norm(g, dim=0).square(), total])
 
 
 class Muon(torch.optim.Optimizer):
@@ -252,8 +313,8 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(m, grads)
             update = torch._foreach_add(grads, m, alpha=group["momentum"])
             _decay(group, params)
-            for w, u in zip(params, update):
-                w.add_(orthogonal(u), alpha=-group["lr"] * 0.2 * math.sqrt(max(w.shape)))
+            for w, u in shared_out(params, update, orthogonal):
+                w.add_(u, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape_of(w))))
 
     def _adamw(self, group: dict, t: int, params: list[Tensor], grads: list[Tensor]) -> None:
         b1, b2 = group["betas"]
@@ -323,7 +384,7 @@ RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw_8bit": partial(AdamW, is_8bit=True),
     "stable_adamw": StableAdamW,
     "schedule_free_adamw": ScheduleFreeAdamW,
-    "adafactor": adafactor,
+    "adafactor": Adafactor,
     "muon": Muon,
 }
 
@@ -384,8 +445,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
             n, wide = p.numel(), torch.promote_types(p.dtype, torch.float32).itemsize
             if isinstance(optimizer, AdamW) and _is_in_8_bits(p, group):
                 total += 2 * (n + 4 * math.ceil(n / STATE_BLOCKSIZE))
-            elif isinstance(optimizer, torch.optim.Adafactor):
-                total += p.element_size() * (n if p.dim() < 2 else n // p.shape[-1] + n // p.shape[-2])
+            elif isinstance(optimizer, Adafactor):
+                total += p.element_size() * (n if p.dim() < 2 else sum(shape_of(p)))
             elif isinstance(optimizer, SGD):
                 total += p.nbytes if group["momentum"] else 0
             elif isinstance(optimizer, Lion) or isinstance(optimizer, Muon) and group["matrices"]:

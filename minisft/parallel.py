@@ -35,6 +35,8 @@ from minisft.model.attention import Attention
 from minisft.model.context import Context
 from minisft.model.decoder import Decoder
 from minisft.model.quantized import QuantWeight, named_weights, quant_weights
+from minisft.optimizers import OF_BLOCKS, STATE_BLOCKSIZE
+from minisft.parts import Cut
 
 T = TypeVar("T")
 
@@ -62,13 +64,19 @@ def split_documents(model: Decoder, device: torch.device, count: int) -> None:
 
 
 def shard(
-    model: Decoder, device: torch.device, *, replicas: int = 1, reshard: bool = True, dtype: torch.dtype | None = None
+    model: Decoder,
+    device: torch.device,
+    *,
+    replicas: int = 1,
+    reshard: bool = True,
+    dtype: torch.dtype | None = None,
+    keep: Callable[[str, nn.Parameter, int], bool] = lambda name, p, size: False,
 ) -> None:
     """Keep this rank's rows of every matrix of the model, in place. It may be on the meta device, without memory.
 
     replicas: groups of ranks that each have the whole model. reshard: free a block's whole weights after its forward, and gather
     them again for its backward. dtype: in which the blocks are gathered, that of autocast, which would round them to it anyway;
-    gradients are summed in fp32. None: as they are.
+    gradients are summed in fp32. None: as they are. keep(name, parameter, ranks of a group): whether every rank keeps all of it.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -81,6 +89,7 @@ def shard(
     parts = {p for weight in quantised for p in weight.parameters()}
     adds = model.lora is not None
     whole = {p for p in model.parameters() if p not in parts and (p.ndim == 1 or adds and p.requires_grad)}
+    whole |= {p for name, p in model.named_parameters() if p.ndim == 2 and keep(name, p, shape[-1])}
     if quantised:
         dtype = None  # scales are gathered as they are: in 16 bits they would give other matrices
     policy = MixedPrecisionPolicy(
@@ -103,16 +112,26 @@ def shard(
 def settle(model: Decoder) -> None:
     """Call once the sharded model has its weights: FSDP2 finds their memory, and `part_of` is fixed from then on.
 
-    Where blocks are gathered in 16 bits, the gradients of their matrices are fp32 all the same.
+    Where weights are gathered or kept in 16 bits, the gradients of their matrices are fp32 all the same.
     """
+    narrow = (torch.bfloat16, torch.float16)
     for group in _groups(model):
         names = [name for name, p in group.named_parameters() if shards.is_shard(p)]
         group.unshard()
         for p in map(group.get_parameter, names):
             never_keep_copy(p)  # it is gathered into the same memory every time, and does not count as changed
-            if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
+            if p.requires_grad and p.dtype in narrow:
                 p.grad_dtype = torch.float32
         group.reshard()
+    rounded = [p for p in model.parameters() if shards.is_shard(p) and p.requires_grad and p.dtype in narrow]
+    if not rounded:
+        return
+    for p in rounded:
+        p.grad_dtype = torch.float32
+    model._get_fsdp_state()._lazy_init()  # as the first forward would; no public name says in which dtype sums are kept
+    for group in _groups(model):
+        for parameters in group._get_fsdp_state()._fsdp_param_groups:
+            parameters._orig_dtype = torch.float32
 
 
 def _groups(model: nn.Module) -> list:
@@ -124,7 +143,9 @@ def part_of(p: nn.Parameter) -> nn.Parameter:
     if not shards.is_shard(p):
         return p
     if not hasattr(p, "part"):
+        mesh, dim = p.device_mesh, p.device_mesh.ndim - 1  # replicas before it have the same rows
         p.part = nn.Parameter(shards.local(p), requires_grad=p.is_floating_point())
+        p.part.cut = Cut(p.shape, mesh.get_group(dim), mesh.get_local_rank(dim), mesh.size(dim))
     return p.part
 
 
@@ -162,15 +183,15 @@ def total_norm(model: nn.Module, norms: list[Tensor]) -> Tensor:
     """The norm of the whole gradient, fp32 []. norms: of `sum_gradients`, one by one."""
     if not is_sharded(model):
         return torch.nn.utils.get_total_norm(norms)
-    params = [p for p in model.parameters() if part_of(p).grad is not None]
-    # Every rank has all of a plain gradient, and with replicas several have the same rows.
-    shares = [1 / _replicas(p) if shards.is_shard(p) else 1 / ranks.world_size() for p in params]
+    shares = [share_of(part) for p in model.parameters() if (part := part_of(p)).grad is not None]
     squares = torch.stack(norms).double().square() * torch.tensor(shares, dtype=torch.float64, device=norms[0].device)
     return ranks.sum_over_ranks(squares.sum()).sqrt().float()
 
 
-def _replicas(p: Tensor) -> int:
-    return ranks.world_size() // p.device_mesh.size(p.device_mesh.ndim - 1)
+def share_of(part: nn.Parameter) -> float:
+    """1 / the number of ranks that have these numbers too, and this one: of a whole parameter all, with replicas several have the
+    same rows. What is multiplied by it may be summed over the ranks."""
+    return (part.cut.size if hasattr(part, "cut") else 1) / ranks.world_size()
 
 
 def waiting(model: Decoder) -> contextlib.AbstractContextManager:
@@ -212,13 +233,10 @@ def on_first_rank(model: Decoder, optimizer: torch.optim.Optimizer, work: Callab
     def gather(name: str, key: str | None = None) -> Tensor:
         p, part = parameters[name], part_of(parameters[name])
         x = part.detach() if key is None else optimizer.state[part][key]
-        if part is p or x.shape != part.shape:
+        if not (count := _items_each(p, key, x)):
             return x  # every rank has all of it
-        from torch.distributed.tensor import DTensor
-
-        with ranks.waiting(), torch.no_grad():
-            like = {"shape": p.shape, "stride": p.stride(), "run_check": False}
-            return DTensor.from_local(x, p.device_mesh, p.placements, **like).full_tensor()
+        with ranks.waiting():
+            return shards.gathered(x, p, count, state_shape(p, key, x)[0])
 
     def ask(name: str, key: str | None = None) -> Tensor:
         ranks.from_first_rank([name, key])
@@ -239,3 +257,29 @@ def on_first_rank(model: Decoder, optimizer: torch.optim.Optimizer, work: Callab
 def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer, name: str, part: Tensor, key: str) -> Tensor:
     """One tensor of the optimizer's state of a parameter."""
     return model.gather(name, key) if is_sharded(model) else optimizer.state[part][key]
+
+
+def _items_each(p: nn.Parameter, key: str | None, x: Tensor) -> int:
+    """How many items along dim 0 a rank has of a parameter (key: None) or of a tensor x of its state; 0: all of them."""
+    if part_of(p) is p:
+        return 0
+    if key in OF_BLOCKS:
+        return shards.rows_each(p) * p.shape[1] // STATE_BLOCKSIZE
+    return shards.rows_each(p) if x.shape == part_of(p).shape else 0
+
+
+def state_shape(p: nn.Parameter, key: str | None, x: Tensor) -> torch.Size:
+    """The shape of the whole tensor of which x is what this rank has of a parameter's state."""
+    if not _items_each(p, key, x):
+        return x.shape
+    return torch.Size((-(-p.numel() // STATE_BLOCKSIZE),)) if key in OF_BLOCKS else p.shape
+
+
+def state_here(p: nn.Parameter, key: str, whole: Tensor) -> Tensor:
+    """What belongs to the rows of this rank of a whole tensor of a parameter's state."""
+    if part_of(p) is p:
+        return whole
+    if key in OF_BLOCKS:
+        count = shards.rows_each(p) * p.shape[1] // STATE_BLOCKSIZE
+        return whole[p.part.cut.rank * count :][:count]
+    return whole[shards.rows_here(p)] if whole.shape == p.shape else whole

@@ -85,12 +85,20 @@ def waiting() -> Iterator[None]:
         raise UserError(f"the ranks cannot reach each other: {reason}", hint=hint, exit_code=PEER) from error
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of `x` over all ranks, in place."""
+def sum_over_ranks(x: Tensor, group: Any = None) -> Tensor:
+    """The sum of `x` over all ranks, or over those of a group, in place."""
     if dist.is_initialized():
         with waiting():
-            dist.all_reduce(x, group=_group)
+            dist.all_reduce(x, group=group or _group)
     return x
+
+
+def exchange(parts: Tensor, group: Any) -> Tensor:
+    """[n, ...] for the n ranks of a group: part i goes to rank i, and part i of the result came from it."""
+    received = torch.empty_like(parts)
+    with waiting():
+        dist.all_to_all_single(received, parts, group=group)
+    return received
 
 
 def sum_numbers_over_ranks(numbers: list[float]) -> list[float]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 
@@ -139,9 +139,10 @@ class ZeroUpdates:
     In bf16 an update below 1/512 of a weight rounds to nothing, and training makes no progress where most updates do.
     """
 
-    def __init__(self, params: Set[Tensor]):
-        self.params = params
-        self.counts: list[Tensor] = []  # int64 (elements with a gradient that did not change, elements with a gradient)
+    def __init__(self, params: Set[Tensor], share: Callable[[Tensor], float] = lambda p: 1.0):
+        """share: of this rank in the counts of a parameter, where several ranks have the same one."""
+        self.params, self.share = params, share
+        self.counts: list[Tensor] = []  # fp64 (elements with a gradient that did not change, elements with a gradient)
 
     @contextlib.contextmanager
     def counted(self, updated: Set[Tensor] | None = None) -> Iterator[None]:
@@ -149,12 +150,16 @@ class ZeroUpdates:
         params = self.params if updated is None else self.params & updated
         before = [(p, p.detach().clone()) for p in params if p.grad is not None]
         yield
-        self.counts += [torch.stack([((p == old) & (p.grad != 0)).sum(), (p.grad != 0).sum()]) for p, old in before]
+        for p, old in before:
+            is_moved = p.grad != 0
+            self.counts.append(torch.stack([((p == old) & is_moved).sum(), is_moved.sum()]).double() * self.share(p))
 
     def metrics(self) -> Metrics:
-        """zero_update_fraction; empty if nothing was counted. Waits for the device."""
-        num_zeros, num_updates = torch.stack(self.counts).sum(0).tolist() if self.counts else (0, 0)
-        return {"zero_update_fraction": (num_zeros, num_updates)} if num_updates else {}
+        """zero_update_fraction, the same name on all ranks; empty if nothing was counted. Waits for the device."""
+        if not self.counts:
+            return {}
+        num_zeros, num_updates = torch.stack(self.counts).sum(0).tolist()
+        return {"zero_update_fraction": (num_zeros, num_updates)}
 
 
 @dataclass

@@ -261,6 +261,17 @@ def test_places_make_calls_of_their_own_round_like_one(backend):
     assert_same((together,), (alone,))
 
 
+@pytest.mark.parametrize("is_8bit", [False, True])
+def test_rows_of_a_tensor_round_like_the_whole(backend, is_8bit):
+    w, g = torch.randn(4, 256).bfloat16(), torch.randn(4, 256).bfloat16()
+    whole, rows = w.clone(), [part.clone() for part in w.split([1, 3])]
+    options = OPTIONS | {"step": 1, "stochastic_rounding_seed": 3, "places": [5]}
+    adamw_([whole], [g], [zeros(w, is_8bit)], [zeros(w, is_8bit)], **options)
+    for part, grad, first in zip(rows, g.split([1, 3]), (0, 256)):
+        adamw_([part], [grad], [zeros(part, is_8bit)], [zeros(part, is_8bit)], firsts=[first], **options)
+    assert torch.equal(torch.cat(rows), whole)
+
+
 def outcomes(seed, step=1, tensor=0, n=20000):
     """Which of n equal weights an update by a quarter of bf16's step moved."""
     params = [torch.ones(1).bfloat16() for _ in range(tensor)] + [torch.ones(n).bfloat16()]

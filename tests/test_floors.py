@@ -23,7 +23,7 @@ FLOORS = {
     "model/lora_options": 1,
     "config/*": 1, "gguf/file": 1, "importers/*": 1, "init/*": 1, "init/detect": 3,
     "data/*": 2, "gguf/*": 2, "model/*": 2, "runtime": 2, "ranks": 2, "peers": 2,
-    "parameters": 2, "update": 2, "optimizers": 2, "metrics": 2,
+    "parameters": 2, "parts": 2, "update": 2, "optimizers": 2, "metrics": 2,
     "train": 4, "commands/*": 4, "__main__": 4,
 }  # fmt: skip
 PACKAGES = {  # what each floor may import from outside

@@ -19,6 +19,7 @@ from tiny import GPT2, MODEL, logged, parts, relative_error, settings, start, tr
 from minisft import loop, parallel, peers
 from minisft.config.load import load
 from minisft.errors import DATA, PEER, UserError, run_command
+from minisft.micro_batch import forward_backward
 from minisft.model.adapter_files import save_adapter
 from minisft.model.families import from_hf
 from minisft.model.load import build_model, init_weights, load_model
@@ -27,6 +28,8 @@ from minisft.model.lora_options import LoraOptions
 from minisft.model.quantized import Quantization
 from minisft.model.save import save_model
 from minisft.model.shards import rows_here
+from minisft.optimizers import RULES, build_optimizer, cut_runs_through_blocks
+from minisft.parts import Cut
 
 PLAIN_GPT2 = GPT2 | {f"{part}_pdrop": 0.0 for part in ("resid", "embd", "attn")}
 SHARDED = {"parallel.strategy": "fsdp2"}
@@ -152,12 +155,14 @@ def test_two_sharded_ranks_are_one_and_go_on_with_a_run_of_one(home, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_ranks_again_and_again(home, tmp_path):
+@pytest.mark.parametrize("optim", ["adamw", "adafactor", "muon", "adamw_8bit"])
+def test_a_run_goes_on_with_another_number_of_ranks_again_and_again(home, tmp_path, optim):
     """2 ranks, then 1, then 2."""
     one, elastic = tmp_path / "one", tmp_path / "elastic"
-    whole = options(home, **evaluated(home), output_dir=str(one)) | {"train.per_device_train_batch_size": 12}
+    more = evaluated(home) | {"train.optim": optim} | (WIDE if optim == "adamw_8bit" else {})
+    whole = options(home, **more, output_dir=str(one)) | {"train.per_device_train_batch_size": 12}
     assert join([start(train_quietly, home, whole)]) == (0,)
-    keys = options(home, **evaluated(home), **SHARDED, output_dir=str(elastic))
+    keys = options(home, **more, **SHARDED, output_dir=str(elastic))
     for steps, count in ((4, 2), (7, 1), (10, 2)):
         rows = {
             "checkpoint.save_steps": 1000,
@@ -166,21 +171,29 @@ def test_a_run_goes_on_with_another_number_of_ranks_again_and_again(home, tmp_pa
         }
         ranks = start_ranks(home, keys | rows) if count > 1 else [start(train_quietly, home, keys | rows)]
         assert join(ranks) == (0,) * count
-    assert_same_end(elastic, one)
+    assert_same_end(elastic, one, weights=AMPLIFIED.get(optim, 1e-5))
 
 
-def assert_same_end(elastic: Path, one: Path, since: int = 0) -> None:
+def assert_same_end(elastic: Path, one: Path, since: int = 0, weights: float = 1e-5) -> None:
     assert logged(elastic) == pytest.approx(logged(one)[since:], rel=1e-5)
     for name, weight in final_weights(one).items():
-        assert relative_error(final_weights(elastic)[name], weight) <= 1e-5, name
+        assert relative_error(final_weights(elastic)[name], weight) <= weights, name
 
 
 LORA = {"model.config": None, "lora.r": 4}
 DPO = {"model.config": None, "trainer_type": "dpo", "train.learning_rate": 1e-4, "evaluate.eval_steps": 3}
 NF4 = LORA | {"model.load_in_4bit": True}
+BF16 = {"train.weights_dtype": "bf16", "train.precision": "bf16", "train.adam_beta1": 0.9}
+TWICE = {"train.per_device_train_batch_size": 8, "train.gradient_accumulation_steps": 2, "train.num_train_epochs": 4}
+WIDE = {"model.config": MODEL | {"hidden_size": 64, "intermediate_size": 192}}  # some moments in 8 bits
 QUICK = {
     "QLoRA, double quantised": NF4 | {"lora.use_dora": True},
     "QLoRA beside a base that is stored in 4 bits": LORA | {"model.model_name_or_path": "base-nf4"},
+    "stable_adamw": {"train.optim": "stable_adamw", "train.adam_beta1": 0.9},
+    "adafactor": {"train.optim": "adafactor", "train.weight_decay": 0.1},
+    "muon": {"train.optim": "muon", "train.weight_decay": 0.1},
+    "weights in bf16": BF16 | {"log.zero_update_fraction": True},
+    "adamw_8bit": WIDE | {"train.optim": "adamw_8bit", "train.adam_beta1": 0.9},
 }
 SLOW = {
     "tied": {"model.config": MODEL | {"tie_word_embeddings": True}},
@@ -215,6 +228,10 @@ SLOW = {
     "DPO": DPO,
     "DPO, LoRA": DPO | {"lora.r": 4},
     "DPO, QLoRA": DPO | NF4,
+    "weights in bf16, accumulated": BF16 | WIDE | {"train.optim": "adamw_8bit"} | TWICE,
+    "zero updates": {"log.zero_update_fraction": True, "train.learning_rate": 1e-9},
+    "DPO, log-probabilities in advance": DPO | {"dpo.precompute_ref_log_probs": True},
+    "DPO, LoRA, log-probabilities in advance": DPO | NF4 | {"dpo.precompute_ref_log_probs": True},
     "DPO, empty shares": DPO | {"train.per_device_train_batch_size": 120},
 }
 
@@ -253,13 +270,73 @@ def test_sharded_ranks_are_one(slow, case):
     assert_case(slow, case)
 
 
+# Newton-Schulz in bf16, and moments that fall on the other side of a midpoint, amplify the last bits of a gradient: with "ddp" to
+# 1.7e-3 and 1.6e-4. The rules themselves are exact: test_an_update_of_cut_matrices_is_that_of_whole_ones.
+AMPLIFIED = {"muon": 3e-3, "adamw_8bit": 5e-4}
+
+
 def assert_case(folder: Path, case: str) -> None:
     assert "this rank keeps" in (folder / case / "several" / "said-0").read_text()
     if "bf16" in case:
         one, several = (logged(folder / case / name) for name in ("one", "several"))
         assert several == pytest.approx(one, rel=1e-3)  # products in bf16, rounded in other parts
     else:
-        assert_equal(folder / case)
+        assert_equal(folder / case, AMPLIFIED.get(case, 1e-5))
+
+
+SHAPES = [(64, 64), (10, 8), (16, 256), (7,), (10, 8), (64, 64), (2, 12), (10, 8), (9, 512)]
+
+
+def update_cut_matrices(rank: int, count: int, port: int, folder: Path) -> None:
+    """Three steps of every optimizer with whole matrices and with those rows of them that this rank has."""
+    where = {"init_method": f"tcp://127.0.0.1:{port}", "rank": rank, "world_size": count}
+    torch.distributed.init_process_group("gloo", **where)
+    generator, errors = torch.Generator().manual_seed(0), {}
+    for name in RULES:
+        whole = [torch.nn.Parameter(0.1 * torch.randn(shape, generator=generator)) for shape in SHAPES]
+        cut, places = [], []
+        for p in whole:
+            if p.ndim < 2 or name == "adamw_8bit" and cut_runs_through_blocks("", p, count):
+                places.append(slice(None))
+                cut.append(torch.nn.Parameter(p.detach().clone()))
+                continue
+            each = -(-len(p) // count)
+            places.append(slice(min(rank * each, len(p)), min((rank + 1) * each, len(p))))
+            cut.append(torch.nn.Parameter(p.detach()[places[-1]].clone()))
+            cut[-1].cut = Cut(p.shape, torch.distributed.group.WORLD, rank, count)
+        both = []
+        for params in (whole, cut):
+            groups = [
+                {"params": [p for p in params if (p.ndim == 2) == is_matrix], "peak_lr": 1e-2, "weight_decay": 0.1}
+                | {"matrices": is_matrix, "embedding": False}
+                for is_matrix in (True, False)
+            ]
+            both.append(build_optimizer(name, groups, betas=(0.9, 0.99), eps=1e-8))
+        for _ in range(3):
+            for p, part, place in zip(whole, cut, places):
+                p.grad = torch.randn(p.shape, generator=generator)
+                part.grad = p.grad[place].clone()
+            for optimizer in both:
+                optimizer.step()
+        worst = [
+            (p.detach()[place] - part.detach()).abs().max().item()
+            for p, part, place in zip(whole, cut, places)
+            if len(part)
+        ]
+        errors[name] = max(worst)
+    (folder / f"errors-{rank}").write_text(json.dumps(errors))
+    torch.distributed.destroy_process_group()
+
+
+def test_an_update_of_cut_matrices_is_that_of_whole_ones(tmp_path):
+    """Three ranks, of which some have fewer rows, or none."""
+    port = free_port()
+    assert join([start(update_cut_matrices, rank, 3, port, tmp_path) for rank in range(3)]) == (0,) * 3
+    for rank in range(3):
+        errors = json.loads((tmp_path / f"errors-{rank}").read_text())
+        assert errors.keys() == RULES.keys()
+        for name, error in errors.items():
+            assert error <= 1e-7, name  # sums over ranks are rounded in another order; weights are below 0.5
 
 
 @pytest.mark.slow
@@ -302,10 +379,7 @@ def test_a_rank_that_is_gone_ends_the_other_which_names_it(home, tmp_path, rank,
 @pytest.mark.parametrize(
     "key, value, others",
     [
-        ("train.optim", "muon", {}),
-        ("train.weights_dtype", "bf16", {"train.precision": "bf16"}),
         ("train.on_oom", "split", {}),
-        ("dpo.precompute_ref_log_probs", True, {"trainer_type": "dpo"}),
         ("dpo.sync_ref_model", True, {"trainer_type": "dpo"}),
     ],
 )
@@ -333,6 +407,28 @@ def test_a_process_that_had_sharded_weights_keeps_copies_of_others(home):
     run, config = parts(home, **bf16)
     loop.train_step(run, config.train, run.train.step(0, 0))
     assert hasattr(run.model.layers[0].mlp.up_proj.weight, "_copy")
+
+
+def test_gradients_of_sharded_weights_in_bf16_add_up_in_fp32(home):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        run, _ = parts(home, **{"train.precision": "bf16", "train.weights_dtype": "bf16"})
+        parallel.shard(run.model, run.device, dtype=torch.bfloat16)
+        parallel.settle(run.model)
+        for p in run.model.parameters():
+            parallel.part_of(p).grad_dtype = torch.float32
+        sums = []
+        for count in (1, 3):
+            for _ in range(count):
+                forward_backward(run.loss, run.model, "bf16", run.train.step(0, 0)[0], 1.0)
+            sums.append([grad.clone() for grad in parallel.sum_gradients(run.model)])
+            run.model.zero_grad()
+        for one, three in zip(*sums):
+            assert (
+                three.dtype == torch.float32 and relative_error(three, 3 * one) <= 1e-6
+            )  # 1e-3 if they were rounded to bf16
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("rows, ranks", [(10, 4), (3, 4), (8, 2), (1, 2)])

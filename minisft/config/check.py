@@ -4,7 +4,7 @@ import importlib.util
 import re
 from collections.abc import Callable
 
-from minisft.config.choices import ADAMW, ELEMENTWISE, wrong_optimizer_option
+from minisft.config.choices import ADAMW, wrong_optimizer_option
 from minisft.config.sections import KEYS, Config, config_to_dict, eval_sets
 from minisft.config.values import as_toml
 from minisft.data.packing_strategies import STRATEGIES
@@ -224,34 +224,16 @@ def check_parallel(config: Config, refuse: Refuse) -> None:
                 refuse(f"parallel.context_parallel {key}", f"documents are split over ranks: {problem}", hint)
     if not is_sharded:
         return
-    needs_whole = "its rule needs whole matrices, and every rank has some rows of each"
-    bf16 = "their gradients would be rounded to bf16 after every micro-batch"
     for key, is_used, problem, hint in (
-        ("train.optim", trains_all and train.optim not in ELEMENTWISE, needs_whole, f"use {', '.join(ELEMENTWISE)}"),
-        ("train.weights_dtype", trains_all and train.weights_dtype == "bf16", bf16, "use fp32, or lora.r"),
-        (
-            "log.zero_update_fraction",
-            trains_all and config.log.zero_update_fraction,
-            "vectors would count more",
-            "leave it out",
-        ),
         ("train.on_oom", train.on_oom == "split", "the other ranks are in the middle of a pass", 'set on_oom = "stop"'),
         ("train.cuda_graph", train.cuda_graph is True, "weights are gathered for each block", 'use "auto"'),
         ("train.optimizer_in_backward", train.optimizer_in_backward, "vectors are summed after it", "leave it out"),
     ):
         if is_used:
             refuse(f"parallel.strategy {key}", problem, hint)
-    if config.trainer_type == "dpo":
-        for key, is_used, problem in (
-            (
-                "precompute_ref_log_probs",
-                config.dpo.precompute_ref_log_probs,
-                "its cache is found by a hash of whole weights",
-            ),
-            ("sync_ref_model", config.dpo.sync_ref_model and trains_all, "no checkpoint gathers the reference"),
-        ):
-            if is_used:
-                refuse(f"parallel.strategy dpo.{key}", problem, 'leave it out, or use strategy = "ddp"')
+    if config.trainer_type == "dpo" and config.dpo.sync_ref_model and trains_all:
+        hint = 'leave it out, or use strategy = "ddp"'
+        refuse("parallel.strategy dpo.sync_ref_model", "no checkpoint gathers the reference", hint)
 
 
 def check_patterns(config: Config, refuse: Refuse) -> None:

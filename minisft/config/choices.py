@@ -15,7 +15,6 @@ OPTIMIZERS: dict[str, dict[str, float]] = {
     "adafactor": {},
     "muon": {"momentum": 0.95},
 }
-ELEMENTWISE = ("adamw", "adamw_minisft", "sgd", "lion", "schedule_free_adamw")  # work on any rows of a matrix
 ADAMW = ("adamw", "adamw_minisft", "adamw_8bit")  # kernels/adamw.py serves these: bf16 weights, offloaded moments
 
 

@@ -73,7 +73,7 @@ class QuantWeight(nn.Module):
     which cuts parameters only.
     """
 
-    PARTS = ("data", "absmax", "offset", "nested_absmax")
+    PARTS = ("absmax", "data", "nested_absmax", "offset")
 
     def __init__(self, shape: tuple[int, ...], quantization: Quantization):
         super().__init__()

@@ -12,14 +12,18 @@ def is_shard(x: Tensor) -> bool:
     return hasattr(x, "device_mesh")
 
 
+def rows_each(x: Tensor) -> int:
+    """How many rows a process has, the last ones fewer or none: torch.chunk's cut."""
+    return -(-x.shape[0] // x.device_mesh.size(x.device_mesh.ndim - 1)) if is_shard(x) else x.shape[0]
+
+
 def rows_here(x: Tensor) -> slice:
-    """Which rows of the whole tensor this process has: torch.chunk's cut, the last ranks may have fewer or none."""
+    """Which rows of the whole tensor this process has."""
     if not is_shard(x):
         return slice(0, x.shape[0])
     dim = x.device_mesh.ndim - 1  # replicas before it have the same rows
-    count = -(-x.shape[0] // x.device_mesh.size(dim))
-    first = min(count * x.device_mesh.get_local_rank(dim), x.shape[0])
-    return slice(first, min(first + count, x.shape[0]))
+    first = min(rows_each(x) * x.device_mesh.get_local_rank(dim), x.shape[0])
+    return slice(first, min(first + rows_each(x), x.shape[0]))
 
 
 def local(x: Tensor) -> Tensor:
@@ -36,3 +40,16 @@ def whole(x: Tensor) -> Tensor:
         return x.detach()
     with torch.no_grad():
         return x.full_tensor()
+
+
+def gathered(x: Tensor, like: Tensor, count: int, length: int) -> Tensor:
+    """[length, ...] of which each process gives in x what belongs to its rows of the shard `like`: `count` items along dim 0, the
+    last ones fewer or none. All call it."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, more = like.device_mesh, count - len(x)
+    padded = torch.cat([x, x.new_zeros(more, *x.shape[1:])]) if more else x
+    shape = torch.Size((count * mesh.size(mesh.ndim - 1), *x.shape[1:]))
+    with torch.no_grad():
+        same = {"shape": shape, "stride": padded.stride(), "run_check": False}
+        return DTensor.from_local(padded.to(mesh.device_type), mesh, like.placements, **same).full_tensor()[:length]

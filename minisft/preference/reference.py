@@ -36,6 +36,7 @@ from minisft.errors import DATA, MODEL, UserError
 from minisft.model.decoder import Decoder
 from minisft.model.lora import adapter_disabled
 from minisft.model.quantized import named_weights
+from minisft.model.shards import whole
 from minisft.parallel import is_sharded, no_backward, part_of, reshard
 from minisft.preference.answer_logps import answer_logps
 
@@ -261,15 +262,14 @@ def _claimed(path: Path) -> Iterator[None]:
 
 
 def fingerprint(model: Decoder, without: Set[nn.Parameter] = frozenset()) -> str:
-    """sha256 (hex) of a model: its configuration and its weights, except those of `without`."""
+    """sha256 (hex) of a model: its configuration and its weights, except those of `without`. Of sharded weights one tensor after
+    the other is gathered, so all ranks call it."""
     digest = hashlib.sha256(repr(model.config).encode())
     for name, weight in sorted(named_weights(model).items()):
         if weight in without:
             continue
-        tensors = [weight] if isinstance(weight, Tensor) else [t for _, t in sorted(weight.named_buffers())]
-        for tensor in tensors:
+        tensors = [weight] if isinstance(weight, Tensor) else weight.parts()
+        for tensor in map(whole, tensors):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(
-                tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-            )  # 0-dimensional ones have no view
+            digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())  # 0-dimensional ones have no view
     return digest.hexdigest()

@@ -44,6 +44,7 @@ from minisft.model.lora_options import LoraOptions, is_target
 from minisft.model.model_config import ModelConfig, longest_tree, with_vocab_size, without_dropout
 from minisft.model.quantized import Quantization, describe_quantized, named_weights, quantization_of, read_record
 from minisft.model.start import Start, find_start
+from minisft.optimizers import cut_runs_through_blocks
 from minisft.prepare.data import titled
 from minisft.prepare.options import ranks_sharing_a_batch
 from minisft.units import size
@@ -205,7 +206,10 @@ def shard(config: Config, model: Decoder, device: torch.device) -> None:
             f"parallel.replicas = {replicas} on {ranks.world_size()} ranks",
             hint="each replica has the same number of ranks",
         )
-    parallel.shard(model, device, replicas=replicas, reshard=section.reshard_after_forward, dtype=dtype)
+    options = {"replicas": replicas, "reshard": section.reshard_after_forward, "dtype": dtype}
+    if config.train.optim == "adamw_8bit" and config.lora.r is None:
+        options["keep"] = cut_runs_through_blocks
+    parallel.shard(model, device, **options)
 
 
 def quantization_for(section: ModelSection, start: Start) -> Quantization | None:
