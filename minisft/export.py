@@ -22,6 +22,7 @@ from minisft.model.drop_in import copied_bytes, copy_other_files, save_like
 from minisft.model.load import load_weights
 from minisft.model.quantized import quantization_of, read_record
 from minisft.model.save import save_model
+from minisft.parts import shape_of
 from minisft.prepare.data import titled
 from minisft.prepare.run import Run
 from minisft.runtime import DTYPES
@@ -67,7 +68,7 @@ def write_state(run: Run, folder: Path) -> None:
     """The model as a checkpoint needs it, and the reference where it moves."""
     write_model(run, folder)
     if run.reference is not None:
-        run.reference.save(folder)
+        run.reference.save(run.model, folder)
 
 
 def read_model(model: Decoder, folder: Path) -> None:
@@ -148,7 +149,7 @@ def tokenizer_bytes(tokenizer: Tokenizer | None) -> int:
 def other_bytes(run: Run) -> int:
     """Bytes of a checkpoint besides weights and optimizer state: the tokenizer, and the reference where it moves."""
     copies = run.reference.copies.values() if run.reference is not None and run.reference.sync_steps else ()
-    return tokenizer_bytes(run.tokenizer) + sum(value.nbytes for _, value in copies)
+    return tokenizer_bytes(run.tokenizer) + sum(shape_of(p).numel() * value.itemsize for p, value in copies)
 
 
 def export_dtype(config: Config) -> torch.dtype:

@@ -466,7 +466,8 @@ def save(config: Config, run: Run, folder: Path, loggers: Loggers | None, num_fa
         pinned=[step_folder(folder / "checkpoints", run.progress.best.step)],
         other_bytes=other_bytes(run),
     )
-    return on_first_rank(run.model, run.optimizer, write) or 0
+    copies = run.reference.copies if run.reference is not None else {}
+    return on_first_rank(run.model, run.optimizer, write, copies) or 0
 
 
 def progress_values(run: Run) -> dict[str, float]:

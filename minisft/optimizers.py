@@ -17,7 +17,7 @@ from minisft.config.choices import OPTIMIZERS, wrong_optimizer_option
 from minisft.errors import UserError
 from minisft.kernels.adamw import adamw_
 from minisft.kernels.adamw_formats import STATE_BLOCKSIZE, State
-from minisft.parts import first_of, shape_of, shared_out, summed
+from minisft.parts import first_of, rows_of, shape_of, shared_out, summed
 
 SMALLEST_IN_8_BITS = 4096  # numbers; smaller tensors save nothing, and are often the sensitive ones
 OF_BLOCKS = (
@@ -263,8 +263,7 @@ class Adafactor(torch.optim.Optimizer):
                     R, C = (x.view(-1) for x in (self._mean(w, "row_var", rows), self._mean(w, "col_var", columns)))
                     R.lerp_(rows / shape[1], one_minus_beta)
                     C.lerp_(columns / shape[0], one_minus_beta)
-                    first = w.cut.first_row if hasattr(w, "cut") else 0
-                    v = torch.outer(R[first : first + len(w)] / R.mean().clamp(min=eps), C)
+                    v = torch.outer(R[rows_of(w)] / R.mean().clamp(min=eps), C)
                 updates.append(g * v.clamp(min=eps**2).rsqrt())
                 rates.append((sums[-1] / shape.numel()).sqrt().clamp(min=1e-3) * min(group["lr"], t**-0.5))
             _decay(group, params)
@@ -284,8 +283,7 @@ def _row_column_and_weight_squares(w: Tensor, g: Tensor) -> Tensor:
     if w.dim() < 2:
         return total
     rows = g.new_zeros(shape_of(w)[0])
-    first = w.cut.first_row if hasattr(w, "cut") else 0
-    rows[first : first + len(w)] = torch.linalg.vector_norm(g, dim=1).square()
+    rows[rows_of(w)] = torch.linalg.vector_norm(g, dim=1).square()
     return torch.cat([rows, torch.linalg.vector_norm(g, dim=0).square(), total])
 
 

@@ -21,7 +21,8 @@ Zhao et al. 2023, "PyTorch FSDP", arXiv:2304.11277. ZeRO: Rajbhandari et al. 202
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -221,10 +222,19 @@ def no_backward(model: Decoder) -> Iterator[None]:
 # ---- whole tensors ------------------------------------------------------------------------------------------------
 
 
-def on_first_rank(model: Decoder, optimizer: torch.optim.Optimizer, work: Callable[[], T]) -> T | None:
+COPY = "copy"  # in the place of a key of the optimizer's state
+
+
+def on_first_rank(
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    work: Callable[[], T],
+    copies: Mapping[str, tuple[nn.Parameter, Tensor]] = MappingProxyType({}),
+) -> T | None:
     """work() on the first rank, which has the result; None on all others. All ranks call it.
 
-    Inside, `model.whole` and `whole_state` give whole tensors: the first rank asks for one, and every rank gives its rows.
+    Inside, `model.whole`, `whole_state` and `whole_copy` give whole tensors: the first rank asks for one, and every rank gives
+    its rows. copies: other values of parameters, by name (preference/reference.py).
     """
     if not is_sharded(model):
         return work() if ranks.rank() == 0 else None
@@ -232,7 +242,7 @@ def on_first_rank(model: Decoder, optimizer: torch.optim.Optimizer, work: Callab
 
     def gather(name: str, key: str | None = None) -> Tensor:
         p, part = parameters[name], part_of(parameters[name])
-        x = part.detach() if key is None else optimizer.state[part][key]
+        x = part.detach() if key is None else copies[name][1] if key == COPY else optimizer.state[part][key]
         if not (count := _items_each(p, key, x)):
             return x  # every rank has all of it
         with ranks.waiting():
@@ -257,6 +267,11 @@ def on_first_rank(model: Decoder, optimizer: torch.optim.Optimizer, work: Callab
 def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer, name: str, part: Tensor, key: str) -> Tensor:
     """One tensor of the optimizer's state of a parameter."""
     return model.gather(name, key) if is_sharded(model) else optimizer.state[part][key]
+
+
+def whole_copy(model: nn.Module, name: str, value: Tensor) -> Tensor:
+    """One of the copies that `on_first_rank` was given."""
+    return model.gather(name, COPY) if is_sharded(model) else value
 
 
 def _items_each(p: nn.Parameter, key: str | None, x: Tensor) -> int:

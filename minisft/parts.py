@@ -37,6 +37,12 @@ def shape_of(p: Tensor) -> torch.Size:
     return p.cut.shape if hasattr(p, "cut") else p.shape
 
 
+def rows_of(p: Tensor) -> slice:
+    """Which rows of the whole tensor are here."""
+    first = p.cut.first_row if hasattr(p, "cut") else 0
+    return slice(first, first + len(p))
+
+
 def first_of(p: Tensor) -> int:
     """Which element of the whole tensor the first one here is."""
     return p.cut.first_row * p.cut.shape[1:].numel() if hasattr(p, "cut") else 0

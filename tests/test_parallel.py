@@ -111,7 +111,7 @@ def final_weights(output_dir: Path) -> dict[str, torch.Tensor]:
 def assert_equal(folder: Path, weights: float = 1e-5) -> None:
     """weights: the bound after 10 steps, in which Adam amplifies the last bits of a gradient near zero."""
     one, several = folder / "one", folder / "several"
-    for name in ("loss", "grad_norm", "eval_loss"):
+    for name in ("loss", "grad_norm", "eval_loss", "zero_update_fraction"):
         expected, values = logged(one, name), logged(several, name)
         assert values[:1] == pytest.approx(expected[:1], rel=1e-6)  # the bound of the house for equal maths in fp32
         assert values == pytest.approx(expected, rel=1e-5)
@@ -155,11 +155,13 @@ def test_two_sharded_ranks_are_one_and_go_on_with_a_run_of_one(home, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optim", ["adamw", "adafactor", "muon", "adamw_8bit"])
-def test_a_run_goes_on_with_another_number_of_ranks_again_and_again(home, tmp_path, optim):
+@pytest.mark.parametrize("case", ["adamw", "adafactor", "muon", "adamw_8bit", "DPO, a reference that follows"])
+def test_a_run_goes_on_with_another_number_of_ranks_again_and_again(home, tmp_path, case):
     """2 ranks, then 1, then 2."""
     one, elastic = tmp_path / "one", tmp_path / "elastic"
-    more = evaluated(home) | {"train.optim": optim} | (WIDE if optim == "adamw_8bit" else {})
+    more = {} if case == "adamw" else filled(home, (QUICK | SLOW)[case])
+    if "trainer_type" not in more:
+        more = evaluated(home) | more
     whole = options(home, **more, output_dir=str(one)) | {"train.per_device_train_batch_size": 12}
     assert join([start(train_quietly, home, whole)]) == (0,)
     keys = options(home, **more, **SHARDED, output_dir=str(elastic))
@@ -171,7 +173,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_again_and_again(home, tmp_pa
         }
         ranks = start_ranks(home, keys | rows) if count > 1 else [start(train_quietly, home, keys | rows)]
         assert join(ranks) == (0,) * count
-    assert_same_end(elastic, one, weights=AMPLIFIED.get(optim, 1e-5))
+    assert_same_end(elastic, one, weights=AMPLIFIED.get(case, 1e-5))
 
 
 def assert_same_end(elastic: Path, one: Path, since: int = 0, weights: float = 1e-5) -> None:
@@ -232,20 +234,24 @@ SLOW = {
     "zero updates": {"log.zero_update_fraction": True, "train.learning_rate": 1e-9},
     "DPO, log-probabilities in advance": DPO | {"dpo.precompute_ref_log_probs": True},
     "DPO, LoRA, log-probabilities in advance": DPO | NF4 | {"dpo.precompute_ref_log_probs": True},
+    "DPO, a reference that follows": DPO | {"dpo.sync_ref_model": True, "dpo.ref_model_sync_steps": 3},
     "DPO, empty shares": DPO | {"train.per_device_train_batch_size": 120},
 }
 
 
+def filled(home: Path, keys: dict) -> dict:
+    """With the paths that belong to it."""
+    keys = dict(keys)
+    if keys.get("model.config", MODEL) is None:
+        keys["model.model_name_or_path"] = str(home / keys.get("model.model_name_or_path", "base/model"))
+    if "trainer_type" in keys:
+        keys |= {"data.train_data": str(home / "pairs.jsonl"), "data.eval_data": str(home / "pairs.jsonl")}
+    return keys
+
+
 def run_cases(home: Path, tmp_path_factory, cases: dict[str, dict], count: int) -> Path:
-    filled = {}
-    for case, keys in cases.items():
-        keys = dict(keys)
-        if keys.get("model.config", MODEL) is None:
-            keys["model.model_name_or_path"] = str(home / keys.get("model.model_name_or_path", "base/model"))
-        if "trainer_type" in keys:
-            keys |= {"data.train_data": str(home / "pairs.jsonl"), "data.eval_data": str(home / "pairs.jsonl")}
-        filled[case] = keys
-    return run_both(home, tmp_path_factory.mktemp(f"cases-{count}"), filled, {}, count)
+    cases = {case: filled(home, keys) for case, keys in cases.items()}
+    return run_both(home, tmp_path_factory.mktemp(f"cases-{count}"), cases, {}, count)
 
 
 @pytest.fixture(scope="module")
@@ -271,8 +277,8 @@ def test_sharded_ranks_are_one(slow, case):
 
 
 # Newton-Schulz in bf16, and moments that fall on the other side of a midpoint, amplify the last bits of a gradient: with "ddp" to
-# 1.7e-3 and 1.6e-4. The rules themselves are exact: test_an_update_of_cut_matrices_is_that_of_whole_ones.
-AMPLIFIED = {"muon": 3e-3, "adamw_8bit": 5e-4}
+# 1.7e-3 and 1.6e-4, on 4 ranks muon to 3.5e-3. The rules are exact: test_an_update_of_cut_matrices_is_that_of_whole_ones.
+AMPLIFIED = {"muon": 1e-2, "adamw_8bit": 5e-4}
 
 
 def assert_case(folder: Path, case: str) -> None:
@@ -343,11 +349,12 @@ def test_an_update_of_cut_matrices_is_that_of_whole_ones(tmp_path):
 def test_replicas_of_sharded_ranks_are_one(home, tmp_path):
     """2 groups of 2 ranks: a group has the whole model, each of its ranks half of it."""
     base = {"model.config": None, "model.model_name_or_path": str(home / "base" / "model")}
-    cases = {"all": {"data.eval_data": str(home / "rows.jsonl")}, "QLoRA": NF4 | base}
+    cases = {"all": {"data.eval_data": str(home / "rows.jsonl")}, "QLoRA": NF4 | base, "adafactor": QUICK["adafactor"]}
+    cases |= {"muon": QUICK["muon"], "zero updates": SLOW["zero updates"]}
     keys = {"parallel.strategy": "hsdp", "parallel.replicas": 2}
     run_both(home, tmp_path, cases, keys, 4)
     for case in cases:
-        assert_equal(tmp_path / case)
+        assert_equal(tmp_path / case, AMPLIFIED.get(case, 1e-5))
 
 
 # ---- trouble ------------------------------------------------------------------------------------------------------
@@ -380,7 +387,7 @@ def test_a_rank_that_is_gone_ends_the_other_which_names_it(home, tmp_path, rank,
     "key, value, others",
     [
         ("train.on_oom", "split", {}),
-        ("dpo.sync_ref_model", True, {"trainer_type": "dpo"}),
+        ("train.optimizer_in_backward", True, {"train.max_grad_norm": None, "train.on_spike": "warn"}),
     ],
 )
 def test_what_sharded_weights_cannot_do_is_refused_by_name(home, key, value, others):

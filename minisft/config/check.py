@@ -198,7 +198,7 @@ def check_trained(config: Config, refuse: Refuse) -> None:
 def check_parallel(config: Config, refuse: Refuse) -> None:
     """What sharded weights do not do yet."""
     values, train, strategy = config_to_dict(config), config.train, config.parallel.strategy
-    is_sharded, trains_all = strategy in ("fsdp2", "hsdp"), config.lora.r is None
+    is_sharded = strategy in ("fsdp2", "hsdp")
     for key, belongs in (("replicas", strategy == "hsdp"), ("reshard_after_forward", is_sharded)):
         if values[f"parallel.{key}"] != KEYS[f"parallel.{key}"].default and not belongs:
             refuse(f"parallel.{key} parallel.strategy", "no weights are sharded so", "leave it out")
@@ -231,9 +231,6 @@ def check_parallel(config: Config, refuse: Refuse) -> None:
     ):
         if is_used:
             refuse(f"parallel.strategy {key}", problem, hint)
-    if config.trainer_type == "dpo" and config.dpo.sync_ref_model and trains_all:
-        hint = 'leave it out, or use strategy = "ddp"'
-        refuse("parallel.strategy dpo.sync_ref_model", "no checkpoint gathers the reference", hint)
 
 
 def check_patterns(config: Config, refuse: Refuse) -> None:

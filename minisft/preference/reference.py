@@ -18,12 +18,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -37,7 +37,9 @@ from minisft.model.decoder import Decoder
 from minisft.model.lora import adapter_disabled
 from minisft.model.quantized import named_weights
 from minisft.model.shards import whole
-from minisft.parallel import is_sharded, no_backward, part_of, reshard
+from minisft.model.weight_files import entry_of, in_usual_order, write_entries
+from minisft.parallel import is_sharded, no_backward, part_of, reshard, whole_copy
+from minisft.parts import rows_of, shape_of
 from minisft.preference.answer_logps import answer_logps
 
 VERSION = 1  # of the cached log-probabilities; raise it when the same input gives other numbers
@@ -107,10 +109,14 @@ class Reference:
             for parameter, value in self.copies.values():
                 value.lerp_(parameter.data, self.mixup_alpha)
 
-    def save(self, folder: Path) -> None:
+    def save(self, policy: Decoder, folder: Path) -> None:
         """A copy that moves belongs to a checkpoint; every other reference is made again from the starting model."""
         if self.sync_steps:
-            save_file({name: value.contiguous() for name, (_, value) in self.copies.items()}, folder / COPY_FILE)
+            entries = [
+                entry_of(name, value.dtype, shape_of(parameter), partial(whole_copy, policy, name, value))
+                for name, (parameter, value) in self.copies.items()
+            ]
+            write_entries(folder / COPY_FILE, in_usual_order(entries), None)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote. Raises UserError where only the checkpoint or only this run has a moving reference."""
@@ -122,8 +128,8 @@ class Reference:
         if not is_there:
             return
         with safe_open(folder / COPY_FILE, framework="pt") as file:
-            for name, (_, value) in self.copies.items():
-                value.copy_(file.get_tensor(name))
+            for name, (parameter, value) in self.copies.items():
+                value.copy_(file.get_tensor(name)[rows_of(parameter)])
 
 
 def copy_of(model: Decoder, trained: Iterable[nn.Parameter]) -> dict[str, tuple[nn.Parameter, Tensor]]:
