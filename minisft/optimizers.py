@@ -6,6 +6,7 @@ checkpoints keep bit for bit. g is the gradient, w the weight, wd the weight dec
 """
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,6 +19,12 @@ from minisft.errors import UserError
 from minisft.kernels.adamw import adamw_
 from minisft.kernels.adamw_formats import STATE_BLOCKSIZE, State
 from minisft.parts import first_of, rows_of, shape_of, shared_out, summed
+
+# The methods of torch's optimizers import torch's compiler at their first call, with SymPy and Triton, only to tell it to leave
+# them alone. Nothing here is compiled, and it takes 170 MB and seconds of every start.
+for _name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+    _method = inspect.unwrap(getattr(torch.optim.Optimizer, _name))
+    setattr(_method, "__dynamo_disable", _method)
 
 SMALLEST_IN_8_BITS = 4096  # numbers; smaller tensors save nothing, and are often the sensitive ones
 OF_BLOCKS = (
@@ -73,8 +80,9 @@ class TorchAdamW(torch.optim.AdamW):
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float):
         super().__init__(groups, betas=betas, eps=eps, fused=True)
 
+    @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        super().step(closure)
+        inspect.unwrap(torch.optim.AdamW.step)(self, closure)  # without its wrapper, which imports the compiler too
         # the fused kernel does not tell autograd that the weights have changed, and their copies (kernels/linear.py) ask for it
         torch.autograd.graph.increment_version([p for group in self.param_groups for p in group["params"]])
 

@@ -29,7 +29,7 @@ from minisft.model.lora import adapter_sites, base_weights
 from minisft.model.model_config import ModelConfig, with_vocab_size
 from minisft.model.quantized import Quantization, QuantLinear, QuantWeight
 from minisft.model.quantized_files import quant_type_of, split, take_parts, unpack
-from minisft.model.shards import local, rows_here
+from minisft.model.shards import is_shard, local, rows_here
 from minisft.model.tensor_names import Stored, stored_tensors
 from minisft.model.weight_files import BUFFERS, FileTensor, bare, read_headers, some
 from minisft.strict_json import read_json
@@ -61,7 +61,8 @@ def give_memory(model: Decoder, device: torch.device | str) -> Decoder:
     names: dict[nn.Parameter, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(p, []).append(name)
-    model.to_empty(device=device)
+    # as to_empty, but for tensors on meta PyTorch then imports its compiler
+    model._apply(lambda t: torch.empty_like(t, device=device) if is_shard(t) else t.new_empty(t.shape, device=device))
     for first, *others in names.values():  # one parameter of several modules has become several
         for name in others:
             parent, _, leaf = name.rpartition(".")
