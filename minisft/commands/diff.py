@@ -11,7 +11,7 @@ from minisft.config.sections import KEYS, config_to_dict
 from minisft.config.values import as_toml
 from minisft.errors import UserError
 from minisft.files import checked_path
-from minisft.loggers import read_metrics
+from minisft.log_files import read_metrics
 
 USAGE = """\
 usage: minisft diff A B [--json]

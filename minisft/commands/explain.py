@@ -87,9 +87,8 @@ def explain(written: str, values: dict, origins: dict[str, str]) -> list[str]:
 
 def wrapped(title: str, text: str, column: int = COLUMN) -> list[str]:
     first = f"  {title}".ljust(column + 2)
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=first, subsequent_indent=" " * (column + 2), break_long_words=False
-    )
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * (column + 2), **options)
 
 
 def default_of(key: str) -> object:
