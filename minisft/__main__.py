@@ -23,6 +23,7 @@ COMMANDS = {  # name: (module with main(argv) -> exit code, what it does)
     "selfcheck": ("minisft.commands.selfcheck", "check the equalities of this engine on your model, data and machine"),
     "diff": ("minisft.commands.diff", "where the losses of two runs part, and everything that differs between them"),
     "explain": ("minisft.commands.explain", "what a key of the configuration means, and where its value comes from"),
+    "ledger": ("minisft.commands.ledger", "rows that a run found hard, forgot, or one row over all steps"),
     "chat": ("minisft.commands.chat", "talk to a trained model"),
     "generate": ("minisft.commands.generate", "answer prompts with a trained model"),
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 from minisft.data.batch import Answers, Batch
 from minisft.data.kinds import CHOSEN, MISMATCHED, REJECTED
 from minisft.kernels.linear_cross_entropy import Stats
-from minisft.metrics import Metrics
+from minisft.metrics import ROW_LOSSES, Metrics
 from minisft.model.decoder import Decoder
 from minisft.preference.answer_logps import answer_logps, sum_by_answer
 from minisft.preference.losses import LossOptions, kto_loss, make_pairs, mixture, wpo_weights
@@ -43,11 +43,18 @@ def weight(batch: Batch) -> float:
 
 
 def loss(
-    model: Decoder, batch: Batch, grad_scale: float | Tensor, *, objective: Objective, reference: Reference | None
+    model: Decoder,
+    batch: Batch,
+    grad_scale: float | Tensor,
+    *,
+    objective: Objective,
+    reference: Reference | None,
+    keep_rows: bool = False,
 ) -> tuple[Tensor, Metrics]:
     """The weighted sum of the losses of the pairs, and metrics.
 
-    Returns a scalar (fp32) that is not scaled by grad_scale; its gradient is. The metrics are detached.
+    Returns a scalar (fp32) that is not scaled by grad_scale; its gradient is. The metrics are detached. keep_rows: in training,
+    the losses of the pairs are among them, as ROW_LOSSES.
     """
     answers, o = batch.answers, objective
     # the reference first, while no activations of the policy are in memory
@@ -72,6 +79,8 @@ def loss(
     with torch.no_grad():
         metrics = {"loss": (total.detach(), answers.total_weight)}
         metrics |= answer_metrics(logps, ref_logps, stats, answers, o, per_token=reference is None)
+    if keep_rows and torch.is_grad_enabled():
+        metrics[ROW_LOSSES] = losses.detach(), 1.0
     return total.detach() + (scaled - scaled.detach()), metrics
 
 

@@ -35,8 +35,9 @@ from minisft.export import (
     write_state,
 )
 from minisft.finish import Result, finish, is_complete
+from minisft.ledger import Ledger, cut_ledgers
 from minisft.loggers import Loggers
-from minisft.metrics import Sums, eval_name, peak_memory
+from minisft.metrics import ROW_LOSSES, Sums, eval_name, peak_memory
 from minisft.micro_batch import forward_backward
 from minisft.optimizers import evaluation_weights
 from minisft.out_of_memory import OutOfMemory, evaluation_error, halve, memory_error, try_largest
@@ -70,6 +71,7 @@ class StepResult:
     num_tokens: int  # over all ranks
     stats: Sums  # metrics of the step
     ran_out: OutOfMemory | None = None  # of memory, on some rank: nothing else happened
+    rows: tuple = ()  # with log.ledger: (documents, losses) of this rank's micro-batches, on the host
 
 
 def run(config: Config, origins: dict[str, str], signal: StopSignal) -> Result:
@@ -103,19 +105,23 @@ def run(config: Config, origins: dict[str, str], signal: StopSignal) -> Result:
                 if is_main:
                     print(console.finished_already(folder, progress.step))
                 return Result(folder, folder / "model", progress.step)
-        loggers = None
+        loggers = ledger = None
         if is_main:
             loggers = start_output(config, origins, folder, prepared, saved)
             stack.callback(lambda: loggers.close())  # those of the end
         bar = stack.enter_context(console.ProgressBar(progress.step, total_steps, config.log.progress_bar and is_main))
         ranks.expect_steps()
+        if config.log.ledger:
+            ledger = stack.enter_context(closing(Ledger(folder, ranks.rank(), progress.step)))
         while True:
             with closing(prepared.train.steps(progress.step, total_steps, ahead=device.type == "cuda")) as steps:
-                values = take_steps(config, prepared, steps, folder, loggers, bar, signal, control)
+                values = take_steps(config, prepared, steps, folder, loggers, bar, signal, control, ledger)
             if not isinstance(values, Path):
                 break
             saved = rewind(config, prepared, values)  # a spike made the run go back to this checkpoint
             bar.back_to(progress.step)
+            if ledger:
+                ledger.back_to(progress.step)
             if loggers and control:
                 control.back_to(progress.step)
                 loggers.close()
@@ -133,6 +139,7 @@ def take_steps(
     bar: console.ProgressBar,
     signal: StopSignal,
     control: Control | None,
+    ledger: Ledger | None = None,
 ) -> dict[str, float] | Path:
     """The loop: steps until the run is done, or asked to stop. Returns the last value of everything logged; or the checkpoint to
     go back to, where on_spike = "rewind".
@@ -174,6 +181,8 @@ def take_steps(
         done = stop or is_complete(config, run)
         is_due = asked.save or run.save_steps is not None and progress.step % run.save_steps == 0
         if progress.step > saved_at and (is_due or done or progress.best.step == progress.step):
+            if ledger:
+                ledger.sync()
             failed_before = MAX_FAILED_SAVES - 1 if done else num_failed_saves  # a last save has no next one to retry
             num_failed_saves, saved_at = save(config, run, folder, loggers, failed_before), progress.step
         if done or saved_at == progress.step and asked_alone(signal):
@@ -205,6 +214,8 @@ def take_steps(
                 failure, stop = outcome, True
                 continue  # after a save of the step before this one
         progress.step += 1
+        if ledger:
+            ledger.write(progress.step, result.rows)
         if result.updated:
             progress.skips_in_a_row = 0
         if progress.step not in progress.spikes.left_out and math.isfinite(result.loss + result.grad_norm):
@@ -277,7 +288,7 @@ def train_step(
         if progress.step == first_step:  # a norm of more parameters is not comparable with those before
             progress.recent = Recent()
     runtime.seed_step(train.seed, progress.step)
-    stats, losses = Sums(run.device), []
+    stats, losses, rows = Sums(run.device), [], []
     in_backward = train.optimizer_in_backward
     zero_updates = ZeroUpdates(run.measured if is_logged and factor else set(), share_of)
     # A CPU maps new memory more slowly than it fills old memory with zeros.
@@ -298,6 +309,8 @@ def train_step(
             else:
                 loss, metrics = forward_backward(run.loss, run.model, run.precision, *work)
             losses.append(loss)
+            if ROW_LOSSES in metrics:
+                rows.append((batch.row_owners, read_back(metrics.pop(ROW_LOSSES)[0])))
             stats.add(metrics)
     if ranks.any_rank(bool(ran_out.message)):
         optimizer.zero_grad(set_to_none=True)
@@ -329,7 +342,9 @@ def train_step(
     optimizer.zero_grad(set_to_none=run.graphs is None and not keeps_gradients)
     is_bad = not (is_left_out or is_accepted(sums, limits))
     loss, grad_norm = (value / unit for value, unit in zip(sums.tolist(), units))
-    return StepResult(updated, is_bad, loss, grad_norm, num_stops > 0, asked, int(num_tokens), stats)
+    # they have arrived: their copies were queued before that of the sums
+    rows = tuple((owners.numpy(), values()[: len(owners)].numpy()) for owners, values in rows)
+    return StepResult(updated, is_bad, loss, grad_norm, num_stops > 0, asked, int(num_tokens), stats, rows=rows)
 
 
 # ---- the start --------------------------------------------------------------------------------------------------
@@ -343,6 +358,7 @@ def start_output(config: Config, origins: dict[str, str], folder: Path, run: Run
     if saved and (changed := changed_keys(config, saved)):
         add_history(folder, {"step": saved["step"], "changed": changed})
     write_resolved(config, origins, folder)
+    cut_ledgers(folder, run.progress.step)
     record.add_start(run, folder, is_resumed=saved is not None)
     write_file(folder / "summary.txt", "\n".join(run.summary) + "\n")
     return open_loggers(config, folder, saved)

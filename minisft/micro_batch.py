@@ -133,7 +133,8 @@ class Graphs:
         graph.scale.fill_(grad_scale)
         graph.replay()
         weights = self.weights_of(batch)
-        return graph.loss.clone(), {name: (value.clone(), weights[name]) for name, (value, _) in graph.metrics.items()}
+        metrics = {name: (value.clone(), weights.get(name, number)) for name, (value, number) in graph.metrics.items()}
+        return graph.loss.clone(), metrics
 
     def _give_up(self, problem: str, batch: Batch, grad_scale: float) -> tuple[Tensor, Metrics]:
         warn(f"no CUDA graph is used: {problem}")

@@ -10,10 +10,11 @@ loss = sum over them of w_t * -log p(y_t) / N, whatever the split into micro-bat
 grad_scale = 1 / N, so it is applied once, in fp32, inside the kernel.
 """
 
+import torch
 from torch import Tensor
 
 from minisft.data.batch import Batch
-from minisft.metrics import Metrics, Names
+from minisft.metrics import ROW_LOSSES, Metrics, Names
 from minisft.model.decoder import Decoder
 
 
@@ -23,12 +24,19 @@ def weight(batch: Batch) -> float:
 
 
 def loss(
-    model: Decoder, batch: Batch, grad_scale: float | Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+    model: Decoder,
+    batch: Batch,
+    grad_scale: float | Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    keep_rows: bool = False,
 ) -> tuple[Tensor, Metrics]:
     """The weighted sum of the loss over the batch's targets, and metrics.
 
     Returns a scalar (fp32) that is not scaled by grad_scale; its gradient is. The metrics are detached. Call backward() on it, if
-    gradients are enabled: a head that has a gradient already has got its new one by then.
+    gradients are enabled: a head that has a gradient already has got its new one by then. keep_rows: in training, the losses of
+    the targets are among the metrics, as ROW_LOSSES.
     """
     hidden = model(batch.input_ids, batch.position_ids, batch.start, batch.end, shared=batch.shared)  # [T, D]
     total, stats = model.cross_entropy(
@@ -44,7 +52,10 @@ def loss(
     )
     nll, correct, entropy = batch.sums_by_part(stats.nll, stats.correct, stats.entropy).unbind(1)  # [parts] each
     sums = (total.detach(), correct[0], entropy[0], nll[1:])  # the first part is the whole batch
-    return total, {name: (value, number) for (name, number), value in zip(metric_weights(batch).items(), sums)}
+    metrics: Metrics = {name: (value, number) for (name, number), value in zip(metric_weights(batch).items(), sums)}
+    if keep_rows and torch.is_grad_enabled():
+        metrics[ROW_LOSSES] = stats.nll, 1.0
+    return total, metrics
 
 
 def metric_weights(batch: Batch) -> dict[Names, float | tuple[float, ...]]:

@@ -448,6 +448,9 @@ class LogSection:
     report_to: tuple[Literal[tuple(TRACKERS)], ...] = option(("tensorboard",), "trackers; [] = none")
     run_name: str | None = option(None, "name of the run in the trackers; none = the output folder's")
     progress_bar: bool = option(True, "one tqdm bar")
+    ledger: bool = option(
+        False, "write down the loss of every document in every step, 8 bytes each; `minisft ledger` reads it"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,11 @@ class Batch:
             new.copy_(old)
         return batch
 
+    @property
+    def row_owners(self) -> Tensor:
+        """The document of each loss in the ledger, int64: of each target without filler, or of each pair (its first one)."""
+        return self.row_document[: self.num_targets] if self.answers is None else self.answers.document[0::2]
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch, with all that the device reads on the device: one copy, without a wait. The rest stays on the host."""
         batch = self

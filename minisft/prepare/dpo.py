@@ -52,7 +52,7 @@ def prepare_dpo(
             describe_loss(objective),
             "without a reference: a reward is beta times the mean log-probability of a token",
         ]
-        loss = partial(dpo.loss, objective=objective, reference=None)
+        loss = partial(dpo.loss, objective=objective, reference=None, keep_rows=config.log.ledger)
         return Preference(loss, None, train, evals, titled("preference", lines))
 
     live = live_reference(config, model, trained, device)
@@ -77,7 +77,7 @@ def prepare_dpo(
         check_start(model, first, reference, precision, section.ld_alpha, has_dropout)
         shown = f"{len(first.answers.weight):,} {train.documents.cache.unit}"
         lines.append(f"checked: of the first {shown} every margin is 0, the loss of sigmoid ln 2")
-    loss = partial(dpo.loss, objective=objective, reference=reference)
+    loss = partial(dpo.loss, objective=objective, reference=reference, keep_rows=config.log.ledger)
     return Preference(loss, reference, train, evals, titled("preference", lines))
 
 

@@ -117,7 +117,8 @@ def prepare(config: Config, device: torch.device) -> Run:
         weight, loss, loader, evals = dpo.weight, preference.loss, preference.train, preference.evals
         reference, preference_lines = preference.reference, preference.lines
     else:
-        weight, loss = sft.weight, partial(sft.loss, label_smoothing=train.label_smoothing, z_loss=train.z_loss)
+        options = {"label_smoothing": train.label_smoothing, "z_loss": train.z_loss, "keep_rows": config.log.ledger}
+        weight, loss = sft.weight, partial(sft.loss, **options)
         reference, preference_lines = None, []
     schedule = prepare_schedule(config, loader)
     graphs = None

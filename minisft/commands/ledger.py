@@ -1,0 +1,171 @@
+"""`minisft ledger RUN`: what the training ledger of a run (log.ledger = true) says about its rows, with their text."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minisft.errors import DATA, UserError
+from minisft.files import checked_path
+from minisft.ledger import Entries, read_ledger
+
+if TYPE_CHECKING:
+    from minisft.data.cache import TokenCache
+
+USAGE = """\
+usage: minisft ledger RUN [--row N | --row FILE:N | --hardest N | --forgotten N] [--json]
+
+What the ledger of a run says, which log.ledger = true keeps: without an option a summary.
+
+  --row N          the row in line N of the training file, or FILE:N where there are several: its loss in every step that
+                   trained it
+  --hardest N      the N documents with the highest loss when they were trained last
+  --forgotten N    the N documents whose loss rose most from its lowest to the last
+  --json           print JSON
+"""
+SHOWN = 300  # characters of a text
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The documents that a run has trained, sorted by number; [n] each."""
+
+    document: np.ndarray
+    times: np.ndarray
+    first: np.ndarray  # loss
+    lowest: np.ndarray
+    last: np.ndarray
+
+
+def main(argv: list[str]) -> int:
+    if not argv or "-h" in argv or "--help" in argv:
+        print(USAGE, file=sys.stdout if argv else sys.stderr, end="")
+        return 0 if argv else 2
+    from minisft.config.command_line import take_options
+
+    options, names = take_options(argv, ("row", "hardest", "forgotten"), ("json",))
+    asked = [name for name in ("row", "hardest", "forgotten") if name in options]
+    if len(names) != 1 or len(asked) > 1:
+        raise UserError("ledger: one run, and one of --row, --hardest and --forgotten", hint="see --help")
+    folder = Path(checked_path(names[0], "the run"))
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder", hint="name the output folder of a run")
+    entries = read_ledger(folder)
+    seen = summarise(entries)
+    if not asked:
+        found: Any = summary(entries, seen)
+        print(json.dumps(found, indent=2) if "json" in options else "\n".join(f"{k:<28} {v}" for k, v in found.items()))
+        return 0
+    cache, tokenizer = open_data(folder)
+    if asked == ["row"]:
+        numbers = find_row(cache, options["row"][-1])
+        chosen = [one_row(cache, tokenizer, number, entries) for number in numbers]
+    else:
+        by = seen.last if asked == ["hardest"] else seen.last - seen.lowest
+        order = np.argsort(-np.nan_to_num(by, nan=np.inf), kind="stable")[: count(asked[0], options[asked[0]][-1])]
+        chosen = [described(cache, tokenizer, seen, int(i)) for i in order]
+    print(json.dumps(chosen, indent=2, ensure_ascii=False) if "json" in options else "\n\n".join(map(text_of, chosen)))
+    return 0
+
+
+def count(name: str, text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= 10**6:
+        raise UserError(f"command line: --{name} {text[:60]}: expected a whole number from 1 to 1,000,000")
+    return int(text)
+
+
+def summarise(entries: Entries) -> Seen:
+    order = np.argsort(entries.document, kind="stable")  # by document, in each by step
+    document, loss = entries.document[order], entries.loss[order]
+    unique, begin, times = np.unique(document, return_index=True, return_counts=True)
+    lowest = np.fmin.reduceat(loss, begin) if len(loss) else loss
+    return Seen(unique, times, loss[begin], lowest, loss[begin + times - 1])
+
+
+def summary(entries: Entries, seen: Seen) -> dict[str, Any]:
+    def mean(x: np.ndarray) -> float:
+        return round(float(np.mean(x[np.isfinite(x)])), 4) if np.isfinite(x).any() else float("nan")
+
+    return {
+        "steps": f"{entries.step[0]} to {entries.step[-1]}" if len(entries.step) else "none",
+        "documents": len(seen.document),
+        "times a document was trained": f"{seen.times.min()} to {seen.times.max()}" if len(seen.times) else "none",
+        "mean loss, the first time": mean(seen.first),
+        "mean loss, the last time": mean(seen.last),
+        "whose loss rose": int((seen.last > seen.first).sum()),
+    }
+
+
+# ---- rows and their text ------------------------------------------------------------------------------------------
+
+
+def open_data(folder: Path) -> tuple["TokenCache", Any]:
+    """The tokens that the run trained. Raises UserError where they are others now."""
+    from dataclasses import replace
+
+    from minisft.config.load import RESOLVED_NAME, load
+    from minisft.config.sections import source_list
+    from minisft.prepare.data import open_documents
+    from minisft.prepare.options import cache_folder, prepare_tokenizer
+    from minisft.record import read_record
+
+    config = load(folder / RESOLVED_NAME)[0]
+    config = replace(config, output_dir=str(folder), data=replace(config.data, cache_dir=str(cache_folder(config))))
+    tokenizer, _ = prepare_tokenizer(config)
+    documents, _ = open_documents(source_list(config.data.train_data), config, tokenizer, config.data.packing)
+    if (starts := read_record(folder)) and starts[-1]["data"]["train"]["tokens"] != documents.cache.fingerprint:
+        hint = "put back the files that the run was trained on; `minisft diff` compares two runs"
+        raise UserError("the training data is not what this run was trained on", hint=hint, exit_code=DATA)
+    return documents.cache, tokenizer
+
+
+def find_row(cache: "TokenCache", text: str) -> list[int]:
+    """The documents of a row: of a conversation there may be several."""
+    name, _, line = text.rpartition(":")
+    if not line.isdecimal():
+        raise UserError(f"command line: --row {text[:100]}", hint="the number of a line, or FILE:NUMBER")
+    paths = cache.manifest["paths"]
+    files = [i for i, path in enumerate(paths) if path == name or Path(path).name == Path(name).name or not name]
+    if not name and len(set(paths)) > 1:
+        raise UserError(f"--row {text}: there are {len(set(paths))} files", hint=f"as in {Path(paths[0]).name}:{text}")
+    found = np.flatnonzero(np.isin(cache.file, files) & (cache.line == int(line)))
+    found = found[:: cache.group]  # of a pair the first answer stands for both
+    if not len(found):
+        raise UserError(
+            f"--row {text}: no document is made from it", hint=f"files: {', '.join(sorted(set(paths))[:3])}"
+        )
+    return found.tolist()
+
+
+def describe(cache: "TokenCache", tokenizer: Any, number: int) -> dict[str, Any]:
+    first, last = int(cache.offsets[number]), int(cache.offsets[number + 1])
+    ids = cache.ids[first:last].tolist()
+    return {"row": cache.place(number), "document": number, "text": tokenizer.decode(ids)}
+
+
+def one_row(cache: "TokenCache", tokenizer: Any, number: int, entries: Entries) -> dict[str, Any]:
+    own = entries.document == number
+    steps = [{"step": int(s), "loss": float(x)} for s, x in zip(entries.step[own], entries.loss[own])]
+    return {**describe(cache, tokenizer, number), "steps": steps}
+
+
+def described(cache: "TokenCache", tokenizer: Any, seen: Seen, i: int) -> dict[str, Any]:
+    losses = {name: float(getattr(seen, name)[i]) for name in ("first", "lowest", "last")}
+    return {**describe(cache, tokenizer, int(seen.document[i])), "times": int(seen.times[i]), **losses}
+
+
+def text_of(found: dict[str, Any]) -> str:
+    """A document for the console."""
+    shown = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in found["text"])
+    shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}... ({len(shown):,} characters)"
+    if "steps" in found:
+        lines = [f"  step {one['step']:>8}  loss {one['loss']:.4f}" for one in found["steps"]] or ["  not trained"]
+    else:
+        lines = [
+            f"  loss {found['last']:.4f} the last time, {found['first']:.4f} the first, {found['lowest']:.4f} the lowest; "
+            f"trained {found['times']} times"
+        ]
+    return "\n".join([found["row"], *lines, f"  {shown}"])
