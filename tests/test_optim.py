@@ -1,6 +1,10 @@
 """Every optimizer against a plain transcription of its update rule, or torch's own; groups, resume, bad input."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -13,6 +17,7 @@ from minisft.errors import UserError
 from minisft.optimizers import OPTIMIZERS, build_optimizer, evaluation_weights, orthogonal
 from minisft.parameters import parameter_groups
 
+ROOT = Path(__file__).resolve().parents[1]
 LR, DECAY, BETAS, EPS, STEPS = 0.03, 0.1, (0.9, 0.98), 1e-8, 7
 
 
@@ -289,3 +294,30 @@ def test_learns_and_resumes_to_the_same_bytes(home, tmp_path, name):
     again = train(home, output_dir=str(tmp_path / "again"), **keys, **{"checkpoint.resume": str(half)})
     one, other = ((r.model_dir / "model.safetensors").read_bytes() for r in (whole, again))
     assert one == other
+
+
+def test_training_imports_no_compiler():
+    """A new process that fills a model and takes a step has neither torch's compiler nor what that imports."""
+    code = """
+import sys
+import torch
+from tiny_models import CONFIGS, stream
+from minisft.model.families import from_hf
+from minisft.model.load import build_model, init_weights
+from minisft.optimizers import build_optimizer
+from minisft.parameters import parameter_groups
+model = build_model(from_hf(CONFIGS["llama"]), "cpu")
+init_weights(model, 0)
+groups = parameter_groups(model, learning_rate=0.1, weight_decay=0.1)
+for name in ("adamw", "adamw_minisft"):
+    optimizer = build_optimizer(name, groups, betas=(0.9, 0.98), eps=1e-8)
+    model(torch.zeros(6, dtype=torch.long), *stream([6])).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+print(*{"torch._dynamo", "sympy", "triton"} & sys.modules.keys())
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []

@@ -225,7 +225,6 @@ PEAKS = {  # family, keys, other sizes, tokens of a micro-batch, largest error
 }
 MEASURE = """
 import json, sys
-import torch._dynamo  # imported by an optimizer
 from pathlib import Path
 from minisft.config.load import load
 from minisft.plan.measure import measure_step
