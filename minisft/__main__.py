@@ -15,6 +15,7 @@ COMMANDS = {  # name: (module with main(argv) -> exit code, what it does)
     "audit": ("minisft.commands.audit", "check a data set: what is trained in it and what is wrong"),
     "plan": ("minisft.commands.plan", "steps, memory, time and cost of a run before it starts, and what makes it fit"),
     "evaluate": ("minisft.commands.evaluate", "loss and accuracy of a data set, by kind of token and source"),
+    "report": ("minisft.commands.report", "one page about one run, or about what differs between several"),
     "export": ("minisft.commands.export", "merge a trained adapter into its base model"),
     "verify-resume": (
         "minisft.commands.verify_resume",

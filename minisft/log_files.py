@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +60,21 @@ def json_line(values: dict[str, Any]) -> bytes:
     return json.dumps(spelled, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; without one that a full disk left unfinished."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; without one that a full disk left unfinished."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(
-                {key: float(value) if isinstance(value, str) else value for key, value in json.loads(line).items()}
-            )
-        except ValueError:
-            continue
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
     return rows
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl or timings.jsonl."""
+    return [
+        {key: float(value) if isinstance(value, str) else value for key, value in row.items()}
+        for row in read_lines(path)
+    ]
 
 
 def _finite_or_string(value):

@@ -45,6 +45,8 @@ EXTRA_PACKAGES = {
     "preference/losses": {"torch"},  # inside a function: the configuration reads the names of the losses from here
     "gguf/file": {"gguf"},  # inside functions: hub asks here whether a path is such a file
     "gguf/tensors": {"gguf"},  # for a type
+    "report/page": {"jinja2"},
+    "report/charts": {"matplotlib"},  # inside functions: an extra
     "trackers": {"torch"},  # inside a function: its texts and hyperparameters for TensorBoard
     "selfcheck/checks": {"transformers"},  # where it is installed, for the logits of an exported folder
     "importers/yaml_file": {"yaml"},  # other trainers write YAML, we TOML
@@ -214,7 +216,8 @@ def test_every_package_is_installed():
     folders = {path.parent.relative_to(ROOT).as_posix() for path in FILES.values()}
     names = {folder.replace("/", ".").replace("kernels", "minisft.kernels") for folder in folders}
     assert settings["packages"] == sorted({*names, "minisft.configs", "minisft.examples"})
-    of_package = {"minisft": "minisft", "minisft.data": "minisft/data", "minisft.configs": "configs"}  # its folder
+    of_package = {"minisft": "minisft", "minisft.configs": "configs"}  # its folder
+    of_package |= {f"minisft.{name}": f"minisft/{name}" for name in ("data", "report")}
     installed = {
         path
         for name, top in of_package.items()

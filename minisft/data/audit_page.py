@@ -28,18 +28,10 @@ def write_page(
     tokenizer: Tokenizer,
 ) -> None:
     """Write the page. report: made by commands/audit.py; sets, findings: by the name of the set. Raises UserError."""
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {
-        "number": "{:,}".format,
-        "percent": "{:.2%}".format,
-        "coordinate": "{:.1f}".format,
-        "basename": lambda place: Path(place).name,
-        "title_of": TITLES.get,
-    }
-    template = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-    rows = [row for name in sets for row in _rows(name, sets[name], findings[name], tokenizer)]
+    environment = environment_of(Path(__file__).parent)
+    environment.filters |= {"basename": lambda place: Path(place).name, "title_of": TITLES.get}
+    template = environment.get_template("audit_page.html")
+    rows = [row for name in sets for row in rows_of(name, sets[name], findings[name], tokenizer)]
     page = template.render(
         report=report,
         charts={name: _charts(entry) for name, entry in report["sets"].items()},
@@ -50,13 +42,25 @@ def write_page(
     write_file(path, page, hint="name another file by --html")
 
 
+def environment_of(folder: Path) -> jinja2.Environment:
+    """Jinja for the templates of a folder, which can import page_parts.html of this one."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader([folder, Path(__file__).parent]),
+    )
+    environment.filters |= {"number": "{:,}".format, "percent": "{:.2%}".format}
+    return environment
+
+
 # ------------------------------------------------------------------------------------------------- charts
 
-WIDTH, LEFT, BAR_HEIGHT, STEP = 760, 170, 16, 22
 Bar = tuple[str, Sequence[float], str]  # label, lengths of the parts (trained, context), text behind them
 
 
-def _charts(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _charts(entry: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The charts of a set, from its part of the report."""
     packing = entry["packing"]
     plans = {name: packing[name] for name in ("packed", "unpacked") if packing[name]}
@@ -87,29 +91,34 @@ def _charts(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _chart(rows: Iterable[Bar]) -> dict[str, Any]:
-    """The places of a chart's horizontal bars, for the template's macro `bars`."""
+def _chart(rows: Iterable[Bar]) -> list[dict[str, Any]]:
+    """Horizontal bars for the macro `bars`: the lengths of their parts as shares of the longest bar."""
     rows = list(rows)
     longest = max((sum(lengths) for _, lengths, _ in rows), default=1) or 1
-    scale = (WIDTH - LEFT - 190) / longest
-    bars = []
-    for i, (label, lengths, text) in enumerate(rows):
-        parts, x = [], float(LEFT)
-        for length, kind in zip(lengths, ("bar", "context")):
-            parts.append({"kind": kind, "x": x, "width": length * scale})
-            x += length * scale
-        y = i * STEP + 4
-        bars.append({"y": y, "label": label, "label_x": LEFT - 8, "parts": parts, "text": text, "text_x": x + 6})
-    return {"width": WIDTH, "height": len(rows) * STEP + 8, "bar_height": BAR_HEIGHT, "bars": bars}
+    return [
+        {
+            "label": label,
+            "parts": [{"kind": kind, "share": length / longest} for length, kind in zip(lengths, ("bar", "context"))],
+            "text": text,
+        }
+        for label, lengths, text in rows
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- rows
 
 
-def _rows(name: str, documents: Documents, findings: list[Finding], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """An even sample of the documents, and some with each finding."""
+def rows_of(
+    name: str,
+    documents: Documents,
+    findings: list[Finding],
+    tokenizer: Tokenizer,
+    number: int = ROWS_SHOWN,
+    most_tokens: int = TOKENS_SHOWN,
+) -> list[dict[str, Any]]:
+    """An even sample of the documents, and some with each finding, for the macro `marked`."""
     cache = documents.cache
-    sample = np.linspace(0, documents.num_units - 1, min(ROWS_SHOWN, documents.num_units)).astype(int)
+    sample = np.linspace(0, documents.num_units - 1, min(number, documents.num_units)).astype(int)
     chosen = set(documents.index.reshape(-1, documents.group)[sample].ravel().tolist())
     for finding in findings:
         chosen |= set(finding.documents[:ROWS_OF_A_FINDING])
@@ -124,8 +133,8 @@ def _rows(name: str, documents: Documents, findings: list[Finding], tokenizer: T
                 "source": f"{name}: {Path(cache.sources[cache.source[d]].label).name}",
                 "findings": [finding for finding, listed in found.items() if d in listed],
                 "place": Path(place_of(cache, d)).name,
-                "parts": stretches(cache, d, start, end, tokenizer, TOKENS_SHOWN),
-                "left_out": int(cache.offsets[d + 1] - cache.offsets[d]) - TOKENS_SHOWN,
+                "parts": stretches(cache, d, start, end, tokenizer, most_tokens),
+                "left_out": int(cache.offsets[d + 1] - cache.offsets[d]) - most_tokens,
             }
         )
     return rows

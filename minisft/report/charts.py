@@ -1,0 +1,154 @@
+"""The charts of a report, drawn by matplotlib.
+
+As SVG they are part of the page: their texts stay texts of 11 pixels, because a chart is drawn as wide as a phone shows it and is
+never scaled down, and their colours are the page's variables, so that they follow its light and dark form.
+"""
+
+import io
+import math
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from minisft.errors import UserError
+from minisft.report.runs import Series
+
+WIDTH, HEIGHT = 340, 220  # CSS pixels
+FONT_SIZE = 8.4  # points: 11.2 pixels
+NUM_COLOURS = 8  # of lines, as the page defines them: --line-0, ...
+# Colours that stand for variables of the page, and what they are in a PNG.
+VARIABLES = {"#010101": ("--text", "#1b1f24"), "#020202": ("--soft", "#666677"), "#030303": ("--line", "#d6dae0")}
+PNG_LINES = ("#2f6db3", "#c4532d", "#3a8a3f", "#8a4fb0", "#a3791a", "#1f8f96", "#b8437f", "#5d6470")
+VARIABLES |= {f"#0404{i:02x}": (f"--line-{i}", colour) for i, colour in enumerate(PNG_LINES)}
+TEXT, SOFT, GRID, *LINES = VARIABLES
+
+
+@dataclass(frozen=True)
+class Line:
+    label: str
+    series: Series
+    colour: int  # number of it
+    is_evaluation: bool  # dashed, with points
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over the steps, or bars."""
+
+    title: str
+    lines: list[Line]
+    smooth: bool = True  # draw the moving average, and the values themselves pale behind it
+    bars: list[tuple[str, int]] = field(default_factory=list)  # label and number
+
+
+def smoothed(values: list[float]) -> np.ndarray:
+    """The exponential moving average over about a thirtieth of the values, without the pull of its start. What is not finite
+    is left out."""
+    keep = 1 - 2 / (max(1.0, len(values) / 30) + 1)
+    total, weight, found = 0.0, 0.0, []
+    for value in values:
+        if math.isfinite(value):
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        found.append(total / weight if weight else math.nan)
+    return np.array(found)
+
+
+def require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "the report needs matplotlib, which is not installed", hint='pip install "minisft[plot]"'
+        ) from None
+
+
+def draw(chart: Chart, format: str) -> bytes:
+    """The chart as a PNG, or as SVG to put into a page. The same chart gives the same bytes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": chart.title,
+        "font.size": FONT_SIZE,
+        "font.family": "sans-serif",
+    }
+    settings |= {
+        "axes.edgecolor": GRID,
+        "text.color": TEXT,
+        "xtick.color": GRID,
+        "ytick.color": GRID,
+        "legend.frameon": False,
+    }
+    settings |= {
+        "xtick.labelcolor": SOFT,
+        "ytick.labelcolor": SOFT,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(WIDTH / 96, HEIGHT / 96), layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(chart.title, loc="left", fontsize=FONT_SIZE + 1, fontweight="bold")
+        if chart.bars:
+            axes.bar(range(len(chart.bars)), [number for _, number in chart.bars], color=LINES[0], width=0.85)
+            shown = range(0, len(chart.bars), math.ceil(len(chart.bars) / 4))
+            axes.set_xticks(list(shown), [chart.bars[i][0] for i in shown])
+        for line in chart.lines:
+            colour, label, (steps, values) = LINES[line.colour % NUM_COLOURS], line.label, line.series
+            finite = np.where(np.isfinite(values), values, np.nan)
+            if line.is_evaluation:
+                axes.plot(steps, finite, "o--", color=colour, label=label, linewidth=1, markersize=3)
+            elif len(values) < 8 or not chart.smooth:
+                axes.plot(
+                    steps,
+                    finite,
+                    "o-" if len(values) < 8 else "-",
+                    color=colour,
+                    label=label,
+                    linewidth=1.4,
+                    markersize=3,
+                )
+            else:
+                axes.plot(steps, finite, color=colour, linewidth=0.8, alpha=0.35)
+                axes.plot(steps, smoothed(values), color=colour, label=label, linewidth=1.6)
+        axes.grid(axis="y", color=GRID, linewidth=0.6)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if chart.lines:
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            if len(chart.lines) > 1:
+                axes.legend(fontsize=FONT_SIZE, handlelength=1.2, labelspacing=0.25, borderaxespad=0.2)
+        out = io.BytesIO()
+        if format == "png":
+            _recolour(figure, {name: colour for name, (_, colour) in VARIABLES.items()})
+            figure.savefig(out, format="png", dpi=192, facecolor="white")
+            return out.getvalue()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = out.getvalue().decode()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(
+        r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" width="{WIDTH}" role="img">', svg, flags=re.DOTALL
+    )
+    for sentinel, (variable, _) in VARIABLES.items():
+        svg = svg.replace(sentinel, f"var({variable})")
+    return svg.encode()
+
+
+def _recolour(figure, colours: dict[str, str]) -> None:
+    """Give everything that has a sentinel for a colour the real one."""
+    from matplotlib.colors import to_hex
+
+    for artist in figure.findobj():
+        for of in ("color", "facecolor", "edgecolor"):
+            get, put = getattr(artist, f"get_{of}", None), getattr(artist, f"set_{of}", None)
+            try:
+                colour = get() if get and put else None
+                found = (
+                    colours.get(to_hex(colour)) if colour is not None and not isinstance(colour, np.ndarray) else None
+                )
+            except ValueError:  # a list of colours, or none
+                continue
+            if found and put:
+                put(found)
