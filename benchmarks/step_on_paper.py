@@ -3,7 +3,7 @@
     python -m benchmarks.step_on_paper                                          four models on an H200
     python -m benchmarks.step_on_paper --model SmolLM2-135M --tokens 4096       one of them, other sizes
     python -m benchmarks.step_on_paper --json                                   a list of dicts, one for each model
-    python -m benchmarks.step_on_paper --csv benchmarks/results                 rows by part of the step, and a chart
+    python -m benchmarks.step_on_paper --csv benchmarks/results                 rows by part of the step
 
 The step is loop.train_step itself, with a decoder of the family's shape and the optimizer of a configuration, on documents of
 2,048 tokens of which all are trained. paper_gpu.py runs it without a GPU and writes down what would be launched. It is the
@@ -32,7 +32,6 @@ import torch
 
 from benchmarks.harness import write_csv
 from benchmarks.paper_gpu import Launch, PaperGPU
-from benchmarks.paper_report import paper_chart
 from minisft import sft
 from minisft.cards import CARDS, Card
 from minisft.config.choices import OPTIMIZERS
@@ -403,9 +402,7 @@ def main() -> int:
     parser.add_argument("--optimizer", choices=OPTIMIZERS)
     parser.add_argument("--lora", type=int, metavar="R", help="train adapters of this rank, the weights are frozen")
     parser.add_argument("--json", action="store_true", help="print one list, a dict for each model")
-    parser.add_argument(
-        "--csv", type=Path, metavar="DIR", help="add to DIR/step_on_paper.csv, and draw its chart there"
-    )
+    parser.add_argument("--csv", type=Path, metavar="DIR", help="add to DIR/step_on_paper.csv")
     arguments = parser.parse_args()
     card = CARDS[arguments.card]
     keys = ("tokens", "accumulation", "optimizer", "lora")
@@ -422,7 +419,6 @@ def main() -> int:
         print(json.dumps(totals))
     if arguments.csv:
         write_csv("step_on_paper", rows, arguments.csv)
-        paper_chart(arguments.csv, arguments.csv)
     return 0
 
 
