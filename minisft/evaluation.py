@@ -66,7 +66,8 @@ def scores(model: Decoder, loader: Loader, device: torch.device, precision: str)
     The parts are those of Batch.parts that the set has. probability: the mean of p(target), which says of a terminator how surely
     the answers end. The model's training mode is restored.
     """
-    sums, sizes, names = 0.0, 0, ()
+    names, sizes = (), np.zeros((), dtype=int)
+    sums = torch.zeros((), dtype=torch.float64, device=device)
     training = model.training
     model.eval()
     try:
