@@ -16,12 +16,11 @@ from minisft.report.runs import Series
 
 WIDTH, HEIGHT = 340, 220  # CSS pixels
 FONT_SIZE = 8.4  # points: 11.2 pixels
-NUM_COLOURS = 8  # of lines, as the page defines them: --line-0, ...
-# Colours that stand for variables of the page, and what they are in a PNG.
-VARIABLES = {"#010101": ("--text", "#1b1f24"), "#020202": ("--soft", "#666677"), "#030303": ("--line", "#d6dae0")}
-PNG_LINES = ("#2f6db3", "#c4532d", "#3a8a3f", "#8a4fb0", "#a3791a", "#1f8f96", "#b8437f", "#5d6470")
-VARIABLES |= {f"#0404{i:02x}": (f"--line-{i}", colour) for i, colour in enumerate(PNG_LINES)}
-TEXT, SOFT, GRID, *LINES = VARIABLES
+# In a PNG; in a page each is a variable, for which a colour stands that is nowhere else.
+COLOURS = {"text": "#1b1f24", "soft": "#5c6270", "line": "#d6dae0"}
+PALETTE = ("#2f6db3", "#c4532d", "#3a8a3f", "#8a4fb0", "#a3791a", "#1f8f96", "#b8437f", "#5d6470")
+COLOURS |= {f"line-{number}": colour for number, colour in enumerate(PALETTE)}
+STAND_INS = {name: f"#0102{number:02x}" for number, name in enumerate(COLOURS)}
 
 
 @dataclass(frozen=True)
@@ -69,52 +68,33 @@ def draw(chart: Chart, format: str) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": chart.title,
-        "font.size": FONT_SIZE,
-        "font.family": "sans-serif",
-    }
-    settings |= {
-        "axes.edgecolor": GRID,
-        "text.color": TEXT,
-        "xtick.color": GRID,
-        "ytick.color": GRID,
-        "legend.frameon": False,
-    }
-    settings |= {
-        "xtick.labelcolor": SOFT,
-        "ytick.labelcolor": SOFT,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
+    colours = COLOURS if format == "png" else STAND_INS
+    settings = {"svg.fonttype": "none", "svg.hashsalt": chart.title}  # texts as texts, and no ids by chance
+    settings |= {"font.size": FONT_SIZE, "font.family": "sans-serif", "text.color": colours["text"]}
+    settings |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), colours["line"])
+    settings |= dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor"), colours["soft"])
+    settings |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
+    settings |= {"axes.axisbelow": True}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(WIDTH / 96, HEIGHT / 96), layout="constrained")
         axes = figure.subplots()
         axes.set_title(chart.title, loc="left", fontsize=FONT_SIZE + 1, fontweight="bold")
         if chart.bars:
-            axes.bar(range(len(chart.bars)), [number for _, number in chart.bars], color=LINES[0], width=0.85)
+            axes.bar(range(len(chart.bars)), [number for _, number in chart.bars], color=colours["line-0"], width=0.85)
             shown = range(0, len(chart.bars), math.ceil(len(chart.bars) / 4))
             axes.set_xticks(list(shown), [chart.bars[i][0] for i in shown])
         for line in chart.lines:
-            colour, label, (steps, values) = LINES[line.colour % NUM_COLOURS], line.label, line.series
+            colour, label, (steps, values) = colours[f"line-{line.colour % len(PALETTE)}"], line.label, line.series
             finite = np.where(np.isfinite(values), values, np.nan)
+            points = {"marker": "o", "markersize": 3} if line.is_evaluation or len(values) < 8 else {}
             if line.is_evaluation:
-                axes.plot(steps, finite, "o--", color=colour, label=label, linewidth=1, markersize=3)
-            elif len(values) < 8 or not chart.smooth:
-                axes.plot(
-                    steps,
-                    finite,
-                    "o-" if len(values) < 8 else "-",
-                    color=colour,
-                    label=label,
-                    linewidth=1.4,
-                    markersize=3,
-                )
+                axes.plot(steps, finite, "--", color=colour, label=label, linewidth=1, **points)
+            elif points or not chart.smooth:
+                axes.plot(steps, finite, color=colour, label=label, linewidth=1.4, **points)
             else:
                 axes.plot(steps, finite, color=colour, linewidth=0.8, alpha=0.35)
                 axes.plot(steps, smoothed(values), color=colour, label=label, linewidth=1.6)
-        axes.grid(axis="y", color=GRID, linewidth=0.6)
+        axes.grid(axis="y", color=colours["line"], linewidth=0.6)
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if chart.lines:
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -122,7 +102,6 @@ def draw(chart: Chart, format: str) -> bytes:
                 axes.legend(fontsize=FONT_SIZE, handlelength=1.2, labelspacing=0.25, borderaxespad=0.2)
         out = io.BytesIO()
         if format == "png":
-            _recolour(figure, {name: colour for name, (_, colour) in VARIABLES.items()})
             figure.savefig(out, format="png", dpi=192, facecolor="white")
             return out.getvalue()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -131,24 +110,6 @@ def draw(chart: Chart, format: str) -> bytes:
     svg = re.sub(
         r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" width="{WIDTH}" role="img">', svg, flags=re.DOTALL
     )
-    for sentinel, (variable, _) in VARIABLES.items():
-        svg = svg.replace(sentinel, f"var({variable})")
+    for name, colour in STAND_INS.items():
+        svg = svg.replace(colour, f"var(--{name})")
     return svg.encode()
-
-
-def _recolour(figure, colours: dict[str, str]) -> None:
-    """Give everything that has a sentinel for a colour the real one."""
-    from matplotlib.colors import to_hex
-
-    for artist in figure.findobj():
-        for of in ("color", "facecolor", "edgecolor"):
-            get, put = getattr(artist, f"get_{of}", None), getattr(artist, f"set_{of}", None)
-            try:
-                colour = get() if get and put else None
-                found = (
-                    colours.get(to_hex(colour)) if colour is not None and not isinstance(colour, np.ndarray) else None
-                )
-            except ValueError:  # a list of colours, or none
-                continue
-            if found and put:
-                put(found)

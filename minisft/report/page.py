@@ -15,7 +15,7 @@ from minisft.data.audit_page import environment_of, rows_of
 from minisft.errors import UserError
 from minisft.prepare.data import open_documents
 from minisft.prepare.options import prepare_tokenizer
-from minisft.report.charts import NUM_COLOURS, Chart, Line, draw
+from minisft.report.charts import PALETTE, Chart, Line, draw
 from minisft.report.runs import RunLog, differences
 from minisft.units import digits
 
@@ -50,7 +50,7 @@ def write_report(path: Path, runs: list[RunLog], pictures: Path | None = None) -
     environment = environment_of(Path(__file__).parent)
     page = environment.get_template("page.html").render(
         runs=runs,
-        colours=[f"--line-{i % NUM_COLOURS}" for i in range(len(runs))],
+        colours=[f"--line-{i % len(PALETTE)}" for i in range(len(runs))],
         results=results(runs),
         charts=[(chart.title, draw(chart, "svg").decode()) for chart in shown],
         differences=differences(runs) if len(runs) > 1 else [],
