@@ -15,8 +15,10 @@ import pytest
 import tiny
 
 from minisft import memory
+from minisft.__main__ import main
 from minisft.commands import init
 from minisft.config.load import load
+from minisft.config.sections import config_to_dict
 from minisft.config.stages import load_stages
 from minisft.errors import SAVE, UserError, run_command
 from minisft.init import detect
@@ -432,3 +434,35 @@ def test_more_memory_never_asks_for_more_savings(trainer, method):
         batches.append(batch)
         savings.append((values.get("train.optim", "") == "adamw_8bit", values.get("train.weights_dtype") == "bf16"))
     assert steps == {32} and savings == sorted(savings, reverse=True) and batches[-1] >= 8
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+def test_what_is_proposed_for_a_card_fits_it_by_the_plan(tmp_path, capsys, trainer):
+    """Without weights: a config.json and a tokenizer do. A larger card never has smaller micro-batches."""
+    from minisft.data.tokenizer import train_tokenizer
+
+    shape = {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536}
+    shape |= {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    train_tokenizer([], vocab_size=259).save(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**shape, "max_position_embeddings": 2048}))
+    answer = {"completion": "b" * 300} if trainer == "sft" else {"chosen": "b" * 300, "rejected": "c" * 300}
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"prompt": "a" * 60, **answer}) + "\n") * 400)
+    options = [
+        "--trainer",
+        trainer,
+        "--model",
+        str(tmp_path / "model"),
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--yes",
+    ]
+    sizes = []
+    for gigabytes in (2, 3, 4, 8, 24):
+        path = str(tmp_path / f"{gigabytes}.toml")
+        assert main(["init", *options, "--hardware", f"{gigabytes}gb", "--output", path]) == 0
+        assert "`minisft plan`" in capsys.readouterr().out
+        assert main(["plan", path, "--gpus", "1", "--gpu-memory", f"{gigabytes}GB", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["memory"]["fits"] == "yes"
+        values = config_to_dict(load(path)[0])
+        sizes.append((values["lora.r"] is None, values["train.per_device_train_batch_size"]))
+    assert sizes[0] < sizes[-1] and [whole for whole, _ in sizes] == sorted(whole for whole, _ in sizes)

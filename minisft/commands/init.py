@@ -36,6 +36,7 @@ from minisft.init.detect import (
     look_at,
     measure,
     model_size,
+    predictor,
     ready_config,
     rebased,
 )
@@ -276,7 +277,8 @@ def _settings(a: argparse.Namespace, method: str, max_length: int | None) -> lis
         return [propose.Proposal(values, {}, [f"the settings are those of {name}"])]
     hardware = propose.parse_hardware(a.hardware, cpu_gigabytes())
     arguments = method, model_size(a.model), hardware, max_length, a.epochs
-    return [propose.propose(trainer, *arguments, _measured(a, data)) for data, trainer in _data_of(a)]
+    predict = predictor(a.model, hardware)
+    return [propose.propose(trainer, *arguments, _measured(a, data), predict) for data, trainer in _data_of(a)]
 
 
 def _measured(a: argparse.Namespace, data: str) -> propose.Rows | None:

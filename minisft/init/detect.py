@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.config.load import READY, load
-from minisft.config.sections import config_to_dict
+from minisft.config.sections import Config, config_to_dict
 from minisft.data.detect_format import detect_row_format
 from minisft.data.row_format import FormatOptions, RowFormat
 from minisft.data.rows import BadRow, Row, RowError
@@ -21,7 +21,7 @@ from minisft.errors import UserError
 from minisft.gguf.config import config_of
 from minisft.gguf.file import is_gguf, open_gguf
 from minisft.hub import is_repository_name
-from minisft.init.propose import Hardware, Rows, Size, size_from_config, size_from_name
+from minisft.init.propose import Hardware, Predict, Rows, Size, size_from_config, size_from_name
 from minisft.memory import memory_bytes
 from minisft.strict_json import read_json
 
@@ -72,6 +72,42 @@ def model_size(model: str) -> Size | None:
     if path.is_file() and isinstance(hf := read_json(path), dict) and (size := size_from_config(hf)):
         return size
     return size_from_name(model)
+
+
+def config_table(model: str) -> dict | None:
+    """The config.json of a local model, of the base of a local adapter, or of a GGUF file; None for a repository."""
+    if adapter := adapter_config(model):
+        return config_table(str(adapter.get("base_model_name_or_path")))
+    if is_gguf(model):
+        return config_of(open_gguf(model))
+    path = folder_of(model) / "config.json"
+    table = read_json(path) if path.is_file() else None
+    return table if isinstance(table, dict) else None
+
+
+def predictor(model: str, hardware: Hardware) -> Predict | None:
+    """What `minisft plan` predicts for a model on this hardware; None without a config.json, or with one that is not trained."""
+    from minisft.model.families import from_hf
+    from minisft.plan.changes import with_keys
+    from minisft.plan.memory import MicroBatch, Place, describe, predict
+
+    table = config_table(model)
+    try:
+        config = from_hf(table) if table is not None else None
+    except UserError:
+        return None
+    if config is None:
+        return None
+    threads = os.cpu_count() or 1
+    place = Place(
+        not hardware.is_cpu, hardware.devices, threads=threads, precision="fp32" if hardware.is_cpu else "bf16"
+    )
+
+    def predicted(keys: dict[str, Any], tokens: int) -> tuple[float, str]:
+        memory = predict(with_keys(Config(), keys), config, MicroBatch(tokens, tokens), place)
+        return memory.total, describe(memory)
+
+    return predicted
 
 
 def folder_of(model: str) -> Path:

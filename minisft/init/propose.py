@@ -1,4 +1,7 @@
-"""What `minisft init` proposes: keys from the size of the model, the method and the memory, by the arithmetic below.
+"""What `minisft init` proposes: keys from the size of the model, the method and the memory.
+
+The memory is that which `minisft plan` predicts, if there is a config.json to predict by, with the plan's margin of a tenth. Of a
+model that is only a name, the arithmetic below estimates it.
 
 Bytes for each trained parameter, with AdamW:
 
@@ -28,6 +31,7 @@ fits without it; as many packs a micro-batch as fit, up to 16,384 tokens; then a
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +103,11 @@ class Rows:
         return min(most, max(least, 2 ** math.ceil(math.log2(max(1, self.long / 3)))))
 
 
+# (keys, tokens of a micro-batch) -> (bytes of a device, these in words), as `minisft plan` predicts them
+Predict = Callable[[dict[str, Any], int], tuple[float, str]]
+MARGIN = 0.10  # that of plan/estimate.py
+
+
 @dataclass(frozen=True)
 class Proposal:
     """Values and remarks by the full names of keys, and the arithmetic in sentences."""
@@ -161,24 +170,27 @@ def propose(
     max_length: int | None = None,
     epochs: float | None = None,
     rows: Rows | None = None,
+    predict: Predict | None = None,
 ) -> Proposal:
     """Settings of one stage. trainer: sft or dpo; size: None = unknown, which gives the smallest settings that always work.
-    max_length: None = as the rows want it, if they are known. rows: None = unknown.
+    max_length: None = as the rows want it, if they are known. rows: None = unknown. predict: None = by the arithmetic above.
 
     Raises UserError if nothing fits.
     """
     per_unit = 2 if trainer == "dpo" else 1  # documents of max_length in a pack or pair
     if max_length is None:
         max_length = rows.max_length if rows else USUAL_LENGTH
-        while max_length > USUAL_LENGTH and not _first_fit(trainer, method, size, hardware, per_unit * max_length):
+        while max_length > USUAL_LENGTH and not _first_fit(
+            trainer, method, size, hardware, per_unit * max_length, predict
+        ):
             max_length //= 2
     pack = per_unit * max_length  # tokens
-    plan = _first_fit(trainer, method, size, hardware, pack)
+    plan = _first_fit(trainer, method, size, hardware, pack, predict)
     if plan is None:
-        raise _too_large(trainer, method, size, hardware, max_length, pack)
+        raise _too_large(trainer, method, size, hardware, max_length, pack, predict)
     epochs = epochs if epochs is not None else 1.0 if trainer == "dpo" else 3.0
     units = None if rows is None else epochs * (rows.number if trainer == "dpo" else rows.tokens / max_length)
-    packs, accumulation = _batch(trainer, hardware, plan, max_length, pack, units)
+    packs, accumulation = _batch(trainer, method, hardware, plan, max_length, pack, units, predict)
     values, remarks = _settings_of_plan(plan, method, hardware, pack)
     values |= {"trainer_type": trainer, "data.max_length": max_length, "data.packing": trainer != "dpo"}
     values |= {"train.per_device_train_batch_size": packs, "evaluate.per_device_eval_batch_size": packs}
@@ -202,7 +214,10 @@ def propose(
         values |= dict.fromkeys(("evaluate.eval_steps", "checkpoint.save_steps"), min(500, max(1, steps // 4)))
         amount = f"about {rows.number:,} rows, {rows.tokens:,.0f} tokens"
         arithmetic.insert(0, f"data: {amount}; x {epochs:g} epochs = about {steps:,} steps (estimated by characters)")
-    if size is None:
+    if predict is not None:
+        _, words = _needed(trainer, method, plan, hardware, packs * pack, predict)
+        arithmetic.append(f"memory: at most {words} (`minisft plan`); a device has {hardware.gigabytes:.0f} GB")
+    elif size is None:
         arithmetic.append("memory: the size of the model is not known; the batch is the smallest")
     else:
         activations = packs * pack * plan.per_token
@@ -245,19 +260,46 @@ def _plans(trainer: str, method: str, size: Size | None, hardware: Hardware) -> 
     return plans
 
 
-def _first_fit(trainer: str, method: str, size: Size | None, hardware: Hardware, pack: int) -> Plan | None:
+def _needed(
+    trainer: str, method: str, plan: Plan, hardware: Hardware, tokens: int, predict: Predict | None
+) -> tuple[float, str]:
+    """(bytes of a device with micro-batches of so many tokens, the same in words)"""
+    if predict is None:
+        return plan.fixed + tokens * plan.per_token, ""
+    # with accumulation, which keeps the gradients between micro-batches
+    keys = {"trainer_type": trainer, "train.gradient_accumulation_steps": 2}
+    return predict(_settings_of_plan(plan, method, hardware, tokens)[0] | keys, tokens)
+
+
+def _fits(trainer: str, method: str, plan: Plan, hardware: Hardware, tokens: int, predict: Predict | None) -> bool:
+    room = hardware.room if predict is None else hardware.gigabytes * GB / (1 + MARGIN)
+    return _needed(trainer, method, plan, hardware, tokens, predict)[0] <= room
+
+
+def _first_fit(
+    trainer: str, method: str, size: Size | None, hardware: Hardware, pack: int, predict: Predict | None
+) -> Plan | None:
     plans = _plans(trainer, method, size, hardware)
-    return next((plan for plan in plans if plan.fixed + pack * plan.per_token <= hardware.room), None)
+    return next((plan for plan in plans if _fits(trainer, method, plan, hardware, pack, predict)), None)
 
 
 def _too_large(
-    trainer: str, method: str, size: Size | None, hardware: Hardware, max_length: int, pack: int
+    trainer: str,
+    method: str,
+    size: Size | None,
+    hardware: Hardware,
+    max_length: int,
+    pack: int,
+    predict: Predict | None,
 ) -> UserError:
     smaller = METHODS[METHODS.index(method) + 1 :]
-    fits = next((other for other in smaller if _first_fit(trainer, other, size, hardware, pack) is not None), None)
+    fits = next(
+        (other for other in smaller if _first_fit(trainer, other, size, hardware, pack, predict) is not None), None
+    )
     instead = f"--method {fits}" if fits else "a smaller model"
     least = _plans(trainer, method, size, hardware)[-1]
-    need = math.ceil(((least.fixed + pack * least.per_token) / GB + 1) / 0.9)
+    needed, _ = _needed(trainer, method, least, hardware, pack, predict)
+    need = math.ceil((needed / GB + 1) / 0.9 if predict is None else needed / GB * (1 + MARGIN))
     return UserError(
         f"{size}, {trainer} {method} with {max_length} tokens needs about {need:,} GB a device; given: {hardware}",
         hint=f"{instead}, a smaller --max-length, or more memory",
@@ -316,11 +358,25 @@ def _activations(size: Size, recompute: bool) -> float:
 
 
 def _batch(
-    trainer: str, hardware: Hardware, plan: Plan, max_length: int, pack: int, units: float | None
+    trainer: str,
+    method: str,
+    hardware: Hardware,
+    plan: Plan,
+    max_length: int,
+    pack: int,
+    units: float | None,
+    predict: Predict | None,
 ) -> tuple[int, int]:
     """(packs of a micro-batch, micro-batches of a step). units: packs or pairs of the whole run, if they are known."""
-    tokens = min(TOKENS_A_MICRO_BATCH, (hardware.room - plan.fixed) / plan.per_token if plan.per_token else pack)
-    packs = max(1, 2 ** int(math.log2(max(1, tokens // pack))))
+    if predict is None:
+        tokens = min(TOKENS_A_MICRO_BATCH, (hardware.room - plan.fixed) / plan.per_token if plan.per_token else pack)
+        packs = max(1, 2 ** int(math.log2(max(1, tokens // pack))))
+    else:
+        packs = 1
+        while 2 * packs * pack <= TOKENS_A_MICRO_BATCH and _fits(
+            trainer, method, plan, hardware, 2 * packs * pack, predict
+        ):
+            packs *= 2
     wanted = PAIRS_A_STEP if trainer == "dpo" else max(1, TOKENS_A_STEP // max_length)
     if units is not None:
         wanted = min(wanted, max(1, int(units / LEAST_STEPS)))
