@@ -42,7 +42,8 @@ TEMPLATES = ROOT / "tests" / "templates"
 # Lists of stages, and what these share: no runs of their own.
 PARTS = ("quickstart-dpo", "smollm3-3b", "smollm3-3b-base")
 RUNS = [name for name in FILES if name not in PARTS]
-OF_HUB = [name for name in RUNS if name != "quickstart"]
+ON_CPU = ("quickstart", "smollm2-135m-laptop")
+OF_HUB = [name for name in RUNS if name not in ON_CPU]
 LORA = [name for name in OF_HUB if re.search(r"^\[lora\]", FILES[name].read_text(), re.MULTILINE)]
 # SmolLM3's second stage starts from what the first wrote, a model of the same shape.
 WRITTEN_BY = {"output/smollm3-3b-sft/model": "HuggingFaceTB/SmolLM3-3B-Base"}

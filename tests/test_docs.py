@@ -7,6 +7,7 @@ A block of a page that no test can run has a comment on the line before it, whic
 
 import doctest
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -61,6 +62,20 @@ def test_pictures_are_current():
     drawn = pictures.drawn()
     assert {path.name for path in pictures.IMAGES.iterdir()} == drawn.keys()
     assert [name for name, text in drawn.items() if (pictures.IMAGES / name).read_text(encoding="utf-8") != text] == []
+
+
+def test_the_page_for_those_who_migrate_is_current():
+    from docs import migrating
+
+    assert migrating.PAGE.read_text(encoding="utf-8") == migrating.page()
+
+
+def test_the_notebook_is_the_page_whose_examples_are_run():
+    from docs import notebook
+
+    assert notebook.NOTEBOOK.read_text(encoding="utf-8") == notebook.notebook()
+    for cell in json.loads(notebook.notebook())["cells"]:
+        assert cell["cell_type"] == "markdown" or compile("".join(cell["source"]), "cell", "exec")
 
 
 def test_a_picture_is_of_both_schemes_and_nothing_lies_outside():

@@ -68,8 +68,8 @@ CHANGES = spread(
         "fp32 products are not rounded to TF32": "tf32",
         "resuming continues at the exact row": "ignore_data_skip restore_callback_states_from_checkpoint",
         "one seed for everything: train.seed": "data_seed",
-        "sharding does not exist here: with torchrun each device holds the whole model": "deepspeed fsdp fsdp.* "
-        "accelerate_config",
+        'weights are sharded with parallel.strategy = "fsdp2" here, and these options are not translated': "deepspeed fsdp "
+        "fsdp.* accelerate_config",
         "this optimizer does not exist here": "optim_target_modules",
         "mixtures of experts are not supported": "router_aux_loss_coef",
         "see optimizers.py for the options of each optimizer": "optim_args optim_args.*",
