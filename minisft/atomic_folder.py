@@ -149,7 +149,7 @@ def crash_point(name: str) -> None:
         FOLDER model             a checkpoint: so are the model and its tokenizer,
         FOLDER optimizer         the optimizer's state,
         FOLDER state             and trainer_state.json
-        FOLDER fsync FILE        the file is on the disk; the files come in the order of their names
+        FOLDER fsync FILE        the file is on the disk; those of one process come in the order of their names
         FOLDER manifest          the manifest is there, on the disk
         FOLDER fsync             the names in the temporary folder are on the disk
         FOLDER aside             the folder that was there before has its new name
@@ -169,16 +169,30 @@ def _temporary(kind: str, target: Path) -> Path:
     return target.with_name(f".{kind}-{target.name}-{HOST}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
+def seal(path: Path, folder: Path, name: str) -> dict:
+    """Put a file of a folder that will be `name` on the disk, with the permissions that the umask asks for; returns its entry in
+    the manifest."""
+    path.chmod(folder.stat().st_mode & 0o666)  # mkdir applied the umask; reading the umask itself would change it
+    fsync_file(path)
+    crash_point(f"{name} fsync {path.name}")
+    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
+
+
 @contextmanager
 def atomic_folder(
-    target: Path | str, manifest: dict | None = None, *, move_existing_to: Path | None = None
+    target: Path | str,
+    manifest: dict | None = None,
+    *,
+    move_existing_to: Path | None = None,
+    sealed: dict[str, dict] | None = None,
 ) -> Iterator[Path]:
     """Yield a temporary folder to write into; on leaving it appears as `target` with everything in it, or not at all.
 
         with atomic_folder(out / "step-00000010", {"step": 10}) as folder:
             ...  # write files into folder
 
-    `manifest`: the caller's own fields (JSON values) for manifest.json; read at the end, so it may be filled inside.
+    `manifest`: the caller's own fields (JSON values) for manifest.json. `sealed`: what `seal` returned for files, by name; for
+    all others it is called at the end. Both are read at the end, so they may be filled inside.
     Every file ends with the permissions that the umask asks for, whatever its writer set (safetensors sets 0600).
     Where `target` exists it is renamed to `move_existing_to` just before the new one appears; without that name it is
     a FileExistsError. On this and any other error nothing of the new folder is left.
@@ -193,16 +207,13 @@ def atomic_folder(
     crash_point(f"{target.name} mkdir")
     try:
         yield folder
-        file_mode = folder.stat().st_mode & 0o666  # mkdir applied the umask; reading the umask itself would change it
-        files = {}
+        files = dict(sealed or {})
         for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
             if path.is_dir():
                 fsync_folder(path)
-                continue
-            path.chmod(file_mode)
-            fsync_file(path)
-            crash_point(f"{target.name} fsync {path.name}")
-            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+            elif name not in files:
+                files[name] = seal(path, folder, target.name)
         fields = {"format": "minisft folder 1", **(manifest or {}), "files": files}
         write_json(folder / MANIFEST, {**fields, "sha256": hashlib.sha256(dump_json(fields)).hexdigest()})
         crash_point(f"{target.name} manifest")
@@ -357,6 +368,17 @@ def lock_folder(folder: Path | str) -> IO[bytes]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {HOST}\n".encode())
     return file
+
+
+@contextmanager
+def hidden_file(folder: Path | str) -> Iterator[Path]:
+    """An empty file with a new hidden name, which is in the folder as long as the block lasts."""
+    path = _temporary("tmp", Path(folder) / "mark")
+    path.touch()
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

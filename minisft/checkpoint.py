@@ -21,12 +21,12 @@ import errno
 import itertools
 import os
 import re
-from collections.abc import Callable, Collection
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minisft import ranks
@@ -37,16 +37,17 @@ from minisft.atomic_folder import (
     not_read,
     read_manifest,
     remove_folder,
-    space,
+    seal,
     verify_folder,
 )
-from minisft.errors import CONFIG, DATA, SAVE, UserError, warn
-from minisft.model.weight_files import entry_of, in_usual_order, write_entries
+from minisft.errors import CONFIG, DATA, UserError, warn
+from minisft.model import row_files
+from minisft.model.shards import local, replica_of
+from minisft.model.tensor_files import Entry, TensorFile, entry_of, in_usual_order
 from minisft.optimizers import state_bytes
-from minisft.parallel import is_sharded, part_of, state_here, state_shape, whole_state
+from minisft.parallel import is_sharded, items_here, part_of, state_here
 from minisft.strict_json import dump_json, parse_json, read_json, write_json
 
-MAX_FAILED_SAVES = 3  # in a row; then the run stops with exit code 74
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 KEEP = "keep"  # a file of this name in a checkpoint's folder pins it
 
@@ -54,38 +55,61 @@ KEEP = "keep"  # a file of this name in a checkpoint's folder pins it
 # ------------------------------------------------------------------------------------------------- save
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    *,
-    write_model: Callable[[Path], None],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict,
-    keep: int | None,
-    pinned: Collection[Path] = (),
-    other_bytes: int = 0,
-) -> Path:
-    """Write folder/step-XXXXXXXX, then delete all but the newest `keep` checkpoints (None: keep all).
+@dataclass
+class Contents:
+    """What a process writes of a checkpoint. Ranks other than the first have only files of tensors, or nothing."""
 
-    write_model(path): writes the model (its exact weights) and the tokenizer into the folder `path`.
-    state: JSON values, without NaN. pinned: checkpoints never to delete (the best), besides those with a file `keep`.
-    other_bytes: of the files that are neither weights nor optimizer state, for the check that all fits.
+    model: list[TensorFile]
+    optimizer: list[TensorFile]
+    write_rest: Callable[[Path], None] | None = None  # the small files beside the model's
+    state: dict | None = None  # of trainer_state.json: JSON values, without NaN
+
+    def copied(self, homes: dict[str, Tensor]) -> "Contents":
+        """The same with the values of now, as `TensorFile.copied`."""
+        copies = ([file.copied(homes) for file in files] for files in (self.model, self.optimizer))
+        return replace(self, **dict(zip(("model", "optimizer"), copies)))
+
+    def write(self, folder: Path, name: str) -> dict[str, dict]:
+        """Write everything into the temporary folder of the checkpoint `name`; returns the entries of its manifest."""
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not here: output_dir must be on a disk that all machines share")
+        for file in self.model:
+            file.write(folder)
+        if self.write_rest is not None:
+            self.write_rest(folder)
+        crash_point(f"{name} model")
+        for file in self.optimizer:
+            file.write(folder)
+        crash_point(f"{name} optimizer")
+        if self.state is not None:
+            write_json(folder / "trainer_state.json", self.state)
+            crash_point(f"{name} state")
+        own = {file.name for file in (*self.model, *self.optimizer)}
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        if self.state is None:
+            paths = [path for path in paths if path.name in own]
+        else:
+            paths = [path for path in paths if path.name in own or not row_files.NAME.fullmatch(path.name)]
+        return {path.relative_to(folder).as_posix(): seal(path, folder, name) for path in paths}
+
+
+@contextmanager
+def new_checkpoint(
+    folder: Path, step: int, *, needed: int, keep: int | None, pinned: Collection[Path] = ()
+) -> Iterator[tuple[Path, dict[str, dict]]]:
+    """Yield a temporary folder for the checkpoint folder/step-XXXXXXXX, and a dict for what `Contents.write` returns. On leaving
+    it appears whole, or not at all; then all but the newest `keep` checkpoints are deleted (None: keep all).
+
+    needed: bytes. pinned: checkpoints never to delete (the best), besides those with a file `keep`.
     Checkpoints of this step or a later one belong to a run that this one replaces (it started over, or from an earlier
     checkpoint): they are renamed to step-XXXXXXXX.replaced-N, out of sight of resume = "auto".
-    Raises OSError or SafetensorError when the disk refuses; then all other checkpoints are untouched.
+    Raises OSError when the disk refuses; then all other checkpoints are untouched.
     """
-    target = step_folder(folder, step)
-    needed = checkpoint_bytes(model, optimizer) + other_bytes
+    target, sealed = step_folder(folder, step), {}
     if free_bytes(folder) < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-    with atomic_folder(target, {"step": step}, move_existing_to=name_aside(target)) as temporary:
-        write_model(temporary)
-        crash_point(f"{target.name} model")
-        _save_optimizer(temporary / "optimizer.safetensors", model, optimizer)
-        crash_point(f"{target.name} optimizer")
-        write_json(temporary / "trainer_state.json", {"step": step, **state})
-        crash_point(f"{target.name} state")
+    with atomic_folder(target, {"step": step}, move_existing_to=name_aside(target), sealed=sealed) as temporary:
+        yield temporary, sealed
 
     try:
         for later in [path for path in checkpoints(folder) if step_of(path) > step]:
@@ -95,27 +119,6 @@ def save_checkpoint(
         _delete_old(folder, keep, pinned)
     except (OSError, UserError) as error:  # this checkpoint is there; the next save looks at the others again
         warn(f"the checkpoints beside {target} were left as they are: {error}")
-    return target
-
-
-def try_save(failures: int, folder: Path, step: int, **arguments) -> int:
-    """`save_checkpoint` for a run that a full disk should not end: 0 where it worked, else failures + 1.
-
-    failures: how many saves failed in a row before this one. A failure is printed on stderr and the next save tries
-    again; the third in a row raises UserError (exit code SAVE). For the last save of a run, which has no next one to
-    retry, pass MAX_FAILED_SAVES - 1.
-    """
-    try:
-        save_checkpoint(folder, step, **arguments)
-        return 0
-    except (OSError, SafetensorError) as error:
-        needed = checkpoint_bytes(arguments["model"], arguments["optimizer"]) + arguments.get("other_bytes", 0)
-        message = f"the checkpoint of step {step} could not be saved: {error}; {space(folder, needed)}"
-        hint = f"the earlier checkpoints in {folder} are untouched; free some space there and resume"
-        if failures + 1 >= MAX_FAILED_SAVES:
-            raise UserError(message, hint=hint, exit_code=SAVE) from error
-        warn(f"{message}; training continues and the next save tries again")
-        return failures + 1
 
 
 def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -213,7 +216,7 @@ def load_checkpoint(
     weights into the model. Raises UserError where the optimizer's parameters are not those of the checkpoint.
     """
     load_model_weights(model, path)
-    _load_optimizer(path / "optimizer.safetensors", model, optimizer)
+    _load_optimizer(path, model, optimizer)
     return read_json(path / "trainer_state.json")
 
 
@@ -226,49 +229,93 @@ def _named_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return {names[p]: (p, group) for group in optimizer.param_groups for p in group["params"]}
 
 
-def _save_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def optimizer_file(model: nn.Module, optimizer: torch.optim.Optimizer) -> TensorFile:
     """State tensors as tensors; the names of all parameters, and state that is not a tensor, as JSON in the header."""
-    whole = dict(model.named_parameters())
-    entries, others = [], {}
-    for name, (parameter, _) in _named_parameters(model, optimizer).items():
-        state = optimizer.state.get(parameter, {})
-        assert not any("." in key for key in state), "the last dot separates name and key"
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                shape = state_shape(whole[name], key, value)
-                read = partial(whole_state, model, optimizer, name, parameter, key)
-                entries.append(entry_of(f"{name}.{key}", value.dtype, shape, read))
-        others[name] = {key: v for key, v in state.items() if not isinstance(v, Tensor)}
-    write_entries(path, in_usual_order(entries), {"parameters": dump_json(others).decode()})
+    entries = [
+        entry_of(f"{name}.{key}", value.dtype, value.shape, value.detach)
+        for name, (p, _) in _named_parameters(model, optimizer).items()
+        for key, value in _tensors_of(optimizer, p).items()
+    ]
+    return TensorFile("optimizer.safetensors", in_usual_order(entries), _other_state(model, optimizer))
 
 
-def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def row_contents(
+    model: nn.Module, optimizer: torch.optim.Optimizer, copies: Mapping[str, tuple[nn.Parameter, Tensor]]
+) -> Contents:
+    """What this rank writes of a sharded model: its rows, and a share of what every rank has. Replicas share the work too.
+
+    copies: other values of the parameters, by name (preference/reference.py).
+    """
+    rank, count = ranks.rank(), ranks.world_size()
+    trained = _named_parameters(model, optimizer)
+    entries: dict[str, list[Entry]] = {"model": [], "optimizer": [], "reference": []}
+    rows: dict[str, dict[str, tuple[int, int]]] = {stem: {} for stem in entries}
+    for number, (name, p) in enumerate(model.named_parameters()):
+        values: list[tuple[str, str, str | None, Tensor]] = [("model", name, None, local(p))]
+        if name in trained:
+            state = _tensors_of(optimizer, trained[name][0])
+            values += [("optimizer", f"{name}.{key}", key, value) for key, value in state.items()]
+        if name in copies:
+            values.append(("reference", name, None, copies[name][1]))
+        for stem, full_name, key, value in values:
+            place = items_here(p, key, value)
+            if place is None:
+                is_mine = number % count == rank
+            else:
+                replica, replicas = replica_of(p)
+                is_mine = number % replicas == replica and len(value) > 0
+            if is_mine:
+                entries[stem].append(entry_of(full_name, value.dtype, value.shape, value.detach))
+                rows[stem] |= {full_name: place} if place else {}
+    files = {stem: row_files.row_file(stem, rank, count, entries[stem], rows[stem]) for stem in ("model", "reference")}
+    moments = row_files.row_file(
+        "optimizer", rank, count, entries["optimizer"], rows["optimizer"], **_other_state(model, optimizer)
+    )
+    return Contents([files["model"], *([files["reference"]] if copies else [])], [moments])
+
+
+def _tensors_of(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor]:
+    state = {key: value for key, value in optimizer.state.get(p, {}).items() if isinstance(value, Tensor)}
+    assert not any("." in key for key in state), "the last dot separates name and key"
+    return state
+
+
+def _other_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """The names of all parameters, and state that is not a tensor, for the header."""
+    others = {
+        name: {key: value for key, value in optimizer.state.get(p, {}).items() if not isinstance(value, Tensor)}
+        for name, (p, _) in _named_parameters(model, optimizer).items()
+    }
+    return {"parameters": dump_json(others).decode()}
+
+
+def _load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     named = _named_parameters(model, optimizer)
-    with safe_open(path, framework="pt") as file:
-        saved = parse_json((file.metadata() or {}).get("parameters", "").encode(), str(path))
-        for word, names in (("lacks", named.keys() - saved.keys()), ("has also", saved.keys() - named.keys())):
-            if names:
-                few = ", ".join(sorted(names)[:5])
-                raise UserError(
-                    f"{path} {word} the state of {len(names)} parameters: {few}{' ...' if len(names) > 5 else ''}",
-                    hint="resume with the model and the trainable parameters that the checkpoint was made with",
-                    exit_code=DATA,
-                )
-        whole = dict(model.named_parameters())
-        optimizer.state.clear()
-        for name, others in saved.items():
-            if others:
-                optimizer.state[named[name][0]].update(others)
-        for full_name in file.keys():
-            name, key = full_name.rsplit(".", 1)
-            parameter, group = named[name]
-            value = state_here(whole[name], key, file.get_tensor(full_name))
-            # torch's convention: a step counter lives on the CPU unless the optimizer is fused or capturable
-            counter = value.ndim == 0 and not (group.get("fused") or group.get("capturable"))
-            at_home = counter or group.get("offload")
-            value = value.to("cpu" if at_home else parameter.device, copy=True)
-            pinned = group.get("offload") and not counter and parameter.is_cuda
-            optimizer.state[parameter][key] = value.pin_memory() if pinned else value
+    found, metadata = row_files.read_rows(folder, "optimizer")
+    saved = parse_json(metadata.get("parameters", "").encode(), str(folder))
+    for word, names in (("lacks", named.keys() - saved.keys()), ("has also", saved.keys() - named.keys())):
+        if names:
+            few = ", ".join(sorted(names)[:5])
+            raise UserError(
+                f"{folder} {word} the state of {len(names)} parameters: {few}{' ...' if len(names) > 5 else ''}",
+                hint="resume with the model and the trainable parameters that the checkpoint was made with",
+                exit_code=DATA,
+            )
+    whole = dict(model.named_parameters())
+    optimizer.state.clear()
+    for name, others in saved.items():
+        if others:
+            optimizer.state[named[name][0]].update(others)
+    for full_name, rows in found.items():
+        name, key = full_name.rsplit(".", 1)
+        parameter, group = named[name]
+        value = state_here(whole[name], key, rows)
+        # torch's convention: a step counter lives on the CPU unless the optimizer is fused or capturable
+        counter = value.ndim == 0 and not (group.get("fused") or group.get("capturable"))
+        at_home = counter or group.get("offload")
+        value = value.to("cpu" if at_home else parameter.device, copy=True)
+        pinned = group.get("offload") and not counter and parameter.is_cuda
+        optimizer.state[parameter][key] = value.pin_memory() if pinned else value
 
 
 def _step_folders(folder: Path) -> list[Path]:
@@ -284,8 +331,8 @@ def _step_folders(folder: Path) -> list[Path]:
 
 def _missing_parts(path: Path) -> str | None:
     files = read_manifest(path)["files"]
-    parts = ("optimizer.safetensors", "trainer_state.json")
-    missing = [name for name in parts if name not in files]
+    state = None if "trainer_state.json" in files else "trainer_state.json"
+    missing = list(filter(None, (row_files.missing_file(files, "optimizer"), state)))
     return f"it holds no {', '.join(missing)}" if missing else None
 
 

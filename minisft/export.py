@@ -4,24 +4,40 @@ needs for it and for its checkpoints.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from safetensors import SafetensorError
 
+from minisft import ranks
 from minisft.atomic_folder import atomic_folder, not_written, read_manifest, require_space, verify_folder
-from minisft.checkpoint import checkpoint_bytes, checkpoints, is_pinned, most_at_once, name_aside, step_folder, step_of
+from minisft.checkpoint import (
+    Contents,
+    checkpoint_bytes,
+    checkpoints,
+    is_pinned,
+    most_at_once,
+    name_aside,
+    optimizer_file,
+    row_contents,
+    step_folder,
+    step_of,
+)
 from minisft.config.sections import Config
 from minisft.console import wrap
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.generation import stop_ids
-from minisft.model.adapter_files import adapter_tensors, load_adapter_weights, save_adapter
+from minisft.model.adapter_files import adapter_file, adapter_tensors, load_adapter_weights, save_adapter_config
 from minisft.model.decoder import Decoder
 from minisft.model.drop_in import copied_bytes, copy_other_files, save_like
 from minisft.model.load import load_weights
 from minisft.model.quantized import quantization_of, read_record
-from minisft.model.save import save_model
+from minisft.model.row_files import lies_in_rows
+from minisft.model.save import model_files, save_model, save_rest
+from minisft.parallel import is_sharded
 from minisft.parts import shape_of
 from minisft.prepare.data import titled
 from minisft.prepare.run import Run
@@ -30,49 +46,89 @@ from minisft.strict_json import write_json
 from minisft.units import size
 
 
-def write_model(run: Run, folder: Path, dtype: torch.dtype | None = None, source: Path | None = None) -> list[str]:
+def write_model(run: Run, folder: Path, dtype: torch.dtype, source: Path | None) -> list[str]:
     """The model, or its adapter where it has one, and its tokenizer, as Hugging Face and PEFT files.
 
-    source: the folder that the model came from, for an exported model, which keeps its form (drop_in.py). The written
-    generation_config lists every token that ended an answer in the training data: it is often not the base model's EOS, and
-    a server without it would never stop. Returns lines for the user.
+    source: the folder that the model came from, whose form it keeps (drop_in.py). Returns lines for the user.
     """
+    note_stops(run)
+    if run.model.lora is None:
+        return write_whole(run.model, run.tokenizer, folder, dtype, source)
+    adapter_file(run.model).write(folder)
+    _write_beside_adapter(run, folder)
+    return []
+
+
+def note_stops(run: Run) -> None:
+    """The written generation_config lists every token that ended an answer in the training data: it is often not the base model's
+    EOS, and a server without it would never stop."""
     stops = stop_ids(run.model, run.tokenizer)
     run.model.generation_config |= {"eos_token_id": sorted(stops)} if stops else {}
-    if run.model.lora is None:
-        return write_whole(run.model, run.tokenizer, folder, dtype or run.model.head_weight.dtype, source)
-    save_adapter(run.model, folder, base=run.start.name, revision=run.start.revision)
+
+
+def _write_beside_adapter(run: Run, folder: Path) -> None:
+    save_adapter_config(run.model, folder, base=run.start.name, revision=run.start.revision)
     write_json(folder / "generation_config.json", run.model.generation_config)
     run.tokenizer.save(folder)
-    return []
 
 
 def write_whole(
     model: Decoder, tokenizer: Tokenizer | None, folder: Path, dtype: torch.dtype, source: Path | None
 ) -> list[str]:
-    """A model without adapters, and its tokenizer where it has one; in the form of `source` if that is a folder. Returns lines
-    for the user."""
+    """A model without adapters, and its tokenizer where it has one; in the form of `source` if it has one. Returns lines for the
+    user."""
     lines = []
-    if source is not None and source.is_dir():  # a GGUF file has no form to keep
+    if has_form(source):
         lines = save_like(model, source, folder, dtype)
     else:
         save_model(model, folder, dtype=dtype)
     if tokenizer is not None:
         tokenizer.save(folder)
-    if source is not None and source.is_dir():
+    if has_form(source):
         copy_other_files(source, folder)
     return lines
 
 
-def write_state(run: Run, folder: Path) -> None:
-    """The model as a checkpoint needs it, and the reference where it moves."""
-    write_model(run, folder)
-    if run.reference is not None:
-        run.reference.save(run.model, folder)
+def has_form(source: Path | None) -> TypeGuard[Path]:
+    """Whether a model can be written like this one: a GGUF file and a checkpoint by rows have no form to keep."""
+    return source is not None and source.is_dir() and not lies_in_rows(source)
+
+
+def checkpoint_contents(run: Run, state: dict) -> Contents:
+    """What this rank writes of a checkpoint. state: of trainer_state.json. The files refer to the tensors as they are."""
+    model, is_first, reference = run.model, ranks.rank() == 0, run.reference
+    copies = reference.copies if reference is not None and reference.sync_steps else {}
+    if writes_rows(model):
+        contents, weight_map = row_contents(model, run.optimizer, copies), {}
+    elif not is_first:
+        return Contents([], [])
+    elif model.lora is None:
+        files = list(model_files(model))
+        weight_map = {entry.name: file.name for file in files for entry in file.entries}
+        contents = Contents(files, [optimizer_file(model, run.optimizer)])
+    else:
+        contents, weight_map = Contents([adapter_file(model)], [optimizer_file(model, run.optimizer)]), {}
+    if not is_first:
+        return contents
+    note_stops(run)
+
+    def write_rest(folder: Path) -> None:
+        if model.lora is not None:
+            return _write_beside_adapter(run, folder)
+        save_rest(model, folder, weight_map)
+        run.tokenizer.save(folder)
+
+    files = contents.model + (reference.files() if copies and not writes_rows(model) else [])
+    return replace(contents, model=files, write_rest=write_rest, state=state)
+
+
+def writes_rows(model: Decoder) -> bool:
+    """Whether every rank writes its rows of a checkpoint. An adapter is on all ranks, and the first one writes it."""
+    return is_sharded(model) and model.lora is None
 
 
 def read_model(model: Decoder, folder: Path) -> None:
-    """Fill the model, or its adapter where it has one, from what `write_model` wrote."""
+    """Fill the model, or its adapter where it has one, from a checkpoint."""
     if model.lora is None:
         load_weights(model, folder)
     else:
@@ -138,7 +194,7 @@ def model_bytes(model: Decoder, tokenizer: Tokenizer | None, dtype: torch.dtype,
     files = tokenizer_bytes(tokenizer)
     if model.lora is not None:
         return files + sum(tensor.nbytes for tensor in adapter_tensors(model).values())
-    copied = copied_bytes(source, model.config) if source is not None and source.is_dir() else 0
+    copied = copied_bytes(source, model.config) if has_form(source) else 0
     return files + copied + sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 

@@ -69,7 +69,7 @@ def finish(
         if config.evaluate.load_best_model_at_end:
             load_best_model(run, folder)
         with evaluation_weights(run.optimizer):
-            on_first_rank(run.model, run.optimizer, partial(export_once, config, run, folder, bar))
+            on_first_rank(run.model, partial(export_once, config, run, folder, bar))
             if run.prompts:
                 try:
                     if not is_sharded(run.model):  # else the other ranks would wait for the rest of its passes
@@ -135,7 +135,7 @@ def load_best_model(run: Run, folder: Path) -> None:
     if chosen.step in (0, run.progress.step):
         return
     is_main = ranks.rank() == 0
-    reason = on_first_rank(run.model, run.optimizer, partial(verify_folder, path))
+    reason = on_first_rank(run.model, partial(verify_folder, path))
     if is_sharded(run.model):
         reason = ranks.from_first_rank(reason)
     if reason:

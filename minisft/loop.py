@@ -20,7 +20,7 @@ import torch
 from minisft import best, console, ranks, record, runtime, schedule, signals
 from minisft.atomic_folder import lock_folder, remove_leftovers, write_file
 from minisft.bad_steps import handle_bad_step
-from minisft.checkpoint import MAX_FAILED_SAVES, step_folder, try_save
+from minisft.checkpoint import checkpoint_bytes, step_folder
 from minisft.config.load import add_history, write_resolved
 from minisft.config.sections import Config, TrainSection, config_to_dict
 from minisft.config.stages import has_samples
@@ -28,12 +28,7 @@ from minisft.control import Control, Request
 from minisft.data.batch import Batch
 from minisft.errors import STOPPED, Stopped, UserError, warn
 from minisft.evaluation import evaluate
-from minisft.export import (
-    is_exported,
-    other_bytes,
-    require_space_for_run,
-    write_state,
-)
+from minisft.export import checkpoint_contents, is_exported, other_bytes, require_space_for_run, writes_rows
 from minisft.finish import Result, finish, is_complete
 from minisft.ledger import Ledger, cut_ledgers
 from minisft.loggers import Loggers
@@ -41,11 +36,12 @@ from minisft.metrics import ROW_LOSSES, Sums, eval_name, peak_memory
 from minisft.micro_batch import forward_backward
 from minisft.optimizers import evaluation_weights
 from minisft.out_of_memory import OutOfMemory, evaluation_error, halve, memory_error, try_largest
-from minisft.parallel import is_sharded, needs_others, on_first_rank, share_of, sum_gradients, total_norm, waiting
+from minisft.parallel import is_sharded, needs_others, share_of, sum_gradients, total_norm, waiting
 from minisft.prepare.run import Run, prepare
 from minisft.resume import changed_keys, require_same_state, resume, rewind, training_state
 from minisft.runtime import read_back
 from minisft.samples import complete
+from minisft.saver import Saver, require_shared_folder
 from minisft.schedule import lr_factor
 from minisft.signals import StopSignal
 from minisft.spikes import Recent
@@ -111,11 +107,12 @@ def run(config: Config, origins: dict[str, str], signal: StopSignal) -> Result:
             stack.callback(lambda: loggers.close())  # those of the end
         bar = stack.enter_context(console.ProgressBar(progress.step, total_steps, config.log.progress_bar and is_main))
         ranks.expect_steps()
+        saver = stack.enter_context(start_saver(config, prepared, folder))
         if config.log.ledger:
             ledger = stack.enter_context(closing(Ledger(folder, ranks.rank(), progress.step)))
         while True:
             with closing(prepared.train.steps(progress.step, total_steps, ahead=device.type == "cuda")) as steps:
-                values = take_steps(config, prepared, steps, folder, loggers, bar, signal, control, ledger)
+                values = take_steps(config, prepared, steps, folder, saver, loggers, bar, signal, control, ledger)
             if not isinstance(values, Path):
                 break
             saved = rewind(config, prepared, values)  # a spike made the run go back to this checkpoint
@@ -135,6 +132,7 @@ def take_steps(
     run: Run,
     steps: Iterator[list[Batch]],
     folder: Path,
+    saver: Saver,
     loggers: Loggers | None,
     bar: console.ProgressBar,
     signal: StopSignal,
@@ -149,7 +147,7 @@ def take_steps(
     """
     progress, total_steps = run.progress, run.total_steps
     saved_at = progress.step  # a resumed run was saved at this step already
-    num_failed_saves, stop, asked, failure = 0, False, Request(), None
+    stop, asked, failure = False, Request(), None
     values, seconds, waited, tokens = {}, 0.0, 0.0, 0
 
     while True:
@@ -178,13 +176,14 @@ def take_steps(
 
         # ---- 2. save if due, asked for, the best, or last
         signal.note("stopping once a checkpoint is written")
+        saver.publish_if_ready()
         done = stop or is_complete(config, run)
         is_due = asked.save or run.save_steps is not None and progress.step % run.save_steps == 0
         if progress.step > saved_at and (is_due or done or progress.best.step == progress.step):
             if ledger:
                 ledger.sync()
-            failed_before = MAX_FAILED_SAVES - 1 if done else num_failed_saves  # a last save has no next one to retry
-            num_failed_saves, saved_at = save(config, run, folder, loggers, failed_before), progress.step
+            saved_at = progress.step
+            save(config, run, saver, loggers, is_last=done)
         if done or saved_at == progress.step and asked_alone(signal):
             break
 
@@ -205,6 +204,7 @@ def take_steps(
                 raise failure  # some weights are updated already
             continue  # after a save of the step before this one
         if result.is_bad:
+            saver.finish()  # the run may go back to it
             outcome = handle_bad_step(run, config.train, batches, folder, result.loss, result.grad_norm)
             if isinstance(outcome, Path):
                 return outcome
@@ -240,6 +240,7 @@ def take_steps(
                 bar.log(progress.step, window, timings["tokens_per_second"])
         bar.update()
 
+    saver.finish(is_last=True)
     if failure:
         raise failure
     return values
@@ -379,6 +380,14 @@ def start_control(config: Config, run: Run, folder: Path) -> Control:
     return control
 
 
+def start_saver(config: Config, run: Run, folder: Path) -> Saver:
+    """Who saves. Raises UserError where every rank writes its part, and the ranks have no folder together."""
+    section, everyone = config.checkpoint, writes_rows(run.model)
+    if everyone:
+        require_shared_folder(folder)
+    return Saver(folder / "checkpoints", section.save_total_limit, everyone=everyone)
+
+
 def require_unchanged(config: Config, folder: Path, saved: dict | None) -> None:
     """UserError where a finished run is started again with a configuration that would write another model."""
     if changed := changed_keys(config, saved or {}):
@@ -466,24 +475,16 @@ def sample(config: Config, run: Run, loggers: Loggers | None, bar: console.Progr
         bar.say(console.sample_lines(run.progress.step, run.total_steps, samples))
 
 
-def save(config: Config, run: Run, folder: Path, loggers: Loggers | None, num_failed: int) -> int:
-    """Write the checkpoint of this step. num_failed: saves that failed in a row before; returns the same after this one."""
+def save(config: Config, run: Run, saver: Saver, loggers: Loggers | None, is_last: bool) -> None:
+    """Save the checkpoint of this step, or begin to. is_last: as `Saver.save` has it."""
     state = training_state(config, run)  # all ranks add their sums
-    write = partial(
-        try_save,
-        num_failed,
-        folder / "checkpoints",
+    saver.save(
         run.progress.step,
-        write_model=partial(write_state, run),
-        model=run.model,
-        optimizer=run.optimizer,
-        state={**state, **(loggers.position() if loggers else {})},
-        keep=config.checkpoint.save_total_limit,
-        pinned=[step_folder(folder / "checkpoints", run.progress.best.step)],
-        other_bytes=other_bytes(run),
+        checkpoint_contents(run, {"step": run.progress.step, **state, **(loggers.position() if loggers else {})}),
+        needed=checkpoint_bytes(run.model, run.optimizer) + other_bytes(run),
+        pinned=[step_folder(saver.folder, run.progress.best.step)],
+        is_last=is_last,
     )
-    copies = run.reference.copies if run.reference is not None else {}
-    return on_first_rank(run.model, run.optimizer, write, copies) or 0
 
 
 def progress_values(run: Run) -> dict[str, float]:

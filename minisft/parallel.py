@@ -21,8 +21,7 @@ Zhao et al. 2023, "PyTorch FSDP", arXiv:2304.11277. ZeRO: Rajbhandari et al. 202
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -36,6 +35,7 @@ from minisft.model.attention import Attention
 from minisft.model.context import Context
 from minisft.model.decoder import Decoder
 from minisft.model.quantized import QuantWeight, named_weights, quant_weights
+from minisft.model.row_files import Rows
 from minisft.optimizers import OF_BLOCKS, STATE_BLOCKSIZE
 from minisft.parts import Cut
 
@@ -222,35 +222,22 @@ def no_backward(model: Decoder) -> Iterator[None]:
 # ---- whole tensors ------------------------------------------------------------------------------------------------
 
 
-COPY = "copy"  # in the place of a key of the optimizer's state
-
-
-def on_first_rank(
-    model: Decoder,
-    optimizer: torch.optim.Optimizer,
-    work: Callable[[], T],
-    copies: Mapping[str, tuple[nn.Parameter, Tensor]] = MappingProxyType({}),
-) -> T | None:
+def on_first_rank(model: Decoder, work: Callable[[], T]) -> T | None:
     """work() on the first rank, which has the result; None on all others. All ranks call it.
 
-    Inside, `model.whole`, `whole_state` and `whole_copy` give whole tensors: the first rank asks for one, and every rank gives
-    its rows. copies: other values of parameters, by name (preference/reference.py).
+    Inside, `model.whole` gives whole tensors: the first rank asks for one, and every rank gives its rows.
     """
     if not is_sharded(model):
         return work() if ranks.rank() == 0 else None
     parameters = dict(model.named_parameters())
 
-    def gather(name: str, key: str | None = None) -> Tensor:
-        p, part = parameters[name], part_of(parameters[name])
-        x = part.detach() if key is None else copies[name][1] if key == COPY else optimizer.state[part][key]
-        if not (count := _items_each(p, key, x)):
-            return x  # every rank has all of it
+    def gather(name: str) -> Tensor:
         with ranks.waiting():
-            return shards.gathered(x, p, count, state_shape(p, key, x)[0])
+            return shards.whole(parameters[name])
 
-    def ask(name: str, key: str | None = None) -> Tensor:
-        ranks.from_first_rank([name, key])
-        return gather(name, key)
+    def ask(name: str) -> Tensor:
+        ranks.from_first_rank(name)
+        return gather(name)
 
     if ranks.rank() == 0:
         model.gather = ask
@@ -260,18 +247,17 @@ def on_first_rank(
             model.gather = None
             ranks.from_first_rank(None)
     while (wanted := ranks.from_first_rank(None)) is not None:
-        gather(*wanted)
+        gather(wanted)
     return None
 
 
-def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer, name: str, part: Tensor, key: str) -> Tensor:
-    """One tensor of the optimizer's state of a parameter."""
-    return model.gather(name, key) if is_sharded(model) else optimizer.state[part][key]
-
-
-def whole_copy(model: nn.Module, name: str, value: Tensor) -> Tensor:
-    """One of the copies that `on_first_rank` was given."""
-    return model.gather(name, COPY) if is_sharded(model) else value
+def items_here(p: nn.Parameter, key: str | None, x: Tensor) -> tuple[int, int] | None:
+    """(the first item, the items of the whole tensor) along dim 0 of what this rank has of a parameter, x, or, with a key, of a
+    tensor x of its state; None where every rank has all of it."""
+    if not (count := _items_each(p, key, x)):
+        return None
+    total = -(-p.numel() // STATE_BLOCKSIZE) if key in OF_BLOCKS else p.shape[0]
+    return min(part_of(p).cut.rank * count, total), total
 
 
 def _items_each(p: nn.Parameter, key: str | None, x: Tensor) -> int:
@@ -283,18 +269,12 @@ def _items_each(p: nn.Parameter, key: str | None, x: Tensor) -> int:
     return shards.rows_each(p) if x.shape == part_of(p).shape else 0
 
 
-def state_shape(p: nn.Parameter, key: str | None, x: Tensor) -> torch.Size:
-    """The shape of the whole tensor of which x is what this rank has of a parameter's state."""
-    if not _items_each(p, key, x):
-        return x.shape
-    return torch.Size((-(-p.numel() // STATE_BLOCKSIZE),)) if key in OF_BLOCKS else p.shape
-
-
-def state_here(p: nn.Parameter, key: str, whole: Tensor) -> Tensor:
+def state_here(p: nn.Parameter, key: str, whole: Rows) -> Tensor:
     """What belongs to the rows of this rank of a whole tensor of a parameter's state."""
     if part_of(p) is p:
-        return whole
+        return whole[:]
     if key in OF_BLOCKS:
         count = shards.rows_each(p) * p.shape[1] // STATE_BLOCKSIZE
-        return whole[p.part.cut.rank * count :][:count]
-    return whole[shards.rows_here(p)] if whole.shape == p.shape else whole
+        first = p.part.cut.rank * count
+        return whole[first : first + count]
+    return whole[shards.rows_here(p)] if whole.shape == list(p.shape) else whole[:]

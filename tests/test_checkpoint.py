@@ -19,6 +19,7 @@ from minisft import atomic_folder, checkpoint
 from minisft.config.choices import ADAMW, OPTIMIZERS
 from minisft.errors import CONFIG, DATA, SAVE, UserError
 from minisft.optimizers import build_optimizer
+from minisft.saver import MAX_FAILED_SAVES, Saver
 
 
 def make(seed: int = 0, optimizer=torch.optim.AdamW, **options):
@@ -36,14 +37,28 @@ def train(model, optimizer, steps: int = 3, seed: int = 0) -> None:
 
 
 def save(
-    folder: Path, step: int, model, optimizer, *, keep=None, save_with=checkpoint.save_checkpoint, first=(), **more
-):
-    def write_model(path: Path) -> None:
+    folder: Path, step: int, model, optimizer, *, keep=None, pinned=(), other_bytes=0, write_model=None, failures=None,
+    in_background=False,
+):  # fmt: skip
+    """A save -> the checkpoint. failures: so many in a row before it, through `Saver` -> the same after it."""
+
+    def write(path: Path) -> None:
         save_file(model.state_dict(), path / "model.safetensors")
         (path / "config.json").write_text("{}")
 
-    arguments = {"write_model": write_model, "state": {"epoch": step / 7, "data": {"position": 3 * step}}, **more}
-    return save_with(*first, folder, step, model=model, optimizer=optimizer, keep=keep, **arguments)
+    state = {"step": step, "epoch": step / 7, "data": {"position": 3 * step}}
+    contents = checkpoint.Contents([], [checkpoint.optimizer_file(model, optimizer)], write_model or write, state)
+    options = {"needed": checkpoint.checkpoint_bytes(model, optimizer) + other_bytes, "pinned": pinned}
+    if failures is not None:
+        with Saver(folder, keep, in_background=in_background) as saver:
+            saver.num_failed = failures
+            saver.save(step, contents, **options)
+            saver.finish()
+            return saver.num_failed
+    path = folder / f"step-{step:08d}"
+    with checkpoint.new_checkpoint(folder, step, keep=keep, **options) as (temporary, sealed):
+        sealed |= contents.write(temporary, path.name)
+    return path
 
 
 def load(path: Path, model, optimizer) -> dict:
@@ -362,11 +377,11 @@ def test_a_full_disk_at_any_operation_keeps_the_old_checkpoint(tmp_path, monkeyp
     monkeypatch.setattr(os, "fsync", fsync)
     for operation in range(1, 8):  # trainer_state.json as it is written, five files, the manifest ...
         left = operation
-        failures = save(tmp_path, 20, model, opt, keep=1, save_with=checkpoint.try_save, first=(0,))
+        failures = save(tmp_path, 20, model, opt, keep=1, failures=0)
         assert failures == 1 and "step 20 could not be saved: [Errno 28]" in capsys.readouterr().err
         assert [p.name for p in tmp_path.iterdir()] == ["step-00000010"]
     assert {p: p.read_bytes() for p in (tmp_path / "step-00000010").iterdir()} == before
-    assert save(tmp_path, 20, model, opt, keep=1, save_with=checkpoint.try_save, first=(1,)) == 0
+    assert save(tmp_path, 20, model, opt, keep=1, failures=1) == 0
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000020"]
 
 
@@ -388,7 +403,7 @@ def test_a_file_size_limit_fails_loudly_and_the_third_in_a_row_ends_the_run(tmp_
         ):  # bytes a file may have; the weights need about 600, the optimizer 1600
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, old_limit[1]))
             try:
-                failures = save(tmp_path, 2, model, opt, keep=1, save_with=checkpoint.try_save, first=(failures,))
+                failures = save(tmp_path, 2, model, opt, keep=1, failures=failures)
                 results.append(failures)
             except UserError as error:
                 results.append(error.exit_code)
@@ -399,7 +414,7 @@ def test_a_file_size_limit_fails_loudly_and_the_third_in_a_row_ends_the_run(tmp_
     assert capsys.readouterr().err.count("WARNING the checkpoint of step 2 could not be saved") == 4
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert atomic_folder.verify_folder(tmp_path / "step-00000001") is None
-    assert save(tmp_path, 2, model, opt, save_with=checkpoint.try_save, first=(2,)) == 0  # there is room again
+    assert save(tmp_path, 2, model, opt, failures=2) == 0  # there is room again
 
 
 def test_a_last_save_that_fails_ends_the_run(tmp_path):
@@ -407,9 +422,9 @@ def test_a_last_save_that_fails_ends_the_run(tmp_path):
         raise OSError(errno.EIO, "Input/output error")
 
     model, opt = make()
-    last = checkpoint.MAX_FAILED_SAVES - 1
+    last = MAX_FAILED_SAVES - 1
     with pytest.raises(UserError, match="step 5 could not be saved") as error:
-        save(tmp_path, 5, model, opt, save_with=checkpoint.try_save, first=(last,), write_model=write_model)
+        save(tmp_path, 5, model, opt, failures=last, write_model=write_model)
     assert error.value.exit_code == SAVE and str(tmp_path) in error.value.hint
 
 
@@ -426,7 +441,7 @@ def test_too_little_space_is_refused_before_a_save(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2, model, opt)
     with pytest.raises(UserError, match="No space left .*; 7[0-9][0-9] bytes needed, 3[0-9][0-9] bytes free"):
-        save(tmp_path, 2, model, opt, save_with=checkpoint.try_save, first=(checkpoint.MAX_FAILED_SAVES - 1,))
+        save(tmp_path, 2, model, opt, failures=MAX_FAILED_SAVES - 1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     needed = checkpoint.checkpoint_bytes(model, opt)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
@@ -554,7 +569,7 @@ def test_an_older_checkpoint_that_cannot_be_read_does_not_end_a_run_at_its_save(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", fail)
-        assert save(tmp_path, 2, model, opt, keep=1, save_with=checkpoint.try_save, first=(0,)) == 0
+        assert save(tmp_path, 2, model, opt, keep=1, failures=0) == 0
     assert "left as they are" in (said := capsys.readouterr().err) and "Stale file handle" in said
     assert len(checkpoint.checkpoints(tmp_path)) == 2
     save(tmp_path, 3, model, opt, keep=1)

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 from tiny import GPT2, logged, settings, train, weights
 
-from minisft import checkpoint, samples, sft
+from minisft import samples, saver, sft
 from minisft.data.cache import build_cache
 from minisft.data.documents import select_documents
 from minisft.data.row_format import FormatOptions
@@ -207,14 +207,14 @@ def test_the_prompts_of_any_data_end_where_the_answer_begins(tmp_path):
     ids=["two in a row", "three in a row", "the last", "the last after others"],
 )
 def test_failed_saves_end_a_run_after_the_third_in_a_row_or_the_last(go, monkeypatch, failing, ends_at):
-    honest = checkpoint.save_checkpoint
+    honest = saver.new_checkpoint
 
-    def save_checkpoint(folder, step, **arguments):
+    def new_checkpoint(folder, step, **arguments):
         if step in failing:
             raise OSError(errno.ENOSPC, "No space left on device")
         return honest(folder, step, **arguments)
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(saver, "new_checkpoint", new_checkpoint)
     options = {"train.max_steps": 6, "checkpoint.save_steps": 1}
     if ends_at is None:
         assert go(**options).exit_code == 0

@@ -1,11 +1,13 @@
 """Sharded ranks (FSDP2 on gloo) are one: losses, first gradients, weights, files. A run goes on with another number of them."""
 
+import errno
 import json
 import os
 import signal
 import socket
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +19,9 @@ from test_ranks import free_port, join, start_ranks
 from tiny import GPT2, MODEL, logged, parts, relative_error, settings, start, train, train_quietly
 
 from minisft import loop, parallel, peers
+from minisft.checkpoint import Contents, find_checkpoint
 from minisft.config.load import load
-from minisft.errors import DATA, PEER, UserError, run_command
+from minisft.errors import DATA, PEER, SAVE, UserError, run_command
 from minisft.micro_batch import forward_backward
 from minisft.model.adapter_files import save_adapter
 from minisft.model.families import from_hf
@@ -26,6 +29,7 @@ from minisft.model.load import build_model, init_weights, load_model
 from minisft.model.lora import apply_lora
 from minisft.model.lora_options import LoraOptions
 from minisft.model.quantized import Quantization
+from minisft.model.row_files import read_rows
 from minisft.model.save import save_model
 from minisft.model.shards import rows_here
 from minisft.optimizers import RULES, build_optimizer, cut_runs_through_blocks
@@ -137,8 +141,7 @@ def test_two_sharded_ranks_are_one_and_go_on_with_a_run_of_one(home, tmp_path):
     run_both(home, tmp_path, {"": keys}, ACCUMULATED)
     one, several = tmp_path / "one", tmp_path / "several"
     assert_equal(tmp_path)
-    first = "checkpoints/step-00000001/optimizer.safetensors"
-    moments, expected = (load_file(folder / first) for folder in (several, one))
+    moments, expected = (state_of(folder / "checkpoints" / "step-00000001") for folder in (several, one))
     gradients = [name for name in expected if name.endswith("exp_avg")]  # with beta1 = 0
     assert gradients and moments.keys() == expected.keys()
     for name in gradients:
@@ -146,32 +149,43 @@ def test_two_sharded_ranks_are_one_and_go_on_with_a_run_of_one(home, tmp_path):
     for name in ("samples.jsonl", "step_samples.jsonl"):
         assert (several / name).read_bytes() == (one / name).read_bytes()
     assert "this rank keeps" in (several / "said-0").read_text()
+    assert {path.name for path in (several / "checkpoints" / "step-00000004").glob("*.safetensors")} == {
+        f"{stem}.rows-{rank:05}-of-00002.safetensors" for stem in ("model", "optimizer") for rank in (1, 2)
+    }
 
     elastic = tmp_path / "elastic"
     keys = options(home, **keys, **SHARDED, output_dir=str(elastic))
     keys |= {"train.per_device_train_batch_size": 6, "checkpoint.resume": str(one / "checkpoints" / "step-00000004")}
-    assert join(start_ranks(home, keys)) == (0, 0)
+    alone = keys | {"train.per_device_train_batch_size": 12, "output_dir": str(tmp_path / "alone")}
+    alone |= {"checkpoint.resume": str(several / "checkpoints" / "step-00000004")}
+    assert join([*start_ranks(home, keys), start(train_quietly, home, alone)]) == (0, 0, 0)
     assert_same_end(elastic, one, since=4)
+    assert_same_end(tmp_path / "alone", one, since=4)
+
+
+def state_of(checkpoint: Path, stem: str = "optimizer") -> dict[str, torch.Tensor]:
+    return {name: rows[:] for name, rows in read_rows(checkpoint, stem)[0].items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["adamw", "adafactor", "muon", "adamw_8bit", "DPO, a reference that follows"])
 def test_a_run_goes_on_with_another_number_of_ranks_again_and_again(home, tmp_path, case):
-    """2 ranks, then 1, then 2."""
+    """2 sharded ranks, 1, 2 replicas, 4 sharded ranks."""
     one, elastic = tmp_path / "one", tmp_path / "elastic"
     more = {} if case == "adamw" else filled(home, (QUICK | SLOW)[case])
     if "trainer_type" not in more:
         more = evaluated(home) | more
     whole = options(home, **more, output_dir=str(one)) | {"train.per_device_train_batch_size": 12}
     assert join([start(train_quietly, home, whole)]) == (0,)
-    keys = options(home, **more, **SHARDED, output_dir=str(elastic))
-    for steps, count in ((4, 2), (7, 1), (10, 2)):
+    keys = options(home, **more, output_dir=str(elastic))
+    for steps, count, strategy in ((3, 2, "fsdp2"), (5, 1, "auto"), (7, 2, "ddp"), (10, 4, "fsdp2")):
         rows = {
             "checkpoint.save_steps": 1000,
             "train.max_steps": steps,
             "train.per_device_train_batch_size": 12 // count,
+            "parallel.strategy": strategy,
         }
-        ranks = start_ranks(home, keys | rows) if count > 1 else [start(train_quietly, home, keys | rows)]
+        ranks = start_ranks(home, keys | rows, count=count) if count > 1 else [start(train_quietly, home, keys | rows)]
         assert join(ranks) == (0,) * count
     assert_same_end(elastic, one, weights=AMPLIFIED.get(case, 1e-5))
 
@@ -378,6 +392,71 @@ def test_a_rank_that_is_gone_ends_the_other_which_names_it(home, tmp_path, rank,
         os.kill(processes[rank].pid, signal.SIGCONT)
     processes[rank].join(30)
     assert processes[rank].exitcode not in (0, None)
+
+
+def test_ranks_without_a_common_folder_refuse_before_the_first_step(home, tmp_path):
+    keys = options(home, **SHARDED, output_dir="out") | {"train.per_device_train_batch_size": 6}
+    folders = (tmp_path / "a", tmp_path / "b")
+    for folder in folders:
+        folder.mkdir()
+    assert join(start_ranks(home, keys, folders=folders)) == (2, 2)
+    for rank, folder in enumerate(folders):
+        said = (folder / "out" / f"said-{rank}").read_text()
+        assert f"output_dir = 'out' is not the same folder for all ranks: rank 1 on {socket.gethostname()}" in said
+        assert not (folder / "out" / "metrics.jsonl").read_text() if rank == 0 else True
+        assert not list(folder.glob("out/.tmp*"))
+
+
+def fail_to_save(step: int) -> None:
+    """The disk of this process is full whenever this step is saved."""
+    honest = Contents.write
+
+    def write(self, folder, name):
+        if name == f"step-{step:08d}":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return honest(self, folder, name)
+
+    Contents.write = write
+
+
+def test_a_part_that_one_rank_cannot_write_is_no_checkpoint_and_is_told(home, tmp_path):
+    keys = options(home, **SHARDED, output_dir=str(tmp_path / "out")) | {"train.per_device_train_batch_size": 6}
+    keys |= {"checkpoint.save_steps": 1, "train.max_steps": 3}
+    assert join(start_ranks(home, keys, before=partial(fail_to_save, 2))) == (0, 0)
+    said = (tmp_path / "out" / "said-0").read_text()
+    assert f"the checkpoint of step 2 could not be saved: rank 1 on {socket.gethostname()}: [Errno 28]" in said
+    assert sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir()) == [
+        "step-00000001",
+        "step-00000003",
+    ]
+    assert join(start_ranks(home, keys | {"train.max_steps": 4}, before=partial(fail_to_save, 4))) == (SAVE, SAVE)
+
+
+CRASHES = ["mkdir", "model", "fsync model.rows-00001-of-00002.safetensors", "optimizer", "manifest", "rename"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rank, point",
+    [(0, point) for point in CRASHES] + [(1, point.replace("00001", "00002")) for point in CRASHES[1:4]],
+)
+def test_a_rank_that_dies_in_a_save_leaves_the_last_checkpoint_and_the_run_goes_on_as_it_was(
+    home, tmp_path, rank, point
+):
+    keys = options(home, **SHARDED, output_dir=str(tmp_path / "out")) | {"train.per_device_train_batch_size": 6}
+    keys |= {"checkpoint.save_steps": 1, "train.max_steps": 4}
+    whole = keys | {"output_dir": str(tmp_path / "whole")}
+    crashing = start_ranks(home, keys, crash=(rank, f"step-00000003 {point}"))
+    codes = join([*crashing, *start_ranks(home, whole)], 120)
+    assert codes[2:] == (0, 0) and codes[rank] == 137 and codes[1 - rank] in (PEER, 137), codes
+    path, skipped = find_checkpoint(tmp_path / "out" / "checkpoints", "auto")
+    assert path is not None and path.name == f"step-0000000{3 if point == 'rename' else 2}" and not skipped
+    assert join(start_ranks(home, keys)) == (0, 0)
+    for stem in ("model", "optimizer"):
+        expected = state_of(tmp_path / "whole" / "checkpoints" / "step-00000004", stem)
+        found = state_of(tmp_path / "out" / "checkpoints" / "step-00000004", stem)
+        assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not list(tmp_path.glob("out/checkpoints/.*"))
 
 
 # ---- refused ------------------------------------------------------------------------------------------------------

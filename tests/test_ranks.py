@@ -47,12 +47,15 @@ def train_rank(
     cwd: Path | None,
     before: Callable[[], None] | None,
     count: int = 2,
+    crash: tuple[int, str] = (-1, ""),
 ) -> None:
     """What one process does: train, and leave its output and a hash of its final weights in the output folder. On rank 1
     spoil(run) takes the place of the run in step `broken_step`.
 
-    trouble: (rank, where, how) of a rank that is killed, stopped or fails.
+    trouble: (rank, where, how) of a rank that is killed, stopped or fails. crash: a rank, and the crash point where it dies.
     """
+    if crash[0] == rank:
+        os.environ["MINISFT_CRASH_AT"] = crash[1]
 
     def in_trouble(where: str) -> None:
         if trouble[:2] == (rank, where):
@@ -81,9 +84,9 @@ def train_rank(
         in_trouble("evaluate")
         return honest_evaluate(*arguments)
 
-    def save(*arguments):
+    def save(*arguments, **options):
         in_trouble("save")
-        return honest_save(*arguments)
+        return honest_save(*arguments, **options)
 
     def train_step(run, *arguments, **options):
         if run.progress.step == 2:
@@ -121,12 +124,14 @@ def start_ranks(
     of_rank: tuple[dict, dict] = ({}, {}),
     before: Callable[[], None] | None = None,
     count: int = 2,
+    crash: tuple[int, str] = (-1, ""),
 ) -> list:
     """`count` processes. Of the first two, folders: where each is; of_rank: overrides of each. before(): called by rank 1."""
     more = (free_port(), broken_step, spoil, trouble)
     of_rank, folders = (*of_rank, *[{}] * (count - 2)), (*folders, *[None] * (count - 2))
     return [
-        start(train_rank, folder, overrides | of_rank[i], i, *more, folders[i], before, count) for i in range(count)
+        start(train_rank, folder, overrides | of_rank[i], i, *more, folders[i], before, count, crash)
+        for i in range(count)
     ]
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minisft.errors import MODEL, UserError, shortened
@@ -31,6 +30,7 @@ from minisft.model.load import load_model
 from minisft.model.lora import LoraLinear, adapter_options, adapter_sites, apply_lora
 from minisft.model.lora_options import ALL_LINEAR, LoraOptions, is_target
 from minisft.model.quantized import read_record, write_record
+from minisft.model.tensor_files import TensorFile, entry_of, in_usual_order
 from minisft.model.tensor_names import LLAMA, NAMES, Stored, stored_tensors
 from minisft.strict_json import read_json, write_json
 
@@ -102,10 +102,23 @@ def model_folder(folder: Path) -> Path:
 def save_adapter(model: Decoder, folder: Path | str, *, base: str | None = None, revision: str | None = None) -> None:
     """Write the adapter of `model` (apply_lora) into `folder`, which is created if missing. base: path or repository of the
     model that it was trained on. Not atomic: the caller writes into an atomic folder. Raises OSError if writing fails."""
-    folder, options = Path(folder), adapter_options(model)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.contiguous().cpu() for key, tensor in adapter_tensors(model).items()}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    adapter_file(model).write(folder)
+    save_adapter_config(model, folder, base=base, revision=revision)
+
+
+def adapter_file(model: Decoder) -> TensorFile:
+    """The weights of the adapter."""
+    entries = [
+        entry_of(key, tensor.dtype, tensor.shape, tensor.detach) for key, tensor in adapter_tensors(model).items()
+    ]
+    return TensorFile(WEIGHTS_FILE, in_usual_order(entries), {"format": "pt"})
+
+
+def save_adapter_config(model: Decoder, folder: Path, *, base: str | None, revision: str | None) -> None:
+    """What `save_adapter` writes beside the weights."""
+    options = adapter_options(model)
     targets = options.target_modules
     if targets == ALL_LINEAR:
         targets = {site.rpartition(".")[2] for site in adapter_sites(model)}

@@ -23,18 +23,9 @@ from minisft.model.model_config import ModelConfig
 from minisft.model.quantized import quantization_of
 from minisft.model.quantized_files import take_parts
 from minisft.model.save import whole_tensor
+from minisft.model.tensor_files import Entry, aligned, entry_of, write_entries
 from minisft.model.tensor_names import Stored, stored_tensors
-from minisft.model.weight_files import (
-    INDEX,
-    Entry,
-    FileTensor,
-    aligned,
-    bare,
-    entry_of,
-    read_headers,
-    weight_files,
-    write_entries,
-)
+from minisft.model.weight_files import INDEX, FileTensor, bare, read_headers, weight_files
 from minisft.strict_json import dump_json, parse_json, read_json, write_json
 
 # Files that are not copied: those that are written anew, weights in other formats, and the model's own card.

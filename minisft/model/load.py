@@ -29,9 +29,10 @@ from minisft.model.lora import adapter_sites, base_weights
 from minisft.model.model_config import ModelConfig, with_vocab_size
 from minisft.model.quantized import Quantization, QuantLinear, QuantWeight
 from minisft.model.quantized_files import quant_type_of, split, take_parts, unpack
+from minisft.model.row_files import Rows
 from minisft.model.shards import is_shard, local, rows_here
 from minisft.model.tensor_names import Stored, stored_tensors
-from minisft.model.weight_files import BUFFERS, FileTensor, bare, read_headers, some
+from minisft.model.weight_files import BUFFERS, FileTensor, JoinedTensor, bare, read_headers, some
 from minisft.strict_json import read_json
 
 DTYPES = ("F64", "F32", "F16", "BF16")
@@ -193,17 +194,17 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
     nonfinite, added = [], 0
     with torch.no_grad():
         for key, stored in wanted.items():
-            name, tensor = found[key].name, found[key].read()
+            name = found[key].name
             parts = [parameters[part] for part in stored.names]
             if key in packed:
                 leaves = {leaf: part.read() for leaf, part in packed[key].items()}
-                _set_packed(f"{folder}: {name}", parts, stored, tensor, leaves, device)
+                _set_packed(f"{folder}: {name}", parts, stored, found[key].read(), leaves, device)
             else:
-                added = max(added, _set_plain(parts, stored, tensor, device))
+                added = max(added, _set_plain(parts, stored, found[key], device))
             if not all(_here(part).isfinite().all() for part in parts):  # after the conversion: fp16 ends at 65504
                 nonfinite.append(name)
             if head is not None and stored.names == ("embed_tokens.weight",):
-                _check_tied(folder, tensor, head.read())
+                _check_tied(folder, found[key].read(), head.read())
     if nonfinite:
         raise UserError(
             f"{folder}: NaN or infinite values as {model.embed_tokens.weight.dtype} in {some(nonfinite)}",
@@ -231,25 +232,29 @@ def describe_others(others: dict[str, FileTensor]) -> list[str]:
 
 
 def _set_plain(
-    parts: list[nn.Parameter | QuantWeight], stored: Stored, tensor: torch.Tensor, device: torch.device
+    parts: list[nn.Parameter | QuantWeight], stored: Stored, tensor: FileTensor | JoinedTensor, device: torch.device
 ) -> int:
     """Fill our matrices from one tensor of a file. Returns how many rows of new tokens were added."""
     added = 0
-    for part, values in zip(parts, stored.split(tensor, [part.shape[0] for part in parts])):
+    if isinstance(tensor, JoinedTensor):
+        pieces = tensor.parts
+    else:
+        pieces = stored.split(tensor.read(), [part.shape[0] for part in parts])
+    for part, values in zip(parts, pieces):
         if isinstance(part, QuantWeight):
-            part.fill(values.to(device))
+            part.fill(values[:].to(device))
             continue
         added = max(added, _set_rows(part, values))
     return added
 
 
-def _set_rows(parameter: nn.Parameter, values: torch.Tensor) -> int:
+def _set_rows(parameter: nn.Parameter, values: torch.Tensor | Rows) -> int:
     """Fill the rows of a parameter that are here; rows after the last of the values are their mean. Returns how many these are,
     here or elsewhere."""
     here, read = local(parameter), values[rows_here(parameter)]
     here[: len(read)].copy_(read)
     if len(read) < len(here):
-        here[len(read) :] = values.float().mean(0)
+        here[len(read) :] = values[:].float().mean(0)
     return len(parameter) - len(values)
 
 

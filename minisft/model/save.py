@@ -7,6 +7,7 @@ form of bitsandbytes (quantized_files.py), with the `quantization_config` that m
 """
 
 import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from minisft.model.decoder import Decoder
 from minisft.model.families import to_hf
 from minisft.model.quantized import QuantWeight, named_weights, quantization_of
 from minisft.model.quantized_files import join, pack
+from minisft.model.tensor_files import TensorFile, entry_of, in_usual_order
 from minisft.model.tensor_names import Stored, stored_tensors
-from minisft.model.weight_files import entry_of, in_usual_order, write_entries
 from minisft.strict_json import write_json
 
 
@@ -30,18 +31,26 @@ def save_model(
 
     dtype: of the stored weights except quantised ones; None = the model's own. Shards hold at most max_shard_bytes each
     (one tensor may be larger). At any time one tensor is in memory besides the model, or the quantised ones of a shard. Not
-    atomic: checkpoint.py calls it inside an atomic folder. Raises OSError if writing fails, UserError if quantised rows
-    cannot be stacked as the family's files have them.
+    atomic. Raises OSError if writing fails, UserError if quantised rows cannot be stacked as the family's files have them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    weight_map = {}
+    for file in model_files(model, dtype, max_shard_bytes):
+        file.write(folder)
+        weight_map |= dict.fromkeys((entry.name for entry in file.entries), file.name)
+    save_rest(model, folder, weight_map, dtype)
+
+
+def model_files(
+    model: Decoder, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9
+) -> Iterator[TensorFile]:
+    """The weight files of `save_model`, one after the other."""
     parameters = named_weights(model)
     dtype = dtype or model.head_weight.dtype
     tensors = stored_tensors(model.config, parameters)
     sizes = {name: sum(_num_bytes(parameters[p], dtype) for p in s.names) for name, s in tensors.items()}
     shards = _shards(sizes, max_shard_bytes)
-
-    weight_map = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         entries = []
@@ -53,13 +62,20 @@ def save_model(
             else:
                 read = partial(whole_tensor, model, tensors[name])
                 entries.append(entry_of(name, dtype, tensors[name].shape(parts), read))
-        # transformers refuses files without this entry
-        write_entries(folder / file, in_usual_order(entries), {"format": "pt"})
-        weight_map |= dict.fromkeys((entry.name for entry in entries), file)
+        yield TensorFile(
+            file, in_usual_order(entries), {"format": "pt"}
+        )  # transformers refuses files without this entry
 
+
+def save_rest(model: Decoder, folder: Path, weight_map: dict[str, str], dtype: torch.dtype | None = None) -> None:
+    """Everything beside the weight files. weight_map: tensor -> its file."""
+    parameters = named_weights(model)
+    dtype = dtype or model.head_weight.dtype
+    tensors = stored_tensors(model.config, parameters)
     written = set(weight_map.values())
-    if len(shards) > 1:
-        total = {"total_parameters": sum(p.numel() for p in parameters.values()), "total_size": sum(sizes.values())}
+    if len(written) > 1:
+        total_size = sum(_num_bytes(p, dtype) for p in parameters.values())
+        total = {"total_parameters": sum(p.numel() for p in parameters.values()), "total_size": total_size}
         weight_map = dict(sorted(weight_map.items()))
         write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
         written.add("model.safetensors.index.json")

@@ -26,6 +26,12 @@ def rows_here(x: Tensor) -> slice:
     return slice(first, min(first + rows_each(x), x.shape[0]))
 
 
+def replica_of(x: Tensor) -> tuple[int, int]:
+    """(the group of this process, the number of groups): each group has all rows of the tensor."""
+    mesh = x.device_mesh
+    return (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
+
+
 def local(x: Tensor) -> Tensor:
     """These rows, detached: the same memory."""
     if not is_shard(x):
@@ -40,16 +46,3 @@ def whole(x: Tensor) -> Tensor:
         return x.detach()
     with torch.no_grad():
         return x.full_tensor()
-
-
-def gathered(x: Tensor, like: Tensor, count: int, length: int) -> Tensor:
-    """[length, ...] of which each process gives in x what belongs to its rows of the shard `like`: `count` items along dim 0, the
-    last ones fewer or none. All call it."""
-    from torch.distributed.tensor import DTensor
-
-    mesh, more = like.device_mesh, count - len(x)
-    padded = torch.cat([x, x.new_zeros(more, *x.shape[1:])]) if more else x
-    shape = torch.Size((count * mesh.size(mesh.ndim - 1), *x.shape[1:]))
-    with torch.no_grad():
-        same = {"shape": shape, "stride": padded.stride(), "run_check": False}
-        return DTensor.from_local(padded.to(mesh.device_type), mesh, like.placements, **same).full_tensor()[:length]

@@ -1,45 +1,33 @@
 """The safetensors of a model folder: which tensors are where, and which of them are those of the text model.
 
 safetensors is a JSON header with names, dtypes, shapes and places, then raw bytes: model.safetensors, or shards that
-model.safetensors.index.json lists. Pickled files (.bin, .pt) run code when they are opened and are never read.
+model.safetensors.index.json lists, or what the ranks of a sharded run wrote of a checkpoint (row_files.py). Pickled files (.bin,
+.pt) run code when they are opened and are never read.
 
 A folder may hold more than the text model: a vision tower, an audio encoder, layers that predict several tokens ahead
 (mtp). Such tensors are not read, and drop_in.py copies them.
 """
 
-import json
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from minisft.errors import MODEL, UserError, shortened
-from minisft.files import open_file, require_file
 from minisft.gguf.file import is_gguf, open_gguf
 from minisft.gguf.tensors import GgufTensor, gguf_tensors
 from minisft.model.model_config import ModelConfig
-from minisft.model.tensor_names import module_name, usual_name
-from minisft.strict_json import parse_json, read_json
+from minisft.model.row_files import Rows, lies_in_rows, read_rows
+from minisft.model.tensor_files import open_weights
+from minisft.model.tensor_names import Stored, module_name, stored_tensors, usual_name
+from minisft.strict_json import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Prefixes of names; files of a model without a head have none. Those with language_model come from vision models.
 PREFIXES = re.compile(r"^(model\.language_model|language_model\.model|language_model|model|transformer|gpt_neox)\.")
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")  # constants that old versions stored
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
 PARTS = ("embed_tokens", "embed_positions", "layers", "norm", "lm_head")  # of the decoder
 
 
@@ -58,7 +46,30 @@ class FileTensor:
             return file.get_tensor(self.name)
 
 
-def read_headers(folder: Path, config: ModelConfig) -> tuple[dict[str, FileTensor | GgufTensor], dict[str, FileTensor]]:
+@dataclass(frozen=True)
+class JoinedTensor:
+    """A tensor of the family's files, made of our parameters, whose rows lie in several files (row_files.py)."""
+
+    path: Path  # the folder
+    name: str
+    stored: Stored
+    parts: list[Rows]
+
+    @property
+    def shape(self) -> list[int]:
+        return self.stored.shape(self.parts)
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    def read(self) -> torch.Tensor:
+        return self.stored.join([part[:] for part in self.parts])
+
+
+def read_headers(
+    folder: Path, config: ModelConfig
+) -> tuple[dict[str, FileTensor | GgufTensor | JoinedTensor], dict[str, FileTensor]]:
     """({name without prefix: tensor} of the text model, {name: tensor} of everything else), in the order of the files.
 
     A name belongs to the text model if it begins with a part of the decoder. Layers after its last one are layers that predict
@@ -67,6 +78,8 @@ def read_headers(folder: Path, config: ModelConfig) -> tuple[dict[str, FileTenso
     """
     if is_gguf(folder):
         return dict(gguf_tensors(open_gguf(folder))), {}
+    if lies_in_rows(folder):
+        return _joined_tensors(folder, config), {}
     parts = {module_name(config, part) for part in PARTS} | {"lm_head"}
     layers, ahead = module_name(config, "layers"), config.hf.get("num_nextn_predict_layers")
     further = range(config.num_layers, config.num_layers + (ahead if type(ahead) is int else 0))
@@ -94,6 +107,18 @@ def read_headers(folder: Path, config: ModelConfig) -> tuple[dict[str, FileTenso
                 else:
                     text[key] = tensor
     return text, others
+
+
+def _joined_tensors(folder: Path, config: ModelConfig) -> dict[str, JoinedTensor]:
+    rows, _ = read_rows(folder, "model")
+    if unknown := [name for name in rows if "." not in name]:
+        raise UserError(f"{folder}: {some(unknown)} is no parameter of a model", exit_code=MODEL)
+    tensors = {}
+    for name, stored in stored_tensors(config, rows).items():
+        if missing := [part for part in stored.names if part not in rows]:
+            raise UserError(f"{folder}: {some(missing)} is missing", exit_code=MODEL)
+        tensors[bare(name)] = JoinedTensor(folder, name, stored, [rows[part] for part in stored.names])
+    return tensors
 
 
 def weight_files(folder: Path) -> Mapping[Path, set[str] | None]:
@@ -127,82 +152,6 @@ def weight_files(folder: Path) -> Mapping[Path, set[str] | None]:
             exit_code=MODEL,
         )
     return files
-
-
-def open_weights(path: Path) -> safe_open:
-    require_file(path, exit_code=MODEL)  # safe_open would wait for a pipe
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        reason = str(error)[:100]
-    with open_file(path, exit_code=MODEL) as file:
-        start = file.read(64)
-    problem = f"not a complete safetensors file ({reason})"
-    if start.startswith(b"version https://git-lfs"):
-        problem = "a Git LFS pointer, not the weights (`git lfs pull` in that folder fetches them)"
-    elif start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        problem = "a web page, not the weights: the download went wrong (a login page?)"
-    elif start.startswith((b"PK\x03\x04", b"\x80\x02")):
-        problem = "a pickled PyTorch file with another name; it is not read, because opening it can run code"
-    raise UserError(f"{path}: {problem}", hint="download the file again", exit_code=MODEL)
-
-
-@dataclass
-class Entry:
-    """A tensor of a file that is written."""
-
-    name: str
-    dtype: str  # as safetensors spells it
-    shape: list[int]
-    num_bytes: int
-    write: Callable[[BinaryIO], None]
-
-
-def entry_of(name: str, dtype: torch.dtype, shape: Iterable[int], read: Callable[[], torch.Tensor]) -> Entry:
-    """read(): the values, on any device and in any dtype, when they are written."""
-
-    def write(file: BinaryIO) -> None:
-        values = read().detach().to("cpu", dtype).contiguous()
-        assert list(values.shape) == entry.shape, name
-        file.write(values.reshape(-1).view(torch.uint8).numpy())
-
-    shape = list(shape)
-    entry = Entry(name, DTYPE_NAMES[dtype], shape, math.prod(shape) * dtype.itemsize, write)
-    return entry
-
-
-def aligned(entries: Iterable[Entry]) -> list[Entry]:
-    """Those of large items first: readers want each tensor to begin at a multiple of its item size."""
-    return sorted(entries, key=lambda entry: -entry.num_bytes // max(math.prod(entry.shape), 1))
-
-
-def in_usual_order(entries: Iterable[Entry]) -> list[Entry]:
-    """As safetensors writes them: by the size of an item, then by name."""
-    return aligned(sorted(entries, key=lambda entry: entry.name))
-
-
-def write_entries(
-    path: Path, entries: list[Entry], metadata: dict[str, str] | None, *, like: bytes | None = None
-) -> None:
-    """A safetensors file, tensor by tensor in this order, so that one of them is in memory at a time. Raises OSError if writing
-    fails.
-
-    like: the header of another file, which is taken byte by byte where it says the same.
-    """
-    header, offset = {} if metadata is None else {"__metadata__": metadata}, 0
-    for entry in entries:
-        last = offset + entry.num_bytes
-        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [offset, last]}
-        offset = last
-    if like is not None and parse_json(like, str(path)) == header:
-        text = like
-    else:
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries:
-            entry.write(file)
 
 
 def bare(name: str) -> str:

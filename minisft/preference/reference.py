@@ -18,12 +18,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -36,10 +34,11 @@ from minisft.errors import DATA, MODEL, UserError
 from minisft.model.decoder import Decoder
 from minisft.model.lora import adapter_disabled
 from minisft.model.quantized import named_weights
+from minisft.model.row_files import missing_file, read_rows
 from minisft.model.shards import whole
-from minisft.model.weight_files import entry_of, in_usual_order, write_entries
-from minisft.parallel import is_sharded, no_backward, part_of, reshard, whole_copy
-from minisft.parts import rows_of, shape_of
+from minisft.model.tensor_files import TensorFile, entry_of, in_usual_order
+from minisft.parallel import is_sharded, no_backward, part_of, reshard
+from minisft.parts import rows_of
 from minisft.preference.answer_logps import answer_logps
 
 VERSION = 1  # of the cached log-probabilities; raise it when the same input gives other numbers
@@ -109,27 +108,23 @@ class Reference:
             for parameter, value in self.copies.values():
                 value.lerp_(parameter.data, self.mixup_alpha)
 
-    def save(self, policy: Decoder, folder: Path) -> None:
+    def files(self) -> list[TensorFile]:
         """A copy that moves belongs to a checkpoint; every other reference is made again from the starting model."""
-        if self.sync_steps:
-            entries = [
-                entry_of(name, value.dtype, shape_of(parameter), partial(whole_copy, policy, name, value))
-                for name, (parameter, value) in self.copies.items()
-            ]
-            write_entries(folder / COPY_FILE, in_usual_order(entries), None)
+        entries = [entry_of(name, value.dtype, value.shape, value.detach) for name, (_, value) in self.copies.items()]
+        return [TensorFile(COPY_FILE, in_usual_order(entries), None)]
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote. Raises UserError where only the checkpoint or only this run has a moving reference."""
-        is_there = (folder / COPY_FILE).exists()
+        """Read what `files` wrote. Raises UserError where only the checkpoint or only this run has a moving reference."""
+        is_there = missing_file([path.name for path in folder.iterdir()], "reference") is None
         if is_there != bool(self.sync_steps):
             hint = "set dpo.sync_ref_model as it was, or choose a new output_dir"
             holds = "a" if is_there else "no"
             raise UserError(f"{folder} holds {holds} reference that follows the policy", hint=hint, exit_code=DATA)
         if not is_there:
             return
-        with safe_open(folder / COPY_FILE, framework="pt") as file:
-            for name, (parameter, value) in self.copies.items():
-                value.copy_(file.get_tensor(name)[rows_of(parameter)])
+        found, _ = read_rows(folder, "reference")
+        for name, (parameter, value) in self.copies.items():
+            value.copy_(found[name][rows_of(parameter)])
 
 
 def copy_of(model: Decoder, trained: Iterable[nn.Parameter]) -> dict[str, tuple[nn.Parameter, Tensor]]:
