@@ -24,6 +24,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ from minisft.data.cache import Documents, TokenCache
 from minisft.data.kinds import KIND_MASK, TOKEN_KINDS, TRAINED
 from minisft.data.packing import Packs, Plan, plan, ragged_arange
 from minisft.data.pieces import take_pieces
+from minisft.data.shared_packs import LEAST, folder_of, made_once, packs_of
 from minisft.data.shared_turns import share_turns, tree_bounds
 from minisft.data.stream import Stream
 
@@ -201,6 +204,7 @@ def plan_set(
     max_length: int | None,
     share_prompt: bool = False,
     longest_tree: int | None = 0,
+    share_in: Path | None = None,
 ) -> tuple[Documents, Plan]:
     """(documents, plan): how the documents of a set share packs. They get `shared` if pairs share their prompts, or `turns` if
     the documents of a conversation share their beginnings.
@@ -208,6 +212,7 @@ def plan_set(
     They are cut already (documents.py). strategy: a key of packing_strategies.STRATEGIES; "none" makes a pack of each unit.
     max_length: the limit of a prompt with one answer, so a pack of pairs has room for two of these; None = room for the
     longest unit. longest_tree: the most tokens of a conversation's documents together; None = no limit, 0 = they share nothing.
+    share_in: a folder by which the processes of a machine share the plan of very many documents (shared_packs.py).
     """
     if share_prompt and documents.group > 1 and documents.shared is None:
         documents = replace(documents, shared=shared_prompts(documents))
@@ -215,7 +220,11 @@ def plan_set(
         limits = [limit for limit in (max_length, longest_tree) if limit is not None]
         documents = share_turns(documents, min(limits, default=None))
     lengths = documents.unit_lengths
-    return documents, plan(lengths, documents.group * max_length if max_length else int(lengths.max()), strategy)
+    capacity = documents.group * max_length if max_length else int(lengths.max())
+    if share_in is None or len(lengths) < LEAST:
+        return documents, plan(lengths, capacity, strategy)
+    folder = folder_of(share_in, lengths, capacity, strategy)
+    return documents, made_once(folder, partial(plan, lengths, capacity, strategy), Plan)
 
 
 def shared_prompts(documents: Documents) -> np.ndarray:
@@ -295,7 +304,8 @@ class Loader:
         """The packs of an epoch, dealt once and kept until another epoch is requested."""
         if epoch not in self._dealt:
             data = int(self.documents.cache.fingerprint[:16], 16)
-            packs = self.plan.deal((self.seed, data, epoch) if self.shuffle else None)
+            seed = (self.seed, data, epoch) if self.shuffle else None
+            packs = packs_of(self.plan, seed)
             self._dealt.clear()
             self._dealt[epoch] = packs
         return self._dealt[epoch]

@@ -51,6 +51,7 @@ def prepare_data(
             longest_tree=tree_limit(config, packing, find_longest_tree)
             if find_longest_tree and may_share(documents)
             else 0,
+            share_in=documents.cache.folder.parent if ranks.world_size() > 1 else None,
         )
 
     stream = None
