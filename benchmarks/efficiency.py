@@ -206,7 +206,7 @@ def tables(card: Card, networks: list[Network], mfu: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--card", choices=CARDS, default="H100")
     parser.add_argument("--network", choices=NETWORKS, help="only this one")
     parser.add_argument("--mfu", type=float, default=MFU, help="share of the card's matmul rate without messages")

@@ -31,7 +31,7 @@ LEAST = 5_000_000  # documents; a plan of fewer takes less memory than what it i
 def folder_of(parent: Path, lengths: np.ndarray, max_length: int, strategy: str) -> Path:
     """Where the plan of these documents is shared. Its packs are in folders whose names begin like this one."""
     key = sha256(f"{max_length} {strategy} {lengths.dtype} ".encode())
-    key.update(np.ascontiguousarray(lengths))
+    key.update(np.ascontiguousarray(lengths).data)
     return parent / f"plan-{key.hexdigest()[:32]}"
 
 
@@ -47,7 +47,7 @@ def made_once(folder: Path, make: Callable[[], T], kind: type[T]) -> T:
     manifest = read_manifest(folder)
     values = dict(manifest["values"])
     if "groups" in values:
-        values["groups"] = [Group(*rest, tuple(map(tuple, runs))) for *rest, runs in values["groups"]]
+        values["groups"] = [Group(*group[:4], tuple(map(tuple, group[4]))) for group in values["groups"]]
     for name, dtype in manifest["arrays"].items():
         path = folder / f"{name}.bin"
         values[name] = np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)

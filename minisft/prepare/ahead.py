@@ -19,7 +19,7 @@ def main() -> None:
     task = json.load(sys.stdin)
     config, _ = load({}, {key: value for key, value in task["config"].items() if value is not None}, origin="stream")
     tokenizer, _ = prepare_tokenizer(config)
-    Chunks(config, tokenizer, lambda documents, packing: None).read(task["number"], Place(**task["begin"]))
+    Chunks(config, tokenizer).read(task["number"], Place(**task["begin"]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -56,9 +57,9 @@ def prepare_data(
 
     stream = None
     if data.stream:
-        chunks = Chunks(config, tokenizer, planned)
+        chunks = Chunks(config, tokenizer)
         documents, lines = chunks.read(0, Place())
-        stream = Stream(chunks.open, chunks.ahead, chunks.discard, end=chunks.end)
+        stream = Stream(partial(chunks.open, planned), chunks.ahead, chunks.discard, end=chunks.end)
     else:
         documents, lines = read_documents("train", source_list(data.train_data), config, tokenizer, data.packing)
     held_out = {}
@@ -165,10 +166,8 @@ class Chunks:
     those that are behind it.
     """
 
-    def __init__(
-        self, config: Config, tokenizer: Tokenizer, planned: Callable[[Documents, bool], tuple[Documents, Plan]]
-    ):
-        self.config, self.tokenizer, self.planned = config, tokenizer, planned
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        self.config, self.tokenizer = config, tokenizer
         sources = [parse_source(source) for source in source_list(config.data.train_data)]
         self.sources = find_files(sources, local_files_only=config.model.local_files_only)
         run = sha256(str(Path(config.output_dir).absolute()).encode()).hexdigest()
@@ -184,9 +183,12 @@ class Chunks:
         title = "train" if number == 0 else f"chunk {number}"
         return read_documents(title, sources, self.config, self.tokenizer, data.packing, folder.with_suffix(".tokens"))
 
-    def open(self, number: int, begin: Place) -> tuple[Documents, Plan, Place]:
+    def open(
+        self, planned: Callable[[Documents, bool], tuple[Documents, Plan]], number: int, begin: Place
+    ) -> tuple[Documents, Plan, Place]:
+        """As Stream asks for it. planned: shares packs among the documents."""
         documents, _ = self.read(number, begin)
-        return *self.planned(documents, self.config.data.packing), self.end
+        return *planned(documents, self.config.data.packing), self.end
 
     def ahead(self, number: int, begin: Place) -> Callable[[], None]:
         """Prepare a chunk in another process, one for all ranks of this machine; returns what ends it."""
@@ -196,6 +198,7 @@ class Chunks:
         command = [sys.executable, "-m", "minisft.prepare.ahead"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         task = {"config": config_to_dict(self.config), "number": number, "begin": asdict(begin)}
+        assert process.stdin is not None
         with suppress(BrokenPipeError), process.stdin as pipe:
             pipe.write(json.dumps(task).encode())
 
