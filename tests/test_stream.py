@@ -122,6 +122,7 @@ def test_what_cannot_be_streamed_is_told_at_once(home, tmp_path, monkeypatch, so
         ({"trainer_type": "dpo"}, "preference data"),
         ({"data.eval_fraction": 0.1}, "eval_data"),
         ({"checkpoint.save_steps": "epoch"}, "epoch ends"),
+        ({"log.ledger": True}, "a stream does not keep"),
         ({"data.stream": False}, "the data is not streamed"),
     ],
 )

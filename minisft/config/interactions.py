@@ -32,8 +32,8 @@ TOGETHER: tuple[tuple[str, str], ...] = (  # (keys, what they do to each other)
     ("data.share_turns trainer_type", "in preference tuning answers share their prompt by dpo.share_prompt"),
     ("data.stream data.stream_rows", "rows of a chunk, which are shuffled and packed together"),
     (
-        "data.stream train.max_steps trainer_type data.eval_fraction evaluate.eval_steps checkpoint.save_steps",
-        "all rows are never known: the steps are counted, evaluation rows named, intervals numbers, and preference data is none",
+        "data.stream train.max_steps trainer_type data.eval_fraction evaluate.eval_steps checkpoint.save_steps log.ledger",
+        "all rows are never known: the steps are counted, evaluation rows named, intervals numbers; no preference data, no ledger",
     ),
     ("data.instruction_marker data.response_marker", "the one closes the turn that the other opens"),
     (
