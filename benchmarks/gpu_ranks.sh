@@ -10,7 +10,7 @@
 #   speed      tokens/s and peak memory of 8 steps: 1B with ddp, 8B with fsdp2 and hsdp, random weights, on 2, 4, ... GPUs
 #
 # OUT/ranks_gpu.csv gets a row as soon as it is known, OUT/logs what the runs said. Started again with the same OUT, the script goes on
-# with what has no row of result "ok". A run has LIMIT seconds (300). The exit code is 1 if a row says "failed".
+# with what has no row of result "ok". A run has LIMIT seconds (300), after which it ends with 124. The exit code is 1 if a row says "failed".
 set -u
 out=${1:?usage: benchmarks/gpu_ranks.sh OUT [CASE...]}; shift
 mkdir -p "$out/logs" && out=$(cd "$out" && pwd) && cd "$(dirname "$0")/.." || exit 74
@@ -98,7 +98,8 @@ if [[ " $wanted " == *" killed "* ]]; then
       least "$differs" 1e-5 && result=ok || result=failed
       row killed $strategy "$count" $result $took s "until all had ended; losses after the resume within $differs"
     else
-      row killed $strategy "$count" failed "" "" "the resume: $(reason "killed-$strategy") $(reason "whole-$strategy")"
+      code=$? # 124: out of time
+      row killed $strategy "$count" failed "" "" "the resume, or the run beside it: exit code $code; $(reason "killed-$strategy")"
     fi
   done
 fi

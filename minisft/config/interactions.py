@@ -33,7 +33,7 @@ TOGETHER: tuple[tuple[str, str], ...] = (  # (keys, what they do to each other)
     ("data.stream data.stream_rows", "rows of a chunk, which are shuffled and packed together"),
     (
         "data.stream train.max_steps trainer_type data.eval_fraction evaluate.eval_steps checkpoint.save_steps log.ledger",
-        "all rows are never known: the steps are counted, evaluation rows named, intervals numbers; no preference data, no ledger",
+        "all rows are never known: steps are counted, evaluation rows named, intervals numbers; no preference data, no ledger",
     ),
     ("data.instruction_marker data.response_marker", "the one closes the turn that the other opens"),
     (
