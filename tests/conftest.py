@@ -61,6 +61,7 @@ NOT_QUICK = (
     *("test_compile.py", "test_full_disk.py", "test_gpu_session.py", "test_kernel_cache.py", "test_train_step_gpu.py"),
     *("test_control.py", "test_out_of_memory.py", "test_parallel.py", "test_signals.py", "test_spikes.py"),
     *("test_dpo_run.py", "test_hub.py", "test_lora_run.py", "test_optim_memory.py", "test_qlora.py"),
+    *("test_gpu_ranks.py", "test_launch.py", "test_shared_packs.py", "test_stream.py"),
     *("test_ranks.py", "test_reference.py", "test_resume.py", "test_run.py", "test_stages.py"),
     *(
         "test_start_from_adapter.py",
