@@ -21,7 +21,7 @@ FLOORS = {
     "data/kinds": 1, "data/rows": 1, "data/row_format": 1, "data/formats": 1, "data/preferences": 1, "data/prompts": 1,
     "data/chat/conversations": 1, "data/packing_strategies": 1, "data/packing": 1, "preference/losses": 1,
     "model/lora_options": 1,
-    "config/*": 1, "gguf/file": 1, "importers/*": 1, "init/*": 1, "init/detect": 3,
+    "config/*": 1, "gguf/file": 1, "gguf/kinds": 1, "importers/*": 1, "init/*": 1, "init/detect": 3,
     "data/*": 2, "gguf/*": 2, "model/*": 2, "runtime": 2, "ranks": 2, "peers": 2,
     "parameters": 2, "parts": 2, "update": 2, "optimizers": 2, "metrics": 2,
     "train": 4, "commands/*": 4, "__main__": 4,
@@ -49,6 +49,9 @@ EXTRA_PACKAGES = {
     "report/charts": {"matplotlib"},  # inside functions: an extra
     "trackers": {"torch"},  # inside a function: its texts and hyperparameters for TensorBoard
     "selfcheck/checks": {"transformers"},  # where it is installed, for the logits of an exported folder
+    "gguf/write": {"gguf"},  # inside functions
+    "gguf/write_tokenizer": {"gguf"},  # for a type
+    "gguf_folder": {"gguf"},  # inside a function that asks whether it is there
     "importers/yaml_file": {"yaml"},  # other trainers write YAML, we TOML
 }
 # Kernels made of others: rope norms the heads of q and k first, where a model does; both losses score rows of logits; 8-bit
@@ -62,6 +65,8 @@ EXTRA_ROOMS = {
         "evaluation",
     },  # the public API, imported when first used
     "data/tokenizer_files": {"gguf/tokenizer"},
+    "gguf/config": {"model/model_config"},
+    "gguf/write": {"model/model_config"},
     "model/load": {"gguf/config"},
     "model/weight_files": {"gguf/tensors"},
     "kernels/rope": {"kernels/rms_norm"},

@@ -5,6 +5,7 @@ from functools import partial
 
 from minisft.errors import MODEL, UserError
 from minisft.gguf.file import GgufFile, dequantized
+from minisft.model.model_config import Rope
 
 # architecture -> model_type
 ARCHITECTURES = {
@@ -30,6 +31,7 @@ NO_MATHS = ("vocab_size", "attention.causal", "tensor_data_layout")  # the first
 WINDOWS = ("gemma2", "gemma3")  # architectures whose windows this file says enough about
 # llama.cpp scales queries by the width of the model, not of a head, in the models with so many blocks (the 27B ones)
 SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
+LOCAL_THETA = 10000.0  # of the sliding layers of Gemma 3, unless the file has another
 LLAMA3 = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
@@ -79,7 +81,7 @@ def config_of(file: GgufFile) -> dict:
 
 def generation_config_of(file: GgufFile) -> dict:
     """The tokens that end an answer: end of text and end of turn."""
-    ends = [file.values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    ends = [file.values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     ends = list(dict.fromkeys(token for token in ends if token is not None))
     return {"eos_token_id": ends} if ends else {}
 
@@ -90,6 +92,8 @@ def _read_family(file: GgufFile, architecture: str, own: dict, config: dict, hea
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     if architecture in WINDOWS:
         config["sliding_window"] = own.pop("attention.sliding_window", None)
+        if (slides := own.pop("attention.sliding_window_pattern", None)) is not None:
+            config["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]
         by_width = config["num_hidden_layers"] == SCALED_BY_WIDTH[architecture]
         width = config["hidden_size"] // config["num_attention_heads"]
         config["query_pre_attn_scalar"] = width if by_width else head_dim
@@ -98,7 +102,8 @@ def _read_family(file: GgufFile, architecture: str, own: dict, config: dict, hea
         config["final_logit_softcapping"] = own.pop("final_logit_softcapping", None)
     if architecture == "gemma3":
         config["final_logit_softcapping"] = own.pop("final_logit_softcapping", None)
-        config["sliding_window_pattern"], config["rope_local_base_freq"] = 6, 10000.0  # written into llama.cpp
+        config["sliding_window_pattern"] = 6  # written into llama.cpp
+        config["rope_local_base_freq"] = own.pop("rope.freq_base_swa", LOCAL_THETA)
 
 
 def _read_rope(file: GgufFile, own: dict, config: dict, head_dim: int) -> None:
@@ -114,21 +119,22 @@ def _read_rope(file: GgufFile, own: dict, config: dict, head_dim: int) -> None:
     if "rope_freqs.weight" in file.tensors:  # Llama 3.1 and later: a divisor for each frequency, made of two numbers
         divisors = dequantized(file.tensors["rope_freqs.weight"]).tolist()
         for factor in (8.0, 32.0, 4.0, 16.0):
-            expected = _llama3_divisors(config.get("rope_theta", 10000.0), head_dim, factor)
+            rope = Rope(head_dim, config.get("rope_theta", 10000.0), "llama3", factor)
+            expected = llama3_divisors(rope)
             if len(divisors) == len(expected) and all(map(partial(math.isclose, rel_tol=1e-4), divisors, expected)):
                 config["rope_scaling"] = LLAMA3 | {"factor": factor}
                 return
         _refuse(file, "its rope_freqs are not those of Llama 3")
 
 
-def _llama3_divisors(theta: float, head_dim: int, factor: float) -> list[float]:
+def llama3_divisors(rope: Rope) -> list[float]:
     """What divides each frequency: 1 for fast pairs, `factor` for slow ones, blended between."""
-    low, high = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
+    low, high = rope.low_freq_factor, rope.high_freq_factor
     divisors = []
-    for pair in range(0, head_dim, 2):
-        turns = LLAMA3["original_max_position_embeddings"] * theta ** (-pair / head_dim) / (2 * math.pi)
+    for pair in range(0, rope.dim, 2):
+        turns = rope.original_max_position_embeddings * rope.theta ** (-pair / rope.dim) / (2 * math.pi)
         keep = min(max((turns - low) / (high - low), 0.0), 1.0)
-        divisors.append(1 / ((1 - keep) / factor + keep))
+        divisors.append(1 / ((1 - keep) / rope.factor + keep))
     return divisors
 
 
