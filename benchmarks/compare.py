@@ -38,7 +38,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.harness import ENDED, extra_memory, in_fresh_process, print_table, quartiles, read_csv, write_csv
+from benchmarks.harness import ENDED, extra_memory, in_fresh_process, quartiles, read_csv, write_csv
+from benchmarks.op_table import op_table
 from minisft.kernels.common import use_backend
 
 EVERYBODY = "all"  # of a case: those that are timed in turn
@@ -382,8 +383,8 @@ def main(doc: str, cases: Callable[[str, bool], list[Case]]) -> None:
         rows += new
         del inputs, runs
     if rows:
-        hidden = {"q1", "q3", "speedup_q1", "speedup_q3", "gb", "tflop", "copy_gb_s", "matmul_tflops"}
-        print_table([{key: value for key, value in row.items() if key not in hidden} for row in rows])
+        print(f"copy {peaks['copy'] / 1e9:,.0f} GB/s, bf16 products {peaks['matmul'] / 1e12:,.3g} TFLOP/s here")
+        print(op_table(rows, arguments.quick))
     if device == "cpu" and not arguments.quick:
         for lapse in lapses(rows):
             print(f"NOT AS PROMISED: {lapse}")

@@ -13,6 +13,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -167,13 +168,38 @@ def write_csv(name: str, rows: list[dict], folder: Path = RESULTS) -> Path:
     return path
 
 
-def print_table(rows: list[dict]) -> None:
-    """Print the rows, aligned, with every column that any of them has."""
+UNITS = {"ms": "ms", "mb": "MB", "gb": "GB", "seconds": "s", "percent": "%", "s": "s"}  # by the end of a column's name
+
+
+def print_table(rows: list[dict], width: int = 100) -> None:
+    """Print the rows, aligned, with every column that any of them has. What is the same in all rows comes first, in one line;
+    where the columns need more than `width` characters they follow in several tables, each with the first one."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    table = [columns] + [[_text(row.get(column, "")) for column in columns] for row in rows]
-    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    cells = {column: [_text(row.get(column, "")) for row in rows] for column in columns}
+    same = [c for c in columns[1:] if len(rows) > 1 and len(set(cells[c])) == 1]
+    if same:
+        print(textwrap.fill("; ".join(f"{heading(c)}: {cells[c][0]}" for c in same), width))
+    first, *others = [c for c in columns if c not in same]
+    tables = [[first]]
+    widths = {c: max(len(x) for x in (heading(c), *cells[c])) for c in columns}
+    for column in others:
+        used = sum(widths[c] + 2 for c in tables[-1])
+        if used + widths[column] > width and len(tables[-1]) > 1:
+            tables.append([first])
+        tables[-1].append(column)
+    for of_table in tables:
+        for line in zip(*([heading(c), *cells[c]] for c in of_table)):
+            parts = [cell.ljust(widths[c]) if c == first else cell.rjust(widths[c]) for c, cell in zip(of_table, line)]
+            print("  ".join(parts).rstrip())
+        print()
+
+
+def heading(column: str) -> str:
+    """peak_mb -> "peak, MB"; "tokens_per_second" -> "tokens per second"."""
+    *words, last = column.split("_")
+    if words and words[-1] != "per" and last in UNITS:
+        return f"{' '.join(words)}, {UNITS[last]}"
+    return UNITS.get(column, " ".join([*words, last]))
 
 
 def number(value: float) -> str:

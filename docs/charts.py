@@ -5,10 +5,9 @@ from pathlib import Path
 
 from benchmarks.harness import RESULTS, number, read_csv
 from benchmarks.paper_report import newest_steps
-from benchmarks.report import by_case, whole
+from benchmarks.report import OTHER_PEER, by_case, whole
 from docs.drawing import Sheet
 
-OTHER_PEER = "transformers"  # whose code stands for the naive formula where that would take minutes
 PARTS = {  # of a step on paper -> colour; what is not here is "rest"
     "matmuls": "blue",
     "attention": "orange",

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench_dpo, bench_ranks, bench_shared_turns, paper_report, report, train_step
+from benchmarks import bench_dpo, bench_ranks, bench_shared_turns, op_table, paper_report, report, train_step
 from benchmarks.compare import (
     EVERYBODY,
     Case,
@@ -24,7 +24,7 @@ from benchmarks.compare import (
     rows_of,
     time_rounds,
 )
-from benchmarks.harness import ENDED, quartiles, read_csv, write_csv
+from benchmarks.harness import ENDED, print_table, quartiles, read_csv, write_csv
 from minisft.kernels.rms_norm import rms_norm
 
 PEAKS = {"copy": 4e12, "matmul": 8e14}
@@ -435,3 +435,28 @@ def test_a_contender_with_other_losses_is_named():
     with pytest.raises(SystemExit, match="ddp and torch ddp: losses"):
         bench_ranks.require_equal_losses(rows)
     bench_ranks.require_equal_losses([rows[0], rows[1] | {"ranks": 4}])
+
+
+def test_an_op_prints_a_table_of_100_columns_and_what_it_shows():
+    common = {"op": "rms_norm", "case": "4096 x 2048 bf16", "differs": 3e-3}
+    rows = [
+        common | {"contender": name, "pass": at, "ms": ms * share, "percent": 10.0, "extra_mb": mb, "speedup": 40 / ms}
+        for name, ms, mb in (("torch", 10.0, 144.0), ("eager", 40.0, 224.0))
+        for at, share in (("forward", 0.25), ("both", 1.0))
+    ]
+    rows.append({"op": "rms_norm", "case": common["case"], "contender": "liger", "error": "not here: " + "x" * 200})
+    lines = op_table.op_table(rows).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert any(line.split() == "torch 2.5 ms 10 ms 4.00 x 144 MB 10 % 3e-03".split() for line in lines)
+    assert lines[-1] == "rms_norm: torch is 4 times as fast as the naive formula, in 64.3 % of its memory."
+    rows += [row | {"contender": "triton", "percent": 93.0, "ms": row["ms"] / 8, "speedup": 8.0} for row in rows[2:4]]
+    says = "rms_norm: triton is 8 times as fast as the naive formula, in 100 % of its memory, at 93 % of the ceiling."
+    assert op_table.op_table(rows).endswith(says) and says not in op_table.op_table(rows, is_quick=True)
+
+
+def test_a_wide_table_is_printed_in_parts(capsys):
+    rows = [{"case": f"case {i}", "threads": 2} | {f"number_{c}_mb": 1000 * i + c for c in range(12)} for i in range(3)]
+    print_table(rows)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100 and out.startswith("threads: 2\n")
+    assert all(out.count(f"number {c}, MB") == 1 for c in range(12)) and out.count("case 2") == 2
