@@ -185,10 +185,12 @@ def step_time(results: Path = RESULTS) -> Sheet | None:
             if w > 34:
                 s.text(x + w / 2, y + 24, f"{share:.0%}", at="middle", size=11.5)
             x += w
+        floor = left + (right - left) * float(r["floor_ms"]) / total
+        s.line((floor, y + 8), (floor, y + 40), color="ink", width=2)
     s.text(
         20,
         top + step * len(steps) + 10,
-        "The black line: what no step of this model can go below. Computed, not measured.",
+        "The line across a bar: what no step of this model can go below. Computed, not measured.",
         size=11.5,
         color="soft",
     )
