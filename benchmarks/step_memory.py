@@ -2,7 +2,7 @@
 
     python -m benchmarks.step_memory
 
-A Llama of 13.6 M parameters with a vocabulary of 32,768, in fp32 on a CPU: 8 documents of 128 tokens, half of them trained,
+A Llama of 13.2 M parameters with a vocabulary of 32,768, in fp32 on a CPU: 8 documents of 128 tokens, half of them trained,
 AdamW. A thread notes the resident memory every two milliseconds during the third step. Memory is that above the start of the
 step, when weights and moments are there already. docs/pictures.py draws the curves.
 """
