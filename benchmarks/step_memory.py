@@ -7,10 +7,13 @@ AdamW. A thread notes the resident memory every two milliseconds during the thir
 step, when weights and moments are there already. docs/pictures.py draws the curves.
 """
 
+import json
 import os
+import tempfile
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 from benchmarks.harness import in_fresh_process, memory_mb, print_table, write_csv
 
@@ -30,46 +33,25 @@ DOCUMENTS, LENGTH, STEPS, POINTS = 8, 128, 3, 80
 
 def sample(engine: str) -> dict:
     """[(share of the step's time, MB)] and the share at which each phase ends."""
-    import numpy as np
     import torch
 
-    from minisft import sft
-    from minisft.data.batch import Batch, document_bounds
+    from minisft.config.load import load
+    from minisft.data.tokenizer import train_tokenizer
     from minisft.examples import naive
-    from minisft.model.families import from_hf
-    from minisft.model.load import build_model, init_weights
+    from minisft.prepare.run import prepare
 
-    model = build_model(from_hf(MODEL), "cpu")
-    init_weights(model, 0)
-    weights = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    ids = torch.from_numpy(np.random.default_rng(0).integers(0, MODEL["vocab_size"], (DOCUMENTS, LENGTH)))
     half = LENGTH // 2
-    rows = [naive.Row(x, [naive.IGNORED] * half + x[half:], [0.0] * half + [1.0] * half) for x in ids.tolist()]
-    flat, at = ids.flatten(), torch.arange(DOCUMENTS * LENGTH)
-    cu_seqlens = torch.arange(0, DOCUMENTS * LENGTH + 1, LENGTH, dtype=torch.int32)
-    start, end = document_bounds(cu_seqlens, len(flat))
-    trained = at[at % LENGTH >= half]
-    targets = flat[trained]
-    batch = Batch(
-        input_ids=flat,
-        position_ids=(at % LENGTH).int(),
-        start=start,
-        end=end,
-        max_seqlen=LENGTH,
-        cu_seqlens=cu_seqlens,
-        loss_rows=trained - 1,
-        targets=targets,
-        row_weights=None,
-        row_kind=None,
-        row_source=None,
-        row_document=None,
-        labels=None,
-        num_tokens=len(flat),
-        num_targets=len(targets),
-        total_weight=float(len(targets)),
-        shared=False,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer([], vocab_size=259, chat_template=None).save(Path(folder, "tokenizer"))  # a token is a byte
+        row = {"prompt": "x" * half, "completion": "y" * (LENGTH - half - 1)}  # and the token that ends it
+        Path(folder, "rows.jsonl").write_text((json.dumps(row) + "\n") * DOCUMENTS)
+        keys = {"output_dir": f"{folder}/out", "data.train_data": f"{folder}/rows.jsonl", "model.config": MODEL}
+        keys |= {"model.tokenizer_name_or_path": f"{folder}/tokenizer", "data.prompt_format": "plain"}
+        keys |= {"train.precision": "fp32", "train.device": "cpu", "train.per_device_train_batch_size": DOCUMENTS}
+        run = prepare(load({}, keys, origin="benchmark")[0], torch.device("cpu"))
+        (batch,) = run.train.step(0, 0)
+    assert (batch.num_tokens, batch.num_targets) == (DOCUMENTS * LENGTH, DOCUMENTS * (LENGTH - half))
+    weights, rows = dict(run.model.named_parameters()), naive.rows_of(batch)
     notes: list[tuple[float, float]] = []
     done = threading.Event()
 
@@ -85,14 +67,14 @@ def sample(engine: str) -> dict:
             watcher.start()
             marks.append(time.perf_counter())
         if engine == "naive":
-            loss = naive.loss_sum(partial(naive.llama, weights, MODEL), rows) / len(targets)
+            loss = naive.loss_sum(partial(naive.llama, weights, MODEL), rows) / batch.num_targets
         else:
-            loss, _ = sft.loss(model, batch, 1 / len(targets))
+            loss, _ = run.loss(run.model, batch, 1 / batch.num_targets)
         marks.append(time.perf_counter())
         loss.backward()
         marks.append(time.perf_counter())
-        optimizer.step()
-        optimizer.zero_grad()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
         del loss
         marks.append(time.perf_counter())
     done.set()
