@@ -10,7 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench_dpo, bench_ranks, bench_shared_turns, op_table, paper_report, report, train_step
+from benchmarks import (
+    bench_dpo,
+    bench_ranks,
+    bench_shared_turns,
+    op_table,
+    paper_report,
+    report,
+    step_memory,
+    train_step,
+)
 from benchmarks.compare import (
     EVERYBODY,
     Case,
@@ -460,3 +469,11 @@ def test_a_wide_table_is_printed_in_parts(capsys):
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 100 and out.startswith("threads: 2\n")
     assert all(out.count(f"number {c}, MB") == 1 for c in range(12)) and out.count("case 2") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["naive", "minisft"])
+def test_memory_over_a_step_is_sampled(engine):
+    answer = step_memory.sample(engine)
+    assert len(answer["curve"]) > 5 and max(mb for _, mb in answer["curve"]) > 30
+    assert 0 < answer["ends"][0] < answer["ends"][1] < answer["ends"][2] == 1
