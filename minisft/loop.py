@@ -39,7 +39,7 @@ from minisft.out_of_memory import OutOfMemory, evaluation_error, halve, memory_e
 from minisft.parallel import is_sharded, needs_others, share_of, sum_gradients, total_norm, waiting
 from minisft.prepare.run import Run, prepare
 from minisft.resume import changed_keys, require_same_state, resume, rewind, training_state
-from minisft.runtime import read_back
+from minisft.runtime import copy_back, read_back
 from minisft.samples import complete
 from minisft.saver import Saver, require_shared_folder
 from minisft.schedule import lr_factor
@@ -311,7 +311,7 @@ def train_step(
                 loss, metrics = forward_backward(run.loss, run.model, run.precision, *work)
             losses.append(loss)
             if ROW_LOSSES in metrics:
-                rows.append((batch.row_owners, read_back(metrics.pop(ROW_LOSSES)[0])))
+                rows.append((batch.row_owners, copy_back(metrics.pop(ROW_LOSSES)[0])))
             stats.add(metrics)
     if ranks.any_rank(bool(ran_out.message)):
         optimizer.zero_grad(set_to_none=True)
@@ -344,7 +344,7 @@ def train_step(
     is_bad = not (is_left_out or is_accepted(sums, limits))
     loss, grad_norm = (value / unit for value, unit in zip(sums.tolist(), units))
     # they have arrived: their copies were queued before that of the sums
-    rows = tuple((owners.numpy(), values()[: len(owners)].numpy()) for owners, values in rows)
+    rows = tuple((owners.numpy(), values[: len(owners)].numpy()) for owners, values in rows)
     return StepResult(updated, is_bad, loss, grad_norm, num_stops > 0, asked, int(num_tokens), stats, rows=rows)
 
 

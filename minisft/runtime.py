@@ -77,10 +77,15 @@ def seed_step(seed: int, step: int) -> None:
         torch.cuda.manual_seed_all(number)
 
 
+def copy_back(x: Tensor) -> Tensor:
+    """Begin to copy a tensor from the device. It is here once something that was queued later on the same stream has arrived."""
+    return torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x, non_blocking=True)
+
+
 def read_back(x: Tensor) -> Callable[[], Tensor]:
     """Begin to copy a tensor from the device. The function that is returned waits for the copy, and has it; it does not wait
     for what was queued after it."""
-    here = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x, non_blocking=True)
+    here = copy_back(x)
     arrived = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
 
     def values() -> Tensor:

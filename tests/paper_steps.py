@@ -19,8 +19,18 @@ import triton  # noqa: F401  before the kernels are imported: they use Triton wh
 from test_dpo import batch_of, make_pairs
 
 from benchmarks.paper_gpu import PaperGPU
-from benchmarks.step_on_paper import MODELS, Case, by_part, estimate, make_config, make_run, take_step
-from minisft import dpo
+from benchmarks.step_on_paper import (
+    MODELS,
+    Case,
+    attended_pairs,
+    by_part,
+    estimate,
+    make_batches,
+    make_config,
+    make_run,
+    take_step,
+)
+from minisft import dpo, sft
 from minisft.cards import CARDS
 from minisft.loop import train_step
 from minisft.preference.losses import LossOptions
@@ -60,12 +70,25 @@ def dpo_waits(case: Case) -> Counter[str]:
         return gpu.waits
 
 
+def ledger_waits(case: Case) -> Counter[str]:
+    """Of a step whose rows' losses come to the host too."""
+    config, batches = make_config(case), make_batches(case)
+    with PaperGPU(CARD, pairs=attended_pairs(batches[0])) as gpu:
+        run = replace(make_run(config, case, gpu), loss=partial(sft.loss, keep_rows=True))
+        for step in range(2):
+            gpu.waits.clear()
+            run.progress.step = step
+            assert train_step(run, config.train, batches).rows
+        return gpu.waits
+
+
 def waits() -> dict[str, Counter[str]]:
     """Of the second step of a small model, by how it is trained."""
     small = replace(MODELS["SmolLM2-135M"], tokens=4000, accumulation=2)
     full = replace(small, config=small.config | {"num_hidden_layers": 1})
     lora = replace(full, lora=4)
     found = {"SFT, full": take_step(full, CARD).waits, "SFT, LoRA": take_step(lora, CARD).waits}
+    found["SFT with a ledger"] = ledger_waits(full)
     return found | {"DPO, full": dpo_waits(full), "DPO, LoRA": dpo_waits(lora)}
 
 
