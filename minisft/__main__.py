@@ -16,7 +16,10 @@ COMMANDS = {  # name: (module with main(argv) -> exit code, what it does)
     "plan": ("minisft.commands.plan", "steps, memory, time and cost of a run before it starts, and what makes it fit"),
     "evaluate": ("minisft.commands.evaluate", "loss and accuracy of a data set, by kind of token and source"),
     "report": ("minisft.commands.report", "one page about one run, or about what differs between several"),
-    "export": ("minisft.commands.export", "write a finished model where others run it: merged, as GGUF, a copy"),
+    "export": (
+        "minisft.commands.export",
+        "write a model where others run it: a copy, merged, as GGUF, or of a checkpoint",
+    ),
     "verify-resume": (
         "minisft.commands.verify_resume",
         "prove that a resumed run is the same run, on your configuration",

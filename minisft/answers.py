@@ -10,6 +10,8 @@ from minisft.data.rows import RowError
 from minisft.errors import UserError
 from minisft.strict_json import read_json
 
+STATE = "trainer_state.json"
+
 if TYPE_CHECKING:
     from minisft.data.tokenizer import Tokenizer
     from minisft.model.decoder import Decoder
@@ -54,6 +56,8 @@ def open_model(folder: Path) -> Answerer:
     folder = model_folder(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}  # written by the run
+    if (folder / STATE).exists():  # a checkpoint
+        trained |= read_json(folder / STATE).get("prompting", {})
     load = load_model if (folder / "config.json").exists() else load_adapted
     model = load(folder, device=device, max_length=trained.get("max_length"))
     tokenizer = load_tokenizer(folder, chat_template_kwargs=trained.get("chat_template_kwargs"))

@@ -239,7 +239,12 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
     def mean_weights(self, p: Tensor) -> Tensor:
         """x of the parameter, of which y and z are known."""
         z = self.state[p].get("z")
-        return p.data if z is None else p.data.lerp(z, 1 - 1 / self.defaults["betas"][0])
+        return p.data if z is None else mean_of(p.data, z, self.defaults["betas"][0])
+
+
+def mean_of(y: Tensor, z: Tensor, b1: float) -> Tensor:
+    """x of y = b1 x + (1 - b1) z."""
+    return y.lerp(z, 1 - 1 / b1)
 
 
 class Adafactor(torch.optim.Optimizer):

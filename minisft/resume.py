@@ -192,6 +192,7 @@ def training_state(config: Config, run: Run) -> dict:
         "optim": config.train.optim,
         "config": settings(config),
         "started_from": run.start.id if run.start else None,
+        "prompting": run.prompting,
         "sums": progress.sums.state(),
         "order": data_order(config, run),
     }

@@ -20,6 +20,7 @@ from tiny import GPT2, MODEL, logged, parts, relative_error, settings, start, tr
 
 from minisft import loop, parallel, peers
 from minisft.checkpoint import Contents, find_checkpoint
+from minisft.commands import export
 from minisft.config.load import load
 from minisft.errors import DATA, PEER, SAVE, UserError, run_command
 from minisft.micro_batch import forward_backward
@@ -152,6 +153,13 @@ def test_two_sharded_ranks_are_one_and_go_on_with_a_run_of_one(home, tmp_path):
     assert {path.name for path in (several / "checkpoints" / "step-00000004").glob("*.safetensors")} == {
         f"{stem}.rows-{rank:05}-of-00002.safetensors" for stem in ("model", "optimizer") for rank in (1, 2)
     }
+
+    model = load_model(several / "checkpoints" / "step-00000010")
+    assert export.main([str(several), str(tmp_path / "joined")]) == 0
+    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "joined" / name).read_bytes() == (several / "model" / name).read_bytes(), name
+    for name, weight in load_file(tmp_path / "joined" / "model.safetensors").items():
+        assert torch.equal(model.get_parameter(name.removeprefix("model.")), weight), name
 
     elastic = tmp_path / "elastic"
     keys = options(home, **keys, **SHARDED, output_dir=str(elastic))

@@ -1,8 +1,9 @@
 """`python -m minisft export RUN OUT`: write a finished model where others run it.
 
-RUN is a run's output folder, a model folder or an adapter folder, ours or PEFT's; OUT a new folder.
+RUN is a run's output folder, a checkpoint, a model folder or an adapter folder, ours or PEFT's; OUT a new folder.
 
-    (nothing)       a copy of the finished model, for transformers, vLLM and the rest; of an adapter, the adapter as PEFT reads it
+    (nothing)       a copy of the finished model, for transformers, vLLM and the rest; of an adapter, the adapter as PEFT reads it;
+                    of a checkpoint, or of a run that has not finished, what the run would have exported then (join.py)
     --merge         adapter and base as one model (merge.py)
     --gguf [KIND]   one GGUF file and a Modelfile, for llama.cpp and Ollama; an adapter is merged first
 """
@@ -27,13 +28,13 @@ NO_ROOM = "free some space, or choose another folder"
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="minisft export", description="Write a finished model where others run it.")
-    parser.add_argument("run", help="the output folder of a run, a model folder or an adapter folder")
+    parser.add_argument("run", help="the output folder of a run, a checkpoint, a model folder or an adapter folder")
     parser.add_argument("out", help="a new folder for the model")
     parser.add_argument("--merge", action="store_true", help="write adapter and base as one model")
     parser.add_argument(
         "--dtype",
         choices=choices(KEYS["checkpoint.save_dtype"].type),
-        help="with --merge: of the written weights (bf16)",
+        help="of the written weights: with --merge bf16 unless given; of a checkpoint that of the run",
     )
     parser.add_argument(
         "--gguf", nargs="?", const="f16", type=str.lower, metavar="KIND",
@@ -44,8 +45,10 @@ def main(argv: list[str]) -> int:
     if arguments.gguf is not None and arguments.gguf not in KINDS:
         hint = f"kinds: {', '.join(KINDS)}; llama.cpp's llama-quantize makes others of an f16 file"
         raise UserError(f"--gguf {arguments.gguf}: this kind is not written", hint=hint)
-    if arguments.dtype and not (arguments.merge and arguments.gguf is None):
-        raise UserError("--dtype is that of merged weights", hint="give --merge too; a GGUF file has --gguf KIND")
+    joins = not arguments.merge and arguments.gguf is None and is_checkpoint(run)
+    if arguments.dtype and not joins and not (arguments.merge and arguments.gguf is None):
+        hint = "give --merge too, or name a checkpoint; a GGUF file has --gguf KIND"
+        raise UserError("--dtype is that of merged weights, or of a checkpoint's", hint=hint)
     if os.path.lexists(out):
         raise UserError(f"{out} exists", hint="name a new folder")
 
@@ -53,12 +56,17 @@ def main(argv: list[str]) -> int:
     from minisft.console import wrap
     from minisft.model.adapter_files import CONFIG_FILE, model_folder
 
+    remove_leftovers(out.parent)  # of an export that was killed
+    if joins:
+        from minisft.join import join
+
+        print(wrap([*(f"exported   {line}" for line in join(run, out, arguments.dtype)), f"written to {out}"]))
+        return 0
     folder = model_folder(run)
     is_adapter = (folder / CONFIG_FILE).exists()
     if arguments.merge and not is_adapter:
         hint = "a run without [lora] wrote a whole model: leave --merge out, and it is copied"
         raise UserError(f"{folder} holds no adapter (no {CONFIG_FILE})", hint=hint, exit_code=MODEL)
-    remove_leftovers(out.parent)  # of an export that was killed
     if arguments.gguf is not None:
         lines = export_gguf(folder, run, out, arguments.gguf)
     elif arguments.merge:
@@ -67,6 +75,11 @@ def main(argv: list[str]) -> int:
         lines = export_copy(folder, out)
     print(wrap([*(f"exported   {line}" for line in lines), f"written to {out}"]))
     return 0
+
+
+def is_checkpoint(run: Path) -> bool:
+    """Whether the model is to be read from a checkpoint: it is one, or the folder of a run that has not finished."""
+    return (run / "trainer_state.json").exists() or (run / "checkpoints").is_dir() and not (run / "model").exists()
 
 
 def export_copy(folder: Path, out: Path) -> list[str]:

@@ -96,7 +96,7 @@ class Decoder(nn.Module):
         self.mean_length: float | None = None
         self.context: Context | None = None  # of ranks that share each batch (parallel.py)
         self.lora: LoraOptions | None = None  # of a model with adapters (lora.py)
-        # of sharded weights, where the other ranks take part (parallel.py)
+        # whole values from elsewhere: of sharded weights, where the other ranks take part (parallel.py), or from files
         self.gather: Callable[[str], Tensor] | None = None
         # False for an adapter that was loaded: switching it off gives the base model, not the model that the run started from.
         self.adapter_is_new = True

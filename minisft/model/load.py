@@ -11,6 +11,7 @@ All headers of the weight files (weight_files.py) are checked before the first b
 
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -221,6 +222,23 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
     return lines + describe_others(others)
 
 
+def weights_reader(model: Decoder, folder: Path) -> Callable[[str], torch.Tensor]:
+    """The values of a parameter by its name, read from a folder when they are asked for; `model` may be on meta. For
+    `Decoder.gather`. Raises UserError as `load_weights`, without a look at the values."""
+    parameters = dict(model.named_parameters())
+    wanted = {bare(name): stored for name, stored in stored_tensors(model.config, parameters).items()}
+    found, _ = read_headers(folder, model.config)
+    _compare(folder, wanted, found, parameters, model.config, {})
+    places = {name: (key, i) for key, stored in wanted.items() for i, name in enumerate(stored.names)}
+
+    def read(name: str) -> torch.Tensor:
+        key, i = places[name]
+        parts = [parameters[part] for part in wanted[key].names]
+        return _pieces(parts, wanted[key], found[key])[i][:]
+
+    return read
+
+
 def describe_others(others: dict[str, FileTensor]) -> list[str]:
     """A line about the tensors that are not the text model's; none for constants that old versions stored."""
     names = [name.removeprefix("model.") for name in others if not BUFFERS.search(name)]
@@ -236,16 +254,21 @@ def _set_plain(
 ) -> int:
     """Fill our matrices from one tensor of a file. Returns how many rows of new tokens were added."""
     added = 0
-    if isinstance(tensor, JoinedTensor):
-        pieces = tensor.parts
-    else:
-        pieces = stored.split(tensor.read(), [part.shape[0] for part in parts])
-    for part, values in zip(parts, pieces):
+    for part, values in zip(parts, _pieces(parts, stored, tensor)):
         if isinstance(part, QuantWeight):
             part.fill(values[:].to(device))
             continue
         added = max(added, _set_rows(part, values))
     return added
+
+
+def _pieces(
+    parts: Sequence[nn.Parameter | QuantWeight], stored: Stored, tensor: FileTensor | JoinedTensor
+) -> Sequence[torch.Tensor | Rows]:
+    """The values of our parameters from one tensor of a file; those by rows are not read yet."""
+    if isinstance(tensor, JoinedTensor):
+        return tensor.parts
+    return stored.split(tensor.read(), [part.shape[0] for part in parts])
 
 
 def _set_rows(parameter: nn.Parameter, values: torch.Tensor | Rows) -> int:
