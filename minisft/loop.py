@@ -32,6 +32,7 @@ from minisft.export import checkpoint_contents, is_exported, other_bytes, requir
 from minisft.finish import Result, finish, is_complete
 from minisft.ledger import Ledger, cut_ledgers
 from minisft.loggers import Loggers
+from minisft.memory import memory_bytes, require_memory
 from minisft.metrics import ROW_LOSSES, Sums, eval_name, peak_memory
 from minisft.micro_batch import forward_backward
 from minisft.optimizers import evaluation_weights
@@ -381,11 +382,16 @@ def start_control(config: Config, run: Run, folder: Path) -> Control:
 
 
 def start_saver(config: Config, run: Run, folder: Path) -> Saver:
-    """Who saves. Raises UserError where every rank writes its part, and the ranks have no folder together."""
+    """Who saves. Raises UserError where every rank writes its part, and the ranks have no folder together; and where there is no
+    memory for save_async."""
     section, everyone = config.checkpoint, writes_rows(run.model)
     if everyone:
         require_shared_folder(folder)
-    return Saver(folder / "checkpoints", section.save_total_limit, everyone=everyone)
+    if section.save_async:
+        copies = checkpoint_bytes(run.model, run.optimizer) // (ranks.world_size() if everyone else 1)
+        hint = "set checkpoint.save_async = false"
+        require_memory(copies, memory_bytes(), "the copy of a checkpoint for save_async", hint)
+    return Saver(folder / "checkpoints", section.save_total_limit, in_background=section.save_async, everyone=everyone)
 
 
 def require_unchanged(config: Config, folder: Path, saved: dict | None) -> None:

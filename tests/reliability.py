@@ -79,13 +79,13 @@ def difference(out: Path, expected: dict[str, object]) -> str:
     return ", ".join(part for part in expected if found[part] != expected[part])
 
 
-def announced(out: Path, last: int) -> int:
-    """The step whose checkpoint must be there, as the run has gone on since: it saves step n before it logs step n + 1, and the
-    last one before it exports."""
+def announced(out: Path, last: int, behind: int) -> int:
+    """The step whose checkpoint must be there, as the run has gone on since: it saves step n before it logs step n + 1, or
+    `behind` steps later, and the last one before it exports."""
     if any(out.glob(".tmp-model-*")):
         return last
     metrics = out / "metrics.jsonl"
-    return max(0, metrics.read_bytes().count(b"\n") - 1) if metrics.exists() else 0
+    return max(0, metrics.read_bytes().count(b"\n") - 1 - behind) if metrics.exists() else 0
 
 
 def problem(home: Path, overrides: dict, expected: dict[str, object]) -> str:
@@ -95,7 +95,8 @@ def problem(home: Path, overrides: dict, expected: dict[str, object]) -> str:
         path, skipped = checkpoint.find_checkpoint(out / "checkpoints", "auto")
     except UserError as error:
         return error.message
-    found, wanted = checkpoint.step_of(path) if path else 0, announced(out, overrides["train.max_steps"])
+    behind = int(overrides.get("checkpoint.save_async", False))  # the next save begins when this one is over
+    found, wanted = checkpoint.step_of(path) if path else 0, announced(out, overrides["train.max_steps"], behind)
     if skipped or found < wanted:
         return f"step {found} was found, {wanted} was announced; damaged: {skipped}"
     if (code := exit_code(start(train_quietly, home, overrides))) != 0:
@@ -109,10 +110,10 @@ def problem(home: Path, overrides: dict, expected: dict[str, object]) -> str:
 SAVES = {"checkpoint.save_steps": 1, "checkpoint.save_total_limit": 2}
 
 
-def kills(home: Path, kind: str, count: int = 100) -> Result:
+def kills(home: Path, kind: str, count: int = 100, in_background: bool = False) -> Result:
     """SIGKILL at `count` moments, uniformly random from the start of the process to the end of the run. A moment at which the run
     had ended, on a machine whose speed varies, is drawn again."""
-    more = SAVES | {"train.max_steps": 12}
+    more = SAVES | {"train.max_steps": 12, "checkpoint.save_async": in_background}
     folder = home / f"kills-{kind}"
     seconds = statistics.median(finish(home, keys(home, folder / f"whole-{i}", kind, **more)) for i in range(3))
     expected = outcome(folder / "whole-0")
@@ -145,10 +146,10 @@ def phase(out: Path) -> str:
     return "before the first"
 
 
-def crash_points(home: Path, kind: str, count: int | None = None) -> Result:
+def crash_points(home: Path, kind: str, count: int | None = None, in_background: bool = False) -> Result:
     """A run dies at each crash point (atomic_folder.py) that it passes: in its token cache, in each save, in retention, in the
     export. So does one that starts over where another has finished, at those that only it passes. count: of each so many."""
-    folder, more = home / f"crash-{kind}", SAVES | {"train.max_steps": 3}
+    folder, more = home / f"crash-{kind}", SAVES | {"train.max_steps": 3, "checkpoint.save_async": in_background}
     over = more | {"checkpoint.save_total_limit": 9, "checkpoint.resume": "never"}
     finish(home, keys(home, folder / "whole", kind, **more))
     finish(home, keys(home, folder / "old" / "out", kind, **over))
@@ -318,6 +319,8 @@ def train_watched(home: Path, overrides: dict, samples: Path) -> None:
 EXPERIMENTS: dict[str, Callable[..., Result]] = {
     **{f"kills, {kind}": partial(kills, kind=kind) for kind in ("full", "LoRA")},
     **{f"crash points, {kind}": partial(crash_points, kind=kind) for kind in ("full", "LoRA")},
+    "kills, in the background": partial(kills, kind="full", in_background=True),
+    "crash points, in the background": partial(crash_points, kind="full", in_background=True),
     **{
         f"resume, {trainer.upper()}, {ranks} rank{'s' * (ranks > 1)}": partial(
             resume_cells, trainer=trainer, ranks=ranks

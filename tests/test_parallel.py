@@ -139,7 +139,7 @@ def evaluated(home: Path) -> dict:
 def test_two_sharded_ranks_are_one_and_go_on_with_a_run_of_one(home, tmp_path):
     """Micro-batches of unequal shares, of which the second rank has none in steps 6 and 12."""
     keys = evaluated(home)
-    run_both(home, tmp_path, {"": keys}, ACCUMULATED)
+    run_both(home, tmp_path, {"": keys}, ACCUMULATED | {"checkpoint.save_async": True})
     one, several = tmp_path / "one", tmp_path / "several"
     assert_equal(tmp_path)
     moments, expected = (state_of(folder / "checkpoints" / "step-00000001") for folder in (several, one))
@@ -444,15 +444,16 @@ CRASHES = ["mkdir", "model", "fsync model.rows-00001-of-00002.safetensors", "opt
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("in_background", [False, True])
 @pytest.mark.parametrize(
     "rank, point",
     [(0, point) for point in CRASHES] + [(1, point.replace("00001", "00002")) for point in CRASHES[1:4]],
 )
 def test_a_rank_that_dies_in_a_save_leaves_the_last_checkpoint_and_the_run_goes_on_as_it_was(
-    home, tmp_path, rank, point
+    home, tmp_path, rank, point, in_background
 ):
     keys = options(home, **SHARDED, output_dir=str(tmp_path / "out")) | {"train.per_device_train_batch_size": 6}
-    keys |= {"checkpoint.save_steps": 1, "train.max_steps": 4}
+    keys |= {"checkpoint.save_steps": 1, "train.max_steps": 4, "checkpoint.save_async": in_background}
     whole = keys | {"output_dir": str(tmp_path / "whole")}
     crashing = start_ranks(home, keys, crash=(rank, f"step-00000003 {point}"))
     codes = join([*crashing, *start_ranks(home, whole)], 120)

@@ -2,7 +2,7 @@
 
 RUN is a run's output folder, a checkpoint, a model folder or an adapter folder, ours or PEFT's; OUT a new folder.
 
-    (nothing)       a copy of the finished model, for transformers, vLLM and the rest; of an adapter, the adapter as PEFT reads it;
+    (nothing)       a copy of the finished model, for transformers, vLLM and the rest; of an adapter, as PEFT reads it;
                     of a checkpoint, or of a run that has not finished, what the run would have exported then (join.py)
     --merge         adapter and base as one model (merge.py)
     --gguf [KIND]   one GGUF file and a Modelfile, for llama.cpp and Ollama; an adapter is merged first

@@ -411,6 +411,9 @@ class CheckpointSection:
     save_total_limit: int = option(
         3, "verified checkpoints kept, besides the best one and those with a file `keep` in their folder", at_least=1
     )
+    save_async: bool = option(
+        False, "write checkpoints in the background while steps go on; takes memory of the size of a checkpoint"
+    )
     resume: str = option(
         "auto", '"auto" = the newest checkpoint that verifies; "never"; or a checkpoint folder', is_path="folder"
     )

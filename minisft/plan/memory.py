@@ -360,6 +360,7 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
             loss = replace(loss, head=4.0 * prod(p.model[head]) if head in p.trained else 0.0)
             embedding = 4.0 * in_root
         copies = 2.0 * prod(p.model[head]) if precision.casts else 0.0
+    saved = (weights if is_full else 4.0 * p.num_adapter) + moments  # the copies of a save in the background
     if train.offload_optimizer and place.is_gpu:
         moments = 0.0
 
@@ -379,6 +380,7 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
         "moments": moments,
         "reference": reference_bytes(config, p),
         "gathered": gathered,
+        "save": saved if config.checkpoint.save_async and not place.is_gpu else 0.0,
         "context": CUDA_CONTEXT if place.is_gpu else PYTHON_AND_TORCH + (COMPILER if imports_compiler else 0.0),
     }
     whole, none = (gradients if keeps_gradients else 0.0), 0.0

@@ -19,6 +19,7 @@ MEANS = {  # what a component is, beside its number
     "working": "temporary tensors of the pass",
     "reference": "of preference tuning",
     "gathered": "blocks that are whole for a while, and the root",
+    "save": "the copy of a checkpoint that is written in the background",
     "allocator": "freed memory that the C library keeps",
     "context": "",
 }
