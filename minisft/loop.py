@@ -39,6 +39,7 @@ from minisft.optimizers import evaluation_weights
 from minisft.out_of_memory import OutOfMemory, evaluation_error, halve, memory_error, try_largest
 from minisft.parallel import is_sharded, needs_others, share_of, sum_gradients, total_norm, waiting
 from minisft.prepare.run import Run, prepare
+from minisft.replicas import GradientSum
 from minisft.resume import changed_keys, require_same_state, resume, rewind, training_state
 from minisft.runtime import copy_back, read_back
 from minisft.samples import complete
@@ -50,6 +51,7 @@ from minisft.update import (
     ZeroUpdates,
     clip_and_update,
     gradient_norms,
+    gradients,
     is_accepted,
     make_gradients,
     unscale,
@@ -298,6 +300,7 @@ def train_step(
     ran_out, updates = OutOfMemory(ends=needs_others(run.model)), nullcontext()
     if in_backward:
         updates = update_in_backward(run.model, optimizer, zero_updates)
+    gradient_sum = GradientSum(run.model, ranks.world_size() > 1 and not is_sharded(run.model))
     with ran_out, waiting(run.model), updates as norms:
         if keeps_gradients:
             make_gradients(run.model)
@@ -309,17 +312,19 @@ def train_step(
             if run.graphs is not None:
                 loss, metrics = run.graphs(*work)
             else:
-                loss, metrics = forward_backward(run.loss, run.model, run.precision, *work)
+                with gradient_sum if batch is batches[-1] else nullcontext():
+                    loss, metrics = forward_backward(run.loss, run.model, run.precision, *work)
             losses.append(loss)
             if ROW_LOSSES in metrics:
                 rows.append((batch.row_owners, copy_back(metrics.pop(ROW_LOSSES)[0])))
             stats.add(metrics)
+    gradient_sum.finish()  # also where memory ran out: the other ranks wait for this one's gradients
     if ranks.any_rank(bool(ran_out.message)):
         optimizer.zero_grad(set_to_none=True)
         return StepResult(False, False, math.nan, math.nan, num_stops > 0, asked, 0, stats, ran_out)
 
     # ---- 6. the gradient's norm; what it and the loss must not exceed, on which all ranks agree
-    grads = sum_gradients(run.model)
+    grads = sum_gradients(run.model) if is_sharded(run.model) else gradients(run.model)
     unscale(grads, scale)
     norm = total_norm(run.model, norms if in_backward else gradient_norms(grads))
     stats.add({"grad_norm": (norm, 1.0)})

@@ -2,8 +2,8 @@
 
 Data parallelism is the plain one: every rank holds the whole model and sums its gradients with the others. The loss of an
 optimizer step is sum / N with N known before the forward pass, so each rank's gradients are already its share of the
-answer: one sum over the ranks, once an optimizer step, and every rank applies the same update. There is no averaging to
-undo and no hook to wait for. parallel.py has the other way, in which each rank keeps a part of the model.
+answer: one sum over the ranks, once an optimizer step, while its last backward pass goes on (replicas.py), and every rank
+applies the same update. There is no averaging to undo. parallel.py has the other way: each rank keeps a part of the model.
 """
 
 import contextlib
@@ -99,6 +99,12 @@ def exchange(parts: Tensor, group: Any) -> Tensor:
     with waiting():
         dist.all_to_all_single(received, parts, group=group)
     return received
+
+
+def start_sum(x: Tensor) -> dist.Work:
+    """Begin to sum `x` over all ranks, in place: `wait` of the result is its end."""
+    with waiting():
+        return dist.all_reduce(x, group=_group, async_op=True)
 
 
 def sum_numbers_over_ranks(numbers: list[float]) -> list[float]:
