@@ -94,6 +94,10 @@ TOGETHER: tuple[tuple[str, str], ...] = (  # (keys, what they do to each other)
     ("evaluate.early_stopping_patience evaluate.early_stopping_threshold", "by how much better counts as better"),
     ("evaluate.generate_data evaluate.generate_group_field evaluate.max_new_tokens", "answers at the end"),
     ("checkpoint.save_steps checkpoint.save_total_limit", "the newest are kept, besides the best and pinned ones"),
+    (
+        "checkpoint.save_steps checkpoint.save_async",
+        "a save that takes longer than the steps up to the next one is waited for",
+    ),
     ("checkpoint.resume output_dir", "the same folder and auto: the same command goes on where it was"),
     ("checkpoint.save_dtype train.weights_dtype", "the dtype of the exported model, which is that of the weights"),
     ("log.ledger data.stream", "the chunks of a stream number their documents anew, so no ledger can name them"),
