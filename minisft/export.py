@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from minisft import ranks
 from minisft.atomic_folder import atomic_folder, not_written, read_manifest, require_space, verify_folder
+from minisft.card import write_card
 from minisft.checkpoint import (
     Contents,
     checkpoint_bytes,
@@ -25,11 +26,13 @@ from minisft.checkpoint import (
     step_folder,
     step_of,
 )
+from minisft.config.load import fingerprint
 from minisft.config.sections import Config
 from minisft.console import wrap
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import UserError
 from minisft.generation import stop_ids
+from minisft.log_files import read_metrics
 from minisft.model.adapter_files import adapter_file, adapter_tensors, load_adapter_weights, save_adapter_config
 from minisft.model.decoder import Decoder
 from minisft.model.drop_in import copied_bytes, copy_other_files, save_like
@@ -141,21 +144,25 @@ def read_model(model: Decoder, folder: Path) -> None:
         load_adapter_weights(model, folder)
 
 
-def export_model(run: Run, folder: Path, dtype: torch.dtype, config_id: str) -> None:
-    """Write folder/model. Its manifest names its origin: the fingerprint of the configuration and the starting model.
+def export_model(config: Config, run: Run, folder: Path) -> None:
+    """Write folder/model, with its card. Its manifest names its origin: the fingerprint of the configuration and the starting
+    model.
 
     An earlier export there is moved aside, not deleted, and this is printed. Raises UserError, with what is needed and what
     is free, where the disk refuses.
     """
     path = folder / "model"
     aside = name_aside(path)
-    made_by = {"config": config_id, "started_from": run.start.id if run.start else None}
+    dtype = export_dtype(config)
+    made_by = {"config": fingerprint(config), "started_from": run.start.id if run.start else None}
     manifest = {"step": run.progress.step, "checkpoint": checkpoint_id(run, folder), **made_by, **run.prompting}
     source = run.start.folder if run.start else None
     hint = "nothing is lost: the last checkpoint has all steps. Free some space and give the same command again"
     needed = model_bytes(run.model, run.tokenizer, dtype, source)
     with room_for(path, needed, hint=hint), atomic_folder(path, manifest, move_existing_to=aside) as temporary:
         lines = write_model(run, temporary, dtype, source)
+        metrics = folder / "metrics.jsonl"
+        write_card(temporary, config, run, read_metrics(metrics) if metrics.exists() else [])
     if lines:
         print(wrap(titled("exported", lines)))
     if aside.exists():

@@ -7,13 +7,14 @@ from pathlib import Path
 from minisft import console, ranks, signals
 from minisft.atomic_folder import verify_folder
 from minisft.checkpoint import load_checkpoint, step_folder
-from minisft.config.load import fingerprint
 from minisft.config.sections import Config
 from minisft.control import Control
 from minisft.errors import STOPPED, Stopped, warn
 from minisft.export import export_dtype, export_model, is_exported, read_model
 from minisft.log_files import read_metrics
 from minisft.loggers import Loggers
+from minisft.export import export_model, is_exported, read_model
+from minisft.loggers import Loggers, read_metrics
 from minisft.optimizers import evaluation_weights
 from minisft.parallel import is_sharded, on_first_rank
 from minisft.prepare.run import Run
@@ -101,7 +102,7 @@ def export_once(config: Config, run: Run, folder: Path, bar: console.ProgressBar
     """Export the model, unless this start took no step and found it there: then only the samples are missing."""
     if bar.first_step < run.progress.step or not is_exported(run, folder):
         (folder / "samples.jsonl").unlink(missing_ok=True)
-        export_model(run, folder, export_dtype(config), fingerprint(config))
+        export_model(config, run, folder)
 
 
 def complete_prompts(config: Config, run: Run, folder: Path, loggers: Loggers | None) -> dict[str, float]:

@@ -1,17 +1,23 @@
-"""A hub for tests: serves folders as repositories, with the part of the Hugging Face hub's API that downloads use.
+"""A hub for tests: serves folders as repositories, with the part of the Hugging Face hub's API that downloads and uploads use.
 
     GET  /api/models/owner/name[/revision/REV]            the commit of a revision        (datasets likewise)
     GET  /api/models/owner/name/tree/REV?recursive=True   its files, PAGE entries a page, the next page in a Link header
     HEAD, GET /owner/name/resolve/REV/PATH                one file; /datasets/owner/name/... ; large ones by a redirect
+
+    POST /api/repos/create                                a repository of the folder `uploads`, private or not
+    POST /api/models/owner/name/preupload/REV             which files go into the commit, and which (large ones) beside it
+    POST /owner/name.git/info/lfs/objects/batch           where to put those that are not here yet; PUT /lfs/SHA256
+    POST /api/models/owner/name/commit/REV                JSON lines: the message, and a line for each file
 
 It checks tokens, hides private repositories, can break off a file in the middle, and keeps a log of every request.
 """
 
 import json
 import re
+from base64 import b64decode
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import sha1
+from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -52,6 +58,9 @@ class Hub:
     break_off: dict[str, int] = field(default_factory=dict)  # path of a file -> how many times it breaks in the middle
     fail: set[str] = field(default_factory=set)  # paths of files that answer 500 after they have broken off
     endpoint: str = ""
+    uploads: Path | None = None  # where new repositories are made
+    large: dict[str, bytes] = field(default_factory=dict)  # sha256 -> bytes that were put
+    refuse_puts: int = 0  # so many uploads of large files are broken off
 
     def add(self, type: str, name: str, folder: Path, revision: str = "main", access: str = "public") -> str:
         """Serve a folder; returns its commit."""
@@ -91,6 +100,84 @@ class Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
+    def do_PUT(self) -> None:
+        hub, data = self.server.hub, self.body()
+        hub.log.append(f"PUT {self.path}")
+        if hub.refuse_puts:
+            hub.refuse_puts -= 1
+            return self.refuse(400, None, "broken off")
+        assert sha256(data).hexdigest() == self.path.rpartition("/")[2]
+        hub.large[sha256(data).hexdigest()] = data
+        self.answer({})
+
+    def do_POST(self) -> None:
+        hub, data = self.server.hub, self.body()
+        path = unquote(urlsplit(self.path).path)
+        hub.log.append(f"POST {path}")
+        if self.headers.get("Authorization", "").removeprefix("Bearer ") != TOKEN:
+            return self.refuse(401, None, "Invalid username or password.")
+        if path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            asked = json.loads(data)
+            name = f"{asked['organization']}/{asked['name']}"
+            if asked["organization"] == "others":
+                return self.refuse(403, None, "You don't have the rights to create a model under this namespace")
+            if ("models", name) in hub.repositories:
+                return self.answer({"url": f"{hub.endpoint}/{name}", "error": "You already created it"}, status=409)
+            folder = hub.uploads / name
+            folder.mkdir(parents=True)
+            is_private = asked.get("visibility") == "private" or asked.get("private")
+            hub.add("models", name, folder, access="private" if is_private else "public")
+            return self.answer({"url": f"{hub.endpoint}/{name}", "id": name, "name": name})
+        if found := re.fullmatch(
+            r"/(?:api/models/)?([^/]+/[^/]+?)(?:\.git/info/lfs/objects)?/(preupload|commit|batch)(?:/.+)?", path
+        ):
+            folder = hub.repositories["models", found[1]].revisions["main"]
+            return getattr(self, found[2])(hub, folder, data, found[1])
+        self.refuse(404, "EntryNotFound", f"no route {path}")
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def preupload(self, hub: Hub, folder: Path, data: bytes, name: str) -> None:
+        def said(file: dict) -> dict:
+            mode, old = "lfs" if file["size"] >= LARGE else "regular", folder / file["path"]
+            oid = None
+            if old.is_file():  # as git names it; a large one by its sha256
+                content = old.read_bytes()
+                oid = (
+                    sha256(content).hexdigest()
+                    if mode == "lfs"
+                    else sha1(b"blob %d\0" % len(content) + content).hexdigest()
+                )
+            return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+
+        self.answer({"files": [said(file) for file in json.loads(data)["files"]]})
+
+    def batch(self, hub: Hub, folder: Path, data: bytes, name: str) -> None:
+        objects = [
+            {"oid": o["oid"], "size": o["size"]}
+            | ({} if o["oid"] in hub.large else {"actions": {"upload": {"href": f"{hub.endpoint}/lfs/{o['oid']}"}}})
+            for o in json.loads(data)["objects"]
+        ]
+        self.answer({"transfer": "basic", "objects": objects})
+
+    def commit(self, hub: Hub, folder: Path, data: bytes, name: str) -> None:
+        for line in map(json.loads, data.splitlines()):
+            if line["key"] == "header":
+                continue
+            path = folder / line["value"]["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if line["key"] == "file":
+                path.write_bytes(b64decode(line["value"]["content"]))
+            else:
+                assert line["key"] == "lfsFile", line
+                path.write_bytes(hub.large[line["value"]["oid"]])
+        commit = hub.repositories["models", name].commit("main")[0]
+        address = f"{hub.endpoint}/{name}/commit/{commit}"
+        self.answer({"commitUrl": address, "commitOid": commit, "success": True})
+
     def do_GET(self) -> None:
         hub: Hub = self.server.hub
         url = urlsplit(self.path)
@@ -116,7 +203,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         commit, folder = found
         if route["what"] in (None, "revision"):
-            return self.answer({"id": route["name"], "sha": commit, "private": False, "siblings": []})
+            return self.answer(
+                {"id": route["name"], "sha": commit, "private": repository.access == "private", "siblings": []}
+            )
         if route["what"] == "tree":
             return self.tree(folder, url)
         path = folder / unquote(route["path"])
@@ -126,9 +215,9 @@ class Handler(BaseHTTPRequestHandler):
         place = f"{hub.endpoint}{prefix}/{route['name']}/large/{commit}/{quote(route['path'])}"
         self.file(path, commit, place if route["what"] == "resolve" and path.stat().st_size >= LARGE else None)
 
-    def answer(self, value: object, **headers: str) -> None:
+    def answer(self, value: object, status: int = 200, **headers: str) -> None:
         body = json.dumps(value).encode()
-        self.send_response(200)
+        self.send_response(status)
         for name, text in headers.items():
             self.send_header(name, text)
         self.send_header("Content-Type", "application/json")

@@ -42,6 +42,8 @@ PACKAGES = {  # what each floor may import from outside
 }
 EXTRA_PACKAGES = {
     "hub": {"huggingface_hub"},  # every download goes through it, and only there
+    "upload": {"huggingface_hub"},  # and every upload here
+    "card": {"yaml"},  # the header of a model card
     "preference/losses": {"torch"},  # inside a function: the configuration reads the names of the losses from here
     "gguf/file": {"gguf"},  # inside functions: hub asks here whether a path is such a file
     "gguf/tensors": {"gguf"},  # for a type

@@ -6,6 +6,8 @@ RUN is a run's output folder, a checkpoint, a model folder or an adapter folder,
                     of a checkpoint, or of a run that has not finished, what the run would have exported then (join.py)
     --merge         adapter and base as one model (merge.py)
     --gguf [KIND]   one GGUF file and a Modelfile, for llama.cpp and Ollama; an adapter is merged first
+
+--push owner/name uploads OUT to the Hugging Face hub afterwards. Given again, it finds OUT written, and sends what is missing.
 """
 
 import argparse
@@ -40,6 +42,8 @@ def main(argv: list[str]) -> int:
         "--gguf", nargs="?", const="f16", type=str.lower, metavar="KIND",
         help=f"a GGUF file and an Ollama Modelfile; KIND is one of {', '.join(KINDS)} (f16)",
     )  # fmt: skip
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload OUT to this repository of the Hugging Face hub")
+    parser.add_argument("--public", action="store_true", help="with --push: everyone may see it (else it is private)")
     arguments = parser.parse_args(argv)
     run, out = Path(checked_path(arguments.run, "the run")), Path(checked_path(arguments.out, "the new folder"))
     if arguments.gguf is not None and arguments.gguf not in KINDS:
@@ -49,7 +53,12 @@ def main(argv: list[str]) -> int:
     if arguments.dtype and not joins and not (arguments.merge and arguments.gguf is None):
         hint = "give --merge too, or name a checkpoint; a GGUF file has --gguf KIND"
         raise UserError("--dtype is that of merged weights, or of a checkpoint's", hint=hint)
-    if os.path.lexists(out):
+    if arguments.public and not arguments.push:
+        raise UserError("--public is said of a repository", hint="give --push owner/name")
+    if arguments.push and joins:
+        hint = f"export it without --push; then push {out}, which is a model folder like any other"
+        raise UserError(f"--push: {run} is no finished model", hint=hint)
+    if os.path.lexists(out) and not arguments.push:
         raise UserError(f"{out} exists", hint="name a new folder")
 
     from minisft.atomic_folder import remove_leftovers
@@ -67,14 +76,42 @@ def main(argv: list[str]) -> int:
     if arguments.merge and not is_adapter:
         hint = "a run without [lora] wrote a whole model: leave --merge out, and it is copied"
         raise UserError(f"{folder} holds no adapter (no {CONFIG_FILE})", hint=hint, exit_code=MODEL)
-    if arguments.gguf is not None:
-        lines = export_gguf(folder, run, out, arguments.gguf)
-    elif arguments.merge:
-        lines = export_merged(folder, run, out, arguments.dtype or "bf16")
-    else:
-        lines = export_copy(folder, out)
-    print(wrap([*(f"exported   {line}" for line in lines), f"written to {out}"]))
+    if arguments.push:
+        from minisft.upload import prepare_repository, push
+
+        prepare_repository(arguments.push, public=arguments.public)  # before hours of work
+    form = f"gguf {arguments.gguf}" if arguments.gguf else f"merged {arguments.dtype}" if arguments.merge else "copy"
+    if not is_written(out, folder, form):
+        if arguments.gguf is not None:
+            lines = export_gguf(folder, run, out, arguments.gguf, form)
+        elif arguments.merge:
+            lines = export_merged(folder, run, out, arguments.dtype or "bf16", form)
+        else:
+            lines = export_copy(folder, out, form)
+        print(wrap([*(f"exported   {line}" for line in lines), f"written to {out}"]))
+    if arguments.push:
+        print(wrap([f"pushed     to {arguments.push}: {push(out, arguments.push)}"]))
     return 0
+
+
+def is_written(out: Path, folder: Path, form: str) -> bool:
+    """Whether OUT is there from an earlier export of the same model, whose upload did not end. Raises UserError if it is
+    something else."""
+    from minisft.atomic_folder import MANIFEST, read_manifest, verify_folder
+
+    if not os.path.lexists(out):
+        return False
+    made = read_manifest(out).get("export") if (out / MANIFEST).is_file() else None
+    if made is None or made != made_from(folder, form)["export"] or verify_folder(out) is not None:
+        raise UserError(f"{out} exists, and is not this export", hint="name a new folder")
+    return True
+
+
+def made_from(folder: Path, form: str) -> dict:
+    """What the manifest of an exported folder says of its origin."""
+    from minisft.atomic_folder import contents_id
+
+    return {"export": {"form": form, "of": contents_id(folder)}}
 
 
 def is_checkpoint(run: Path) -> bool:
@@ -82,7 +119,7 @@ def is_checkpoint(run: Path) -> bool:
     return (run / "trainer_state.json").exists() or (run / "checkpoints").is_dir() and not (run / "model").exists()
 
 
-def export_copy(folder: Path, out: Path) -> list[str]:
+def export_copy(folder: Path, out: Path, form: str) -> list[str]:
     """The files of a finished model or adapter. Returns lines for the user."""
     from minisft.atomic_folder import MANIFEST, atomic_folder, read_manifest, verify_folder
     from minisft.export import room_for
@@ -98,7 +135,10 @@ def export_copy(folder: Path, out: Path) -> list[str]:
     manifest = read_manifest(folder) if has_manifest else {}
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_ours_or_hidden(path, folder)]
     needed = sum(path.stat().st_size for path in paths)
-    with room_for(out, needed, hint=NO_ROOM), atomic_folder(out, _described(manifest)) as temporary:
+    with (
+        room_for(out, needed, hint=NO_ROOM),
+        atomic_folder(out, _described(manifest) | made_from(folder, form)) as temporary,
+    ):
         for path in paths:
             target = temporary / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +160,7 @@ def _described(manifest: dict) -> dict:
     return {key: manifest[key] for key in kept if key in manifest}
 
 
-def export_merged(folder: Path, run: Path, out: Path, dtype_name: str) -> list[str]:
+def export_merged(folder: Path, run: Path, out: Path, dtype_name: str, form: str) -> list[str]:
     """An adapter and its base as one model. Returns lines for the user."""
     from minisft.atomic_folder import atomic_folder
     from minisft.export import model_bytes, room_for, write_whole
@@ -130,11 +170,14 @@ def export_merged(folder: Path, run: Path, out: Path, dtype_name: str) -> list[s
     dtype, base = DTYPES[dtype_name], find_start(folder).folder
     model, tokenizer, manifest = load_merged(folder, run, dtype_name)
     needed = model_bytes(model, tokenizer, dtype, base)
-    with room_for(out, needed, hint=NO_ROOM), atomic_folder(out, _described(manifest)) as temporary:
-        return write_whole(model, tokenizer, temporary, dtype, base)
+    described = _described(manifest) | made_from(folder, form)
+    with room_for(out, needed, hint=NO_ROOM), atomic_folder(out, described) as temporary:
+        lines = write_whole(model, tokenizer, temporary, dtype, base)
+        copy_card(folder, temporary, {"library_name": "transformers", "base_model_relation": "finetune"})
+    return lines
 
 
-def export_gguf(folder: Path, run: Path, out: Path, kind: str) -> list[str]:
+def export_gguf(folder: Path, run: Path, out: Path, kind: str, form: str) -> list[str]:
     """A GGUF file and a Modelfile. Returns lines for the user."""
     from minisft.atomic_folder import MANIFEST, atomic_folder, read_manifest
     from minisft.data.tokenizer import load_tokenizer
@@ -159,11 +202,22 @@ def export_gguf(folder: Path, run: Path, out: Path, kind: str) -> list[str]:
         )
     rows, inputs = probe(model, run)
     needed = sum(parameter.numel() for parameter in model.parameters()) * KINDS[kind] / 8 + 2**24
-    with room_for(out, needed, hint=NO_ROOM), atomic_folder(out) as temporary:
+    with room_for(out, needed, hint=NO_ROOM), atomic_folder(out, made_from(folder, form)) as temporary:
         lines = write_gguf_folder(model, tokenizer, temporary, kind, name_of(run))
+        copy_card(folder, temporary, {"library_name": "gguf", "base_model_relation": "finetune"})
         (file,) = temporary.glob("*.gguf")
         lines += compare_logits(model, file, rows, inputs)
     return [*lines, f"{file.name} and Modelfile: ollama create {name_of(run)} -f {out / 'Modelfile'}"]
+
+
+def copy_card(folder: Path, out: Path, header: dict) -> None:
+    """The model card, with other values in its header."""
+    from minisft.card import changed_header
+
+    path = folder / "README.md"
+    if path.is_file():
+        text = changed_header(path.read_text(encoding="utf-8", errors="replace"), header)
+        (out / path.name).write_text(text, encoding="utf-8")
 
 
 def name_of(run: Path) -> str:
