@@ -1,68 +1,78 @@
-"""`minisft export RUN OUT` writes a checkpoint as the run exports it, byte for byte."""
+"""`minisft export RUN OUT`: a copy of the finished model, as vLLM's loader and the others read it."""
 
+import json
 from pathlib import Path
 
 import pytest
-from test_lora_run import LORA
-from tiny import GPT2, MODEL, train
+from safetensors import safe_open
+from tiny import settings, train
+from tiny_models import tiny
 
 from minisft.__main__ import main
-from minisft.errors import CONFIG, DATA
-from minisft.errors import MODEL as MODEL_ERROR
+from minisft.atomic_folder import verify_folder
+from minisft.data.tokenizer import load_tokenizer, train_tokenizer
+from minisft.generation import stop_ids
+from minisft.model.load import load_model
+from minisft.model.save import save_model
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
+def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("export")
-    train(folder, output_dir=str(folder / "base"), **{"train.max_steps": 2})
+    keys = settings(folder)
+    save_model(tiny(keys["model.config"]), folder / "base")
+    train_tokenizer([], vocab_size=259).save(folder / "base")
     return folder
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """All files but the manifest."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+def run(base: Path, name: str, **keys) -> Path:
+    given = {"output_dir": str(base / name), "train.max_steps": 2, "model.config": None}
+    given |= {"model.model_name_or_path": str(base / "base"), "model.tokenizer_name_or_path": None}
+    train(base, **given, **keys)
+    return base / name
 
 
-CASES = {
-    "random, bf16": {"model.config": MODEL | {"tie_word_embeddings": True}, "checkpoint.save_dtype": "bf16"},
-    "GPT-2": {"model.config": GPT2},
-    "schedule-free": {"train.optim": "schedule_free_adamw", "train.lr_scheduler_type": "constant"},
-    "a trained model, with new tokens and frozen layers": {
-        "model.config": None,
-        "model.new_special_tokens": ["<a>", "<b>"],
-        "train.frozen": ["layers.1"],
-        "checkpoint.save_dtype": "bf16",
-    },
-}
+def test_a_finished_model_is_copied_and_is_a_folder_that_servers_load(base, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    finished, out = run(base, "whole"), tmp_path / "out"
+    assert main(["export", str(finished), str(out)]) == 0
+    for path in (finished / "model").iterdir():
+        assert path.name == "manifest.json" or (out / path.name).read_bytes() == path.read_bytes()
+    assert verify_folder(out) is None and load_model(out) is not None
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert type(transformers.AutoConfig.from_pretrained(out)).__name__ == "LlamaConfig"
+    tokenizer = load_tokenizer(out)
+    ends = transformers.GenerationConfig.from_pretrained(out).eos_token_id
+    assert set(ends if isinstance(ends, list) else [ends]) == stop_ids(load_model(out), tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    chat = [{"role": "user", "content": "a"}]
+    assert theirs.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(chat)
+    weights = [path for path in out.glob("*.safetensors")]  # vLLM reads every one at the top
+    with safe_open(weights[0], "pt") as file:
+        assert len(weights) == 1 and "model.embed_tokens.weight" in file.keys()
+    assert main(["export", str(finished), str(out)]) == 2 and "exists" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_checkpoint_is_exported_as_the_run_exports_it(home, tmp_path, case):
-    keys = {"train.max_steps": 3, **CASES[case]}
-    if keys.get("model.config", MODEL) is None:
-        keys["model.model_name_or_path"] = str(home / "base" / "model")
-    train(home, output_dir=str(tmp_path / "run"), **keys)
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
-    assert files(tmp_path / "out") == files(tmp_path / "run" / "model")
-    step = tmp_path / "run" / "checkpoints" / "step-00000003"
-    assert main(["export", str(step), str(tmp_path / "fp32"), "--dtype", "fp32"]) == 0
-    assert (tmp_path / "fp32" / "model.safetensors").stat().st_size > 0
-    assert main(["generate", str(tmp_path / "out"), "--prompt", "abc", "--max_new_tokens", "3"]) == 0
-    assert main(["generate", str(step), "--prompt", "abc", "--max_new_tokens", "3"]) == 0
+@pytest.mark.parametrize(
+    "options, named",
+    [({}, []), ({"lora.use_dora": True, "lora.rank_pattern": {"q_proj": 1}}, ["use_dora", "rank_pattern"])],
+)
+def test_an_adapter_is_copied_as_peft_reads_it(options, named, base, tmp_path, capsys):
+    finished = run(base, f"adapter{len(named)}", **{"lora.r": 2}, **options)
+    capsys.readouterr()
+    assert main(["export", str(finished), str(tmp_path / "out")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--merge writes both as one model" in said
+    assert ("vLLM does not serve" in said) == bool(named) and all(name in said for name in named)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= names
 
 
-def test_what_is_no_checkpoint_is_refused_by_name(home, tmp_path, capsys):
-    out = str(tmp_path / "out")
-    assert main(["export", str(tmp_path), out]) != 0
-    assert main(["export", str(tmp_path / "nothing"), out]) == CONFIG
-    base = {"model.config": None, "model.model_name_or_path": str(home / "base" / "model")}
-    train(home, output_dir=str(tmp_path / "run"), **base, **LORA, **{"train.max_steps": 1})
-    assert main(["export", str(tmp_path / "run"), out]) == MODEL_ERROR
-    assert "--merge" in capsys.readouterr().err
-    weights = home / "base" / "checkpoints" / "step-00000002" / "model.safetensors"
-    data = weights.read_bytes()
-    weights.write_bytes(data[:-1])
-    assert main(["export", str(home / "base"), out]) == DATA
-    weights.write_bytes(data)
-    assert "Traceback" not in capsys.readouterr().err and not Path(out).exists()
+def test_a_damaged_model_is_not_copied(base, tmp_path, capsys):
+    finished = run(base, "damaged")
+    with open(finished / "model" / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert main(["export", str(finished), str(tmp_path / "out")]) != 0
+    assert "model.safetensors" in capsys.readouterr().err and not (tmp_path / "out").exists()

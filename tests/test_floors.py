@@ -44,6 +44,7 @@ EXTRA_PACKAGES = {
     "hub": {"huggingface_hub"},  # every download goes through it, and only there
     "upload": {"huggingface_hub"},  # and every upload here
     "card": {"yaml"},  # the header of a model card
+    "harness": {"lm_eval"},  # inside a function
     "preference/losses": {"torch"},  # inside a function: the configuration reads the names of the losses from here
     "gguf/file": {"gguf"},  # inside functions: hub asks here whether a path is such a file
     "gguf/tensors": {"gguf"},  # for a type

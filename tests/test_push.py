@@ -6,10 +6,12 @@ which is switched off; then large files take the older way beside the commit.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,23 +40,52 @@ def run(tmp_path_factory) -> Path:
     return folder / "out"
 
 
-@pytest.fixture
-def hub(tmp_path):
+CLIENT = """
+import io, json, os, sys
+from contextlib import redirect_stderr, redirect_stdout
+from minisft.__main__ import main
+
+for line in sys.stdin:
+    words, os.environ["HF_TOKEN"] = json.loads(line)
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(words)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """(hub, a process that runs commands with the settings that point there)"""
     with serve() as hub:
-        hub.uploads = tmp_path / "hub"
-        yield hub
+        hub.uploads = tmp_path_factory.mktemp("hub")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(hub.uploads / "home"), "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+        with subprocess.Popen([sys.executable, "-c", CLIENT], **options) as process:
+            yield hub, process
+            process.stdin.close()
 
 
-def export(hub, *arguments: object, token: str = TOKEN, home: Path | None = None) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home or hub.uploads / "home"), "HF_TOKEN": token}
-    environment |= {
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    command = [sys.executable, "-m", "minisft", "export", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def hub(served):
+    hub = served[0]
+    hub.repositories.clear()
+    hub.large.clear()
+    hub.log.clear()
+    hub.refuse_puts = 0
+    shutil.rmtree(hub.uploads)
+    hub.uploads.mkdir()
+    hub.process = served[1]
+    return hub
+
+
+def export(hub, *arguments: object, token: str = TOKEN) -> SimpleNamespace:
+    hub.process.stdin.write(json.dumps([["export", *map(str, arguments)], token]) + "\n")
+    hub.process.stdin.flush()
+    code, out, err = json.loads(hub.process.stdout.readline())
+    return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
 
 def header_of(card: str) -> dict:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 USAGE = """\
 usage: minisft evaluate FOLDER --data FILE [--data FILE ...] [--json] [--KEY VALUE ...]
+       minisft evaluate FOLDER --tasks TASK,TASK [--limit N] [--num_fewshot N] [--json]
 
 Loss, perplexity, accuracy and entropy of a data set, by kind of token and by source, as means over exactly the tokens that are
 named. probability is the mean of p(target): for the terminator it says how surely answers end.
@@ -31,9 +32,14 @@ named. probability is the mean of p(target): for the terminator it says how sure
   --data FILE   rows in any format that trains; may be repeated
   --json        print only the numbers, as JSON
 
+  --tasks NAMES run lm-evaluation-harness instead (pip install 'minisft[lm-eval]'), for example hellaswag,arc_easy; with
+                --limit N (rows of each task), --num_fewshot N, --batch_size N (8), --apply_chat_template, --include_path FOLDER
+                (tasks of your own, as YAML)
+
 FOLDER is a run's output folder or a model folder. Other options are keys of the configuration, as for `minisft train`:
 --max_length 2048, --precision fp32.
 """
+OF_TASKS = ("limit", "num_fewshot", "batch_size")  # numbers that the harness reads
 COLUMNS = ("tokens", "loss", "perplexity", "accuracy", "entropy", "probability")
 
 
@@ -41,11 +47,16 @@ def main(argv: list[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         print(USAGE, file=sys.stdout if argv else sys.stderr, end="")
         return 0 if argv else 2
-    options, rest = take_options(argv, ("data",), ("json",))
+    options, rest = take_options(argv, ("data", "tasks", *OF_TASKS, "include_path"), ("json", "apply_chat_template"))
     name, overrides = parse_arguments(rest)
-    if name is None or "data" not in options:
-        raise UserError("command line: a folder and --data FILE are needed", hint="minisft evaluate FOLDER --data FILE")
+    if name is None or ("data" in options) == ("tasks" in options):
+        hint = "minisft evaluate FOLDER --data FILE"
+        raise UserError("command line: a folder and either --data FILE or --tasks NAMES are needed", hint=hint)
     folder = Path(checked_path(name, "the folder"))
+    if "tasks" in options:
+        return _run_tasks(folder, options, overrides)
+    if unread := options.keys() - {"data", "json"}:
+        raise UserError(f"--{sorted(unread)[0]} is of the tasks of --tasks", hint="leave it out beside --data")
     with tempfile.TemporaryDirectory() as temporary:
         lines, parts = _evaluate(configuration(folder, options["data"], overrides, temporary), folder)
     if "json" in options:
@@ -56,6 +67,37 @@ def main(argv: list[str]) -> int:
 
     print("\n".join([wrap(lines), "", *table(parts)]))
     return 0
+
+
+def _run_tasks(folder: Path, options: dict, overrides: dict) -> int:
+    """The tasks of lm-evaluation-harness."""
+    from minisft import runtime
+    from minisft.harness import run_tasks
+    from minisft.harness import table as task_table
+
+    device = {name.rpartition(".")[2]: value for name, value in overrides.items()}
+    if unread := device.keys() - {"device"}:
+        hint = "give it with --data; the harness has options of its own"
+        raise UserError(f"--{sorted(unread)[0]} is not read beside --tasks", hint=hint)
+    if device.get("device", "auto") not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device['device']}: expected auto, cpu or cuda")
+    found = run_tasks(
+        folder,
+        [task.strip() for names in options["tasks"] for task in names.split(",") if task.strip()],
+        device=str(runtime.pick_device(device.get("device", "auto"))),
+        apply_chat_template="apply_chat_template" in options,
+        include_path=options.get("include_path", [None])[-1],
+        **{key: _number(key, options[key][-1]) for key in OF_TASKS if key in options},
+    )
+    print(json.dumps(found, indent=2, ensure_ascii=False) if "json" in options else "\n".join(task_table(found)))
+    return 0
+
+
+def _number(key: str, text: str) -> int:
+    least = 0 if key == "num_fewshot" else 1
+    if not text.isascii() or not text.isdigit() or not least <= int(text) <= 2**31:
+        raise UserError(f"--{key} {text}: expected a whole number, at least {least}")
+    return int(text)
 
 
 def configuration(folder: Path, data: list[str], overrides: dict, temporary: str) -> "Config":

@@ -25,6 +25,7 @@ from minisft.gguf.kinds import KINDS
 if TYPE_CHECKING:
     from minisft.model.decoder import Decoder
 
+NOT_IN_VLLM = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices")
 NO_ROOM = "free some space, or choose another folder"
 
 
@@ -124,6 +125,7 @@ def export_copy(folder: Path, out: Path, form: str) -> list[str]:
     from minisft.atomic_folder import MANIFEST, atomic_folder, read_manifest, verify_folder
     from minisft.export import room_for
     from minisft.model.adapter_files import CONFIG_FILE, base_of
+    from minisft.strict_json import read_json
 
     if folder.is_file():
         raise UserError(
@@ -145,7 +147,11 @@ def export_copy(folder: Path, out: Path, form: str) -> list[str]:
             shutil.copyfile(path, target)
     if not (folder / CONFIG_FILE).exists():
         return [f"{len(paths)} files of the finished model, unchanged"]
-    return [f"the adapter, as PEFT reads it, beside its base {base_of(folder)[0]}; --merge writes both as one model"]
+    lines = [f"the adapter, as PEFT reads it, beside its base {base_of(folder)[0]}; --merge writes both as one model"]
+    config = read_json(folder / CONFIG_FILE)
+    if unread := [key for key in NOT_IN_VLLM if config.get(key)]:
+        lines.append(f"vLLM does not serve adapters with {', '.join(unread)}: --merge for it")
+    return lines
 
 
 def _is_ours_or_hidden(path: Path, folder: Path) -> bool:

@@ -21,8 +21,9 @@ from minisft.model.recompute import dropped
 
 
 class KVCache:
-    """Keys and values of the tokens so far, one row a document: per layer of attention [B, max_length, Hkv, Dh]. The other kinds
-    of layers keep what they need of the past in `states`: tensors whose first dimension is B.
+    """Keys and values of the tokens so far, one row a document: per layer of attention [B, max_length, Hkv, Dh], a view of memory
+    in which the tokens of a head are side by side, so that a step multiplies them without a copy. The other kinds of layers
+    keep what they need of the past in `states`: tensors whose first dimension is B.
 
     The first forward fills it from a flat stream of B documents; every later one brings one token a row, that is B
     documents of one token each. In both cases token t goes to row (documents begun up to t) - 1, slot position_ids[t].
@@ -44,15 +45,17 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v [T, Hkv, Dh] of the new tokens; returns all of them so far, [B, longest, Hkv, Dh]."""
         if layer not in self.layers:
-            shape = (len(self.lengths), self.max_length, *k.shape[1:])
-            self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
+            num_heads, head_dim = k.shape[1:]
+            shape = (len(self.lengths), num_heads, self.max_length, head_dim)
+            self.layers[layer] = k.new_zeros(shape).transpose(1, 2), v.new_zeros(shape).transpose(1, 2)
         keys, values = self.layers[layer]
         keys[self.row, self.slot], values[self.row, self.slot] = k, v
         return keys[:, : self.longest], values[:, : self.longest]
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these (int64 indices)."""
-        self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
+        for layer, pair in self.layers.items():
+            self.layers[layer] = tuple(part.transpose(1, 2)[rows].transpose(1, 2) for part in pair)
         self.states = {layer: tuple(state[rows] for state in states) for layer, states in self.states.items()}
 
 

@@ -1,0 +1,77 @@
+"""`minisft export CHECKPOINT OUT` writes a checkpoint as the run exports it, byte for byte."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from test_lora_run import LORA
+from tiny import GPT2, MODEL, train
+
+from minisft.__main__ import main
+from minisft.errors import CONFIG, DATA
+from minisft.errors import MODEL as MODEL_ERROR
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    train(folder, output_dir=str(folder / "base"), **{"train.max_steps": 2})
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All files but the manifest and the card."""
+    others = ("manifest.json", "README.md")
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in others]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+CASES = {
+    "random, bf16": {"model.config": MODEL | {"tie_word_embeddings": True}, "checkpoint.save_dtype": "bf16"},
+    "GPT-2": {"model.config": GPT2},
+    "schedule-free": {"train.optim": "schedule_free_adamw", "train.lr_scheduler_type": "constant"},
+    "a trained model, with new tokens and frozen layers": {
+        "model.config": None,
+        "model.new_special_tokens": ["<a>", "<b>"],
+        "train.frozen": ["layers.1"],
+        "checkpoint.save_dtype": "bf16",
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_is_exported_as_the_run_exports_it(home, tmp_path, case):
+    keys = {"train.max_steps": 3, **CASES[case]}
+    if keys.get("model.config", MODEL) is None:
+        keys["model.model_name_or_path"] = str(home / "base" / "model")
+    train(home, output_dir=str(tmp_path / "run"), **keys)
+    expected = files(tmp_path / "run" / "model")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "copy")]) == 0
+    assert files(tmp_path / "copy") == expected
+    step = tmp_path / "run" / "checkpoints" / "step-00000003"
+    assert main(["export", str(step), str(tmp_path / "out")]) == 0
+    assert files(tmp_path / "out") == expected
+    shutil.rmtree(tmp_path / "run" / "model")  # as if the run had not finished
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "newest")]) == 0
+    assert files(tmp_path / "newest") == expected
+    assert main(["export", str(step), str(tmp_path / "fp32"), "--dtype", "fp32"]) == 0
+    assert (tmp_path / "fp32" / "model.safetensors").stat().st_size > 0
+    assert main(["generate", str(tmp_path / "out"), "--prompt", "abc", "--max_new_tokens", "3"]) == 0
+    assert main(["generate", str(step), "--prompt", "abc", "--max_new_tokens", "3"]) == 0
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(home, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["export", str(tmp_path), out]) != 0
+    assert main(["export", str(tmp_path / "nothing"), out]) == CONFIG
+    base = {"model.config": None, "model.model_name_or_path": str(home / "base" / "model")}
+    train(home, output_dir=str(tmp_path / "run"), **base, **LORA, **{"train.max_steps": 1})
+    step = tmp_path / "run" / "checkpoints" / "step-00000001"
+    assert main(["export", str(step), out]) == MODEL_ERROR
+    assert "--merge" in capsys.readouterr().err
+    weights = home / "base" / "checkpoints" / "step-00000002" / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1])
+    assert main(["export", str(weights.parent), out]) == DATA
+    weights.write_bytes(data)
+    assert "Traceback" not in capsys.readouterr().err and not Path(out).exists()
