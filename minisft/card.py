@@ -7,13 +7,13 @@ values and names of our own. It is a function of the run, so that a resumed run 
 
 import platform
 import re
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
-from minisft import __version__
 from minisft.config.sections import KEYS, Config
 from minisft.data.sources import Source
 from minisft.hub import may_be_repository
@@ -37,6 +37,7 @@ ALWAYS = RECIPE[:2] + (
 )
 PACKAGES = ("torch", "tokenizers", "safetensors", "triton")
 MAX_POINTS = 12  # rows of the table of the curve
+VERSION = sys.modules["minisft"].__version__  # the package is above this room
 COLUMNS = ("step", "loss", "mean_token_accuracy", "grad_norm", "learning_rate")
 
 
@@ -55,7 +56,7 @@ def card_of(folder: Path, config: Config, run: Run, rows: list[dict[str, float]]
         what = "trained from random weights"
     parts = [
         f"# {name}",
-        f"This model is {what}, made by {kind} with minisft {__version__}.",
+        f"This model is {what}, made by {kind} with minisft {VERSION}.",
         "## Data",
         data_table(sources, run),
         "## Recipe",
@@ -176,7 +177,7 @@ def evaluation_table(rows: list[dict[str, float]]) -> str:
 
 
 def versions() -> str:
-    found = {"minisft": __version__, "Python": platform.python_version()}
+    found = {"minisft": VERSION, "Python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = version(name)
