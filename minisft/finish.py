@@ -10,11 +10,9 @@ from minisft.checkpoint import load_checkpoint, step_folder
 from minisft.config.sections import Config
 from minisft.control import Control
 from minisft.errors import STOPPED, Stopped, warn
-from minisft.export import export_dtype, export_model, is_exported, read_model
+from minisft.export import export_model, is_exported, read_model
 from minisft.log_files import read_metrics
 from minisft.loggers import Loggers
-from minisft.export import export_model, is_exported, read_model
-from minisft.loggers import Loggers, read_metrics
 from minisft.optimizers import evaluation_weights
 from minisft.parallel import is_sharded, on_first_rank
 from minisft.prepare.run import Run
