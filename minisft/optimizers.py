@@ -27,10 +27,8 @@ for _name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
     setattr(_method, "__dynamo_disable", _method)
 
 SMALLEST_IN_8_BITS = 4096  # numbers; smaller tensors save nothing, and are often the sensitive ones
-OF_BLOCKS = (
-    "exp_avg_absmax",
-    "exp_avg_sq_absmax",
-)  # keys of state with a number for every STATE_BLOCKSIZE of a parameter
+# keys of state with one number for every STATE_BLOCKSIZE of a parameter
+OF_BLOCKS = ("exp_avg_absmax", "exp_avg_sq_absmax")
 
 
 class SGD(torch.optim.Optimizer):
@@ -165,7 +163,7 @@ def _is_in_8_bits(p: Tensor, group: dict) -> bool:
 
 def cut_runs_through_blocks(name: str, p: Tensor, size: int) -> bool:
     """Whether ranks that share this matrix, `size` of them, would share blocks of its 8-bit moments too."""
-    numbers_each = -(-p.shape[0] // size) * p[0].numel()
+    numbers_each = -(-p.shape[0] // size) * p.shape[1:].numel()
     is_in_8_bits = p.numel() >= SMALLEST_IN_8_BITS and not name.startswith("embed_")
     return is_in_8_bits and numbers_each % STATE_BLOCKSIZE > 0
 
@@ -253,8 +251,8 @@ class Adafactor(torch.optim.Optimizer):
         R = b R + (1 - b) row means of g^2      C = b C + (1 - b) column means of g^2      v = R C^T / mean(R),  b = 1 - t^-0.8
         u = g / max(sqrt(v), eps)               w -= min(lr, 1 / sqrt(t)) max(1e-3, rms(w)) u / max(1, rms(u)) + lr wd w
 
-    v of a vector is not factored; eps is the smallest step from 1 in the dtype of w. With the factor rms(w) a learning rate of
-    1e-2 is usual. The rule of torch.optim.Adafactor, whose state serves. Shazeer & Stern 2018, arXiv 1804.04235.
+    v of what is no matrix is not factored; eps is the smallest step from 1 in the dtype of w. With the factor rms(w) a learning
+    rate of 1e-2 is usual. The rule of torch.optim.Adafactor, whose state serves. Shazeer & Stern 2018, arXiv 1804.04235.
     """
 
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float):
@@ -268,7 +266,7 @@ class Adafactor(torch.optim.Optimizer):
             updates, rates = [], []
             for w, g, sums in zip(params, grads, squares):
                 eps, shape = torch.finfo(w.dtype).eps, shape_of(w)
-                if w.dim() < 2:
+                if w.dim() != 2:
                     (v,) = _state(self, [w], "variance")
                     v.lerp_(g.square(), one_minus_beta)
                 else:
@@ -290,10 +288,10 @@ class Adafactor(torch.optim.Optimizer):
 
 
 def _row_column_and_weight_squares(w: Tensor, g: Tensor) -> Tensor:
-    """[R + C + 1], or [1] for a vector: sums of g^2 over the rows and the columns of the whole matrix [R, C], as far as they are
-    here, and the sum of w^2."""
+    """[R + C + 1], or [1] for what is no matrix: sums of g^2 over the rows and the columns of the whole matrix [R, C], as far as
+    they are here, and the sum of w^2."""
     total = w.square().sum()[None]
-    if w.dim() < 2:
+    if w.dim() != 2:
         return total
     rows = g.new_zeros(shape_of(w)[0])
     rows[rows_of(w)] = torch.linalg.vector_norm(g, dim=1).square()
@@ -457,7 +455,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
             if isinstance(optimizer, AdamW) and _is_in_8_bits(p, group):
                 total += 2 * (n + 4 * math.ceil(n / STATE_BLOCKSIZE))
             elif isinstance(optimizer, Adafactor):
-                total += p.element_size() * (n if p.dim() < 2 else sum(shape_of(p)))
+                total += p.element_size() * (sum(shape_of(p)) if p.dim() == 2 else n)
             elif isinstance(optimizer, SGD):
                 total += p.nbytes if group["momentum"] else 0
             elif isinstance(optimizer, Lion) or isinstance(optimizer, Muon) and group["matrices"]:

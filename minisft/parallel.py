@@ -90,7 +90,7 @@ def shard(
     parts = {p for weight in quantised for p in weight.parameters()}
     adds = model.lora is not None
     whole = {p for p in model.parameters() if p not in parts and (p.ndim == 1 or adds and p.requires_grad)}
-    whole |= {p for name, p in model.named_parameters() if p.ndim == 2 and keep(name, p, shape[-1])}
+    whole |= {p for name, p in model.named_parameters() if p.ndim > 1 and keep(name, p, shape[-1])}
     if quantised:
         dtype = None  # scales are gathered as they are: in 16 bits they would give other matrices
     policy = MixedPrecisionPolicy(
@@ -265,8 +265,13 @@ def _items_each(p: nn.Parameter, key: str | None, x: Tensor) -> int:
     if part_of(p) is p:
         return 0
     if key in OF_BLOCKS:
-        return shards.rows_each(p) * p.shape[1] // STATE_BLOCKSIZE
+        return _blocks_each(p)
     return shards.rows_each(p) if x.shape == part_of(p).shape else 0
+
+
+def _blocks_each(p: nn.Parameter) -> int:
+    """Of 8-bit moments; the cut does not run through one."""
+    return shards.rows_each(p) * p.shape[1:].numel() // STATE_BLOCKSIZE
 
 
 def state_here(p: nn.Parameter, key: str, whole: Rows) -> Tensor:
@@ -274,7 +279,6 @@ def state_here(p: nn.Parameter, key: str, whole: Rows) -> Tensor:
     if part_of(p) is p:
         return whole[:]
     if key in OF_BLOCKS:
-        count = shards.rows_each(p) * p.shape[1] // STATE_BLOCKSIZE
-        first = p.part.cut.rank * count
-        return whole[first : first + count]
+        first = p.part.cut.rank * _blocks_each(p)
+        return whole[first : first + _blocks_each(p)]
     return whole[shards.rows_here(p)] if whole.shape == list(p.shape) else whole[:]

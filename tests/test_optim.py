@@ -14,7 +14,7 @@ from torch import nn
 
 from minisft.config.sections import TrainSection
 from minisft.errors import UserError
-from minisft.optimizers import OPTIMIZERS, build_optimizer, evaluation_weights, orthogonal
+from minisft.optimizers import OPTIMIZERS, Adafactor, build_optimizer, evaluation_weights, orthogonal
 from minisft.parameters import parameter_groups
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,6 +139,27 @@ TO_FP32 = ("adamw", "adamw_minisft", "adamw_8bit", "adafactor")  # torch's kerne
 
 def test_the_configuration_names_them_all():
     assert set(get_args(get_type_hints(TrainSection)["optim"])) == set(OPTIMIZERS) == set(RULES)
+
+
+def test_adafactor_is_torchs():
+    """Matrices, vectors and convolutions; also from a state that torch's has written."""
+    shapes, fixed = [(8, 5), (7,), (1, 6), (6, 1, 4)], torch.Generator().manual_seed(0)
+    weights = [0.1 * torch.randn(shape, generator=fixed) for shape in shapes]
+    ours, theirs = ([nn.Parameter(w.clone()) for w in weights] for _ in range(2))
+    rate = {"lr": 1e-2, "weight_decay": 0.1}
+    mine, torchs = Adafactor([{"params": ours, **rate}], BETAS, EPS), torch.optim.Adafactor(theirs, **rate)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(8):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        mine.step()
+        torchs.step()
+        for a, b in zip(ours, theirs):
+            assert relative_error(a, b) <= 1e-6
+        if step == 3:  # matrices and vectors go on from its vectors
+            for a, b in zip(ours[:3], theirs):
+                mine.state[a] = {key: value.clone() for key, value in torchs.state[b].items()}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

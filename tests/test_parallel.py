@@ -312,7 +312,7 @@ def assert_case(folder: Path, case: str) -> None:
         assert_equal(folder / case, AMPLIFIED.get(case, 1e-5))
 
 
-SHAPES = [(64, 64), (10, 8), (16, 256), (7,), (10, 8), (64, 64), (2, 12), (10, 8), (9, 512)]
+SHAPES = [(64, 64), (10, 8), (16, 256), (7,), (10, 8), (64, 64), (2, 12), (10, 8), (9, 512), (8, 1, 4)]
 
 
 def update_cut_matrices(rank: int, count: int, port: int, folder: Path) -> None:
