@@ -39,7 +39,7 @@ from minisft.model.load import (
     read_config,
     read_object,
 )
-from minisft.model.lora import adapter_sites, merge_adapter, place_adapters, start_adapters
+from minisft.model.lora import adapter_options, adapter_sites, merge_adapter, place_adapters, start_adapters
 from minisft.model.lora_options import LoraOptions, is_target
 from minisft.model.model_config import ModelConfig, longest_tree, with_vocab_size, without_dropout
 from minisft.model.quantized import Quantization, describe_quantized, named_weights, quantization_of, read_record
@@ -248,7 +248,7 @@ def fill_adapters(model: Decoder, seed: int, adapter: Path | None) -> None:
     """Give the adapters their first values, or those of the adapter in a folder. All ranks call it."""
     with parallel.waiting(model):
         start_adapters(model, seed=seed, decomposes=ranks.rank() == 0)
-    if model.lora.is_pissa:  # each rank's decomposition would have signs and last bits of its own
+    if adapter_options(model).is_pissa:  # each rank's decomposition would have signs and last bits of its own
         trained = [p for p in model.parameters() if p.requires_grad]
         starts = [b for name, b in model.named_buffers() if name.rpartition(".")[2] in ("start_A", "start_B")]
         ranks.send_from_first_rank([*trained, *starts])
@@ -258,7 +258,8 @@ def fill_adapters(model: Decoder, seed: int, adapter: Path | None) -> None:
 
 
 def describe_adapters(model: Decoder) -> list[str]:
-    options, sites = model.lora, [site for site in adapter_sites(model) if is_target(site, model.lora)]
+    options = adapter_options(model)
+    sites = [site for site in adapter_sites(model) if is_target(site, options)]
     kinds = ", ".join(sorted({site.rpartition(".")[2] for site in sites}))
     trained = [p for p in model.parameters() if p.requires_grad]
     count, all_counts = (sum(w.numel() for w in weights) for weights in (trained, named_weights(model).values()))
