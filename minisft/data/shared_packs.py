@@ -47,7 +47,10 @@ def made_once(folder: Path, make: Callable[[], T], kind: type[T]) -> T:
     manifest = read_manifest(folder)
     values = dict(manifest["values"])
     if "groups" in values:
-        values["groups"] = [Group(*group[:4], tuple(map(tuple, group[4]))) for group in values["groups"]]
+        values["groups"] = [
+            Group(first, number, space, arrival, tuple(map(tuple, runs)))
+            for first, number, space, arrival, runs in values["groups"]
+        ]
     for name, dtype in manifest["arrays"].items():
         path = folder / f"{name}.bin"
         values[name] = np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
