@@ -8,7 +8,7 @@ from test_lora_run import LORA
 from tiny import GPT2, MODEL, train
 
 from minisft.__main__ import main
-from minisft.errors import CONFIG, DATA
+from minisft.errors import DATA
 from minisft.errors import MODEL as MODEL_ERROR
 
 
@@ -63,7 +63,7 @@ def test_a_checkpoint_is_exported_as_the_run_exports_it(home, tmp_path, case):
 def test_what_is_no_checkpoint_is_refused_by_name(home, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["export", str(tmp_path), out]) != 0
-    assert main(["export", str(tmp_path / "nothing"), out]) == CONFIG
+    assert main(["export", str(tmp_path / "nothing"), out]) == MODEL_ERROR
     base = {"model.config": None, "model.model_name_or_path": str(home / "base" / "model")}
     train(home, output_dir=str(tmp_path / "run"), **base, **LORA, **{"train.max_steps": 1})
     step = tmp_path / "run" / "checkpoints" / "step-00000001"
