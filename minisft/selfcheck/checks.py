@@ -36,9 +36,10 @@ from minisft.model.adapter_files import load_adapted
 from minisft.model.load import load_model
 from minisft.model.lora import adapter_disabled, adapters, changed_by_merge, merge_adapter
 from minisft.preference.losses import ACROSS_THE_BATCH
-from minisft.prepare.model import fill_model
+from minisft.prepare.model import quantization_for
 from minisft.prepare.run import Run, prepare
 from minisft.resume import resume
+from minisft.runtime import DTYPES
 from minisft.selfcheck import naive
 from minisft.selfcheck.measure import (
     Step,
@@ -418,8 +419,14 @@ def adapter_off(bench: Bench) -> Outcome:
     run = bench.prepared()
     if run.model.lora is None:
         raise Skipped("no adapter: all weights train")
-    start = replace(run.start, adapter=None) if run.start else None
-    base, _ = fill_model(bench.config, run.model.config, start, run.device)
+    base = load_model(
+        run.start.folder,
+        dtype=DTYPES[bench.config.train.weights_dtype],
+        device=run.device,
+        max_length=bench.config.data.max_length,
+        quantization=quantization_for(bench.config.model, run.start),
+        least_vocab_size=run.model.config.vocab_size,
+    )
     inputs = probe(run)
     with runtime.autocast(run.device, run.precision), adapter_disabled(run.model):
         off = logits(run.model, inputs)
