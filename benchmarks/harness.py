@@ -175,6 +175,8 @@ def print_table(rows: list[dict], width: int = 100) -> None:
     """Print the rows, aligned, with every column that any of them has. What is the same in all rows comes first, in one line;
     where the columns need more than `width` characters they follow in several tables, each with the first one."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
+    if not columns:
+        return
     cells = {column: [_text(row.get(column, "")) for row in rows] for column in columns}
     same = [c for c in columns[1:] if len(rows) > 1 and len(set(cells[c])) == 1]
     if same:

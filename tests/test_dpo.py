@@ -473,11 +473,13 @@ def test_tr_dpo_follows_every_so_many_steps(tmp_path):
     for (p, value), s in zip(reference.copies.values(), start):
         torch.testing.assert_close(value, 0.6 * p + 0.4 * s, rtol=1e-12, atol=1e-12)
 
-    reference.save(model, tmp_path)
+    for file in reference.files():
+        file.write(tmp_path)
     again = Reference("copy", copies=copy_of(model, model.parameters()), sync_steps=3)
     again.load(tmp_path)
     pairs = zip(again.copies.values(), reference.copies.values())
     assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+    (tmp_path / "nowhere").mkdir()
     with pytest.raises(UserError, match="no reference that follows"):
         again.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds a reference that follows"):  # and this run's would not

@@ -62,10 +62,13 @@ def go(home, tmp_path):
     return go
 
 
-def same(a: Path, b: Path, tolerance=1e-6):
-    """Whether two runs logged the same and made the same weights, within rounding."""
-    for name in ("loss", "rewards/margins", "logps/chosen", "rewards/accuracies"):
+def same(a: Path, b: Path, tolerance=3e-6):
+    """Whether two runs logged the same and made the same weights, within rounding. tolerance: two updates of AdamW amplify the
+    last bits of fp32, 1.3e-6 where a CPU adds in another order."""
+    for name in ("loss", "rewards/margins", "logps/chosen"):
         np.testing.assert_allclose(logged(a, name), logged(b, name), rtol=1e-5, atol=2e-6, err_msg=name)
+    # before the first update every margin is 0, and its sign is rounding
+    assert logged(a, "rewards/accuracies")[1:] == logged(b, "rewards/accuracies")[1:]
     ours, others = (load_file(out / "model" / "model.safetensors") for out in (a, b))
     assert max(relative_error(ours[name], others[name]) for name in ours) < tolerance
 

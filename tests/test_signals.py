@@ -285,12 +285,12 @@ def test_stopped_in_every_phase_it_ends_in_the_same_bytes(tmp_path, monkeypatch,
         signals_at, "minisft.loop.train_step", 2
     )  # step 4, whose evaluation is not begun
     assert (step, evaluated) == (4, 2) and "SIGTERM: saving at the end of a step" in said
-    step, evaluated, said = stopped_at(signals_at, "minisft.loop.write_state")
+    step, evaluated, said = stopped_at(signals_at, "minisft.saver.new_checkpoint")
     assert (step, evaluated) == (6, 6) and "SIGTERM: stopping once a checkpoint is written" in said  # no step follows
     with monkeypatch.context() as patch:  # both signals come into the save of step 7
         patch.setattr(signals, "SAME_SECONDS", -1.0)
         before = files(saved(out)[-1])
-        step, _, said = stopped_at(lambda inner: signals_at(inner, "minisft.loop.write_state", times=2), code=130)
+        step, _, said = stopped_at(lambda inner: signals_at(inner, "minisft.saver.new_checkpoint", times=2), code=130)
     assert step == 6 and said.endswith("minisft: interrupted") and files(saved(out)[-1]) == before
     step, evaluated, said = stopped_at(in_evaluation, 1)
     assert (step, evaluated) == (7, 6) and not (out / "model").exists()

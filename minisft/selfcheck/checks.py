@@ -40,6 +40,7 @@ from minisft.prepare.model import quantization_for
 from minisft.prepare.run import Run, prepare
 from minisft.resume import resume
 from minisft.runtime import DTYPES
+from minisft.saver import Saver
 from minisft.selfcheck import naive
 from minisft.selfcheck.measure import (
     Step,
@@ -474,7 +475,8 @@ def resumed(bench: Bench) -> Outcome:
             run.progress.step += 1
             if run.reference is not None:
                 run.reference.follow(run.progress.step)
-        loop.save(replace(config, checkpoint=replace(config.checkpoint, save_total_limit=STEPS)), run, folder, None, 2)
+        with Saver(folder / "checkpoints", keep=STEPS) as saver:
+            loop.save(config, run, saver, None, is_last=True)
 
     run = begin("never")
     go_on(run, half, folders["whole"])
