@@ -17,22 +17,21 @@ from pathlib import Path
 
 import torch
 
-from minisft import best, console, ranks, record, runtime, schedule, signals
-from minisft.atomic_folder import lock_folder, remove_leftovers, write_file
+from minisft import best, console, ranks, runtime, schedule, signals
+from minisft.atomic_folder import lock_folder
 from minisft.bad_steps import handle_bad_step
+from minisft.begin import open_loggers, require_unchanged, start_control, start_output, start_saver
 from minisft.checkpoint import checkpoint_bytes, step_folder
-from minisft.config.load import add_history, write_resolved
-from minisft.config.sections import Config, TrainSection, config_to_dict
+from minisft.config.sections import Config, TrainSection
 from minisft.config.stages import has_samples
 from minisft.control import Control, Request
 from minisft.data.batch import Batch
-from minisft.errors import STOPPED, Stopped, UserError, warn
+from minisft.errors import STOPPED, Stopped, warn
 from minisft.evaluation import evaluate
-from minisft.export import checkpoint_contents, is_exported, other_bytes, require_space_for_run, writes_rows
+from minisft.export import checkpoint_contents, is_exported, other_bytes
 from minisft.finish import Result, finish, is_complete
-from minisft.ledger import Ledger, cut_ledgers
+from minisft.ledger import Ledger
 from minisft.loggers import Loggers
-from minisft.memory import memory_bytes, require_memory
 from minisft.metrics import ROW_LOSSES, Sums, eval_name, peak_memory
 from minisft.micro_batch import forward_backward
 from minisft.optimizers import evaluation_weights
@@ -40,10 +39,10 @@ from minisft.out_of_memory import OutOfMemory, evaluation_error, halve, memory_e
 from minisft.parallel import is_sharded, needs_others, share_of, sum_gradients, total_norm, waiting
 from minisft.prepare.run import Run, prepare
 from minisft.replicas import GradientSum
-from minisft.resume import changed_keys, require_same_state, resume, rewind, training_state
+from minisft.resume import require_same_state, resume, rewind, training_state
 from minisft.runtime import copy_back, read_back
 from minisft.samples import complete
-from minisft.saver import Saver, require_shared_folder
+from minisft.saver import Saver
 from minisft.schedule import lr_factor
 from minisft.signals import StopSignal
 from minisft.spikes import Recent
@@ -145,8 +144,8 @@ def take_steps(
     """The loop: steps until the run is done, or asked to stop. Returns the last value of everything logged; or the checkpoint to
     go back to, where on_spike = "rewind".
 
-    steps: the micro-batches of each step that is to be taken. loggers, control: None on all ranks but the first. Raises UserError
-    where memory runs out, or a step is not finite, or a spike, and the policy is to stop.
+    steps: the micro-batches of each step that is to be taken. loggers, control: None on all ranks but the first; ledger: None
+    without log.ledger. Raises UserError where memory runs out, or a step is not finite, or a spike, and the policy is to stop.
     """
     progress, total_steps = run.progress, run.total_steps
     saved_at = progress.step  # a resumed run was saved at this step already
@@ -352,62 +351,6 @@ def train_step(
     # they have arrived: their copies were queued before that of the sums
     rows = tuple((owners.numpy(), values[: len(owners)].numpy()) for owners, values in rows)
     return StepResult(updated, is_bad, loss, grad_norm, num_stops > 0, asked, int(num_tokens), stats, rows=rows)
-
-
-# ---- the start --------------------------------------------------------------------------------------------------
-
-
-def start_output(config: Config, origins: dict[str, str], folder: Path, run: Run, saved: dict | None) -> Loggers:
-    """Tidy the output folder, check that checkpoints fit on its disk, record the configuration, open the logs."""
-    for parent in (folder, folder / "checkpoints"):
-        remove_leftovers(parent, locked=True)
-    require_space_for_run(config, run, folder)
-    if saved and (changed := changed_keys(config, saved)):
-        add_history(folder, {"step": saved["step"], "changed": changed})
-    write_resolved(config, origins, folder)
-    cut_ledgers(folder, run.progress.step)
-    record.add_start(run, folder, is_resumed=saved is not None)
-    write_file(folder / "summary.txt", "\n".join(run.summary) + "\n")
-    return open_loggers(config, folder, saved)
-
-
-def open_loggers(config: Config, folder: Path, saved: dict | None) -> Loggers:
-    run_name = config.log.run_name or folder.resolve().name
-    return Loggers(folder, list(config.log.report_to), run_name, config_to_dict(config), saved)
-
-
-def start_control(config: Config, run: Run, folder: Path) -> Control:
-    """The control file, and what is done again."""
-    if config.checkpoint.resume == "never":
-        for path in folder.glob("control-done-step-*.toml"):
-            path.unlink()  # of another run
-    control = Control(folder, run.progress.step, can_evaluate=bool(run.evals))
-    run.summary.extend(control.lines())
-    return control
-
-
-def start_saver(config: Config, run: Run, folder: Path) -> Saver:
-    """Who saves. Raises UserError where every rank writes its part, and the ranks have no folder together; and where there is no
-    memory for save_async."""
-    section, everyone = config.checkpoint, writes_rows(run.model)
-    if everyone:
-        require_shared_folder(folder)
-    if section.save_async:
-        copies = checkpoint_bytes(run.model, run.optimizer) // (ranks.world_size() if everyone else 1)
-        hint = "set checkpoint.save_async = false"
-        require_memory(copies, memory_bytes(), "the copy of a checkpoint for save_async", hint)
-    return Saver(folder / "checkpoints", section.save_total_limit, in_background=section.save_async, everyone=everyone)
-
-
-def require_unchanged(config: Config, folder: Path, saved: dict | None) -> None:
-    """UserError where a finished run is started again with a configuration that would write another model."""
-    if changed := changed_keys(config, saved or {}):
-        told = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items())
-        raise UserError(
-            f"{folder} is finished, at step {saved['step']}, with another configuration: {told}",
-            hint="to train longer with the new values raise num_train_epochs or max_steps (or the patience); to start over "
-            "choose another output_dir, or resume = 'never'",
-        )
 
 
 # ---- during the run ---------------------------------------------------------------------------------------------

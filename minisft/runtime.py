@@ -51,6 +51,16 @@ def cpu_has_bf16() -> bool:
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
+EMULATED = (
+    'this CPU has no instructions for 16 bits and emulates them: precision = "auto" takes fp32, which is faster here'
+)
+
+
+def is_emulated(precision: str, device: torch.device) -> bool:
+    """Whether products in this precision are slower than in fp32."""
+    return device.type == "cpu" and precision != "fp32" and not cpu_has_bf16()
+
+
 def pick_precision(train: TrainSection, device: torch.device) -> str:
     """Of the matrix products: bf16 for weights in bf16; "auto" is bf16 where the device computes in it, fp32 elsewhere."""
     if train.weights_dtype == "bf16":

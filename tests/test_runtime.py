@@ -41,3 +41,11 @@ def test_a_gpu_adds_up_products_in_fp32(monkeypatch):
     finally:
         for name, value in zip(names, before):
             setattr(matmul, name, value)
+
+
+def test_a_cpu_that_emulates_16_bits_says_so(monkeypatch):
+    for has_bf16 in (False, True):
+        monkeypatch.setattr(runtime, "cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        emulated = [runtime.is_emulated(name, torch.device("cpu")) for name in ("fp32", "bf16", "fp16")]
+        assert emulated == [False, not has_bf16, not has_bf16]
+        assert not runtime.is_emulated("bf16", torch.device("cuda"))

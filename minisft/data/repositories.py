@@ -52,11 +52,11 @@ def locate(source: Source, *, local_files_only: bool = False, download: bool = T
     """
     if source.files or not hub.is_repository_name(source.path):
         return source
-    repo, options = source.path, {"local_files_only": local_files_only}
-    listed, commit = hub.list_dataset(repo, source.revision or None, **options)
+    repo, local = source.path, local_files_only
+    listed, commit = hub.list_dataset(repo, source.revision or None, local_files_only=local)
     configs = None
     if "README.md" in listed and not source.data_files and not source.data_dir:
-        configs = hub.read_card(repo, commit, **options).get("configs")
+        configs = hub.read_card(repo, commit, local_files_only=local).get("configs")
     files = choose_files(listed, source, configs)
     if not files:
         problem = "a script made it (scripts are not run)" if _script(listed, repo) else "it has no file of rows"
@@ -64,10 +64,10 @@ def locate(source: Source, *, local_files_only: bool = False, download: bool = T
             raise _error(source, f"{problem} in {source.data_dir}", listed)
         if source.revision:
             raise _error(source, f"{problem}; the hub's converted copy is read only where no revision is given", listed)
-        converted, commit = hub.list_dataset(repo, hub.CONVERTED, **options)
+        converted, commit = hub.list_dataset(repo, hub.CONVERTED, local_files_only=local)
         if not (files := choose_files(converted, source)):
             raise _error(source, f"{problem}, and the hub has no converted copy", listed)
-    paths = hub.download_dataset(repo, commit, files, **options) if download else files
+    paths = hub.download_dataset(repo, commit, files, local_files_only=local) if download else files
     return replace(source, files=tuple(map(str, paths)), commit=commit)
 
 

@@ -129,6 +129,7 @@ def prepare(config: Config, device: torch.device) -> Run:
     summary = [
         f"trainer    {config.trainer_type} on {device.type}, {precision}"
         + (f", {ranks.world_size()} ranks" if ranks.world_size() > 1 else ""),
+        *(["           " + runtime.EMULATED] if runtime.is_emulated(precision, device) else []),
         tokenizer_line,
         *data_lines,
         *model_lines,
