@@ -50,7 +50,7 @@ def open_model(folder: Path) -> Answerer:
     import torch
 
     from minisft.data.tokenizer import load_tokenizer
-    from minisft.model.adapter_files import load_adapted, model_folder
+    from minisft.model.adapter_files import CONFIG_FILE, load_adapted, model_folder
     from minisft.model.load import load_model
 
     folder = model_folder(folder)
@@ -58,8 +58,8 @@ def open_model(folder: Path) -> Answerer:
     trained = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}  # written by the run
     if (folder / STATE).exists():  # a checkpoint
         trained |= read_json(folder / STATE).get("prompting", {})
-    load = load_model if (folder / "config.json").exists() else load_adapted
-    model = load(folder, device=device, max_length=trained.get("max_length"))
+    is_adapter = (folder / CONFIG_FILE).exists() and not (folder / "config.json").exists()
+    model = (load_adapted if is_adapter else load_model)(folder, device=device, max_length=trained.get("max_length"))
     tokenizer = load_tokenizer(folder, chat_template_kwargs=trained.get("chat_template_kwargs"))
     layout = trained.get("prompt", "plain" if tokenizer.template is None else "chat")
     return Answerer(model, tokenizer, layout, trained.get("control_tokens") == "escape")

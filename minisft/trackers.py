@@ -70,7 +70,8 @@ class Sender:
         self._put("close")
 
     def join(self, seconds: float) -> None:
-        self.thread.join(seconds)
+        if not self.is_off:  # else nobody waits for it
+            self.thread.join(seconds)
         if self.thread.is_alive():
             self._switch_off(f"has not finished after {CLOSE_SECONDS:g} s; the run goes on without it")
 

@@ -461,6 +461,7 @@ def test_a_finished_run_becomes_a_gguf_file(tmp_path, capsys):
     assert main(["export", str(tmp_path / "out"), str(out), "--gguf", "F32"]) == 0
     said = capsys.readouterr().out
     assert "differ by 0.0e+00" in said and "ollama create" in said
+    assert main(["generate", str(out / "model-f32.gguf"), "--prompt", "abc", "--max_new_tokens", "3"]) == 0
     assert {path.name for path in out.iterdir()} == {"model-f32.gguf", "Modelfile", "README.md", "manifest.json"}
     ours, theirs = load_model(tmp_path / "out" / "model"), load_model(out / "model-f32.gguf")
     assert torch.equal(logits_of(ours, [1, 2, 3]), logits_of(theirs, [1, 2, 3]))

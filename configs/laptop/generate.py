@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-NUM_TRAIN, NUM_HELD_OUT = 1200, 100
+NUM_TRAIN, NUM_HELD_OUT = 400, 50
 NAMES = "Anna Ben Carla David Elif Farid Grace Hugo Ines Jonas Kemal Lena Mara Nils Olga Pedro Rosa Samir Tara Viktor".split()
 ITEMS = "pizza salad lasagna burger soup curry sandwich lemonade coffee tea cake pancake".split()
 SIZES = "small medium large".split()
