@@ -1,8 +1,7 @@
 """What `mkdocs build --strict` needs beside mkdocs.yml: the pages of the whole repository, and the files that they link to.
 
 On the site every page has the path that it has in the repository, so that its relative links hold as they are. A linked file
-(minisft/loop.py) becomes a page with its code highlighted, and [`train_step`](../minisft/loop.py) leads to the line of its
-definition.
+becomes a page with its code highlighted, and [`train_step`](../minisft/loop.py) leads to the line of the definition.
 """
 
 import ast
@@ -18,17 +17,18 @@ from pygments.lexers import find_lexer_class_for_filename
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("*.md", "kernels/*.md", "docs/**/*.md")
-COPIED = (".md", ".svg", ".png", ".ipynb")  # pages, pictures and downloads; every other linked file is shown as code
+COPIED = {".md", ".css", ".svg", ".png", ".ipynb"}  # any other file is shown as code
 LINK = re.compile(r"(?:\[`(?P<name>[A-Za-z_][\w.]*)`)?\]\((?P<path>[^)\s:#]+)\)")
 LINE = "__codelineno-0-{}"  # the anchor of a line, named by pymdownx.highlight
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The theme's files, the pages, and what these link to; nothing else of docs_dir."""
-    paths = {path for pattern in PAGES for path in ROOT.glob(pattern)}
-    texts = [(path.parent, path.read_text(encoding="utf-8")) for path in paths]
-    paths |= {(folder / m["path"]).resolve() for folder, text in texts for m in LINK.finditer(text)}
-    ours = [_file(path, config) for path in sorted(paths) if path.is_file() and path.is_relative_to(ROOT)]
+    pages = {path for pattern in PAGES for path in ROOT.glob(pattern)}
+    texts = [(page.parent, page.read_text(encoding="utf-8")) for page in pages]
+    links = {(folder / m["path"]).resolve() for folder, text in texts for m in LINK.finditer(text)}
+    paths = sorted(pages | links | {ROOT / style for style in config.extra_css})
+    ours = [_file(path, config) for path in paths if path.is_file() and path.is_relative_to(ROOT)]
     return Files([*(file for file in files if file.src_dir != config.docs_dir), *ours])
 
 
@@ -39,7 +39,7 @@ def _file(path: Path, config: MkDocsConfig) -> File:
     lexer = find_lexer_class_for_filename(path.name)
     fence = "~" * 30  # longer than any in the file
     code = f"{fence} {{.{lexer.aliases[0] if lexer else 'text'} linenums=1}}\n{path.read_text(encoding='utf-8')}{fence}"
-    page = f"---\nsearch: {{exclude: true}}\n---\n\n# `{uri}`\n\n{code}\n"
+    page = f"---\nsearch: {{exclude: true}}\nhide: [navigation]\n---\n\n# `{uri}`\n\n{code}\n"
     return File.generated(config, f"{uri}.md", content=page, inclusion=InclusionLevel.NOT_IN_NAV)
 
 
@@ -50,8 +50,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         uri = posixpath.normpath(posixpath.join(posixpath.dirname(page.file.src_uri), m["path"]))
         if not files.get_file_from_path(f"{uri}.md"):
             return m[0]
-        line = _line(m["name"], ROOT / uri) if m["name"] and uri.endswith(".py") else None
-        return m[0].removesuffix(")") + ".md" + (f"#{LINE.format(line)})" if line else ")")
+        anchor = f"#{LINE.format(_line(m['name'], ROOT / uri))}" if m["name"] and uri.endswith(".py") else ""
+        return f"{m[0].removesuffix(')')}.md{anchor})"
 
     if not (ROOT / page.file.src_uri).exists():
         return markdown  # code
@@ -60,29 +60,26 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> None:
     """The functions and classes of a Python file are its table of contents; every line of it can be linked to."""
-    path = ROOT / page.file.src_uri.removesuffix(".md")
-    if path.suffix == ".py":
-        text = path.read_text(encoding="utf-8")
+    if page.file.src_uri.endswith(".py.md"):
+        text = (ROOT / page.file.src_uri.removesuffix(".md")).read_text(encoding="utf-8")
         page.toc = get_toc(_contents(ast.parse(text).body))
         page.present_anchor_ids |= {LINE.format(i) for i in range(1, text.count("\n") + 1)}
 
 
 def _contents(body: list[ast.stmt], level: int = 2) -> list[dict]:
-    nodes = [node for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
-    inside = [_contents(node.body, level + 1) if isinstance(node, ast.ClassDef) else [] for node in nodes]
-    return [
-        {"level": level, "id": LINE.format(node.lineno), "name": node.name, "children": children}
-        for node, children in zip(nodes, inside)
-    ]
+    """The functions and classes among these statements, with the methods of the classes."""
+    defined = [node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    methods = [_contents(node.body, level + 1) if isinstance(node, ast.ClassDef) else [] for node in defined]
+    where = [{"level": level, "id": LINE.format(node.lineno), "name": node.name} for node in defined]
+    return [entry | {"children": children} for entry, children in zip(where, methods)]
 
 
-def _line(name: str, path: Path) -> int | None:
-    """Where a file defines `name` or `Class.name`, counted from 1."""
-    body, line = ast.parse(path.read_text(encoding="utf-8")).body, None
+def _line(name: str, path: Path) -> int:
+    """Where a file defines `name` or `Class.name`, counted from 1; the first line if it does not."""
+    text, at = path.read_text(encoding="utf-8"), 0
     for part in name.split("."):
-        for node in body:
-            targets = getattr(node, "targets", [getattr(node, "target", node)])
-            if part in {getattr(t, "name", getattr(t, "id", None)) for t in targets}:
-                body, line = getattr(node, "body", []), node.lineno
-                break
-    return line
+        definition = re.compile(rf"^ *(?:def|class) {part}\b|^(?! )[\w, ]*\b{part}\b[^=(\n]*=", re.MULTILINE).search(
+            text, at
+        )
+        at = definition.start() if definition else at
+    return text.count("\n", 0, at) + 1

@@ -125,11 +125,14 @@ def _page() -> Iterator[str]:
         for key, f in KEYS.items():
             if key.rpartition(".")[0] != section:
                 continue
-            yield f"**`{key}`** = `{'`, `'.join(defaults_of(key))}`  "
+            yield f"### `{key}`\n"
             yield f"{f.metadata['help'].replace('<', '&lt;').replace('|', chr(92) + '|')}  "
+            yield f"*Default* `{'`, `'.join(defaults_of(key))}`  "
             yield f"*Takes* {expected(f)}."
             if names := other_names(key):
                 yield f"*Also called* {', '.join(f'`{name}`' for name in names)}."
-            for others, text in of_key(key):
+            if together := of_key(key):
+                yield ""  # some readers of Markdown begin no list inside a paragraph
+            for others, text in together:
                 yield f"- with {', '.join(f'`{other}`' for other in others)}: {text}"
             yield ""
