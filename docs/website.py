@@ -38,7 +38,9 @@ def _file(path: Path, config: MkDocsConfig) -> File:
         return File.generated(config, uri, abs_src_path=str(path))
     lexer = find_lexer_class_for_filename(path.name)
     fence = "~" * 30  # longer than any in the file
-    code = f"{fence} {{.{lexer.aliases[0] if lexer else 'text'} linenums=1}}\n{path.read_text(encoding='utf-8')}{fence}"
+    code = (
+        f"{fence} {{.{lexer.aliases[0] if lexer else 'text'} linenums=1}}\n{path.read_text(encoding='utf-8')}\n{fence}"
+    )
     page = f"---\nsearch: {{exclude: true}}\nhide: [navigation]\n---\n\n# `{uri}`\n\n{code}\n"
     return File.generated(config, f"{uri}.md", content=page, inclusion=InclusionLevel.NOT_IN_NAV)
 

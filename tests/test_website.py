@@ -119,7 +119,8 @@ def test_a_link_with_a_name_leads_to_the_line_of_its_definition(site, pages):
             href = os.path.relpath(target, of(site, source).parent)
             lines = [url.partition("#")[2] for url in pages[of(site, source)].links if url.startswith(f"{href}#")]
             last = name.rpartition(".")[2]
+            definition = re.compile(rf" *(def|class) {last}\b|[\w, ]*\b{last}\b.*=")
             shown = [pages[target].lines[line].strip("\n") for line in lines]
-            assert any(re.match(rf" *(def|class) {last}\b|[\w, ]*\b{last}\b.*=", line) for line in shown), (name, link, shown)
+            assert any(map(definition.match, shown)), (name, link, shown)
             found += 1
     assert found > 20
