@@ -37,11 +37,10 @@ def _file(path: Path, config: MkDocsConfig) -> File:
     if path.suffix in COPIED:
         return File.generated(config, uri, abs_src_path=str(path))
     lexer = find_lexer_class_for_filename(path.name)
+    head = f"---\nsearch: {{exclude: true}}\nhide: [navigation]\n---\n\n# `{uri}`\n"
     fence = "~" * 30  # longer than any in the file
-    code = (
-        f"{fence} {{.{lexer.aliases[0] if lexer else 'text'} linenums=1}}\n{path.read_text(encoding='utf-8')}\n{fence}"
-    )
-    page = f"---\nsearch: {{exclude: true}}\nhide: [navigation]\n---\n\n# `{uri}`\n\n{code}\n"
+    begin = f"{fence} {{.{lexer.aliases[0] if lexer else 'text'} linenums=1}}"
+    page = "\n".join([head, begin, path.read_text(encoding="utf-8"), fence])
     return File.generated(config, f"{uri}.md", content=page, inclusion=InclusionLevel.NOT_IN_NAV)
 
 
@@ -80,8 +79,7 @@ def _line(name: str, path: Path) -> int:
     """Where a file defines `name` or `Class.name`, counted from 1; the first line if it does not."""
     text, at = path.read_text(encoding="utf-8"), 0
     for part in name.split("."):
-        definition = re.compile(rf"^ *(?:def|class) {part}\b|^(?! )[\w, ]*\b{part}\b[^=(\n]*=", re.MULTILINE).search(
-            text, at
-        )
-        at = definition.start() if definition else at
+        definition = rf"^ *(?:def|class) {part}\b|^(?! )[\w, ]*\b{part}\b[^=(\n]*="
+        if found := re.compile(definition, re.MULTILINE).search(text, at):
+            at = found.start()
     return text.count("\n", 0, at) + 1
