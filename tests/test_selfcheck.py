@@ -213,7 +213,7 @@ def test_mistakes_on_the_command_line_are_told(file, words, capsys):
     assert "minisft: error" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_the_naive_loop_has_the_losses_of_the_run(file, kind, capsys, monkeypatch):
     words = ["selfcheck", file(kind), "--naive", "2", "--json"]
     assert main(words) == 0
