@@ -56,7 +56,8 @@ def test_every_step_of_the_quickstart(tmp_path):
             loss = naive.loss_sum(model, naive.rows_of(batches[0])).item() / batches[0].num_targets
         result = train_step(run, config.train, batches)
         run.progress.step += 1
-        assert loss == pytest.approx(result.loss, rel=TOLERANCE), step
+        # absolute where the loss is small: logits near 10 are rounded to 1e-6, however likely the target is
+        assert loss == pytest.approx(result.loss, rel=TOLERANCE, abs=TOLERANCE), step
     assert run.progress.step == 516 and result.loss < 0.1
 
 
