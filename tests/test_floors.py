@@ -51,7 +51,6 @@ EXTRA_PACKAGES = {
     "report/page": {"jinja2"},
     "report/charts": {"matplotlib"},  # inside functions: an extra
     "trackers": {"torch"},  # inside a function: its texts and hyperparameters for TensorBoard
-    "selfcheck/checks": {"transformers"},  # where it is installed, for the logits of an exported folder
     "gguf/write": {"gguf"},  # inside functions
     "gguf/write_tokenizer": {"gguf"},  # for a type
     "gguf_folder": {"gguf"},  # inside a function that asks whether it is there

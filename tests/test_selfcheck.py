@@ -17,8 +17,9 @@ from minisft.config.values import as_toml
 from minisft.data import loader
 from minisft.kernels.common import chosen_backend
 from minisft.model import decoder, lora
-from minisft.selfcheck import checks, naive
-from minisft.selfcheck.checks import CHECKS, Bench
+from minisft.selfcheck import checks, files, naive
+from minisft.selfcheck.bench import Bench
+from minisft.selfcheck.checks import CHECKS
 
 PROCESSES = ("2 ranks = 1",)  # of those that start processes the normal tests see the comparison only
 SLOW_IMPORT = ("exported = in transformers",)
@@ -146,14 +147,14 @@ def test_a_merge_with_another_scale_is_found(bench, monkeypatch):
 
 
 def test_one_bit_of_the_exported_file_is_found(bench, monkeypatch):
-    read = checks.load_model
+    read = files.load_model
 
     def spoilt(*arguments, **options):
         model = read(*arguments, **options)
         model.layers[1].mlp.down_proj.weight.data[0, 0] *= 1 + 2**-20
         return model
 
-    monkeypatch.setattr(checks, "load_model", spoilt)
+    monkeypatch.setattr(files, "load_model", spoilt)
     assert failures(bench(), ["exported = in memory"])
 
 
@@ -171,6 +172,21 @@ def test_gradients_that_the_ranks_do_not_sum_are_found(bench, monkeypatch):
     assert failures(made, PROCESSES) == []
     monkeypatch.setattr(checks, "ranks_step", lambda bench, count, device: {1: alone, 2: half}[count])
     assert failures(made, PROCESSES)
+
+
+@pytest.mark.slow  # a process that imports transformers
+def test_logits_of_transformers_that_differ_are_found(bench, monkeypatch):
+    assert failures(bench(), SLOW_IMPORT) == []
+    write = files.write_whole
+
+    def spoilt(model, *arguments):
+        model.layers[1].mlp.down_proj.weight.data[0, 0] += 0.1
+        lines = write(model, *arguments)
+        model.layers[1].mlp.down_proj.weight.data[0, 0] -= 0.1
+        return lines
+
+    monkeypatch.setattr(files, "write_whole", spoilt)
+    assert failures(bench(), SLOW_IMPORT)
 
 
 @pytest.mark.slow  # three processes that import torch

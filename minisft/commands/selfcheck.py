@@ -84,7 +84,8 @@ def quiet(config: Any) -> Any:
 
 def check(config: Any, words: list[str], folder: Path, num_rows: int, only: list[str], as_json: bool) -> int:
     """Run the checks one after the other, each printed when it is done; a summary at the end."""
-    from minisft.selfcheck.checks import CHECKS, Bench
+    from minisft.selfcheck.bench import Bench
+    from minisft.selfcheck.checks import CHECKS
 
     names = [name for name in CHECKS if not only or any(word in name for word in only)]
     if not names:
@@ -114,7 +115,7 @@ def check(config: Any, words: list[str], folder: Path, num_rows: int, only: list
 
 def run_check(function: Any, bench: Any) -> dict[str, Any]:
     """{result, error, bar, where}. What has no room on this machine is skipped; any other mistake fails."""
-    from minisft.selfcheck.checks import Skipped
+    from minisft.selfcheck.bench import Skipped
 
     try:
         found = function(bench)
@@ -149,7 +150,7 @@ def compare_with_naive(config: Any, steps: int, as_json: bool) -> int:
     from minisft import loop, runtime
     from minisft.prepare.run import prepare
     from minisft.selfcheck import naive
-    from minisft.selfcheck.checks import has_noise
+    from minisft.selfcheck.bench import has_noise
 
     config = replace(config, train=replace(config.train, neftune_noise_alpha=None))
     device = runtime.pick_device(config.train.device)

@@ -9,14 +9,12 @@ three kinds of bar, each with its reason:
     2 x      a kernel in the run's precision may lose twice what the naive formula loses in that precision, both against fp32
 """
 
-import gc
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,23 +23,17 @@ from torch import Tensor
 
 from minisft import loop, runtime
 from minisft.checkpoint import step_folder
-from minisft.config.sections import Config
 from minisft.data.cache import Documents
 from minisft.data.loader import Loader, make_batch
 from minisft.errors import UserError
-from minisft.export import export_dtype, write_model, write_whole
 from minisft.kernels.common import use_backend
 from minisft.memory import memory_bytes
-from minisft.model.adapter_files import load_adapted
-from minisft.model.load import load_model
-from minisft.model.lora import adapter_disabled, adapters, changed_by_merge, merge_adapter
-from minisft.preference.losses import ACROSS_THE_BATCH
-from minisft.prepare.model import quantization_for
-from minisft.prepare.run import Run, prepare
+from minisft.prepare.run import Run
 from minisft.resume import resume
-from minisft.runtime import DTYPES
 from minisft.saver import Saver
 from minisft.selfcheck import naive
+from minisft.selfcheck.bench import FP32, Bench, Outcome, Skipped, split_matters
+from minisft.selfcheck.files import adapter_merged, adapter_off, by_transformers, exported
 from minisft.selfcheck.measure import (
     Step,
     compare_tensors,
@@ -52,108 +44,15 @@ from minisft.selfcheck.measure import (
     largest,
     one_by_one,
     packed,
-    relative,
     take_gradients,
 )
 
-# Sums of fp32 numbers in another order: an element is off by a few ulp (6e-8) a layer, and the gradient of a norm, whose terms
-# nearly cancel, loses a digit more. Measured: 2e-6 at most for 30 layers.
-FP32 = 2e-5
 FLOOR = {
     "fp32": FP32,
     "bf16": 1e-4,
     "fp16": 2e-5,
 }  # fp32: the truth is fp32 itself; else where the naive formula happens to lose nothing
 STEPS = 4  # of the run that is resumed in its middle
-PROBE_TOKENS = 512  # whose logits are compared
-
-
-class Skipped(Exception):
-    """A check does not apply here; the text says why."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a check found: the largest error, its bar (0: every bit), and where that error is."""
-
-    error: float
-    bar: float
-    where: str = ""
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.bar
-
-
-@dataclass
-class Bench:
-    """What the checks share. The run is made once, and used up by the last of them."""
-
-    config: Config
-    words: list[str]  # the command line, for the check that starts processes
-    folder: Path  # for whatever is written
-    num_rows: int
-    run: Run | None = None
-    by_rows: Step | None = None  # the step with every document alone, in fp32
-
-    def prepared(self) -> Run:
-        if self.run is None:
-            self.run = prepare(self.config, runtime.pick_device(self.config.train.device))
-            for adapter in adapters(self.run.model) if self.run.model.lora is not None else ():
-                move_adapter(adapter)
-            if has_noise(self.run):
-                self.run.model.eval()
-        return self.run
-
-    def forget(self) -> None:
-        """Free the run, so that another one has room."""
-        self.run = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def documents(self) -> Documents:
-        return first_documents(self.prepared().train, self.num_rows)
-
-    def alone(self) -> Step:
-        """The reference of the equalities of the mathematics."""
-        if self.by_rows is None:
-            with in_fp32(self.prepared()) as run:
-                self.by_rows = engine_step(run, self.config.train, self.rows(run))
-        return self.by_rows
-
-    def rows(self, run: Run) -> Loader:
-        """Each document a row of its own: a micro-batch each or, where the loss depends on that, one for all of them."""
-        documents = self.documents()
-        return one_by_one(run.train, documents, documents.num_units if split_matters(self.config) else 1)
-
-
-def move_adapter(adapter: torch.nn.Module) -> None:
-    """A new adapter does nothing (B is zero), and what does nothing is not seen to be wrong."""
-    generator = torch.Generator().manual_seed(0)
-    for name, p in adapter.named_parameters():
-        if name.endswith("lora_B"):
-            noise = torch.randn(p.shape, generator=generator) * 0.01
-            p.data += noise.to(p)
-
-
-def has_noise(run: Run) -> bool:
-    """Whether training draws random numbers: then two layouts of a batch draw others."""
-    model = run.model
-    names = ("attention_dropout", "mlp_dropout", "dropout")
-    rates = [getattr(module, name, 0.0) for module in model.modules() for name in names]
-    rates += [model.neftune_alpha, model.config.embedding_dropout, *(m.p for m in model.modules() if hasattr(m, "p"))]
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)
-
-
-def split_matters(config: Config) -> str:
-    """Why another split into micro-batches is another objective; "" as a rule."""
-    if config.train.loss_normalization == "micro_batch":
-        return 'loss_normalization = "micro_batch" depends on the split, on purpose'
-    losses = set(config.dpo.loss_type) if config.trainer_type == "dpo" else set()
-    if across := sorted(losses & {"kto", *ACROSS_THE_BATCH}):
-        return f"{', '.join(across)} takes a mean over a micro-batch, which depends on the split, on purpose"
-    return ""
 
 
 def sharing(run: Run) -> Callable[[Documents], dict]:
@@ -342,113 +241,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-# ---- files --------------------------------------------------------------------------------------------------------
-
-
-def probe(run: Run) -> tuple[Tensor, ...]:
-    """Tokens of the run's first rows, as arguments of the model."""
-    batch = run.train.step(0, 0)[0]
-    n = min(batch.num_tokens, PROBE_TOKENS)
-    inputs = batch.input_ids[:n], batch.position_ids[:n], batch.start[:n], batch.end[:n].clamp(max=n)
-    return tuple(x.to(run.device) for x in inputs)
-
-
-def logits(model: torch.nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-    training = model.training
-    with torch.no_grad():
-        values = model.eval().logits(model(*inputs)).float()
-    model.train(training)
-    return values
-
-
-def exported(bench: Bench) -> Outcome:
-    """The exported folder, read again, is the model in the dtype that it was written in, to the last bit of every logit."""
-    run, folder, dtype = bench.prepared(), bench.folder / "export", export_dtype(bench.config)
-    folder.mkdir()
-    write_model(run, folder, dtype, run.start.folder if run.start else None)
-    max_length = bench.config.data.max_length
-    with in_fp32(run) as exact:
-        if run.model.lora is None:
-            again = load_model(folder, device=run.device, max_length=max_length)
-            kept = {p: p.data for p in exact.model.parameters()}
-            for p in kept:
-                p.data = p.data.to(dtype).float()
-            ours = logits(exact.model, probe(run))
-            for p, data in kept.items():
-                p.data = data
-        else:
-            again, ours = (
-                load_adapted(folder, device=run.device, max_length=max_length),
-                logits(exact.model, probe(run)),
-            )
-            if bench.config.train.weights_dtype == "bf16":  # that of the frozen base
-                for name, p in again.named_parameters():
-                    p.data = p.data.to(torch.bfloat16).float() if "lora_" not in name else p.data
-        theirs = logits(again, probe(run))
-    del again
-    return Outcome(relative(theirs, ours), 0.0, "logits")
-
-
-def by_transformers(bench: Bench) -> Outcome:
-    """transformers, where it is installed, has our logits from the files that we write (an adapter is merged first)."""
-    if find_spec("transformers") is None:
-        raise Skipped("transformers is not installed")
-    run, folder = bench.prepared(), bench.folder / "transformers"
-    if run.model.lora is not None:
-        merge_adapter(run.model)
-    folder.mkdir()
-    with in_fp32(run) as exact:
-        write_whole(exact.model, run.tokenizer, folder, torch.float32, run.start.folder if run.start else None)
-        inputs = probe(run)
-        ours = logits(exact.model, inputs)
-    from transformers import AutoModelForCausalLM
-
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    errors, ids = {}, inputs[0].cpu()
-    for a in sorted(set(inputs[2].tolist())):
-        (rows,) = (inputs[2] == a).cpu().nonzero(as_tuple=True)
-        with torch.no_grad():
-            errors[f"tokens {a} to {int(rows[-1]) + 1}"] = relative(theirs(ids[rows][None]).logits[0], ours.cpu()[rows])
-    error, where = largest(errors)
-    return Outcome(error, 1e-5, f"logits of {where}")
-
-
-def adapter_off(bench: Bench) -> Outcome:
-    """With its adapter switched off, the model is the base, to the last bit of every logit."""
-    run = bench.prepared()
-    if run.model.lora is None:
-        raise Skipped("no adapter: all weights train")
-    base = load_model(
-        run.start.folder,
-        dtype=DTYPES[bench.config.train.weights_dtype],
-        device=run.device,
-        max_length=bench.config.data.max_length,
-        quantization=quantization_for(bench.config.model, run.start),
-        least_vocab_size=run.model.config.vocab_size,
-    )
-    inputs = probe(run)
-    with runtime.autocast(run.device, run.precision), adapter_disabled(run.model):
-        off = logits(run.model, inputs)
-    with runtime.autocast(run.device, run.precision):
-        return Outcome(relative(off, logits(base, inputs)), 0.0, "logits")
-
-
-def adapter_merged(bench: Bench) -> Outcome:
-    """The merged model has the logits of base and adapter, in fp32."""
-    run = bench.prepared()
-    if run.model.lora is None:
-        raise Skipped("no adapter: all weights train")
-    with in_fp32(run) as exact:
-        inputs = probe(run)
-        adapted = logits(exact.model, inputs)
-        with adapter_disabled(exact.model):
-            if relative(logits(exact.model, inputs), adapted) < 10 * FP32:
-                raise UserError("the adapter hardly moves the logits, so that a merge shows nothing")
-        changed_by_merge(exact.model)
-        merge_adapter(exact.model)
-        return Outcome(relative(logits(exact.model, inputs), adapted), FP32, "logits")
 
 
 # ---- resume -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from minisft import ranks, runtime
 from minisft.config.command_line import parse_arguments
 from minisft.config.stages import load_stages
 from minisft.errors import run_command
-from minisft.selfcheck.checks import Bench
+from minisft.selfcheck.bench import Bench
 from minisft.selfcheck.measure import engine_step, in_fp32, one_by_one
 
 
