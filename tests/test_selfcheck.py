@@ -176,7 +176,6 @@ def test_gradients_that_the_ranks_do_not_sum_are_found(bench, monkeypatch):
 
 @pytest.mark.slow  # a process that imports transformers
 def test_logits_of_transformers_that_differ_are_found(bench, monkeypatch):
-    assert failures(bench(), SLOW_IMPORT) == []
     write = files.write_whole
 
     def spoilt(model, *arguments):
