@@ -263,10 +263,7 @@ class Loader:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    context: tuple[int, int] = (
-        0,
-        1,
-    )  # (i, n): this rank is number i of the n that share each batch, and has a piece of it
+    context: tuple[int, int] = (0, 1)  # (i, n): this rank is number i of n that share each batch, and has a piece of it
     shuffle: bool = True  # False: the same order in every epoch, for evaluation
     round_to: int = 1
     stream: Stream | None = None  # where documents and plan are those of a chunk

@@ -57,7 +57,7 @@ CPU_CHUNK, GPU_CHUNK, GPU_CHUNK_BYTES = 512, 4096, 1_250_000_000  # rows of logi
 ROWS_A_THREAD = 8  # of logits in fp32, on a CPU
 # Resident memory of a process that has imported a run and PyTorch's CPU build, measured with PyTorch 2.13 (docs/plan.md).
 PYTHON_AND_TORCH = 250e6
-COMPILER = 175e6  # PyTorch's, with SymPy and Triton, where torch's checkpointing, Adafactor or DTensor import it
+COMPILER = 175e6  # PyTorch's, with SymPy and Triton, where torch's checkpointing or DTensor import it
 # What the C library (glibc) holds of memory that was freed, on a CPU: 0.09 to 0.21 GB were measured (docs/plan.md).
 # With sharded weights, whose buffers come and go in many sizes and threads, 0.40 and 0.42 GB.
 ALLOCATOR, ALLOCATOR_SHARDED = 150e6, 400e6
@@ -373,7 +373,7 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
     largest = width * max((prod(p.model[name]) for name in p.trained), default=0)
     batch_bytes = 40.0 * T + 60.0 * batch.targets
 
-    imports_compiler = config.model.gradient_checkpointing is True or train.optim == "adafactor" or place.shards > 1
+    imports_compiler = config.model.gradient_checkpointing is True or place.shards > 1
     always = {
         "weights": weights,
         "copies": copies,
