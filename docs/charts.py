@@ -32,7 +32,6 @@ def kernels(results: Path = RESULTS) -> Sheet | None:
     ranked = sorted(found.items(), key=lambda item: -item[1][0])
     top, step, left, right = 62, 24, 186, 420
     s = Sheet(
-        640,
         top + step * len(ranked) + 46,
         "Speed-up of the ops' torch paths over the naive formula on a CPU, and their memory beside its",
     )
@@ -83,9 +82,7 @@ def roofline(results: Path = RESULTS) -> Sheet | None:
         return None
     top, step, left, right = 62, 34, 200, 610
     s = Sheet(
-        640,
-        top + step * len(rows) + 40,
-        "Share of the hardware's ceiling that our kernels and their peers reach on a GPU",
+        top + step * len(rows) + 40, "Share of the hardware's ceiling that our kernels and their peers reach on a GPU"
     )
     s.text(20, 24, "share of the ceiling, forward and backward", bold=True)
     bottom = top + step * len(rows) - 10
@@ -120,7 +117,6 @@ def memory(results: Path = RESULTS) -> Sheet | None:
     top = math.ceil(highest / 100) * 100
     left, right, low, high = 70, 610, 250, 50
     s = Sheet(
-        640,
         320,
         "Memory above the start of a step: the naive run rises to its logits and their copies, the engine does not have them",
     )
@@ -160,7 +156,6 @@ def step_time(results: Path = RESULTS) -> Sheet | None:
         return None
     left, right, top, step = 20, 560, 88, 58
     s = Sheet(
-        640,
         top + step * len(steps) + 30,
         "Where the time of a step goes on a GPU, estimated from what it launches, moves and multiplies",
     )

@@ -46,9 +46,9 @@ def style(scheme: str | None) -> str:
 class Sheet:
     """A picture of width x height pixels, from the upper left. The methods draw, the later over the earlier."""
 
-    width: int
     height: int
     title: str  # for those who do not see it
+    width: int = 640
     parts: list[str] = field(default_factory=list)
 
     def box(self, x: float, y: float, w: float, h: float, color: str, edge: str = "line", radius: float = 3) -> None:

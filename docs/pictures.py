@@ -32,7 +32,6 @@ def token_row(
 def kinds() -> Sheet:
     """Chapter 1: a row, its text with kinds, tokens and what is trained."""
     s = Sheet(
-        640,
         236,
         "A row with a prompt and a completion becomes tokens, each with a kind; only the answer and its end are trained",
     )
@@ -74,7 +73,6 @@ def kinds() -> Sheet:
 def packing() -> Sheet:
     """Chapter 2: the figure of all chapters."""
     s = Sheet(
-        640,
         356,
         "Two documents, A B C and D E, in one row: ids, positions, start, end, targets, and the block-diagonal mask",
     )
@@ -123,7 +121,6 @@ def mask(s: Sheet, x: float, y: float, w: float) -> None:
 def shift() -> Sheet:
     """Chapter 5: the shift by index."""
     s = Sheet(
-        640,
         230,
         "Each hidden state is scored against the next token of its own document; the last one of a document against nothing",
     )
@@ -152,7 +149,6 @@ def shift() -> Sheet:
 def decoder() -> Sheet:
     """Chapter 3: the way of a token."""
     s = Sheet(
-        640,
         330,
         "The decoder: embedding, layers of attention and MLP on a residual stream, a norm; documents meet in attention only",
     )
@@ -187,7 +183,6 @@ def attention() -> Sheet:
     """Chapter 4: tiles of 2 x 2 over three documents."""
     lengths, tile, w = [6, 3, 7], 2, 16
     s = Sheet(
-        640,
         330,
         "Attention in tiles: tiles without a visible pair are never computed, whole tiles need no mask, only those on an edge do",
     )
@@ -230,7 +225,6 @@ def attention() -> Sheet:
 def loss_chunks() -> Sheet:
     """Chapter 5: chunks of logits."""
     s = Sheet(
-        640,
         250,
         "The loss multiplies only scored rows with the vocabulary's matrix, a chunk of rows at a time, and never has all logits",
     )
@@ -265,7 +259,6 @@ def loss_chunks() -> Sheet:
 def micro_batches() -> Sheet:
     """Chapter 6: two micro-batches of unequal weight."""
     s = Sheet(
-        640,
         290,
         "Two micro-batches with 4 and 1 trained tokens: their sums over the step's 5 count all tokens alike, their means do not",
     )
@@ -295,7 +288,6 @@ def micro_batches() -> Sheet:
 def save() -> Sheet:
     """Chapter 7: what is on the disk, step by step."""
     s = Sheet(
-        640,
         296,
         "The save protocol: write beside, sync, manifest, rename; a kill before the rename leaves the old checkpoint",
     )
@@ -341,7 +333,7 @@ def save() -> Sheet:
 
 def preference() -> Sheet:
     """Chapter 8: a pair that shares its prompt."""
-    s = Sheet(640, 300, "A preference pair: one prompt, a chosen and a rejected answer that do not see each other")
+    s = Sheet(300, "A preference pair: one prompt, a chosen and a rejected answer that do not see each other")
     names = ["p", "p", "p", "c", "c", "r", "r", "r"]
     colors = ["empty"] * 3 + ["green"] * 2 + ["red"] * 3
     s.text(20, 26, "one prompt, two answers", bold=True)
@@ -368,9 +360,7 @@ def preference() -> Sheet:
 def rooms() -> Sheet:
     """The house: who may import whom."""
     s = Sheet(
-        640,
-        330,
-        "The rooms of the house in floors; a room imports only from floors below it, or beside it without circles",
+        330, "The rooms of the house in floors; a room imports only from floors below it, or beside it without circles"
     )
     floors = [
         ("4", "commands", "train.py, commands/", "violet"),
