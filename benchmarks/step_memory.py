@@ -4,7 +4,7 @@
 
 A Llama of 13.2 M parameters with a vocabulary of 32,768, in fp32 on a CPU: 8 documents of 128 tokens, half of them trained,
 AdamW. A thread notes the resident memory every two milliseconds during the third step. Memory is that above the start of the
-step, when weights and moments are there already. docs/pictures.py draws the curves.
+step, when weights and moments are there already. docs/charts.py draws the curves.
 """
 
 import json
@@ -92,9 +92,7 @@ def sample(engine: str) -> dict:
 
 
 def main() -> None:
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = (
-        "65536"  # glibc gives back at once what is freed, so that the memory in use shows
-    )
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc gives back at once what is freed: the memory in use shows
     rows = []
     for engine in ("naive", "minisft"):
         answer = in_fresh_process("benchmarks.step_memory:sample", engine=engine)

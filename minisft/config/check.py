@@ -200,9 +200,7 @@ def check_trained(config: Config, refuse: Refuse) -> None:
 
 
 def check_parallel(config: Config, refuse: Refuse) -> None:
-    """What sharded weights do not do yet."""
-    if config.log.ledger and config.data.stream:
-        refuse("log.ledger data.stream", "the chunks of a stream number their documents anew", "leave one of them out")
+    """What sharded weights and split documents do not do yet."""
     if config.log.ledger and config.parallel.context_parallel > 1:
         problem = "each rank has a part of a document only"
         refuse("log.ledger parallel.context_parallel", problem, "leave one of them out")

@@ -78,7 +78,7 @@ TOGETHER: tuple[tuple[str, str], ...] = (  # (keys, what they do to each other)
     ("dpo.loss_type dpo.f_divergence_type dpo.f_alpha_divergence_coef", "of losses that are made of a divergence"),
     (
         "dpo.loss_type dpo.precompute_ref_log_probs dpo.sync_ref_model dpo.ref_model_name_or_path",
-        "simpo, orpo, cpo and their like have no reference",
+        "sft, simpo and orpo have no reference",
     ),
     ("dpo.sync_ref_model dpo.ref_model_mixup_alpha dpo.ref_model_sync_steps", "how the reference follows"),
     ("dpo.sync_ref_model dpo.precompute_ref_log_probs", "a reference that moves cannot be computed before"),
