@@ -161,8 +161,7 @@ def export_model(config: Config, run: Run, folder: Path) -> None:
     needed = model_bytes(run.model, run.tokenizer, dtype, source)
     with room_for(path, needed, hint=hint), atomic_folder(path, manifest, move_existing_to=aside) as temporary:
         lines = write_model(run, temporary, dtype, source)
-        metrics = folder / "metrics.jsonl"
-        write_card(temporary, config, run, read_metrics(metrics) if metrics.exists() else [])
+        write_card(temporary, config, run, read_metrics(folder / "metrics.jsonl"))
     if lines:
         print(wrap(titled("exported", lines)))
     if aside.exists():

@@ -61,9 +61,9 @@ def json_line(values: dict[str, Any]) -> bytes:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; without one that a full disk left unfinished."""
+    """The objects of a file of JSON lines; without one that a full disk left unfinished. [] where there is no file."""
     rows = []
-    for line in path.read_bytes().splitlines():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         with suppress(ValueError):
             rows.append(json.loads(line))
     return rows

@@ -63,6 +63,23 @@ def read_record(folder: Path) -> list[dict]:
     return starts
 
 
+def flat(entry: dict, before: str = "") -> dict[str, Any]:
+    """{"versions torch": ...} of the nested tables of a start, to compare it with another. Files of data go by their names: the
+    folder is no difference, contents are. When a file was written is none either."""
+    found = {}
+    for key, value in entry.items():
+        if key == "time" and before.startswith("base"):
+            continue
+        if isinstance(value, dict):
+            if key == "files" and before.startswith("data"):
+                found |= {f"{before}file {Path(path).name}": digest for path, digest in value.items()}
+            else:
+                found |= flat(value, f"{before}{key} ")
+        else:
+            found[before + key] = value
+    return found
+
+
 def describe(run: Run, earlier: list[dict]) -> dict[str, Any]:
     """The entry of a start. earlier: those of this run before it."""
     template = run.tokenizer.template

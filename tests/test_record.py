@@ -11,7 +11,7 @@ from tiny import settings, train, write_rows
 
 from minisft import record
 from minisft.__main__ import main
-from minisft.record import read_record
+from minisft.record import flat, read_record
 
 RUN = {"train.max_steps": 3}
 
@@ -108,6 +108,17 @@ def test_whatever_differs_in_the_record_is_told(finished, tmp_path, capsys, kind
     assert differences(capsys, finished / "out", other) == {kind: [name]}
     (other / "record.json").unlink()
     assert differences(capsys, finished / "out", other) == {}
+
+
+def test_the_time_of_a_file_and_its_folder_are_no_difference():
+    a, b = (
+        {
+            "base": {"files": {"model.safetensors": {"sha256": "x", "time": time}}},
+            "data": {"train": {"files": {path: "y"}}},
+        }
+        for time, path in ((1, "here/rows.jsonl"), (2, "there/rows.jsonl"))
+    )
+    assert flat(a) == flat(b) == {"base files model.safetensors sha256": "x", "data train file rows.jsonl": "y"}
 
 
 def test_where_the_losses_part(finished, tmp_path, capsys):

@@ -13,9 +13,10 @@ import pytest
 from tiny import settings, train
 
 from minisft.__main__ import main
+from minisft.config.load import read_resolved
 from minisft.errors import UserError
 from minisft.report.charts import smoothed
-from minisft.report.runs import differences, read_config, read_runs
+from minisft.report.runs import differences, read_runs
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -110,6 +111,10 @@ def test_what_differs_is_exactly_that(home, tmp_path):
     shutil.copytree(home / "one", other, ignore=shutil.ignore_patterns("model", "checkpoints"))
     record = json.loads((other / "record.json").read_text())
     record["starts"][-1]["versions"]["torch"] = "0.1"
+    files = record["starts"][-1]["data"]["train"]["files"]  # the same rows in another folder
+    record["starts"][-1]["data"]["train"]["files"] = {
+        f"elsewhere/{Path(path).name}": one for path, one in files.items()
+    }
     (other / "record.json").write_text(json.dumps(record))
     config = (other / "config.toml").read_text()
     (other / "config.toml").write_text(re.sub(r"\nseed = .*", "", config))  # of a version without that key
@@ -126,7 +131,7 @@ def test_what_differs_is_exactly_that(home, tmp_path):
 
 def test_values_with_a_hash_and_origins_are_read_back():
     text = 'a = "x  # y"  # run.toml\n\n[b]\nc = [1, 2]  # default of trainer_type dpo\n'
-    assert read_config(text) == {"a": ('"x  # y"', "run.toml"), "b.c": ("[1, 2]", "default of trainer_type dpo")}
+    assert read_resolved(text) == {"a": ('"x  # y"', "run.toml"), "b.c": ("[1, 2]", "default of trainer_type dpo")}
 
 
 def test_the_moving_average_starts_at_the_values_and_leaves_out_what_is_not_finite():

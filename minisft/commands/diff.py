@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from minisft.config.load import RESOLVED_NAME, deciding_values, load
+from minisft.config.load import RESOLVED_NAME, deciding_values, load, read_resolved
 from minisft.config.sections import KEYS, config_to_dict
 from minisft.config.values import as_toml
 from minisft.errors import UserError
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
 
 def compare_losses(a: Path, b: Path) -> dict[str, Any]:
     """{same: the last step to which all logged values are the same, part: the first step where one differs, or None, ...}"""
-    rows = [by_step(read_rows(folder)) for folder in (a, b)]
+    rows = [by_step(read_metrics(folder / "metrics.jsonl")) for folder in (a, b)]
     common = sorted(rows[0].keys() & rows[1].keys())
     same, part, values = None, None, {}
     for step in common:
@@ -63,11 +63,6 @@ def compare_losses(a: Path, b: Path) -> dict[str, Any]:
         same = step
     last = [max(one, default=None) for one in rows]
     return {"same": same, "part": part, "values": {k: [str(x) for x in v] for k, v in values.items()}, "last": last}
-
-
-def read_rows(folder: Path) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    return read_metrics(path) if path.exists() else []
 
 
 def by_step(rows: list[dict]) -> dict[int, dict]:
@@ -95,12 +90,16 @@ KINDS = {
 
 def compare_configs(a: Path, b: Path) -> dict[str, dict[str, list[str]]]:
     """{"decides" and "other": {key: [value in A, value in B]}}, each value with where it came from."""
-    texts, configs = [read_origins(folder) for folder in (a, b)], [load(resolved(folder))[0] for folder in (a, b)]
+    paths = [resolved(folder) for folder in (a, b)]
+    texts, configs = [read_resolved(path.read_text("utf-8")) for path in paths], [load(path)[0] for path in paths]
     values, deciding = [config_to_dict(config) for config in configs], deciding_values(configs[0])
     found: dict[str, dict[str, list[str]]] = {"decides": {}, "other": {}}
     for key in KEYS:
         if values[0][key] != values[1][key]:
-            told = [f"{as_toml(value[key])} ({text.get(key, '?')})" for value, text in zip(values, texts)]
+            told = [
+                f"{as_toml(value[key])} ({text[key][1] if key in text else 'default'})"
+                for value, text in zip(values, texts)
+            ]
             found["decides" if key in deciding else "other"][key] = told
     return found
 
@@ -113,20 +112,9 @@ def resolved(folder: Path) -> Path:
     return path
 
 
-def read_origins(folder: Path) -> dict[str, str]:
-    """{key: where its value came from}, from the comments of a resolved configuration."""
-    found, section = {}, ""
-    for line in resolved(folder).read_text(encoding="utf-8").splitlines():
-        if line.startswith("["):
-            section = line.strip("[]") + "."
-        elif " = " in line and not line.startswith("#"):
-            found[section + line.partition(" = ")[0]] = line.rpartition("  # ")[2]
-    return found
-
-
 def compare_records(a: Path, b: Path) -> dict[str, Any]:
     """The differences of the last starts, by kind: {name: [in A, in B]}; and notes."""
-    from minisft.record import NAME, read_record
+    from minisft.record import NAME, flat, read_record
 
     starts, notes = [read_record(folder) for folder in (a, b)], []
     for folder, own in zip((a, b), starts):
@@ -146,22 +134,6 @@ def compare_records(a: Path, b: Path) -> dict[str, Any]:
             if kind in found and first.get(name) != second.get(name):
                 found[kind][rest or name] = [short(one.get(name)) for one in (first, second)]
     found["notes"] = notes
-    return found
-
-
-def flat(entry: dict, before: str = "") -> dict[str, Any]:
-    """{"data train tokens": ...} of nested tables. Files of data go by their names: the folder is no difference, contents are."""
-    found = {}
-    for key, value in entry.items():
-        if key == "time" and before.startswith("base"):
-            continue  # when a file was written
-        if isinstance(value, dict):
-            if key == "files" and before.startswith("data"):
-                found |= {f"{before}file {Path(path).name}": digest for path, digest in value.items()}
-            else:
-                found |= flat(value, f"{before}{key} ")
-        else:
-            found[before + key] = value
     return found
 
 

@@ -434,6 +434,17 @@ def write_resolved(config: Config, origins: dict[str, str], folder: str | Path) 
     return path
 
 
+def read_resolved(text: str) -> dict[str, tuple[str, str]]:
+    """{key: (value as in TOML, where it came from)} of the text that `write_resolved` writes."""
+    found, section = {}, ""
+    for line in text.splitlines():
+        if match := re.fullmatch(r"\[(\S+)\]", line):
+            section = f"{match[1]}."
+        elif match := re.fullmatch(r"(\w+) = (.*)  # (.*)", line):
+            found[section + match[1]] = match[2], match[3]
+    return found
+
+
 def add_history(folder: str | Path, entry: dict[str, Any]) -> None:
     """Add a line to folder/config_history.jsonl: what is configured otherwise from a step on."""
     path = Path(folder) / "config_history.jsonl"

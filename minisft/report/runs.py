@@ -1,14 +1,13 @@
 """What a run left in its output folder, for the report: metrics, samples, configuration and versions."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisft.config.load import RESOLVED_NAME
+from minisft.config.load import RESOLVED_NAME, read_resolved
 from minisft.errors import UserError
 from minisft.log_files import read_lines, read_metrics
-from minisft.record import read_record
+from minisft.record import flat, read_record
 
 Series = tuple[list[int], list[float]]  # steps and values
 
@@ -35,33 +34,23 @@ def read_run(folder: Path, name: str) -> RunLog:
         raise UserError(f"{folder}: there is no metrics.jsonl", hint="give the output folder of a run that has begun")
     series: dict[str, Series] = {}
     for file in ("metrics.jsonl", "timings.jsonl"):
-        for row in read_metrics(folder / file) if (folder / file).is_file() else ():
+        for row in read_metrics(folder / file):
             for key, value in row.items():
                 if key != "step":
                     steps, values = series.setdefault(key, ([], []))
                     steps.append(int(row["step"]))
                     values.append(float(value))
-    samples, starts = folder / "step_samples.jsonl", read_record(folder)
+    starts = read_record(folder)
+    last = flat(starts[-1]) if starts else {}
     return RunLog(
         name=name,
         folder=folder,
         series=series,
-        samples=read_lines(samples) if samples.is_file() else [],
-        config=read_config(_text(folder / RESOLVED_NAME)),
-        record=_flat(starts[-1]) if starts else {},
+        samples=read_lines(folder / "step_samples.jsonl"),
+        config=read_resolved(_text(folder / RESOLVED_NAME)),
+        record={key: str(value) for key, value in last.items() if key not in ("time", "step")},
         summary=_text(folder / "summary.txt"),
     )
-
-
-def read_config(text: str) -> dict[str, tuple[str, str]]:
-    """The keys of a resolved configuration: a line each, `name = value  # where it comes from`."""
-    found, section = {}, ""
-    for line in text.splitlines():
-        if match := re.fullmatch(r"\[(\S+)\]", line):
-            section = f"{match[1]}."
-        elif match := re.fullmatch(r"(\w+) = (.*)  # (.*)", line):
-            found[section + match[1]] = match[2], match[3]
-    return found
 
 
 def differences(runs: list[RunLog]) -> list[tuple[str, list[str]]]:
@@ -77,17 +66,6 @@ def differences(runs: list[RunLog]) -> list[tuple[str, list[str]]]:
             if len(set(values)) > 1:
                 rows.append((key, values))
     return rows
-
-
-def _flat(entry: dict[str, Any], before: str = "") -> dict[str, str]:
-    """{"versions": {"torch": "2.13"}} -> {"versions torch": "2.13"}. When a run started is no difference."""
-    found: dict[str, str] = {}
-    for key, value in entry.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{before}{key} ")
-        elif before or key not in ("time", "step"):
-            found[f"{before}{key}"] = str(value)
-    return found
 
 
 def _text(path: Path) -> str:
