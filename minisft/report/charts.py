@@ -14,7 +14,7 @@ import numpy as np
 from minisft.errors import UserError
 from minisft.report.runs import Series
 
-WIDTH, HEIGHT = 340, 220  # CSS pixels
+WIDTH, HEIGHT, LEGEND_ROW = 340, 220, 14  # CSS pixels; a legend of more than two rows makes a chart higher
 FONT_SIZE = 8.4  # points: 11.2 pixels
 # In a PNG; in a page each is a variable, for which a colour stands that is nowhere else.
 COLOURS = {"text": "#1b1f24", "soft": "#5c6270", "line": "#d6dae0"}
@@ -76,7 +76,9 @@ def draw(chart: Chart, format: str) -> bytes:
     settings |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
     settings |= {"axes.axisbelow": True}
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(WIDTH / 96, HEIGHT / 96), layout="constrained")
+        columns = 2 if max((len(line.label) for line in chart.lines), default=0) <= 20 else 1  # of the legend
+        height = HEIGHT + LEGEND_ROW * max(0, math.ceil(len(chart.lines) / columns) - 2)
+        figure = Figure(figsize=(WIDTH / 96, height / 96), layout="constrained")
         axes = figure.subplots()
         axes.set_title(chart.title, loc="left", fontsize=FONT_SIZE + 1, fontweight="bold")
         if chart.bars:
@@ -99,7 +101,10 @@ def draw(chart: Chart, format: str) -> bytes:
         if chart.lines:
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             if len(chart.lines) > 1:
-                axes.legend(fontsize=FONT_SIZE, handlelength=1.2, labelspacing=0.25, borderaxespad=0.2)
+                # beside the lines: matplotlib's search for a free place is slow with many values, and warns of it
+                figure.legend(
+                    loc="outside lower left", ncols=columns, fontsize=FONT_SIZE, handlelength=1.2, labelspacing=0.25
+                )
         out = io.BytesIO()
         if format == "png":
             figure.savefig(out, format="png", dpi=192, facecolor="white")
