@@ -130,9 +130,8 @@ def step_line(
 def evaluation_lines(step: int, total: int, scores: dict[str, float]) -> str:
     """ "eval 50/153  loss 0.6612  acc 0.643  margin 0.0731", a line for each evaluation set."""
     lines = []
-    totals = [
-        key for key in scores if key.endswith("loss") and "losses/" not in key
-    ]  # not those of a part of the tokens
+    # not those of a part of the tokens
+    totals = [key for key in scores if key.endswith("loss") and "losses/" not in key]
     for prefix in (key.removesuffix("loss") for key in totals):  # "eval_" or "eval_<name>_"
         name = prefix.removeprefix("eval_").removesuffix("_")
         lines.append(
@@ -164,6 +163,16 @@ def sample_lines(step: int, total: int, samples: list[Sample]) -> str:
 def _rewards(values: dict[str, float], prefix: str) -> list[str]:
     shown = {"acc": f"{prefix}rewards/accuracies", "margin": f"{prefix}rewards/margins"}
     return [f"{label} {digits(values[name], 3)}" for label, name in shown.items() if name in values]
+
+
+def aligned(rows: list[tuple[str, ...]], left: int) -> list[str]:
+    """The rows of a table as lines: the first `left` columns begin at one place, the numbers after them end at one."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = (
+        "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    )
+    return [line.rstrip() for line in lines]
 
 
 def wrap(lines: list[str], indent: int = TITLE) -> str:

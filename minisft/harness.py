@@ -10,6 +10,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from minisft.console import aligned
 from minisft.errors import DATA, MODEL, UserError, shortened
 from minisft.model.adapter_files import CONFIG_FILE, base_of, model_folder
 from minisft.model.start import find_start
@@ -103,5 +104,4 @@ def table(found: dict[str, dict[str, float]]) -> list[str]:
             error = values.get(f"{metric}_stderr,{how}")
             label = metric if how == "none" else f"{metric} ({how})"
             rows.append((task, label, f"{value:.4f}", "" if error is None else f"{error:.4f}"))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return aligned(rows, left=2)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minisft.config.command_line import parse_arguments, take_options
+from minisft.config.command_line import parse_arguments, take_options, whole_number
 from minisft.config.load import RESOLVED_NAME, load
 from minisft.errors import UserError
 from minisft.files import checked_path
@@ -39,7 +39,7 @@ named. probability is the mean of p(target): for the terminator it says how sure
 FOLDER is a run's output folder or a model folder. Other options are keys of the configuration, as for `minisft train`:
 --max_length 2048, --precision fp32.
 """
-OF_TASKS = ("limit", "num_fewshot", "batch_size")  # numbers that the harness reads
+OF_TASKS = {"limit": 1, "num_fewshot": 0, "batch_size": 1}  # numbers that the harness reads, at least this
 COLUMNS = ("tokens", "loss", "perplexity", "accuracy", "entropy", "probability")
 
 
@@ -87,17 +87,10 @@ def _run_tasks(folder: Path, options: dict, overrides: dict) -> int:
         device=str(runtime.pick_device(device.get("device", "auto"))),
         apply_chat_template="apply_chat_template" in options,
         include_path=options.get("include_path", [None])[-1],
-        **{key: _number(key, options[key][-1]) for key in OF_TASKS if key in options},
+        **{key: whole_number(key, options[key][-1], least) for key, least in OF_TASKS.items() if key in options},
     )
     print(json.dumps(found, indent=2, ensure_ascii=False) if "json" in options else "\n".join(task_table(found)))
     return 0
-
-
-def _number(key: str, text: str) -> int:
-    least = 0 if key == "num_fewshot" else 1
-    if not text.isascii() or not text.isdigit() or not least <= int(text) <= 2**31:
-        raise UserError(f"--{key} {text}: expected a whole number, at least {least}")
-    return int(text)
 
 
 def configuration(folder: Path, data: list[str], overrides: dict, temporary: str) -> "Config":
@@ -138,14 +131,10 @@ def spelled(value: float) -> float | str:
 
 def table(parts: dict[str, dict[str, float]]) -> list[str]:
     """The scores for people, a part a line."""
+    from minisft.console import aligned
+
     rows = [("", *COLUMNS)]
     for name, means in parts.items():
         cells = (f"{means[key]:,}" if key == "tokens" else digits(means[key], 4) for key in COLUMNS)
         rows.append((name if len(name) <= 32 else f"...{name[-29:]}", *cells))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
-        )
-        for row in rows
-    ]
+    return aligned(rows, left=1)

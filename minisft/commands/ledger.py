@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         print(USAGE, file=sys.stdout if argv else sys.stderr, end="")
         return 0 if argv else 2
-    from minisft.config.command_line import take_options
+    from minisft.config.command_line import take_options, whole_number
 
     options, names = take_options(argv, ("row", "hardest", "forgotten"), ("json",))
     asked = [name for name in ("row", "hardest", "forgotten") if name in options]
@@ -65,16 +65,12 @@ def main(argv: list[str]) -> int:
         chosen = [one_row(cache, tokenizer, number, entries) for number in numbers]
     else:
         by = seen.last if asked == ["hardest"] else seen.last - seen.lowest
-        order = np.argsort(-np.nan_to_num(by, nan=np.inf), kind="stable")[: count(asked[0], options[asked[0]][-1])]
+        order = np.argsort(-np.nan_to_num(by, nan=np.inf), kind="stable")[
+            : whole_number(asked[0], options[asked[0]][-1])
+        ]
         chosen = [described(cache, tokenizer, seen, int(i)) for i in order]
     print(json.dumps(chosen, indent=2, ensure_ascii=False) if "json" in options else "\n\n".join(map(text_of, chosen)))
     return 0
-
-
-def count(name: str, text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text[:9]) <= 10**6:
-        raise UserError(f"command line: --{name} {text[:60]}: expected a whole number from 1 to 1,000,000")
-    return int(text)
 
 
 def summarise(entries: Entries) -> Seen:

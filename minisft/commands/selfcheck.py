@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         print(USAGE, file=sys.stdout if argv else sys.stderr, end="")
         return 0 if argv else 2
-    from minisft.config.command_line import parse_arguments, take_options
+    from minisft.config.command_line import parse_arguments, take_options, whole_number
     from minisft.config.stages import load_stages
     from minisft.prepare.look import look
 
@@ -65,12 +65,6 @@ def with_default_steps(argv: list[str]) -> list[str]:
         if word == "--naive" and not (i + 1 < len(words) and words[i + 1].isdecimal()):
             words[i] = f"--naive={DEFAULT_STEPS}"
     return words
-
-
-def whole_number(name: str, text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text[:9]) <= 10**6:
-        raise UserError(f"command line: --{name} {text[:60]}: expected a whole number from 1 to 1,000,000")
-    return int(text)
 
 
 def quiet(config: Any) -> Any:

@@ -30,7 +30,7 @@ bytes of weights, moments, state, metrics and the exported model.
 Other options are keys of the configuration, as for `minisft train`. Both runs write into a new folder beside output_dir,
 which is removed if they are equal. The exit code is 1 if they are not.
 """
-DEFAULT_STEPS, FEWEST_STEPS, MOST_STEPS = 20, 8, 10**6
+DEFAULT_STEPS, FEWEST_STEPS = 20, 8
 DIFFERENT = 1  # the exit code
 # Where two runs may differ though they are the same: how many bytes of timings were logged.
 NOT_COMPARED = ("timings.jsonl",)
@@ -40,15 +40,12 @@ def main(argv: list[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         print(USAGE, file=sys.stdout if argv else sys.stderr, end="")
         return 0 if argv else 2
-    from minisft.config.command_line import parse_arguments, take_options
+    from minisft.config.command_line import parse_arguments, take_options, whole_number
     from minisft.config.stages import load_stages
     from minisft.prepare.look import look
 
     options, rest = take_options(argv, ("steps",), ())
-    text = options.get("steps", [str(DEFAULT_STEPS)])[-1]
-    if not text.isdecimal() or not FEWEST_STEPS <= int(text[:9]) <= MOST_STEPS:
-        raise UserError(f"command line: --steps {text[:60]}: expected a number from {FEWEST_STEPS} to {MOST_STEPS:,}")
-    steps = int(text)
+    steps = whole_number("steps", options.get("steps", [str(DEFAULT_STEPS)])[-1], least=FEWEST_STEPS)
     stages = load_stages(*parse_arguments(rest))
     if len(stages) > 1:
         raise UserError(f"verify-resume with {len(stages)} stages", hint="it needs one; name the stage's file")

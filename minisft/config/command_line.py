@@ -54,6 +54,13 @@ def take_options(argv: list[str], valued: Collection[str], flags: Collection[str
     return options, rest
 
 
+def whole_number(name: str, text: str, least: int = 1, most: int = 10**6) -> int:
+    """The number after --name. Raises UserError for one that is not in the range."""
+    if not text.isdecimal() or len(text) > 18 or not least <= int(text) <= most:
+        raise UserError(f"command line: --{name} {text[:60]}: expected a whole number from {least} to {most:,}")
+    return int(text)
+
+
 def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
     """(path of the configuration or None, {name: value}). Raises UserError.
 
