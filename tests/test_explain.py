@@ -1,6 +1,7 @@
 """`minisft explain`: every key is explained from the table of keys, and docs/configuration.md is written from the same."""
 
 import ast
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -35,21 +36,36 @@ def test_the_interactions_name_keys_and_each_pair_once():
 
 
 def refused_together() -> set[frozenset[str]]:
-    """The pairs of keys that check.py refuses by name, read from its source."""
-    found, last = set(), {}
+    """The pairs of keys that check.py refuses by name, read from its source; in a loop, of every text of the loop that makes a
+    key."""
+    found, last, loops = set(), {}, {}
     for node in ast.walk(ast.parse(Path(check.__file__).read_text())):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             last.setdefault(node.targets[0].id, set()).add(node.value.value)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            loops.setdefault(node.targets[0].id, []).extend(
+                key for key in node.value.keys if isinstance(key, ast.Constant)
+            )
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "refuse":
             first = node.args[0]
             texts = {first.value} if isinstance(first, ast.Constant) else set()
             found |= {frozenset(text.split()) for text in texts if len(text.split()) > 1}
+        if isinstance(node, ast.For):
+            values = [value for value in ast.walk(node.iter) if isinstance(value, ast.Constant)]
+            names = {name.id for name in ast.walk(node.iter) if isinstance(name, ast.Name)}
+            values += [value for name in names for value in loops.get(name, ())]
+            patterns = [text for text in ast.walk(node) if isinstance(text, ast.JoinedStr)]
+            for pattern, value in product(patterns, values):
+                parts = [p.value if isinstance(p, ast.Constant) else str(value.value) for p in pattern.values]
+                if len(pair := "".join(parts).split()) > 1 and all(key in KEYS for key in pair):
+                    found.add(frozenset(pair))
     return found | {frozenset(text.split()) for text in last.get("keys", ()) if len(text.split()) > 1}
 
 
 def test_keys_that_can_contradict_each_other_are_explained_together():
     rules = refused_together()
-    assert len(rules) > 15 and all(key in KEYS for pair in rules for key in pair)
+    assert {frozenset(("parallel.context_parallel", "dpo.ld_alpha")), frozenset(("data.stream", "log.ledger"))} <= rules
+    assert len(rules) > 25 and all(key in KEYS for pair in rules for key in pair)
     together = [set(keys.split()) for keys, _ in TOGETHER]
     assert [sorted(pair) for pair in rules if not any(pair <= keys for keys in together)] == []
 

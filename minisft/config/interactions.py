@@ -58,9 +58,13 @@ TOGETHER: tuple[tuple[str, str], ...] = (  # (keys, what they do to each other)
     ("train.on_oom dpo.loss_type", "so have losses that compare the pairs of a micro-batch"),
     ("train.on_spike checkpoint.save_steps", "rewind needs a checkpoint to go back to"),
     (
-        "parallel.strategy train.optim train.weights_dtype train.on_oom train.cuda_graph train.optimizer_in_backward "
-        "model.load_in_4bit model.load_in_8bit log.zero_update_fraction dpo.precompute_ref_log_probs dpo.sync_ref_model",
-        "what sharded weights cannot do yet is refused",
+        "parallel.strategy train.on_oom train.cuda_graph train.optimizer_in_backward",
+        "with sharded weights no micro-batch is split, no step is a CUDA graph, and updates wait for the end of the backward",
+    ),
+    (
+        "parallel.context_parallel train.neftune_noise_alpha train.loss_normalization train.cuda_graph train.on_oom "
+        "dpo.ld_alpha",
+        "what needs a whole document on one rank is refused where documents are split",
     ),
     ("parallel.strategy parallel.replicas parallel.reshard_after_forward", "options of sharding"),
     ("trainer_type train.learning_rate", "preference tuning starts from 1e-6 unless a rate is set"),
@@ -100,7 +104,6 @@ TOGETHER: tuple[tuple[str, str], ...] = (  # (keys, what they do to each other)
     ),
     ("checkpoint.resume output_dir", "the same folder and auto: the same command goes on where it was"),
     ("checkpoint.save_dtype train.weights_dtype", "the dtype of the exported model, which is that of the weights"),
-    ("log.ledger data.stream", "the chunks of a stream number their documents anew, so no ledger can name them"),
     ("log.ledger parallel.context_parallel", "a rank that has a part of a document only does not know its loss"),
     ("log.report_to log.run_name", "trackers and the name of the run in them"),
 )
