@@ -51,8 +51,6 @@ OTHER_NAMES = {
     "command-r": "smollm",
     "exaone4": "gpt-2",
     "smaug-bpe": "dbrx",
-}
-OTHER_NAMES |= {
     "llama3": "llama-bpe",
     "llama-v3": "llama-bpe",
     "olmo": "gpt-2",
@@ -76,7 +74,9 @@ def tokenizer_files(file: GgufFile) -> dict[str, bytes]:
     pre = values.get("pre", "default")
     pre = OTHER_NAMES.get(pre, pre)
     if pre not in CUTS:
-        raise _not_read(file, f"its tokenizer cuts texts as {values['pre']!r}; known are {', '.join(CUTS)}")
+        raise _not_read(
+            file, f"its tokenizer cuts texts as {values['pre']!r}; known are {', '.join(CUTS | OTHER_NAMES)}"
+        )
     vocab = {token: number for number, token in enumerate(tokens)}
     try:
         backend = _byte_level(values, vocab, pre) if kind == "gpt2" else _sentencepiece(values, vocab, tokens, kinds)

@@ -34,9 +34,8 @@ class Architecture:
     # llama.cpp turns neighbours (2i, 2i + 1) by one angle: the halves of each head of q and k are interleaved for it
     turns_neighbours: bool = False
     norm_offset: float = 0.0  # is added to the norms, whose files hold weight - 1
-    window_pattern: int = (
-        0  # layer i slides if i % pattern < pattern - 1, unless the file says otherwise; 0: none slides
-    )
+    # layer i slides if i % window_pattern < window_pattern - 1, unless the file says otherwise; 0: none slides
+    window_pattern: int = 0
     divides_frequencies: bool = False  # reads rope_freqs, a divisor for each frequency
     biases: tuple[str, ...] = ()  # switches of ModelConfig that may be set
 
@@ -56,7 +55,7 @@ ARCHITECTURES = {  # by model_type
     "olmo3": Architecture("olmo2", window_pattern=4),
     "granite": Architecture("granite", turns_neighbours=True, divides_frequencies=True, biases=ALL_BIASES),
     "starcoder2": Architecture("starcoder2", biases=ALL_BIASES),
-    "exaone4": Architecture("exaone4", divides_frequencies=True),
+    "exaone4": Architecture("exaone4", window_pattern=4, divides_frequencies=True),
     "seed_oss": Architecture("seed_oss", biases=("qkv_bias",)),
     "ernie4_5": Architecture("ernie4_5", turns_neighbours=True),
     "glm4": Architecture("glm4", turns_neighbours=True, biases=("qkv_bias",)),
@@ -121,7 +120,7 @@ def check_architecture(config: ModelConfig) -> None:
         _refuse(
             f"llama.cpp multiplies the scores of {family} by {_scale(config):.6g}, this model by {config.attention_scale:.6g}"
         )
-    if family in ("gemma2",) and None in (config.attention_softcap, config.logit_softcap):
+    if family == "gemma2" and None in (config.attention_softcap, config.logit_softcap):
         _refuse("gemma2 without softcapping")
     if family == "exaone4" and any(config.windows) and config.num_layers != 64:
         _refuse(f"llama.cpp knows windows of exaone4 with 64 layers only, this model has {config.num_layers}")
@@ -184,7 +183,7 @@ def _add_values(writer: "GGUFWriter", config: ModelConfig, architecture: Archite
     """The keys of the architecture. Returns lines for the user."""
     lines, context = [], config.max_position_embeddings
     windows = [window for window in config.windows if window is not None]
-    if windows and not architecture.window_pattern and config.model_type != "exaone4" and min(windows) < context:
+    if windows and not architecture.window_pattern and min(windows) < context:
         context = min(windows)
         lines.append(
             f"context_length is {context:,}: beyond it this model has windows, which llama.cpp does not compute"
@@ -199,9 +198,9 @@ def _add_values(writer: "GGUFWriter", config: ModelConfig, architecture: Archite
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     (writer.add_layer_norm_eps if config.norm == "layer" else writer.add_layer_norm_rms_eps)(config.norm_eps)
-    if windows and (architecture.window_pattern or config.model_type == "exaone4"):
+    if windows and architecture.window_pattern:
         writer.add_sliding_window(windows[0])
-        every = architecture.window_pattern or 4
+        every = architecture.window_pattern
         slides = [window is not None for window in config.windows]
         if slides != [layer % every < every - 1 for layer in range(config.num_layers)]:
             writer.add_sliding_window_pattern(slides)

@@ -17,11 +17,8 @@ from minisft.gguf.tokenizer import BYTE, CONTROL, CUTS, NORMAL, SPACE, UNKNOWN, 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-END_KEYS = (
-    "eos",
-    "eot",
-    "eom",
-)  # end of text, of a turn, of a message before a tool's result: llama.cpp stops at all three
+# end of text, of a turn, of a message before a tool's result: llama.cpp stops at all three
+END_KEYS = ("eos", "eot", "eom")
 
 
 @dataclass(frozen=True)
@@ -158,9 +155,8 @@ def _check_sentencepiece(tokenizer: dict) -> None:
     kinds = [step["type"] for step in steps]
     replaces = any(s["type"] == "Replace" and s["pattern"] == {"String": " "} and s["content"] == SPACE for s in steps)
     has_metaspace = cut is not None and cut["type"] == "Metaspace" and not cut.get("split", True)
-    has_no_cut = (
-        cut is None or cut["type"] == "Split" and cut["pattern"] == {"String": " "}
-    )  # Gemma's, which finds no space
+    # Gemma's finds no space
+    has_no_cut = cut is None or cut["type"] == "Split" and cut["pattern"] == {"String": " "}
     if not (has_metaspace and not steps or has_no_cut and replaces and set(kinds) <= {"Prepend", "Replace"}):
         _refuse("its normalizer and pre-tokenizer are not those of SentencePiece")
 
