@@ -10,8 +10,6 @@ from minisft.data.rows import RowError
 from minisft.errors import UserError
 from minisft.strict_json import read_json
 
-STATE = "trainer_state.json"
-
 if TYPE_CHECKING:
     from minisft.data.tokenizer import Tokenizer
     from minisft.model.decoder import Decoder
@@ -56,8 +54,8 @@ def open_model(folder: Path) -> Answerer:
     folder = model_folder(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}  # written by the run
-    if (folder / STATE).exists():  # a checkpoint
-        trained |= read_json(folder / STATE).get("prompting", {})
+    if (state := folder / "trainer_state.json").exists():  # a checkpoint
+        trained |= read_json(state).get("prompting", {})
     is_adapter = (folder / CONFIG_FILE).exists() and not (folder / "config.json").exists()
     model = (load_adapted if is_adapter else load_model)(folder, device=device, max_length=trained.get("max_length"))
     tokenizer = load_tokenizer(folder, chat_template_kwargs=trained.get("chat_template_kwargs"))

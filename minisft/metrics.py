@@ -18,9 +18,8 @@ from minisft.ranks import rank, sum_over_ranks
 # name -> (sum, weight); the metric is sum / weight. A tuple of n names stands for (sums [n], weights [n]): one tensor, which is
 # added up as a whole.
 Names = str | tuple[str, ...]
-ROW_LOSSES = (
-    "row losses"  # no metric, but the losses of targets or pairs, [M] or [U]: taken out for the ledger (ledger.py)
-)
+# no metric, but the losses of targets or pairs, [M] or [U]: taken out for the ledger (ledger.py)
+ROW_LOSSES = "row losses"
 Metrics = dict[Names, tuple[Tensor | float, float | Sequence[float] | np.ndarray]]
 
 

@@ -2,7 +2,8 @@
 
 A tracker never stops a run and never slows it. Values are put into a queue, and the thread passes them on. What the library
 raises is printed once and switches the tracker off. A library that hangs, because a server does not answer, holds up its own
-thread only: one checkpoint waits FLUSH_SECONDS for it, the end of the run CLOSE_SECONDS, and the run goes on without it.
+thread only: one checkpoint waits FLUSH_SECONDS for it, the end of the run CLOSE_SECONDS, and the run goes on without it. Nothing
+waits for a tracker that is off.
 
 A function of TRACKERS starts a tracker: start(module, output_dir, run_name, config, resume) -> Tracker. resume is the state of
 the checkpoint that a resumed run continues, or None. The id of the run is kept in the output folder, so that a resumed run
@@ -224,9 +225,8 @@ def start_wandb(wandb, output_dir: Path, run_name: str, config: dict, resume: di
 def start_trackio(trackio, output_dir: Path, run_name: str, config: dict, resume: dict | None) -> Tracker:
     """On this machine, or on the server that the environment names: TRACKIO_SERVER_URL, TRACKIO_SPACE_ID."""
     kept = kept_id(output_dir, "trackio", resume)
-    name = (
-        kept or f"{run_name}-{secrets.token_hex(3)}"
-    )  # a resume takes the newest run of a name, perhaps another folder's
+    # a resume takes the newest run of a name, perhaps another folder's
+    name = kept or f"{run_name}-{secrets.token_hex(3)}"
     trackio.init(project="minisft", name=name, config=flat(config), resume="allow" if kept else "never")
     keep_id(output_dir, "trackio", name)
 
@@ -251,9 +251,8 @@ def start_mlflow(mlflow, output_dir: Path, run_name: str, config: dict, resume: 
             mlflow.log_params(dict(items[first : first + 100]))
 
     def log(step: int, values: dict[str, float]) -> None:
-        known = {
-            re.sub(r"[^\w\-. :/]", "_", name): value for name, value in values.items()
-        }  # the characters that it takes
+        # the characters that it takes
+        known = {re.sub(r"[^\w\-. :/]", "_", name): value for name, value in values.items()}
         mlflow.log_metrics(known, step=step)
 
     def samples(step: int, rows: Rows) -> None:
