@@ -5,15 +5,14 @@ name, and never a path, an address or a text of the user's: the values that are 
 values and names of our own. It is a function of the run, so that a resumed run writes the same bytes.
 """
 
-import platform
 import re
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
+from minisft import record
 from minisft.config.sections import KEYS, Config
 from minisft.data.sources import Source
 from minisft.hub import may_be_repository
@@ -35,7 +34,7 @@ ALWAYS = RECIPE[:2] + (
     "train.optim",
     "train.seed",
 )
-PACKAGES = ("torch", "tokenizers", "safetensors", "triton")
+PACKAGES = ("minisft", "python", "torch", "tokenizers", "safetensors", "triton")
 MAX_POINTS = 12  # rows of the table of the curve
 VERSION = sys.modules["minisft"].__version__  # the package is above this room
 COLUMNS = ("step", "loss", "mean_token_accuracy", "grad_norm", "learning_rate")
@@ -177,13 +176,8 @@ def evaluation_table(rows: list[dict[str, float]]) -> str:
 
 
 def versions() -> str:
-    found = {"minisft": VERSION, "Python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return ", ".join(f"{name} {value}" for name, value in found.items())
+    found = record.versions()
+    return ", ".join(f"{name} {found[name]}" for name in PACKAGES if name in found)
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
