@@ -29,9 +29,14 @@ import torch
 
 from minisft import ranks
 from minisft.atomic_folder import MANIFEST, read_manifest, write_file
-from minisft.data.cache import TokenCache
-from minisft.errors import UserError, warn
+from minisft.config.load import RESOLVED_NAME, load
+from minisft.config.sections import source_list
+from minisft.data.cache import Documents, TokenCache
+from minisft.data.tokenizer import Tokenizer
+from minisft.errors import DATA, UserError, warn
 from minisft.model.start import Start
+from minisft.prepare.data import open_documents
+from minisft.prepare.options import prepare_tokenizer
 from minisft.prepare.run import Run
 from minisft.strict_json import dump_json, read_json
 
@@ -61,6 +66,21 @@ def read_record(folder: Path) -> list[dict]:
     if not isinstance(starts, list) or not all(isinstance(entry, dict) for entry in starts):
         raise UserError(f"{path} is no record of a run", hint="remove it: the next start writes another one")
     return starts
+
+
+def trained_documents(folder: Path) -> tuple[Documents, Tokenizer]:
+    """The training documents of the run in an output folder, from its token cache, and its tokenizer. Raises UserError where the
+    data is not what was trained any more, and where it is streamed: no cache has all of it."""
+    config, _ = load(folder / RESOLVED_NAME, {"output_dir": str(folder)}, origin="command line")
+    if config.data.stream:
+        raise UserError("the data of this run is a stream (data.stream)", hint="minisft audit reads it", exit_code=DATA)
+    tokenizer, _ = prepare_tokenizer(config)
+    documents, _ = open_documents(source_list(config.data.train_data), config, tokenizer, config.data.packing)
+    starts = read_record(folder)
+    if starts and starts[-1]["data"]["train"]["tokens"] != documents.cache.fingerprint:
+        hint = "put back the files that the run was trained on; `minisft diff` compares two runs"
+        raise UserError("the training data is not what this run was trained on", hint=hint, exit_code=DATA)
+    return documents, tokenizer
 
 
 def flat(entry: dict, before: str = "") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minisft.errors import DATA, UserError
+from minisft.errors import UserError
 from minisft.files import checked_path
 from minisft.ledger import Entries, read_ledger
 
@@ -59,7 +59,10 @@ def main(argv: list[str]) -> int:
         found: Any = summary(entries, seen)
         print(json.dumps(found, indent=2) if "json" in options else "\n".join(f"{k:<28} {v}" for k, v in found.items()))
         return 0
-    cache, tokenizer = open_data(folder)
+    from minisft.record import trained_documents
+
+    documents, tokenizer = trained_documents(folder)
+    cache = documents.cache
     if asked == ["row"]:
         numbers = find_row(cache, options["row"][-1])
         chosen = [one_row(cache, tokenizer, number, entries) for number in numbers]
@@ -96,26 +99,6 @@ def summary(entries: Entries, seen: Seen) -> dict[str, Any]:
 
 
 # ---- rows and their text ------------------------------------------------------------------------------------------
-
-
-def open_data(folder: Path) -> tuple["TokenCache", Any]:
-    """The tokens that the run trained. Raises UserError where they are others now."""
-    from dataclasses import replace
-
-    from minisft.config.load import RESOLVED_NAME, load
-    from minisft.config.sections import source_list
-    from minisft.prepare.data import open_documents
-    from minisft.prepare.options import cache_folder, prepare_tokenizer
-    from minisft.record import read_record
-
-    config = load(folder / RESOLVED_NAME)[0]
-    config = replace(config, output_dir=str(folder), data=replace(config.data, cache_dir=str(cache_folder(config))))
-    tokenizer, _ = prepare_tokenizer(config)
-    documents, _ = open_documents(source_list(config.data.train_data), config, tokenizer, config.data.packing)
-    if (starts := read_record(folder)) and starts[-1]["data"]["train"]["tokens"] != documents.cache.fingerprint:
-        hint = "put back the files that the run was trained on; `minisft diff` compares two runs"
-        raise UserError("the training data is not what this run was trained on", hint=hint, exit_code=DATA)
-    return documents.cache, tokenizer
 
 
 def find_row(cache: "TokenCache", text: str) -> list[int]:

@@ -8,13 +8,10 @@ from typing import Any
 import numpy as np
 
 from minisft.atomic_folder import write_file
-from minisft.config.load import RESOLVED_NAME, load
-from minisft.config.sections import source_list
 from minisft.data.audit import length_histogram
 from minisft.data.audit_page import environment_of, rows_of
 from minisft.errors import UserError
-from minisft.prepare.data import open_documents
-from minisft.prepare.options import prepare_tokenizer
+from minisft.record import trained_documents
 from minisft.report.charts import PALETTE, Chart, Line, draw
 from minisft.report.runs import RunLog, differences
 from minisft.units import digits
@@ -118,11 +115,9 @@ def _set_of(name: str, metric: str) -> str:
 
 
 def data_of(folder: Path) -> tuple[Chart, list[dict[str, Any]]]:
-    """(the lengths of the training documents, some of them with their masks), from the run's token cache. Raises UserError where
-    the data is not there any more."""
-    config, _ = load(folder / RESOLVED_NAME)
-    tokenizer, _ = prepare_tokenizer(config)
-    documents, _ = open_documents(source_list(config.data.train_data), config, tokenizer, config.data.packing)
+    """(the lengths of the training documents, some of them with their masks). Raises UserError where the data is not there any
+    more."""
+    documents, tokenizer = trained_documents(folder)
     bars = [(f"{each['from']:,}", each["documents"]) for each in length_histogram(documents.lengths)]
     rows = rows_of("train", documents, [], tokenizer, number=EXAMPLES, most_tokens=TOKENS_SHOWN)
     return Chart("Documents by number of tokens", [], bars=bars), rows
