@@ -42,10 +42,10 @@ COLUMNS = ("step", "loss", "mean_token_accuracy", "grad_norm", "learning_rate")
 
 def write_card(folder: Path, config: Config, run: Run, rows: list[dict[str, float]]) -> None:
     """README.md of an exported model. rows: the metrics of the run."""
-    (folder / "README.md").write_text(card_of(folder, config, run, rows), encoding="utf-8")
+    (folder / "README.md").write_text(card_of(config, run, rows), encoding="utf-8")
 
 
-def card_of(folder: Path, config: Config, run: Run, rows: list[dict[str, float]]) -> str:
+def card_of(config: Config, run: Run, rows: list[dict[str, float]]) -> str:
     sources = run.train.documents.cache.sources
     base, is_adapter = base_name(run.start), run.model.lora is not None
     name = cell(PurePath(config.output_dir).name or "model")
