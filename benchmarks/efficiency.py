@@ -10,9 +10,9 @@ Nothing of it was measured. It is a model with these parts:
     message     an all-gather or reduce-scatter of S bytes over n ranks on m nodes takes the longest of: its bytes inside a
                 node, S (n-1)/n over the link of a GPU; its bytes between nodes, S (m-1)/m over all network cards of a node;
                 and, added to that, n - 1 hops of a ring. An all-reduce is one of each, or has the few hops of a tree
-    overlap     fsdp2, hsdp: a layer takes the longer of its compute and its messages; those of the root (embedding, head) are
-                not hidden. hsdp: the sums between nodes use the network while the gathers use the links inside a node
-                ddp: all gradients are summed after the backward
+    overlap     a layer takes the longer of its compute and its messages; those of the root (embedding, head) are not hidden
+                hsdp: the sums between nodes use the network while the gathers use the links inside a node
+                ddp: the sums have the last backward of a step to hide behind
     links       80 % of what their names say
 
 Efficiency is tokens/s of a GPU over those of one GPU that keeps everything and sends nothing. The tokens of a GPU stay the same,
@@ -33,13 +33,13 @@ from minisft.model.model_config import ModelConfig
 from minisft.plan.estimate import MFU
 from minisft.plan.flops import forward_of_blocks, products
 from minisft.plan.shapes import Shapes, layer_of, parameter_shapes
+from minisft.replicas import BUCKET_BYTES
 
 GPUS_A_NODE = 8
 REACHED = 0.8  # of a link's nominal rate: an assumption
 # Bytes/s in one direction of a GPU's link to the others of its node: half of NVLink 4's 900 and NVLink 3's 600 GB/s, PCIe 4.
 LINKS = {"H200": 450e9, "H100": 450e9, "A100": 300e9, "L40S": 32e9, "4090": 32e9}
 LINK_HOP, NETWORK_HOP = 3e-6, 10e-6  # seconds of a hop, assumed
-BUCKET = 2**26  # bytes of a message of ddp: ranks.sum_gradients
 DOCUMENT = "docs/scaling.md"
 BEGIN, END = "<!-- efficiency: begin -->", "<!-- efficiency: end -->"
 
@@ -120,9 +120,12 @@ def seconds(job: Job, cluster: Cluster) -> tuple[float, float]:
     alone = job.accumulation * (forward + backward + head)
     block, root = job.sizes()
     if job.strategy == "ddp":
-        gradients = 4 * (layers * block + root)
-        buckets = ceil(gradients / BUCKET)
-        return alone + buckets * cluster.all_reduce(gradients / buckets, cluster.gpus, cluster.nodes), alone
+
+        def summed(num_bytes: float) -> float:
+            buckets = ceil(num_bytes / BUCKET_BYTES)
+            return buckets * cluster.all_reduce(num_bytes / buckets, cluster.gpus, cluster.nodes)
+
+        return alone + max(0.0, summed(4 * layers * block) - backward) + summed(4 * root), alone
     ranks, nodes = (cluster.gpus, cluster.nodes) if job.strategy == "fsdp2" else (min(cluster.gpus, GPUS_A_NODE), 1)
     replicas = cluster.gpus // ranks
 
