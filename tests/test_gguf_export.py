@@ -82,7 +82,7 @@ def tokenizer() -> Tokenizer:
 
 def model_of(family: str, **change):
     config = WRITTEN[family] | change
-    return tiny({key: value for key, value in config.items() if value is not None or key == "sliding_window"})
+    return tiny({key: value for key, value in config.items() if value is not None or key == "sliding_window"}).eval()
 
 
 def write(folder: Path, model, tokenizer: Tokenizer, kind: str = "f32") -> Path:
@@ -542,6 +542,7 @@ def llama_cpp():
 
     yield ask
     process.stdin.close()
+    process.stdout.close()
     process.wait(timeout=30)
 
 
