@@ -45,7 +45,7 @@ from minisft.model import row_files
 from minisft.model.shards import local, replica_of
 from minisft.model.tensor_files import Entry, TensorFile, entry_of, in_usual_order
 from minisft.optimizers import state_bytes
-from minisft.parallel import is_sharded, items_here, part_of, state_here
+from minisft.parallel import items_here, part_of, state_here
 from minisft.strict_json import dump_json, parse_json, read_json, write_json
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -127,7 +127,8 @@ def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     weights = sum(p.nbytes for p in (trained if adapter_only else model.parameters()))
     state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor))
-    return weights + (state or state_bytes(optimizer)) * (ranks.world_size() if is_sharded(model) else 1)
+    sharing = max((p.cut.size for p in trained if hasattr(p, "cut")), default=1)  # ranks, each with a part of the state
+    return weights + (state or state_bytes(optimizer)) * sharing
 
 
 def most_at_once(existing: int, coming: int, keep: int | None) -> int:

@@ -19,6 +19,7 @@ from minisft import atomic_folder, checkpoint
 from minisft.config.choices import ADAMW, OPTIMIZERS
 from minisft.errors import CONFIG, DATA, SAVE, UserError
 from minisft.optimizers import build_optimizer
+from minisft.parts import Cut
 from minisft.saver import MAX_FAILED_SAVES, Saver
 
 
@@ -426,6 +427,16 @@ def test_a_last_save_that_fails_ends_the_run(tmp_path):
     with pytest.raises(UserError, match="step 5 could not be saved") as error:
         save(tmp_path, 5, model, opt, failures=last, write_model=write_model)
     assert error.value.exit_code == SAVE and str(tmp_path) in error.value.hint
+
+
+@pytest.mark.parametrize("sharing", [2, 4])
+def test_the_bytes_of_a_sharded_model_are_those_of_the_whole_one(sharing):
+    """Also where replicas have the same rows: each group of `sharing` ranks has the state once, and it is written once."""
+    model, _ = make()
+    cut = nn.Parameter(model[0].weight.detach()[: 8 // sharing].clone())
+    cut.cut = Cut(model[0].weight.shape, None, 0, sharing)
+    bytes_of = [checkpoint.checkpoint_bytes(model, torch.optim.AdamW([p])) for p in (model[0].weight, cut)]
+    assert bytes_of[0] == bytes_of[1] == sum(p.nbytes for p in model.parameters()) + 2 * model[0].weight.nbytes
 
 
 def test_too_little_space_is_refused_before_a_save(tmp_path, monkeypatch):
