@@ -113,13 +113,19 @@ def final_weights(output_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
+def bound_of(name: str, weights: float) -> float:
+    """For what is logged, by the bound of the weights. Where these are amplified, losses differ by 7.4e-6 (muon, 4 ranks), and
+    norms, which see each matrix and not only what the model computes, by 1.0e-4."""
+    return 1e-5 if weights <= 1e-5 else {"grad_norm": 3e-4}.get(name, 2e-5)
+
+
 def assert_equal(folder: Path, weights: float = 1e-5) -> None:
-    """weights: the bound after 10 steps, in which Adam amplifies the last bits of a gradient near zero."""
+    """weights: the bound after 10 steps, in which Adam amplifies the last bits of a gradient near zero, and some rules more."""
     one, several = folder / "one", folder / "several"
     for name in ("loss", "grad_norm", "eval_loss", "zero_update_fraction"):
         expected, values = logged(one, name), logged(several, name)
         assert values[:1] == pytest.approx(expected[:1], rel=1e-6)  # the bound of the house for equal maths in fp32
-        assert values == pytest.approx(expected, rel=1e-5 if weights <= 1e-5 else 1e-3)
+        assert values == pytest.approx(expected, rel=bound_of(name, weights)), name
     expected, values = final_weights(one), final_weights(several)
     assert expected.keys() == values.keys()
     for name in expected:
@@ -199,7 +205,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_again_and_again(home, tmp_pa
 
 
 def assert_same_end(elastic: Path, one: Path, since: int = 0, weights: float = 1e-5) -> None:
-    assert logged(elastic) == pytest.approx(logged(one)[since:], rel=1e-5 if weights <= 1e-5 else 1e-4)
+    assert logged(elastic) == pytest.approx(logged(one)[since:], rel=bound_of("loss", weights))
     for name, weight in final_weights(one).items():
         assert relative_error(final_weights(elastic)[name], weight) <= weights, name
 

@@ -185,5 +185,5 @@ def test_a_run_that_saves_in_the_background_leaves_the_same_bytes(home, tmp_path
 
 def test_memory_that_is_not_there_is_told_before_the_first_step(home, tmp_path, monkeypatch):
     monkeypatch.setattr("minisft.begin.memory_bytes", lambda: 1000)
-    with pytest.raises(UserError, match="the copy of a checkpoint for save_async needs .* 1.00 kB|1,000 bytes"):
+    with pytest.raises(UserError, match="the copy of a checkpoint for save_async needs .* (1.00 kB|1,000 bytes)"):
         train(home, output_dir=str(tmp_path / "out"), **ASYNC)
