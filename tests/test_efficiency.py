@@ -54,7 +54,5 @@ def test_a_case_by_hand():
     messages = 2 * 0.5 * 4.943e9 / (0.8 * 12.5e9) + 295 * hops
     assert whole - alone == pytest.approx(messages - backward, rel=0.01)
     assert alone == pytest.approx((6 * 8192 * 1.236e9 + 14 * attention) / rate, rel=0.01)  # 6 a number and token
-    fast, _ = e.seconds(
-        job, cluster(16)
-    )  # the cards of eight GPUs: only the embedding's 0.26 billion numbers are waited for
+    fast, _ = e.seconds(job, cluster(16))  # only the embedding's 0.26 billion numbers are waited for
     assert fast - alone == pytest.approx(2 * (15 / 16) * 4 * 0.263e9 / (0.8 * 450e9) + 63 * hops, rel=0.01)

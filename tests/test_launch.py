@@ -4,13 +4,13 @@ record what they were asked; a slow test starts real ranks."""
 import ast
 import os
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from test_ranks import free_port
 from tiny import logged, settings, train, weights
 
 from minisft.config.load import load, write_resolved
@@ -205,12 +205,6 @@ def test_skypilot_takes_the_file():
 
 
 # ---- real ranks ---------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.slow
