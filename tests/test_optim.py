@@ -330,7 +330,7 @@ from minisft.parameters import parameter_groups
 model = build_model(from_hf(CONFIGS["llama"]), "cpu")
 init_weights(model, 0)
 groups = parameter_groups(model, learning_rate=0.1, weight_decay=0.1)
-for name in ("adamw", "adamw_minisft"):
+for name in ("adamw", "adamw_minisft", "adafactor"):
     optimizer = build_optimizer(name, groups, betas=(0.9, 0.98), eps=1e-8)
     model(torch.zeros(6, dtype=torch.long), *stream([6])).sum().backward()
     optimizer.step()
