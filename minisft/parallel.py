@@ -9,9 +9,10 @@ because the loss reads the head's weight in between. Vectors (norms, biases) and
 of them, and their gradients are summed in one message. The loss of a step is sum / N with N known before, so gradients are
 summed over the ranks, and nothing is divided.
 
-The optimizer knows nothing of this. `part_of` is this rank's rows as a parameter of their own, in the same memory, so an update
-that works number by number is the same code. `sum_gradients` gives these parts their gradients, and `total_norm` adds up one
-number of each rank. Only this file and the rooms that read and write weights (model/shards.py) see a DTensor.
+The optimizer sees plain tensors. `part_of` is this rank's rows as a parameter of their own, in the same memory, so an update
+that works number by number is the same code; the others ask parts.py. `sum_gradients` gives these parts their gradients, and
+`total_norm` adds up one number of each rank. Only this file and the rooms that read and write weights (model/shards.py) see a
+DTensor.
 
 A forward pass without a backward leaves the root whole, and a later update would change the rows but not these whole weights.
 So all such passes are made inside `no_backward`. FSDP2 does not notice another `.data` either: values are changed in place.

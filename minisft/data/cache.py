@@ -83,9 +83,8 @@ class TokenCache:
     manifest: dict  # for each source the rows read, used, and dropped by reason, and its row format
     fingerprint: str  # sha256 (hex) of the tokens, their kinds, and where documents and sources begin
     note: str  # "built", "found", or why it was built again
-    file_hashes: dict[str, str] = field(
-        default_factory=dict
-    )  # of each data file: sha256 (hex) of the hashes of its blocks
+    # of each data file: sha256 (hex) of the hashes of its blocks
+    file_hashes: dict[str, str] = field(default_factory=dict)
 
     @property
     def group(self) -> int:

@@ -301,8 +301,7 @@ class Loader:
         """The packs of an epoch, dealt once and kept until another epoch is requested."""
         if epoch not in self._dealt:
             data = int(self.documents.cache.fingerprint[:16], 16)
-            seed = (self.seed, data, epoch) if self.shuffle else None
-            packs = packs_of(self.plan, seed)
+            packs = packs_of(self.plan, (self.seed, data, epoch) if self.shuffle else None)
             self._dealt.clear()
             self._dealt[epoch] = packs
         return self._dealt[epoch]

@@ -154,7 +154,7 @@ def read_chunk(folder: Path, sources: Sequence[Source]) -> tuple[list[Source], P
     for number in dict.fromkeys(source for source, _ in manifest["parts"]):
         files = tuple(str(folder / name) for source, name in manifest["parts"] if source == number)
         old = sources[number]
-        found.append(replace(old, name=old.label, files=files, split="", commit=old.commit))
+        found.append(replace(old, name=old.label, files=files, split=""))
     return found, Place(**manifest["end"])
 
 

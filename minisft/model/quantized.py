@@ -102,23 +102,16 @@ class QuantWeight(nn.Module):
         """Quantise a matrix, on its device."""
         kind, wanted = self.wanted.quant_type, self.wanted
         is_int8 = kind == "int8"
-        q = quantize_int8(values) if is_int8 else QUANTIZE[kind](values, wanted.blocksize, wanted.double_quant)
-        self.set(q)
+        self.set(quantize_int8(values) if is_int8 else QUANTIZE[kind](values, wanted.blocksize, wanted.double_quant))
 
     def set(self, q: NF4Tensor | Int8Tensor) -> None:
         """Take over a quantised matrix of any kind; a sharded one that of `wanted`, of which it keeps its rows."""
         is_int8 = isinstance(q, Int8Tensor)
         self.quant_type, self.blocksize = ("int8", 0) if is_int8 else (q.quant_type, q.blocksize)
         self.dtype = q.dtype
+        offset, nested_absmax = (None, None) if is_int8 else (q.offset, q.nested_absmax)
         parts = {"data": q.values if is_int8 else q.packed, "absmax": q.absmax}
-        parts |= (
-            dict.fromkeys(("offset", "nested_absmax"))
-            if is_int8
-            else {
-                "offset": q.offset,
-                "nested_absmax": q.nested_absmax,
-            }
-        )
+        parts |= {"offset": offset, "nested_absmax": nested_absmax}
         for name, values in parts.items():
             if isinstance(own := getattr(self, name), nn.Parameter):
                 assert own.shape == values.shape and own.dtype == values.dtype, "not quantised as `wanted` says"

@@ -62,9 +62,8 @@ def model_files(
             else:
                 read = partial(whole_tensor, model, tensors[name])
                 entries.append(entry_of(name, dtype, tensors[name].shape(parts), read))
-        yield TensorFile(
-            file, in_usual_order(entries), {"format": "pt"}
-        )  # transformers refuses files without this entry
+        # transformers refuses files without this entry
+        yield TensorFile(file, in_usual_order(entries), {"format": "pt"})
 
 
 def save_rest(model: Decoder, folder: Path, weight_map: dict[str, str], dtype: torch.dtype | None = None) -> None:
