@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_lora_run import LORA
 from tiny import GPT2, MODEL, train
 
@@ -55,7 +57,9 @@ def test_a_checkpoint_is_exported_as_the_run_exports_it(home, tmp_path, case):
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "newest")]) == 0
     assert files(tmp_path / "newest") == expected
     assert main(["export", str(step), str(tmp_path / "fp32"), "--dtype", "fp32"]) == 0
-    assert (tmp_path / "fp32" / "model.safetensors").stat().st_size > 0
+    wide, narrow = (load_file(tmp_path / name / "model.safetensors") for name in ("fp32", "out"))
+    assert {weight.dtype for weight in wide.values()} == {torch.float32} and wide.keys() == narrow.keys()
+    assert all(torch.equal(wide[name].to(weight.dtype), weight) for name, weight in narrow.items())
     assert main(["generate", str(tmp_path / "out"), "--prompt", "abc", "--max_new_tokens", "3"]) == 0
     assert main(["generate", str(step), "--prompt", "abc", "--max_new_tokens", "3"]) == 0
 

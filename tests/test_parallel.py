@@ -62,7 +62,7 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
-def options(home: Path, **more) -> dict:
+def options(**more) -> dict:
     """10 steps of 12 rows, every sixth of them with a rest of 4: with two ranks of 6 the second has none of these."""
     return {
         "train.max_steps": 10,
@@ -93,7 +93,7 @@ def run_both(home: Path, folder: Path, cases: dict[str, dict], sharded: dict, co
     """The folder in which <case>/one and <case>/several are the output folders of one rank and of several."""
     ones, manys = [], []
     for case, keys in cases.items():
-        keys = options(home, **keys)
+        keys = options(**keys)
         keys.setdefault("train.per_device_train_batch_size", 12)
         ones.append(keys | {"output_dir": str(folder / case / "one")})
         rows = {"train.per_device_train_batch_size": keys["train.per_device_train_batch_size"] // count}
@@ -168,7 +168,7 @@ def test_two_sharded_ranks_are_one_and_go_on_with_a_run_of_one(home, tmp_path):
         assert torch.equal(model.get_parameter(name.removeprefix("model.")), weight), name
 
     elastic = tmp_path / "elastic"
-    keys = options(home, **keys, **SHARDED, output_dir=str(elastic))
+    keys = options(**keys, **SHARDED, output_dir=str(elastic))
     keys |= {"train.per_device_train_batch_size": 6, "checkpoint.resume": str(one / "checkpoints" / "step-00000004")}
     alone = keys | {"train.per_device_train_batch_size": 12, "output_dir": str(tmp_path / "alone")}
     alone |= {"checkpoint.resume": str(several / "checkpoints" / "step-00000004")}
@@ -189,9 +189,9 @@ def test_a_run_goes_on_with_another_number_of_ranks_again_and_again(home, tmp_pa
     more = {} if case == "adamw" else filled(home, (QUICK | SLOW)[case])
     if "trainer_type" not in more:
         more = evaluated(home) | more
-    whole = options(home, **more, output_dir=str(one)) | {"train.per_device_train_batch_size": 12}
+    whole = options(**more, output_dir=str(one)) | {"train.per_device_train_batch_size": 12}
     assert join([start(train_quietly, home, whole)]) == (0,)
-    keys = options(home, **more, output_dir=str(elastic))
+    keys = options(**more, output_dir=str(elastic))
     for steps, count, strategy in ((3, 2, "fsdp2"), (5, 1, "auto"), (7, 2, "ddp"), (10, 4, "fsdp2")):
         rows = {
             "checkpoint.save_steps": 1000,
@@ -394,7 +394,7 @@ def test_replicas_of_sharded_ranks_are_one(home, tmp_path):
 def test_a_rank_that_is_gone_ends_the_other_which_names_it(home, tmp_path, rank, how, where):
     """The first rank, which has the launcher's store here, is not stopped: nobody could be told."""
     keys = {"data.eval_data": str(home / "rows.jsonl"), "evaluate.eval_steps": 2, "checkpoint.save_steps": 2}
-    keys = options(home, **keys, **SHARDED, output_dir=str(tmp_path / "out")) | {"train.max_steps": 4}
+    keys = options(**keys, **SHARDED, output_dir=str(tmp_path / "out")) | {"train.max_steps": 4}
     processes = start_ranks(home, keys, trouble=(rank, where, how))
     survivor = processes[1 - rank]
     survivor.join(60)
@@ -409,7 +409,7 @@ def test_a_rank_that_is_gone_ends_the_other_which_names_it(home, tmp_path, rank,
 
 
 def test_ranks_without_a_common_folder_refuse_before_the_first_step(home, tmp_path):
-    keys = options(home, **SHARDED, output_dir="out") | {"train.per_device_train_batch_size": 6}
+    keys = options(**SHARDED, output_dir="out") | {"train.per_device_train_batch_size": 6}
     folders = (tmp_path / "a", tmp_path / "b")
     for folder in folders:
         folder.mkdir()
@@ -434,7 +434,7 @@ def fail_to_save(step: int) -> None:
 
 
 def test_a_part_that_one_rank_cannot_write_is_no_checkpoint_and_is_told(home, tmp_path):
-    keys = options(home, **SHARDED, output_dir=str(tmp_path / "out")) | {"train.per_device_train_batch_size": 6}
+    keys = options(**SHARDED, output_dir=str(tmp_path / "out")) | {"train.per_device_train_batch_size": 6}
     keys |= {"checkpoint.save_steps": 1, "train.max_steps": 3}
     assert join(start_ranks(home, keys, before=partial(fail_to_save, 2))) == (0, 0)
     said = (tmp_path / "out" / "said-0").read_text()
@@ -458,7 +458,7 @@ CRASHES = ["mkdir", "model", "fsync model.rows-00001-of-00002.safetensors", "opt
 def test_a_rank_that_dies_in_a_save_leaves_the_last_checkpoint_and_the_run_goes_on_as_it_was(
     home, tmp_path, rank, point, in_background
 ):
-    keys = options(home, **SHARDED, output_dir=str(tmp_path / "out")) | {"train.per_device_train_batch_size": 6}
+    keys = options(**SHARDED, output_dir=str(tmp_path / "out")) | {"train.per_device_train_batch_size": 6}
     keys |= {"checkpoint.save_steps": 1, "train.max_steps": 4, "checkpoint.save_async": in_background}
     whole = keys | {"output_dir": str(tmp_path / "whole")}
     crashing = start_ranks(home, keys, crash=(rank, f"step-00000003 {point}"))
