@@ -6,7 +6,7 @@
 
 Each block is a group of its own; embedding and head are the root's group. The root stays whole from its forward to its backward,
 because the loss reads the head's weight in between. Vectors (norms, biases) and adapters are not sharded: every rank has all
-of them, and their gradients are summed in one message. The loss of a step is sum / N with N known before, so gradients are
+of them, and their gradients are summed after the backward. The loss of a step is sum / N with N known before, so gradients are
 summed over the ranks, and nothing is divided.
 
 The optimizer sees plain tensors. `part_of` is this rank's rows as a parameter of their own, in the same memory, so an update
