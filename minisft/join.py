@@ -32,7 +32,7 @@ def join(run: Path, out: Path, dtype: str | None) -> list[str]:
     if path is None or not (path / "trainer_state.json").exists():
         raise UserError(f"{run} holds no checkpoint", hint="name <output_dir>, or a folder in <output_dir>/checkpoints")
     if not (path / "config.json").exists():
-        hint = "it is an adapter in PEFT's form already: use it as it is, or give --merge"
+        hint = f"an adapter is there in PEFT's form already: use that folder as it is, or export {path} --merge"
         raise UserError(f"{path} holds no whole model", hint=hint, exit_code=MODEL)
     state, source, written_as = read_json(path / "trainer_state.json"), None, None
     asked = {"step": state["step"], "checkpoint": read_manifest(path)["sha256"], **state.get("prompting", {})}

@@ -72,7 +72,12 @@ def test_what_is_no_checkpoint_is_refused_by_name(home, tmp_path, capsys):
     train(home, output_dir=str(tmp_path / "run"), **base, **LORA, **{"train.max_steps": 1})
     step = tmp_path / "run" / "checkpoints" / "step-00000001"
     assert main(["export", str(step), out]) == MODEL_ERROR
-    assert "--merge" in capsys.readouterr().err
+    assert f"{step} --merge" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run" / "model")
+    for option in ("--merge", "--gguf"):  # of a run that has not finished: the hint names what works
+        assert main(["export", str(tmp_path / "run"), out, option]) == MODEL_ERROR
+        assert f"name a folder of {tmp_path / 'run' / 'checkpoints'}" in capsys.readouterr().err
+    assert main(["export", str(step), str(tmp_path / "merged"), "--merge"]) == 0
     weights = home / "base" / "checkpoints" / "step-00000002" / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-1])

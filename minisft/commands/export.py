@@ -7,7 +7,8 @@ RUN is a run's output folder, a checkpoint, a model folder or an adapter folder,
     --merge         adapter and base as one model (merge.py)
     --gguf [KIND]   one GGUF file and a Modelfile, for llama.cpp and Ollama; an adapter is merged first
 
---push owner/name uploads OUT to the Hugging Face hub afterwards. Given again, it finds OUT written, and sends what is missing.
+--push owner/name uploads OUT to the Hugging Face hub afterwards, if it was made of a finished model. Given again, it finds OUT
+written, and sends what is missing.
 """
 
 import argparse
@@ -59,6 +60,10 @@ def main(argv: list[str]) -> int:
     if arguments.push and joins:
         hint = f"export it without --push; then push {out}, which is a model folder like any other"
         raise UserError(f"--push: {run} is no finished model", hint=hint)
+    if not joins and is_checkpoint(run) and (run / "checkpoints").is_dir():
+        option = "--merge" if arguments.merge else "--gguf"
+        hint = f"name a folder of {run / 'checkpoints'}, or export it without {option} first"
+        raise UserError(f"{option}: {run} has not finished", hint=hint, exit_code=MODEL)
     if os.path.lexists(out) and not arguments.push:
         raise UserError(f"{out} exists", hint="name a new folder")
 
