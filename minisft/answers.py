@@ -43,21 +43,28 @@ class Answerer:
         return [self.tokenizer.decode(ids) for ids in generate(self.model, prompts, stop_ids=stops, **sampling)]
 
 
+def trained_as(folder: Path) -> dict[str, Any]:
+    """What a run has written about its prompts, in the manifest of its model or in a checkpoint; {} for a folder of others."""
+    written = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    state = folder / "trainer_state.json"
+    return written | (read_json(state).get("prompting", {}) if state.exists() else {})
+
+
 def open_model(folder: Path) -> Answerer:
     """The model of a run's output folder, of an adapter or of a model folder, on the GPU if there is one."""
     import torch
 
     from minisft.data.tokenizer import load_tokenizer
+    from minisft.join import use_exported_weights
     from minisft.model.adapter_files import CONFIG_FILE, load_adapted, model_folder
     from minisft.model.load import load_model
 
     folder = model_folder(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    trained = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}  # written by the run
-    if (state := folder / "trainer_state.json").exists():  # a checkpoint
-        trained |= read_json(state).get("prompting", {})
+    trained = trained_as(folder)
     is_adapter = (folder / CONFIG_FILE).exists() and not (folder / "config.json").exists()
     model = (load_adapted if is_adapter else load_model)(folder, device=device, max_length=trained.get("max_length"))
+    use_exported_weights(model, folder)
     tokenizer = load_tokenizer(folder, chat_template_kwargs=trained.get("chat_template_kwargs"))
     layout = trained.get("prompt", "plain" if tokenizer.template is None else "chat")
     return Answerer(model, tokenizer, layout, trained.get("control_tokens") == "escape")

@@ -15,6 +15,7 @@ from minisft.config.load import RESOLVED_NAME, fingerprint, load
 from minisft.data.tokenizer import load_tokenizer
 from minisft.errors import MODEL, UserError
 from minisft.export import export_dtype, has_form, model_bytes, room_for, write_whole
+from minisft.model.decoder import Decoder
 from minisft.model.load import build_model, read_config, read_object, weights_reader
 from minisft.model.model_config import with_vocab_size
 from minisft.model.row_files import read_rows
@@ -58,8 +59,7 @@ def join(run: Path, out: Path, dtype: str | None) -> list[str]:
     model = build_model(written)
     model.gather = weights_reader(model, path)
     written_as = DTYPES[dtype] if dtype else written_as or model.gather("norm.weight").dtype
-    if state.get("optim") == "schedule_free_adamw":
-        model.gather = mean_reader(model.gather, path, float(state["config"]["train.adam_beta1"]))
+    model.gather = exported_weights(model.gather, path)
     if (path / "generation_config.json").exists():
         model.generation_config = read_object(path / "generation_config.json")
     tokenizer = load_tokenizer(path)
@@ -69,7 +69,25 @@ def join(run: Path, out: Path, dtype: str | None) -> list[str]:
     return [*lines, f"{path}, in {str(written_as).removeprefix('torch.')}"]
 
 
-def mean_reader(read: Callable[[str], Tensor], path: Path, b1: float) -> Callable[[str], Tensor]:
-    """The weights that schedule-free AdamW evaluates and exports, from a checkpoint, which has y and z."""
-    state, _ = read_rows(path, "optimizer")
-    return lambda name: mean_of(read(name), state[f"{name}.z"][:], b1) if f"{name}.z" in state else read(name)
+def exported_weights(read: Callable[[str], Tensor], folder: Path) -> Callable[[str], Tensor]:
+    """What a run exports of the weights that `read` has of a checkpoint: those themselves, or with schedule-free AdamW, which
+    trains y, the mean x."""
+    state = read_json(folder / "trainer_state.json")
+    if state.get("optim") != "schedule_free_adamw":
+        return read
+    moments, _ = read_rows(folder, "optimizer")
+    b1 = float(state["config"]["train.adam_beta1"])
+    return lambda name: mean_of(read(name), moments[f"{name}.z"][:], b1) if f"{name}.z" in moments else read(name)
+
+
+def use_exported_weights(model: Decoder, folder: Path) -> None:
+    """Give a model, or an adapter, that was loaded from a folder the weights that its run exports, if that is a checkpoint."""
+    if not (folder / "trainer_state.json").exists():
+        return
+
+    def loaded(name: str) -> Tensor:
+        return model.get_parameter(name).detach().cpu()
+
+    weights = exported_weights(loaded, folder)
+    for name, parameter in model.named_parameters() if weights is not loaded else ():
+        parameter.data.copy_(weights(name))

@@ -10,8 +10,10 @@ from test_lora_run import LORA
 from tiny import GPT2, MODEL, train
 
 from minisft.__main__ import main
+from minisft.answers import open_model
 from minisft.errors import DATA
 from minisft.errors import MODEL as MODEL_ERROR
+from minisft.model.load import load_model
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,8 @@ def test_a_checkpoint_is_exported_as_the_run_exports_it(home, tmp_path, case):
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "newest")]) == 0
     assert files(tmp_path / "newest") == expected
     assert main(["export", str(step), str(tmp_path / "fp32"), "--dtype", "fp32"]) == 0
+    asked = open_model(step).model  # by `generate`, `chat` and `evaluate`
+    assert all(map(torch.equal, asked.parameters(), load_model(tmp_path / "fp32").parameters()))
     wide, narrow = (load_file(tmp_path / name / "model.safetensors") for name in ("fp32", "out"))
     assert {weight.dtype for weight in wide.values()} == {torch.float32} and wide.keys() == narrow.keys()
     assert all(torch.equal(wide[name].to(weight.dtype), weight) for name, weight in narrow.items())
@@ -84,3 +88,13 @@ def test_what_is_no_checkpoint_is_refused_by_name(home, tmp_path, capsys):
     assert main(["export", str(weights.parent), out]) == DATA
     weights.write_bytes(data)
     assert "Traceback" not in capsys.readouterr().err and not Path(out).exists()
+
+
+def test_an_adapter_of_a_checkpoint_is_merged_as_that_of_the_run(home, tmp_path):
+    """Schedule-free AdamW trains other weights than it exports."""
+    keys = {"model.config": None, "model.model_name_or_path": str(home / "base" / "model"), **LORA}
+    keys |= {"train.optim": "schedule_free_adamw", "train.lr_scheduler_type": "constant", "train.max_steps": 3}
+    train(home, output_dir=str(tmp_path / "run"), **keys)
+    for name, run in (("run", tmp_path / "run"), ("step", tmp_path / "run" / "checkpoints" / "step-00000003")):
+        assert main(["export", str(run), str(tmp_path / f"of-{name}"), "--merge", "--dtype", "fp32"]) == 0
+    assert files(tmp_path / "of-step") == files(tmp_path / "of-run")

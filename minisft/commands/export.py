@@ -190,11 +190,13 @@ def export_merged(folder: Path, run: Path, out: Path, dtype_name: str, form: str
 
 def export_gguf(folder: Path, run: Path, out: Path, kind: str, form: str) -> list[str]:
     """A GGUF file and a Modelfile. Returns lines for the user."""
-    from minisft.atomic_folder import MANIFEST, atomic_folder, read_manifest
+    from minisft.answers import trained_as
+    from minisft.atomic_folder import atomic_folder
     from minisft.data.tokenizer import load_tokenizer
     from minisft.export import room_for
     from minisft.gguf.write import check_architecture
     from minisft.gguf_folder import compare_logits, require_library, write_gguf_folder
+    from minisft.join import use_exported_weights
     from minisft.merge import probe
     from minisft.model.adapter_files import CONFIG_FILE
     from minisft.model.load import load_model, read_config
@@ -203,9 +205,10 @@ def export_gguf(folder: Path, run: Path, out: Path, kind: str, form: str) -> lis
     if (folder / CONFIG_FILE).exists():
         model, tokenizer, manifest = load_merged(folder, run, "fp32")
     else:
-        manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
+        manifest = trained_as(folder)
         check_architecture(read_config(folder))  # before gigabytes are read
         model = load_model(folder, max_length=manifest.get("max_length"))
+        use_exported_weights(model, folder)
         tokenizer = load_tokenizer(folder, chat_template_kwargs=manifest.get("chat_template_kwargs"))
     if tokenizer is None:
         raise UserError(
@@ -239,19 +242,21 @@ def name_of(run: Path) -> str:
 
 def load_merged(folder: Path, run: Path, dtype_name: str) -> tuple:
     """(the merged model, the adapter's tokenizer or None, the adapter's manifest); prints what the merge did to the logits."""
-    from minisft.atomic_folder import MANIFEST, read_manifest
+    from minisft.answers import trained_as
     from minisft.console import wrap
     from minisft.data.tokenizer import load_tokenizer
+    from minisft.join import use_exported_weights
     from minisft.merge import merge
     from minisft.model.adapter_files import load_adapted
     from minisft.runtime import DTYPES
     from minisft.strict_json import read_json
 
-    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
+    manifest = trained_as(folder)
     tokenizer = None
     if (folder / "tokenizer.json").exists():
         tokenizer = load_tokenizer(folder, chat_template_kwargs=manifest.get("chat_template_kwargs"))
     model: Decoder = load_adapted(folder, max_length=manifest.get("max_length"))
+    use_exported_weights(model, folder)
     print(wrap(merge(model, DTYPES[dtype_name], folder, run)))
     if (folder / "generation_config.json").exists():
         model.generation_config = read_json(folder / "generation_config.json")
