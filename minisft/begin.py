@@ -1,5 +1,6 @@
 """The beginning of a run: the output folder, the logs, the control file, and who saves. finish.py has its end."""
 
+import os
 from pathlib import Path
 
 from minisft import ranks, record
@@ -54,7 +55,8 @@ def start_saver(config: Config, run: Run, folder: Path) -> Saver:
     if everyone:
         require_shared_folder(folder)
     if section.save_async:
-        copies = checkpoint_bytes(run.model, run.optimizer) // (ranks.world_size() if everyone else 1)
+        share = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / ranks.world_size() if everyone else 1  # on this machine
+        copies = int(checkpoint_bytes(run.model, run.optimizer) * share)
         hint = "set checkpoint.save_async = false"
         require_memory(copies, memory_bytes(), "the copy of a checkpoint for save_async", hint)
     return Saver(folder / "checkpoints", section.save_total_limit, in_background=section.save_async, everyone=everyone)

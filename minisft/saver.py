@@ -37,7 +37,8 @@ class Saver:
         self.num_failed = 0  # in a row
         self._homes: dict[str, Tensor] = {}  # of copies; they are kept, because new memory is slow to fill
         self._job: _Job | None = None
-        self._opened = ExitStack()  # on the first rank: the atomic folder of the job
+        # on the first rank, of the job: its atomic folder, and the hashes of the files in it
+        self._opened, self._sealed = ExitStack(), {}
 
     def save(
         self, step: int, contents: Contents, *, needed: int, pinned: Collection[Path] = (), is_last: bool = False
