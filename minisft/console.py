@@ -249,9 +249,11 @@ def closing(
         "timings.jsonl": "speed and memory",
         "samples.jsonl": "the completed prompts",
         "step_samples.jsonl": "what it answered during training",
+        "ledger-rank-0.bin": "each row's loss at each step, for `minisft ledger`",
         "tensorboard/": "all of these for TensorBoard",
         "summary.txt": "the data, the trained parameters, the arithmetic of the steps",
         "config.toml": "the whole configuration, with where each value came from",
+        "record.json": "hashes of base, data and code, and versions, for `minisft diff`",
     }
     if base is not None:
         contents["model/"] = f"the trained adapter and tokenizer, as PEFT files; its base is {base}"
