@@ -11,7 +11,8 @@ Plain packing, whole documents side by side, has a path of its own. On a CPU the
 much as the products, so documents of about the same length are multiplied together. Each is padded to c n tokens and cut into
 c blocks of n queries; block j of all of them is one batch, n queries against (j + 1) n keys. One gather brings q, k and v into
 the order of the batches, one brings the result back. Padding repeats the document's own last token, so documents never meet,
-not even as 0 x NaN.
+not even as 0 x NaN. In 16 bits n is rounded up to whole tiles, as oneDNN compiles code for each shape that it meets, and keeps
+it: for the documents of 2,048 tokens that took 103 ms with AMX, and takes 24.
 
 Windows that cut documents, documents that share their beginnings, soft caps and dropout go block by block. There short
 neighbours share a block, and a mask hides them from each other.
@@ -35,6 +36,7 @@ BLOCK = 128  # queries of a block, at most
 SQUARE = 64  # tokens of a block that short neighbours share
 AT_ONCE = 2**21  # scores of a batch, at most
 PADDING = 1.06  # the longest document of a group over the shortest, at most
+HALF_TILE = 16  # in 16 bits n is a multiple of it
 SHORT = 512  # keys: PyTorch's softmax of such rows is faster in fp32, casts included, than in bf16
 
 
@@ -63,12 +65,12 @@ class _Plan(NamedTuple):
     padding: Tensor  # int64: which gathered rows of q are padding
 
 
-def _alike(lengths: list[int]) -> list[tuple[list[int], int, int]]:
-    """Groups of documents of about the same length: (their numbers, c, n)."""
+def _alike(lengths: list[int], tile: int) -> list[tuple[list[int], int, int]]:
+    """Groups of documents of about the same length: (their numbers, c, n), n a multiple of tile."""
     groups, shortest = [], 0
     sizes = [(math.ceil(length / BLOCK), length, i) for i, length in enumerate(lengths)]
     for c, length, i in sorted(sizes):
-        n = math.ceil(length / c)
+        n = tile * math.ceil(length / c / tile)
         numbers, c_before, _ = groups[-1] if groups else ([], 0, 0)
         if c == c_before and n <= PADDING * shortest + 2:
             groups[-1] = ([*numbers, i], c, n)
@@ -84,7 +86,7 @@ def _make_plan(lengths: list[int], num_heads: int, num_kv_heads: int, dtype: tor
     kv_heads = torch.arange(num_kv_heads)[:, None]
     first = torch.tensor([0, *lengths]).cumsum(0)
     groups, parts = [], []
-    for numbers, c, n in _alike(lengths):
+    for numbers, c, n in _alike(lengths, HALF_TILE if dtype.itemsize == 2 else 1):
         length = torch.tensor([lengths[i] for i in numbers])[:, None]
         at = torch.arange(c * n)
         is_real, token = at < length, first[numbers][:, None] + torch.minimum(at, length - 1)  # [documents, c n]

@@ -250,6 +250,13 @@ def test_a_batch_of_documents_may_be_cut_into_parts(monkeypatch):
         assert relative_error(tensor, whole[name]) < 1e-14, name  # fp64 rounding
 
 
+@pytest.mark.parametrize("dtype, tile", [(torch.float32, 1), (torch.bfloat16, 16)], ids=["fp32", "bf16"])
+def test_blocks_of_16_bit_documents_are_whole_tiles(dtype, tile):
+    """oneDNN compiles code for each shape in 16 bits: 200 lengths are 8 sizes of blocks."""
+    sizes = {group.n for n in range(1, 201) for group in torch_path._make_plan([n], 2, 1, dtype).groups}
+    assert sizes == set(range(tile, 129, tile))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("lengths", [[70, 250, 130], [20, 30, 25]], ids=["long", "short, one block"])
 @pytest.mark.parametrize("options", [{}, dict(window=10), dict(window=40, softcap=3.0)], ids=str)
