@@ -24,6 +24,7 @@ from minisft.kernels.linear import product_in_blocks, product_into, weight_as
 
 CPU_CHUNK_ROWS, GPU_CHUNK_ROWS = 512, 4096  # rows of logits that exist at once
 ROW_TILE = 32  # a chunk's rows are a multiple of it
+CPU_DX_ROWS = 256  # of dx = dz W at once: with AMX oneDNN multiplies 512 rows by such a high W on one thread
 LOG2_E = math.log2(math.e)
 
 
@@ -160,6 +161,7 @@ def run(hidden, weight, bias, rows, targets, upstream, needs, o: Options, d_weig
     on_cpu = hidden.device.type == "cpu"
     num_chunks = max(1, math.ceil(M / (CPU_CHUNK_ROWS if on_cpu else GPU_CHUNK_ROWS)))
     R = ROW_TILE * max(1, math.ceil(M / num_chunks / ROW_TILE))  # all chunks alike, but for the last
+    dx_rows = CPU_DX_ROWS if on_cpu else R
     r = min(R, 8 * torch.get_num_threads() if on_cpu else 1024)  # rows whose exponentials exist at once
     chunk = _buffer("logits", (R, V), hidden, o.dtype)
     z, p = _buffer("z", (r, V), hidden, o.wide), _buffer("p", (r, V), hidden, o.wide)
@@ -174,7 +176,10 @@ def run(hidden, weight, bias, rows, targets, upstream, needs, o: Options, d_weig
         g = None if upstream is None else upstream[some]
         results[:, some] = _score(logits[:n], targets[some], g, bias, d_bias, o, z, p)
         if d_hidden is not None:
-            d_hidden.index_add_(0, rows[some], torch.mm(logits, W)[:n].to(o.wide))
+            dx = torch.empty_like(x)
+            for dz, some_dx in zip(logits.split(dx_rows), dx.split(dx_rows)):
+                torch.mm(dz, W, out=some_dx)
+            d_hidden.index_add_(0, rows[some], dx[:n].to(o.wide))
         if d_weight is not None:
             product = product_into if hidden.is_cuda else product_in_blocks
             product(d_weight, logits.T, x, add=adds or a > 0)
