@@ -22,8 +22,6 @@ from tiny_models import CONFIGS, DELTA, stream, tiny
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from minisft.__main__ import main
-from minisft.data.chat.template import ChatTemplate, render
-from minisft.data.rows import RowError
 from minisft.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from minisft.errors import MODEL, UserError
 from minisft.generation import stop_ids
@@ -34,7 +32,6 @@ from minisft.gguf_folder import write_gguf_folder
 from minisft.model.families import FAMILIES
 from minisft.model.load import load_model
 from minisft.model.save import save_model
-from minisft.ollama import go_template, modelfile
 
 gguf = pytest.importorskip("gguf")
 
@@ -361,94 +358,6 @@ def test_more_ends_than_the_format_has_place_for(tokenizer, tmp_path):
     assert any("place for 3 ends" in line for line in lines)
     stops = re.findall(r"^PARAMETER stop (.*)$", (tmp_path / "Modelfile").read_text(), re.MULTILINE)
     assert len(stops) == 5 and "<|im_end|>" in map(json.loads, stops)
-
-
-# ---------------------------------------------------------------- Ollama
-
-
-def rendered_by_go(template: str, messages: list[dict]) -> str:
-    """What Go's text/template makes of the few forms that go_template writes: if eq, else, range over the turns."""
-    inside = re.fullmatch(
-        r'\{\{ \$last := "" \}\}\{\{ range \.Messages \}\}(.*)\{\{ \$last = \.Role \}\}\{\{ end \}\}(.*)',
-        template,
-        re.DOTALL,
-    )
-    body, prompt = inside.groups()
-    text, last = "", ""
-
-    def run(part: str, role: str, content: str, last: str) -> str:
-        out, skip = "", []
-        for piece in re.split(r"(\{\{.*?\}\})", part, flags=re.DOTALL):
-            action = piece[2:-2].strip() if piece.startswith("{{") else None
-            on = all(state == "on" for state in skip)
-            if action is None:
-                out += piece if on else ""
-            elif action == ".Content":
-                out += content if on else ""
-            elif action.startswith('"'):
-                out += json.loads(action) if on else ""
-            elif action == "end":
-                skip.pop()
-            else:
-                test = re.fullmatch(r'(else )?(?:if )?(?:(eq|ne) (\.Role|\$last) "(.*)")?(?:else)?', action)
-                assert test, action
-                value = role if test[3] == ".Role" else last
-                holds = test[2] is None or (value == test[4]) == (test[2] == "eq")
-                if action.startswith("else"):
-                    before = skip.pop()
-                    skip.append("on" if before == "off" and holds else "done" if before in ("on", "done") else "off")
-                else:
-                    skip.append("on" if holds else "off")
-        assert not skip
-        return out
-
-    for message in messages:
-        text += run(body, message["role"], message["content"], last)
-        last = message["role"]
-    return text + run(prompt, "", "", last)
-
-
-TEMPLATES = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
-TOKENS = (("bos_token", "<s>"), ("eos_token", "</s>"))
-CHATS = [CHAT, CHAT[1:], CHAT[1:2], CHAT[:2], [*CHAT, {"role": "assistant", "content": "Six."}, CHAT[1]]]
-
-
-@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
-def test_ollamas_template_renders_what_the_chat_template_does(path):
-    template = ChatTemplate(path.read_text(), TOKENS, "2026-01-31" if "strftime_now" in path.read_text() else "")
-    for bos in ("", "<s>"):
-        found = go_template(template, bos)
-        if found is None:
-            assert path.stem in (
-                "deepseek_r1",
-                "llama31_tools",
-                "mistral",
-                "qwen3",
-                "qwen35",
-                "nemotron",
-                "granite",
-                "glm",
-            ), path
-            return
-        for chat in CHATS:
-            try:
-                expected = render(template, chat, add_generation_prompt=True)
-            except RowError:
-                continue
-            assert rendered_by_go(found, chat) == expected.removeprefix(bos)
-
-
-def test_a_modelfile_stops_where_the_model_does():
-    sampling = {"temperature": 0.6, "top_k": 20, "top_p": None, "do_sample": True}
-    text, lines = modelfile("m.gguf", None, "", ['<|"end"|>', "</s>"], sampling)
-    assert text.splitlines() == [
-        "FROM ./m.gguf",
-        r'PARAMETER stop "<|\"end\"|>"',
-        'PARAMETER stop "</s>"',
-        "PARAMETER temperature 0.6",
-        "PARAMETER top_k 20",
-    ]
-    assert lines == []
 
 
 # ---------------------------------------------------------------- the command
