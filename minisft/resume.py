@@ -217,5 +217,5 @@ def data_order(config: Config, run: Run) -> dict:
         "seed": config.train.seed,
         "shuffle": config.data.shuffle,
         "numpy": np.__version__.split(".")[0],  # its shuffles are stable within a major version
-        **({"chunk": run.train.stream.number} if run.train.stream is not None else {}),
+        **(run.train.stream.order() if run.train.stream is not None else {}),
     }

@@ -18,7 +18,7 @@ from tiny import logged, parts, settings, start, train, train_quietly, weights, 
 
 from minisft.data.loader import Loader
 from minisft.data.sources import Row, parse_source, read_rows
-from minisft.data.stream import Place, find_files, read_chunk, write_chunk
+from minisft.data.stream import Place, find_files, read_chunk, start_of, write_chunk
 from minisft.errors import DATA, UserError
 from minisft.prepare import data as prepare_data
 
@@ -44,8 +44,8 @@ def no_process(monkeypatch):
 def chunks_of(sources: list, rows: int, folder: Path) -> list[list]:
     """The rows of every chunk of one pass, as values."""
     sources = find_files([parse_source(source) for source in sources])
-    found, at = [], Place()
-    while at.passes == 0:
+    found, at = [], start_of(sources, is_mix=False)
+    while at[0].passes == 0:
         chunk = folder / f"chunk-{len(found)}"
         write_chunk(chunk, sources, at, rows)
         of_chunk, at = read_chunk(chunk, sources)
@@ -119,7 +119,7 @@ def test_what_cannot_be_streamed_is_told_at_once(home, tmp_path, monkeypatch, so
     ("keys", "told"),
     [
         ({"train.max_steps": -1}, "max_steps"),
-        ({"trainer_type": "dpo"}, "preference data"),
+        ({"trainer_type": "dpo", "dpo.precompute_ref_log_probs": True}, "only the first chunk is there"),
         ({"data.eval_fraction": 0.1}, "eval_data"),
         ({"checkpoint.save_steps": "epoch"}, "epoch ends"),
         ({"log.ledger": True}, "a stream does not keep"),
@@ -206,7 +206,8 @@ def test_another_process_prepares_the_next_chunk(home, tmp_path):
     stream.follow(run.train, 3)
     assert stream.number == 1 and run.train.documents.cache.note == "found"
     stream.close()
-    assert stream.begin.row == 20 and stream.begin.offset == sum(map(len, lines_of(home)[:20]))
+    (begin,) = stream.begin
+    assert begin.row == begin.number == 20 and begin.offset == sum(map(len, lines_of(home)[:20]))
 
 
 def lines_of(home: Path) -> list[bytes]:
@@ -244,18 +245,19 @@ def test_files_of_the_hub_are_downloaded_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr("minisft.hub.download_dataset", download)
     sources = find_files([parse_source("owner/rows")])
     assert not downloads and sources[0].commit == "c0ffee"
-    write_chunk(tmp_path / "s" / "a", sources, Place(), 15)
+    write_chunk(tmp_path / "s" / "a", sources, (Place(),), 15)
     assert downloads == ["train-0.jsonl", "train-1.jsonl"]
     assert [path.name for path in (tmp_path / "s" / "downloads").iterdir()] == ["train-1.jsonl"]
     found, at = read_chunk(tmp_path / "s" / "a", sources)
-    assert at == Place(file=1, row=5, offset=at.offset, before=at.before) and sum(1 for _ in read_rows(found[0])) == 15
+    expected = Place(file=1, row=5, offset=at[0].offset, before=at[0].before, number=15, taken=15)
+    assert at == (expected,) and sum(1 for _ in read_rows(found[0])) == 15
 
 
 def test_one_of_two_writers_waits(tmp_path):
     write_rows(tmp_path / "rows.jsonl", 50)
     sources = find_files([parse_source(str(tmp_path / "rows.jsonl"))])
     threads = [
-        threading.Thread(target=write_chunk, args=(tmp_path / "s" / "a", sources, Place(), 30)) for _ in range(3)
+        threading.Thread(target=write_chunk, args=(tmp_path / "s" / "a", sources, (Place(),), 30)) for _ in range(3)
     ]
     for thread in threads:
         thread.start()

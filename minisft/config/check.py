@@ -101,8 +101,10 @@ def check_data(config: Config, refuse: Refuse) -> None:
         refuse("data.share_turns data.packing_strategy", problem, 'use "bfd", or set share_turns = "auto"')
     if data.stream:
         check_stream(config, refuse)
-    elif data.stream_rows != KEYS["data.stream_rows"].default:
-        refuse("data.stream_rows", "the data is not streamed", "set data.stream = true")
+    else:
+        for key in ("stream_rows", "stream_mix"):
+            if getattr(data, key) != KEYS[f"data.{key}"].default:
+                refuse(f"data.{key} data.stream", "the data is not streamed", "set data.stream = true")
     if data.instruction_marker and not data.response_marker:
         refuse("data.instruction_marker", "it closes the turn that response_marker opens", "set response_marker too")
 
@@ -112,8 +114,11 @@ def check_stream(config: Config, refuse: Refuse) -> None:
     train, data = config.train, config.data
     if train.max_steps < 1:
         refuse("data.stream train.max_steps", "nobody knows where a pass over a stream ends", "set max_steps")
-    if config.trainer_type == "dpo":
-        refuse("data.stream trainer_type", "preference data is read before the first step", "set stream = false")
+    if config.dpo.precompute_ref_log_probs:
+        problem = "only the first chunk is there before the first step, and each row comes once a pass: nothing would be saved"
+        refuse(
+            "data.stream dpo.precompute_ref_log_probs", problem, "leave it out: the reference is asked in every step"
+        )
     if data.eval_fraction:
         problem = "the rows that are held out would be drawn from all rows"
         refuse("data.stream data.eval_fraction", problem, "name them in eval_data, and set eval_fraction = 0")

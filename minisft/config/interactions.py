@@ -32,8 +32,13 @@ TOGETHER: tuple[tuple[str, str], ...] = (  # (keys, what they do to each other)
     ("data.share_turns trainer_type", "in preference tuning answers share their prompt by dpo.share_prompt"),
     ("data.stream data.stream_rows", "rows of a chunk, which are shuffled and packed together"),
     (
-        "data.stream train.max_steps trainer_type data.eval_fraction evaluate.eval_steps checkpoint.save_steps log.ledger",
-        "all rows are never known: steps are counted, evaluation rows named, intervals numbers; no preference data, no ledger",
+        "data.stream data.stream_mix data.train_data",
+        "rows of all sources at once, with their weights for shares of the rows",
+    ),
+    ("data.stream dpo.precompute_ref_log_probs", "before the first step only the first chunk is there"),
+    (
+        "data.stream train.max_steps data.eval_fraction evaluate.eval_steps checkpoint.save_steps log.ledger",
+        "all rows are never known: steps are counted, evaluation rows named, intervals numbers; no ledger",
     ),
     ("data.instruction_marker data.response_marker", "the one closes the turn that the other opens"),
     (

@@ -177,6 +177,11 @@ class DataSection:
         "never read the data as a whole: tokenise and train stream_rows rows at a time, while another process prepares the next "
         "ones; .jsonl and .parquet, local or of the hub; needs max_steps",
     )
+    stream_mix: bool = option(
+        False,
+        "with stream: take rows from all sources at once, in proportion to their weights, and begin a source again where it "
+        "ends; else one source comes after the other",
+    )
     stream_rows: int = option(
         100_000, "with stream: rows of a chunk, in which they are shuffled and packed", at_least=1, at_most=MAX_STEPS
     )

@@ -185,6 +185,9 @@ class Documents:
     end: np.ndarray  # int64 [P]
     num_targets: np.ndarray | None = None  # int64 [P]: the targets of each piece; None: they were not counted
     turns: Turns | None = None  # documents of a conversation that share their beginnings (shared_turns.py)
+    numbers: np.ndarray | None = (
+        None  # int64 [D]: of the cache's documents in the ledger, in a stream; None: 0, 1, 2 ...
+    )
     # In preference data:
     shared: np.ndarray | None = None  # int64 [U]: tokens of the prompt, if the two of a unit share one copy of it
     ref_logps: np.ndarray | None = None  # fp32 [D]: log-probabilities of the cache's documents under the reference

@@ -38,6 +38,7 @@ from minisft.data.packing import Packs, Plan, plan, ragged_arange
 from minisft.data.pieces import take_pieces
 from minisft.data.shared_packs import LEAST, folder_of, made_once, packs_of
 from minisft.data.shared_turns import share_turns, tree_bounds
+from minisft.data.sources import source_names
 from minisft.data.stream import Stream
 
 MOST_PIECES = 20_000_000  # of all epochs in which a run looks for its largest micro-batch: a few seconds
@@ -166,12 +167,6 @@ def _parts(
     return ("all", *TOKEN_KINDS, "first_token", *(f"source {name}" for name in names)), np.concatenate(rows)
 
 
-def source_names(labels: Sequence[str]) -> list[str]:
-    """The sources as metrics name them: by their last component, or whole where two different ones have the same."""
-    last = {label: label.rstrip("/").rpartition("/")[2] for label in labels}
-    return [last[label] if list(last.values()).count(last[label]) == 1 else label for label in labels]
-
-
 def _answers(documents: Documents, document: np.ndarray, row_answer: np.ndarray, weights: np.ndarray | None) -> Answers:
     """The `Answers` of a batch. document [2U]: index into `documents`; row_answer [M]: 2U for filler; weights: of the targets
     without filler, None = all 1."""
@@ -284,14 +279,14 @@ class Loader:
         return min(self.packs_per_step, self.plan.num_packs - s * self.packs_per_step)
 
     def at(self, step: int) -> tuple[int, int]:
-        """(epoch, step in it) of a step of the run. In a stream it is one of this chunk, and its epoch the pass over the rows."""
+        """(epoch, step in it) of a step of the run. In a stream it is one of this chunk, whose number is its epoch."""
         if self.stream is not None:
-            return self.stream.begin.passes, step - self.first_step
+            return self.stream.number, step - self.first_step
         return divmod(step, self.steps_per_epoch)
 
     def epoch(self, step: int) -> dict[str, int | float]:
         """For the log: how many epochs `step` steps are, or which chunk of a stream they end in."""
-        return {"epoch": step / self.steps_per_epoch} if self.stream is None else {"chunk": self.stream.number}
+        return {"epoch": step / self.steps_per_epoch} if self.stream is None else self.stream.counts()
 
     def forget(self) -> None:
         """Call when documents or plan are others."""

@@ -26,7 +26,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import partial
@@ -274,6 +274,12 @@ def _row_number(bound: str | None, total: int) -> int | None:
     if bound.endswith("%"):
         number = min(number * total // 100, total) if number >= 0 else -(-number * total // 100)
     return number if number >= 0 else max(0, total + number)
+
+
+def source_names(labels: Sequence[str]) -> list[str]:
+    """The sources as metrics name them: by their last component, or whole where two different ones have the same."""
+    last = {label: label.rstrip("/").rpartition("/")[2] for label in labels}
+    return [last[label] if list(last.values()).count(last[label]) == 1 else label for label in labels]
 
 
 # ------------------------------------------------------------------------------------------------- file formats

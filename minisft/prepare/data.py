@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +22,7 @@ from minisft.data.packing import Plan
 from minisft.data.packing_strategies import STRATEGIES
 from minisft.data.shared_turns import may_share
 from minisft.data.sources import parse_source
-from minisft.data.stream import Place, Stream, find_files, read_chunk, write_chunk
+from minisft.data.stream import Places, Stream, find_files, read_chunk, row_numbers, start_of, write_chunk
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
 from minisft.prepare.options import cache_folder, cut_length, format_options, ranks_sharing_a_batch, split_length
@@ -58,8 +58,9 @@ def prepare_data(
     stream = None
     if data.stream:
         chunks = Chunks(config, tokenizer)
-        documents, lines = chunks.read(0, Place())
-        stream = Stream(partial(chunks.open, planned), chunks.ahead, chunks.discard, end=chunks.end)
+        documents, lines = chunks.read(0, chunks.begin)
+        calls = partial(chunks.open, planned), chunks.ahead, chunks.discard
+        stream = Stream(*calls, begin=chunks.begin, end=chunks.end, sources=chunks.sources)
     else:
         documents, lines = read_documents("train", source_list(data.train_data), config, tokenizer, data.packing)
     held_out = {}
@@ -169,35 +170,49 @@ class Chunks:
     def __init__(self, config: Config, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
         sources = [parse_source(source) for source in source_list(config.data.train_data)]
-        self.sources = find_files(sources, local_files_only=config.model.local_files_only)
+        is_mix = config.data.stream_mix
+        self.sources = find_files(sources, is_mix=is_mix, local_files_only=config.model.local_files_only)
+        self.begin = start_of(self.sources, is_mix)  # of the first chunk
         run = sha256(str(Path(config.output_dir).absolute()).encode()).hexdigest()
         self.folder = cache_folder(config) / f"stream-{run[:16]}"
-        self.end = Place()  # of the chunk that was read last
+        self.end = self.begin  # of the chunk that was read last
 
-    def read(self, number: int, begin: Place) -> tuple[Documents, list[str]]:
+    def read(self, number: int, begin: Places) -> tuple[Documents, list[str]]:
         """Its documents, and lines about them. What another process has prepared is found; what it prepares now is waited for."""
-        data, options = self.config.data, {"local_files_only": self.config.model.local_files_only}
+        data, has_labels = self.config.data, format_options(self.config).answers == "labels"
+        # KTO compares an answer with another row's
+        options = {"local_files_only": self.config.model.local_files_only, "least": 2 if has_labels else 1}
         folder = self.chunk(number, begin)
         write_chunk(folder, self.sources, begin, data.stream_rows, **options)
         sources, self.end = read_chunk(folder, self.sources)
         title = "train" if number == 0 else f"chunk {number}"
-        return read_documents(title, sources, self.config, self.tokenizer, data.packing, folder.with_suffix(".tokens"))
+        tokens = folder.with_suffix(".tokens")
+        documents, lines = read_documents(title, sources, self.config, self.tokenizer, data.packing, tokens)
+        return replace(documents, numbers=row_numbers(folder, documents.cache)), [*self.describe_mix(), *lines]
+
+    def describe_mix(self) -> list[str]:
+        """Lines about the shares of the sources."""
+        if len(self.begin) == 1:
+            return []
+        total = sum(source.weight for source in self.sources)
+        each = ", ".join(f"{source.weight / total:.1%} {source.label}" for source in self.sources)
+        return [f"mix        {each}: of the rows of every chunk; a source that ends begins again"]
 
     def open(
-        self, planned: Callable[[Documents, bool], tuple[Documents, Plan]], number: int, begin: Place
-    ) -> tuple[Documents, Plan, Place]:
+        self, planned: Callable[[Documents, bool], tuple[Documents, Plan]], number: int, begin: Places
+    ) -> tuple[Documents, Plan, Places]:
         """As Stream asks for it. planned: shares packs among the documents."""
         documents, _ = self.read(number, begin)
         return *planned(documents, self.config.data.packing), self.end
 
-    def ahead(self, number: int, begin: Place) -> Callable[[], None]:
+    def ahead(self, number: int, begin: Places) -> Callable[[], None]:
         """Prepare a chunk in another process, one for all ranks of this machine; returns what ends it."""
         if int(os.environ.get("LOCAL_RANK", 0)):
             return lambda: None
         # what goes wrong there goes wrong again in `read`, and is reported by it
         command = [sys.executable, "-m", "minisft.prepare.ahead"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        task = {"config": config_to_dict(self.config), "number": number, "begin": asdict(begin)}
+        task = {"config": config_to_dict(self.config), "number": number, "begin": [asdict(place) for place in begin]}
         assert process.stdin is not None
         with suppress(BrokenPipeError), process.stdin as pipe:
             pipe.write(json.dumps(task).encode())
@@ -208,14 +223,15 @@ class Chunks:
 
         return stop
 
-    def chunk(self, number: int, begin: Place) -> Path:
+    def chunk(self, number: int, begin: Places) -> Path:
         """Its folder. It is another one where the chunk begins elsewhere, or where its files have been written since."""
         files = [
             (source.commit, name) if source.commit else written(name)
             for source in self.sources
             for name in source.files
         ]
-        where = sha256(repr((begin, self.config.data.stream_rows, files)).encode()).hexdigest()
+        weights = [source.weight for source in self.sources]
+        where = sha256(repr((begin, weights, self.config.data.stream_rows, files)).encode()).hexdigest()
         return self.folder / f"chunk-{number:06d}-{where[:8]}"
 
     def discard(self, number: int) -> None:

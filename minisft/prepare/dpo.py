@@ -8,6 +8,7 @@ from torch import nn
 
 from minisft import dpo, ranks, runtime
 from minisft.config.sections import Config
+from minisft.data.cache import Documents
 from minisft.data.loader import Loader
 from minisft.errors import CONFIG, MODEL, UserError
 from minisft.model.adapter_files import least_vocab_size, load_adapter
@@ -43,7 +44,10 @@ def prepare_dpo(
     Raises UserError where the options do not fit the model, and where policy and reference differ before the first step.
     """
     section = config.dpo
-    refuse_sharing(model, train, evals)
+    for loader in (train, *evals.values()):
+        refuse_sharing(model, loader.documents)
+    if train.stream is not None:
+        train.stream.check = partial(refuse_sharing, model)
     objective = objective_of(config)
     first = train.step(0, 0)[0].to(device)
     check_layout(model, first, train, precision)
@@ -166,22 +170,21 @@ def cached(
     return train, evals, f"{found} in {cache_folder(config)}"
 
 
-def refuse_sharing(model: Decoder, train: Loader, evals: dict[str, Loader]) -> None:
+def refuse_sharing(model: Decoder, documents: Documents) -> None:
     """Two answers cannot share a prompt where a layer carries a state through it, which has one future. And a sliding window
     counts keys from the query backwards: across the chosen answer it would reach less of the prompt."""
-    for loader in (train, *evals.values()):
-        if loader.documents.shared is None:
-            continue
-        if model.config.has_states:
-            raise UserError(
-                f"dpo.share_prompt with {model.config.model_type}, whose layers remember one past a document",
-                hint="set share_prompt = false",
-                exit_code=CONFIG,
-            )
-        longest, windows = int(loader.documents.unit_lengths.max()), [w for w in model.config.windows if w is not None]
-        if windows and min(windows) < longest:
-            raise UserError(
-                f"dpo.share_prompt with a model whose layers see {min(windows):,} tokens back, and pairs of {longest:,} tokens",
-                hint="set share_prompt = false",
-                exit_code=CONFIG,
-            )
+    if documents.shared is None:
+        return
+    if model.config.has_states:
+        raise UserError(
+            f"dpo.share_prompt with {model.config.model_type}, whose layers remember one past a document",
+            hint="set share_prompt = false",
+            exit_code=CONFIG,
+        )
+    longest, windows = int(documents.unit_lengths.max()), [w for w in model.config.windows if w is not None]
+    if windows and min(windows) < longest:
+        raise UserError(
+            f"dpo.share_prompt with a model whose layers see {min(windows):,} tokens back, and pairs of {longest:,} tokens",
+            hint="set share_prompt = false",
+            exit_code=CONFIG,
+        )
