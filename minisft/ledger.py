@@ -2,8 +2,8 @@
 
 Each rank appends to a file of its own, `ledger-rank-R.bin` in the output folder: 8 bytes a document, two little-endian numbers.
 
-    row    uint32: the document's number in the token cache; the top bit is set on the first document of a step that follows on
-           the step before it in this file
+    row    uint32: the document's number in the token cache, in a stream that of its row (data/chunks.py); the top bit is set on
+           the first document of a step that follows on the step before it in this file
     loss   fp32: the mean of -log p over the targets that the document had in this step; of a pair its loss
 
 A row of 2^32 - 1 is no document: the second number is then the step, a uint32, of the documents that follow. A file begins so,
@@ -34,7 +34,7 @@ class Entries:
     """What a ledger holds, in the order in which it was written."""
 
     step: np.ndarray  # int64 [E]: optimizer steps, from 1
-    document: np.ndarray  # int64 [E]: in the token cache
+    document: np.ndarray  # int64 [E]: its number in the token cache, or that of its row in a stream
     loss: np.ndarray  # fp32 [E]
 
 
@@ -50,14 +50,21 @@ class Ledger:
         self.file = LogFile(self.path, ENTRY.itemsize * end_of(entries, step))
         self.last = -1  # the step of the last entry; a session begins with a marker
 
-    def write(self, step: int, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    def write(
+        self, step: int, rows: Sequence[tuple[np.ndarray, np.ndarray]], numbers: np.ndarray | None = None
+    ) -> None:
         """The documents (int64 [n]) and losses (fp32 [n]) of this rank's micro-batches in a step. A document that occurs several
-        times, once for each of its targets, has the mean."""
+        times, once for each of its targets, has the mean. numbers: of all documents, int64 [D]; documents with the same number
+        are one. Raises UserError for a number that has no room in an entry."""
         documents, losses = (
             np.concatenate(parts) if parts else np.zeros(0) for parts in (zip(*rows) if rows else ((), ()))
         )
         if not len(documents):
             return
+        documents = documents if numbers is None else numbers[documents.astype(np.int64)]
+        if documents.max() >= OPENS - 1:
+            hint = "set log.ledger = false, or train on fewer rows or sources"
+            raise UserError(f"step {step}: row {documents.max():,} of the stream has no room in the ledger", hint=hint)
         unique, index, count = np.unique(documents, return_inverse=True, return_counts=True)
         entries = np.zeros(len(unique), ENTRY)
         entries["row"] = unique

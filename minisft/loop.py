@@ -217,7 +217,7 @@ def take_steps(
                 continue  # after a save of the step before this one
         progress.step += 1
         if ledger:
-            ledger.write(progress.step, result.rows)
+            ledger.write(progress.step, result.rows, run.train.documents.numbers)
         if result.updated:
             progress.skips_in_a_row = 0
         if progress.step not in progress.spikes.left_out and math.isfinite(result.loss + result.grad_norm):

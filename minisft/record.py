@@ -29,13 +29,15 @@ import torch
 
 from minisft import ranks
 from minisft.atomic_folder import MANIFEST, read_manifest, write_file
+from minisft.checkpoint import checkpoints, step_of
 from minisft.config.load import RESOLVED_NAME, load
-from minisft.config.sections import source_list
+from minisft.config.sections import Config, source_list
 from minisft.data.cache import Documents, TokenCache
+from minisft.data.chunks import read_places
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError, warn
 from minisft.model.start import Start
-from minisft.prepare.data import open_documents
+from minisft.prepare.data import Chunks, open_documents
 from minisft.prepare.options import prepare_tokenizer
 from minisft.prepare.run import Run
 from minisft.strict_json import dump_json, read_json
@@ -68,12 +70,33 @@ def read_record(folder: Path) -> list[dict]:
     return starts
 
 
+def read_config(folder: Path) -> Config:
+    """The configuration of the run in an output folder."""
+    return load(folder / RESOLVED_NAME, {"output_dir": str(folder)}, origin="command line")[0]
+
+
+def trained_stream(folder: Path) -> Chunks | None:
+    """The stream that the run in an output folder was trained on; None where its data was read as a whole. Raises UserError where
+    a repository has another commit now, or a line before the chunk of the newest checkpoint is another one."""
+    config = read_config(folder)
+    if not config.data.stream:
+        return None
+    stream, starts = Chunks(config, prepare_tokenizer(config)[0]), read_record(folder)
+    commits = starts[-1]["data"]["train"].get("commits", {}) if starts else {}
+    for source in stream.sources:
+        if (was := commits.get(source.label, source.commit)) != source.commit:
+            problem = f"{source.path} is at commit {source.commit[:12]}, and this run was trained on {was[:12]}"
+            raise UserError(problem, hint="revision = names a commit in config.toml", exit_code=DATA)
+    newest = max(checkpoints(folder / "checkpoints"), key=step_of, default=None)
+    if newest is not None:
+        stream.require_unchanged(read_places(read_json(newest / "trainer_state.json")["stream"]["begin"]))
+    return stream
+
+
 def trained_documents(folder: Path) -> tuple[Documents, Tokenizer]:
     """The training documents of the run in an output folder, from its token cache, and its tokenizer. Raises UserError where the
-    data is not what was trained any more, and where it is streamed: no cache has all of it."""
-    config, _ = load(folder / RESOLVED_NAME, {"output_dir": str(folder)}, origin="command line")
-    if config.data.stream:
-        raise UserError("the data of this run is a stream (data.stream)", hint="minisft audit reads it", exit_code=DATA)
+    data is not what was trained any more. Of a stream no cache has all of it: see trained_stream."""
+    config = read_config(folder)
     tokenizer, _ = prepare_tokenizer(config)
     documents, _ = open_documents(source_list(config.data.train_data), config, tokenizer, config.data.packing)
     starts = read_record(folder)

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from test_ranks import join, start_ranks
 from tiny import logged, parts, settings, start, train, train_quietly, weights, write_rows
 
+from minisft.data.chunks import Place, find_files, read_chunk, start_of, write_chunk
 from minisft.data.loader import Loader
 from minisft.data.sources import Row, parse_source, read_rows
-from minisft.data.stream import Place, find_files, read_chunk, start_of, write_chunk
 from minisft.errors import DATA, UserError
 from minisft.prepare import data as prepare_data
 
@@ -48,7 +48,7 @@ def chunks_of(sources: list, rows: int, folder: Path) -> list[list]:
     while at[0].passes == 0:
         chunk = folder / f"chunk-{len(found)}"
         write_chunk(chunk, sources, at, rows)
-        of_chunk, at = read_chunk(chunk, sources)
+        of_chunk, _, at = read_chunk(chunk, sources)
         found.append([value_of(row) for source in of_chunk for row in read_rows(source)])
     return found
 
@@ -122,7 +122,6 @@ def test_what_cannot_be_streamed_is_told_at_once(home, tmp_path, monkeypatch, so
         ({"trainer_type": "dpo", "dpo.precompute_ref_log_probs": True}, "only the first chunk is there"),
         ({"data.eval_fraction": 0.1}, "eval_data"),
         ({"checkpoint.save_steps": "epoch"}, "epoch ends"),
-        ({"log.ledger": True}, "a stream does not keep"),
         ({"data.stream": False}, "the data is not streamed"),
     ],
 )
@@ -248,7 +247,7 @@ def test_files_of_the_hub_are_downloaded_one_at_a_time(tmp_path, monkeypatch):
     write_chunk(tmp_path / "s" / "a", sources, (Place(),), 15)
     assert downloads == ["train-0.jsonl", "train-1.jsonl"]
     assert [path.name for path in (tmp_path / "s" / "downloads").iterdir()] == ["train-1.jsonl"]
-    found, at = read_chunk(tmp_path / "s" / "a", sources)
+    found, _, at = read_chunk(tmp_path / "s" / "a", sources)
     expected = Place(file=1, row=5, offset=at[0].offset, before=at[0].before, number=15, taken=15)
     assert at == (expected,) and sum(1 for _ in read_rows(found[0])) == 15
 

@@ -13,9 +13,8 @@ from test_dpo_run import DPO, write_pairs
 from test_ranks import join, start_ranks
 from tiny import logged, parts, settings, start, train, train_quietly, weights, write_rows
 
-from minisft.atomic_folder import read_manifest
+from minisft.data.chunks import Place, find_files, read_chunk, shares, start_of, write_chunk
 from minisft.data.sources import parse_source, read_rows
-from minisft.data.stream import Place, find_files, read_chunk, shares, start_of, write_chunk
 from minisft.errors import DATA, UserError
 from minisft.prepare import data as prepare_data
 
@@ -71,13 +70,13 @@ def test_a_source_comes_whole_before_it_comes_again_and_in_proportion(sizes, row
         for number in range(1, 8):
             chunk = folder / "chunks" / str(number)
             write_chunk(chunk, sources, at, rows)
-            of_chunk, at = read_chunk(chunk, sources)
+            of_chunk, parts_of_chunk, at = read_chunk(chunk, sources)
             for source in of_chunk:
                 assert source.weight == 1.0
                 found[[s.label for s in sources].index(source.label)] += [row.data for row in read_rows(source)]
-            for s, path, first in read_manifest(chunk)["parts"]:  # the numbers of its rows
-                part = parse_source(str(chunk / path))
-                assert [contents[s][first + i] for i in range(sizes_of(part))] == [row.data for row in read_rows(part)]
+            for part in parts_of_chunk:  # the numbers of its rows
+                rows_of_part = [row.data for row in read_rows(parse_source(str(chunk / part.name)))]
+                assert contents[part.source][part.number : part.number + len(rows_of_part)] == rows_of_part
             taken = [len(rows_of_source) for rows_of_source in found]
             assert sum(taken) == number * rows == sum(place.taken for place in at)
             bound = 1 if rows * min(weights) >= sum(weights) else 2
@@ -86,10 +85,6 @@ def test_a_source_comes_whole_before_it_comes_again_and_in_proportion(sizes, row
                 assert (place.passes, place.number) == divmod(count, len(content))
         for rows_of_source, content in zip(found, contents):
             assert rows_of_source == [content[i % len(content)] for i in range(len(rows_of_source))]
-
-
-def sizes_of(part) -> int:
-    return sum(1 for _ in read_rows(part))
 
 
 @given(
@@ -209,7 +204,7 @@ def test_a_chunk_may_have_a_least_number_of_rows(tmp_path, least, ends):
     at = start_of(sources, is_mix=False)
     for number, end in enumerate(ends):
         write_chunk(tmp_path / str(number), sources, at, 3, least=least)
-        _, at = read_chunk(tmp_path / str(number), sources)
+        *_, at = read_chunk(tmp_path / str(number), sources)
         assert (at[0].passes, at[0].number) == end
 
 

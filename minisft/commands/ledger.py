@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from minisft.files import checked_path
 from minisft.ledger import Entries, read_ledger
 
 if TYPE_CHECKING:
-    from minisft.data.cache import TokenCache
+    from minisft.data.cache import Documents, TokenCache
 
 USAGE = """\
 usage: minisft ledger RUN [--row N | --row FILE:N | --hardest N | --forgotten N] [--json]
@@ -59,19 +60,17 @@ def main(argv: list[str]) -> int:
         found: Any = summary(entries, seen)
         print(json.dumps(found, indent=2) if "json" in options else "\n".join(f"{k:<28} {v}" for k, v in found.items()))
         return 0
-    from minisft.record import trained_documents
-
-    documents, tokenizer = trained_documents(folder)
-    cache = documents.cache
-    if asked == ["row"]:
-        numbers = find_row(cache, options["row"][-1])
-        chosen = [one_row(cache, tokenizer, number, entries) for number in numbers]
-    else:
-        by = seen.last if asked == ["hardest"] else seen.last - seen.lowest
-        order = np.argsort(-np.nan_to_num(by, nan=np.inf), kind="stable")[
-            : whole_number(asked[0], options[asked[0]][-1])
-        ]
-        chosen = [described(cache, tokenizer, seen, int(i)) for i in order]
+    with TemporaryDirectory() as temporary:
+        texts = Texts(folder, Path(temporary))
+        if asked == ["row"]:
+            numbers = texts.find(options["row"][-1])
+            chosen = [{**text, "steps": steps_of(text["document"], entries)} for text in texts.read(numbers)]
+        else:
+            by = seen.last if asked == ["hardest"] else seen.last - seen.lowest
+            number = whole_number(asked[0], options[asked[0]][-1])
+            order = np.argsort(-np.nan_to_num(by, nan=np.inf), kind="stable")[:number]
+            read = texts.read(seen.document[order].tolist())
+            chosen = [{**text, **losses_of(seen, int(i))} for text, i in zip(read, order)]
     print(json.dumps(chosen, indent=2, ensure_ascii=False) if "json" in options else "\n\n".join(map(text_of, chosen)))
     return 0
 
@@ -101,16 +100,45 @@ def summary(entries: Entries, seen: Seen) -> dict[str, Any]:
 # ---- rows and their text ------------------------------------------------------------------------------------------
 
 
-def find_row(cache: "TokenCache", text: str) -> list[int]:
+class Texts:
+    """The rows of a run by the numbers of its ledger. temporary: a folder for rows of a stream, which are read again."""
+
+    def __init__(self, folder: Path, temporary: Path):
+        from minisft.record import trained_documents, trained_stream
+
+        self.temporary, self.stream = temporary, trained_stream(folder)
+        if self.stream is None:
+            documents, self.tokenizer = trained_documents(folder)
+            self.cache = documents.cache
+
+    def find(self, text: str) -> list[int]:
+        """The numbers of a row, as --row names it."""
+        name, _, line = text.rpartition(":")
+        if not line.isdecimal():
+            raise UserError(f"command line: --row {text[:100]}", hint="the number of a line, or FILE:NUMBER")
+        if self.stream is None:
+            return find_row(self.cache, name, int(line))
+        return [self.stream.find(self.temporary, name, int(line))]
+
+    def read(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """Place and text of these documents."""
+        if self.stream is None:
+            return [describe(self.cache, self.tokenizer, number, number) for number in numbers]
+        if not numbers:
+            return []
+        documents = self.stream.rows(self.temporary, numbers)
+        indices = [longest_of(documents, number) for number in numbers]
+        return [describe(documents.cache, self.stream.tokenizer, *both) for both in zip(indices, numbers)]
+
+
+def find_row(cache: "TokenCache", name: str, line: int) -> list[int]:
     """The documents of a row: of a conversation there may be several."""
-    name, _, line = text.rpartition(":")
-    if not line.isdecimal():
-        raise UserError(f"command line: --row {text[:100]}", hint="the number of a line, or FILE:NUMBER")
+    text = f"{name}:{line}" if name else str(line)
     paths = cache.manifest["paths"]
     files = [i for i, path in enumerate(paths) if path == name or Path(path).name == Path(name).name or not name]
     if not name and len(set(paths)) > 1:
         raise UserError(f"--row {text}: there are {len(set(paths))} files", hint=f"as in {Path(paths[0]).name}:{text}")
-    found = np.flatnonzero(np.isin(cache.file, files) & (cache.line == int(line)))
+    found = np.flatnonzero(np.isin(cache.file, files) & (cache.line == line))
     found = found[:: cache.group]  # of a pair the first answer stands for both
     if not len(found):
         raise UserError(
@@ -119,21 +147,29 @@ def find_row(cache: "TokenCache", text: str) -> list[int]:
     return found.tolist()
 
 
-def describe(cache: "TokenCache", tokenizer: Any, number: int) -> dict[str, Any]:
-    first, last = int(cache.offsets[number]), int(cache.offsets[number + 1])
+def longest_of(documents: "Documents", number: int) -> int:
+    """The document of a stream's row: of a conversation the one with all of it, of a pair the first answer."""
+    assert documents.numbers is not None
+    found = np.flatnonzero(documents.numbers == number)[:: documents.cache.group]
+    return int(found[np.diff(documents.cache.offsets)[found].argmax()])
+
+
+def describe(cache: "TokenCache", tokenizer: Any, index: int, number: int) -> dict[str, Any]:
+    first, last = int(cache.offsets[index]), int(cache.offsets[index + 1])
     ids = cache.ids[first:last].tolist()
-    return {"row": cache.place(number), "document": number, "text": tokenizer.decode(ids)}
+    return {"row": cache.place(index), "document": number, "text": tokenizer.decode(ids)}
 
 
-def one_row(cache: "TokenCache", tokenizer: Any, number: int, entries: Entries) -> dict[str, Any]:
+def steps_of(number: int, entries: Entries) -> list[dict[str, Any]]:
     own = entries.document == number
-    steps = [{"step": int(s), "loss": float(x)} for s, x in zip(entries.step[own], entries.loss[own])]
-    return {**describe(cache, tokenizer, number), "steps": steps}
+    return [{"step": int(s), "loss": float(x)} for s, x in zip(entries.step[own], entries.loss[own])]
 
 
-def described(cache: "TokenCache", tokenizer: Any, seen: Seen, i: int) -> dict[str, Any]:
-    losses = {name: float(getattr(seen, name)[i]) for name in ("first", "lowest", "last")}
-    return {**describe(cache, tokenizer, int(seen.document[i])), "times": int(seen.times[i]), **losses}
+def losses_of(seen: Seen, i: int) -> dict[str, Any]:
+    return {
+        "times": int(seen.times[i]),
+        **{name: float(getattr(seen, name)[i]) for name in ("first", "lowest", "last")},
+    }
 
 
 def text_of(found: dict[str, Any]) -> str:

@@ -122,9 +122,6 @@ def check_stream(config: Config, refuse: Refuse) -> None:
     if data.eval_fraction:
         problem = "the rows that are held out would be drawn from all rows"
         refuse("data.stream data.eval_fraction", problem, "name them in eval_data, and set eval_fraction = 0")
-    if config.log.ledger:
-        problem = "the ledger numbers documents by their place in one cache, which a stream does not keep"
-        refuse("data.stream log.ledger", problem, "leave one of them out")
     intervals = {
         "evaluate.eval_steps": config.evaluate.eval_steps,
         "checkpoint.save_steps": config.checkpoint.save_steps,

@@ -37,8 +37,8 @@ TOGETHER: tuple[tuple[str, str], ...] = (  # (keys, what they do to each other)
     ),
     ("data.stream dpo.precompute_ref_log_probs", "before the first step only the first chunk is there"),
     (
-        "data.stream train.max_steps data.eval_fraction evaluate.eval_steps checkpoint.save_steps log.ledger",
-        "all rows are never known: steps are counted, evaluation rows named, intervals numbers; no ledger",
+        "data.stream train.max_steps data.eval_fraction evaluate.eval_steps checkpoint.save_steps",
+        "all rows are never known: steps are counted, evaluation rows named, intervals numbers",
     ),
     ("data.instruction_marker data.response_marker", "the one closes the turn that the other opens"),
     (

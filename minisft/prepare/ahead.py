@@ -9,7 +9,7 @@ import os
 import sys
 
 from minisft.config.load import load
-from minisft.data.stream import read_places
+from minisft.data.chunks import read_places
 from minisft.prepare.data import Chunks
 from minisft.prepare.options import prepare_tokenizer
 

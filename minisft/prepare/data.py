@@ -5,9 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -16,13 +16,25 @@ from minisft import ranks
 from minisft.config.sections import Config, config_to_dict, eval_sets, source_list
 from minisft.data.audit import quick_findings
 from minisft.data.cache import Documents, build_cache
+from minisft.data.chunks import (
+    Part,
+    Places,
+    copy_lines,
+    find_files,
+    read_chunk,
+    sources_of,
+    start_of,
+    with_places,
+    write_chunk,
+)
 from minisft.data.documents import Accounting, select_documents, show_document, split_documents
 from minisft.data.loader import Loader, plan_set
 from minisft.data.packing import Plan
 from minisft.data.packing_strategies import STRATEGIES
 from minisft.data.shared_turns import may_share
-from minisft.data.sources import parse_source
-from minisft.data.stream import Places, Stream, find_files, read_chunk, row_numbers, start_of, write_chunk
+from minisft.data.sources import file_kind, parse_source
+from minisft.data.stream import Stream
+from minisft.data.stream_rows import copy_rows, number_of
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
 from minisft.prepare.options import cache_folder, cut_length, format_options, ranks_sharing_a_batch, split_length
@@ -161,7 +173,7 @@ def open_documents(
 
 
 class Chunks:
-    """The chunks of a streamed training set (data/stream.py), each read as a data set of its own.
+    """The chunks of a streamed training set (data/chunks.py), each read as a data set of its own.
 
     They are in a folder beside the token cache, named after the output folder: runs do not share them, because each deletes
     those that are behind it.
@@ -170,9 +182,9 @@ class Chunks:
     def __init__(self, config: Config, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
         sources = [parse_source(source) for source in source_list(config.data.train_data)]
-        is_mix = config.data.stream_mix
-        self.sources = find_files(sources, is_mix=is_mix, local_files_only=config.model.local_files_only)
-        self.begin = start_of(self.sources, is_mix)  # of the first chunk
+        self.is_mix = config.data.stream_mix and len(sources) > 1
+        self.sources = find_files(sources, is_mix=self.is_mix, local_files_only=config.model.local_files_only)
+        self.begin = start_of(self.sources, self.is_mix)  # of the first chunk
         run = sha256(str(Path(config.output_dir).absolute()).encode()).hexdigest()
         self.folder = cache_folder(config) / f"stream-{run[:16]}"
         self.end = self.begin  # of the chunk that was read last
@@ -184,19 +196,55 @@ class Chunks:
         options = {"local_files_only": self.config.model.local_files_only, "least": 2 if has_labels else 1}
         folder = self.chunk(number, begin)
         write_chunk(folder, self.sources, begin, data.stream_rows, **options)
-        sources, self.end = read_chunk(folder, self.sources)
+        sources, parts, self.end = read_chunk(folder, self.sources)
         title = "train" if number == 0 else f"chunk {number}"
         tokens = folder.with_suffix(".tokens")
         documents, lines = read_documents(title, sources, self.config, self.tokenizer, data.packing, tokens)
-        return replace(documents, numbers=row_numbers(folder, documents.cache)), [*self.describe_mix(), *lines]
+        return with_places(documents, self.sources, parts, self.is_mix), [*self.describe_mix(), *lines]
 
     def describe_mix(self) -> list[str]:
         """Lines about the shares of the sources."""
-        if len(self.begin) == 1:
+        if not self.is_mix:
             return []
         total = sum(source.weight for source in self.sources)
         each = ", ".join(f"{source.weight / total:.1%} {source.label}" for source in self.sources)
         return [f"mix        {each}: of the rows of every chunk; a source that ends begins again"]
+
+    def rows(self, folder: Path, numbers: Sequence[int]) -> Documents:
+        """The documents of single rows by their numbers; what is made for them is in a folder that is deleted later."""
+        options = {"is_mix": self.is_mix, "local_files_only": self.config.model.local_files_only}
+        if format_options(self.config).answers == "labels":
+            numbers = [
+                0,
+                len(self.sources) if self.is_mix else 1,
+                *numbers,
+            ]  # KTO's documents need another row's answer
+        return self.documents_of(folder, copy_rows(folder, self.sources, numbers, **options))
+
+    def first_rows(self, folder: Path, number: int) -> Documents:
+        """The documents of the first rows, in a folder that is deleted later."""
+        write_chunk(
+            folder / "rows", self.sources, self.begin, number, local_files_only=self.config.model.local_files_only
+        )
+        return self.documents_of(folder / "rows", read_chunk(folder / "rows", self.sources)[1])
+
+    def documents_of(self, folder: Path, parts: Sequence[Part]) -> Documents:
+        """The documents of copied rows, whose tokens are in the folder too."""
+        sources = sources_of(folder, self.sources, parts)
+        documents, _ = open_documents(sources, self.config, self.tokenizer, self.config.data.packing, folder / "tokens")
+        return with_places(documents, self.sources, parts, self.is_mix)
+
+    def require_unchanged(self, begin: Places) -> None:
+        """UserError where a local .jsonl file has another line than it had before one of these places."""
+        for place in begin:
+            path, source = Path(self.sources[place.source].files[place.file]), self.sources[place.source]
+            if not source.commit and file_kind(path)[0] != ".parquet":
+                copy_lines(path, Path(os.devnull), place, 0)
+
+    def find(self, folder: Path, name: str, line: int) -> int:
+        """The number of the row in a line of a file. Raises UserError."""
+        options = {"is_mix": self.is_mix, "local_files_only": self.config.model.local_files_only}
+        return number_of(self.sources, name, line, folder, **options)
 
     def open(
         self, planned: Callable[[Documents, bool], tuple[Documents, Plan]], number: int, begin: Places

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,14 @@ from minisft.atomic_folder import write_file
 from minisft.data.audit import length_histogram
 from minisft.data.audit_page import environment_of, rows_of
 from minisft.errors import UserError
-from minisft.record import trained_documents
+from minisft.record import trained_documents, trained_stream
 from minisft.report.charts import PALETTE, Chart, Line, draw
 from minisft.report.runs import RunLog, differences
 from minisft.units import digits
 
 EXAMPLES = 6  # rows with their masks
 TOKENS_SHOWN = 600  # of one
+ROWS_OF_A_STREAM = 1000  # that are read
 MOST_PROMPTS, MOST_STEPS = 10, 12  # whose samples are shown
 
 TITLES = {  # the first charts, in this order; whatever else was logged follows under its own name
@@ -117,10 +119,16 @@ def _set_of(name: str, metric: str) -> str:
 def data_of(folder: Path) -> tuple[Chart, list[dict[str, Any]]]:
     """(the lengths of the training documents, some of them with their masks). Raises UserError where the data is not there any
     more."""
-    documents, tokenizer = trained_documents(folder)
-    bars = [(f"{each['from']:,}", each["documents"]) for each in length_histogram(documents.lengths)]
-    rows = rows_of("train", documents, [], tokenizer, number=EXAMPLES, most_tokens=TOKENS_SHOWN)
-    return Chart("Documents by number of tokens", [], bars=bars), rows
+    title = "Documents by number of tokens"
+    with TemporaryDirectory() as temporary:
+        if (stream := trained_stream(folder)) is None:
+            documents, tokenizer = trained_documents(folder)
+        else:
+            documents, tokenizer = stream.first_rows(Path(temporary), ROWS_OF_A_STREAM), stream.tokenizer
+            title += f", of the first {ROWS_OF_A_STREAM:,} rows"
+        bars = [(f"{each['from']:,}", each["documents"]) for each in length_histogram(documents.lengths)]
+        rows = rows_of("train", documents, [], tokenizer, number=EXAMPLES, most_tokens=TOKENS_SHOWN)
+    return Chart(title, [], bars=bars), rows
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------
