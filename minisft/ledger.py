@@ -1,6 +1,7 @@
 """The training ledger: which documents every step trained, and the loss of each (log.ledger = true).
 
-Each rank appends to a file of its own, `ledger-rank-R.bin` in the output folder: 8 bytes a document, two little-endian numbers.
+Each rank, and of ranks that share their batches the first, appends to a file of its own, `ledger-rank-R.bin` in the output
+folder: 8 bytes a document, two little-endian numbers.
 
     row    uint32: the document's number in the token cache, in a stream that of its row (data/chunks.py); the top bit is set on
            the first document of a step that follows on the step before it in this file

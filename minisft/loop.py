@@ -110,7 +110,7 @@ def run(config: Config, origins: dict[str, str], signal: StopSignal) -> Result:
         bar = stack.enter_context(console.ProgressBar(progress.step, total_steps, config.log.progress_bar and is_main))
         ranks.expect_steps()
         saver = stack.enter_context(start_saver(config, prepared, folder))
-        if config.log.ledger:
+        if config.log.ledger and prepared.train.context[0] == 0:  # of the ranks that share a batch the first
             ledger = stack.enter_context(closing(Ledger(folder, ranks.rank(), progress.step)))
         while True:
             with closing(prepared.train.steps(progress.step, total_steps, ahead=device.type == "cuda")) as steps:

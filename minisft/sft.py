@@ -36,7 +36,7 @@ def loss(
 
     Returns a scalar (fp32) that is not scaled by grad_scale; its gradient is. The metrics are detached. Call backward() on it, if
     gradients are enabled: a head that has a gradient already has got its new one by then. keep_rows: in training, the losses of
-    the targets are among the metrics, as ROW_LOSSES.
+    the targets are among the metrics, as ROW_LOSSES; on ranks that share a batch each has those of all targets.
     """
     hidden = model(batch.input_ids, batch.position_ids, batch.start, batch.end, shared=batch.shared)  # [T, D]
     total, stats = model.cross_entropy(
@@ -54,8 +54,16 @@ def loss(
     sums = (total.detach(), correct[0], entropy[0], nll[1:])  # the first part is the whole batch
     metrics: Metrics = {name: (value, number) for (name, number), value in zip(metric_weights(batch).items(), sums)}
     if keep_rows and torch.is_grad_enabled():
-        metrics[ROW_LOSSES] = stats.nll, 1.0
+        metrics[ROW_LOSSES] = (whole_rows(stats.nll, model, batch) if batch.is_piece else stats.nll), 1.0
     return total, metrics
+
+
+def whole_rows(nll: Tensor, model: Decoder, batch: Batch) -> Tensor:
+    """[m] -> [M]: the losses of the targets of the whole batch, of which the ranks that share it have some each."""
+    assert model.context is not None and batch.row_place is not None and batch.all_documents is not None
+    rows = nll.new_zeros(len(batch.all_documents) + 1)  # the last is filler's
+    rows[batch.row_place] = nll
+    return model.context.sum(rows)[:-1]
 
 
 def metric_weights(batch: Batch) -> dict[Names, float | tuple[float, ...]]:

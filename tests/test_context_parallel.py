@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from test_ledger import table
 from test_parallel import SHARDED, assert_equal, home, run_both  # noqa: F401
 from test_ranks import join
 from tiny import logged, settings, start
@@ -163,8 +164,8 @@ def test_losses_and_gradients_of_split_documents_are_those_of_whole_ones(tmp_pat
 DDP = {"parallel.strategy": "ddp"}
 PAIRS = {"trainer_type": "dpo", "dpo.use_weighting": True, **DDP}
 CASES = {
-    "packed": {"data.packing": True, "train.gradient_accumulation_steps": 2},
-    "pairs": PAIRS,
+    "packed": {"data.packing": True, "train.gradient_accumulation_steps": 2, "log.ledger": True},
+    "pairs": PAIRS | {"log.ledger": True},
 }
 MORE_CASES = {
     "shared prompts": PAIRS | {"dpo.share_prompt": True} | SHARDED,
@@ -200,6 +201,10 @@ def test_ranks_that_share_their_batches_are_one(home, tmp_path, cases, count):  
         assert_equal(one.parent)
         for metric in ("rewards/margins", "logps/chosen", "logits/chosen", "entropy", "mean_token_accuracy"):
             assert logged(several, metric) == pytest.approx(logged(one, metric), rel=1e-4, abs=1e-6), (name, metric)
+        if cases[name].get("log.ledger"):
+            whole, found = table(one), table(several)
+            assert found.keys() == whole.keys() and len(list(several.glob("ledger-rank-*.bin"))) == count // 2
+            assert all(found[key] == pytest.approx(whole[key], rel=1e-3) for key in whole)  # as in tests/test_ledger.py
         assert f"{count // 2} groups of 2 ranks" in (several / "said-0").read_text()
 
 

@@ -203,9 +203,6 @@ def check_trained(config: Config, refuse: Refuse) -> None:
 
 def check_parallel(config: Config, refuse: Refuse) -> None:
     """What sharded weights and split documents do not do yet."""
-    if config.log.ledger and config.parallel.context_parallel > 1:
-        problem = "each rank has a part of a document only"
-        refuse("log.ledger parallel.context_parallel", problem, "leave one of them out")
     values, train, strategy = config_to_dict(config), config.train, config.parallel.strategy
     is_sharded = strategy in ("fsdp2", "hsdp")
     for key, belongs in (("replicas", strategy == "hsdp"), ("reshard_after_forward", is_sharded)):

@@ -109,7 +109,6 @@ TOGETHER: tuple[tuple[str, str], ...] = (  # (keys, what they do to each other)
     ),
     ("checkpoint.resume output_dir", "the same folder and auto: the same command goes on where it was"),
     ("checkpoint.save_dtype train.weights_dtype", "the dtype of the exported model, which is that of the weights"),
-    ("log.ledger parallel.context_parallel", "a rank that has a part of a document only does not know its loss"),
     ("log.report_to log.run_name", "trackers and the name of the run in them"),
 )
 

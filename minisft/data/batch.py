@@ -15,7 +15,7 @@ ALIGNMENT = 16  # bytes: the widest access of a kernel
 # What a model and its loss read. The other tensors are for messages, peers and references, and stay on the host.
 FOR_THE_DEVICE = (
     *("input_ids", "position_ids", "start", "end", "loss_rows", "targets", "row_weights", "row_parts"),
-    *("row_answer", "role", "length", "weight", "ref_logps"),
+    *("row_answer", "role", "length", "weight", "ref_logps", "row_place"),
 )
 
 
@@ -62,6 +62,10 @@ class Batch:
     # False: whole documents side by side, where keys are visible to the end of their document: attention need not look
     # for any that ended before. The same for all batches of a set.
     shared: bool = True
+    # Of a piece: which of the whole batch's targets each of its own is, int64 [M], their number for filler; and the documents of
+    # all of these, int64
+    row_place: Tensor | None = None
+    all_documents: Tensor | None = None
     buffer: Tensor | None = None  # uint8: the memory of all tensors in FOR_THE_DEVICE, once they have been put together
 
     @property
@@ -79,8 +83,11 @@ class Batch:
 
     @property
     def row_owners(self) -> Tensor:
-        """The document of each loss in the ledger, int64: of each target without filler, or of each pair (its first one)."""
-        return self.row_document[: self.num_targets] if self.answers is None else self.answers.document[0::2]
+        """The document of each loss in the ledger, int64: of each target without filler, or of each pair (its first one); of a
+        piece for the whole batch."""
+        if self.answers is not None:
+            return self.answers.document[0::2]
+        return self.row_document[: self.num_targets] if self.all_documents is None else self.all_documents
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch, with all that the device reads on the device: one copy, without a wait. The rest stays on the host."""

@@ -61,6 +61,8 @@ def take_pieces(batch: Batch, index: int, count: int) -> Batch:
         row_kind=of_targets(batch.row_kind, 0),
         row_source=of_targets(batch.row_source, 0),
         row_document=of_targets(batch.row_document, -1),
+        row_place=of_targets(torch.arange(batch.num_targets), batch.num_targets),
+        all_documents=batch.row_document[: batch.num_targets],
         labels=batch.labels[mine],
         num_tokens=int((mine < batch.num_tokens).sum()),
         num_targets=num_targets,
