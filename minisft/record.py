@@ -88,8 +88,8 @@ def trained_stream(folder: Path) -> Chunks | None:
             problem = f"{source.path} is at commit {source.commit[:12]}, and this run was trained on {was[:12]}"
             raise UserError(problem, hint="revision = names a commit in config.toml", exit_code=DATA)
     newest = max(checkpoints(folder / "checkpoints"), key=step_of, default=None)
-    if newest is not None:
-        stream.require_unchanged(read_places(read_json(newest / "trainer_state.json")["stream"]["begin"]))
+    if newest is not None and (position := read_json(newest / "trainer_state.json").get("stream")):
+        stream.require_unchanged(read_places(position["begin"]))
     return stream
 
 

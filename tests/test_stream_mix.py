@@ -1,7 +1,9 @@
 """Streams of several sources at once, and of preference data: every row in its turn, in proportion, and the same after a stop."""
 
 import json
+import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,11 @@ from test_dpo_run import DPO, write_pairs
 from test_ranks import join, start_ranks
 from tiny import logged, parts, settings, start, train, train_quietly, weights, write_rows
 
-from minisft.data.chunks import Place, find_files, read_chunk, shares, start_of, write_chunk
+from minisft.data.chunks import Place, find_files, read_chunk, read_places, shares, start_of, write_chunk
 from minisft.data.sources import parse_source, read_rows
+from minisft.data.stream_rows import number_of
 from minisft.errors import DATA, UserError
+from minisft.ledger import read_ledger
 from minisft.prepare import data as prepare_data
 
 STREAM = {"data.stream": True, "data.stream_rows": 20, "train.max_steps": 12, "train.lr_scheduler_type": "constant"}
@@ -98,6 +102,37 @@ def test_shares_of_any_weights_keep_their_bound(weights, chunks):
         begin = tuple(Place(taken=place.taken + number) for place, number in zip(begin, numbers))
         total = sum(place.taken for place in begin)
         assert all(abs(p.taken - total * w / sum(weights)) < 2 + 1e-6 for p, w in zip(begin, weights))
+
+
+def test_a_mix_of_the_hub_and_of_this_disk(home, tmp_path, monkeypatch):
+    """A repository of two files of 5 rows beside a local source: one of its files is here at a time, and rows have its names."""
+    for i in range(2):
+        write_rows(tmp_path / f"train-{i}.jsonl", 5)
+    downloads = []
+
+    def download(repo, commit, files, *, local_files_only=False, folder=None):
+        downloads.append(files[0])
+        folder.mkdir(exist_ok=True, parents=True)
+        return [Path(shutil.copy(tmp_path / files[0], folder / files[0]))]
+
+    monkeypatch.setattr("minisft.hub.list_dataset", lambda *a, **k: (["train-0.jsonl", "train-1.jsonl"], "c0ffee"))
+    monkeypatch.setattr("minisft.hub.download_dataset", download)
+    sources = [{"path": str(home / "a.jsonl")}, {"path": "owner/rows", "weight": 2.0}]
+    run, _ = parts(home, output_dir=str(tmp_path / "out"), **mix_of(home, **{"data.train_data": sources}))
+    assert downloads == ["train-0.jsonl", "train-1.jsonl", "train-0.jsonl"]  # 13 of 20 rows
+    (chunks,) = (tmp_path / "token_cache").glob("stream-*")
+    assert [path.name for path in (chunks / "downloads").iterdir()] == ["train-0.jsonl"]
+    documents = run.train.documents
+    places = [documents.cache.place(document) for document in range(20)]
+    assert places[7:] == [f"owner/rows/train-{i % 10 // 5}.jsonl:{i % 5 + 1}" for i in range(13)]
+    assert documents.numbers.tolist() == [2 * i for i in range(7)] + [2 * (i % 10) + 1 for i in range(13)]
+    find = partial(number_of, run.train.stream.sources, folder=tmp_path / "found", is_mix=True)
+    assert find(name="train-1.jsonl", line=3) == find(name="owner/rows/train-1.jsonl", line=3) == 2 * 7 + 1
+
+
+def test_places_of_an_earlier_version_are_refused():
+    with pytest.raises(UserError, match="earlier version"):
+        read_places({"row": 5})
 
 
 # ---- runs of a mix --------------------------------------------------------------------------------------------------
@@ -215,12 +250,16 @@ def test_a_chunk_may_have_a_least_number_of_rows(tmp_path, least, ends):
 @pytest.mark.parametrize("kind", ["mix", "packed"])
 def test_two_ranks_are_one(home, tmp_path, kind):
     keys = mix_of(home) if kind == "mix" else preference(home, kind, **{"data.stream": True, "data.stream_rows": 10})
+    keys |= {"log.ledger": True}
     one = keys | {"output_dir": str(tmp_path / "one"), "train.per_device_train_batch_size": 4, "train.max_steps": 8}
     two = one | {"output_dir": str(tmp_path / "two"), "train.per_device_train_batch_size": 2}
     assert join([start(train_quietly, home, one), *start_ranks(home, two)], 240) == (0, 0, 0)
     assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-5)  # as tests/test_ranks.py
     for name in ("num_tokens", "chunk"):
         assert logged(tmp_path / "two", name) == logged(tmp_path / "one", name)
+    found, whole = read_ledger(tmp_path / "two"), read_ledger(tmp_path / "one")
+    rows = [sorted(zip(ledger.step.tolist(), ledger.document.tolist())) for ledger in (found, whole)]
+    assert rows[0] == rows[1] and len(rows[0]) > 60
 
 
 def test_a_source_without_rows_is_told(tmp_path):

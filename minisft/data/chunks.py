@@ -70,9 +70,14 @@ def start_of(sources: Sequence[Source], is_mix: bool) -> Places:
     return tuple(Place(source=number) for number in range(len(sources) if is_mix else 1))
 
 
-def read_places(value: list[dict] | dict) -> Places:
-    """The places that a checkpoint holds as JSON; a single table where it was written before there were mixes."""
-    return tuple(Place(**place) for place in (value if isinstance(value, list) else [value]))
+def read_places(value: list[dict]) -> Places:
+    """The places that a checkpoint holds as JSON. Raises UserError for one of an earlier version, whose rows have no numbers."""
+    if not isinstance(value, list):
+        hint = "choose a new output_dir, or set resume = 'never'"
+        raise UserError(
+            "the checkpoint of a stream from an earlier version cannot be resumed", hint=hint, exit_code=DATA
+        )
+    return tuple(Place(**place) for place in value)
 
 
 # ------------------------------------------------------------------------------------------------- sources
@@ -105,6 +110,11 @@ def _require_readable(source: Source, is_mix: bool) -> None:
         suffix, compression = file_kind(name)
         if suffix not in LINES and (suffix != ".parquet" or compression):
             refuse(f"{name} cannot be read in pieces", "convert it to .jsonl or .parquet")
+
+
+def name_of(source: Source, file: int) -> str:
+    """A file as messages name it."""
+    return f"{source.path}/{source.files[file]}" if source.commit else source.files[file]
 
 
 def local_file(source: Source, number: int, folder: Path, local_files_only: bool) -> Path:
@@ -171,6 +181,9 @@ class Copier:
     least: int  # as in write_chunk
     local_files_only: bool
     parts: list[Part] = field(default_factory=list)
+    paths: dict[tuple[int, int], Path] = field(
+        default_factory=dict
+    )  # of files that were downloaded, by source and file
 
     def copy(self, begin: Place, rows: int) -> Place:
         """Copy up to `rows` rows; the place behind them."""
@@ -183,12 +196,8 @@ class Copier:
                 continue
             at = self.next_file(end)
             empty_passes = 0 if number else empty_passes + (at.passes > end.passes)
-            if (
-                empty_passes > 1
-                or at.passes > begin.passes
-                and not self.is_mix
-                and (written >= self.least or not begin.number)
-            ):
+            is_over = at.passes > begin.passes and not self.is_mix and (written >= self.least or not begin.number)
+            if is_over or empty_passes > 1:
                 break
         if rows and not written:
             files = ", ".join(name for source in self.sources for name in source.files)
@@ -198,7 +207,9 @@ class Copier:
     def copy_of_file(self, at: Place, rows: int) -> tuple[int, Place, bool]:
         """As copy_lines, from the file in which the place is."""
         source, downloads = self.sources[at.source], self.folder.parent / "downloads"
-        path = local_file(source, at.file, downloads, self.local_files_only)
+        if (at.source, at.file) not in self.paths:
+            self.paths[at.source, at.file] = local_file(source, at.file, downloads, self.local_files_only)
+        path = self.paths[at.source, at.file]
         suffix = ".parquet" if file_kind(path)[0] == ".parquet" else ".jsonl"
         copy = self.folder / f"{at.source}-{at.file}-pass-{at.passes}-row-{at.row}{suffix}"
         if suffix == ".parquet":
@@ -211,7 +222,7 @@ class Copier:
         else:
             copy.unlink()
         if is_end and source.commit and not self.local_files_only and len(source.files) > 1:
-            path.unlink(missing_ok=True)  # its place on the disk is for the next one
+            self.paths.pop((at.source, at.file)).unlink(missing_ok=True)  # its place on the disk is for the next one
         return number, replace(end, number=at.number + number, taken=at.taken + number), is_end
 
     def next_file(self, at: Place) -> Place:
@@ -251,12 +262,7 @@ def with_places(documents: Documents, sources: Sequence[Source], parts: Sequence
     count = len(sources) if is_mix else 1
     first = np.array([part.number * count + (part.source if is_mix else 0) for part in of_file])
     rows = np.array([part.row for part in of_file])
-    names = [sources[part.source].files[part.file] for part in of_file]
-    paths = [
-        f"{sources[part.source].path}/{name}" if sources[part.source].commit else name
-        for part, name in zip(of_file, names)
-    ]
-    manifest = {**cache.manifest, "paths": paths}
+    manifest = {**cache.manifest, "paths": [name_of(sources[part.source], part.file) for part in of_file]}
     numbers = first[cache.file] + (cache.line - 1) * count
     return replace(
         documents, cache=replace(cache, manifest=manifest, line=rows[cache.file] + cache.line), numbers=numbers

@@ -7,7 +7,7 @@ repository are downloaded one by one.
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from minisft.data.chunks import Part, local_file, read_lines
+from minisft.data.chunks import Part, local_file, name_of, read_lines
 from minisft.data.parquet import copy_parquet, count_parquet
 from minisft.data.sources import BOM, Source, file_kind, open_rows
 from minisft.errors import DATA, UserError
@@ -71,7 +71,7 @@ def number_of(
 ) -> int:
     """The number of the row in this line, from 1, of the file with this name, "" where there is one file. Raises UserError."""
     files = list(files_of(sources, None))
-    names = {place: sources[place[0]].files[place[1]] for place in files}
+    names = {place: name_of(sources[place[0]], place[1]) for place in files}
     chosen = [place for place in files if names[place] == name]
     chosen = chosen or [place for place in files if Path(names[place]).name == Path(name).name or not name]
     if len(chosen) != 1 or line < 1:

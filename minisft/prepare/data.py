@@ -183,7 +183,9 @@ class Chunks:
         self.config, self.tokenizer = config, tokenizer
         sources = [parse_source(source) for source in source_list(config.data.train_data)]
         self.is_mix = config.data.stream_mix and len(sources) > 1
-        self.sources = find_files(sources, is_mix=self.is_mix, local_files_only=config.model.local_files_only)
+        self.sources = find_files(
+            sources, is_mix=config.data.stream_mix, local_files_only=config.model.local_files_only
+        )
         self.begin = start_of(self.sources, self.is_mix)  # of the first chunk
         run = sha256(str(Path(config.output_dir).absolute()).encode()).hexdigest()
         self.folder = cache_folder(config) / f"stream-{run[:16]}"
