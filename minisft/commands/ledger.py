@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +28,7 @@ What the ledger of a run says, which log.ledger = true keeps: without an option 
   --forgotten N    the N documents whose loss rose most from its lowest to the last
   --json           print JSON
 """
-SHOWN = 300  # characters of a text
+SHOWN, WIDTH = 300, 100  # characters of a text, columns
 
 
 @dataclass(frozen=True)
@@ -178,9 +179,12 @@ def text_of(found: dict[str, Any]) -> str:
     shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}... ({len(shown):,} characters)"
     if "steps" in found:
         lines = [f"  step {one['step']:>8}  loss {one['loss']:.4f}" for one in found["steps"]] or ["  not trained"]
+    elif found["times"] == 1:
+        lines = [f"  loss {found['last']:.4f}; trained once"]
     else:
         lines = [
             f"  loss {found['last']:.4f} the last time, {found['first']:.4f} the first, {found['lowest']:.4f} the lowest; "
             f"trained {found['times']} times"
         ]
-    return "\n".join([found["row"], *lines, f"  {shown}"])
+    text = textwrap.fill(shown, WIDTH, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join([found["row"], *lines, text])
