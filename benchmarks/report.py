@@ -77,10 +77,16 @@ ENGINES = {
 }
 
 
+def newest_run(rows: list[dict]) -> list[dict]:
+    date = max(row["date"] for row in rows)
+    return [row for row in rows if row["date"] == date]
+
+
 def step_table(rows: list[dict]) -> str:
-    """The newest run: speeds of different days are not compared."""
-    date, lines = max(row["date"] for row in rows), []
-    for row in [row for row in rows if row["date"] == date]:
+    """The newest run of each processor, the newest of all first: speeds of different days are not compared."""
+    lines = []
+    cpus = dict.fromkeys(row["cpu"] for row in sorted(rows, key=lambda row: row["date"], reverse=True))
+    for row in [row for cpu in cpus for row in newest_run([row for row in rows if row["cpu"] == cpu])]:
         is_ceiling, times = row["engine"] == "products", row.get("minisft_times")
         ratio = (
             "-"
@@ -91,8 +97,8 @@ def step_table(rows: list[dict]) -> str:
         )
         memory = "-" if is_ceiling else f"{float(row['peak_gb']):.2f} GB"
         speed = f"{float(row['tokens_per_second']):,.0f} tokens/s"
-        lines.append([row["trained"], ENGINES[row["engine"]], speed, ratio, memory])
-    return table(["trained", "", "speed", "minisft beside it", "memory"], lines)
+        lines.append([row["cpu"], row["trained"], ENGINES[row["engine"]], speed, ratio, memory])
+    return table(["processor", "trained", "", "speed", "minisft beside it", "memory"], lines)
 
 
 def gpu_step_table(rows: list[dict]) -> str:
@@ -319,8 +325,7 @@ def highlights(results: Path = RESULTS) -> str:
     step, dpo, kernels, packing = (read_csv(results / f"{name}.csv") for name in names)
     if not (step and dpo and kernels and packing):
         return ""
-    date = max(row["date"] for row in step)
-    engines = {row["engine"]: row for row in step if row["date"] == date and row["trained"] == "answers"}
+    engines = {row["engine"]: row for row in newest_run(step) if row["trained"] == "answers"}
     speed = {name: f"{float(row['tokens_per_second']):,.0f}" for name, row in engines.items()}
     memory = {name: f"{float(row['peak_gb']):.2f} GB" for name, row in engines.items() if row["peak_gb"]}
     times = {name: float(row["minisft_times"]) for name, row in engines.items() if row["minisft_times"]}

@@ -217,8 +217,12 @@ def test_the_step_beside_its_peers_and_its_ceiling(tmp_path):
     assert "50.0% of the ceiling" in ceiling and "1.25 x compiled, in 80% of its memory" in peer
     assert train_step.summary(rows[1:]) == []
     write_csv("train_step", rows, tmp_path)
-    lines = report.step_table(read_csv(tmp_path / "train_step.csv")).splitlines()[2:]
-    assert [line.split(" | ")[3] for line in lines] == ["-", "2.0 x", "1.2 x", "50%"]
+    written = read_csv(tmp_path / "train_step.csv")
+    earlier = [row | {"date": "2000-01-01", "tokens_per_second": "1"} for row in written]
+    of_another = [row | {"cpu": "another", "date": "2000-01-02"} for row in written]
+    lines = report.step_table([*earlier, *of_another, *written]).splitlines()[2:]  # one run of each processor
+    assert [line.split(" | ")[4] for line in lines] == ["-", "2.0 x", "1.2 x", "50%"] * 2
+    assert [line.split(" | ")[0] for line in lines] == [f"| {written[0]['cpu']}"] * 4 + ["| another"] * 4
 
 
 def test_micro_batches_as_others_have_them():
