@@ -100,7 +100,7 @@ def test_chunks_of_parquet_files(tmp_path, rows):
     [
         ({"path": "rows.jsonl", "weight": 2.0}, "weight = 2"),
         ("rows.jsonl[:10]", "the slice"),
-        ("table.csv", "table.csv cannot be read in pieces"),
+        ("table.csv", "table.csv: cannot be read in pieces"),
         ("empty.jsonl", "empty"),
         ("absent.jsonl", "no file matches"),
     ],

@@ -109,7 +109,8 @@ def _require_readable(source: Source, is_mix: bool) -> None:
     for name in source.files:
         suffix, compression = file_kind(name)
         if suffix not in LINES and (suffix != ".parquet" or compression):
-            refuse(f"{name} cannot be read in pieces", "convert it to .jsonl or .parquet")
+            which = "" if name == source.path else f"{name} "
+            refuse(f"{which}cannot be read in pieces", "convert it to .jsonl or .parquet")
 
 
 def name_of(source: Source, file: int) -> str:
