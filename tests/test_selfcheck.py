@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_dpo_run import write_pairs
+from test_shared_turns import keys as turn_keys
+from test_shared_turns import thinking_rows, thinking_tokenizer
 from tiny import settings, train
 
 from minisft import checkpoint, sft
@@ -21,7 +23,7 @@ from minisft.selfcheck import checks, files, naive
 from minisft.selfcheck.bench import Bench
 from minisft.selfcheck.checks import CHECKS
 
-PROCESSES = ("2 ranks = 1",)  # of those that start processes the normal tests see the comparison only
+PROCESSES = ("several ranks = one",)  # of those that start processes the normal tests see the comparison only
 SLOW_IMPORT = ("exported = in transformers",)
 QUICK = [name for name in CHECKS if name not in PROCESSES + SLOW_IMPORT]
 
@@ -31,6 +33,8 @@ def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("selfcheck")
     write_pairs(folder / "pairs.jsonl")
     train(folder, output_dir=str(folder / "first"), **{"train.max_steps": 4})
+    thinking_tokenizer().save(folder / "thinking")
+    (folder / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in thinking_rows()))
     return folder
 
 
@@ -38,6 +42,9 @@ def options(home: Path, kind: str) -> dict:
     base = {"model.config": None, "model.model_name_or_path": str(home / "first" / "model")}
     dpo = {"trainer_type": "dpo", "data.train_data": str(home / "pairs.jsonl"), "train.learning_rate": 1e-3}
     lora_keys = {**base, "lora.r": 4}
+    own = {"model.tokenizer_name_or_path": str(home / "thinking"), "data.train_data": str(home / "turns.jsonl")}
+    turns = turn_keys() | own | {"data.packing": True}
+    stream = {"data.stream": True, "data.stream_rows": 20, "train.max_steps": 20}
     return {
         "sft": {"data.packing": True},
         "bf16": {"train.precision": "bf16", "model.gradient_checkpointing": True},
@@ -47,14 +54,17 @@ def options(home: Path, kind: str) -> dict:
         "dpo": {**base, **dpo, "data.packing": True, "dpo.share_prompt": True},
         "dpo lora": {**lora_keys, **dpo, "dpo.loss_type": ["sigmoid", "sft"], "dpo.ld_alpha": 0.5},
         "kto": {**base, **dpo, "dpo.loss_type": "kto"},
+        "turns": turns,
+        "windows": turns | {"model.config": turns["model.config"] | {"model_type": "mistral", "sliding_window": 150}},
+        "stream": {**stream, "train.lr_scheduler_type": "constant", "data.packing": True},
     }[kind]
 
 
 @pytest.fixture
 def bench(home, tmp_path):
-    def make(kind: str = "sft", **more) -> Bench:
-        config, _ = load({}, settings(home, **options(home, kind), **more), origin="test")
-        return Bench(selfcheck.quiet(config), [], tmp_path, 8)
+    def make(kind: str = "sft", rows: int = 8, **more) -> Bench:
+        config, _ = load({}, settings(home, **options(home, kind) | more), origin="test")
+        return Bench(selfcheck.quiet(config), [], tmp_path, rows)
 
     return make
 
@@ -70,9 +80,38 @@ def test_runs_pass(bench, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bf16", "bf16 weights", "lora", "dpo lora", "kto"])
+@pytest.mark.parametrize("kind", ["bf16", "bf16 weights", "lora", "dpo lora", "kto", "turns", "windows", "stream"])
 def test_more_runs_pass(bench, kind):
     assert failures(bench(kind), [*QUICK, *SLOW_IMPORT]) == []
+
+
+SHARED = ("packed = one by one", "documents are isolated")
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_documents_share_what_those_of_the_run_do(bench, rows):
+    made = bench("turns", rows)
+    found = checks.packing(made)
+    assert found.passed and int(found.where.split("; ")[1].split()[0]) > 0
+    documents = made.documents()
+    assert documents.turns is None and len(documents) >= rows
+
+
+def test_the_first_chunk_of_a_stream_is_checked(bench):
+    assert (
+        failures(bench("stream"), ["a step = the definition", "packed = one by one", "resumed = uninterrupted"]) == []
+    )
+
+
+def test_documents_that_come_twice_in_an_epoch(bench, home):
+    source = {"path": str(home / "turns.jsonl"), "weight": 2}
+    assert failures(bench("turns", 30, **{"data.train_data": [source]}), SHARED) == []
+
+
+def test_trees_are_no_longer_than_the_windows(bench, monkeypatch):
+    assert failures(bench("windows", 30), SHARED) == []
+    monkeypatch.setattr(checks, "longest_tree", lambda config: None)
+    assert failures(bench("windows", 30), SHARED)
 
 
 # ---- what is broken is seen ---------------------------------------------------------------------------------------
@@ -86,6 +125,14 @@ def test_documents_that_see_each_other_are_found(bench, monkeypatch):
     monkeypatch.setattr(loader, "document_bounds", one_document)
     told = failures(bench(), ["packed = one by one", "documents are isolated"])
     assert len(told) == 2
+
+
+@pytest.mark.parametrize("kind", ["turns", "dpo"])
+def test_answers_that_see_the_answer_before_them_are_found(bench, monkeypatch, kind):
+    """Documents that share a beginning, where the keys of one that has ended are still seen."""
+    bounds = loader.tree_bounds
+    monkeypatch.setattr(loader, "tree_bounds", lambda begin, first, end: bounds(begin, first, end.copy()))
+    assert len(failures(bench(kind), SHARED)) == 2
 
 
 def test_positions_that_do_not_begin_anew_are_found(bench, monkeypatch):
@@ -188,11 +235,22 @@ def test_logits_of_transformers_that_differ_are_found(bench, monkeypatch):
     assert failures(bench(), SLOW_IMPORT)
 
 
-@pytest.mark.slow  # three processes that import torch
-def test_two_processes_take_the_step_of_one(home, tmp_path):
-    values = settings(home, output_dir=str(tmp_path / "out"))
+SEVERAL = {
+    "ddp": ({}, "2 ranks"),
+    "fsdp2": ({"parallel.strategy": "fsdp2", "train.precision": "bf16"}, "2 ranks by fsdp2"),
+    "hsdp": ({"parallel.strategy": "hsdp", "parallel.replicas": 3}, "4 ranks by hsdp"),
+    "context": ({"parallel.context_parallel": 4}, "2 ranks, split documents"),
+}
+
+
+@pytest.mark.slow  # three to five processes that import torch
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_several_processes_take_the_step_of_one(kind, home, tmp_path, capsys):
+    keys, told = SEVERAL[kind]
+    values = settings(home, output_dir=str(tmp_path / "out"), **keys)
     (tmp_path / "run.toml").write_text("".join(f"{key} = {as_toml(value)}\n" for key, value in values.items()))
     assert main(["selfcheck", str(tmp_path / "run.toml"), "--only", "rank"]) == 0
+    assert f"; {told}\n" in capsys.readouterr().out
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -226,6 +284,12 @@ def test_the_table_its_exit_codes_and_the_untouched_output_folder(file, tmp_path
 def test_mistakes_on_the_command_line_are_told(file, words, capsys):
     assert main(["selfcheck", file(), *words]) == 2
     assert "minisft: error" in capsys.readouterr().err
+
+
+def test_a_stream_is_compared_with_the_naive_loop_in_its_first_chunk(file, capsys):
+    assert main(["selfcheck", file("stream"), "--naive", "9"]) == 0
+    shown = capsys.readouterr().out
+    assert "first chunk" in shown and 1 < shown.count("e-0") < 9
 
 
 @pytest.mark.parametrize("kind", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])

@@ -26,7 +26,7 @@ from minisft.data.batch import document_bounds
 from minisft.data.cache import Documents
 from minisft.data.kinds import ANSWER, REASONING, TRAINED, USER
 from minisft.data.loader import Loader, _bounds, make_batch, plan_set
-from minisft.data.tokenizer import train_tokenizer
+from minisft.data.tokenizer import Tokenizer, train_tokenizer
 from minisft.errors import UserError
 from minisft.kernels.common import use_backend
 from minisft.kernels.flash_attention import flash_attention, flash_attention_ref
@@ -230,12 +230,16 @@ def thinking_rows(count: int = 12) -> list[dict]:
     ]
 
 
+def thinking_tokenizer() -> Tokenizer:
+    template = (TEMPLATES / "qwen3.jinja").read_text(encoding="utf-8").rstrip("\n")
+    names = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>")
+    return train_tokenizer([], 261, special_tokens=names, chat_template=template)
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("turns")
-    template = (TEMPLATES / "qwen3.jinja").read_text(encoding="utf-8").rstrip("\n")
-    names = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>")
-    train_tokenizer([], 261, special_tokens=names, chat_template=template).save(folder / "tokenizer")
+    thinking_tokenizer().save(folder / "tokenizer")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in thinking_rows()))
     return folder
 

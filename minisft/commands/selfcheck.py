@@ -17,7 +17,7 @@ USAGE = """\
 usage: minisft selfcheck CONFIG.toml [--rows N] [--only WORD] [--naive [STEPS]] [--json] [--KEY VALUE ...]
 
 Check on this machine, with the model and the data of CONFIG.toml, that what must be equal is equal: packed and one
-by one, any split into micro-batches, kernels and reference formulas, checkpointing on and off, one rank and two,
+by one, any split into micro-batches, kernels and reference formulas, checkpointing on and off, one rank and several,
 resumed and uninterrupted, adapter and merged model, memory and exported files. The exit code is 1 if something is not.
 
   --rows N         rows, or pairs, in the checks (default 8)
@@ -88,6 +88,7 @@ def check(config: Any, words: list[str], folder: Path, num_rows: int, only: list
     run = bench.prepared()
     if not as_json:
         about = f"{run.model.config.model_type} on {run.device.type}, {run.precision}; {num_rows} rows a check"
+        about += " of the stream's first chunk" if run.train.stream else ""
         print(f"{about}\n\n{'':<28}{'error':>9}{'bar':>9}  {'':<7}{'seconds':>8}  where the error is largest")
     del run
     rows = []
@@ -151,14 +152,18 @@ def compare_with_naive(config: Any, steps: int, as_json: bool) -> int:
     notes = []
 
     def begin() -> Any:
+        notes.clear()
         run = prepare(config, device)
         if has_noise(run):
             run.model.eval()
-            notes[:] = ["Dropout is off in both: they would draw other numbers."]
+            notes.append("Dropout is off in both: they would draw other numbers.")
+        if run.train.stream is not None:
+            notes.append("These are steps of the stream's first chunk.")
         return run
 
     run = begin()
-    steps, precision = min(steps, run.total_steps), run.precision
+    first_chunk = run.total_steps if run.train.stream is None else run.train.steps_per_epoch
+    steps, precision = min(steps, run.total_steps, first_chunk), run.precision
     losses, seconds = [], []
     began = time.perf_counter()
     for step in range(steps):

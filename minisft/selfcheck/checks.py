@@ -23,11 +23,11 @@ from torch import Tensor
 
 from minisft import loop, runtime
 from minisft.checkpoint import step_folder
-from minisft.data.cache import Documents
 from minisft.data.loader import Loader, make_batch
 from minisft.errors import UserError
 from minisft.kernels.common import use_backend
 from minisft.memory import memory_bytes
+from minisft.model.model_config import longest_tree
 from minisft.prepare.run import Run
 from minisft.resume import resume
 from minisft.saver import Saver
@@ -55,10 +55,10 @@ FLOOR = {
 STEPS = 4  # of the run that is resumed in its middle
 
 
-def sharing(run: Run) -> Callable[[Documents], dict]:
+def sharing(run: Run) -> dict:
     """By which options of plan_set the run's packs share beginnings."""
     shares_turns, shares_prompt = run.train.documents.turns is not None, run.train.documents.shared is not None
-    return lambda documents: {"share_prompt": shares_prompt, "longest_tree": None if shares_turns else 0}
+    return {"share_prompt": shares_prompt, "longest_tree": longest_tree(run.model.config) if shares_turns else 0}
 
 
 # ---- a step -------------------------------------------------------------------------------------------------------
@@ -85,9 +85,13 @@ def packing(bench: Bench) -> Outcome:
     alone = bench.alone()
     with in_fp32(bench.prepared()) as run:
         loader = packed(run.train, bench.documents(), sharing(run))
-        if loader.plan.num_packs == loader.documents.num_units:
+        documents = loader.documents
+        total, once = int(documents.lengths.sum()), int(documents.unit_lengths.sum())
+        if loader.plan.num_packs == documents.num_units and total == once:
             raise Skipped("there is one document only")
-        return outcome(engine_step(run, bench.config.train, loader), alone, FP32)
+        found = outcome(engine_step(run, bench.config.train, loader), alone, FP32)
+    shares = documents.turns is not None or documents.shared is not None
+    return replace(found, where=f"{found.where}; {total - once:,} of {total:,} tokens shared") if shares else found
 
 
 def accumulation(bench: Bench) -> Outcome:
@@ -156,14 +160,18 @@ def checkpointing(bench: Bench) -> Outcome:
 
 
 def isolation(bench: Bench) -> Outcome:
-    """Other tokens in one document change no bit of the hidden states of another in its pack."""
+    """Other tokens in one document change no bit of the hidden states of another in its pack. Where documents share a beginning,
+    the same of the tokens after it."""
     run = bench.prepared()
-    loader = packed(run.train, bench.documents(), lambda documents: {"longest_tree": 0})
+    loader = packed(run.train, bench.documents(), sharing(run))
     packs = loader.packs(0)
     batch = make_batch(loader.documents, packs, range(len(packs)), round_to=loader.round_to)
-    bounds = batch.cu_seqlens.tolist()
+    bounds, position = batch.cu_seqlens.tolist(), batch.position_ids.tolist()
     documents = [(a, b) for a, b in zip(bounds[:-1], bounds[1:]) if b <= batch.num_tokens]
-    if len(documents) < 2:
+    # a document that begins at i, behind a beginning that it shares, does not have the tokens from its position on before it
+    begins = [i for i in range(1, batch.num_tokens) if 0 < position[i] <= position[i - 1]]
+    branches = [(i - 1 - position[i - 1 :: -1].index(position[i]), i) for i in begins]
+    if len(documents) + len(branches) < 2:
         raise Skipped("there is one document only")
     training = run.model.training
     run.model.eval()
@@ -174,7 +182,7 @@ def isolation(bench: Bench) -> Outcome:
             return run.model(work.input_ids, work.position_ids, work.start, work.end, shared=work.shared)
 
     before, errors = hidden(batch.input_ids), {}
-    for a, b in (documents[0], documents[len(documents) // 2], documents[-1]):
+    for a, b in {some[i] for some in (documents, branches) if some for i in (0, len(some) // 2, -1)}:
         ids = batch.input_ids.clone()
         ids[a:b] = (ids[a:b] + 1) % run.model.config.vocab_size
         change = (hidden(ids) - before).abs().float()
@@ -190,15 +198,20 @@ def isolation(bench: Bench) -> Outcome:
 # ---- ranks --------------------------------------------------------------------------------------------------------
 
 
-def two_ranks(bench: Bench) -> Outcome:
-    """Two processes that share a step have the gradients of one. On the CPU where there are no two GPUs."""
+def several_ranks(bench: Bench) -> Outcome:
+    """Processes that share a step, and the weights and documents as the run's ranks do, have the gradients of one. On the CPU
+    where there are too few GPUs."""
     if reason := split_matters(bench.config):
         raise Skipped(reason)
-    on_gpus = torch.cuda.device_count() > 1 and bench.config.train.device != "cpu"
+    strategy, splits = bench.config.parallel.strategy, bench.config.parallel.context_parallel > 1
+    number = 4 if strategy == "hsdp" else 2  # two groups of two, or one
+    on_gpus = torch.cuda.device_count() >= number and bench.config.train.device != "cpu"
     if not on_gpus and bench.prepared().device.type == "cuda" and not fits_in_memory(bench.prepared()):
-        raise Skipped("one GPU, and too little memory to try it on the CPU")
-    steps = [ranks_step(bench, count, "auto" if on_gpus else "cpu") for count in (1, 2)]
-    return outcome(steps[1], steps[0], FP32)
+        raise Skipped(f"{torch.cuda.device_count()} of {number} GPUs, and too little memory to try it on the CPU")
+    steps = [ranks_step(bench, count, "auto" if on_gpus else "cpu") for count in (1, number)]
+    found = outcome(steps[1], steps[0], FP32)
+    how = f"{number} ranks{f' by {strategy}' if strategy in ('fsdp2', 'hsdp') else ''}{', split documents' if splits else ''}"
+    return replace(found, where=f"{found.where}; {how}")
 
 
 def fits_in_memory(run: Run) -> bool:
@@ -304,6 +317,6 @@ CHECKS: dict[str, Callable[[Bench], Outcome]] = {
     "exported = in memory": exported,
     "adapter merged = adapter": adapter_merged,
     "exported = in transformers": by_transformers,
-    "2 ranks = 1": two_ranks,
+    "several ranks = one": several_ranks,
     "resumed = uninterrupted": resumed,
 }

@@ -1,7 +1,7 @@
 """What two ways of taking the same step have in common: its loss and its gradient, and the measure of their difference."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from minisft.config.sections import TrainSection
 from minisft.data.cache import Documents
 from minisft.data.loader import Loader, plan_set
 from minisft.loop import train_step
+from minisft.parallel import part_of
 from minisft.prepare.run import Run
 
 SMALL = 1e-4  # a gradient whose norm is below this part of the whole is measured against that part of the whole
@@ -21,7 +22,7 @@ SMALL = 1e-4  # a gradient whose norm is below this part of the whole is measure
 
 @dataclass(frozen=True)
 class Step:
-    """The loss of a step, and its gradient before clipping."""
+    """The loss of a step, and its gradient before clipping; of sharded weights the rows of this rank."""
 
     loss: float
     grads: dict[str, Tensor]  # fp32, on the host
@@ -49,8 +50,9 @@ def engine_step(run: Run, train: TrainSection, loader: Loader) -> Step:
         raise MemoryError(result.ran_out.message)
     params = [p for group in recorder.param_groups for p in group["params"]]
     grads = dict(zip(params, recorder.grads))
+    here = {name: grads.get(part_of(p)) for name, p in run.model.named_parameters()}
     # none where the loss or a gradient is not finite
-    return Step(result.loss, {name: grads[p] for name, p in run.model.named_parameters() if grads.get(p) is not None})
+    return Step(result.loss, {name: grad for name, grad in here.items() if grad is not None})
 
 
 def take_gradients(run: Run, loss: float) -> Step:
@@ -131,16 +133,27 @@ def largest_difference(a: Tensor, b: Tensor) -> float | None:
 
 
 def first_documents(loader: Loader, number: int) -> Documents:
-    """The documents, or pairs, that the run's first steps train, about so many; they share nothing."""
-    packs, documents = loader.packs(0), loader.documents
-    first = list(dict.fromkeys(packs.document[: 4 * number].tolist()))  # packing may cut one into several pieces
+    """The documents, or pairs, that the run's first steps train, about so many, as they are without sharing. If any of the run
+    share a beginning, some of these do."""
+    packs, documents = loader.packs(loader.at(0)[0]), loader.documents
+    units = list(dict.fromkeys(packs.document[: 4 * number].tolist()))  # packing may cut one into several pieces
+    first, count = documents.pieces_of(packs.document)
+    shares = documents.shared_by(first + count - 1) > 0
+    if shares.any():  # the first of these, and then the others
+        units = list(dict.fromkeys([int(packs.document[shares.argmax()]), *units]))
     chosen = np.zeros(len(documents) // documents.group, dtype=bool)
-    for unit in first:
+    for unit in units:
         piece, count = (x.item() for x in documents.pieces_of(np.array([unit])))
         chosen[piece // documents.group : (piece + count) // documents.group] = True
         if chosen.sum() >= number:
             break
-    return replace(documents, turns=None, shared=None).take(chosen)
+    alone = replace(documents, turns=None, shared=None).take(chosen)
+    if documents.turns is None:
+        return alone
+    order = alone.index.argsort(kind="stable")  # documents that come several times in an epoch are in several trees
+    targets = None if alone.num_targets is None else alone.num_targets[order]
+    cut = {name: getattr(alone, name)[order] for name in ("index", "start", "end")}
+    return replace(alone, **cut, num_targets=targets)
 
 
 def one_by_one(loader: Loader, documents: Documents, batch_size: int = 1, accumulation: int | None = None) -> Loader:
@@ -150,9 +163,9 @@ def one_by_one(loader: Loader, documents: Documents, batch_size: int = 1, accumu
     return Loader(documents, plan, batch_size, accumulation, loader.seed, shuffle=False, round_to=loader.round_to)
 
 
-def packed(loader: Loader, documents: Documents, share: Callable[[Documents], dict]) -> Loader:
-    """All documents in packs, in one step. share(documents): options of plan_set, by which the run shares beginnings."""
+def packed(loader: Loader, documents: Documents, share: dict) -> Loader:
+    """All documents in packs, in one step. share: options of plan_set, by which the run shares beginnings."""
     longest = np.sort(documents.lengths.reshape(-1, documents.group).sum(1))[-2:].sum()
     limit = max(loader.plan.max_length, int(longest)) // documents.group + 1  # some pack has two
-    documents, plan = plan_set(documents, strategy="bfd", max_length=limit, **share(documents))
+    documents, plan = plan_set(documents, strategy="bfd", max_length=limit, **share)
     return Loader(documents, plan, plan.num_packs, 1, loader.seed, shuffle=False, round_to=loader.round_to)
