@@ -36,11 +36,21 @@ from minisft.metrics import ROW_LOSSES, Sums, eval_name, peak_memory
 from minisft.micro_batch import forward_backward
 from minisft.optimizers import evaluation_weights
 from minisft.out_of_memory import OutOfMemory, evaluation_error, halve, memory_error, try_largest
-from minisft.parallel import is_sharded, needs_others, share_of, sum_gradients, total_norm, waiting
+from minisft.parallel import (
+    complete_in_backward,
+    is_sharded,
+    needs_others,
+    part_with_gradient,
+    parts_with_gradients,
+    share_of,
+    sum_gradients,
+    total_norm,
+    waiting,
+)
 from minisft.prepare.run import Run, prepare
 from minisft.replicas import GradientSum
 from minisft.resume import require_same_state, resume, rewind, training_state
-from minisft.runtime import copy_back, read_back
+from minisft.runtime import copy_back
 from minisft.samples import complete
 from minisft.saver import Saver
 from minisft.schedule import lr_factor
@@ -296,11 +306,11 @@ def train_step(
     zero_updates = ZeroUpdates(run.measured if is_logged and factor else set(), share_of)
     # A CPU maps new memory more slowly than it fills old memory with zeros.
     keeps_gradients = run.device.type == "cpu" and not in_backward and not is_sharded(run.model)
-    ran_out, updates = OutOfMemory(ends=needs_others(run.model)), nullcontext()
+    ran_out, updates = OutOfMemory(ends=needs_others(run.model)), nullcontext({})
     if in_backward:
-        updates = update_in_backward(run.model, optimizer, zero_updates)
+        updates = update_in_backward(complete_in_backward(run.model), optimizer, zero_updates, part_with_gradient)
     gradient_sum = GradientSum(run.model, ranks.world_size() > 1 and not is_sharded(run.model))
-    with ran_out, waiting(run.model), updates as norms:
+    with ran_out, waiting(run.model), updates as norm_of:
         if keeps_gradients:
             make_gradients(run.model)
         for batch, weight in zip(batches, weights):
@@ -325,7 +335,8 @@ def train_step(
     # ---- 6. the gradient's norm; what it and the loss must not exceed, on which all ranks agree
     grads = sum_gradients(run.model) if is_sharded(run.model) else gradients(run.model)
     unscale(grads, scale)
-    norm = total_norm(run.model, norms if in_backward else gradient_norms(grads))
+    norm_of |= zip(parts_with_gradients(run.model), gradient_norms(grads))
+    norm = total_norm(run.model, norm_of)
     stats.add({"grad_norm": (norm, 1.0)})
     sums = ranks.sum_over_ranks(torch.stack([torch.stack(losses).sum(), norm]))
     units = max(total_weight, 1e-12), ranks.world_size()  # of which sums are the sums
@@ -333,14 +344,10 @@ def train_step(
     highest = (-math.inf, -math.inf) if is_left_out else progress.recent.limits(train.spike_threshold)
     limits = [limit * unit for limit, unit in zip(highest, units)]
 
-    # ---- 7. clip, update
-    refusing = None if train.on_spike == "warn" and not is_left_out else limits
-    if in_backward:
-        sums = read_back(sums)()
-        updated = bool(is_accepted(sums))
-    else:
-        with zero_updates.counted():
-            updated, sums = clip_and_update(optimizer, grads, norm, train.max_grad_norm, sums, refusing)
+    # ---- 7. clip, update what is not updated yet
+    refusing = None if in_backward or train.on_spike == "warn" and not is_left_out else limits
+    with zero_updates.counted():
+        updated, sums = clip_and_update(optimizer, grads, norm, train.max_grad_norm, sums, refusing)
     if updated:
         stats.add(zero_updates.metrics())
     if run.precision == "fp16":

@@ -28,7 +28,7 @@ from minisft.errors import MEMORY, UserError, is_out_of_memory, warn
 from minisft.metrics import peak_memory
 from minisft.micro_batch import forward_backward
 from minisft.optimizers import AdamW
-from minisft.parallel import needs_others, sum_gradients
+from minisft.parallel import complete_in_backward, needs_others, part_with_gradient, sum_gradients
 from minisft.prepare.run import Run
 from minisft.units import size
 from minisft.update import only, sum_gradients_in_fp32
@@ -156,7 +156,7 @@ def trial_step(run: Run, train: TrainSection, batches: Iterable[Batch]) -> OutOf
                     with only(optimizer, p, group):
                         _update_by_nothing(optimizer, [p], had_state)
                     p.grad = None
-            hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in params]
+            hooks = [p.register_post_accumulate_grad_hook(_drop) for p in complete_in_backward(model)]
         else:
             _update_by_nothing(optimizer, params, had_state)
         several = train.gradient_accumulation_steps > 1 or run.train.micro_batch_size is not None
@@ -189,6 +189,12 @@ def _update_by_nothing(optimizer: torch.optim.Optimizer, params: list[nn.Paramet
         optimizer.take_back()
     else:
         optimizer.step()
+
+
+def _drop(p: nn.Parameter) -> None:
+    """Its gradient, as the update in the backward would."""
+    with part_with_gradient(p) as part:
+        part.grad = None
 
 
 def _trained(run: Run) -> list[nn.Parameter]:

@@ -167,26 +167,57 @@ def _numel_here(weight: nn.Parameter | QuantWeight) -> float:
 # ---- a step -------------------------------------------------------------------------------------------------------
 
 
+def complete_in_backward(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train and whose gradient, when autograd's hook of it is called, is summed over the ranks: of sharded
+    weights FSDP2 calls it after its sum. The gradients of whole vectors are summed after the backward."""
+    return [p for p in model.parameters() if p.requires_grad and (shards.is_shard(p) or not is_sharded(model))]
+
+
+def take_gradient(p: nn.Parameter) -> nn.Parameter:
+    """`part_of` the parameter, which has its gradient from now on, if there is one."""
+    part = part_of(p)
+    if part is not p and p.grad is not None:
+        part.grad, p.grad = shards.local(p.grad), None
+    return part
+
+
+@contextlib.contextmanager
+def part_with_gradient(p: nn.Parameter) -> Iterator[nn.Parameter]:
+    """`take_gradient` for an update inside the backward; after the block nothing needs the gradient.
+
+    Between replicas FSDP2 keeps the sums of every block until the backward ends, each block's in one piece of memory. This frees
+    it after the last of its parts, which come in the order in which they lie there.
+    """
+    part = take_gradient(p)
+    grad = part.grad
+    yield part
+    if part is not p and p.device_mesh.ndim == 2 and grad is not None:
+        memory, end = grad.untyped_storage(), grad.storage_offset() + part.cut.numel_each
+        if end * grad.itemsize == memory.nbytes():
+            if grad.is_cuda:
+                grad.record_stream(torch.cuda.current_stream())  # in which it was read; it was allocated in another
+            memory.resize_(0)
+
+
+def parts_with_gradients(model: nn.Module) -> list[nn.Parameter]:
+    return [part for p in model.parameters() if (part := part_of(p)).grad is not None]
+
+
 def sum_gradients(model: nn.Module) -> list[Tensor]:
     """The gradients of the parts that train, summed over the ranks, in the order of the model's parameters."""
-    parts, plain = [], []
-    for p in model.parameters():
-        part = part_of(p)
-        if part is not p and p.grad is not None:  # summed by FSDP2 in the backward
-            part.grad, p.grad = shards.local(p.grad), None
-        elif part is p and p.grad is not None:
-            plain.append(p.grad)
-        parts.append(part)
-    ranks.sum_gradients(plain)
+    parts = [take_gradient(p) for p in model.parameters()]  # FSDP2 has summed those of cut matrices in the backward
+    ranks.sum_gradients([part.grad for part in parts if part.grad is not None and not hasattr(part, "cut")])
     return [part.grad for part in parts if part.grad is not None]
 
 
-def total_norm(model: nn.Module, norms: list[Tensor]) -> Tensor:
-    """The norm of the whole gradient, fp32 []. norms: of `sum_gradients`, one by one."""
+def total_norm(model: nn.Module, norm_of: dict[Tensor, Tensor]) -> Tensor:
+    """The norm of the whole gradient, fp32 []. norm_of: {part: the norm of its gradient, which is summed over the ranks}."""
+    parts = [part for p in model.parameters() if (part := part_of(p)) in norm_of]
+    norms = [norm_of[part] for part in parts]
     if not is_sharded(model):
         return torch.nn.utils.get_total_norm(norms)
-    shares = [share_of(part) for p in model.parameters() if (part := part_of(p)).grad is not None]
-    squares = torch.stack(norms).double().square() * torch.tensor(shares, dtype=torch.float64, device=norms[0].device)
+    shares = torch.tensor([share_of(part) for part in parts], dtype=torch.float64, device=norms[0].device)
+    squares = torch.stack(norms).double().square() * shares
     return ranks.sum_over_ranks(squares.sum()).sqrt().float()
 
 

@@ -28,6 +28,11 @@ class Cut:
         return -(-self.shape[0] // self.size)
 
     @property
+    def numel_each(self) -> int:
+        """With the rows that the last ranks have fewer."""
+        return self.rows_each * self.shape[1:].numel()
+
+    @property
     def first_row(self) -> int:
         return min(self.rank * self.rows_each, self.shape[0])
 

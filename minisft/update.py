@@ -4,7 +4,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -102,32 +101,32 @@ def only(optimizer: torch.optim.Optimizer, p: Tensor, group: dict) -> Iterator[N
 
 @contextlib.contextmanager
 def update_in_backward(
-    model: nn.Module, optimizer: torch.optim.Optimizer, zero_updates: "ZeroUpdates"
-) -> Iterator[list[Tensor]]:
-    """Inside the block a backward pass updates every parameter as soon as its gradient is complete, and frees the gradient.
+    params: Iterable[Tensor],
+    optimizer: torch.optim.Optimizer,
+    zero_updates: "ZeroUpdates",
+    part_with_gradient: Callable[[Tensor], contextlib.AbstractContextManager[Tensor]] = contextlib.nullcontext,
+) -> Iterator[dict[Tensor, Tensor]]:
+    """Inside the block a backward pass updates each of `params` as soon as its gradient is complete, and frees the gradient.
 
     The gradients are never all in memory at once, so nothing that needs all of them can happen before an update: no
-    clipping by their norm, no refusal of a non-finite step. Yields a list that holds the norm of each parameter's gradient
-    after the block, in the order of the model's parameters. Lv et al. 2023, arXiv 2306.09782.
+    clipping by their norm, no refusal of a non-finite step. Yields the norms of the gradients, by parameter of the optimizer,
+    which are there after the block. Lv et al. 2023, arXiv 2306.09782.
+
+    part_with_gradient(p): around its update, gives the parameter of the optimizer that stands for p and has its gradient.
     """
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     norm_of: dict[Tensor, Tensor] = {}
-    norms: list[Tensor] = []
 
-    def update(p: Tensor, group: dict) -> None:
-        norm_of[p] = gradient_norms([p.grad])[0]
-        with only(optimizer, p, group), zero_updates.counted({p}):
-            optimizer.step()
-        p.grad = None
+    def update(p: Tensor) -> None:
+        with part_with_gradient(p) as part:
+            norm_of[part] = gradient_norms([part.grad])[0]
+            with only(optimizer, part, group_of[part]), zero_updates.counted({part}):
+                optimizer.step()
+            part.grad = None
 
-    hooks = [
-        p.register_post_accumulate_grad_hook(partial(update, group=group))
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if p.requires_grad
-    ]
+    hooks = [p.register_post_accumulate_grad_hook(update) for p in params]
     try:
-        yield norms
-        norms += [norm_of[p] for p in model.parameters() if p in norm_of]
+        yield norm_of
     finally:
         for hook in hooks:
             hook.remove()

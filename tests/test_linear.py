@@ -121,7 +121,7 @@ def test_no_optimizer_leaves_a_stale_copy(name, in_backward):
 
     for _ in range(3):
         with (
-            update.update_in_backward(model, optimizer, update.ZeroUpdates(set()))
+            update.update_in_backward(model.parameters(), optimizer, update.ZeroUpdates(set()))
             if in_backward
             else torch.enable_grad()
         ):

@@ -10,19 +10,21 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_lora import randomise
 from test_ranks import free_port, join, start_ranks
-from tiny import GPT2, MODEL, logged, parts, relative_error, settings, start, train, train_quietly
+from tiny import FORK, GPT2, MODEL, logged, parts, relative_error, settings, start, train, train_quietly
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from minisft import loop, parallel, peers
 from minisft.checkpoint import Contents, find_checkpoint
 from minisft.commands import export
 from minisft.config.load import load
-from minisft.errors import DATA, PEER, SAVE, UserError, run_command
+from minisft.errors import DATA, NONFINITE, PEER, SAVE, UserError, run_command
 from minisft.micro_batch import forward_backward
 from minisft.model.adapter_files import save_adapter
 from minisft.model.families import from_hf
@@ -35,6 +37,7 @@ from minisft.model.save import save_model
 from minisft.model.shards import rows_here
 from minisft.optimizers import RULES, build_optimizer, cut_runs_through_blocks
 from minisft.parts import Cut
+from minisft.prepare import model as prepare_model
 
 PLAIN_GPT2 = GPT2 | {f"{part}_pdrop": 0.0 for part in ("resid", "embd", "attn")}
 SHARDED = {"parallel.strategy": "fsdp2"}
@@ -216,11 +219,13 @@ NF4 = LORA | {"model.load_in_4bit": True}
 BF16 = {"train.weights_dtype": "bf16", "train.precision": "bf16", "train.adam_beta1": 0.9}
 TWICE = {"train.per_device_train_batch_size": 8, "train.gradient_accumulation_steps": 2, "train.num_train_epochs": 4}
 WIDE = {"model.config": MODEL | {"hidden_size": 64, "intermediate_size": 192}}  # some moments in 8 bits
+IN_BACKWARD = {"train.optimizer_in_backward": True, "train.max_grad_norm": None}
 QUICK = {
     "QLoRA, double quantised": NF4 | {"lora.use_dora": True},
     "QLoRA beside a base that is stored in 4 bits": LORA | {"model.model_name_or_path": "base-nf4"},
     "muon": {"train.optim": "muon", "train.weight_decay": 0.1},
     "weights in bf16": BF16 | {"log.zero_update_fraction": True},
+    "updates in the backward": IN_BACKWARD | {"train.optim": "stable_adamw", "train.unfreeze": {"layers\\.0\\.": 3}},
 }
 SLOW = {
     "tied": {"model.config": MODEL | {"tie_word_embeddings": True}},
@@ -259,6 +264,20 @@ SLOW = {
     "DPO, LoRA": DPO | {"lora.r": 4},
     "DPO, QLoRA": DPO | NF4,
     "weights in bf16, accumulated": BF16 | WIDE | {"train.optim": "adamw_8bit"} | TWICE,
+    "in the backward, tied": IN_BACKWARD | {"model.config": MODEL | {"tie_word_embeddings": True}},
+    "in the backward, packing, checkpointing": IN_BACKWARD
+    | {
+        "train.optim": "adafactor",
+        "data.packing": True,
+        "model.gradient_checkpointing": True,
+        "train.num_train_epochs": 4,
+        "train.per_device_train_batch_size": 4,
+        "train.memory_check": True,
+    },
+    "in the backward, weights in bf16": IN_BACKWARD | BF16 | WIDE | {"train.optim": "adamw_8bit"},
+    "in the backward, 8-bit moments": IN_BACKWARD | WIDE | {"train.optim": "adamw_8bit", "train.adam_beta1": 0.9},
+    "in the backward, zero updates": IN_BACKWARD | {"log.zero_update_fraction": True, "train.learning_rate": 1e-9},
+    "in the backward, DPO": IN_BACKWARD | DPO,
     "zero updates": {"log.zero_update_fraction": True, "train.learning_rate": 1e-9},
     "DPO, log-probabilities in advance": DPO | {"dpo.precompute_ref_log_probs": True},
     "DPO, LoRA, log-probabilities in advance": DPO | NF4 | {"dpo.precompute_ref_log_probs": True},
@@ -306,7 +325,7 @@ def test_sharded_ranks_are_one(slow, case):
 
 # Newton-Schulz in bf16, and moments that fall on the other side of a midpoint, amplify the last bits of a gradient: with "ddp" to
 # 1.7e-3 and 1.6e-4, on 4 ranks muon to 3.5e-3. The rules are exact: test_an_update_of_cut_matrices_is_that_of_whole_ones.
-AMPLIFIED = {"muon": 1e-2, "adamw_8bit": 5e-4}
+AMPLIFIED = {"muon": 1e-2, "adamw_8bit": 5e-4, "in the backward, 8-bit moments": 5e-4}
 
 
 def assert_case(folder: Path, case: str) -> None:
@@ -378,11 +397,74 @@ def test_replicas_of_sharded_ranks_are_one(home, tmp_path):
     """2 groups of 2 ranks: a group has the whole model, each of its ranks half of it."""
     base = {"model.config": None, "model.model_name_or_path": str(home / "base" / "model")}
     cases = {"all": {"data.eval_data": str(home / "rows.jsonl")}, "QLoRA": NF4 | base, "adafactor": SLOW["adafactor"]}
-    cases |= {"muon": QUICK["muon"], "zero updates": SLOW["zero updates"]}
+    cases |= {"muon": QUICK["muon"]} | {case: SLOW[case] for case in SLOW if "zero updates" in case}
+    cases["in the backward"] = QUICK["updates in the backward"]
     keys = {"parallel.strategy": "hsdp", "parallel.replicas": 2}
     run_both(home, tmp_path, cases, keys, 4)
     for case in cases:
         assert_equal(tmp_path / case, AMPLIFIED.get(case, 1e-5))
+
+
+# ---- updates in the backward ----------------------------------------------------------------------------------------
+
+
+def measure_gradients(home: Path, strategy: str, rank: int, count: int, port: int) -> tuple[int, int, int]:
+    """(most bytes of summed gradients at a time in two steps, those of a block, of all): this rank's rows of matrices."""
+    where = {"init_method": f"tcp://127.0.0.1:{port}", "rank": rank, "world_size": count}
+    torch.distributed.init_process_group("gloo", **where)
+    pieces, most, take_gradient = {}, 0, parallel.take_gradient
+
+    def taking(p):
+        nonlocal most
+        part = take_gradient(p)
+        if part is not p and part.grad is not None:
+            memory = part.grad.untyped_storage()
+            pieces[memory._cdata] = StorageWeakRef(memory)
+            alive = [torch.UntypedStorage._new_with_weak_ptr(piece.cdata) for piece in pieces.values()]
+            most = max(most, sum(memory.nbytes() for memory in alive if memory is not None))
+        return part
+
+    keys = IN_BACKWARD | {"parallel.strategy": strategy, "model.config": MODEL | {"num_hidden_layers": 6}}
+    with (
+        mock.patch.object(parallel, "take_gradient", taking),
+        mock.patch.object(prepare_model, "is_to_be_sharded", lambda config: True),
+    ):
+        run, config = parts(home, **keys)
+        for run.progress.step in range(2):
+            loop.train_step(run, config.train, run.train.step(0, run.progress.step))
+    torch.distributed.destroy_process_group()
+    sizes = [
+        sum(parallel.part_of(p).nbytes for p in module.parameters() if parallel.part_of(p) is not p)
+        for module in (run.model.layers[0], run.model)
+    ]
+    return most, *sizes
+
+
+def send_gradients(connection, *arguments) -> None:
+    connection.send(measure_gradients(*arguments))
+
+
+def test_the_gradients_of_one_block_are_in_memory_at_a_time(home):
+    most, block, whole = measure_gradients(home, "fsdp2", 0, 1, free_port())
+    assert most <= max(block, whole - 6 * block) < whole / 3  # embedding and head are more than a block
+
+
+@pytest.mark.slow
+def test_so_they_are_between_replicas(home):
+    """FSDP2 keeps the sums between replicas until the backward ends."""
+    (receiver, sender), port = FORK.Pipe(duplex=False), free_port()
+    processes = [start(send_gradients, sender, home, "hsdp", rank, 2, port) for rank in range(2)]
+    assert join(processes) == (0, 0)
+    for _ in processes:
+        most, block, whole = receiver.recv()
+        assert most <= max(block, whole - 6 * block) < whole / 3
+
+
+def test_a_gradient_in_the_backward_that_is_not_finite_stops_all_ranks_before_a_save(home, tmp_path):
+    keys = options(**IN_BACKWARD, **SHARDED, output_dir=str(tmp_path / "out"))
+    keys |= {"train.per_device_train_batch_size": 6, "checkpoint.save_steps": 2}
+    assert join(start_ranks(home, keys, broken_step=4)) == (NONFINITE, NONFINITE)
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").glob("step-*")] == ["step-00000002"]
 
 
 # ---- trouble ------------------------------------------------------------------------------------------------------
@@ -478,16 +560,17 @@ def test_a_rank_that_dies_in_a_save_leaves_the_last_checkpoint_and_the_run_goes_
 
 
 @pytest.mark.parametrize(
-    "key, value, others",
+    "keys, named",
     [
-        ("train.on_oom", "split", {}),
-        ("train.optimizer_in_backward", True, {"train.max_grad_norm": None, "train.on_spike": "warn"}),
+        ({"train.on_oom": "split"}, r"parallel\.strategy = .* and train\.on_oom = "),
+        (IN_BACKWARD | LORA | {"model.model_name_or_path": "x"}, "every rank has all adapters"),
+        (IN_BACKWARD | {"train.optim": "muon"}, "one rank would make all orthogonal ones"),
     ],
 )
-def test_what_sharded_weights_cannot_do_is_refused_by_name(home, key, value, others):
-    keys = settings(home, **others, **{key: value})
+def test_what_sharded_weights_cannot_do_is_refused_by_name(home, keys, named):
+    keys = settings(home, **keys)
     load({}, keys, origin="test")
-    with pytest.raises(UserError, match=rf"parallel\.strategy = .* and {key} = "):
+    with pytest.raises(UserError, match=named):
         load({}, keys | SHARDED, origin="test")
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -300,6 +301,18 @@ def test_sharding_divides_what_trains_and_gathers_blocks():
         assert parts["weights"] == pytest.approx(whole.parts["weights"] / ranks)
         assert parts["moments"] == pytest.approx(whole.parts["moments"] / ranks)
     assert shared[0]["gathered"] == shared[1]["gathered"] > 0 and "gathered" not in whole.parts
+
+
+def test_an_update_in_the_backward_keeps_the_gradient_of_one_block_or_of_the_root():
+    """Of a model whose peak is at the end of the backward, where the gradients of all would be."""
+    small = from_hf(EIGHT_BILLION | {"vocab_size": 1000})
+    keys = {"train.optimizer_in_backward": True, "train.max_grad_norm": None, "parallel.strategy": "fsdp2"}
+    batch, place = MicroBatch(1, 1), Place(True, 4, shards=4)
+    later, earlier = (predict(config_of(**more), small, batch, place).parts["gradients"] for more in ({}, keys))
+    shapes = parameter_shapes(small)
+    block = sum(prod(shape) for name, shape in shapes.items() if name.startswith("layers.0."))
+    root = sum(prod(shape) for name, shape in shapes.items() if not name.startswith("layers."))
+    assert later - earlier == (small.num_layers - 1) * block + root  # 4 bytes a number, on 4 ranks
 
 
 def test_every_change_takes_less_memory_and_is_a_configuration_that_loads(tmp_path):

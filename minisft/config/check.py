@@ -233,10 +233,17 @@ def check_parallel(config: Config, refuse: Refuse) -> None:
     for key, is_used, problem, hint in (
         ("train.on_oom", train.on_oom == "split", "the other ranks are in the middle of a pass", 'set on_oom = "stop"'),
         ("train.cuda_graph", train.cuda_graph is True, "weights are gathered for each block", 'use "auto"'),
-        ("train.optimizer_in_backward", train.optimizer_in_backward, "vectors are summed after it", "leave it out"),
     ):
         if is_used:
             refuse(f"parallel.strategy {key}", problem, hint)
+    if train.optimizer_in_backward:
+        keys = "train.optimizer_in_backward parallel.strategy"
+        if config.lora.r is not None:
+            problem = "every rank has all adapters, whose gradients are summed after the backward"
+            refuse(f"{keys} lora.r", problem, "leave optimizer_in_backward out: it would save nothing")
+        if train.optim == "muon":
+            problem = "one matrix after the other, so one rank would make all orthogonal ones while the others wait"
+            refuse(f"{keys} train.optim", problem, "use another optimizer, or leave optimizer_in_backward out")
 
 
 def check_patterns(config: Config, refuse: Refuse) -> None:

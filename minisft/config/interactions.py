@@ -63,8 +63,12 @@ TOGETHER: tuple[tuple[str, str], ...] = (  # (keys, what they do to each other)
     ("train.on_oom dpo.loss_type", "so have losses that compare the pairs of a micro-batch"),
     ("train.on_spike checkpoint.save_steps", "rewind needs a checkpoint to go back to"),
     (
-        "parallel.strategy train.on_oom train.cuda_graph train.optimizer_in_backward",
-        "with sharded weights no micro-batch is split, no step is a CUDA graph, and updates wait for the end of the backward",
+        "parallel.strategy train.on_oom train.cuda_graph",
+        "with sharded weights no micro-batch is split, and no step is a CUDA graph",
+    ),
+    (
+        "parallel.strategy train.optimizer_in_backward lora.r train.optim",
+        "on several ranks updates inside the backward need sharded weights: no adapters, which are whole, and no muon",
     ),
     (
         "parallel.context_parallel train.neftune_noise_alpha train.loss_normalization train.cuda_graph train.on_oom "

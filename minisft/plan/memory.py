@@ -21,6 +21,7 @@ and their gradients are whole for a while. Adapters and norms are on every rank.
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from math import ceil, prod
 
@@ -384,8 +385,11 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
         "context": CUDA_CONTEXT if place.is_gpu else PYTHON_AND_TORCH + (COMPILER if imports_compiler else 0.0),
     }
     whole, none = (gradients if keeps_gradients else 0.0), 0.0
-    if in_backward:
-        gradients = float(largest)
+    if in_backward:  # of one parameter, or what this rank has of one block or of the root
+        groups = Counter()
+        for name in p.trained:
+            groups[layer_of(name)] += prod(p.model[name])
+        gradients = float(largest) if place.shards == 1 else width * max(groups.values(), default=0) / place.shards
     activations = T * kept + batch_bytes
     moments_of_a_step = {
         "in the loss": (whole + loss.head, activations, loss.kept + loss.inside, none),

@@ -10,7 +10,7 @@ from minisft.config.sections import Config, TrainSection
 from minisft.errors import UserError
 from minisft.model.decoder import Decoder
 from minisft.optimizers import build_optimizer
-from minisft.parallel import part_of
+from minisft.parallel import is_sharded, part_of
 from minisft.parameters import choose_trainable, parameter_groups
 from minisft.update import sum_gradients_in_fp32
 
@@ -28,8 +28,8 @@ class Trained:
 def prepare_optimizer(config: Config, model: Decoder) -> Trained:
     """Freezes the parameters that never train. Raises UserError where options do not fit the model or the ranks."""
     train = config.train
-    if train.optimizer_in_backward and ranks.world_size() > 1:
-        hint = "the ranks sum their gradients once all are there; set optimizer_in_backward = false"
+    if train.optimizer_in_backward and ranks.world_size() > 1 and not is_sharded(model):
+        hint = 'whole gradients are summed in buckets of many; set strategy = "fsdp2", or optimizer_in_backward = false'
         raise UserError(f"train.optimizer_in_backward on {ranks.world_size()} ranks", hint=hint)
     first_steps = choose_trainable(model, trainable=train.trainable, frozen=train.frozen, unfreeze=train.unfreeze)
     groups = parameter_groups(
