@@ -198,6 +198,8 @@ class PaperGPU(TorchDispatchMode):
             return torch.device("cpu")
         kwargs, name = dict(kwargs or {}), func._schema.name.split("::")[1]
         inputs = _tensors((args, [value for key, value in kwargs.items() if key != "out"]))
+        if name.startswith("_foreach_"):
+            _require_one_device(args)  # fake tensors do not look
         if name == "is_pinned":
             return getattr(args[0], "is_pinned_on_paper", False)
         if name == "_local_scalar_dense" and args[0].is_cuda:
@@ -276,6 +278,14 @@ class PaperGPU(TorchDispatchMode):
     def _wait(self, why: str) -> None:
         _, where, _ = _place()
         self.waits[f"{where} {why}"] += 1
+
+
+def _require_one_device(args: tuple) -> None:
+    """RuntimeError where tensors of two devices meet: the i-th of each list, and what belongs to all."""
+    lists = [arg for arg in args if isinstance(arg, list | tuple) and isinstance(arg[0], Tensor)]
+    for together in zip(*lists):
+        if len({x.device for x in (*together, *args) if isinstance(x, Tensor)}) > 1:
+            raise RuntimeError("a list has tensors of two devices for one result")
 
 
 def _device_for_c(args: tuple) -> torch.device:

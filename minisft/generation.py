@@ -20,6 +20,7 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.errors import MODEL, UserError, shortened
 from minisft.model.attention import KVCache
 from minisft.model.decoder import Decoder
+from minisft.model.shards import device_of
 from minisft.parallel import is_sharded, no_backward
 from minisft.ranks import send_from_first_rank
 
@@ -87,7 +88,7 @@ def _stream(
     stop_ids: set[int],
     seed: int | None,
 ) -> Iterator[tuple[int, int]]:
-    device = model.head_weight.device
+    device = device_of(model.embed_tokens.weight)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     uniform = torch.rand(len(prompts), max_new_tokens, generator=generator).to(device)  # [B, max_new_tokens]
     cache = KVCache(max(map(len, prompts)) + max_new_tokens)

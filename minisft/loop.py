@@ -336,7 +336,7 @@ def train_step(
     grads = sum_gradients(run.model) if is_sharded(run.model) else gradients(run.model)
     unscale(grads, scale)
     norm_of |= zip(parts_with_gradients(run.model), gradient_norms(grads))
-    norm = total_norm(run.model, norm_of)
+    norm = total_norm(run.model, norm_of, run.device)
     stats.add({"grad_norm": (norm, 1.0)})
     sums = ranks.sum_over_ranks(torch.stack([torch.stack(losses).sum(), norm]))
     units = max(total_weight, 1e-12), ranks.world_size()  # of which sums are the sums

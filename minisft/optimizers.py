@@ -18,7 +18,7 @@ from minisft.config.choices import OPTIMIZERS, wrong_optimizer_option
 from minisft.errors import UserError
 from minisft.kernels.adamw import adamw_
 from minisft.kernels.adamw_formats import STATE_BLOCKSIZE, State
-from minisft.parts import first_of, rows_of, shape_of, shared_out, summed
+from minisft.parts import first_of, rows_of, shape_of, shared_out, summed, wait_for_readers
 
 # The methods of torch's optimizers import torch's compiler at their first call, with SymPy and Triton, only to tell it to leave
 # them alone. Nothing here is compiled, and it takes 170 MB and seconds of every start.
@@ -353,15 +353,15 @@ def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
 
 def _trained(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, int, list[Tensor], list[Tensor]]]:
     """(group, t, its parameters with a gradient, their gradients), where t = 1 at a parameter's first update. Those that
-    began to train later have an earlier t and come apart."""
+    began to train later have an earlier t and come apart, and so do those of another device (parallel.cpu_offload)."""
     for group in optimizer.param_groups:
-        by_step: dict[int, list[Tensor]] = {}
+        alike: dict[tuple[int, torch.device], list[Tensor]] = {}
         for p in group["params"]:
             if p.grad is not None:
                 step = optimizer.state[p].setdefault("step", torch.zeros(()))
                 step += 1
-                by_step.setdefault(int(step), []).append(p)
-        for t, params in by_step.items():
+                alike.setdefault((int(step), p.device), []).append(p)
+        for (t, _), params in alike.items():
             yield group, t, params, [p.grad for p in params]
 
 
@@ -436,12 +436,14 @@ def evaluation_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         return
     params = [p for group in optimizer.param_groups for p in group["params"]]
     with torch.no_grad():  # in place, as the rows of a sharded parameter must stay where they are
+        wait_for_readers(params)
         kept = [p.clone() for p in params]
         for p in params:
             p.copy_(optimizer.mean_weights(p))
     try:
         yield
     finally:
+        wait_for_readers(params)
         with torch.no_grad():
             torch._foreach_copy_(params, kept)
 

@@ -14,6 +14,9 @@ that works number by number is the same code; the others ask parts.py. `sum_grad
 `total_norm` adds up one number of each rank. Only this file and the rooms that read and write weights (model/shards.py) see a
 DTensor.
 
+With `offload` these rows, their gradients and their moments are in the memory of the CPU, and an optimizer has parameters on two
+devices: tensors of each are worked on apart.
+
 A forward pass without a backward leaves the root whole, and a later update would change the rows but not these whole weights.
 So all such passes are made inside `no_backward`. FSDP2 does not notice another `.data` either: values are changed in place.
 
@@ -39,6 +42,7 @@ from minisft.model.quantized import QuantWeight, named_weights, quant_weights
 from minisft.model.row_files import Rows
 from minisft.optimizers import OF_BLOCKS, STATE_BLOCKSIZE
 from minisft.parts import Cut
+from minisft.update import by_device
 
 T = TypeVar("T")
 
@@ -72,16 +76,19 @@ def shard(
     replicas: int = 1,
     reshard: bool = True,
     dtype: torch.dtype | None = None,
+    offload: bool = False,
     keep: Callable[[str, nn.Parameter, int], bool] = lambda name, p, size: False,
 ) -> None:
     """Keep this rank's rows of every matrix of the model, in place. It may be on the meta device, without memory.
 
     replicas: groups of ranks that each have the whole model. reshard: free a block's whole weights after its forward, and gather
     them again for its backward. dtype: in which the blocks are gathered, that of autocast, which would round them to it anyway;
-    gradients are summed in fp32. None: as they are. keep(name, parameter, ranks of a group): whether every rank keeps all of it.
+    gradients are summed in fp32. None: as they are. offload: the rows of this rank and their gradients are in the memory of the
+    CPU; whole weights, vectors and adapters are on the device. keep(name, parameter, ranks of a group): whether every rank keeps
+    all of it.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     shape = (replicas, ranks.world_size() // replicas) if replicas > 1 else (ranks.world_size(),)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
@@ -97,9 +104,11 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32, cast_forward_inputs=False
     )
+    homes = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    options = {"mesh": mesh, "offload_policy": homes, "ignored_params": whole}
     for block in model.layers:
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, ignored_params=whole)
-    fully_shard(model, mesh=mesh, ignored_params=whole)
+        fully_shard(block, reshard_after_forward=reshard, mp_policy=policy, **options)
+    fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -210,15 +219,18 @@ def sum_gradients(model: nn.Module) -> list[Tensor]:
     return [part.grad for part in parts if part.grad is not None]
 
 
-def total_norm(model: nn.Module, norm_of: dict[Tensor, Tensor]) -> Tensor:
-    """The norm of the whole gradient, fp32 []. norm_of: {part: the norm of its gradient, which is summed over the ranks}."""
+def total_norm(model: nn.Module, norm_of: dict[Tensor, Tensor], device: torch.device) -> Tensor:
+    """The norm of the whole gradient, fp32 [] on the device. norm_of: {part: the norm of its gradient, after the sum}."""
     parts = [part for p in model.parameters() if (part := part_of(p)) in norm_of]
     norms = [norm_of[part] for part in parts]
     if not is_sharded(model):
         return torch.nn.utils.get_total_norm(norms)
-    shares = torch.tensor([share_of(part) for part in parts], dtype=torch.float64, device=norms[0].device)
-    squares = torch.stack(norms).double().square() * shares
-    return ranks.sum_over_ranks(squares.sum()).sqrt().float()
+    share = {norm: share_of(part) for norm, part in zip(norms, parts)}
+    sums = []
+    for here in by_device(norms):
+        shares = torch.tensor([share[norm] for norm in here], dtype=torch.float64, device=here[0].device)
+        sums.append((torch.stack(here).double().square() * shares).sum().to(device))
+    return ranks.sum_over_ranks(torch.stack(sums).sum()).sqrt().float()
 
 
 def share_of(part: nn.Parameter) -> float:

@@ -53,6 +53,13 @@ def first_of(p: Tensor) -> int:
     return p.cut.first_row * p.cut.shape[1:].numel() if hasattr(p, "cut") else 0
 
 
+def wait_for_readers(params: Iterable[Tensor]) -> None:
+    """Call before values are written without a wait for the device: rows in the memory of the CPU (parallel.cpu_offload) are read
+    by the GPU when it comes to it, which may be later than the pass seems to be over."""
+    if torch.cuda.is_initialized() and any(hasattr(p, "cut") and not p.is_cuda for p in params):
+        torch.cuda.synchronize()
+
+
 def summed(params: Sequence[Tensor], values: Sequence[Tensor]) -> Sequence[Tensor]:
     """The values, one of each parameter and of any shape, each summed over the ranks that share its parameter, in one message."""
     cut = [i for i, p in enumerate(params) if hasattr(p, "cut")]

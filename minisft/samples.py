@@ -19,6 +19,7 @@ from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
 from minisft.generation import generate, stop_ids
 from minisft.model.decoder import Decoder
+from minisft.model.shards import device_of
 
 LONGEST_EXAMPLE = 150  # characters of a prompt that is shown as an example
 
@@ -136,7 +137,7 @@ def complete(
     batch_size: int = 64,
 ) -> list[Sample]:
     """Greedy completions of the prompts, up to a token that ends an answer."""
-    device, stops, samples = next(model.parameters()).device, stop_ids(model, tokenizer), []
+    device, stops, samples = device_of(model.embed_tokens.weight), stop_ids(model, tokenizer), []
     for i in range(0, len(prompts), batch_size):
         chunk = prompts[i : i + batch_size]
         with runtime.autocast(device, precision):

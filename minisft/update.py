@@ -13,6 +13,14 @@ from minisft.optimizers import AdamW
 from minisft.runtime import read_back
 
 
+def by_device(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors of each device: rows of sharded weights may be in the memory of the CPU (parallel.cpu_offload)."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for x in tensors:
+        found.setdefault(x.device, []).append(x)
+    return list(found.values())
+
+
 def gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -84,7 +92,8 @@ def clip_and_update(
     if not is_accepted(here, limits):
         return False, here
     if max_norm:
-        torch._foreach_mul_(grads, factor)
+        for those in by_device(grads):
+            torch._foreach_mul_(those, factor.to(those[0].device))
     optimizer.step()
     return True, here
 
@@ -157,7 +166,8 @@ class ZeroUpdates:
         """zero_update_fraction, the same name on all ranks; empty if nothing was counted. Waits for the device."""
         if not self.counts:
             return {}
-        num_zeros, num_updates = torch.stack(self.counts).sum(0).tolist()
+        counts = [torch.stack(those).sum(0).cpu() for those in by_device(self.counts)]
+        num_zeros, num_updates = torch.stack(counts).sum(0).tolist()
         return {"zero_update_fraction": (num_zeros, num_updates)}
 
 

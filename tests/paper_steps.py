@@ -10,6 +10,8 @@ from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,8 +35,11 @@ from benchmarks.step_on_paper import (
 from minisft import dpo, sft
 from minisft.cards import CARDS
 from minisft.loop import train_step
+from minisft.model import shards
+from minisft.optimizers import RULES
 from minisft.preference.losses import LossOptions
 from minisft.preference.reference import Reference, copy_of
+from minisft.prepare.optimizer import prepare_optimizer
 
 CARD = CARDS["H200"]
 
@@ -92,6 +97,38 @@ def waits() -> dict[str, Counter[str]]:
     return found | {"DPO, full": dpo_waits(full), "DPO, LoRA": dpo_waits(lora)}
 
 
+def devices(optim: str, *, in_backward: bool = False) -> list[str]:
+    """Steps with parallel.cpu_offload, without FSDP2: matrices are whole on the GPU in the passes, and the rows of all but
+    one are on the CPU. Returns the state that is not with its parameter. An op on tensors of two devices raises an error, as on a
+    real GPU.
+    """
+    small = replace(MODELS["SmolLM2-135M"], tokens=500, accumulation=1)
+    case = replace(small, config=small.config | {"num_hidden_layers": 1, "intermediate_size": 96, "vocab_size": 999})
+    config = make_config(case)
+    train = replace(config.train, optim=optim, max_grad_norm=None if in_backward else 1.0)
+    config = replace(config, train=replace(train, optimizer_in_backward=in_backward))
+    with PaperGPU(CARD) as gpu, mock.patch.object(shards, "local", lambda x: x.detach().to("cpu")):
+        run = make_run(config, case, gpu)
+        run.model.reshard = lambda: None
+        whole = run.model.layers[0].mlp.down_proj.weight
+        for p in run.model.parameters():
+            if p.ndim > 1 and p is not whole:
+                p.device_mesh = SimpleNamespace(device_type="cuda", ndim=1)
+                p.part = torch.nn.Parameter(torch.zeros(p.shape, device="cpu"))
+        trained = prepare_optimizer(config, run.model)
+        run = replace(run, optimizer=trained.optimizer, measured=trained.parameters)
+        batches = make_batches(case)
+        for run.progress.step in range(2):
+            assert train_step(run, config.train, batches, is_logged=True).updated
+        found = []
+        for p in trained.parameters:
+            assert p.device.type == ("cpu" if p.ndim > 1 and p is not whole else "cuda")
+            state = {key: x for key, x in run.optimizer.state[p].items() if x.ndim}  # counters are numbers of the host
+            assert state or optim == "sgd"
+            found += [key for key, x in state.items() if x.device != p.device]
+        return found
+
+
 def ops() -> list:
     """(what the code did, launches, waits) of a few lines."""
     found = []
@@ -124,6 +161,19 @@ def ops() -> list:
         did("copy and stay for it")
         torch.cuda.current_stream().record_event().synchronize()
         did("event")
+        refused, number = 0, x[0, 0]
+        for mixed in (
+            lambda: x + torch.ones(64, 32),
+            lambda: torch.stack([x[:, 0], host]),
+            lambda: torch._foreach_mul_([host], number),
+            lambda: torch._foreach_add_([x[:, 0], host], [host, host]),
+        ):
+            try:
+                mixed()
+            except RuntimeError as error:
+                refused += "two devices" in str(error)
+        assert refused == 4
+        gpu.launches.clear()
         assert (x[0, 0].item(), x.sum(1).tolist(), bool((x > 0).all()), int(host.sum())) == (0, [0] * 64, False, 64)
         did("values")
     return found
@@ -132,7 +182,9 @@ def ops() -> list:
 def main() -> None:
     steps = {name: {n: step(case, n) for n in (1, 2)} for name, case in MODELS.items()}
     steps["SmolLM2-135M"][4] = step(MODELS["SmolLM2-135M"], 4)
-    print(json.dumps({"steps": steps, "waits": waits(), "ops": ops()}))
+    split = {name: devices(name) for name in RULES if name != "muon"}
+    split |= {f"{name} in the backward": devices(name, in_backward=True) for name in ("adamw", "adafactor")}
+    print(json.dumps({"steps": steps, "waits": waits(), "ops": ops(), "devices": split}))
 
 
 if __name__ == "__main__":

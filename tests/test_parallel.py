@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_lora import randomise
 from test_ranks import free_port, join, start_ranks
 from tiny import FORK, GPT2, MODEL, logged, parts, relative_error, settings, start, train, train_quietly
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from minisft import loop, parallel, peers
@@ -35,12 +36,14 @@ from minisft.model.quantized import Quantization
 from minisft.model.row_files import read_rows
 from minisft.model.save import save_model
 from minisft.model.shards import rows_here
-from minisft.optimizers import RULES, build_optimizer, cut_runs_through_blocks
+from minisft.optimizers import RULES, build_optimizer, cut_runs_through_blocks, evaluation_weights
 from minisft.parts import Cut
+from minisft.preference.reference import Reference
 from minisft.prepare import model as prepare_model
 
 PLAIN_GPT2 = GPT2 | {f"{part}_pdrop": 0.0 for part in ("resid", "embd", "attn")}
 SHARDED = {"parallel.strategy": "fsdp2"}
+ON_CPU = SHARDED | {"parallel.cpu_offload": True}  # rows, gradients and moments; here whole weights are there too
 ACCUMULATED = {"train.per_device_train_batch_size": 3, "train.gradient_accumulation_steps": 2}
 
 
@@ -171,7 +174,7 @@ def test_two_sharded_ranks_are_one_and_go_on_with_a_run_of_one(home, tmp_path):
         assert torch.equal(model.get_parameter(name.removeprefix("model.")), weight), name
 
     elastic = tmp_path / "elastic"
-    keys = options(**keys, **SHARDED, output_dir=str(elastic))
+    keys = options(**keys, **ON_CPU, output_dir=str(elastic))
     keys |= {"train.per_device_train_batch_size": 6, "checkpoint.resume": str(one / "checkpoints" / "step-00000004")}
     alone = keys | {"train.per_device_train_batch_size": 12, "output_dir": str(tmp_path / "alone")}
     alone |= {"checkpoint.resume": str(several / "checkpoints" / "step-00000004")}
@@ -225,6 +228,7 @@ QUICK = {
     "QLoRA beside a base that is stored in 4 bits": LORA | {"model.model_name_or_path": "base-nf4"},
     "muon": {"train.optim": "muon", "train.weight_decay": 0.1},
     "weights in bf16": BF16 | {"log.zero_update_fraction": True},
+    "rows on the CPU": ON_CPU | {"log.zero_update_fraction": True},
     "updates in the backward": IN_BACKWARD | {"train.optim": "stable_adamw", "train.unfreeze": {"layers\\.0\\.": 3}},
 }
 SLOW = {
@@ -278,6 +282,12 @@ SLOW = {
     "in the backward, 8-bit moments": IN_BACKWARD | WIDE | {"train.optim": "adamw_8bit", "train.adam_beta1": 0.9},
     "in the backward, zero updates": IN_BACKWARD | {"log.zero_update_fraction": True, "train.learning_rate": 1e-9},
     "in the backward, DPO": IN_BACKWARD | DPO,
+    "rows on the CPU, QLoRA": NF4 | ON_CPU,
+    "rows on the CPU, adafactor in the backward": IN_BACKWARD
+    | ON_CPU
+    | {"train.optim": "adafactor", "train.weight_decay": 0.1},
+    "rows on the CPU, bf16 weights": BF16 | WIDE | ON_CPU | {"train.optim": "adamw_8bit"},
+    "rows on the CPU, DPO": DPO | ON_CPU | {"dpo.sync_ref_model": True, "dpo.ref_model_sync_steps": 3},
     "zero updates": {"log.zero_update_fraction": True, "train.learning_rate": 1e-9},
     "DPO, log-probabilities in advance": DPO | {"dpo.precompute_ref_log_probs": True},
     "DPO, LoRA, log-probabilities in advance": DPO | NF4 | {"dpo.precompute_ref_log_probs": True},
@@ -399,10 +409,78 @@ def test_replicas_of_sharded_ranks_are_one(home, tmp_path):
     cases = {"all": {"data.eval_data": str(home / "rows.jsonl")}, "QLoRA": NF4 | base, "adafactor": SLOW["adafactor"]}
     cases |= {"muon": QUICK["muon"]} | {case: SLOW[case] for case in SLOW if "zero updates" in case}
     cases["in the backward"] = QUICK["updates in the backward"]
+    cases["rows on the CPU, in the backward"] = QUICK["updates in the backward"] | ON_CPU
     keys = {"parallel.strategy": "hsdp", "parallel.replicas": 2}
     run_both(home, tmp_path, cases, keys, 4)
     for case in cases:
         assert_equal(tmp_path / case, AMPLIFIED.get(case, 1e-5))
+
+
+# ---- rows in the memory of the CPU ----------------------------------------------------------------------------------
+
+
+def test_the_rows_that_are_updated_are_those_that_fsdp2_pins(home):
+    """FSDP2 copies the rows to pinned memory when it first sees the weights. Here that is any other memory."""
+    ends, pinned = [], {}
+
+    def pin(x):
+        copy = x.clone()
+        return pinned.setdefault(copy.untyped_storage().data_ptr(), copy)
+
+    for offload in (False, True):
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            with (
+                mock.patch.object(prepare_model, "is_to_be_sharded", lambda config: True),
+                mock.patch.object(torch.distributed.fsdp, "CPUOffloadPolicy", lambda pin_memory: CPUOffloadPolicy()),
+                mock.patch.object(torch.Tensor, "pin_memory", pin),
+                mock.patch.object(torch.Tensor, "is_pinned", lambda x: x.untyped_storage().data_ptr() in pinned),
+            ):
+                run, config = parts(home, **ON_CPU | {"parallel.cpu_offload": offload})
+                losses = []
+                for run.progress.step in range(2):
+                    step = loop.train_step(run, config.train, run.train.step(0, run.progress.step))
+                    losses.append(step.loss)
+            ends.append((losses, [parallel.part_of(p).detach().clone() for p in run.model.parameters()]))
+        finally:
+            torch.distributed.destroy_process_group()
+    assert pinned and ends[0][0] == ends[1][0] and all(torch.equal(*both) for both in zip(ends[0][1], ends[1][1]))
+
+
+def test_rows_are_written_once_the_gpu_has_read_them(monkeypatch):
+    """It copies them to itself after the host has gone on. What writes them between passes waits; updates wait for the loss."""
+    row, events = torch.nn.Parameter(torch.zeros(2, 2)), []
+    row.cut = Cut((4, 2), None, 0, 2)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append(row.sum().item()))
+    reference = Reference("copy", copies={"row": (row, torch.ones(2, 2))})
+    reference._swap(by_copy=True)
+    reference._swap(by_copy=True)
+    assert events == [0, 4] and row.sum() == 0
+    group = {"params": [row], "peak_lr": 1e-2, "weight_decay": 0.0}
+    optimizer = build_optimizer("schedule_free_adamw", [group], betas=(0.9, 0.99), eps=1e-8)
+    row.grad = torch.ones(2, 2)
+    optimizer.step()
+    events.clear()
+    trained = row.sum().item()
+    with evaluation_weights(optimizer):
+        evaluated = row.sum().item()
+    assert events == [trained, evaluated] and row.sum() == trained
+
+
+def test_rows_that_do_not_fit_into_the_memory_of_the_cpu_are_refused_before_they_are_there(home, monkeypatch):
+    """Weights, gradients and two moments of 8 ranks: the whole model four times, in fp32."""
+    config, _ = load({}, settings(home, **ON_CPU), origin="test")
+    model = build_model(from_hf(MODEL))
+    monkeypatch.setattr(prepare_model.ranks, "world_size", lambda: 8)
+    monkeypatch.setattr(prepare_model.runtime, "pick_precision", lambda train, device: "fp32")
+    monkeypatch.setattr(prepare_model.parallel, "shard", lambda *arguments, **options: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    needed = 16 * sum(p.numel() for p in model.parameters())
+    for there, is_enough in ((needed, True), (needed - 16, False)):
+        monkeypatch.setattr(prepare_model, "memory_bytes", lambda there=there: there)
+        with nullcontext() if is_enough else pytest.raises(UserError, match="cpu_offload of 8 ranks"):
+            prepare_model.shard(config, model, torch.device("cuda"))
 
 
 # ---- updates in the backward ----------------------------------------------------------------------------------------
@@ -572,6 +650,15 @@ def test_what_sharded_weights_cannot_do_is_refused_by_name(home, keys, named):
     load({}, keys, origin="test")
     with pytest.raises(UserError, match=named):
         load({}, keys | SHARDED, origin="test")
+
+
+def test_an_offload_of_what_is_not_sharded_and_of_muon_is_refused(home):
+    keys = settings(home, **{"parallel.cpu_offload": True})
+    with pytest.raises(UserError, match=r"cpu_offload = true .* no weights are sharded so"):
+        load({}, keys, origin="test")
+    with pytest.raises(UserError, match="a CPU would take longer"):
+        load({}, keys | ON_CPU | {"train.optim": "muon"}, origin="test")
+    load({}, keys | SHARDED, origin="test")
 
 
 def test_a_process_that_had_sharded_weights_keeps_copies_of_others(home):

@@ -14,6 +14,7 @@ from tiny import MODEL, settings, write_rows
 from tiny_models import CONFIGS, stream, tiny
 
 from minisft import runtime
+from minisft.cards import CARDS
 from minisft.commands.plan import main
 from minisft.config.load import load
 from minisft.errors import MEMORY, UserError
@@ -26,6 +27,7 @@ from minisft.model.save import save_model
 from minisft.optimizers import state_bytes
 from minisft.plan.activations import Precision, kept_by_block, kept_outside, shared_by_layers
 from minisft.plan.changes import cheapest, dimensions, with_keys
+from minisft.plan.estimate import Hardware, estimate
 from minisft.plan.memory import (
     MicroBatch,
     Place,
@@ -36,6 +38,8 @@ from minisft.plan.memory import (
     predict,
     weight_bytes,
 )
+from minisft.plan.offload import offload
+from minisft.plan.report import report
 from minisft.plan.shapes import parameter_shapes
 from minisft.prepare.run import prepare
 
@@ -313,6 +317,54 @@ def test_an_update_in_the_backward_keeps_the_gradient_of_one_block_or_of_the_roo
     block = sum(prod(shape) for name, shape in shapes.items() if name.startswith("layers.0."))
     root = sum(prod(shape) for name, shape in shapes.items() if not name.startswith("layers."))
     assert later - earlier == (small.num_layers - 1) * block + root  # 4 bytes a number, on 4 ranks
+
+
+OFFLOADED = {"parallel.strategy": "fsdp2", "parallel.cpu_offload": True}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_offload_moves_what_is_sharded_and_pays_for_it(accumulation):
+    config = config_of(**OFFLOADED, **{"train.gradient_accumulation_steps": accumulation})
+    plain, shape = with_keys(config, {"parallel.cpu_offload": False}), from_hf(EIGHT_BILLION)
+    batch, place, p = MicroBatch(1024, 1024), Place(True, 8, shards=8), parameters_of(config, shape)
+    found, before = offload(config, shape, place), predict(plain, shape, batch, place).parts
+    numbers, root = p.num_trained, 2 * 128256 * 4096 + 4096  # embedding, head, last norm
+    assert found.memory == {"weights": numbers / 2, "gradients": numbers / 2, "moments": numbers}
+    assert found.memory["weights"] == pytest.approx(before["weights"])
+    assert found.memory["moments"] == pytest.approx(before["moments"])
+    # a micro-batch: blocks there and there again, the root there, gradients back; an update: 7 numbers
+    assert found.link == pytest.approx(accumulation * ((2 * numbers - root) / 2 + numbers / 2))
+    assert found.update == pytest.approx(28 * numbers / 8)
+    parts = predict(config, shape, batch, place).parts
+    vectors = (2 * 32 + 1) * 4096
+    assert parts["weights"] == 4 * vectors and parts["moments"] == 8 * vectors
+    assert parts["gathered"] == before["gathered"]
+    assert offload(plain, shape, place) is None and offload(config, shape, Place(True)) is None
+    on_cpu = Place(False, 8, shards=8)
+    assert offload(config, shape, on_cpu) is None
+    assert predict(config, shape, batch, on_cpu) == predict(plain, shape, batch, on_cpu)
+
+
+def test_an_offload_is_told_with_its_time_and_proposed_where_nothing_else_keeps_all_weights_training():
+    """8 billion parameters on two cards with 24 GB."""
+    config, shape, card = (
+        config_of(**{"parallel.strategy": "fsdp2", "data.max_length": 1024}),
+        from_hf(EIGHT_BILLION),
+        CARDS["4090"],
+    )
+    config = with_keys(config, {"train.per_device_train_batch_size": 1})
+    hardware = Hardware(Place(True, 2, shards=2), card.memory, "two cards", card)
+    found = estimate(config, shape, full_batches(config), hardware)
+    best, each = found.changes()
+    assert found.fits == "no" and best.keys == {"parallel.cpu_offload": True}
+    assert {"parallel.cpu_offload": True} in [fit.keys for fit in each]
+    moved = estimate(with_keys(config, best.keys), shape, full_batches(config), hardware)
+    assert moved.fits == "yes"
+    assert moved.seconds_a_step == pytest.approx(found.seconds_a_step + moved.offload.seconds)
+    text = report(moved)
+    assert "memory of the CPU, a rank: weights 16.1 GB, gradients 16.1 GB, moments 32.1 GB, in all 64.2 GB" in text
+    assert f"offload    {moved.offload.seconds:.2f} s of a step" in text
+    assert moved.to_dict()["offload"]["memory"] == moved.offload.memory
 
 
 def test_every_change_takes_less_memory_and_is_a_configuration_that_loads(tmp_path):

@@ -140,3 +140,8 @@ def test_bytes_flops_and_phases_of_a_linear_layer(paper):
     assert product == {"name": "mm", "phase": "forward", **sizes}
     assert launches["backward"][0] == {"name": "mm", "phase": "backward", **sizes}
     assert launches["copy from pageable memory"][0]["bytes"] == 4 * 64
+
+
+def test_an_update_never_mixes_rows_on_the_cpu_and_vectors_on_the_gpu(paper):
+    assert len(paper["devices"]) == 10
+    assert all(found == [] for found in paper["devices"].values()), paper["devices"]

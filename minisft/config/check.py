@@ -205,7 +205,8 @@ def check_parallel(config: Config, refuse: Refuse) -> None:
     """What sharded weights and split documents do not do yet."""
     values, train, strategy = config_to_dict(config), config.train, config.parallel.strategy
     is_sharded = strategy in ("fsdp2", "hsdp")
-    for key, belongs in (("replicas", strategy == "hsdp"), ("reshard_after_forward", is_sharded)):
+    options = {"replicas": strategy == "hsdp", "reshard_after_forward": is_sharded, "cpu_offload": is_sharded}
+    for key, belongs in options.items():
         if values[f"parallel.{key}"] != KEYS[f"parallel.{key}"].default and not belongs:
             refuse(f"parallel.{key} parallel.strategy", "no weights are sharded so", "leave it out")
     if config.parallel.context_parallel > 1:
@@ -236,6 +237,9 @@ def check_parallel(config: Config, refuse: Refuse) -> None:
     ):
         if is_used:
             refuse(f"parallel.strategy {key}", problem, hint)
+    if config.parallel.cpu_offload and train.optim == "muon":
+        problem = "a CPU would take longer for its products of whole matrices than a GPU for the step"
+        refuse("parallel.cpu_offload train.optim", problem, "use another optimizer, or leave cpu_offload out")
     if train.optimizer_in_backward:
         keys = "train.optimizer_in_backward parallel.strategy"
         if config.lora.r is not None:

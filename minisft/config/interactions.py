@@ -75,7 +75,12 @@ TOGETHER: tuple[tuple[str, str], ...] = (  # (keys, what they do to each other)
         "dpo.ld_alpha",
         "what needs a whole document on one rank is refused where documents are split",
     ),
-    ("parallel.strategy parallel.replicas parallel.reshard_after_forward", "options of sharding"),
+    ("parallel.strategy parallel.replicas parallel.reshard_after_forward parallel.cpu_offload", "options of sharding"),
+    ("parallel.cpu_offload train.optim", "a CPU is too slow for muon's products"),
+    (
+        "parallel.cpu_offload train.offload_optimizer",
+        "with both the moments of vectors and adapters, which stay on the GPU, are in the memory of the CPU too",
+    ),
     ("trainer_type train.learning_rate", "preference tuning starts from 1e-6 unless a rate is set"),
     (
         "trainer_type data.packing_strategy data.truncation data.format data.completion_only_loss "

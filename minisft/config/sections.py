@@ -315,6 +315,11 @@ class ParallelSection:
     reshard_after_forward: bool = option(
         True, "fsdp2, hsdp: free a block's whole weights after its forward; false = more memory, fewer messages"
     )
+    cpu_offload: bool = option(
+        False,
+        "fsdp2, hsdp: this rank's rows of the matrices, their gradients and moments are in the memory of the CPU, where they are "
+        "updated too; blocks are copied to the GPU for their passes. For models that do not fit otherwise: steps are much slower",
+    )
     context_parallel: int = option(
         1,
         "ranks that share each micro-batch: every one of them has a part of the tokens of its documents; for documents whose "

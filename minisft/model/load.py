@@ -31,7 +31,7 @@ from minisft.model.model_config import ModelConfig, with_vocab_size
 from minisft.model.quantized import Quantization, QuantLinear, QuantWeight
 from minisft.model.quantized_files import quant_type_of, split, take_parts, unpack
 from minisft.model.row_files import Rows
-from minisft.model.shards import is_shard, local, rows_here
+from minisft.model.shards import device_of, is_shard, local, rows_here
 from minisft.model.tensor_names import Stored, stored_tensors
 from minisft.model.weight_files import BUFFERS, FileTensor, JoinedTensor, bare, read_headers, some
 from minisft.strict_json import read_json
@@ -48,23 +48,24 @@ def build_model(config: ModelConfig, device: torch.device | str = "meta") -> Dec
     return model if torch.device(device).type == "meta" else give_memory(model, device)
 
 
-def give_memory(model: Decoder, device: torch.device | str) -> Decoder:
-    """The model of build_model on a device. Raises UserError (exit code MEMORY) if the device cannot hold it."""
+def give_memory(model: Decoder, device: torch.device | str, rows_on: torch.device | str | None = None) -> Decoder:
+    """The model of build_model on a device; rows_on: where the rows of sharded parameters are, None = there too. Raises UserError
+    (exit code MEMORY) if a device cannot hold its part."""
     device, tensors = torch.device(device), [*model.parameters(), *model.buffers()]
-    is_cuda = device.type == "cuda"
-    there = torch.cuda.get_device_properties(device).total_memory if is_cuda else memory_bytes()
-    hint = "take a smaller model, weights_dtype = 'bf16', or with [lora] load_in_4bit"
-    require_memory(
-        sum(local(t).nbytes for t in tensors),
-        there,
-        f"the model in {str(model.embed_tokens.weight.dtype).removeprefix('torch.')}",
-        hint,
-    )
+    rows_on = torch.device(rows_on or device)
+    for place in {device, rows_on}:
+        is_cuda = place.type == "cuda"
+        require_memory(
+            sum(local(t).nbytes for t in tensors if (rows_on if is_shard(t) else device) == place),
+            torch.cuda.get_device_properties(place).total_memory if is_cuda else memory_bytes(),
+            f"the model in {str(model.embed_tokens.weight.dtype).removeprefix('torch.')}",
+            "take a smaller model, weights_dtype = 'bf16', or with [lora] load_in_4bit",
+        )
     names: dict[nn.Parameter, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(p, []).append(name)
     # as to_empty, but for tensors on meta PyTorch then imports its compiler
-    model._apply(lambda t: torch.empty_like(t, device=device) if is_shard(t) else t.new_empty(t.shape, device=device))
+    model._apply(lambda t: torch.empty_like(t, device=rows_on) if is_shard(t) else t.new_empty(t.shape, device=device))
     for first, *others in names.values():  # one parameter of several modules has become several
         for name in others:
             parent, _, leaf = name.rpartition(".")
@@ -184,7 +185,7 @@ def load_weights(model: Decoder, source: Path | str) -> list[str]:
     config, a value is not finite, a tied head differs from the embedding, or a file is missing or damaged.
     """
     folder, config = Path(source), model.config
-    parameters, device = base_weights(model), model.embed_tokens.weight.device
+    parameters, device = base_weights(model), device_of(model.embed_tokens.weight)
     assert not any(p.is_meta for p in model.parameters()), "give the model memory first"
     wanted = {bare(name): stored for name, stored in stored_tensors(config, parameters).items()}
     found, others = read_headers(folder, config)

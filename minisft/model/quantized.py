@@ -36,7 +36,7 @@ from minisft.kernels.quantize import (
 )
 from minisft.model.decoder import Decoder
 from minisft.model.layers import compute_dtype
-from minisft.model.shards import local, rows_here, whole
+from minisft.model.shards import is_shard, local, rows_here, whole
 from minisft.strict_json import read_json, write_json
 from minisft.units import size
 
@@ -124,7 +124,7 @@ class QuantWeight(nn.Module):
         data, absmax = whole(self.data), whole(self.absmax)
         if self.quant_type == "int8":
             return Int8Tensor(data, absmax, self.dtype)
-        table = None if self.offset is None else _nested_table(self.device)  # one for all weights
+        table = None if self.offset is None else _nested_table(data.device)  # one for all weights
         parts = self.blocksize, self.quant_type, self.offset, self.nested_absmax, table
         return NF4Tensor(data, absmax, self.shape, self.dtype, *parts)
 
@@ -161,7 +161,8 @@ class QuantWeight(nn.Module):
         for tensors in (self._buffers, self._parameters):
             for name, part in tensors.items():
                 if part is not None:
-                    device = fn(torch.empty(0, device=part.device)).device
+                    probe = part if is_shard(part) and part.is_meta else torch.empty(0, device=part.device)
+                    device = fn(probe).device  # rows may have another one than what is whole
                     moved = torch.empty_like(part, device=device) if part.is_meta else part.detach().to(device)
                     tensors[name] = nn.Parameter(moved, False) if isinstance(part, nn.Parameter) else moved
         return self

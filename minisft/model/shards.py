@@ -32,6 +32,13 @@ def replica_of(x: Tensor) -> tuple[int, int]:
     return (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
 
 
+def device_of(x: Tensor) -> torch.device:
+    """Where the model computes with it: rows in the memory of the CPU (parallel.cpu_offload) are gathered on a GPU."""
+    if not is_shard(x) or x.device.type == x.device_mesh.device_type:
+        return x.device
+    return torch.device(x.device_mesh.device_type, torch.cuda.current_device())
+
+
 def local(x: Tensor) -> Tensor:
     """These rows, detached: the same memory."""
     if not is_shard(x):
@@ -41,8 +48,8 @@ def local(x: Tensor) -> Tensor:
 
 
 def whole(x: Tensor) -> Tensor:
-    """All rows, detached, of which every process gives its own: all of them call it."""
+    """All rows, detached, of which every process gives its own: all of them call it. They are on `device_of` x."""
     if not is_shard(x):
         return x.detach()
     with torch.no_grad():
-        return x.full_tensor()
+        return x.to(device_of(x)).full_tensor()

@@ -1,8 +1,8 @@
 """What to change so that a run fits: the cheapest combination of the changes that its configuration allows.
 
 They are ordered by price. First comes what leaves every number of the run as it is: smaller micro-batches with accumulation
-raised, recomputation, sharding over the ranks. Then what rounds otherwise: moments in 8 bits, weights in bf16. Last what trains
-something else: LoRA, QLoRA.
+raised, recomputation, sharding over the ranks. Then what rounds otherwise: moments in 8 bits, weights in bf16; and shards in the
+memory of the CPU, which round nothing and take long. Last what trains something else: LoRA, QLoRA.
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from minisft.plan.work import Work
 
 LORA = {"lora.r": 16, "lora.lora_alpha": 32.0}
 FSDP2 = {"parallel.strategy": "fsdp2"}
+OFFLOAD = {"parallel.cpu_offload": True}
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,12 @@ def dimensions(config: Config, place: Place, again: float) -> list[list[Change]]
         why = f"computes every block again: {again:.0%} more FLOPs"
         recompute.append(Change({"model.gradient_checkpointing": True}, again, why))
     found.append(recompute)
+    slow = "shards in the memory of the CPU, copied for every pass and updated there: steps take seconds longer (plan them)"
     if place.ranks > 1 and place.shards == 1:
         why = "shares weights, gradients and moments between the ranks: gathers every block twice a micro-batch"
-        found.append([NOTHING, Change(FSDP2, 0.08, why)])
+        found.append([NOTHING, Change(FSDP2, 0.08, why), Change({**FSDP2, **OFFLOAD}, 1.5, slow)])
+    elif place.shards > 1 and not config.parallel.cpu_offload:
+        found.append([NOTHING, Change(OFFLOAD, 1.5, slow)])
     if whole and train.optim in ("adamw", "adamw_minisft"):
         why = "moments of 8 bits: other rounding, a quarter of the moments' traffic"
         found.append([NOTHING, Change({"train.optim": "adamw_8bit"}, 0.4, why)])

@@ -9,6 +9,7 @@ from minisft.model.model_config import ModelConfig
 from minisft.plan.changes import Fit, cheapest, singles
 from minisft.plan.flops import forward_of_blocks, products
 from minisft.plan.memory import Memory, MicroBatch, Parameters, Place, parameters_of, predict
+from minisft.plan.offload import Offload, offload
 from minisft.plan.shapes import count
 from minisft.plan.work import Work
 from minisft.preference.losses import WITHOUT_REFERENCE
@@ -61,7 +62,12 @@ class Estimate:
     def seconds_a_step(self) -> float | None:
         card = self.hardware.card
         ranks = self.hardware.place.ranks
-        return None if card is None else sum(self.flops.values()) / (self.mfu * card.matmul * ranks)
+        more = 0.0 if self.offload is None else self.offload.seconds
+        return None if card is None else sum(self.flops.values()) / (self.mfu * card.matmul * ranks) + more
+
+    @property
+    def offload(self) -> Offload | None:
+        return offload(self.config, self.model, self.hardware.place)
 
     @property
     def hours(self) -> float | None:
@@ -106,6 +112,8 @@ class Estimate:
             "hours": self.hours,
             "cost": self.cost,
         }
+        if self.offload is not None:
+            found["offload"] = asdict(self.offload) | {"seconds": self.offload.seconds}
         if self.fits != "yes":
             best, single = self.changes()
             found["changes"] = None if best is None else {"keys": best.keys, "bytes": best.memory.total}

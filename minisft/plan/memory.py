@@ -17,7 +17,8 @@ A step has four moments that may be its peak: in the loss, where the backward pa
 The answer is the largest, with its components.
 
 With strategy "fsdp2" weights, gradients and moments are divided by the ranks; two blocks, the root (embedding, last norm, head)
-and their gradients are whole for a while. Adapters and norms are on every rank.
+and their gradients are whole for a while. Adapters and norms are on every rank. With cpu_offload the rest is in the memory of the
+CPU (offload.py).
 """
 
 import re
@@ -238,6 +239,14 @@ def update_bytes(config: Config, p: Parameters) -> float:
     return 4.0 * n * times + (width * n if counted else 0)
 
 
+def gradients_at_once(p: Parameters) -> int:
+    """The most numbers of a group that FSDP2 sums at a time: a block, or the root."""
+    groups = Counter()
+    for name in p.trained:
+        groups[layer_of(name)] += prod(p.model[name])
+    return max(groups.values(), default=0)
+
+
 def reference_bytes(config: Config, p: Parameters) -> float:
     """Of preference tuning: a copy of what trains; with new adapters, or cached log-probabilities, none."""
     dpo, width = config.dpo, 2 if config.train.weights_dtype == "bf16" else 4
@@ -361,6 +370,13 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
             loss = replace(loss, head=4.0 * prod(p.model[head]) if head in p.trained else 0.0)
             embedding = 4.0 * in_root
         copies = 2.0 * prod(p.model[head]) if precision.casts else 0.0
+        if config.parallel.cpu_offload and place.is_gpu:  # plan/offload.py has the rest
+            vectors = sum(prod(shape) for shape in p.model.values() if len(shape) == 1)
+            weights = 4.0 * p.num_adapter + precision.stream * vectors
+            if is_full:
+                moments = 8.0 * vectors
+                if config.parallel.strategy != "hsdp":
+                    gradients = width * (gradients_at_once(p) / place.shards + vectors)
     saved = (weights if is_full else 4.0 * p.num_adapter) + moments  # the copies of a save in the background
     if train.offload_optimizer and place.is_gpu:
         moments = 0.0
@@ -385,11 +401,8 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
         "context": CUDA_CONTEXT if place.is_gpu else PYTHON_AND_TORCH + (COMPILER if imports_compiler else 0.0),
     }
     whole, none = (gradients if keeps_gradients else 0.0), 0.0
-    if in_backward:  # of one parameter, or what this rank has of one block or of the root
-        groups = Counter()
-        for name in p.trained:
-            groups[layer_of(name)] += prod(p.model[name])
-        gradients = float(largest) if place.shards == 1 else width * max(groups.values(), default=0) / place.shards
+    if in_backward:
+        gradients = float(largest) if place.shards == 1 else width * gradients_at_once(p) / place.shards
     activations = T * kept + batch_bytes
     moments_of_a_step = {
         "in the loss": (whole + loss.head, activations, loss.kept + loss.inside, none),

@@ -6,6 +6,7 @@ from minisft.config.values import as_toml
 from minisft.init.toml_text import render
 from minisft.plan.changes import Fit
 from minisft.plan.estimate import MARGIN, Estimate
+from minisft.plan.offload import CPU_MEMORY, LINK
 from minisft.units import digits, duration, size, thousands
 
 WIDTH = 100
@@ -81,6 +82,9 @@ def _memory(e: Estimate) -> list[str]:
     lines.append(
         f"  {'in all':<13}{size(memory.total):>9}  of {size(e.hardware.memory)} ({e.hardware.name}): {verdict}"
     )
+    if e.offload is not None:
+        parts = ", ".join(f"{name} {size(value)}" for name, value in e.offload.memory.items())
+        lines.append(f"memory of the CPU, {rank}: {parts}, in all {size(sum(e.offload.memory.values()))}")
     return lines
 
 
@@ -110,6 +114,11 @@ def _time(e: Estimate) -> list[str]:
     if e.hours is not None:
         text += f", {duration(e.hours * 3600)} in all"
     lines = [f"{text}; loading, evaluation and saving are not in it"]
+    if e.offload is not None:
+        lines.append(
+            f"offload    {digits(e.offload.seconds, 3)} s of a step: {size(e.offload.link)} over a link of {size(LINK)}/s, "
+            f"{size(e.offload.update)} of the update at {size(CPU_MEMORY)}/s of the CPU, both assumptions"
+        )
     if e.cost is not None and e.hours is not None:
         hours = f"{digits(e.hours * e.hardware.place.ranks, 3)} GPU hours"
         lines.append(f"cost       {digits(e.cost, 3)} for {hours} at {e.price:g} each")

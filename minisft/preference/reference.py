@@ -38,7 +38,7 @@ from minisft.model.row_files import missing_file, read_rows
 from minisft.model.shards import whole
 from minisft.model.tensor_files import TensorFile, entry_of, in_usual_order
 from minisft.parallel import is_sharded, no_backward, part_of, reshard
-from minisft.parts import rows_of
+from minisft.parts import rows_of, wait_for_readers
 from minisft.preference.answer_logps import answer_logps
 
 VERSION = 1  # of the cached log-probabilities; raise it when the same input gives other numbers
@@ -93,6 +93,7 @@ class Reference:
 
     def _swap(self, by_copy: bool) -> None:
         """Exchange the values of policy and reference. by_copy: in place, as FSDP2 does not notice another `.data`."""
+        wait_for_readers(parameter for parameter, _ in self.copies.values())
         for name, (parameter, value) in self.copies.items():
             if by_copy:
                 kept = parameter.detach().clone()

@@ -10,6 +10,7 @@ The files of an adapter that is trained further decide its shape: keys of [lora]
 must be the same. lora_dropout and loraplus_lr_ratio belong to the training and not to the adapter, so this run's count.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from minisft.config.sections import Config, LoraSection, ModelSection
 from minisft.config.values import as_toml
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import MODEL, UserError
+from minisft.memory import memory_bytes, require_memory
 from minisft.model.adapter_files import (
     adapter_tensors,
     least_vocab_size,
@@ -45,6 +47,8 @@ from minisft.model.model_config import ModelConfig, longest_tree, with_vocab_siz
 from minisft.model.quantized import Quantization, describe_quantized, named_weights, quantization_of, read_record
 from minisft.model.start import Start, find_start
 from minisft.optimizers import cut_runs_through_blocks
+from minisft.plan.memory import Place
+from minisft.plan.offload import offload
 from minisft.prepare.data import titled
 from minisft.prepare.options import ranks_sharing_a_batch
 from minisft.units import size
@@ -78,7 +82,7 @@ def prepare_model(
         if not parallel.is_sharded(model):
             shard(config, model, device)
         parallel.settle(model)
-        lines.append(parallel.describe(model))
+        lines.append(parallel.describe(model) + (", in the memory of the CPU" if config.parallel.cpu_offload else ""))
     if (sharing := ranks_sharing_a_batch(config, ranks.world_size())) > 1:
         refuse_split_documents(model_config)
         parallel.split_documents(model, device, sharing)
@@ -170,7 +174,7 @@ def fill_model(
             device = torch.device("cpu")
         else:
             shard(config, model, device)
-    give_memory(model, device)
+    give_memory(model, device, "cpu" if config.parallel.cpu_offload else device)
     if start is None:
         init_weights(model, config.train.seed)
         return model, []
@@ -207,6 +211,12 @@ def shard(config: Config, model: Decoder, device: torch.device) -> None:
             hint="each replica has the same number of ranks",
         )
     options = {"replicas": replicas, "reshard": section.reshard_after_forward, "dtype": dtype}
+    options["offload"] = section.cpu_offload
+    place = Place(device.type == "cuda", ranks.world_size(), ranks.world_size() // replicas, precision=precision)
+    if (moved := offload(config, model.config, place)) is not None:
+        number = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        needed, hint = int(number * sum(moved.memory.values())), 'take more machines, optim = "adamw_8bit", or [lora]'
+        require_memory(needed, memory_bytes(), f"cpu_offload of {number} ranks of this machine", hint)
     if config.train.optim == "adamw_8bit" and config.lora.r is None:
         options["keep"] = cut_runs_through_blocks
     parallel.shard(model, device, **options)
