@@ -26,7 +26,8 @@ from minisft.gguf.kinds import KINDS
 if TYPE_CHECKING:
     from minisft.model.decoder import Decoder
 
-NOT_IN_VLLM = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices")
+NOT_IN_VLLM = ("use_dora", "modules_to_save", "trainable_token_indices")
+IN_NEW_VLLM = ("rank_pattern", "alpha_pattern")
 NO_ROOM = "free some space, or choose another folder"
 
 
@@ -156,6 +157,8 @@ def export_copy(folder: Path, out: Path, form: str) -> list[str]:
     config = read_json(folder / CONFIG_FILE)
     if unread := [key for key in NOT_IN_VLLM if config.get(key)]:
         lines.append(f"vLLM does not serve adapters with {', '.join(unread)}: --merge for it")
+    if new := [key for key in IN_NEW_VLLM if config.get(key)]:
+        lines.append(f"vLLM 0.32 reads {', '.join(new)}; older releases may not: --merge for them")
     return lines
 
 
