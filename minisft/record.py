@@ -22,6 +22,7 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def describe(run: Run, earlier: list[dict]) -> dict[str, Any]:
         "tokenizer": hash_of({name: sha(data) for name, data in run.tokenizer.files.items()}),
         "template": sha(template.text.encode()) if template is not None else None,
         "data": {name: describe_data(loader.documents.cache) for name, loader in sets.items()},
-        "code": {"minisft": hash_files(PACKAGE, "**/*.py"), "kernels": hash_files(kernels_folder(), "*.py")},
+        "code": code(),
         "versions": versions(),
         "machine": machine(run.device),
     }
@@ -154,10 +155,12 @@ def hash_files(folder: Path, pattern: str) -> str:
     return hash_of({path.relative_to(folder).as_posix(): sha(path.read_bytes()) for path in paths})
 
 
-def kernels_folder() -> Path:
+@cache  # later runs of this process have the same modules, whatever the files have become
+def code() -> dict[str, str]:
     import minisft.kernels.common
 
-    return Path(minisft.kernels.common.__file__).parent
+    kernels = Path(minisft.kernels.common.__file__).parent
+    return {"minisft": hash_files(PACKAGE, "**/*.py"), "kernels": hash_files(kernels, "*.py")}
 
 
 # ---- the model and the data ---------------------------------------------------------------------------------------
@@ -210,6 +213,7 @@ def describe_data(cache: TokenCache) -> dict[str, Any]:
 # ---- versions and machine -----------------------------------------------------------------------------------------
 
 
+@cache  # each is parsed from a file of its package's metadata
 def versions() -> dict[str, str]:
     found = {"minisft": sys.modules["minisft"].__version__, "python": platform.python_version()}
     for name in PACKAGES:

@@ -30,6 +30,9 @@ METRICS = {
 }
 
 
+FEW = 12
+
+
 def write_pairs(path: Path, count: int = 32, **fields) -> Path:
     rng = np.random.default_rng(0)
 
@@ -43,9 +46,10 @@ def write_pairs(path: Path, count: int = 32, **fields) -> Path:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A folder with pairs, a tokenizer, and a model that was trained a little."""
+    """A folder with pairs, fewer pairs, a tokenizer, and a model that was trained a little."""
     folder = tmp_path_factory.mktemp("dpo")
     write_pairs(folder / "pairs.jsonl")
+    write_pairs(folder / "few.jsonl", FEW)
     train(folder, output_dir=str(folder / "first"), **{"train.max_steps": 4})
     return folder
 
@@ -74,7 +78,7 @@ def same(a: Path, b: Path, tolerance=3e-6):
 
 
 def test_it_starts_at_ln_2_and_learns(go, home):
-    result = go(**{"train.num_train_epochs": 6})
+    result = go(**{"train.num_train_epochs": 3, "train.learning_rate": 2e-3})
     loss, accuracy, margin = (logged(result.output_dir, n) for n in ("loss", "rewards/accuracies", "rewards/margins"))
     assert loss[0] == pytest.approx(math.log(2), rel=1e-6) and margin[0] == accuracy[0] == 0
     loss, accuracy, margin = (np.mean(values[-8:]) for values in (loss, accuracy, margin))  # of the last pass
@@ -97,8 +101,8 @@ def test_the_learning_rate_is_that_of_preference_tuning(go):
         {"dpo.share_prompt": True},
         {"data.packing": True, "dpo.share_prompt": True, "train.per_device_train_batch_size": 1},
         {"dpo.precompute_ref_log_probs": True},
-        {"train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 2},
-        {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": 4},
+        {"train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": FEW // 2},
+        {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": FEW},
         {"model.gradient_checkpointing": True},
         {"model.kernels": "reference"},
         {"evaluate.sample_steps": 1, "evaluate.max_new_tokens": 4},
@@ -107,17 +111,15 @@ def test_the_learning_rate_is_that_of_preference_tuning(go):
 )
 def test_what_changes_nothing(go, home, other):
     """One pack of all pairs a step, or all pairs side by side, so that every run has the same pairs in its steps."""
-    whole = {"train.per_device_train_batch_size": 32, "train.num_train_epochs": 2}
+    whole = {"data.train_data": str(home / "few.jsonl")}
+    whole |= {"train.per_device_train_batch_size": FEW, "train.num_train_epochs": 2}
     base = home / "whole"
     if not base.exists():
         result = go("whole", **whole)
         result.output_dir.rename(base)
     overrides = whole | other
-    if "train.gradient_accumulation_steps" in other:
-        times = 32 // (other["train.per_device_train_batch_size"] * other["train.gradient_accumulation_steps"])
-        overrides["train.gradient_accumulation_steps"] = other["train.gradient_accumulation_steps"] * times
     if other.get("data.packing"):
-        overrides |= {"data.max_length": 64, "train.per_device_train_batch_size": 32}
+        overrides |= {"data.max_length": 64, "train.per_device_train_batch_size": FEW}
     same(go("other", **overrides).output_dir, base)
 
 
@@ -160,7 +162,7 @@ def test_two_ranks_are_one(home, tmp_path, go):
     "keys",
     [
         {},
-        {"dpo.sync_ref_model": True, "dpo.ref_model_sync_steps": 3},
+        {"dpo.sync_ref_model": True, "dpo.ref_model_sync_steps": 2},
         {"dpo.precompute_ref_log_probs": True},
         {"lora.r": 4},
         {"lora.r": 4, "dpo.sync_ref_model": True, "dpo.ref_model_sync_steps": 2},
@@ -169,12 +171,12 @@ def test_two_ranks_are_one(home, tmp_path, go):
 )
 def test_resumed_is_uninterrupted(go, keys, monkeypatch):
     file = "adapter_model.safetensors" if "lora.r" in keys else "model.safetensors"
-    keys = keys | {"train.per_device_train_batch_size": 8, "train.max_steps": 6}  # 4 steps an epoch
+    keys = keys | {"train.per_device_train_batch_size": 16, "train.max_steps": 4}  # 2 steps an epoch
     whole = go("whole", **keys)
     with monkeypatch.context() as patch:
-        stop_after(patch, 5, signal.SIGTERM)
+        stop_after(patch, 3, signal.SIGTERM)
         stopped = go("parts", **keys)
-    assert stopped.exit_code == 75 and stopped.step == 5
+    assert stopped.exit_code == 75 and stopped.step == 3
     resumed = go("parts", **keys)
     read = lambda result: (result.output_dir / "model" / file).read_bytes()  # noqa: E731
     assert read(resumed) == read(whole)
@@ -242,7 +244,8 @@ def test_kto_trains_on_labels_and_on_pairs(go, home, tmp_path):
     ]
     path = tmp_path / "labelled.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in labelled))
-    kto = {"dpo.loss_type": ["kto"], "train.per_device_train_batch_size": 8, "train.num_train_epochs": 4}
+    kto = {"dpo.loss_type": ["kto"], "train.per_device_train_batch_size": 16, "train.num_train_epochs": 4}
+    kto["train.learning_rate"] = 2e-3
     for name, data in (("pairs", home / "pairs.jsonl"), ("labels", path)):
         out = go(name, **kto | {"data.train_data": str(data)}).output_dir
         loss, kl = logged(out), logged(out, "kl")
@@ -306,8 +309,8 @@ def stop_after_collecting(patch, number: int) -> None:
     patch.setattr(Loader, "step", step)
 
 
-@pytest.mark.parametrize("lora", [{}, {"lora": {"r": 4}}], ids=["full", "lora"])
-def test_stopped_in_either_stage_is_uninterrupted(home, tmp_path, monkeypatch, lora):
+@pytest.mark.parametrize("lora, steps", [({}, (2, 6)), ({"lora": {"r": 4}}, (6,))], ids=["full", "lora"])
+def test_stopped_in_either_stage_is_uninterrupted(home, tmp_path, monkeypatch, lora, steps):
     """The second stage's reference is what the first wrote: with adapters, the adapter as it was, not the base."""
     rows = {"data": {"train_data": str(home / "rows.jsonl")}}
     pairs = {"data": {"train_data": str(home / "pairs.jsonl")}, "trainer_type": "dpo"}
@@ -323,7 +326,7 @@ def test_stopped_in_either_stage_is_uninterrupted(home, tmp_path, monkeypatch, l
         return result, tmp_path / name / "2-dpo"
 
     _, whole = go("whole")
-    for step in (2, 4 + 1 + 1):  # the second stage looks at its first batch before it begins
+    for step in steps:  # the sixth is the second stage's first: it looks at its first batch before it begins
         with monkeypatch.context() as patch:
             stop_after_collecting(patch, step)
             stopped, _ = go(f"stopped-{step}")

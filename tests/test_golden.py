@@ -20,6 +20,7 @@ from tolerance import bounds_of, relative_error
 from minisft import sft
 from minisft.kernels.common import use_backend
 from minisft.model.attention import KVCache
+from minisft.model.families import to_hf
 from minisft.model.load import load_model, read_config
 from minisft.model.save import save_model
 
@@ -126,19 +127,33 @@ def test_gradients(variant, backend, tmp_path):
         assert error <= 1e-4 * expected[name].norm() + 1e-7 * whole, (name, error / expected[name].norm())
 
 
-@each_dialect
-def test_files_are_written_back_as_they_were(variant, dialect, tmp_path):
-    folder = write_folder(tmp_path, variant, dialect)
+@each_variant
+def test_files_are_written_back_as_they_were(variant, tmp_path):
+    folder = write_folder(tmp_path, variant, "minimal")
     save_model(load(folder), tmp_path / "saved")
     with safe_open(tmp_path / "saved" / "model.safetensors", framework="pt") as file:
         assert set(file.keys()) == weights(variant).keys()
         for name, tensor in weights(variant).items():
             saved = file.get_tensor(name)
             assert saved.shape == tensor.shape and saved.numpy().tobytes() == tensor.numpy().tobytes(), name
-    before, after = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "saved"))
+    assert_kept(folder, tmp_path / "saved")
+
+
+def assert_kept(folder, saved):
+    before, after = (json.loads((f / "config.json").read_text()) for f in (folder, saved))
     said = {key: value for key, value in before.items() if value is not None}
     assert after | said == after  # every key is still there with its value
-    assert read_config(tmp_path / "saved") == read_config(folder)
+    assert read_config(saved) == read_config(folder)
+
+
+@each_dialect
+def test_every_key_of_a_configuration_is_written_back(variant, dialect, tmp_path):
+    """By `to_hf`, as save_model does; the weights of a dialect are those of the others."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    for folder, config in ((before, CONFIGS[variant][dialect]), (after, None)):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config or to_hf(read_config(before), "float32")))
+    assert_kept(before, after)
 
 
 @each_variant

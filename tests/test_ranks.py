@@ -184,7 +184,7 @@ def test_two_ranks_are_one(home, tmp_path, batch_size, accumulation):
 
 def test_a_signal_to_one_rank_stops_and_saves_both(home, tmp_path):
     # one log window over the whole run, so that it is open at every save; `whole` saves at its end only
-    options = {"train.num_train_epochs": 8, "train.per_device_train_batch_size": 4, "log.logging_steps": 1000}
+    options = {"train.num_train_epochs": 4, "train.per_device_train_batch_size": 4, "log.logging_steps": 1000}
     whole = start_ranks(home, options | {"output_dir": str(tmp_path / "whole")})
     out = tmp_path / "out"
     options |= {"output_dir": str(out), "checkpoint.save_steps": 7}

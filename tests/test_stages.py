@@ -250,8 +250,8 @@ def by_hand(common_file: Path, out: Path, *stages: tuple[str, dict]) -> list[Pat
 @pytest.mark.parametrize("pair", PAIRS)
 def test_stages_are_the_runs_by_hand_bit_for_bit(write, tmp_path, common, trained, pair):
     first, second = PAIRS[pair]
-    begin = f'model.config = "none"\nmodel.model_name_or_path = "{trained}"\ntrain.max_steps = 4\n' + first
-    second += "train.seed = 7\ntrain.max_steps = 4\n"
+    begin = f'model.config = "none"\nmodel.model_name_or_path = "{trained}"\ntrain.max_steps = 2\n' + first
+    second += "train.seed = 7\ntrain.max_steps = 2\n"
     result = run(write(begin, second))
     (tmp_path / "common.toml").write_text(common)
     hand = by_hand(tmp_path / "common.toml", tmp_path, (begin, {}), (second, {}))
@@ -259,7 +259,7 @@ def test_stages_are_the_runs_by_hand_bit_for_bit(write, tmp_path, common, traine
     for one, other, lora in zip(outs, hand, PAIRS[pair]):
         assert logged(one) == logged(other)
         assert (adapter(one) == adapter(other)) if lora else (weights(one) == weights(other))
-    assert result.output_dir == tmp_path / "out" / "2-second" and result.step == 4
+    assert result.output_dir == tmp_path / "out" / "2-second" and result.step == 2
     if PAIRS[pair][1]:
         config = json.loads((result.model_dir / "adapter_config.json").read_text())
         base = trained if first else tmp_path / "out" / "1-first" / "model"
@@ -282,11 +282,11 @@ def test_each_says_what_it_is_and_runs_alone_by_its_resolved_configuration(write
 
 
 def test_stopped_in_the_second_it_ends_in_the_same_bytes(write, tmp_path, trained, monkeypatch):
-    begin = f'model.config = "none"\nmodel.model_name_or_path = "{trained}"\n' + LORA
-    path = write(begin, LORA + "train.seed = 7\ntrain.num_train_epochs = 2\n")
+    begin = f'model.config = "none"\nmodel.model_name_or_path = "{trained}"\ntrain.max_steps = 2\n' + LORA
+    path = write(begin, LORA + "train.seed = 7\n")
     assert run(path, output_dir=str(tmp_path / "whole")).exit_code == 0
     with monkeypatch.context() as patch:
-        stop_after(patch, 12, signal.SIGTERM)  # the first stage has 8 steps
+        stop_after(patch, 5, signal.SIGTERM)  # the first stage has 2 steps
         assert main([str(path)]) == STOPPED
     out = tmp_path / "out"
     assert (out / "1-first" / "model").exists() and not (out / "2-second" / "model").exists()
@@ -298,7 +298,7 @@ def test_stopped_in_the_second_it_ends_in_the_same_bytes(write, tmp_path, traine
 
 
 def test_killed_in_the_second_it_ends_in_the_same_bytes(home, write, tmp_path):
-    path = write("", "train.num_train_epochs = 4\ncheckpoint.save_steps = 4\n")
+    path = write("train.max_steps = 2\n", "train.num_train_epochs = 3\ncheckpoint.save_steps = 4\n")
     assert run(path, output_dir=str(tmp_path / "whole")).exit_code == 0
     process = start(run_quietly, str(path))
     while process.is_alive() and len(list(tmp_path.glob("out/2-second/checkpoints/step-*"))) < 2:
@@ -409,7 +409,7 @@ def test_the_model_of_a_stage_is_gone_before_the_next_is_made(write, monkeypatch
 def test_two_ranks_go_through_both_stages_in_one_group(write, tmp_path):
     import socket
 
-    path = write("train.per_device_train_batch_size = 4\n", "train.per_device_train_batch_size = 4\n")
+    path = write(*["train.per_device_train_batch_size = 4\ntrain.max_steps = 3\n"] * 2)
     assert run(path, output_dir=str(tmp_path / "one"), **{"train.per_device_train_batch_size": 8}).exit_code == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
