@@ -65,6 +65,14 @@ def home(tmp_path_factory) -> Path:
     apply_lora(adapter, LoraOptions(r=4))
     randomise(adapter)
     save_adapter(adapter, folder / "adapter", base=str(folder / "base" / "model"))
+    quantised = load_model(folder / "base-nf4")
+    apply_lora(quantised, LoraOptions(r=4, use_dora=True, target_modules=("q_proj", "down_proj")))
+    randomise(quantised)
+    save_adapter(quantised, folder / "adapter-nf4", base=str(folder / "base-nf4"))
+    rows = load_model(folder / "base" / "model")
+    apply_lora(rows, LoraOptions(r=4, trainable_token_indices={"embed_tokens": (3, 200)}, modules_to_save=("lm_head",)))
+    randomise(rows)
+    save_adapter(rows, folder / "adapter-rows", base=str(folder / "base" / "model"))
     return folder
 
 
@@ -263,6 +271,9 @@ SLOW = {
     "QLoRA, bf16": NF4 | {"train.precision": "bf16"},
     "QLoRA beside GPT-2 that is stored in 8 bits": LORA | {"model.model_name_or_path": "gpt2-int8"},
     "an adapter that is merged": {"model.config": None, "model.model_name_or_path": "adapter"},
+    "an adapter that is merged, of a quantised base": {"model.config": None, "model.model_name_or_path": "adapter-nf4"},
+    "an adapter that is merged, rows on the CPU": ON_CPU
+    | {"model.config": None, "model.model_name_or_path": "adapter-rows"},
     "an adapter that is trained further": LORA | {"model.model_name_or_path": "adapter"},
     "DPO": DPO,
     "DPO, LoRA": DPO | {"lora.r": 4},

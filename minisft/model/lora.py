@@ -36,6 +36,7 @@ from minisft.errors import UserError
 from minisft.model.decoder import Decoder
 from minisft.model.lora_options import ALL_LINEAR, INITS, LoraOptions, is_target, scale_of
 from minisft.model.quantized import QuantLinear, QuantWeight, dense, linear, named_weights
+from minisft.model.shards import whole
 from minisft.model.tensor_names import Stored, stored_tensors
 from minisft.model.token_rows import TokenRows
 
@@ -295,6 +296,25 @@ def changed_by_merge(model: Decoder) -> list[str]:
     options, kinds = adapter_options(model), LoraLinear | QuantLinear
     layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     return [*layers, *options.modules_to_save, *options.trainable_token_indices]
+
+
+def merged_weight(model: Decoder, name: str) -> Tensor | None:
+    """A weight by its name, whole and without the adapter, as `merge_adapter` makes it; None where neither an adapter nor
+    quantisation changes it. All processes call it where the matrices are sharded."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf != "weight":
+        return None
+    with torch.no_grad():
+        if isinstance(module, LoraLinear):
+            return module.merged()
+        if isinstance(module, QuantLinear):
+            return dense(module.weight, model.embed_tokens.weight.dtype)
+        if isinstance(module, TokenRows):
+            weight = whole(module.weight)
+            ids = torch.tensor(module.ids, device=weight.device)
+            return weight.index_copy(0, ids, module.rows.to(weight.dtype))
+    return None
 
 
 def merge_adapter(model: Decoder) -> Decoder:

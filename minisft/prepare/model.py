@@ -41,10 +41,25 @@ from minisft.model.load import (
     read_config,
     read_object,
 )
-from minisft.model.lora import adapter_options, adapter_sites, merge_adapter, place_adapters, start_adapters
+from minisft.model.lora import (
+    adapter_options,
+    adapter_sites,
+    merge_adapter,
+    merged_weight,
+    place_adapters,
+    start_adapters,
+)
 from minisft.model.lora_options import LoraOptions, is_target
 from minisft.model.model_config import ModelConfig, longest_tree, with_vocab_size, without_dropout
-from minisft.model.quantized import Quantization, describe_quantized, named_weights, quantization_of, read_record
+from minisft.model.quantized import (
+    Quantization,
+    QuantWeight,
+    describe_quantized,
+    named_weights,
+    quantization_of,
+    read_record,
+)
+from minisft.model.shards import is_shard, local, rows_here, whole
 from minisft.model.start import Start, find_start
 from minisft.optimizers import cut_runs_through_blocks
 from minisft.plan.memory import Place
@@ -79,8 +94,6 @@ def prepare_model(
     if config.lora.r is not None:
         lines += describe_adapters(model)
     if is_to_be_sharded(config):
-        if not parallel.is_sharded(model):
-            shard(config, model, device)
         parallel.settle(model)
         lines.append(parallel.describe(model) + (", in the memory of the CPU" if config.parallel.cpu_offload else ""))
     if (sharing := ranks_sharing_a_batch(config, ranks.world_size())) > 1:
@@ -160,28 +173,35 @@ def fill_model(
     """The model with its weights, random or loaded, an adapter merged where lora.r is "none", or trained beside them; notes.
 
     It gets its shape first, without memory: quantised layers, adapters, rows of this rank. Then each tensor is read to where it
-    stays. Only a merge needs whole matrices, in the memory of the CPU where the model is to be sharded.
+    stays. Where an adapter is merged and the model sharded, base and adapter are another model with the same rows.
     """
     model, dtype = build_model(model_config), runtime.DTYPES[config.train.weights_dtype]
     merges = start is not None and start.adapter is not None and config.lora.r is None
+    merges_rows = merges and is_to_be_sharded(config)
+    rows_on = "cpu" if config.parallel.cpu_offload else device
     model.to(torch.float32 if merges else dtype)
     if start is not None:
         place_quantized(model, start.folder, quantization_for(config.model, start))
         if config.lora.r is not None:
             place_adapters(model, lora_options(model, config, tokenizer, start.adapter))
+        elif merges_rows:
+            place_adapters(model, read_options(model, start.adapter))
     if is_to_be_sharded(config):
-        if merges:
-            device = torch.device("cpu")
-        else:
-            shard(config, model, device)
-    give_memory(model, device, "cpu" if config.parallel.cpu_offload else device)
+        shard(config, model, device)
+    give_memory(model, device, rows_on)
     if start is None:
         init_weights(model, config.train.seed)
         return model, []
     lines = list(load_weights(model, start.folder))
     if merges:
         was = quantization_of(model)
-        merge_adapter(load_adapter(model, start.adapter)).to(dtype)
+        if merges_rows:
+            load_adapter_weights(model, start.adapter)
+            merged = build_model(model_config).to(dtype)
+            shard(config, merged, device)
+            model = merge_rows(model, give_memory(merged, device, rows_on))
+        else:
+            merge_adapter(load_adapter(model, start.adapter)).to(dtype)
         lines += [f"the base was {was}: the adapter is merged into its dequantised matrices"] if was else []
     if quantization_of(model) is not None:
         lines.append(describe_quantized(model))
@@ -194,6 +214,25 @@ def fill_model(
     if config.lora.r is not None:
         fill_adapters(model, config.train.seed, start.adapter)
     return model, lines
+
+
+def merge_rows(source: Decoder, model: Decoder) -> Decoder:
+    """Fill a sharded model with the rows of a base and its adapter, which are sharded too, and free those. Matrices that are
+    quantised or have an adapter are made whole, one at a time. All ranks call it."""
+    for name, p in model.named_parameters():
+        parent, _, leaf = name.rpartition(".")
+        weight = getattr(source.get_submodule(parent), leaf)
+        with parallel.waiting(model), torch.no_grad():
+            merged = merged_weight(source, name)
+            if merged is None and is_shard(weight) and is_shard(p):
+                local(p).copy_(local(weight))
+            else:
+                local(p).copy_((whole(weight) if merged is None else merged)[rows_here(p)])
+        for old in weight.parts() if isinstance(weight, QuantWeight) else [weight]:
+            if is_shard(old):
+                local(old).untyped_storage().resize_(0)
+    model.generation_config = source.generation_config
+    return model
 
 
 def is_to_be_sharded(config: Config) -> bool:
