@@ -361,12 +361,13 @@ def flash_attention_with_kvcache(
 
     Returns [B, Hq, Dh] in the dtype of q; zeros for an empty row. Raises ValueError where shapes or dtypes do not fit.
     """
-    if k_cache.ndim != 4 or len(k_cache) != len(q) or cache_seqlens.shape != q.shape[:1]:
+    is_cache = k_cache.ndim == 4 and k_cache.shape == v_cache.shape and len(k_cache) == len(q)
+    if not is_cache or cache_seqlens.shape != q.shape[:1]:
         raise ValueError(
-            f"flash_attention_with_kvcache: q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)} and "
-            f"cache_seqlens {tuple(cache_seqlens.shape)} do not fit: expected [B, Hq, Dh], [B, L, Hkv, Dh], [B]"
+            f"flash_attention_with_kvcache: q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)} "
+            f"and cache_seqlens {tuple(cache_seqlens.shape)} do not fit: expected [B, Hq, Dh], twice [B, L, Hkv, Dh], [B]"
         )
-    _check(q, k_cache.flatten(0, 1), v_cache.flatten(0, 1), window, softcap)
+    _check(q, k_cache[:, :1].flatten(0, 1), v_cache[:, :1].flatten(0, 1), window, softcap)  # the whole would be a copy
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         if chosen_backend() == "reference":

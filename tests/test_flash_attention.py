@@ -12,6 +12,7 @@ from tolerance import (
     run_with_gradients,
     shared_prompts,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisft.kernels import flash_attention as module
 from minisft.kernels import flash_attention_torch as torch_path
@@ -357,6 +358,25 @@ def test_kvcache_equals_the_last_row_of_the_forward(options, backend):
         queries[-1] = q[row]
         whole = flash_attention(queries, k_cache[row, :n], v_cache[row, :n], *bounds_of([n]), **options)
         assert relative_error(out[row], whole[-1]) < 1e-6  # the same sums in another order, fp32
+
+
+def test_no_step_copies_the_cache():
+    """In memory as the model keeps it: [B, Hkv, L, Dh], turned, and cut to the longest row."""
+    k_cache, v_cache = torch.randn(2, 4, 2, 50, 16).transpose(2, 3)[:, :, :40]
+    outputs = []
+
+    class Outputs(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                outputs.append((out.untyped_storage().data_ptr(), out.numel(), func.name()))
+            return out
+
+    with Outputs():
+        flash_attention_with_kvcache(torch.randn(4, 4, 16), k_cache, v_cache, torch.tensor([1, 9, 40, 33]))
+    cache = k_cache.untyped_storage().data_ptr()
+    made = [(count, name) for place, count, name in outputs if place != cache]
+    assert made and max(made)[0] < k_cache.numel() / 2, max(made)
 
 
 def test_kvcache_empty_row_and_bf16():
