@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_lora import randomise
-from test_ranks import free_port, join, start_ranks
+from test_ranks import free_port, free_ports, join, start_ranks
 from tiny import FORK, GPT2, MODEL, logged, parts, relative_error, settings, start, train, train_quietly
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -112,7 +112,7 @@ def run_both(home: Path, folder: Path, cases: dict[str, dict], sharded: dict, co
         ones.append(keys | {"output_dir": str(folder / case / "one")})
         rows = {"train.per_device_train_batch_size": keys["train.per_device_train_batch_size"] // count}
         manys.append(SHARDED | keys | rows | sharded | {"output_dir": str(folder / case / "several")})
-    ports = [free_port() for _ in cases]
+    ports = free_ports(len(cases))
     processes = [start(train_all, home, ones, ports, 0, 1)]
     processes += [start(train_all, home, manys, ports, rank, count) for rank in range(count)]
     codes = join(processes, 60 + 30 * len(cases))

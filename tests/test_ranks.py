@@ -1,5 +1,6 @@
 """Two ranks train the same model as one: gloo on this machine, started as torchrun starts them."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -108,10 +109,17 @@ def train_rank(
     train_quietly(folder, overrides, output=out / f"said-{rank}")
 
 
+def free_ports(count: int) -> list[int]:
+    """Different ones: on a port that a process has had before, torch goes on with the old store and the addresses in it."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [free.getsockname()[1] for free in sockets]
+
+
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    return free_ports(1)[0]
 
 
 def start_ranks(
