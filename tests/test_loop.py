@@ -296,6 +296,7 @@ def test_named_evaluation_sets(tmp_path):
 def test_tokens_and_the_fill_of_packs_are_counted_over_whole_passes(tmp_path):
     """Steps of 5 packs, so that the last step of a pass is short; two passes, and one log window for both."""
     options = {"data.packing": True, "train.per_device_train_batch_size": 5, "log.logging_steps": 1000}
+    options["train.num_train_epochs"] = 2
     run, _ = parts(tmp_path, **options)
     num_packs, num_tokens = run.train.plan.num_packs, int(run.train.documents.lengths.sum())
     assert num_packs % 5 != 0

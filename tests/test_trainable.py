@@ -308,7 +308,7 @@ def test_the_summary_says_what_trains_and_from_when(home):
     assert f"lm_head                   0 of {sizes['lm_head.weight']:>14,}    0.0%  float32" in lines[4]
     assert f"{sum(sizes.values()):,}" in lines[5] and len(lines) == 8
     assert lines[6].endswith(r"layers\.0\.: 9 tensors from step 5 on")
-    assert lines[7].endswith("embed: 1 tensors from step 100 on, after this run of 16 steps")
+    assert lines[7].endswith("embed: 1 tensors from step 100 on, after this run of 8 steps")
     counted = [int(line.split()[-5].replace(",", "")) for line in lines[:5]]
     assert sum(counted) == sum(sizes.values()) - sizes["lm_head.weight"]
 

@@ -61,7 +61,7 @@ def settings(folder: Path, **overrides: Any) -> dict[str, Any]:
         "train.precision": "fp32",
         "train.device": "cpu",
         "train.learning_rate": 1e-2,
-        "train.num_train_epochs": 2,
+        "train.num_train_epochs": 1,
         "train.per_device_train_batch_size": 8,
         "checkpoint.save_steps": 1000,
         "log.logging_steps": 1,
