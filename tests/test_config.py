@@ -11,7 +11,7 @@ from dataclasses import MISSING, FrozenInstanceError
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisft.config import sections as config_module
@@ -718,6 +718,7 @@ plain = (
 values = st.recursive(plain, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text("aZ9_- .é\"'", max_size=4), v))
 
 
+@settings(max_examples=40, deadline=None)
 @given(values)
 def test_as_toml_is_read_back_by_a_toml_reader(value):
     back = tomllib.loads(f"value = {as_toml(value)}  # comment")["value"]

@@ -58,14 +58,14 @@ def each_place(variant):
 def test_a_value_of_the_wrong_kind_is_refused_or_means_nothing(variant):
     for number, (hf, path) in enumerate(each_place(variant)):
         config = outcome(hf)
-        for value in NEVER[number % 2 :: 2]:  # of each key one half here, the other in other variants
+        for value in NEVER[number % 4 :: 4]:  # of each key one quarter here, the others in other variants
             assert outcome(changed(hf, path, value)) in (None, config), (path, value)
 
 
 @each_variant
 def test_any_value_anywhere_gives_a_model_or_an_error(variant):
     for number, (hf, path) in enumerate(each_place(variant)):
-        for value in JUNK[number % 2 :: 2]:
+        for value in JUNK[number % 4 :: 4]:
             outcome(changed(hf, path, value), max_length=40)
 
 

@@ -417,7 +417,7 @@ def test_joint_refuses_what_auto_renders_turn_by_turn(tmp_path):
 
 
 @given(st.integers(1, 6), st.integers(23, 120), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_oldest_turns_are_cut_as_few_as_possible(tmp_path_factory, num_turns, limit, has_system):
     contents = [f"{'question' if i % 2 == 0 else 'answer'} {i}" for i in range(2 * num_turns)]
     messages = [{"role": "system", "content": "Be brief."}] * has_system + turns(*contents)

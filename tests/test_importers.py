@@ -890,7 +890,7 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_no_key_vanishes_and_no_value_is_wrong(name, data):
     keys = data.draw(st.lists(st.sampled_from([k for k in KNOWN[name] if "*" not in k]), max_size=12, unique=True))

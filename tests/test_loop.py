@@ -91,7 +91,7 @@ def test_the_reference_kernels_give_the_same_step(tmp_path):
 
 @pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, about what the kernels compute for ignored rows
-@pytest.mark.parametrize("packing", [False, True], ids=["unpacked", "packed"])
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["unpacked", "packed"])
 def test_the_triton_kernels_give_the_same_step(tmp_path, packing):
     model = {**MODEL, "head_dim": 16}  # the least that a tensor core multiplies
 

@@ -63,6 +63,7 @@ def test_an_untrained_adapter_changes_nothing(family, kind):
     assert relative_error(forward(model), forward(base)) <= (1e-6 if kind == "dora" else 0)
 
 
+@pytest.mark.covers(1)
 @pytest.mark.parametrize("quantization", [None, Quantization("nf4", True), Quantization("int8")], ids=str)
 @pytest.mark.parametrize("family", WITH_HYBRIDS)
 def test_adapters_that_are_placed_before_the_weights_are_read_are_the_same(family, quantization, tmp_path):
@@ -310,6 +311,7 @@ def test_pissa_begins_as_the_base_at_its_largest_directions(family, kind):
         assert kind != "exact" or relative_error(largest, expected) < 1e-4  # 1e-7 over a gap of a thousandth
 
 
+@pytest.mark.covers(1)
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", [*PISSA, "token rows"])

@@ -45,7 +45,7 @@ def check_conservation(lengths, max_length, made, packs):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problems, st.integers(0, 2**32))
 def test_equals_the_reference_and_loses_nothing(strategy, problem, seed):
     lengths, max_length = problem

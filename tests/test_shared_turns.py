@@ -103,7 +103,7 @@ def batches_of(documents: Documents, strategy: str, max_length: int, longest_tre
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "ffd", "bfd_split", "none"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     rows=ROWS,
     limit=st.one_of(st.none(), st.integers(2, 30)),

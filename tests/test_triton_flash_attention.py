@@ -351,7 +351,7 @@ def test_dropout_draws_the_same_in_every_kernel(deterministic):
     assert abs(share - (1 - rate)) < 0.05 and not torch.equal(kept[0][0], kept[0][1])
 
 
-@pytest.mark.covers(2)
+@pytest.mark.covers(1)
 @ONE_PASS_AND_SPLIT
 @pytest.mark.parametrize("norms", [False, True], ids=["plain", "norms"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
