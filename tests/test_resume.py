@@ -420,7 +420,7 @@ def test_ctrl_c_saves_and_says_what_to_do(home, tmp_path, monkeypatch, capfd):
     out, err = capfd.readouterr()
     assert err.strip() == "minisft: SIGINT: saving at the end of a step, then stopping; once more quits at once"
     assert (
-        f"stopped by SIGINT after step 3 of 16, saved in {tmp_path}/out/checkpoints; the same command resumes"
+        f"stopped by SIGINT after step 3 of 8, saved in {tmp_path}/out/checkpoints; the same command resumes"
         in " ".join(out.split())
     )
 
