@@ -190,6 +190,23 @@ def memory_table(rows: list[dict]) -> str:
     return table(["trained", "peak", "of it weights", "moments"], lines)
 
 
+def ranks_table(rows: list[dict]) -> str:
+    lines = []
+    for row in newest_run(rows):
+        seconds = [f"{float(row[column]):.2f} s" for column in ("step_s", "after_s")]
+        sizes = [f"{float(row[column]):,.0f} MB" for column in ("sent_mb", "peak_mb")]
+        lines.append([row["case"], row["ranks"], *seconds, row["messages"], *sizes])
+    return table(["", "ranks", "step", "of it after the backward", "messages", "sent", "peak of a rank"], lines)
+
+
+def generate_table(rows: list[dict]) -> str:
+    lines = []
+    for row in newest_run(rows):
+        speed, times = f"{float(row['tokens_per_second']):,.0f} tokens/s", f"{float(row['batch_times']):.1f} x"
+        lines.append([row["engine"], speed, times, f"{row['same']} of {row['prompts']}", row["new_tokens"]])
+    return table(["", "speed", "the batch beside it", "same tokens", "new tokens"], lines)
+
+
 def validate_table(rows: list[dict]) -> str:
     lines = []
     for row in newest(rows, "shape"):
@@ -297,6 +314,8 @@ SECTIONS = [  # title, command, CSV, table
     ("Memory of a fine-tuning", "benchmarks.bench_memory", "memory", memory_table),
     ("Preference tuning", "benchmarks.bench_dpo", "dpo_cpu", dpo_table),
     ("Preference tuning on a GPU", "benchmarks.bench_dpo --device cuda", "dpo_cuda", dpo_table),
+    ("Several ranks", "benchmarks.bench_ranks", "ranks", ranks_table),
+    ("Generation", "benchmarks.bench_generate MODEL", "generate", generate_table),
     ("Packing", "benchmarks.bench_packing", "packing", packing_table),
     ("Turns that share their past", "benchmarks.bench_shared_turns", "shared_turns", turns_table),
     ("From the file to the token cache", "benchmarks.bench_tokenize", "tokenize", tokenize_table),
