@@ -63,6 +63,8 @@ NOT_QUICK = (
     *("test_dpo_run.py", "test_hub.py", "test_lora_run.py", "test_optim_memory.py", "test_qlora.py"),
     *("test_gpu_ranks.py", "test_launch.py", "test_shared_packs.py", "test_stream.py"),
     *("test_ranks.py", "test_reference.py", "test_resume.py", "test_run.py", "test_stages.py"),
+    *("test_report.py", "test_selfcheck.py", "test_push.py", "test_intervals.py", "test_naive.py"),
+    *("test_stream_mix.py", "test_stream_ledger.py", "test_ledger.py", "test_saver.py", "test_context_parallel.py"),
     *(
         "test_start_from_adapter.py",
         "test_step_on_paper.py",
@@ -117,6 +119,9 @@ NOT_QUICK = (
     "test_a_row_of_all_private_characters_is_refused",
     "test_torch_chooses_the_kernels_that_repeat",
     "test_every_target_is_trained_as_in_its_own_document",
+    "test_training_imports_no_compiler",
+    "test_the_cheapest_change_changes_no_more_than_it_must",
+    "test_few_shapes_are_multiplied",
 )
 
 
