@@ -41,6 +41,7 @@ def home(tmp_path_factory) -> Path:
 def options(home: Path, kind: str) -> dict:
     base = {"model.config": None, "model.model_name_or_path": str(home / "first" / "model")}
     dpo = {"trainer_type": "dpo", "data.train_data": str(home / "pairs.jsonl"), "train.learning_rate": 1e-3}
+    dpo |= {"train.num_train_epochs": 2}  # of one step each
     lora_keys = {**base, "lora.r": 4}
     own = {"model.tokenizer_name_or_path": str(home / "thinking"), "data.train_data": str(home / "turns.jsonl")}
     turns = turn_keys() | own | {"data.packing": True}

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minisft import runtime
+from minisft.data.loader import Loader
 from minisft.errors import UserError
 from minisft.export import export_dtype, write_model, write_whole
 from minisft.model.adapter_files import load_adapted
@@ -19,7 +20,7 @@ from minisft.prepare.model import quantization_for
 from minisft.prepare.run import Run
 from minisft.runtime import DTYPES
 from minisft.selfcheck.bench import FP32, Bench, Outcome, Skipped
-from minisft.selfcheck.measure import in_fp32, largest, relative
+from minisft.selfcheck.measure import in_fp32, largest, one_by_one, relative
 
 PROBE_TOKENS = 512  # whose logits are compared
 # A program: FOLDER of a model, FILE of token ids [n] by name, FILE for their logits [n, V].
@@ -37,9 +38,9 @@ save_file(logits, found)
 """
 
 
-def probe(run: Run) -> tuple[Tensor, ...]:
-    """Tokens of the run's first rows, as arguments of the model."""
-    batch = run.train.step(0, 0)[0]
+def probe(run: Run, loader: Loader | None = None) -> tuple[Tensor, ...]:
+    """Tokens of the first rows of a loader, or of the run, as arguments of the model."""
+    batch = (loader or run.train).step(0, 0)[0]
     n = min(batch.num_tokens, PROBE_TOKENS)
     inputs = batch.input_ids[:n], batch.position_ids[:n], batch.start[:n], batch.end[:n].clamp(max=n)
     return tuple(x.to(run.device) for x in inputs)
@@ -91,7 +92,8 @@ def by_transformers(bench: Bench) -> Outcome:
     folder.mkdir()
     with in_fp32(run) as exact:
         write_whole(exact.model, run.tokenizer, folder, torch.float32, run.start.folder if run.start else None)
-        inputs = probe(run)
+        alone = bench.documents()  # which share nothing: transformers reads each from its beginning
+        inputs = probe(run, one_by_one(run.train, alone, alone.num_units))
         ours = logits(exact.model, inputs)
     documents = {f"tokens {a} to {b}": slice(a, b) for a, b in stretches(inputs[2].tolist())}
     theirs = logits_by_transformers(folder, {name: inputs[0].cpu()[rows] for name, rows in documents.items()})
