@@ -382,10 +382,11 @@ def hidden_file(folder: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def waiting_lock(path: Path | str) -> Iterator[None]:
-    """Wait for the lock of the file `path` (made where absent) and hold it, so that one of several ranks makes a folder that
-    all need. The kernel's lock, as in lock_folder."""
-    with open(path, "ab") as file:
+def waiting_lock(folder: Path) -> Iterator[None]:
+    """Wait for the lock of a folder, a hidden file beside it, and hold it, so that one of several ranks makes a folder that all
+    need. The folder that both are in is made where absent. The kernel's lock, as in lock_folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".lock-{folder.name}"), "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:

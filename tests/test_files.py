@@ -439,7 +439,7 @@ def test_a_waiting_lock_lets_one_in_at_a_time(tmp_path):
     inside, most = [], []
 
     def work():
-        with atomic_folder.waiting_lock(tmp_path / "lock"):
+        with atomic_folder.waiting_lock(tmp_path / "folder"):
             inside.append(1)
             most.append(len(inside))
             time.sleep(0.01)

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_dpo_run import write_pairs
 from test_ranks import join, start_ranks
-from tiny import parts, settings, train, weights
+from tiny import parts, settings, train, train_until_killed, weights
 
-from minisft import loop
 from minisft.__main__ import main
 from minisft.ledger import ENTRY, Ledger, cut_ledgers, read_ledger
 from minisft.selfcheck import naive
@@ -132,20 +131,10 @@ def test_splits_and_packs_have_the_same_ledger(home, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [5, 9, 10])
-def test_a_run_that_was_killed_and_resumed_has_the_ledger_of_one_that_was_not(home, tmp_path, monkeypatch, stop):
+def test_a_run_that_was_killed_and_resumed_has_the_ledger_of_one_that_was_not(home, tmp_path, stop):
     options = {**RUN, "output_dir": str(tmp_path / "out")}
-    honest = loop.train_step
-
-    def killed(run, *arguments, **others):
-        if run.progress.step == stop:
-            raise ZeroDivisionError
-        return honest(run, *arguments, **others)
-
-    monkeypatch.setattr(loop, "train_step", killed)
-    with pytest.raises(ZeroDivisionError):
-        train(home, **options)
+    train_until_killed(home, stop, **options)
     assert max(step for step, _ in table(tmp_path / "out")) == stop
-    monkeypatch.setattr(loop, "train_step", honest)
     train(home, **options)
     assert table(tmp_path / "out") == table(home / "out")
 

@@ -289,6 +289,9 @@ EIGHT_BILLION = {
 }
 
 
+OFFLOADED = {"parallel.strategy": "fsdp2", "parallel.cpu_offload": True}
+
+
 def full_batches(config):
     """The work of data that fills every micro-batch."""
     from minisft.plan.work import _unknown
@@ -316,10 +319,35 @@ def test_an_update_in_the_backward_keeps_the_gradient_of_one_block_or_of_the_roo
     shapes = parameter_shapes(small)
     block = sum(prod(shape) for name, shape in shapes.items() if name.startswith("layers.0."))
     root = sum(prod(shape) for name, shape in shapes.items() if not name.startswith("layers."))
-    assert later - earlier == (small.num_layers - 1) * block + root  # 4 bytes a number, on 4 ranks
+    vectors = sum(prod(shape) for shape in shapes.values() if len(shape) == 1)  # of all layers, until the backward ends
+    # 4 bytes a number: of matrices a quarter is here
+    assert later - earlier == (small.num_layers - 1) * block + root - 4 * vectors
 
 
-OFFLOADED = {"parallel.strategy": "fsdp2", "parallel.cpu_offload": True}
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_between_replicas_the_sums_of_all_blocks_stay_on_a_gpu_whose_rows_are_elsewhere(in_backward):
+    small, batch = from_hf(EIGHT_BILLION | {"vocab_size": 1000}), MicroBatch(1, 1)
+    keys = OFFLOADED | {"train.optimizer_in_backward": in_backward, "train.max_grad_norm": None}
+    place = Place(True, 8, shards=4)
+    one, all_blocks = (
+        predict(config_of(**keys | {"parallel.strategy": name}), small, batch, place).parts["gradients"]
+        for name in ("fsdp2", "hsdp")
+    )
+    numbers = sum(map(prod, parameter_shapes(small).values()))
+    # 4 bytes a number, on 4 ranks; beside them the small embedding and head as a whole
+    assert all_blocks == pytest.approx(numbers, rel=0.01) and one < all_blocks / 10
+
+
+def test_what_an_update_takes_for_a_while_is_that_of_this_ranks_rows():
+    shape, batch = from_hf(EIGHT_BILLION), MicroBatch(1, 1)
+    keys = {"train.optim": "schedule_free_adamw", "train.lr_scheduler_type": "constant", "parallel.strategy": "fsdp2"}
+    config = config_of(**keys)
+    numbers = parameters_of(config, shape).num_trained
+    found = predict(config, shape, batch, Place(True, 8, shards=8))
+    assert found.moment == "in the update" and found.parts["working"] == pytest.approx(8 * numbers / 8)
+    moved = config_of(**keys | {"parallel.cpu_offload": True})
+    assert offload(moved, shape, Place(True, 8, shards=8)).memory["update"] == pytest.approx(8 * numbers / 8)
+    assert predict(moved, shape, batch, Place(True, 8, shards=8)).moment != "in the update"
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -363,7 +363,7 @@ def three_steps(home) -> tuple[dict, dict]:
     return options, outcome(home / "three steps")
 
 
-@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["4", "9"])
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["few", "9"])
 def test_killed_at_so_many_moments(home, tmp_path, three_steps, few):
     """The next start ends like a run that nobody killed. Most kills are inside a save: it has begun, nothing is renamed."""
     options, expected = three_steps

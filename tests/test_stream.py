@@ -133,15 +133,19 @@ def test_keys_that_need_the_whole_data(home, keys, told):
 # ---- runs ---------------------------------------------------------------------------------------------------------
 
 
+def assert_one_chunk_is_the_data_set(home, folder, keys, names, passes):
+    train(home, output_dir=str(folder / "whole"), **keys)
+    train(home, output_dir=str(folder / "stream"), **keys, **{"data.stream": True})
+    assert weights(folder / "stream") == weights(folder / "whole")
+    for name in names:
+        assert logged(folder / "stream", name) == logged(folder / "whole", name)
+    assert logged(folder / "stream", "chunk")[-1] >= passes
+
+
 def test_a_stream_of_one_chunk_is_the_data_set(home, tmp_path, no_process):
     """Over two and a half passes, packed."""
     keys = {"train.max_steps": 20, "data.packing": True, "train.per_device_train_batch_size": 4}
-    train(home, output_dir=str(tmp_path / "whole"), **keys)
-    train(home, output_dir=str(tmp_path / "stream"), **keys, **{"data.stream": True})
-    assert weights(tmp_path / "stream") == weights(tmp_path / "whole")
-    for name in ("loss", "num_tokens", "packing_fill"):
-        assert logged(tmp_path / "stream", name) == logged(tmp_path / "whole", name)
-    assert logged(tmp_path / "stream", "chunk")[-1] >= 2
+    assert_one_chunk_is_the_data_set(home, tmp_path, keys, ("loss", "num_tokens", "packing_fill"), passes=2)
 
 
 def test_a_stopped_run_resumes_inside_a_chunk_and_at_its_end(home, tmp_path, no_process):

@@ -14,9 +14,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_ledger import said, table
 from test_stream_mix import home, mix_of, no_process, preference  # noqa: F401
-from tiny import parts, train, weights
+from tiny import parts, train, train_until_killed, weights
 
-from minisft import loop
 from minisft.__main__ import main
 from minisft.commands.ledger import longest_of
 from minisft.data.chunks import find_files
@@ -70,20 +69,10 @@ def test_a_stopped_stream_has_the_ledger_of_one_that_was_not(home, streamed, tmp
 
 
 @pytest.mark.parametrize("stop", [5, pytest.param(9, marks=pytest.mark.slow)])
-def test_a_mix_that_was_killed_and_resumed_is_one_that_was_not(home, mixed, tmp_path, monkeypatch, no_process, stop):  # noqa: F811
+def test_a_mix_that_was_killed_and_resumed_is_one_that_was_not(home, mixed, tmp_path, no_process, stop):  # noqa: F811
     """Chunks of three steps, saves after four: the run goes back into the chunk before, or to the middle of this one."""
     keys = mix_of(home, **{"log.ledger": True, "checkpoint.save_steps": 4, "output_dir": str(tmp_path / "out")})
-    honest = loop.train_step
-
-    def killed(run, *arguments, **others):
-        if run.progress.step == stop:
-            raise ZeroDivisionError
-        return honest(run, *arguments, **others)
-
-    monkeypatch.setattr(loop, "train_step", killed)
-    with pytest.raises(ZeroDivisionError):
-        train(home, **keys)
-    monkeypatch.setattr(loop, "train_step", honest)
+    train_until_killed(home, stop, **keys)
     train(home, **keys)
     assert table(tmp_path / "out") == table(mixed) and weights(tmp_path / "out") == weights(mixed)
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == (mixed / "metrics.jsonl").read_bytes()

@@ -13,6 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_dpo_run import DPO, write_pairs
 from test_ranks import join, start_ranks
+from test_stream import assert_one_chunk_is_the_data_set
 from tiny import logged, parts, settings, start, train, train_quietly, weights, write_rows
 
 from minisft.data.chunks import Place, find_files, read_chunk, read_places, shares, start_of, write_chunk
@@ -199,13 +200,8 @@ def preference(home: Path, kind: str, **keys) -> dict:
 
 @pytest.mark.parametrize("kind", [pytest.param("pairs", marks=pytest.mark.slow), "packed", "kto"])
 def test_a_stream_of_one_chunk_of_answers_is_the_data_set(home, tmp_path, no_process, kind):
-    keys = preference(home, kind)
-    train(home, output_dir=str(tmp_path / "whole"), **keys)
-    train(home, output_dir=str(tmp_path / "stream"), **keys, **{"data.stream": True})
-    assert weights(tmp_path / "stream") == weights(tmp_path / "whole")
-    for name in ("loss", "num_tokens", "rewards/chosen"):
-        assert logged(tmp_path / "stream", name) == logged(tmp_path / "whole", name)
-    assert logged(tmp_path / "stream", "chunk")[-1] >= 1
+    names = ("loss", "num_tokens", "rewards/chosen")
+    assert_one_chunk_is_the_data_set(home, tmp_path, preference(home, kind), names, passes=1)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("packed", marks=pytest.mark.slow), "kto"])

@@ -1,5 +1,6 @@
 """A run small enough for a test: 2 layers, 64 short documents, fp32. Shared by the tests of whole runs."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from minisft import loop
 from minisft.config.load import load
 from minisft.data.tokenizer import train_tokenizer
 from minisft.errors import run_command
@@ -74,6 +76,20 @@ def settings(folder: Path, **overrides: Any) -> dict[str, Any]:
 def train(folder: Path, **overrides: Any):
     """A whole run -> Result."""
     return run({}, **settings(folder, **overrides))
+
+
+def train_until_killed(folder: Path, stop: int, **overrides: Any) -> None:
+    """A run that ends, in the middle of everything, after so many steps."""
+    honest = loop.train_step
+
+    def killed(run: Run, *arguments: Any, **others: Any) -> Any:
+        if run.progress.step == stop:
+            raise ZeroDivisionError
+        return honest(run, *arguments, **others)
+
+    with mock.patch.object(loop, "train_step", killed), contextlib.suppress(ZeroDivisionError):
+        train(folder, **overrides)
+        raise AssertionError(f"the run ended before step {stop + 1}")
 
 
 FORK = multiprocessing.get_context("forkserver")

@@ -185,9 +185,7 @@ class Documents:
     end: np.ndarray  # int64 [P]
     num_targets: np.ndarray | None = None  # int64 [P]: the targets of each piece; None: they were not counted
     turns: Turns | None = None  # documents of a conversation that share their beginnings (shared_turns.py)
-    numbers: np.ndarray | None = (
-        None  # int64 [D]: of the cache's documents in the ledger, in a stream; None: 0, 1, 2 ...
-    )
+    numbers: np.ndarray | None = None  # int64 [D]: of a stream's rows, by the cache's documents; None: it is no stream
     # In preference data:
     shared: np.ndarray | None = None  # int64 [U]: tokens of the prompt, if the two of a unit share one copy of it
     ref_logps: np.ndarray | None = None  # fp32 [D]: log-probabilities of the cache's documents under the reference
@@ -275,8 +273,7 @@ def build_cache(
     note = "found"
     if _problem(folder) is not None:
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with waiting_lock(folder.with_name(f".lock-{folder.name}")):  # one rank builds, the others wait and find it
+            with waiting_lock(folder):  # one rank builds, the others wait and find it
                 if problem := _problem(folder):
                     note = "built" if problem == ABSENT else f"built again: {problem}"
                     _remove(folder)

@@ -138,8 +138,7 @@ def write_chunk(
 
     The folder appears whole or not at all; if another process is writing it, this one waits. Raises UserError.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with waiting_lock(folder.with_name(f".lock-{folder.name}")):
+    with waiting_lock(folder):
         if verify_folder(folder, hashes=False) is None:
             return
         remove_leftovers(folder.parent)
@@ -182,9 +181,8 @@ class Copier:
     least: int  # as in write_chunk
     local_files_only: bool
     parts: list[Part] = field(default_factory=list)
-    paths: dict[tuple[int, int], Path] = field(
-        default_factory=dict
-    )  # of files that were downloaded, by source and file
+    # of files, downloaded where they are the hub's, by source and file
+    paths: dict[tuple[int, int], Path] = field(default_factory=dict)
 
     def copy(self, begin: Place, rows: int) -> Place:
         """Copy up to `rows` rows; the place behind them."""

@@ -37,8 +37,7 @@ def folder_of(parent: Path, lengths: np.ndarray, max_length: int, strategy: str)
 
 def made_once(folder: Path, make: Callable[[], T], kind: type[T]) -> T:
     """make(), written into the folder by the first process that asks, and mapped by all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with waiting_lock(folder.with_name(f".lock-{folder.name}")):
+    with waiting_lock(folder):
         if verify_folder(folder, hashes=False) is not None:
             remove_leftovers(folder.parent)
             if folder.exists():
@@ -65,7 +64,7 @@ def packs_of(plan: Plan, seed: tuple[int, ...] | None) -> Packs:
     of_plan = Path(str(plan.end.filename)).parent
     name = f"{of_plan.name}-dealt-{'-'.join(map(str, seed or ()))}"
     found = made_once(of_plan.with_name(name), lambda: plan.deal(seed), Packs)
-    with waiting_lock(of_plan.with_name(f".lock-{of_plan.name}-dealt")):
+    with waiting_lock(of_plan.with_name(f"{of_plan.name}-dealt")):
         for other in of_plan.parent.glob(f"{of_plan.name}-dealt-*"):
             if other.name != name:
                 remove_folder(other)

@@ -354,13 +354,21 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
         adds_rows = precision.stream == 4 and not in_backward
         embedding = 4.0 * T * c.hidden_size if adds_rows else float(width * prod(p.model["embed_tokens.weight"]))
 
-    weights, moments = weight_bytes(config, c, p), moment_bytes(config, p)
+    weights, moments, of_update = weight_bytes(config, c, p), moment_bytes(config, p), update_bytes(config, p)
     copies, gathered = copy_bytes(config, c, p, precision), 0.0
+    largest = width * max((prod(p.model[name]) for name in p.trained), default=0)
+    if in_backward and place.shards == 1:
+        gradients = float(largest)
     if place.shards > 1:
         frozen = weights - 4.0 * p.num_adapter
         weights = frozen / place.shards + 4.0 * p.num_adapter
+        offloads = config.parallel.cpu_offload and place.is_gpu  # plan/offload.py has what is in the memory of the CPU
+        vectors = sum(prod(shape) for shape in p.model.values() if len(shape) == 1)
         if is_full:
-            gradients, moments = gradients / place.shards, moments / place.shards
+            moments, of_update = moments / place.shards, 0.0 if offloads else of_update / place.shards
+            keeps_all = config.parallel.strategy == "hsdp" if offloads else not in_backward
+            at_once = gradients_at_once(p) / place.shards + vectors  # vectors are summed after the backward
+            gradients = gradients / place.shards if keeps_all else width * at_once
         blocks = [sum(prod(s) for n, s in p.model.items() if layer_of(n) == i) for i in range(c.num_layers)]
         in_root = sum(prod(s) for n, s in p.model.items() if layer_of(n) is None)
         whole_blocks = 2.0 * max(blocks) if config.parallel.reshard_after_forward else float(sum(blocks))
@@ -370,13 +378,9 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
             loss = replace(loss, head=4.0 * prod(p.model[head]) if head in p.trained else 0.0)
             embedding = 4.0 * in_root
         copies = 2.0 * prod(p.model[head]) if precision.casts else 0.0
-        if config.parallel.cpu_offload and place.is_gpu:  # plan/offload.py has the rest
-            vectors = sum(prod(shape) for shape in p.model.values() if len(shape) == 1)
+        if offloads:
             weights = 4.0 * p.num_adapter + precision.stream * vectors
-            if is_full:
-                moments = 8.0 * vectors
-                if config.parallel.strategy != "hsdp":
-                    gradients = width * (gradients_at_once(p) / place.shards + vectors)
+            moments = 8.0 * vectors if is_full else moments
     saved = (weights if is_full else 4.0 * p.num_adapter) + moments  # the copies of a save in the background
     if train.offload_optimizer and place.is_gpu:
         moments = 0.0
@@ -387,7 +391,6 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
         matrices = [prod(s) for name, s in p.model.items() if is_matrix_of_a_layer(name, s)]
         working += precision.product * max(matrices)
     of_one_block = T * max(again, (kept - kept_outside(c, precision, is_gpu=place.is_gpu)) / c.num_layers)
-    largest = width * max((prod(p.model[name]) for name in p.trained), default=0)
     batch_bytes = 40.0 * T + 60.0 * batch.targets
 
     imports_compiler = config.model.gradient_checkpointing is True or place.shards > 1
@@ -401,8 +404,6 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
         "context": CUDA_CONTEXT if place.is_gpu else PYTHON_AND_TORCH + (COMPILER if imports_compiler else 0.0),
     }
     whole, none = (gradients if keeps_gradients else 0.0), 0.0
-    if in_backward:
-        gradients = float(largest) if place.shards == 1 else width * gradients_at_once(p) / place.shards
     activations = T * kept + batch_bytes
     moments_of_a_step = {
         "in the loss": (whole + loss.head, activations, loss.kept + loss.inside, none),
@@ -413,7 +414,7 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
             working,
         ),
         "at the end of the backward pass": (gradients + embedding, of_one_block + batch_bytes, loss.kept, working),
-        "in the update": (gradients, batch_bytes, loss.kept, update_bytes(config, p)),
+        "in the update": (gradients, batch_bytes, loss.kept, of_update),
     }
     found = []
     for moment, parts in moments_of_a_step.items():

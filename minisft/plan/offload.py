@@ -1,7 +1,7 @@
 """What `parallel.cpu_offload` moves to the memory of the CPU, and what time its traffic takes.
 
     memory of the CPU    a rank's rows of the matrices, 4 bytes a number (2 with bf16 weights); of the trained ones gradients, 4,
-                         and moments, 8 with AdamW; with save_async the copy of a checkpoint
+                         and moments, 8 with AdamW; what an update takes for a while; with save_async the copy of a checkpoint
     left on the GPU      vectors and adapters with theirs, gathered blocks, and the sums of one block's gradients; with "hsdp"
                          those of all blocks, which FSDP2 keeps until the backward ends
     link                 the rows of every block go to the GPU for its forward and again for its backward, those of the root once,
@@ -16,7 +16,15 @@ from math import prod
 
 from minisft.config.sections import Config
 from minisft.model.model_config import ModelConfig
-from minisft.plan.memory import Parameters, Place, gradients_at_once, moment_bytes, parameters_of, weight_bytes
+from minisft.plan.memory import (
+    Parameters,
+    Place,
+    gradients_at_once,
+    moment_bytes,
+    parameters_of,
+    update_bytes,
+    weight_bytes,
+)
 from minisft.plan.shapes import layer_of
 
 LINK = 20e9  # bytes/s between a GPU and the memory of the CPU, each way: PCIe 4.0 with 16 lanes has 32e9 on paper
@@ -52,6 +60,7 @@ def offload(config: Config, c: ModelConfig, place: Place) -> Offload | None:
     update = (2 * weights + gradients + 2 * moments) if is_full else 0.0
     at_once = gradients_at_once(p) * share if config.train.optimizer_in_backward and is_full else gradients
     memory = {"weights": weights, "gradients": at_once, "moments": moments}
+    memory["update"] = update_bytes(config, p) * share if is_full else 0.0
     if config.checkpoint.save_async:
         memory["save"] = (weights if is_full else 0.0) + moments
     times = config.train.gradient_accumulation_steps

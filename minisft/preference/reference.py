@@ -255,8 +255,7 @@ def _write(path: Path, ref_logps: np.ndarray) -> None:
 def _claimed(path: Path) -> Iterator[None]:
     """Hold the lock of a folder that is to be written. Raises UserError where it cannot be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with waiting_lock(path.with_name(f".lock-{path.name}")):
+        with waiting_lock(path):
             yield
     except OSError as error:
         hint = "these are the cached log-probabilities: set cache_dir to a folder that can be written and has space"

@@ -183,9 +183,8 @@ class Chunks:
         self.config, self.tokenizer = config, tokenizer
         sources = [parse_source(source) for source in source_list(config.data.train_data)]
         self.is_mix = config.data.stream_mix and len(sources) > 1
-        self.sources = find_files(
-            sources, is_mix=config.data.stream_mix, local_files_only=config.model.local_files_only
-        )
+        self.local_files_only = config.model.local_files_only
+        self.sources = find_files(sources, is_mix=config.data.stream_mix, local_files_only=self.local_files_only)
         self.begin = start_of(self.sources, self.is_mix)  # of the first chunk
         run = sha256(str(Path(config.output_dir).absolute()).encode()).hexdigest()
         self.folder = cache_folder(config) / f"stream-{run[:16]}"
@@ -193,11 +192,9 @@ class Chunks:
 
     def read(self, number: int, begin: Places) -> tuple[Documents, list[str]]:
         """Its documents, and lines about them. What another process has prepared is found; what it prepares now is waited for."""
-        data, has_labels = self.config.data, format_options(self.config).answers == "labels"
-        # KTO compares an answer with another row's
-        options = {"local_files_only": self.config.model.local_files_only, "least": 2 if has_labels else 1}
-        folder = self.chunk(number, begin)
-        write_chunk(folder, self.sources, begin, data.stream_rows, **options)
+        data, folder = self.config.data, self.chunk(number, begin)
+        least = 2 if self.needs_another_row() else 1
+        write_chunk(folder, self.sources, begin, data.stream_rows, least=least, local_files_only=self.local_files_only)
         sources, parts, self.end = read_chunk(folder, self.sources)
         title = "train" if number == 0 else f"chunk {number}"
         tokens = folder.with_suffix(".tokens")
@@ -214,21 +211,20 @@ class Chunks:
 
     def rows(self, folder: Path, numbers: Sequence[int]) -> Documents:
         """The documents of single rows by their numbers; what is made for them is in a folder that is deleted later."""
-        options = {"is_mix": self.is_mix, "local_files_only": self.config.model.local_files_only}
-        if format_options(self.config).answers == "labels":
-            numbers = [
-                0,
-                len(self.sources) if self.is_mix else 1,
-                *numbers,
-            ]  # KTO's documents need another row's answer
+        if self.needs_another_row():
+            numbers = [0, len(self.sources) if self.is_mix else 1, *numbers]  # with two of the first source
+        options = {"is_mix": self.is_mix, "local_files_only": self.local_files_only}
         return self.documents_of(folder, copy_rows(folder, self.sources, numbers, **options))
 
     def first_rows(self, folder: Path, number: int) -> Documents:
         """The documents of the first rows, in a folder that is deleted later."""
-        write_chunk(
-            folder / "rows", self.sources, self.begin, number, local_files_only=self.config.model.local_files_only
-        )
-        return self.documents_of(folder / "rows", read_chunk(folder / "rows", self.sources)[1])
+        rows = folder / "rows"
+        write_chunk(rows, self.sources, self.begin, number, local_files_only=self.local_files_only)
+        return self.documents_of(rows, read_chunk(rows, self.sources)[1])
+
+    def needs_another_row(self) -> bool:
+        """Whether a row alone makes no documents: KTO compares an answer with that of another row."""
+        return format_options(self.config).answers == "labels"
 
     def documents_of(self, folder: Path, parts: Sequence[Part]) -> Documents:
         """The documents of copied rows, whose tokens are in the folder too."""
@@ -245,7 +241,7 @@ class Chunks:
 
     def find(self, folder: Path, name: str, line: int) -> int:
         """The number of the row in a line of a file. Raises UserError."""
-        options = {"is_mix": self.is_mix, "local_files_only": self.config.model.local_files_only}
+        options = {"is_mix": self.is_mix, "local_files_only": self.local_files_only}
         return number_of(self.sources, name, line, folder, **options)
 
     def open(
