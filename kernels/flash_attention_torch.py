@@ -27,9 +27,11 @@ Which keys a block sees is read on the host (a copy from the device on a GPU), f
 import math
 import threading
 from collections.abc import Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 128  # queries of a block, at most
@@ -131,17 +133,19 @@ def _softmax(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     return torch.softmax(wide, -1, out=wide).to(q.dtype)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan, scale: float) -> Tensor:
-    q_rows, k_rows, v_rows = _gather(q, plan.q_rows).mul_(scale), _gather(k, plan.k_rows), _gather(v, plan.k_rows)
-    out = torch.empty_like(q_rows)
-    for (_, c, n, mask), (qs, outs), (ks, vs) in _batches(plan, [q_rows, out], [k_rows, v_rows]):
-        for j in range(c):
-            m = (j + 1) * n
-            torch.bmm(_softmax(qs[j], ks[:, :m], mask), vs[:, :m], out=outs[j])
-    return out.index_select(0, plan.q_places).view(q.shape)
+def _forward(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+    """PyTorch's fused kernel, which needs no padding: a call for each run of documents of one length."""
+    out, first = torch.empty_like(q, memory_format=torch.contiguous_format), 0
+    for length, run in groupby(lengths):
+        count = len(list(run))
+        some, first = slice(first, first + count * length), first + count * length
+        qs, ks, vs, outs = (x[some].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v, out))
+        outs.copy_(F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, scale=scale, enable_gqa=True))
+    return out
 
 
-def _backward(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, plan: _Plan, scale: float) -> tuple[Tensor, ...]:
+def _backward(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lengths: list[int], scale: float) -> tuple[Tensor, ...]:
+    plan = _kept_plan(lengths, q, k.shape[1])
     q_rows, k_rows, v_rows = _gather(q, plan.q_rows).mul_(scale), _gather(k, plan.k_rows), _gather(v, plan.k_rows)
     do_rows = _gather(d_out, plan.q_rows).index_fill_(0, plan.padding, 0)
     dq, dk, dv = torch.empty_like(q_rows), torch.empty_like(k_rows), torch.empty_like(v_rows)
@@ -312,11 +316,11 @@ class FlashAttentionTorch(torch.autograd.Function):
     def forward(ctx, q, k, v, start, end, q_offset, scale, window, softcap, dropout):
         on_host, end_on_host = start.cpu(), end.cpu()
         first, lengths, plain = _documents(on_host, end_on_host, q_offset, window)
-        ctx.plan = None
-        if lengths and plain and softcap is None and not dropout:
-            ctx.plan, ctx.scale = _kept_plan(lengths, q, k.shape[1]), scale
+        ctx.lengths = None
+        if lengths and plain and scale > 0 and softcap is None and not dropout:  # the fused kernel scales its mask too
+            ctx.lengths, ctx.scale = lengths, scale
             ctx.save_for_backward(q, k, v)
-            return _forward(q, k, v, ctx.plan, scale)
+            return _forward(q, k, v, lengths, scale)
 
         seed = int(torch.randint(2**62, ())) if dropout else None
         ctx.save_for_backward(q, k, v, start, end)
@@ -337,10 +341,10 @@ class FlashAttentionTorch(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out):
         with torch.autocast(d_out.device.type, enabled=False):
-            if ctx.plan is None:
+            if ctx.lengths is None:
                 gradients = _backward_by_block(*ctx.saved_tensors, d_out, ctx.blocks, ctx.options)
             else:
-                gradients = _backward(*ctx.saved_tensors, d_out, ctx.plan, ctx.scale)
+                gradients = _backward(*ctx.saved_tensors, d_out, ctx.lengths, ctx.scale)
         return *gradients, *[None] * 7
 
 

@@ -25,6 +25,7 @@ from minisft.kernels.linear import product_in_blocks, product_into, weight_as
 CPU_CHUNK_ROWS, GPU_CHUNK_ROWS = 512, 4096  # rows of logits that exist at once
 ROW_TILE = 32  # a chunk's rows are a multiple of it
 CPU_DX_ROWS = 256  # of dx = dz W at once: with AMX oneDNN multiplies 512 rows by such a high W on one thread
+CACHE_BYTES = 2**20  # of a thread's share of the exponentials and of what they are computed from
 LOG2_E = math.log2(math.e)
 
 
@@ -87,36 +88,39 @@ def _score(logits, targets, upstream, bias, d_bias, o: Options, z, p) -> Tensor:
     highest, total, product, mean_logit, squares = z.new_zeros(5, R, 1)
     target_bias = None if bias is None else bias[targets]
     target_logit = _as_scored(logits.gather(1, targets).to(z.dtype), target_bias, o)
-    for b in range(0, R, len(z)):
-        some = slice(b, min(b + len(z), R))
-        x, e = z[: some.stop - b], p[: some.stop - b]
-        _as_scored(x.copy_(logits[some]), bias, o)
-        torch.amax(x, -1, keepdim=True, out=highest[some])
+    if upstream is not None:
+        g = upstream[:, None] * o.logit_scale
+        of_target = g * (o.label_smoothing - 1)
+    rows = [logits, targets, highest, total, product, mean_logit, squares, *([] if upstream is None else (g, of_target))]
+    for row, target, top, sum_e, sum_xe, mean, sum_ee, *gradient in zip(*(t.split(len(z)) for t in rows)):
+        x, e = z[: len(row)], p[: len(row)]
+        _as_scored(x.copy_(row), bias, o)
+        torch.amax(x, -1, keepdim=True, out=top)
         if o.label_smoothing or o.all_stats:
-            torch.mean(x, -1, keepdim=True, out=mean_logit[some])
-        x.sub_(highest[some])
+            torch.mean(x, -1, keepdim=True, out=mean)
+        x.sub_(top)
         torch.mul(x, LOG2_E, out=e).exp2_()
-        torch.sum(e, -1, keepdim=True, out=total[some])
+        torch.sum(e, -1, keepdim=True, out=sum_e)
         if o.entropy:  # only the slope of a soft cap needs x any longer
-            torch.sum(x.mul_(e) if o.softcap is None else x * e, -1, keepdim=True, out=product[some])
+            torch.sum(x.mul_(e) if o.softcap is None else x * e, -1, keepdim=True, out=sum_xe)
         if o.all_stats:
-            squares[some] = torch.linalg.vecdot(e, e)[:, None]
-        if upstream is None:
+            sum_ee.copy_(torch.linalg.vecdot(e, e)[:, None])
+        if not gradient:
             continue
 
-        g = upstream[some, None] * o.logit_scale
-        factor = g / total[some]
+        g_rows, g_target = gradient
+        factor = g_rows / sum_e
         if o.z_loss:
-            factor.mul_(1 + 2 * o.z_loss * (highest[some] + total[some].log()))
+            factor.mul_(1 + 2 * o.z_loss * (top + sum_e.log()))
         e.mul_(factor)
         if o.label_smoothing:
-            e.sub_(g * (o.label_smoothing / e.shape[1]))
-        e.scatter_add_(1, targets[some], g * (o.label_smoothing - 1))
+            e.sub_(g_rows * (o.label_smoothing / e.shape[1]))
+        e.scatter_add_(1, target, g_target)
         if o.softcap is not None:
-            e.mul_(x.add_(highest[some]).div_(o.softcap).square_().neg_().add_(1))
+            e.mul_(x.add_(top).div_(o.softcap).square_().neg_().add_(1))
         if d_bias is not None:
             d_bias += e.sum(0)
-        logits[some] = e
+        row.copy_(e)
 
     lse = highest + total.log()
     nll = lse - target_logit
@@ -162,7 +166,10 @@ def run(hidden, weight, bias, rows, targets, upstream, needs, o: Options, d_weig
     num_chunks = max(1, math.ceil(M / (CPU_CHUNK_ROWS if on_cpu else GPU_CHUNK_ROWS)))
     R = ROW_TILE * max(1, math.ceil(M / num_chunks / ROW_TILE))  # all chunks alike, but for the last
     dx_rows = CPU_DX_ROWS if on_cpu else R
-    r = min(R, 8 * torch.get_num_threads() if on_cpu else 1024)  # rows whose exponentials exist at once
+    r = 1024  # rows whose exponentials exist at once
+    if on_cpu:
+        r = torch.get_num_threads() * max(1, CACHE_BYTES // (2 * V * o.wide.itemsize))
+    r = min(R, r)
     chunk = _buffer("logits", (R, V), hidden, o.dtype)
     z, p = _buffer("z", (r, V), hidden, o.wide), _buffer("p", (r, V), hidden, o.wide)
 
