@@ -23,7 +23,8 @@ from torch import Tensor
 from minisft.kernels.linear import product_in_blocks, product_into, weight_as
 
 CPU_CHUNK_ROWS, GPU_CHUNK_ROWS = 512, 4096  # rows of logits that exist at once
-ROW_TILE = 32  # a chunk's rows are a multiple of it
+CPU_CHUNK_BYTES = 2**20 * 100  # twice as many rows on a CPU if they take no more than this
+ROW_TILE = 32  # a chunk's rows are a multiple of it, or of two tiles where they are twice as many
 CPU_DX_ROWS = 256  # of dx = dz W at once: with AMX oneDNN multiplies 512 rows by such a high W on one thread
 CACHE_BYTES = 2**20  # of a thread's share of the exponentials and of what they are computed from
 LOG2_E = math.log2(math.e)
@@ -91,7 +92,16 @@ def _score(logits, targets, upstream, bias, d_bias, o: Options, z, p) -> Tensor:
     if upstream is not None:
         g = upstream[:, None] * o.logit_scale
         of_target = g * (o.label_smoothing - 1)
-    rows = [logits, targets, highest, total, product, mean_logit, squares, *([] if upstream is None else (g, of_target))]
+    rows = [
+        logits,
+        targets,
+        highest,
+        total,
+        product,
+        mean_logit,
+        squares,
+        *([] if upstream is None else (g, of_target)),
+    ]
     for row, target, top, sum_e, sum_xe, mean, sum_ee, *gradient in zip(*(t.split(len(z)) for t in rows)):
         x, e = z[: len(row)], p[: len(row)]
         _as_scored(x.copy_(row), bias, o)
@@ -163,8 +173,11 @@ def run(hidden, weight, bias, rows, targets, upstream, needs, o: Options, d_weig
     W = weight_as(weight, o.dtype)
 
     on_cpu = hidden.device.type == "cpu"
-    num_chunks = max(1, math.ceil(M / (CPU_CHUNK_ROWS if on_cpu else GPU_CHUNK_ROWS)))
-    R = ROW_TILE * max(1, math.ceil(M / num_chunks / ROW_TILE))  # all chunks alike, but for the last
+    most_rows, tile = CPU_CHUNK_ROWS if on_cpu else GPU_CHUNK_ROWS, ROW_TILE
+    if on_cpu and 2 * most_rows * V * o.dtype.itemsize <= CPU_CHUNK_BYTES:
+        most_rows, tile = 2 * most_rows, 2 * tile
+    num_chunks = max(1, math.ceil(M / most_rows))
+    R = tile * max(1, math.ceil(M / num_chunks / tile))  # all chunks alike, but for the last
     dx_rows = CPU_DX_ROWS if on_cpu else R
     r = 1024  # rows whose exponentials exist at once
     if on_cpu:
@@ -176,7 +189,7 @@ def run(hidden, weight, bias, rows, targets, upstream, needs, o: Options, d_weig
     for a in range(0, M, R):
         some = slice(a, min(a + R, M))
         n = some.stop - a
-        num_padded = ROW_TILE * math.ceil(n / ROW_TILE)
+        num_padded = tile * math.ceil(n / tile)
         x = hidden.new_zeros(num_padded, hidden.shape[1], dtype=o.dtype)
         x[:n] = hidden.index_select(0, rows[some])
         logits = torch.mm(x, W.T, out=chunk[:num_padded])

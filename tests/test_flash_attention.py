@@ -96,7 +96,9 @@ def test_a_window_of_the_longest_document_is_no_window(softcap):
 
     none, longest, shorter = run(None), run(163), run(162)
     assert all(torch.equal(none[name], longest[name]) for name in none)
-    different = ((none["output 0"] - shorter["output 0"]).abs() > 1e-5).flatten(1).any(1).nonzero()[:, 0]  # not by rounding
+    different = (
+        ((none["output 0"] - shorter["output 0"]).abs() > 1e-5).flatten(1).any(1).nonzero()[:, 0]
+    )  # not by rounding
     assert different.tolist() == [263]  # one token less: the last query of the longest document loses its first key
 
 

@@ -31,6 +31,7 @@ OPTIONS = {
 def small_chunks(monkeypatch):
     """Chunks of at most 12 rows in tiles of 4, blocks of 16 words: small inputs then cross every kind of boundary."""
     monkeypatch.setattr(module, "CPU_CHUNK_ROWS", 12)
+    monkeypatch.setattr(module, "CPU_CHUNK_BYTES", 0)
     monkeypatch.setattr(module, "ROW_TILE", 4)
     monkeypatch.setattr(linear, "BLOCK_ROWS", 16)
 
@@ -254,16 +255,16 @@ def test_a_row_twice_counts_twice():
 def test_few_shapes_are_multiplied():
     """oneDNN compiles code for each shape that it meets, and keeps it: some 3 MB where the vocabulary is large."""
     shapes = set()
-    for M in range(1, 600, 17):
-        hidden, weight, targets = example(T=600, D=8, V=8, M=M, ignored=0)
-        rows = torch.randperm(600)[:M]
+    for M in range(1, 1200, 33):
+        hidden, weight, targets = example(T=1200, D=8, V=8, M=M, ignored=0)
+        rows = torch.randperm(1200)[:M]
         with Recorder() as recorder:
             loss = linear_cross_entropy(hidden, weight, targets, rows=rows)
         shapes |= {size // 32 for name, size in recorder.outputs if name == "aten::mm.out"}  # rows of logits, and of dx
         expected = linear_cross_entropy_ref(hidden, weight, targets, rows=rows)
         for ours, theirs in zip(gradients(loss, hidden, weight), gradients(expected, hidden, weight)):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # sums of up to 600 terms in fp32
-    assert shapes == set(range(32, 513, 32))
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # sums of up to 1,200 terms in fp32
+    assert shapes == set(range(64, 1025, 64))
 
 
 class Recorder(TorchDispatchMode):

@@ -161,7 +161,7 @@ def _mlp(c: ModelConfig, p: Precision, is_gpu: bool, selective: bool) -> float:
     y = 0 if selective else 1
     if c.mlp == "plain":
         return p.product * c.intermediate_size * (1 + y)
-    one_op = is_gpu or (c.activation == "silu" and p.product == 4)  # keeps gate and up; op by op also act(gate)
+    one_op = is_gpu or c.activation == "silu"  # keeps gate and up; op by op also act(gate)
     return p.product * c.intermediate_size * ((2 if one_op else 3) + y)
 
 

@@ -55,8 +55,9 @@ BYTES_OF_4_BITS, BYTES_OF_DOUBLE = (
     0.5 + 4 / 64,
     0.5 + 1 / 64 + 4 / (64 * 256),
 )  # kernels/quantize.py: blocks of 64, then of 256
-CPU_CHUNK, GPU_CHUNK, GPU_CHUNK_BYTES = 512, 4096, 1_250_000_000  # rows of logits: kernels/linear_cross_entropy*.py
-ROWS_A_THREAD = 8  # of logits in fp32, on a CPU
+# Rows of logits, twice as many on a CPU if they take no more than its bytes: kernels/linear_cross_entropy*.py
+CPU_CHUNK, CPU_CHUNK_BYTES, GPU_CHUNK, GPU_CHUNK_BYTES = 512, 2**20 * 100, 4096, 1_250_000_000
+CPU_CACHE_BYTES = 2**20  # of exponentials and what they are computed from, a thread
 # Resident memory of a process that has imported a run and PyTorch's CPU build, measured with PyTorch 2.13 (docs/plan.md).
 PYTHON_AND_TORCH = 250e6
 COMPILER = 175e6  # PyTorch's, with SymPy and Triton, where torch's checkpointing or DTensor import it
@@ -315,8 +316,8 @@ def loss_bytes(
     """each: bytes of a number of the head's gradient; trains: whether it has one."""
     (V, D), e, T, M = (c.vocab_size, c.hidden_size), precision.product, batch.tokens, max(1, batch.targets)
     if not place.is_gpu:
-        R = ceil(M / ceil(M / CPU_CHUNK))
-        r = min(R, ROWS_A_THREAD * place.threads)
+        R = ceil(M / ceil(M / (CPU_CHUNK * (2 if 2 * CPU_CHUNK * V * e <= CPU_CHUNK_BYTES else 1))))
+        r = min(R, place.threads * max(1, CPU_CACHE_BYTES // (8 * V)))
         kept = R * V * e + 2 * r * V * 4
         in_place = precision.stream == 4  # it is added to the gradient that is there
         inside = 4 * T * D + R * D * (2 * e + 4) + (0 if in_place or not trains else 4 * V * D)

@@ -18,6 +18,7 @@ from minisft.best import Best, best_metric, is_greater_better
 from minisft.config.sections import Config
 from minisft.data.loader import Loader, make_batch
 from minisft.data.tokenizer import Tokenizer
+from minisft.heap import keep_freed_memory
 from minisft.metrics import Sums, eval_name, names_of
 from minisft.micro_batch import Graphs, forward_backward
 from minisft.model.decoder import Decoder
@@ -98,6 +99,8 @@ def prepare(config: Config, device: torch.device) -> Run:
         config = replace(config, lora=replace(config.lora, lora_dropout=0.0))
     train = config.train
     precision = runtime.pick_precision(train, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if train.deterministic:
         runtime.use_deterministic_algorithms()
     pick_kernels(config.model.kernels, device)
