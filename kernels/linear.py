@@ -31,6 +31,9 @@ from torch import Tensor
 from minisft.kernels.common import chosen_backend
 
 BLOCK_ROWS = 2048  # of a product that a CPU multiplies and adds while they are in its cache
+STRIP = 32  # columns that `transposed` moves at once
+WIDE = 1024  # with AMX oneDNN transposes a of a^T b slowly, and again for each block of columns of b: here it pays to do it once
+HAS_AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 Layer = tuple[Tensor, Tensor | None]  # weight [out, in], bias [out]
 
@@ -161,10 +164,18 @@ def product_in_blocks(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> N
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=int(add), out=out)
         return
-    for first in range(0, len(out), BLOCK_ROWS):
-        rows = slice(first, first + BLOCK_ROWS)
-        block, part = torch.mm(a[rows], b), out[rows]
+    for rows, part in zip(a.split(BLOCK_ROWS), out.split(BLOCK_ROWS)):
+        if HAS_AMX and rows.stride(0) == 1 and len(rows) % STRIP == 0 and b.shape[1] >= WIDE:
+            rows = transposed(rows.T)
+        block = torch.mm(rows, b)
         part.add_(block) if add else part.copy_(block)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """x^T [n, m], contiguous, of x [m, n] with whole strips of columns: they are cut out first, and each is transposed in the cache.
+    PyTorch's own copy takes up to three times as long on a CPU (1.4 and 4.0 ms for 2,048 x 1,536 in bf16)."""
+    m, n = x.shape
+    return x.unflatten(1, (n // STRIP, STRIP)).transpose(0, 1).contiguous().transpose(1, 2).reshape(n, m)
 
 
 def side_by_side(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:

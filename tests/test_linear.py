@@ -46,6 +46,27 @@ def test_equals_the_formula(backend, bias, times, monkeypatch):
         assert relative_error(ours, theirs) < 1e-14
 
 
+@pytest.mark.parametrize("rows", [32, 100, 160])
+@pytest.mark.parametrize("is_transposed", [True, False])
+def test_a_transposed_factor_is_copied_in_strips(rows, is_transposed, monkeypatch):
+    """As where a CPU has AMX: whole strips of 32 columns, and what is left, give the same sums, of whole numbers here."""
+    monkeypatch.setattr(module, "HAS_AMX", True)
+    monkeypatch.setattr(module, "WIDE", 8)
+    monkeypatch.setattr(module, "BLOCK_ROWS", 64)
+    calls, transposed = [], module.transposed
+    monkeypatch.setattr(module, "transposed", lambda x: calls.append(x.shape) or transposed(x))
+    wider = torch.randint(-8, 8, (40, rows + 3)).to(BF16)
+    a, b = (
+        wider[:, :rows].T if is_transposed else wider[:, :rows].T.contiguous(),
+        torch.randint(-8, 8, (40, 8)).to(BF16),
+    )
+    out = torch.ones(rows, 8)
+    module.product_in_blocks(out, a, b, add=True)
+    assert torch.equal(out, 1 + (a @ b).float())
+    whole = [(40, min(64, rows - i)) for i in range(0, rows, 64) if min(64, rows - i) % 32 == 0]
+    assert calls == (whole if is_transposed else [])
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_mixed_precision_loses_less_than_autocast(backend, monkeypatch):
     """Three micro-batches of bf16 products: dW is added up in fp32, and rounded to bf16 once a product on a CPU, never where
