@@ -35,7 +35,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # for both, before torch is im
 
 import torch
 
-from benchmarks.harness import ROOT, extra_memory, in_fresh_process, print_table, quartiles, write_csv
+from benchmarks.harness import AS_A_COMMAND, ROOT, extra_memory, in_fresh_process, print_table, quartiles, write_csv
 
 PAIRS = ROOT.parent / "shared" / "data" / "dpo_en_demo.json"
 SMALL = {
@@ -323,7 +323,8 @@ def main() -> None:
         for round_number in range(arguments.rounds):
             for case in cases:
                 engine, layout, reference = case
-                answer = in_fresh_process(f"{here}:{engine}", layout=layout, reference=reference, **where)
+                environment = AS_A_COMMAND if engine == "minisft" and device == "cpu" else {}
+                answer = in_fresh_process(f"{here}:{engine}", environment, layout=layout, reference=reference, **where)
                 answers[case].append(answer)
                 if round_number == arguments.rounds - 1:
                     rows.append(

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import in_fresh_process, print_table, write_csv
+from benchmarks.harness import AS_A_COMMAND, in_fresh_process, print_table, write_csv
 
 MODEL = {
     "model_type": "llama",
@@ -110,7 +110,7 @@ def main() -> None:
         parameters = in_fresh_process(f"{here}:make_inputs", folder=folder)["parameters"]
         base = in_fresh_process(f"{here}:imports", folder=folder)["peak_mb"]
         for case in CASES:
-            answer = in_fresh_process(f"{here}:train", folder=folder, case=case)
+            answer = in_fresh_process(f"{here}:train", AS_A_COMMAND, folder=folder, case=case)
             answer |= {"base_mb": base, "above_base_mb": answer["peak_mb"] - base}
             rows.append({"case": case, "parameters": parameters, "tokens": LENGTH, **answer})
     print_table(rows)

@@ -21,9 +21,12 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from minisft.heap import TUNABLES
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 READERS = ("tokenizers", "safetensors", "huggingface_hub", "jinja2", "tqdm", "yaml")  # of a run's text and files
+AS_A_COMMAND = {"GLIBC_TUNABLES": TUNABLES}  # the environment of a run that the command line starts on a CPU
 ENDED = "ended the process"  # how the error of a row begins if whoever it speaks of did that
 
 
@@ -58,12 +61,14 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return tuple(statistics.quantiles(values, n=4, method="inclusive")) if len(values) > 1 else tuple(values) * 3
 
 
-def in_fresh_process(target: str, **arguments) -> dict:
+def in_fresh_process(target: str, environment: dict[str, str] | None = None, **arguments) -> dict:
     """Call "module:function" with JSON arguments in a new Python process; returns its dict and `peak_mb`, the process's
-    peak resident memory in MiB. Memory of earlier cases, or of this process, does not count."""
+    peak resident memory in MiB. Memory of earlier cases, or of this process, does not count. environment: variables on top."""
     code = "from benchmarks.harness import _answer; _answer()"
     command = [sys.executable, "-c", code, target, json.dumps(arguments)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | (environment or {}), stdout=subprocess.PIPE, text=True, check=True
+    )
     return json.loads(done.stdout.splitlines()[-1])  # whatever the function printed itself comes before
 
 

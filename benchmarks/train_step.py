@@ -29,7 +29,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import ROOT, in_fresh_process, print_table, quartiles, write_csv
+from benchmarks.harness import AS_A_COMMAND, ROOT, in_fresh_process, print_table, quartiles, write_csv
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
 MAX_LENGTH, BATCH_SIZE, ACCUMULATION, WARMUP_STEPS = 1024, 2, 2, 1
@@ -330,9 +330,9 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for engine, trained in cases:
                 target = f"benchmarks.train_step:{engine}"
-                answers[engine, trained].append(
-                    in_fresh_process(target, folder=folder, steps=arguments.steps, trained=trained)
-                )
+                options = {"folder": folder, "steps": arguments.steps, "trained": trained}
+                environment = AS_A_COMMAND if engine == "minisft" else {}
+                answers[engine, trained].append(in_fresh_process(target, environment, **options))
     rows = rows_of(answers)
     print_table(rows)
     print("\n".join(summary(rows)))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from minisft.config.command_line import USAGE, help_text, parse_arguments
 from minisft.config.stages import Stage, load_stages
 from minisft.errors import STOPPED, reports_in, run_command
+from minisft.heap import start_without_caches
 from minisft.signals import BEFORE_STEPS, StopSignal
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def _command(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(help_text())
         return 0
+    start_without_caches()
     with StopSignal(BEFORE_STEPS, STOPPED, is_command=True) as signal:
         return _run(load_stages(*parse_arguments(argv)), signal).exit_code
 

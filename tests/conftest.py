@@ -16,8 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine, small tensor
 import pytest
 import torch
 
+from minisft.heap import TUNABLES
 from minisft.signals import SIGNALS
 
+os.environ.setdefault("GLIBC_TUNABLES", TUNABLES)  # for commands that tests start: each would start again with them
 gc.disable()  # until all tests are collected: millions of objects that stay, looked through again and again
 os.fsync = lambda descriptor: None  # no test cuts the power, and those about fsync put their own in its place
 

@@ -18,6 +18,7 @@ from minisft.cards import CARDS
 from minisft.commands.plan import main
 from minisft.config.load import load
 from minisft.errors import MEMORY, UserError
+from minisft.heap import TUNABLES
 from minisft.model.families import from_hf
 from minisft.model.load import build_model, init_weights
 from minisft.model.lora import apply_lora
@@ -214,19 +215,19 @@ WHOLE = {  # a tenth of a gigabyte in weights, so that a percent is more than wh
     "tie_word_embeddings": True,
 }
 LORA = {"lora.r": 16}
-PEAKS = {  # family, keys, other sizes, tokens of a micro-batch, largest error
-    "Llama, fp32": ("llama", {"train.precision": "fp32"}, {}, 2048, 0.10),
-    "Llama, bf16": ("llama", {}, {}, 2048, 0.10),
-    "Llama, checkpointing": ("llama", {"model.gradient_checkpointing": True}, {}, 4096, 0.10),
-    "Llama, selective": ("llama", {"model.gradient_checkpointing": "selective"}, {}, 2048, 0.10),
-    "Llama, 8-bit moments": ("llama", {"train.weights_dtype": "bf16", "train.optim": "adamw_8bit"}, {}, 2048, 0.10),
-    "Llama, LoRA": ("llama", LORA, {}, 2048, 0.10),
-    "Llama, QLoRA": ("llama", LORA | {"model.load_in_4bit": True, "train.weights_dtype": "bf16"}, {}, 2048, 0.10),
-    "Qwen 3": ("qwen3", {}, {"head_dim": 64}, 2048, 0.15),
-    "Gemma 3": ("gemma3_text", {}, {"head_dim": 64, "sliding_window": 512, "sliding_window_pattern": 2}, 2048, 0.15),
-    "OLMo 2": ("olmo2", {}, {}, 2048, 0.15),
-    "GPT-NeoX, fp32": ("gpt_neox", {"train.precision": "fp32"}, {"tie_word_embeddings": False}, 2048, 0.15),
-    "LFM 2": ("lfm2", {}, {"full_attn_idxs": [2, 5], "block_auto_adjust_ff_dim": False}, 2048, 0.15),
+PEAKS = {  # family, keys, other sizes, tokens of a micro-batch
+    "Llama, fp32": ("llama", {"train.precision": "fp32"}, {}, 2048),
+    "Llama, bf16": ("llama", {}, {}, 2048),
+    "Llama, checkpointing": ("llama", {"model.gradient_checkpointing": True}, {}, 4096),
+    "Llama, selective": ("llama", {"model.gradient_checkpointing": "selective"}, {}, 2048),
+    "Llama, 8-bit moments": ("llama", {"train.weights_dtype": "bf16", "train.optim": "adamw_8bit"}, {}, 2048),
+    "Llama, LoRA": ("llama", LORA, {}, 2048),
+    "Llama, QLoRA": ("llama", LORA | {"model.load_in_4bit": True, "train.weights_dtype": "bf16"}, {}, 2048),
+    "Qwen 3": ("qwen3", {}, {"head_dim": 64}, 2048),
+    "Gemma 3": ("gemma3_text", {}, {"head_dim": 64, "sliding_window": 512, "sliding_window_pattern": 2}, 2048),
+    "OLMo 2": ("olmo2", {}, {}, 2048),
+    "GPT-NeoX, fp32": ("gpt_neox", {"train.precision": "fp32"}, {"tie_word_embeddings": False}, 2048),
+    "LFM 2": ("lfm2", {}, {"full_attn_idxs": [2, 5], "block_auto_adjust_ff_dim": False}, 2048),
 }
 MEASURE = """
 import json, sys
@@ -247,7 +248,7 @@ print(json.dumps({"before": before, "bytes": found.bytes, "batch": [found.batch.
 @pytest.mark.parametrize("case", PEAKS)
 def test_the_peak_of_a_process(case, tmp_path, record_property):
     """A whole process, a step of a real run: in all, and without what Python and PyTorch take."""
-    family, keys, sizes, tokens, largest_error = PEAKS[case]
+    family, keys, sizes, tokens = PEAKS[case]
     shape = {"model_type": family} | WHOLE | sizes
     keys = settings(tmp_path) | {"train.precision": "bf16", "train.learning_rate": 1e-4, "data.max_length": 512} | keys
     keys |= {"train.per_device_train_batch_size": tokens // 512, "model.config": shape}
@@ -260,7 +261,8 @@ def test_the_peak_of_a_process(case, tmp_path, record_property):
         save_model(model, tmp_path / "model", dtype=torch.bfloat16)
         keys |= {"model.config": None, "model.model_name_or_path": str(tmp_path / "model")}
     command = [sys.executable, "-c", MEASURE, json.dumps({k: v for k, v in keys.items() if v is not None})]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": TUNABLES}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     config, _ = load({}, {k: v for k, v in keys.items() if v is not None}, origin="test")
@@ -272,7 +274,7 @@ def test_the_peak_of_a_process(case, tmp_path, record_property):
     )
     print(f"{case:24} predicted {memory.total / 1e6:5.0f} MB, measured {found['bytes'] / 1e6:5.0f}: {errors[0]:+.1%}, "
           f"without {found['before'] / 1e6:.0f}: {errors[1]:+.1%}")  # fmt: skip
-    assert max(map(abs, errors)) < largest_error
+    assert max(map(abs, errors)) < 0.07  # 0.035 was measured; oneDNN keeps more on one processor than on another
 
 
 # ---- what fits ----------------------------------------------------------------------------------------------------

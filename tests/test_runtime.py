@@ -4,12 +4,14 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minisft import heap, loop, runtime, train
+from minisft.errors import CONFIG
 from minisft.prepare import look
 
 
@@ -66,17 +68,57 @@ for _ in range(3):
     torch.ones(1_000_000)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+ROOT = Path(__file__).resolve().parents[1]
+OURS = {"GLIBC_TUNABLES": heap.TUNABLES}
+THEIRS = [{"MALLOC_ARENA_MAX": "4"}, {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}]
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="speaks of glibc")
-@pytest.mark.parametrize("variables", [{}, {"MALLOC_ARENA_MAX": "4"}], ids=str)
+@pytest.mark.parametrize("variables", [{}, OURS, *THEIRS], ids=str)
 def test_the_heap_keeps_what_is_freed_unless_the_user_says_otherwise(variables):
     """100 MB are 24,400 pages of 4 KB, which are new each time, or the same."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(heap.THEIRS)} | variables
 
     def faults(way):
         command = [sys.executable, "-c", FAULTS, way]
+        environment = without_settings(os.environ) | variables
         return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
-    assert faults("kept") < 100 if not variables else faults("kept") > 20_000
-    assert faults("not") > 20_000
+    assert faults("kept") < 100 if variables not in THEIRS else faults("kept") > 20_000
+    assert variables or faults("not") > 20_000
+
+
+def without_settings(environment):
+    return {key: value for key, value in environment.items() if not key.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
+
+
+@pytest.mark.parametrize("name", ["minisft.train", "minisft.__main__", "minisft", "pytest", None])
+@pytest.mark.parametrize("variables", [{}, OURS, *THEIRS], ids=str)
+@pytest.mark.parametrize("device", [None, "/dev/nvidiactl"])
+def test_a_command_starts_again_once_on_a_cpu(name, variables, device, monkeypatch):
+    """As `python -m minisft.train`, as the installed script, or inside another program, which is left alone."""
+    started = []
+    spec = SimpleNamespace(name=name) if name and "." in name else None
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec, __file__=name and f"/bin/{name}"))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "minisft.train", "run.toml"])
+    monkeypatch.setattr(os, "environ", {"HOME": "/"} | variables)
+    monkeypatch.setattr(os.path, "exists", lambda path: path == device)
+    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
+    heap.start_without_caches()
+    if name in heap.COMMANDS and not variables and device is None:
+        assert started == [(sys.executable, [sys.executable, "-m", "minisft.train", "run.toml"], {"HOME": "/"} | OURS)]
+    else:
+        assert not started
+
+
+def test_a_started_command_is_the_same_command(tmp_path):
+    """A module that Python imports at each start notes it: two starts of one process, the second one with our settings."""
+    notes = "import os; open('starts', 'a').write(f'{os.getpid()} {os.environ.get(\"GLIBC_TUNABLES\")}\\n')"
+    (tmp_path / "sitecustomize.py").write_text(notes)
+    environment = without_settings(os.environ) | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "minisft.train", "absent.toml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == CONFIG and done.stderr.count("absent.toml: there is no such file") == 1
+    if sys.platform == "linux" and not Path("/dev/nvidiactl").exists():
+        (first, none), (second, ours) = (line.split() for line in (tmp_path / "starts").read_text().splitlines())
+        assert first == second and (none, ours) == ("None", heap.TUNABLES)
