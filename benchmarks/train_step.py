@@ -32,7 +32,7 @@ from pathlib import Path
 from benchmarks.harness import AS_A_COMMAND, ROOT, in_fresh_process, print_table, quartiles, write_csv
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
-MAX_LENGTH, BATCH_SIZE, ACCUMULATION, WARMUP_STEPS = 1024, 2, 2, 1
+MAX_LENGTH, BATCH_SIZE, ACCUMULATION, WARMUP_STEPS = 1024, 2, 2, 2
 MODEL = {
     "model_type": "llama",
     "vocab_size": 49152,

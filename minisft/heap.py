@@ -14,12 +14,14 @@ starts, so the command line starts itself again (`start_without_caches`).
 import ctypes
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
+
+from minisft.memory import memory_bytes
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 MADV_HUGEPAGE = 14  # sys/mman.h
 HUGE_PAGE = 2**21
+OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 COMMANDS = ("minisft.train", "minisft.__main__", "minisft")  # python -m the first two, and the installed script
 
@@ -30,7 +32,7 @@ def keep_freed_memory() -> None:
     """From now on the heap keeps what is freed in it. Call before the first large tensor; a second call changes nothing. Nothing
     changes either where the C library is not glibc, or where the user has chosen an allocator or settings of it."""
     global _is_done
-    if _is_done or not _is_ours(os.environ) or not hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
+    if _is_done or not _is_left_to_us() or not hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
         return
     _is_done = True
     libc.mallopt(M_MMAP_MAX, 0)  # large tensors too come from the heap
@@ -39,9 +41,10 @@ def keep_freed_memory() -> None:
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    start = libc.malloc(size)
-    if start is None:  # a limit on addresses (ulimit -v)
+    counts_addresses = OVERCOMMIT.exists() and OVERCOMMIT.read_text().startswith("2")
+    size = memory_bytes() // 2
+    start = None if counts_addresses else libc.malloc(size)
+    if start is None:  # as where there is a limit on addresses (ulimit -v)
         return
     first = -(-start // HUGE_PAGE) * HUGE_PAGE
     libc.madvise(first, start + size - first, MADV_HUGEPAGE)  # an error where the system has none
@@ -55,11 +58,11 @@ def start_without_caches() -> None:
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
     name = spec.name if spec else Path(file or "").name
     has_gpu = any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")))
-    if name in COMMANDS and not has_gpu and _is_ours(os.environ) and "GLIBC_TUNABLES" not in os.environ:
+    if name in COMMANDS and not has_gpu and _is_left_to_us() and "GLIBC_TUNABLES" not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": TUNABLES})
 
 
-def _is_ours(environment: Mapping[str, str]) -> bool:
-    """Whether the allocator is glibc's, perhaps, and the user has left its settings to us."""
-    theirs = any(name.startswith(("MALLOC_", "LD_PRELOAD")) for name in environment)
-    return sys.platform == "linux" and not theirs and environment.get("GLIBC_TUNABLES", TUNABLES) == TUNABLES
+def _is_left_to_us() -> bool:
+    """Whether the allocator may be glibc's and nobody has chosen settings of it, or another one."""
+    theirs = any(name.startswith(("MALLOC_", "LD_PRELOAD")) for name in os.environ)
+    return sys.platform == "linux" and not theirs and os.environ.get("GLIBC_TUNABLES", TUNABLES) == TUNABLES

@@ -5,6 +5,7 @@ to already, of micro-batches with more than so many tokens. One test takes the m
 """
 
 import json
+import os
 import resource
 import sys
 import time
@@ -535,6 +536,7 @@ def train_in(megabytes: int, folder: Path, overrides: dict, output: str) -> None
         return run
 
     loop.prepare = prepare
+    os.environ["MALLOC_ARENA_MAX"] = "8"  # the user's heap, so that no addresses are reserved for it
     train_quietly(folder, overrides, output)
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from minisft.errors import MEMORY, UserError
+from minisft.heap import start_without_caches
 
 USAGE = """\
 usage: minisft plan CONFIG.toml [--gpus N] [--gpu-memory 80GB] [--card h100] [--price 2.5]
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> int:
 
     texts, rest = take_options(argv, OPTIONS, FLAGS)
     options = {key: text if text is True else _value(key, text[-1]) for key, text in texts.items()}
+    if "measure" in options:  # as a run starts
+        start_without_caches()
     stages = load_stages(*parse_arguments(rest))
     if len(stages) > 1 and (alone := [f"--{name}" for name in FLAGS if options.get(name)]):
         raise UserError(f"command line: {alone[0]} with {len(stages)} stages", hint="name the file of one stage")

@@ -146,7 +146,7 @@ def _delta(c: ModelConfig, layer: int, p: Precision, is_gpu: bool, selective: bo
     numbers = heads * (4 + e + e + 4 + 4)  # a, sigmoid(b), beta, softplus, g
     if is_gpu and plain and p.casts:
         numbers += heads * 2 * e  # a and b before these, which lie in one tensor with q, k and v
-    unit = e * V * (3 if is_gpu or e == 4 else 4) + 4 * heads  # out, gate, the normed out, act(gate); rstd
+    unit = 3 * e * V + 4 * heads  # out, gate, the normed out; rstd
     gated = 0 if selective else e * V
     return convolved + numbers + unit + gated
 
