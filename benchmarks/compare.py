@@ -15,7 +15,8 @@ highest, in one forward and backward; outputs and gradients are part of it. `per
 the FLOPs, at two rates measured by the same process, over the measured time: a copy on the device (bytes read and
 written), and a bf16 matrix product of 8192 x 8192 x 8192 on random numbers.
 
-On a CPU the torch path is compared with the reference, and memory is measured in a fresh process for each of them.
+On a CPU the torch path is compared with the reference, the heap is that of a run (minisft/heap.py), and memory is measured in a
+fresh process for each of them.
 
 A contender that cannot be imported, or that fails, becomes a row with its error. Results are compared too: `differs` is the
 largest norm(a - b) / norm(b) over outputs and gradients, b being those of the first contender that worked.
@@ -40,6 +41,7 @@ from torch import Tensor
 
 from benchmarks.harness import ENDED, extra_memory, in_fresh_process, quartiles, read_csv, write_csv
 from benchmarks.op_table import op_table
+from minisft.heap import keep_freed_memory
 from minisft.kernels.common import use_backend
 
 EVERYBODY = "all"  # of a case: those that are timed in turn
@@ -349,6 +351,8 @@ def main(doc: str, cases: Callable[[str, bool], list[Case]]) -> None:
     arguments = parser.parse_args()
     faulthandler.enable()  # where a process is killed for its time, it says where it was
     device, module = arguments.device, f"benchmarks.{Path(sys.argv[0]).stem}"
+    if device == "cpu":
+        keep_freed_memory()  # as a run does
 
     torch.manual_seed(0)
     clock = CudaClock() if device == "cuda" else CpuClock()
