@@ -16,7 +16,8 @@ Backward
 What is saved
     gate and up only; act(gate) is computed again in the backward pass. Autograd through the formula saves act(gate)
     too, half as much again: for T = 16,384 tokens and 8,192 features 256 MB a layer in bf16. A CPU takes longer to
-    compute gelu than to read it, so there that unit's torch path is the formula. For silu it is no slower.
+    compute it than to read it, most of all gelu: there that unit's torch path is the formula. For silu it is some 3 ms
+    of a layer with 2,048 x 5,632, about 1 % of its products.
 
 Bytes moved, per element in bf16: fused 6 forward (read gate and up, write y) and 10 backward; op by op 10 and 18.
 
@@ -135,7 +136,7 @@ class _GLU(torch.autograd.Function):
     def forward(ctx, gate, up, approximate):
         ctx.save_for_backward(gate, up)
         ctx.approximate = approximate
-        return _activate(gate, approximate) * up
+        return _times(_activate(gate, approximate), up)
 
     @staticmethod
     def backward(ctx, dy):
@@ -146,15 +147,16 @@ class _GLU(torch.autograd.Function):
                 torch.ops.aten.silu_backward(dgate, gate, grad_input=dgate)
             else:
                 torch.ops.aten.gelu_backward(dgate, gate, approximate=ctx.approximate, grad_input=dgate)
-            return (
-                dgate,
-                _activate(gate, ctx.approximate) * dy,
-                None,
-            )  # not in place: in bf16 that takes twice as long on a CPU
+            return dgate, _times(_activate(gate, ctx.approximate), dy), None
 
 
 def _activate(x: Tensor, approximate: str | None) -> Tensor:
     return F.silu(x) if approximate is None else F.gelu(x, approximate=approximate)
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """x * y, in the memory of x but in 16 bits, for which PyTorch needs twice as long on a CPU."""
+    return x * y if x.dtype.itemsize == 2 else x.mul_(y)
 
 
 class _GLUTriton(torch.autograd.Function):
