@@ -89,19 +89,10 @@ def _score(logits, targets, upstream, bias, d_bias, o: Options, z, p) -> Tensor:
     highest, total, product, mean_logit, squares = z.new_zeros(5, R, 1)
     target_bias = None if bias is None else bias[targets]
     target_logit = _as_scored(logits.gather(1, targets).to(z.dtype), target_bias, o)
+    rows = [logits, targets, highest, total, product, mean_logit, squares]
     if upstream is not None:
         g = upstream[:, None] * o.logit_scale
-        of_target = g * (o.label_smoothing - 1)
-    rows = [
-        logits,
-        targets,
-        highest,
-        total,
-        product,
-        mean_logit,
-        squares,
-        *([] if upstream is None else (g, of_target)),
-    ]
+        rows += g, g * (o.label_smoothing - 1)
     for row, target, top, sum_e, sum_xe, mean, sum_ee, *gradient in zip(*(t.split(len(z)) for t in rows)):
         x, e = z[: len(row)], p[: len(row)]
         _as_scored(x.copy_(row), bias, o)
@@ -179,10 +170,8 @@ def run(hidden, weight, bias, rows, targets, upstream, needs, o: Options, d_weig
     num_chunks = max(1, math.ceil(M / most_rows))
     R = tile * max(1, math.ceil(M / num_chunks / tile))  # all chunks alike, but for the last
     dx_rows = CPU_DX_ROWS if on_cpu else R
-    r = 1024  # rows whose exponentials exist at once
-    if on_cpu:
-        r = torch.get_num_threads() * max(1, CACHE_BYTES // (2 * V * o.wide.itemsize))
-    r = min(R, r)
+    in_cache = torch.get_num_threads() * max(1, CACHE_BYTES // (2 * V * o.wide.itemsize))
+    r = min(R, in_cache if on_cpu else 1024)  # rows whose exponentials exist at once
     chunk = _buffer("logits", (R, V), hidden, o.dtype)
     z, p = _buffer("z", (r, V), hidden, o.wide), _buffer("p", (r, V), hidden, o.wide)
 
