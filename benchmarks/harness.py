@@ -26,7 +26,7 @@ from minisft.heap import TUNABLES
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 READERS = ("tokenizers", "safetensors", "huggingface_hub", "jinja2", "tqdm", "yaml")  # of a run's text and files
-AS_A_COMMAND = {"GLIBC_TUNABLES": TUNABLES}  # the environment of a run that the command line starts on a CPU
+AS_A_COMMAND = {"GLIBC_TUNABLES": TUNABLES}  # the heap of a run that the command line starts on a CPU
 ENDED = "ended the process"  # how the error of a row begins if whoever it speaks of did that
 
 

@@ -5,15 +5,15 @@ The lesson, the contract and the public ops are in flash_attention.py.
 The query heads of one key head are stacked as rows, [Hkv, G n, Dh] x [Hkv, Dh, m], so keys are never repeated. Every product
 is one batched matrix multiplication in the dtype of q, softmax and all sums run in fp32 inside the op, the gradients of k and
 v are added up over blocks in fp32. In bf16 the scores are rounded to bf16 before the softmax, as in any eager implementation;
-a fused GPU kernel keeps them in fp32.
+a fused kernel keeps them in fp32.
 
-Plain packing, whole documents side by side, has a path of its own. Forward it calls PyTorch's fused kernel, which keeps scores in
-fp32 and in the cache, once for each run of documents of one length. Its backward takes longer than all of ours. There the many
-small ops between the products cost as much on a CPU as the products, so documents of about the same length are multiplied
-together. Each is padded to c n tokens and cut into c blocks of n queries; block j of all of them is one batch, n queries against
-(j + 1) n keys. One gather brings q, k and v into the order of the batches, one brings the gradients back. Padding repeats the
-document's own last token, so documents never meet, not even as 0 x NaN. In 16 bits n is rounded up to whole tiles, as oneDNN
-compiles code for each shape that it meets, and keeps it, some 1 MB each.
+Plain packing, whole documents side by side, has a path of its own. Its forward pass is PyTorch's fused kernel, called once for
+each run of documents of one length. PyTorch's backward kernel is slow on a CPU, so the backward pass is ours, and computes the
+probabilities again. There the many small ops between the products cost as much on a CPU as the products, so documents of about
+the same length are multiplied together. Each is padded to c n tokens and cut into c blocks of n queries; block j of all of them
+is one batch, n queries against (j + 1) n keys. One gather brings q, k and v into the order of the batches, one brings the
+gradients back. Padding repeats the document's own last token, so documents never meet, not even as 0 x NaN. In 16 bits n is
+rounded up to whole tiles, as oneDNN compiles code for each shape that it meets, and keeps it, some 1 MB each.
 
 Windows that cut documents, documents that share their beginnings, soft caps and dropout go block by block. There short
 neighbours share a block, and a mask hides them from each other.
@@ -56,8 +56,8 @@ class _Group(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """How plain packing is multiplied. A row is one head of one token, as in q [T Hq, Dh] and k [T Hkv, Dh]. Gathered rows are
-    padded, and ordered by group, block, document, key head, query head of it, query; those of keys by group, document, head, key.
+    """How plain packing is multiplied backward. A row is one head of one token, as in q [T Hq, Dh] and k [T Hkv, Dh]. Gathered
+    rows are padded, and ordered by group, block, document, key head, query head of it, query; those of keys by group, document, head, key.
     """
 
     groups: list[_Group]
@@ -135,7 +135,7 @@ def _softmax(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
-    """PyTorch's fused kernel, which needs no padding: a call for each run of documents of one length."""
+    """A call of PyTorch's fused kernel, without padding, for each run of documents of one length."""
     out, first = torch.empty_like(q, memory_format=torch.contiguous_format), 0
     for length, run in groupby(lengths):
         count = len(list(run))
@@ -311,7 +311,7 @@ def _backward_by_block(q, k, v, start, end, d_out, blocks, options) -> tuple[Ten
 
 
 class FlashAttentionTorch(torch.autograd.Function):
-    """Both ways compute the probabilities of a block in the forward and again in the backward pass."""
+    """Neither way keeps probabilities: the backward pass computes them again."""
 
     @staticmethod
     def forward(ctx, q, k, v, start, end, q_offset, scale, window, softcap, dropout):

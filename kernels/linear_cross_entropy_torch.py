@@ -7,7 +7,8 @@ The maths is in linear_cross_entropy.py. What makes it fast here:
   third of the time of exp; the result goes back over the logits in their own dtype, ready for the two matmuls of the backward;
 - chunks are whole tiles of rows, so that few shapes are multiplied. On a CPU oneDNN compiles code for each shape that it meets,
   and keeps it: with AMX 10 to 50 ms and 3 MB for a vocabulary of 49,152, and each step has another number of rows;
-- a CPU maps fresh memory page by page (60 ms for 113 MB was measured), so there the chunk of logits is kept from call to call.
+- a CPU maps fresh memory page by page (60 ms for 113 MB was measured where the heap is not kept as in a run), so there the chunk
+  of logits is kept from call to call.
 
 PyTorch's CPU matmul has no fp32 output for bf16 inputs: each chunk's share of dW is rounded to bf16 once before it is
 added to the fp32 sum. A GPU keeps it in fp32.

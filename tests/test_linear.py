@@ -56,10 +56,8 @@ def test_a_transposed_factor_is_copied_in_strips(rows, is_transposed, monkeypatc
     calls, transposed = [], module.transposed
     monkeypatch.setattr(module, "transposed", lambda x: calls.append(x.shape) or transposed(x))
     wider = torch.randint(-8, 8, (40, rows + 3)).to(BF16)
-    a, b = (
-        wider[:, :rows].T if is_transposed else wider[:, :rows].T.contiguous(),
-        torch.randint(-8, 8, (40, 8)).to(BF16),
-    )
+    a, b = wider[:, :rows].T, torch.randint(-8, 8, (40, 8)).to(BF16)
+    a = a if is_transposed else a.contiguous()
     out = torch.ones(rows, 8)
     module.product_in_blocks(out, a, b, add=True)
     assert torch.equal(out, 1 + (a @ b).float())

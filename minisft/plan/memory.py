@@ -61,8 +61,8 @@ CPU_CACHE_BYTES = 2**20  # of exponentials and what they are computed from, a th
 # Resident memory of a process that has imported a run and PyTorch's CPU build, measured with PyTorch 2.13 (docs/plan.md).
 PYTHON_AND_TORCH = 250e6
 COMPILER = 175e6  # PyTorch's, with SymPy and Triton, where torch's checkpointing or DTensor import it
-# What the C library (glibc) holds of memory that was freed, on a CPU: 0.09 to 0.21 GB were measured (docs/plan.md).
-# With sharded weights, whose buffers come and go in many sizes and threads, 0.40 and 0.42 GB.
+# What the C library (glibc) holds of memory that was freed, on a CPU (docs/plan.md): with it the peaks of 12 runs were met.
+# With sharded weights, whose buffers come and go in many sizes and threads, 0.40 and 0.42 GB, measured before heap.py.
 ALLOCATOR, ALLOCATOR_SHARDED = 150e6, 400e6
 CUDA_CONTEXT = 700e6  # assumed, no GPU was measured: a context of about 0.5 GB, and cuBLAS's workspaces
 
