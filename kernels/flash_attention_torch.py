@@ -57,7 +57,8 @@ class _Group(NamedTuple):
 
 class _Plan(NamedTuple):
     """How plain packing is multiplied backward. A row is one head of one token, as in q [T Hq, Dh] and k [T Hkv, Dh]. Gathered
-    rows are padded, and ordered by group, block, document, key head, query head of it, query; those of keys by group, document, head, key.
+    rows are padded, and ordered by group, block, document, key head, query head of it, query; those of keys by group, document,
+    head, key.
     """
 
     groups: list[_Group]
