@@ -19,6 +19,10 @@ What is saved
     x in its own dtype and rstd, 4 bytes a row. Autograd through the formula keeps an fp32 copy of x and the normalised
     values: 6 to 8 bytes an element where x in bf16 takes 2.
 
+    With `keep="y"` y instead of x: n is y / (offset + weight), and the backward needs nothing else of x. A matrix product
+    keeps its input for the gradient of its weight, so the y before one costs nothing, and an fp32 residual stream 4 bytes an
+    element. n then has the precision of y, one rounding to bf16, which dy and dx have as well.
+
 Bytes moved, per element in bf16
     Fused: 4 forward (read x, write y), 6 backward (read x and dy, write dx); the formula op by op: about 44 and twice
     that. Fusing the residual, s = x + residual, y = norm(s): 8 each way, against 10 and 12 with an addition of its own.
@@ -38,6 +42,8 @@ the same reason a branch in bf16 that was added to a residual in fp32 gets its g
 
 Paper: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -86,6 +92,7 @@ def _rms_norm_fwd_kernel(
     D: tl.constexpr,
     UPCAST_WEIGHT: tl.constexpr,
     ADD: tl.constexpr,
+    LEAST: tl.constexpr,  # what a weight nearer to zero counts as, 0 where x is kept
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -106,12 +113,14 @@ def _rms_norm_fwd_kernel(
     if not UPCAST_WEIGHT:
         normed = normed.to(narrow).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32) + offset
+    if LEAST > 0:
+        weight = tl.where(tl.abs(weight) < LEAST, LEAST, weight)
     tl.store(y_ptr + row * D + column, (normed * weight).to(narrow).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
 def _rms_norm_bwd_kernel(
-    x_ptr,  # [T, D], rows stride_x apart
+    kept_ptr,  # [T, D], rows stride_kept apart: x or y
     weight_ptr,  # [D]
     rstd_ptr,  # fp32 [T]
     dy_ptr,  # [T, D]
@@ -120,11 +129,12 @@ def _rms_norm_bwd_kernel(
     dx_too_ptr,  # [T, D]: the same in another dtype, or None
     dweight_ptr,  # fp32 [programs, D]: each program's share, or None
     T,
-    stride_x,
+    stride_kept,
     offset,
     D: tl.constexpr,
     ADD: tl.constexpr,
     WEIGHT_GRADIENT: tl.constexpr,
+    LEAST: tl.constexpr,  # as in the forward pass, 0 where x is kept
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
@@ -133,15 +143,17 @@ def _rms_norm_bwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)[None, :]
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32) + offset
+    if LEAST > 0:
+        weight = tl.where(tl.abs(weight) < LEAST, LEAST, weight)
     dweight = tl.zeros((ROWS, BLOCK_D), tl.float32)
     # With num_stages the next rows are fetched while these are worked on.
     for first in tl.range(program * ROWS, T, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None]
         mask = (row < T) & (column < D)
-        x = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
+        kept = tl.load(kept_ptr + row * stride_kept + column, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + row * D + column, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
-        normed = x * rstd
+        normed = kept / weight if LEAST > 0 else kept * rstd
         g = dy * weight
         dx = rstd * (g - normed * (tl.sum(g * normed, 1, keep_dims=True) / D))
         if ADD:
@@ -176,90 +188,107 @@ CONFIGS = {
 WARPS_PER_SM = 16  # of the backward's grid: enough loads in flight, few rows of partial sums
 
 
+def _least_weight(keep: str, *dtypes: torch.dtype) -> float:
+    """The size that a weight must have for y, rounded to these dtypes, to tell n; 0 where x is kept."""
+    return max(1e-20, *(torch.finfo(dtype).tiny for dtype in dtypes)) if keep == "y" else 0.0
+
+
 class _RMSNorm(torch.autograd.Function):
-    """Saves x and rstd; the fp32 temporaries live for one call only."""
+    """Saves x or y, and rstd; the fp32 temporaries live for one call only."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps, offset, upcast_weight, dtype):
+    def forward(ctx, x, weight, eps, offset, upcast_weight, dtype, keep):
+        ctx.offset, ctx.least, ctx.dtype = offset, _least_weight(keep, x.dtype, dtype), x.dtype
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.offset = offset
         y = torch.mul(wide, rstd, out=None if wide is x else wide)  # one fp32 buffer: on a CPU new memory is slow
         if not upcast_weight and y.dtype != x.dtype:
             y.copy_(y.to(x.dtype))
-        return y.mul_(weight.to(wide.dtype) + offset if offset else weight).to(x.dtype).to(dtype)
+        y = y.mul_(_scale(weight, wide.dtype, offset, ctx.least)).to(x.dtype).to(dtype)
+        ctx.save_for_backward(y if ctx.least else x, weight, rstd)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, rstd = ctx.saved_tensors
-        features = x.shape[-1]
-        scale = weight.to(rstd.dtype) + ctx.offset
-        with torch.autocast(x.device.type, enabled=False):
-            wide, g = (t.to(rstd.dtype).reshape(-1, features) for t in (x, dy))
+        kept, weight, rstd = ctx.saved_tensors
+        features = kept.shape[-1]
+        scale = _scale(weight, rstd.dtype, ctx.offset, ctx.least)
+        with torch.autocast(dy.device.type, enabled=False):
+            wide, g = (t.to(rstd.dtype).reshape(-1, features) for t in (kept, dy))
             rstd = rstd.reshape(-1, 1)
+            to_n = rstd  # [rows, 1], times x
+            if ctx.least:
+                wide = torch.mul(wide, scale.reciprocal(), out=None if kept.dtype == rstd.dtype else wide)
+                to_n = torch.ones_like(rstd)
             h = wide * g
-            dweight = (rstd[:, 0] @ h).to(weight.dtype) if ctx.needs_input_grad[1] else None
+            dweight = (to_n[:, 0] @ h).to(weight.dtype) if ctx.needs_input_grad[1] else None
             if not ctx.needs_input_grad[0]:
-                return None, dweight, *[None] * 4
-            pull = (h @ scale)[:, None].mul_(rstd.pow(3)).div_(features)  # mean(g n) rstd^2, [rows, 1]
+                return None, dweight, *[None] * 5
+            pull = (h @ scale)[:, None].mul_(to_n.square().mul_(rstd)).div_(features)  # mean(g n) rstd to_n, [rows, 1]
             dx = torch.mul(g, scale, out=h).mul_(rstd).addcmul_(wide, pull, value=-1)
-        return dx.to(x.dtype).view(x.shape), dweight, *[None] * 4
+        return dx.to(ctx.dtype).view(dy.shape), dweight, *[None] * 5
+
+
+def _scale(weight: Tensor, dtype: torch.dtype, offset: float, least: float) -> Tensor:
+    """offset + weight, what is nearer to zero than least replaced by it."""
+    scale = weight.to(dtype) + offset if offset else weight.to(dtype)
+    return torch.where(scale.abs() < least, least, scale) if least else scale
 
 
 class _RMSNormTriton(torch.autograd.Function):
     """x [T, D] and a residual [T, D] or None -> y, and the sum [T, D] where there is a residual."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, eps, offset, upcast_weight, dtype):
+    def forward(ctx, x, residual, weight, eps, offset, upcast_weight, dtype, keep):
         T, D = x.shape
-        total = None if residual is None else x.new_empty(T, D, dtype=torch.promote_types(x.dtype, residual.dtype))
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        ctx.dtype = x.dtype if residual is None else torch.promote_types(*ctx.dtypes)  # of what is normalised
+        ctx.offset, ctx.least = offset, _least_weight(keep, ctx.dtype, dtype)
+        total = None if residual is None else x.new_empty(T, D, dtype=ctx.dtype)
         y = x.new_empty(T, D, dtype=dtype)
         rstd = x.new_empty(T, dtype=torch.float32)
         config = smallest_fit(CONFIGS["_rms_norm_fwd_kernel"], D)
         _rms_norm_fwd_kernel[(cdiv(T, config["ROWS"]),)](
             *(x, residual, weight, y, total, rstd, T, x.stride(0), 0 if residual is None else residual.stride(0)),
-            *(eps, offset, D, upcast_weight, residual is not None),
+            *(eps, offset, D, upcast_weight, residual is not None, ctx.least),
             BLOCK_D=next_power_of_2(D),
             **config,
         )
-        ctx.save_for_backward(x if total is None else total, weight, rstd)
-        ctx.offset = offset
-        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        ctx.save_for_backward(y if ctx.least else x if total is None else total, weight, rstd)
         ctx.set_materialize_grads(False)
         return y if total is None else (y, total)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dsum=None):
-        x, weight, rstd = ctx.saved_tensors
-        T, D = x.shape
+        kept, weight, rstd = ctx.saved_tensors
+        T, D = kept.shape
         if dy is None:  # nobody used y
             dx, dx_too, dweight = dsum, dsum, None
         else:
-            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+            dx = kept.new_empty(T, D, dtype=ctx.dtype)
             other = next(
-                (dtype for dtype in ctx.dtypes if dtype not in (None, x.dtype)), None
-            )  # of x or of the residual
+                (dtype for dtype in ctx.dtypes if dtype not in (None, ctx.dtype)), None
+            )  # of x or the residual
             dx_too = None if other is None else torch.empty_like(dx, dtype=other)
-            config = smallest_fit(CONFIGS["_rms_norm_bwd_kernel"], D * x.element_size())
-            programs = min(cdiv(T, config["ROWS"]), num_sms(x) * (WARPS_PER_SM // config["num_warps"]))
-            partial = x.new_empty(programs, D, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+            config = smallest_fit(CONFIGS["_rms_norm_bwd_kernel"], D * ctx.dtype.itemsize)
+            programs = min(cdiv(T, config["ROWS"]), num_sms(kept) * (WARPS_PER_SM // config["num_warps"]))
+            partial = kept.new_empty(programs, D, dtype=torch.float32) if ctx.needs_input_grad[2] else None
             _rms_norm_bwd_kernel[(programs,)](
-                *(x, weight, rstd, dy.contiguous(), None if dsum is None else dsum.contiguous(), dx, dx_too, partial),
-                *(T, x.stride(0), ctx.offset, D, dsum is not None, partial is not None),
+                *(kept, weight, rstd, dy.contiguous(), None if dsum is None else dsum.contiguous(), dx, dx_too),
+                *(partial, T, kept.stride(0), ctx.offset, D, dsum is not None, partial is not None, ctx.least),
                 BLOCK_D=next_power_of_2(D),
                 **config,
             )
             dweight = None if partial is None else partial.sum(0).to(weight.dtype)
-        gradients = [None if dtype is None else dx if dtype == x.dtype else dx_too for dtype in ctx.dtypes]
-        return *gradients, dweight, *[None] * 4
+        gradients = [None if dtype is None else dx if dtype == ctx.dtype else dx_too for dtype in ctx.dtypes]
+        return *gradients, dweight, *[None] * 5
 
 
-def _rms_norm_triton(x, residual, weight, eps, offset, upcast_weight, dtype):
+def _rms_norm_triton(x, residual, weight, eps, offset, upcast_weight, dtype, keep):
     """Any number of dimensions -> rows -> the kernels -> the shape of x."""
     rows = [None if t is None else as_rows(t) for t in (x, residual)]
-    y = _RMSNormTriton.apply(*rows, weight, eps, offset, upcast_weight, dtype)
+    y = _RMSNormTriton.apply(*rows, weight, eps, offset, upcast_weight, dtype, keep)
     return y.view(x.shape) if residual is None else tuple(t.view(x.shape) for t in y)
 
 
@@ -275,6 +304,7 @@ def rms_norm(
     offset: float = 0.0,
     upcast_weight: bool = False,
     dtype: torch.dtype | None = None,
+    keep: Literal["x", "y"] = "x",
 ) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension.
 
@@ -282,6 +312,8 @@ def rms_norm(
     offset: 1.0 for the Gemma families, which store weight - 1.
     upcast_weight: multiply by the weight in fp32 and cast once (Gemma, OLMo 2); else cast, then multiply (all others).
     dtype: of y; None = that of x. y is rounded to the dtype of x and then to this one.
+    keep: what the backward pass reads. "y" costs no memory where y is kept anyway, as a matrix product keeps its input. So that
+        y tells what n was, an |offset + weight| below 1e-20 counts as 1e-20 (fp16: 6.1e-5, its smallest normal number).
 
     Returns [..., D]. Raises ValueError where the weight does not fit x.
     """
@@ -293,8 +325,8 @@ def rms_norm(
         if backend == "reference":
             return rms_norm_ref(x, weight, eps, offset=offset, upcast_weight=upcast_weight, dtype=dtype)
         if backend == "triton":
-            return _rms_norm_triton(x, None, weight, eps, offset, upcast_weight, dtype)
-        return _RMSNorm.apply(x, weight, eps, offset, upcast_weight, dtype)
+            return _rms_norm_triton(x, None, weight, eps, offset, upcast_weight, dtype, keep)
+        return _RMSNorm.apply(x, weight, eps, offset, upcast_weight, dtype, keep)
 
 
 def add_rms_norm(
@@ -306,6 +338,7 @@ def add_rms_norm(
     offset: float = 0.0,
     upcast_weight: bool = False,
     dtype: torch.dtype | None = None,
+    keep: Literal["x", "y"] = "x",
 ) -> tuple[Tensor, Tensor]:
     """The step between two sublayers: sum = x + residual, y = rms_norm(sum).
 
@@ -320,6 +353,6 @@ def add_rms_norm(
     if weight.shape == x.shape[-1:] and backend_for("rms_norm", x, _cannot(x)) == "triton":
         dtype = dtype or torch.promote_types(x.dtype, residual.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return _rms_norm_triton(x, residual, weight, eps, offset, upcast_weight, dtype)
+            return _rms_norm_triton(x, residual, weight, eps, offset, upcast_weight, dtype, keep)
     total = x + residual
-    return rms_norm(total, weight, eps, offset=offset, upcast_weight=upcast_weight, dtype=dtype), total
+    return rms_norm(total, weight, eps, offset=offset, upcast_weight=upcast_weight, dtype=dtype, keep=keep), total

@@ -271,7 +271,7 @@ def _ways(config: Config, run: Run, batch: Batch | None) -> list[str]:
         ways.append(f"per_device_train_batch_size = {half} with gradient_accumulation_steps = {of_step // half}{split}")
     if batch is not None:
         if not model.gradient_checkpointing:
-            ways.append('gradient_checkpointing = "selective" (a quarter of the saving), or true')
+            ways.append('gradient_checkpointing = "selective" (a fifth of the saving), or true')
         elif model.gradient_checkpointing == "selective":
             ways.append("gradient_checkpointing = true")
         ways.append(f"max_length, below the {batch.max_seqlen:,} tokens of its longest document")

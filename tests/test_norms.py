@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tolerance import assert_close_to_truth, run_with_gradients
+from tolerance import assert_close_to_truth, relative_error, run_with_gradients
 
 from minisft.kernels.common import use_backend
 from minisft.kernels.layer_norm import layer_norm, layer_norm_ref
@@ -28,14 +28,16 @@ def leaf(*shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("keep", ["x", "y"])
 @pytest.mark.parametrize("shape", [(1, 16), (300, 48), (7, 4, 64)], ids=str)
-def test_rms_norm(shape, family, dtypes):
+def test_rms_norm(shape, keep, family, dtypes):
     options = FAMILIES[family]
     assert_close_to_truth(
-        lambda x, w: rms_norm(x, w, 1e-5, **options),
+        lambda x, w: rms_norm(x, w, 1e-5, keep=keep, **options),
         lambda x, w: rms_norm_ref(x, w, 1e-5, **options),
         [leaf(*shape), leaf(shape[-1])],
         DTYPES[dtypes][:2],
+        floor=2**-9 if keep == "y" and dtypes != "fp32" else None,  # y is rounded to bf16: at most 2**-8
     )
 
 
@@ -61,6 +63,28 @@ def test_add_rms_norm_of_two_dtypes_takes_the_wider():
     x, residual, weight = leaf(5, 8).detach().bfloat16(), leaf(5, 8), leaf(8)
     y, total = add_rms_norm(x, residual, weight, 1e-5)
     assert y.dtype == total.dtype == torch.float32 and torch.equal(total, x + residual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_backward_finds_in_y(family, dtype):
+    """An fp32 x normalised for products in dtype: the gradients are those of the x that is kept, to the rounding of y, also
+    where a weight is zero, or nearly."""
+    x, weight, options = leaf(300, 48), leaf(48), FAMILIES[family] | {"dtype": dtype}
+    with torch.no_grad():
+        weight[:4] = torch.tensor([0.0, -0.0, 1e-30, -1e-7]) - options.get("offset", 0.0)
+    kept = {
+        keep: run_with_gradients(lambda x, w: rms_norm(x, w, 1e-5, keep=keep, **options), [x, weight])  # noqa: B023
+        for keep in ("x", "y")
+    }
+    least = 6.2e-5 if dtype == torch.float16 else 1e-20
+    assert (kept["x"]["output 0"] - kept["y"]["output 0"]).abs().max() <= least * 10  # |n| < 10
+    assert torch.equal(kept["x"]["output 0"][:, 4:], kept["y"]["output 0"][:, 4:])
+    # fp32: sums of 300. Else a step of y: its rounding is half of one, and small n of the least weight are subnormal in fp16.
+    limit = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for columns in (slice(None), slice(4)):
+        for name in ("gradient of input 0", "gradient of input 1"):
+            assert relative_error(kept["y"][name][..., columns], kept["x"][name][..., columns]) < limit
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
@@ -98,6 +122,13 @@ def test_the_input_is_kept_for_the_backward_and_no_copy_of_it(norm):
     assert [tensor.data_ptr() for tensor in kept if tensor.shape == x.shape] == [x.data_ptr()]
 
 
+def test_or_the_output_is_kept_and_nothing_of_the_input():
+    x, weight, kept = leaf(9, 16), leaf(16), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        y = rms_norm(x, weight, 1e-5, dtype=torch.bfloat16, keep="y")
+    assert [tensor.data_ptr() for tensor in kept if tensor.shape == x.shape] == [y.data_ptr()]
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_gradcheck(backend):
     x, residual, weight, bias = (leaf(*s, dtype=torch.float64) for s in [(3, 5), (3, 5), (5,), (5,)])
@@ -106,6 +137,7 @@ def test_gradcheck(backend):
         assert torch.autograd.gradcheck(lambda *a: rms_norm(*a, 1e-5, upcast_weight=True), (x, weight))
         assert torch.autograd.gradcheck(lambda *a: rms_norm(*a, 1e-5, offset=1.0, upcast_weight=True), (x, weight))
         assert torch.autograd.gradcheck(lambda *a: add_rms_norm(*a, 1e-5), (x, residual, weight))
+        assert torch.autograd.gradcheck(lambda *a: add_rms_norm(*a, 1e-5, keep="y"), (x, residual, weight))
         assert torch.autograd.gradcheck(lambda *a: layer_norm(*a, 1e-5), (x, weight, bias))
         assert torch.autograd.gradcheck(lambda *a: layer_norm(*a, None, 1e-5), (x, weight))
         assert torch.autograd.gradcheck(lambda x: layer_norm(x, None, None, 1e-5), (x,))

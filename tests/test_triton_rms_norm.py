@@ -38,11 +38,12 @@ def test_against_the_formula(shape, family, dtypes):
 
 
 @pytest.mark.covers(1)
+@pytest.mark.parametrize("keep", ["x", "y"])
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_the_residual(family, dtypes):
+def test_with_the_residual(family, dtypes, keep):
     assert_close_to_truth(
-        lambda x, r, w: add_rms_norm(x, r, w, 1e-5, **FAMILIES[family]),
+        lambda x, r, w: add_rms_norm(x, r, w, 1e-5, keep=keep, **FAMILIES[family]),
         lambda x, r, w: add_rms_norm_ref(x, r, w, 1e-5, **FAMILIES[family]),
         [leaf(65, 300), leaf(65, 300), leaf(300)],
         DTYPES[dtypes],
@@ -71,6 +72,25 @@ def test_a_bf16_branch_joins_an_fp32_residual(family, dtype):
         torch.testing.assert_close(ours[name], torchs[name])  # torch's own tolerance of each dtype
     alone, cast = rms_norm(residual, weight, 1e-5, dtype=dtype, **options), rms_norm(residual, weight, 1e-5, **options)
     assert torch.equal(alone, cast if dtype is None else cast.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_y_is_the_same_in_both_backends(family, dtype):
+    """With weights that are zero, or nearly."""
+    branch, residual, weight = leaf(65, 40), leaf(65, 40), leaf(40)
+    options = FAMILIES[family] | {"dtype": dtype, "keep": "y"}
+    with torch.no_grad():
+        weight[:4] = torch.tensor([0.0, -0.0, 1e-30, -1e-7]) - options.get("offset", 0.0)
+    inputs = [branch.detach().bfloat16().requires_grad_(), residual, weight]
+    found = []
+    for backend in ("triton", "torch"):
+        with use_backend(backend):
+            found.append(run_with_gradients(lambda *inputs: add_rms_norm(*inputs, 1e-5, **options), inputs))
+    ours, torchs = found
+    for name in ours:
+        assert ours[name].dtype == torchs[name].dtype
+        torch.testing.assert_close(ours[name], torchs[name])  # torch's own tolerance of each dtype
 
 
 @pytest.mark.parametrize("used", [0, 1], ids=["only y", "only the sum"])

@@ -68,8 +68,8 @@ class ModelSection:
     bnb_4bit_use_double_quant: bool = option(True, "keep the scales in 8 bits too: 0.516 bytes a parameter, not 0.563")
     gradient_checkpointing: bool | Literal["selective"] = option(
         False,
-        "run each block again in the backward: least memory, 15 to 35 % slower; selective = only norms and gated units: a "
-        "quarter of that saving, a few percent slower",
+        "run each block again in the backward: least memory, 15 to 35 % slower; selective = only gated units and layer norms: "
+        "a fifth of that saving, a few percent slower",
     )
     gradient_checkpointing_every: int = option(1, "with true: only every n-th block", at_least=1, at_most=MAX_LAYERS)
     offload_activations: bool = option(

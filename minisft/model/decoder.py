@@ -153,7 +153,7 @@ class Decoder(nn.Module):
         return self.norm.add(branch, x, compute_dtype(x))[0]
 
     def recompute_cheap_ops(self, enabled: bool) -> None:
-        """Compute the outputs of norms and gated units again in the backward (True), or keep them (False)."""
+        """Compute the outputs of gated units and LayerNorms again in the backward (True), or keep them (False)."""
         for module in self.layers.modules():
             if hasattr(module, "recompute"):
                 module.recompute = enabled

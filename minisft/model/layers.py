@@ -20,28 +20,24 @@ GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # our names of the activation -> P
 class RMSNorm(nn.Module):
     """x / rms(x) * weight. Gemma's files hold weight - 1 (offset 1); Gemma and OLMo 2 round once, after the weight."""
 
-    recompute = False  # in the backward: see recompute.py
-
     def __init__(self, config: ModelConfig, size: int | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size or config.hidden_size))
         self.eps, self.offset, self.in_fp32 = config.norm_eps, config.norm_offset, config.norm_in_fp32
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """dtype: of the result; None = that of x."""
-        y = self._norm(x, dtype)
-        return droppable(y, self._norm, x, dtype) if self.recompute else y
-
-    def _norm(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, offset=self.offset, upcast_weight=self.in_fp32, dtype=dtype)
+        """dtype: of the products that read the result; None = it has the dtype of x, and no product reads it."""
+        return rms_norm(x, self.weight, self.eps, **self._options(dtype))
 
     def add(self, branch: Tensor | None, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """norm(x + branch) in dtype, and x + branch, in one pass where there is a kernel for it."""
         if branch is None:
             return self(x, dtype), x
-        options = {"offset": self.offset, "upcast_weight": self.in_fp32, "dtype": dtype}
-        y, total = add_rms_norm(branch, x, self.weight, self.eps, **options)
-        return droppable(y, self._norm, total, dtype) if self.recompute else y, total
+        return add_rms_norm(branch, x, self.weight, self.eps, **self._options(dtype))
+
+    def _options(self, dtype: torch.dtype | None) -> dict:
+        keep = "x" if dtype is None else "y"  # products keep what they read
+        return {"offset": self.offset, "upcast_weight": self.in_fp32, "dtype": dtype, "keep": keep}
 
 
 class LayerNorm(nn.Module):

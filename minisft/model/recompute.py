@@ -1,17 +1,17 @@
 """What a block keeps for its backward, what it computes again instead, and what is moved to CPU memory meanwhile.
 
     model.gradient_checkpointing = false        keeps everything
-    model.gradient_checkpointing = "selective"  computes the norms and the gated units again: they are cheap, hardly more
+    model.gradient_checkpointing = "selective"  computes the gated units and LayerNorms again: they are cheap, hardly more
                                                 than reading and writing their tensors
     model.gradient_checkpointing = true         keeps the input of a block [T, D] and runs the whole block once more
                                                 (Chen et al. 2016, arXiv:1604.06174), in every n-th block with
                                                 model.gradient_checkpointing_every = n
 
-The linear layer behind a norm saves the norm's output for the backward, although the output can be recomputed from the
-norm's input, which is saved as well. A gated unit's output is saved in the same way beside gate and up. A block of Llama's
-shape in bf16 (fp32 residual stream, as many key heads as query heads, 8/3 D features in the MLP) keeps 18 D 2-byte numbers a
-token, of which 4.7 D can be recomputed in this way. Korthikanti et al. 2022, arXiv:2205.05198, recompute attention's scores,
-which no kernel here keeps.
+The linear layer behind a gated unit saves the unit's output for the backward, although the output can be recomputed from
+gate and up, which are saved as well; so it is with LayerNorm's output beside its input. RMSNorm keeps nothing but its output
+(kernels/rms_norm.py). A block of Llama's shape in bf16 (fp32 residual stream, as many key heads as query heads, 8/3 D features
+in the MLP) keeps 14 D 2-byte numbers a token, of which 2.7 D can be recomputed in this way. Korthikanti et al. 2022,
+arXiv:2205.05198, recompute attention's scores, which no kernel here keeps.
 
 The op that makes a tensor cannot control how later ops save it; autograd's saved-tensor hooks can. `droppable` attaches to
 a tensor the function that makes it; inside `dropped`, autograd saves that function instead of the tensor.

@@ -4,7 +4,7 @@
     Q, K features of all queries, all keys   F features of the MLP
     H heads of queries and keys together
 
-    Llama on a GPU     two norms: 2 w D, 8 for rstd, 2 E D for what they hand to the products
+    Llama on a GPU     two norms: 2 E D for what they hand to the products, 8 for rstd
                        attention: E (Q + 2 K) q, k and v as they leave the product, of which v keeps the memory of all three,
                                   E (Q + K) q and k turned, E Q the output, 4 bytes a query head
                        MLP: 3 E F gate, up and their product
@@ -68,9 +68,9 @@ def kept_by_block(
 
 def kept_outside(c: ModelConfig, p: Precision, *, is_gpu: bool) -> float:
     """Bytes a token that the last norm keeps, and what it hands to the loss."""
-    D, n = c.hidden_size, _numbers_of_norm(c)
+    D = c.hidden_size
     embedding = D * (1 if is_gpu else p.stream) if c.embedding_dropout else 0
-    return embedding + p.stream * D + n + p.product * D
+    return embedding + _norm_before_products(c, p, selective=False)
 
 
 def input_of_block(c: ModelConfig, p: Precision) -> float:
@@ -96,16 +96,25 @@ def _numbers_of_norm(c: ModelConfig) -> int:
 
 def _norms_of_block(c: ModelConfig, block: str, p: Precision, is_gpu: bool, selective: bool) -> float:
     """The norms of a block, and what they hand to the products. Norms that read a branch keep it in the dtype of products."""
-    D, n = c.hidden_size, _numbers_of_norm(c)
-    stream, handed = p.stream * D + n, 0 if selective else p.product * D
-    branch = p.product * D + n
+    D, before = c.hidden_size, _norm_before_products(c, p, selective)
+    branch = p.product * D + _numbers_of_norm(c)
     if block in ("pre", "scaled"):
-        return 2 * (stream + handed)
+        return 2 * before
     if block == "sandwich":
-        return 2 * (stream + handed) + 2 * branch
+        return 2 * before + 2 * branch
     if block == "post":  # the products read the stream itself, or a cast of it
         return 2 * branch + 2 * p.product * D
-    return stream + handed + (n + handed if c.mlp_has_norm else 0)  # parallel: the two norms read one x
+    if not c.mlp_has_norm:
+        return before
+    return 2 * before - (p.stream * D if c.norm == "layer" else 0)  # parallel: the two norms read one x
+
+
+def _norm_before_products(c: ModelConfig, p: Precision, selective: bool) -> float:
+    """RMSNorm keeps its output, which the products keep as well. LayerNorm keeps its input too, or with selective only that."""
+    handed, numbers = p.product * c.hidden_size, _numbers_of_norm(c)
+    if c.norm == "layer":
+        return p.stream * c.hidden_size + numbers + (0 if selective else handed)
+    return handed + numbers
 
 
 def _attention(c: ModelConfig, layer: int, p: Precision, is_gpu: bool, selective: bool, plain: bool) -> float:

@@ -86,7 +86,7 @@ def dimensions(config: Config, place: Place, again: float) -> list[list[Change]]
     found.append(batches)
     recompute = [NOTHING]
     if model.gradient_checkpointing is False:
-        why = "computes norms and gated units again: a few percent"
+        why = "computes gated units and layer norms again: a few percent"
         recompute.append(Change({"model.gradient_checkpointing": "selective"}, 0.04, why))
     if model.gradient_checkpointing is not True:
         why = f"computes every block again: {again:.0%} more FLOPs"
