@@ -20,7 +20,8 @@ def rms_norm_cases(arch: int) -> None:
         x = torch.empty(4, size, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.empty(size, requires_grad=True)
         rms_norm(x, weight, 1e-5).backward(torch.empty_like(x))
-    for size in sorted(sizes if arch == 90 else {4096} if arch == 86 else ()):  # as the decoder has it, in mixed precision
+    mixed = {90: sizes, 86: {4096}}.get(arch, ())  # as the decoder calls it
+    for size in sorted(mixed):
         residual, weight = torch.empty(4, size, requires_grad=True), torch.empty(size, requires_grad=True)
         branch = torch.empty(4, size, dtype=torch.bfloat16, requires_grad=True)
         outputs = add_rms_norm(branch, residual, weight, 1e-5, dtype=torch.bfloat16, keep="y")
