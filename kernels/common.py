@@ -55,6 +55,7 @@ TRITON_OPS: frozenset[str] = frozenset(
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 INTERPRETER = 0  # the "architecture" of Triton's interpreter: small blocks, so that small tests have many of them
 
+HAS_AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)  # matrix products of a CPU, in tiles
 HAS_TRITON = find_spec("triton") is not None  # not on macOS and Windows
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 compile_for: int | None = None  # set by the compile test: kernels "run" on CPU tensors as if on this architecture

@@ -7,20 +7,22 @@ is one batched matrix multiplication in the dtype of q, softmax and all sums run
 v are added up over blocks in fp32. In bf16 the scores are rounded to bf16 before the softmax, as in any eager implementation;
 a fused kernel keeps them in fp32.
 
-Plain packing, whole documents side by side, has a path of its own. Its forward pass is PyTorch's fused kernel, called once for
-each run of documents of one length. PyTorch's backward kernel is slow on a CPU, so the backward pass is ours, and computes the
-probabilities again. There the many small ops between the products cost as much on a CPU as the products, so documents of about
-the same length are multiplied together. Each is padded to c n tokens and cut into c blocks of n queries; block j of all of them
-is one batch, n queries against (j + 1) n keys. One gather brings q, k and v into the order of the batches, one brings the
-gradients back. Padding repeats the document's own last token, so documents never meet, not even as 0 x NaN. In 16 bits n is
-rounded up to whole tiles, as oneDNN compiles code for each shape that it meets, and keeps it, some 1 MB each.
+Plain packing, whole documents side by side, has a path of its own. The many small ops between the products cost as much on a CPU
+as the products, so documents of about the same length are multiplied together. Each is padded to c n tokens and cut into c
+blocks of n queries; block j of all of them is one batch, n queries against (j + 1) n keys. One gather brings q, k and v into the
+order of the batches, one brings the results back. Padding repeats the document's own last token, so documents never meet, not
+even as 0 x NaN. In 16 bits n is rounded up to whole tiles, as oneDNN compiles code for each shape that it meets, and keeps it,
+some 1 MB each. The backward pass computes the probabilities again.
+
+PyTorch has a fused kernel, which needs a call for each run of documents of one length. Its backward pass is slow on a CPU, and in
+bf16 without AMX its forward pass too; else it is the forward pass here.
 
 Windows that cut documents, documents that share their beginnings, soft caps and dropout go block by block. There short
 neighbours share a block, and a mask hides them from each other.
 
 2,048 tokens in 11 documents of 106 to 248, 9 query and 3 key heads of 64, in bf16. One thread with AVX512-bf16, processor time in
-whole training steps: forward and backward 47 ms block by block, 33 ms by groups, 69 ms by the fused kernel. Two threads with AMX:
-forward 8.9 ms by groups and 3.0 ms by the fused kernel, backward 10 ms by groups.
+whole training steps: forward and backward 47 ms block by block, 33 ms by groups, 69 ms by the fused kernel. Two threads, forward
+by groups and by the fused kernel: with AMX 8.9 and 3.0 ms, with AVX512-bf16 5.6 and 9.0 ms, there in fp32 7.6 and 8.1 ms.
 
 Which keys a block sees is read on the host (a copy from the device on a GPU), for plain packing once for all layers.
 """
@@ -34,6 +36,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from minisft.kernels.common import HAS_AMX
 
 BLOCK = 128  # queries of a block, at most
 SQUARE = 64  # tokens of a block that short neighbours share
@@ -56,7 +60,7 @@ class _Group(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """How plain packing is multiplied backward. A row is one head of one token, as in q [T Hq, Dh] and k [T Hkv, Dh]. Gathered
+    """How plain packing is multiplied. A row is one head of one token, as in q [T Hq, Dh] and k [T Hkv, Dh]. Gathered
     rows are padded, and ordered by group, block, document, key head, query head of it, query; those of keys by group, document,
     head, key.
     """
@@ -136,7 +140,18 @@ def _softmax(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
-    """A call of PyTorch's fused kernel, without padding, for each run of documents of one length."""
+    plan = _kept_plan(lengths, q, k.shape[1])
+    q_rows, k_rows, v_rows = _gather(q, plan.q_rows).mul_(scale), _gather(k, plan.k_rows), _gather(v, plan.k_rows)
+    out = torch.empty_like(q_rows)
+    for (_, c, n, mask), (qs, outs), (ks, vs) in _batches(plan, [q_rows, out], [k_rows, v_rows]):
+        for j in range(c):
+            m = (j + 1) * n
+            torch.bmm(_softmax(qs[j], ks[:, :m], mask), vs[:, :m], out=outs[j])
+    return out.index_select(0, plan.q_places).view(q.shape)
+
+
+def _fused_forward(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+    """The same by PyTorch's kernel, a call without padding for each run of documents of one length."""
     out, first = torch.empty_like(q, memory_format=torch.contiguous_format), 0
     for length, run in groupby(lengths):
         count = len(list(run))
@@ -322,7 +337,8 @@ class FlashAttentionTorch(torch.autograd.Function):
         if lengths and plain and scale > 0 and softcap is None and not dropout:  # the fused kernel scales its mask too
             ctx.lengths, ctx.scale = lengths, scale
             ctx.save_for_backward(q, k, v)
-            return _forward(q, k, v, lengths, scale)
+            by_groups = q.dtype == torch.bfloat16 and q.device.type == "cpu" and not HAS_AMX
+            return (_forward if by_groups else _fused_forward)(q, k, v, lengths, scale)
 
         seed = int(torch.randint(2**62, ())) if dropout else None
         ctx.save_for_backward(q, k, v, start, end)

@@ -28,12 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisft.kernels.common import chosen_backend
+from minisft.kernels.common import HAS_AMX, chosen_backend
 
 BLOCK_ROWS = 2048  # of a product that a CPU multiplies and adds while they are in its cache
 STRIP = 32  # columns that `transposed` moves at once
 WIDE = 1024  # with AMX oneDNN transposes a of a^T b slowly, and again for each block of columns of b: here it pays to do it once
-HAS_AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 Layer = tuple[Tensor, Tensor | None]  # weight [out, in], bias [out]
 

@@ -41,9 +41,14 @@ def hold_to_truth(inputs, start, end, dtype, **options):
 
 
 @pytest.mark.covers(1)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype, amx",  # which decides in bf16 between two forward passes
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+    ids=["fp32", "bf16", "bf16 AMX"],
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout(layout, dtype):
+def test_every_layout(layout, dtype, amx, monkeypatch):
+    monkeypatch.setattr(torch_path, "HAS_AMX", amx)
     start, end = bounds_of(LAYOUTS[layout])
     hold_to_truth(qkv(len(start)), start, end, dtype)
     hold_to_truth(qkv(len(start)), start, end, dtype, window=50, softcap=4.0)
