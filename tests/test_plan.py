@@ -274,7 +274,7 @@ def test_the_peak_of_a_process(case, tmp_path, record_property):
     )
     print(f"{case:24} predicted {memory.total / 1e6:5.0f} MB, measured {found['bytes'] / 1e6:5.0f}: {errors[0]:+.1%}, "
           f"without {found['before'] / 1e6:.0f}: {errors[1]:+.1%}")  # fmt: skip
-    assert max(map(abs, errors)) < 0.07  # 0.035 was measured; oneDNN keeps more on one processor than on another
+    assert max(map(abs, errors)) < 0.07  # 0.045 was measured; oneDNN keeps more on one processor than on another
 
 
 # ---- what fits ----------------------------------------------------------------------------------------------------
