@@ -152,6 +152,7 @@ def _splits(programs: int, group: int, sms: int) -> int:
 
 class _FlashAttentionTriton(torch.autograd.Function):
     """Saves q, k, v, out and the log-sum-exp of every row; with a rotary embedding q and k as they are turned, and its table.
+    If q and k may be overwritten, they are turned where they lie, unless a norm comes first, whose backward pass reads them.
 
     q_weight to numbers: what `turn` takes after q and k; all None without an embedding.
     """
@@ -161,11 +162,12 @@ class _FlashAttentionTriton(torch.autograd.Function):
         ctx,
         q, k, v,
         q_weight, k_weight, cos, sin, interleaved, numbers,
-        start, end, q_offset, scale, window, softcap, dropout, deterministic, mean_length, shared,
+        start, end, q_offset, scale, window, softcap, dropout, deterministic, mean_length, shared, may_overwrite,
     ):  # fmt: skip
         given = (q, k) if q_weight is not None else (None, None)
         if cos is not None:
-            q, k = turn(q, k, q_weight, k_weight, cos, sin, interleaved, numbers)
+            in_place = may_overwrite and q_weight is None and all(x.stride()[1:] == (x.shape[2], 1) for x in (q, k))
+            q, k = turn(q, k, q_weight, k_weight, cos, sin, interleaved, numbers, out=(q, k) if in_place else None)
         q, k, v = (x if _has_descriptor(x) else x.contiguous() for x in (q, k, v))  # rather than load number by number
         (Tq, Hq, Dh), (Tk, Hkv, _) = q.shape, k.shape
         D1, D2 = _parts(Dh)
@@ -243,7 +245,7 @@ class _FlashAttentionTriton(torch.autograd.Function):
         elif one_pass:
             dq = torch.mul(dq, dq_scale, out=q.new_empty(q.shape))
         dk = dk.to(k.dtype)
-        return dq, dk, dv, *weights, *[None] * 14
+        return dq, dk, dv, *weights, *[None] * 15
 
 
 def unsupported(head_dim: int, scale: float = 1.0) -> str:
@@ -270,6 +272,7 @@ def flash_attention(
     mean_length: float | None = None,
     shared: bool = True,
     rotary: Mapping = {},
+    may_overwrite: bool = False,
 ) -> Tensor:
     """Causal attention inside the documents of a flat stream.
 
@@ -292,6 +295,8 @@ def flash_attention(
         nothing but the speed; where documents do share a prefix, it would be wrong.
     rotary: the arguments of `rope` after q and k, which then turns both first; {} = they come turned. The Triton kernels of both
         are one op: the sum of dq, in fp32 and without its scale, goes back through the embedding as it is.
+    may_overwrite: True where nobody reads q and k afterwards, as they come from a matrix product, which does not keep its output.
+        The Triton kernels then turn them where they lie. It changes nothing but the memory.
 
     Returns [Tq, Hq, Dh], contiguous, in the dtype of q; zeros for a query that sees no key. A document's output and
     gradients do not depend on the content of other documents, not even in the last bit.
@@ -317,7 +322,8 @@ def flash_attention(
         arguments = q, k, v, start, end, q_offset, scale, window, softcap, dropout
         if backend == "triton":
             turning = turn_arguments(q, k, **rotary) if rotary and is_fused else (None,) * 6
-            return _FlashAttentionTriton.apply(q, k, v, *turning, *arguments[3:], deterministic, mean_length, shared)
+            options = deterministic, mean_length, shared, may_overwrite
+            return _FlashAttentionTriton.apply(q, k, v, *turning, *arguments[3:], *options)
         return FlashAttentionTorch.apply(*arguments)
 
 

@@ -389,6 +389,40 @@ def test_a_rotary_embedding_may_be_part_of_the_op(dtype, interleaved, norms, det
         assert torch.equal(value, apart[name]) or not deterministic
 
 
+@pytest.mark.parametrize("norms", [False, True], ids=["plain", "norms"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("head_dim", [32, 48], ids=["every feature turns", "some do"])
+def test_q_and_k_may_be_turned_where_they_lie(head_dim, interleaved, norms):
+    """Bitwise the same, in the memory of the product that made them. Not where a norm's backward pass reads them, and not where
+    the heads do not lie one after another."""
+    start, end = bounds_of([20, 1, 29])
+    angle = torch.arange(50.0)[:, None] * 10.0 ** -torch.arange(16)
+    rotary = {"cos": angle.cos(), "sin": angle.sin(), "interleaved": interleaved}
+    if norms:
+        rotary |= {f"{name}_norm": (torch.rand(head_dim), 1e-5, 0.0) for name in "qk"}
+    options = {"deterministic": True, "rotary": rotary}
+    qkv = torch.randn(50, 8, head_dim)
+    given, turned = qkv.split([4, 2, 2], dim=1), rope(*qkv.split([4, 2, 2], dim=1)[:2], **rotary)
+    layouts = {
+        "one product": qkv.clone().split([4, 2, 2], dim=1),
+        "a part of one": torch.cat([qkv, qkv], 1)[:, 8:].split([4, 2, 2], dim=1),
+        "every other head": (given[0].repeat_interleave(2, 1)[:, ::2], *given[1:]),
+    }
+
+    def run(q, k, v, may_overwrite):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = flash_attention(*leaves, start, end, may_overwrite=may_overwrite, **options)
+        out.backward(torch.ones_like(out))
+        return [out.detach(), *(x.grad for x in leaves)]
+
+    plain = run(*given, False)
+    assert torch.equal(torch.cat(given, 1), qkv)
+    for name, (q, k, v) in layouts.items():
+        assert all(torch.equal(x, y) for x, y in zip(run(q, k, v, True), plain))
+        expected = given if norms or name == "every other head" else turned
+        assert torch.equal(q, expected[0]) and torch.equal(k, expected[1])
+
+
 def test_varlen_is_the_same_op():
     lengths = [30, 1, 50]
     inputs, cu_seqlens = qkv(sum(lengths)), torch.tensor([0, 30, 31, 81])

@@ -114,7 +114,7 @@ class Attention(nn.Module):
         else:
             options = self.options | {"dropout": self.dropout if self.training else 0.0} | (hints or {})
             attend = self.context.attend if is_piece else flash_attention
-            out = attend(q, k, v, start, end, rotary=rotary, **options)
+            out = attend(q, k, v, start, end, rotary=rotary, may_overwrite=True, **options)
         if gate is not None:
             out = out * gate.sigmoid()
         return project(out.flatten(-2), self.o_proj)[0]  # [T, D]

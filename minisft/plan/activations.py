@@ -4,12 +4,9 @@
     Q, K features of all queries, all keys   F features of the MLP
     H heads of queries and keys together
 
-    Llama on a GPU     two norms: 2 E D for what they hand to the products, 8 for rstd
-                       attention: E (Q + 2 K) q, k and v as they leave the product, of which v keeps the memory of all three,
-                                  E (Q + K) q and k turned, E Q the output, 4 bytes a query head
+    Llama              two norms: 2 E D for what they hand to the products, 8 for rstd
+                       attention: E (Q + 2 K) q and k turned and v, E Q the output; on a GPU 4 bytes a query head
                        MLP: 3 E F gate, up and their product
-    ... on a CPU       attention: E (Q + 2 K) q and k turned and v, E Q the output
-                       MLP in bf16: 4 E F, act(gate) too, as the formula runs op by op there
 
 Weights are no part of it: autograd saves their copies, which memory.py counts. Nor is what all layers share: the tables of the
 rotary embedding, `start` and `end`.
@@ -140,10 +137,11 @@ def _attention(c: ModelConfig, layer: int, p: Precision, is_gpu: bool, selective
     total += {"none": 0, "full": 2 * 4, "head": 0 if is_fused else 4 * H}.get(c.qk_norm, 8 * H)
     if rope is not None and rope.query_beta and p.casts:
         total += e  # the factor of the queries
-    # On a GPU q, k and v are parts of one product's output, if the copies of their weights lie side by side. v keeps all of it,
-    # unless the parts of q and k are kept as they are anyway; norms of heads by themselves copy them first.
-    are_parts = is_fused or c.qk_norm == "full" or (rope is None and c.qk_norm == "none")
-    if is_gpu and plain and p.casts and c.clip_qkv is None and not are_parts:
+    # On a GPU q, k and v are parts of one product's output, as their weights or copies of these lie side by side. v keeps all
+    # of it, unless the parts of q and k are kept anyway, as they are or turned in place. Norms of heads copy them first.
+    is_left = rope is None or not (rope.query_beta or c.attention_gate)  # to attention, which turns them in place
+    are_parts = is_fused or c.qk_norm == "full" or (c.qk_norm == "none" and is_left)
+    if is_gpu and plain and c.clip_qkv is None and not are_parts:
         before += projected + K
     return total + e * before
 
@@ -153,7 +151,7 @@ def _delta(c: ModelConfig, layer: int, p: Precision, is_gpu: bool, selective: bo
     K, V = c.delta_num_key_heads * c.delta_key_dim, heads * c.delta_value_dim
     convolved = 2 * e * (2 * K + V)  # q, k and v before and after the convolution
     numbers = heads * (4 + e + e + 4 + 4)  # a, sigmoid(b), beta, softplus, g
-    if is_gpu and plain and p.casts:
+    if is_gpu and plain:
         numbers += heads * 2 * e  # a and b before these, which lie in one tensor with q, k and v
     unit = 3 * e * V + 4 * heads  # out, gate, the normed out; rstd
     gated = 0 if selective else e * V
