@@ -18,7 +18,8 @@ def rms_norm_cases(arch: int) -> None:
         x = torch.empty(4, size, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.empty(size, requires_grad=True)
         rms_norm(x, weight, 1e-5).backward(torch.empty_like(x))
-    for size in {90: (4096, 8192, MAX_FEATURES), 86: (4096,)}.get(arch, ()):  # in mixed precision, as the decoder has it
+    mixed = {90: (4096, 8192, MAX_FEATURES), 86: (4096,)}  # as the decoder has it
+    for size in mixed.get(arch, ()):
         residual, weight = torch.empty(4, size, requires_grad=True), torch.empty(size, requires_grad=True)
         branch = torch.empty(4, size, dtype=torch.bfloat16, requires_grad=True)
         outputs = add_rms_norm(branch, residual, weight, 1e-5, dtype=torch.bfloat16, keep="y")
