@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import triton  # noqa: F401  before the kernels are imported: they use Triton where the program has imported it
+from paper_kept import both, shape_of
 from test_dpo import batch_of, make_pairs
 
 from benchmarks.paper_gpu import PaperGPU
@@ -184,7 +185,8 @@ def main() -> None:
     steps["SmolLM2-135M"][4] = step(MODELS["SmolLM2-135M"], 4)
     split = {name: devices(name) for name in RULES if name != "muon"}
     split |= {f"{name} in the backward": devices(name, in_backward=True) for name in ("adamw", "adafactor")}
-    print(json.dumps({"steps": steps, "waits": waits(), "ops": ops(), "devices": split}))
+    kept = {str(dtype): both(shape_of("llama"), dtype, False) for dtype in (torch.float32, torch.bfloat16)}
+    print(json.dumps({"steps": steps, "waits": waits(), "ops": ops(), "devices": split, "kept": kept}))
 
 
 if __name__ == "__main__":

@@ -67,6 +67,15 @@ def test_a_step_waits_for_its_verdict_and_for_nothing_else(paper):
         assert "runtime.py" in where and "waits for an event" in where and count == 1, how
 
 
+def test_activations_are_those_that_the_plan_counts(paper):
+    """Bytes a token of a tiny Llama with two layers; test_plan.py has all families."""
+    D, Q, K, F, heads, pairs = 64, 64, 32, 48, 4, 8
+    norm = 2 * D + 4  # what it hands to the products, and rstd
+    block = 2 * norm + 2 * (Q + 2 * K) + 2 * Q + 4 * heads + 3 * 2 * F
+    for weights, width in (("torch.float32", 4), ("torch.bfloat16", 2)):  # of cos and sin
+        assert paper["kept"][weights] == [2 * block + norm + 2 * pairs * width] * 2
+
+
 @pytest.mark.parametrize("model", MOST)
 def test_floors_are_those_that_were_planned(paper, model):
     floor = at(paper["steps"][model], LAYERS[model], lambda step: step["parts"]["all"]["floor_ms"])
