@@ -216,7 +216,7 @@ class _RMSNorm(torch.autograd.Function):
         with torch.autocast(dy.device.type, enabled=False):
             wide, g = (t.to(rstd.dtype).reshape(-1, features) for t in (kept, dy))
             rstd = rstd.reshape(-1, 1)
-            to_n = rstd  # [rows, 1], times x
+            to_n = rstd  # [rows, 1], what `wide` is to be multiplied by: x, or n itself
             if ctx.least:
                 wide = torch.mul(wide, scale.reciprocal(), out=None if kept.dtype == rstd.dtype else wide)
                 to_n = torch.ones_like(rstd)
@@ -267,9 +267,8 @@ class _RMSNormTriton(torch.autograd.Function):
             dx, dx_too, dweight = dsum, dsum, None
         else:
             dx = kept.new_empty(T, D, dtype=ctx.dtype)
-            other = next(
-                (dtype for dtype in ctx.dtypes if dtype not in (None, ctx.dtype)), None
-            )  # of x or the residual
+            # of x or the residual
+            other = next((dtype for dtype in ctx.dtypes if dtype not in (None, ctx.dtype)), None)
             dx_too = None if other is None else torch.empty_like(dx, dtype=other)
             config = smallest_fit(CONFIGS["_rms_norm_bwd_kernel"], D * ctx.dtype.itemsize)
             programs = min(cdiv(T, config["ROWS"]), num_sms(kept) * (WARPS_PER_SM // config["num_warps"]))
