@@ -8,7 +8,6 @@ step, when weights and moments are there already. docs/charts.py draws the curve
 """
 
 import json
-import os
 import tempfile
 import threading
 import time
@@ -28,6 +27,7 @@ MODEL = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
+FREED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc gives back at once what is freed: the memory in use shows
 DOCUMENTS, LENGTH, STEPS, POINTS = 8, 128, 3, 80
 
 
@@ -92,10 +92,9 @@ def sample(engine: str) -> dict:
 
 
 def main() -> None:
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc gives back at once what is freed: the memory in use shows
     rows = []
     for engine in ("naive", "minisft"):
-        answer = in_fresh_process("benchmarks.step_memory:sample", engine=engine)
+        answer = in_fresh_process("benchmarks.step_memory:sample", FREED, engine=engine)
         ends = dict(zip(("forward_ends", "backward_ends"), answer["ends"]))
         rows += [{"engine": engine, "at": at, "extra_mb": mb, **ends} for at, mb in answer["curve"]]
     path = write_csv("step_memory", rows)

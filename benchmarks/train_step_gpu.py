@@ -91,7 +91,7 @@ def measure(
 ) -> Iterator[dict]:
     """Yields a row of `count` steps, and the same row with the columns of one more, which is profiled.
 
-    recompute: the norms and gated units in the backward.
+    recompute: the gated units in the backward.
     """
     run, section = make_run(case, device, as_graph)
     run.model.recompute_cheap_ops(recompute)
@@ -107,7 +107,7 @@ def measure(
     q1, median, q3 = quartiles(seconds)
     row = {"model": name, "tokens": num_tokens, "optimizer": case.optimizer, "weights": case.weights_dtype}
     how = "op by op" if run.graphs is None else "NO GRAPH" if run.graphs.failed else "CUDA graph"
-    row |= {"how": how + ", norms and glu computed again" * recompute, "tokens_per_second": num_tokens / median}
+    row |= {"how": how + ", glu computed again" * recompute, "tokens_per_second": num_tokens / median}
     row |= {"ms": 1e3 * median, "q1": 1e3 * q1, "q3": 1e3 * q3, "steps": count}
     if device.type == "cuda":
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9

@@ -17,6 +17,7 @@ from benchmarks import (
     op_table,
     paper_report,
     report,
+    step_memory,
     train_step,
 )
 from benchmarks.compare import (
@@ -474,11 +475,22 @@ def test_a_wide_table_is_printed_in_parts(capsys):
     assert all(out.count(f"number {c}, MB") == 1 for c in range(12)) and out.count("case 2") == 2
 
 
+@pytest.mark.parametrize("words", [[], ["--only", "minisft", "products"], ["--trained", "answers"]], ids=str)
+def test_only_whole_runs_go_into_the_csv(words, monkeypatch, tmp_path, capsys):
+    """The tables show all engines of the newest run."""
+    monkeypatch.setattr(train_step, "GSM8K", tmp_path)
+    monkeypatch.setattr(train_step.importlib.util, "find_spec", lambda name: True)
+    answer = {"speeds": [10.0], "loss": 1.0, "peak_mb": 1.0}
+    monkeypatch.setattr(train_step, "in_fresh_process", lambda *target, **arguments: answer)
+    monkeypatch.setattr(train_step, "write_csv", lambda name, rows: f"{len(rows)} rows")
+    monkeypatch.setattr("sys.argv", ["train_step", *words])
+    train_step.main()
+    assert capsys.readouterr().out.splitlines()[-1].startswith("not written" if words else "written to 10 rows")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["naive", "minisft"])
 def test_memory_over_a_step_is_sampled(engine):
-    """In a process of its own, whose C library gives back what is freed, as the benchmark has it."""
-    freed = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    answer = in_fresh_process("benchmarks.step_memory:sample", freed, engine=engine)
+    answer = in_fresh_process("benchmarks.step_memory:sample", step_memory.FREED, engine=engine)
     assert len(answer["curve"]) > 5 and max(mb for _, mb in answer["curve"]) > 30
     assert 0 < answer["ends"][0] < answer["ends"][1] < answer["ends"][2] == 1

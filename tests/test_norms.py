@@ -37,7 +37,7 @@ def test_rms_norm(shape, keep, family, dtypes):
         lambda x, w: rms_norm_ref(x, w, 1e-5, **options),
         [leaf(*shape), leaf(shape[-1])],
         DTYPES[dtypes][:2],
-        floor=2**-9 if keep == "y" and dtypes != "fp32" else None,  # y is rounded to bf16: at most 2**-8
+        floor=2**-9 if keep == "y" and dtypes != "fp32" else None,  # the rounding of y, at most 2**-8 of a number
     )
 
 
@@ -74,7 +74,7 @@ def test_what_the_backward_finds_in_y(family, dtype):
     with torch.no_grad():
         weight[:4] = torch.tensor([0.0, -0.0, 1e-30, -1e-7]) - options.get("offset", 0.0)
     kept = {
-        keep: run_with_gradients(lambda x, w: rms_norm(x, w, 1e-5, keep=keep, **options), [x, weight])  # noqa: B023
+        keep: run_with_gradients(lambda x, w, keep=keep: rms_norm(x, w, 1e-5, keep=keep, **options), [x, weight])
         for keep in ("x", "y")
     }
     least = 6.2e-5 if dtype == torch.float16 else 1e-20

@@ -114,6 +114,7 @@ class Attention(nn.Module):
         else:
             options = self.options | {"dropout": self.dropout if self.training else 0.0} | (hints or {})
             attend = self.context.attend if is_piece else flash_attention
+            # nobody else reads q and k: products and norms keep their inputs, and attention turns them only if they are whole
             out = attend(q, k, v, start, end, rotary=rotary, may_overwrite=True, **options)
         if gate is not None:
             out = out * gate.sigmoid()
