@@ -197,8 +197,8 @@ class _FlashAttentionTriton(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        out, *turned = ctx.saved_tensors[:7]  # what `turn_back` takes after the gradients
-        tensors = dict(zip(ctx.names, ctx.saved_tensors[7:]))
+        out, *saved = ctx.saved_tensors  # once: activation checkpointing unpacks each tensor for one reader
+        turned, tensors = saved[:6], dict(zip(ctx.names, saved[6:]))  # `turn_back` takes the first after the gradients
         q, k, v, lse = (tensors[name] for name in ("q", "k", "v", "lse_ptr"))
         (Tq, Hq, Dh), (Tk, Hkv, _) = q.shape, k.shape
         kv_tables = CONFIGS["_flash_attention_bwd_kv_kernel"]

@@ -295,11 +295,11 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss, _):
+        saved = ctx.saved_tensors  # autograd lets go of the gradients among them, .grad takes them over
         if ctx.grad is not None and d_loss != 1:  # rare: the rest of the weight's gradient is computed again
-            *inputs, upstream = ctx.saved_tensors[3:]
+            *inputs, upstream = saved[3:]
             run_torch(*inputs, (d_loss - 1) * upstream, (False, True, False), ctx.options, ctx.grad)
-        gradients = ctx.saved_tensors[:3]  # autograd lets go of them, .grad takes them over
-        return *_hand_over(_scaled(gradients, d_loss, ctx.options), ctx.owner), *[None] * 8
+        return *_hand_over(_scaled(saved[:3], d_loss, ctx.options), ctx.owner), *[None] * 8
 
 
 class _LinearCrossEntropyRows(torch.autograd.Function):

@@ -84,16 +84,27 @@ def test_accumulated_packed_and_reference_steps_too(home):
 
 
 @pytest.mark.usefixtures("triton_kernels")
-def test_selective_with_the_triton_kernels():
-    model = tiny(CONFIGS["llama"] | {"head_dim": 16, "num_hidden_layers": 1})
-    ids, layout, probe = torch.randint(53, (12,)), stream([7, 5]), torch.randn(12, 32)
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "lfm2", "qwen3_5_text"])
+def test_the_triton_kernels_give_the_same_bits_too(family, autocast):
+    """All kernels of a block. Where products add to the residual stream in place, what is kept of it must not change."""
+    size = {"n_embd": 64} if family == "gpt2" else {"hidden_size": 64}
+    model = tiny(CONFIGS[family] | size)
+    ids, layout, probe = torch.randint(53, (12,)), stream([7, 5]), torch.randn(12, 64)
 
-    def run(selective: bool) -> list[torch.Tensor]:
-        model.recompute_cheap_ops(selective)
-        return gradients(model, model(ids, *layout), probe)
+    def run(whole: bool = False, every: int = 1, cheap: bool = False, offload: bool = False) -> list[torch.Tensor]:
+        model.gradient_checkpointing, model.gradient_checkpointing_every = whole, every
+        model.offload_activations = offload
+        model.recompute_cheap_ops(cheap)
+        torch.manual_seed(1)  # GPT-2 has dropout
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            hidden = model(ids, *layout)
+        return [hidden, *gradients(model, hidden, probe)]
 
-    for plain, recomputed in zip(run(False), run(True)):
-        assert torch.equal(plain, recomputed)
+    kept = run()
+    for how in (dict(cheap=True), dict(whole=True), dict(whole=True, every=2), dict(whole=True, offload=True)):
+        for plain, recomputed in zip(kept, run(**how), strict=True):
+            assert torch.equal(plain, recomputed), how
 
 
 def test_whole_runs_end_in_the_same_bytes(home, tmp_path):
