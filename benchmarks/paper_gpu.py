@@ -43,7 +43,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.harness import ROOT
 from minisft.cards import Card
 from minisft.kernels import common
-from minisft.kernels.linear import kept_copy
+from minisft.kernels.copies import kept_copy
 
 ALLOCATIONS = set("empty empty_like empty_strided new_empty new_empty_strided _unsafe_view lift_fresh".split())
 FILLS = set("fill_ zero_ zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full".split())

@@ -12,7 +12,7 @@ What it computes, for every number w of a parameter, with its gradient g and two
     are not finite is left out there too: c is NaN, and nothing changes.
 
 adamw_formats.py explains what is stored in other formats than fp32: bf16 weights, rounded by chance, and 8-bit moments. An fp32
-weight whose products are in bf16 keeps a copy for them (linear.py). The kernel writes it with the weight, which is in its
+weight whose products are in bf16 keeps a copy for them (copies.py). The kernel writes it with the weight, which is in its
 registers; a cast before the next step would read it again.
 
 Bytes moved, per parameter
@@ -50,7 +50,7 @@ from minisft.kernels.adamw_formats import (
     step_key,
 )
 from minisft.kernels.common import backend_for, cdiv, jit, tl
-from minisft.kernels.linear import copy_was_written, kept_copy
+from minisft.kernels.copies import copy_was_written, kept_copy
 from minisft.kernels.quantize import _absmax, _reciprocal, dynamic_table
 
 CPU_STRETCH = 2**16  # elements of the torch path that are worked on at a time

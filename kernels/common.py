@@ -101,6 +101,11 @@ def chosen_backend() -> str:
     return _backend
 
 
+def may_change(x: Tensor) -> bool:
+    """Whether autograd lets an op change x in place and return it with others: no view, and no leaf with a gradient."""
+    return not (x._is_view() or x.is_leaf and x.requires_grad)
+
+
 def backend_for(op: str, x: Tensor, cannot: str = "") -> str:
     """The implementation that `op` runs on a tensor like `x`: "triton", "torch" or "reference".
 

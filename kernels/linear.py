@@ -4,13 +4,15 @@ The weights that the optimizer sees (the master weights) are in fp32, the produc
 by layer: it casts W at every micro-batch, rounds dW to bf16, casts it to fp32 and adds it to the gradient of the micro-batches
 before, and q, k and v, which read the same x, have three gradients of x that two more passes add up. Here
 
-- a weight keeps its copy in bf16 until it changes (`keep_copies`): once an optimizer step, in which AdamW's kernel writes the
+- a weight keeps its copy in bf16 until it changes (copies.py): once an optimizer step, in which AdamW's kernel writes the
   copy beside the weight (adamw.py);
 - dW goes to the fp32 gradient in the product itself. A GPU sums and adds in fp32 (beta = 1). A CPU has no product of bf16
   matrices into fp32, so it multiplies a block of rows at a time, and adds the block while it is in the cache;
 - layers with the same input are one op. On a GPU they are one product too, as their copies lie side by side (weights in bf16 are
   moved there themselves) and, mostly, their outputs' gradients: fewer launches, and fewer tiles that find no multiprocessor free
-  (a matrix of 192 columns has few tiles). Else the product of one adds to the gradient of x by the other.
+  (a matrix of 192 columns has few tiles). Else the product of one adds to the gradient of x by the other;
+- on a GPU the last product of a sublayer adds to the residual stream in place (`add_linear`), before it rounds to bf16. The norm
+  that follows would else read its result and write the sum: 6 bytes a number less, of 12, in a kernel that waits for memory.
 
 Bytes moved for a weight of n numbers in one more micro-batch of a step: 2 n for each of y and dx, 8 n for dW. By autocast also
 6 n for the cast, 2 n + 6 n for dW's detour, 4 n more for the addition.
@@ -20,15 +22,14 @@ What is fp32 whatever the dtype: the sums inside the products, dW over micro-bat
 Paper: Micikevicius et al. 2018, "Mixed Precision Training", arXiv:1710.03740.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisft.kernels.common import HAS_AMX, chosen_backend
+from minisft.kernels.common import HAS_AMX, chosen_backend, may_change
+from minisft.kernels.copies import keep_copy, keeps_copy, kept_copy, shares_memory, weight_as
 
 BLOCK_ROWS = 2048  # of a product that a CPU multiplies and adds while they are in its cache
 STRIP = 32  # columns that `transposed` moves at once
@@ -42,60 +43,25 @@ def linears_ref(x: Tensor, *layers: Layer) -> list[Tensor]:
     return [F.linear(x, weight, bias) for weight, bias in layers]
 
 
-# ---- the copy of a weight -----------------------------------------------------------------------------------------
+# ---- matrices that lie side by side ----------------------------------------------------------------------------------
 
 
-_keeps = False
-
-
-@contextlib.contextmanager
-def keep_copies() -> Iterator[None]:
-    """Inside the block weights keep the copies that are made of them (unless autocast's cache is off, as where a parameter holds
-    other values for a while).
-
-    A copy counts as current while autograd's counter of changes stands still. Whoever opens the block must see to it that every
-    update counts, which torch's fused optimizers do not by themselves (optimizers.py). Outside each use makes a new copy, and so
-    does each use of a weight of `never_keep_copy`.
-    """
-    global _keeps
-    before, _keeps = _keeps, True
-    try:
-        yield
-    finally:
-        _keeps = before
-
-
-def never_keep_copy(weight: Tensor) -> None:
-    """Each use of this weight makes a new copy: it gets other values without being changed in place, as a weight that FSDP2
-    gathers, whose counter stands still by design."""
-    weight._is_refilled = True
-
-
-def _keeps_copy(weight: Tensor) -> bool:
-    return _keeps and torch.is_autocast_cache_enabled() and not hasattr(weight, "_is_refilled")
-
-
-class _Copy(NamedTuple):
-    source: Tensor  # shares the memory of the weight that was copied, so that nothing else can have its address
-    version: int  # of the weight's values: autograd counts every change in place
-    values: Tensor
-
-
-def weight_as(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight's values in another dtype, without a gradient."""
-    if weight.dtype == dtype:
-        return weight.detach()
-    kept = getattr(weight, "_copy", None)
-    if kept is None or kept.values.dtype != dtype or not _shares_memory(kept.source, weight):
-        kept = None
-    elif kept.version == weight._version:
-        return kept.values
-    if not _keeps_copy(weight):
-        return weight.detach().to(dtype)
-    with torch.no_grad():
-        values = weight.detach().to(dtype) if kept is None else kept.values.copy_(weight)
-    weight._copy = _Copy(weight.detach(), weight._version, values)
-    return values
+def side_by_side(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:
+    """The matrix whose slices along `dim` (0: rows, 1: columns) these matrices are, one after another; None if they are not."""
+    first = parts[0]
+    if len(parts) < 2 or first is None:
+        return None
+    place = first.storage_offset()
+    for part in parts:
+        if part is None or part.stride() != first.stride() or part.stride(-1) != 1 or part.storage_offset() != place:
+            return None
+        if part.dtype != first.dtype or part.shape[1 - dim] != first.shape[1 - dim] or not shares_memory(part, first):
+            return None
+        place += part.shape[dim] * part.stride(dim)
+    shape = list(first.shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    is_whole = dim == 0 or first.stride(0) >= shape[1]
+    return first.as_strided(shape, first.stride(), first.storage_offset()) if is_whole else None
 
 
 def move_side_by_side(weights: Sequence[Tensor]) -> None:
@@ -108,38 +74,11 @@ def move_side_by_side(weights: Sequence[Tensor]) -> None:
 
 def keep_side_by_side(weights: Sequence[Tensor], dtype: torch.dtype) -> None:
     """Weights [out, in], or biases [out], that have no copy yet get theirs in one buffer, one after another."""
-    if all(map(_keeps_copy, weights)) and not any(hasattr(weight, "_copy") for weight in weights):
+    if all(map(keeps_copy, weights)) and not any(hasattr(weight, "_copy") for weight in weights):
         with torch.no_grad():
             values = torch.cat([weight.detach().to(dtype) for weight in weights]).split([len(w) for w in weights])
         for weight, part in zip(weights, values):
-            weight._copy = _Copy(weight.detach(), weight._version, part)
-
-
-def kept_copy(weight: Tensor) -> Tensor | None:
-    """The copy that the weight keeps, with the values that it has now; None if there is none."""
-    kept = getattr(weight, "_copy", None)
-    is_current = kept is not None and kept.version == weight._version and _shares_memory(kept.source, weight)
-    return kept.values if is_current else None
-
-
-def copy_was_written(weight: Tensor) -> None:
-    """Call after weight and copy have been changed alike."""
-    weight._copy = weight._copy._replace(version=weight._version)
-
-
-def refresh_copies(weights: Iterable[Tensor]) -> None:
-    """Bring the copies that these weights keep up to date, where they are."""
-    kept = [(w, w._copy) for w in weights if hasattr(w, "_copy")]
-    stale = [(w, c) for w, c in kept if c.version != w._version and _shares_memory(c.source, w)]
-    if stale:
-        with torch.no_grad():
-            torch._foreach_copy_([c.values for _, c in stale], [w for w, _ in stale])
-    for w, _ in stale:
-        copy_was_written(w)
-
-
-def _shares_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+            keep_copy(weight, part)
 
 
 # ---- products -----------------------------------------------------------------------------------------------------
@@ -175,24 +114,6 @@ def transposed(x: Tensor) -> Tensor:
     PyTorch's own copy takes up to three times as long on a CPU (1.4 and 4.0 ms for 2,048 x 1,536 in bf16)."""
     m, n = x.shape
     return x.unflatten(1, (n // STRIP, STRIP)).transpose(0, 1).contiguous().transpose(1, 2).reshape(n, m)
-
-
-def side_by_side(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:
-    """The matrix whose slices along `dim` (0: rows, 1: columns) these matrices are, one after another; None if they are not."""
-    first = parts[0]
-    if len(parts) < 2 or first is None:
-        return None
-    place = first.storage_offset()
-    for part in parts:
-        if part is None or part.stride() != first.stride() or part.stride(-1) != 1 or part.storage_offset() != place:
-            return None
-        if part.dtype != first.dtype or part.shape[1 - dim] != first.shape[1 - dim] or not _shares_memory(part, first):
-            return None
-        place += part.shape[dim] * part.stride(dim)
-    shape = list(first.shape)
-    shape[dim] = sum(part.shape[dim] for part in parts)
-    is_whole = dim == 0 or first.stride(0) >= shape[1]
-    return first.as_strided(shape, first.stride(), first.storage_offset()) if is_whole else None
 
 
 class _Linears(torch.autograd.Function):
@@ -258,6 +179,12 @@ def _weight_gradients(weights: Sequence[Tensor], dy: Tensor, x: Tensor) -> list[
     return list(gradient.split([len(weight) for weight in weights]))
 
 
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Of products with x: autocast's where that is on."""
+    is_cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
+
+
 def linears(x: Tensor, *layers: Layer) -> list[Tensor]:
     """y = x W^T + b for one or more linear layers with the same input.
 
@@ -267,20 +194,64 @@ def linears(x: Tensor, *layers: Layer) -> list[Tensor]:
     Returns [..., out] for each layer, in the dtype of the products. The gradient of a weight has the weight's dtype (or its
     `grad_dtype`). If a weight is a leaf that has a gradient already, the backward pass adds to it in place.
     """
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = _product_dtype(x)
     if chosen_backend() == "reference" or not torch.is_grad_enabled() and all(w.dtype == dtype for w, _ in layers):
         return linears_ref(x, *layers)
     for tensors in zip(*layers) if len(layers) > 1 else ():  # all weights, all biases
         if all(t is not None and t.dtype != dtype for t in tensors):
             keep_side_by_side(tensors, dtype)
-        elif all(
-            t is not None and t.dtype == dtype and t.is_leaf and _keeps_copy(t) for t in tensors
-        ) and _sums_in_fp32(x):
+        elif all(t is not None and t.dtype == dtype and t.is_leaf and keeps_copy(t) for t in tensors) and _sums_in_fp32(
+            x
+        ):
             move_side_by_side(tensors)
     copies = [(weight_as(weight, dtype), None if bias is None else weight_as(bias, dtype)) for weight, bias in layers]
     with torch.autocast(x.device.type, enabled=False):
         rows = x.to(dtype).reshape(-1, x.shape[-1])
         weights, biases = zip(*layers)
         return [y.view(*x.shape[:-1], -1) for y in _Linears.apply(rows, copies, *weights, *biases)]
+
+
+# ---- a product that adds to the residual stream ---------------------------------------------------------------------
+
+
+class _AddLinear(torch.autograd.Function):
+    """total [T, out] in place, x [T, in], the weight's copy in the dtype of x, the weight -> total. Saves x and the copy."""
+
+    @staticmethod
+    def forward(ctx, total, x, W, weight):
+        ctx.save_for_backward(x, W)
+        ctx.weight = weight
+        product_into(total, x, W.T, add=True)
+        ctx.mark_dirty(total)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dtotal):
+        x, W = ctx.saved_tensors
+        dy = kept_copy(dtotal)  # of the norm's backward pass (rms_norm.py)
+        if dy is None or dy.dtype != x.dtype:
+            dy = dtotal.to(x.dtype)
+        elif dy is not dtotal:
+            del dtotal._copy  # dtotal lives on
+        dx = dy @ W if ctx.needs_input_grad[1] else None
+        (dW,) = _weight_gradients([ctx.weight], dy, x) if ctx.needs_input_grad[3] else (None,)
+        return dtotal, dx, None, dW
+
+
+def may_add_to(total: Tensor) -> bool:
+    """Whether `add_linear` takes this tensor: on a GPU, and if it may change."""
+    return _sums_in_fp32(total) and chosen_backend() != "reference" and may_change(total)
+
+
+def add_linear(total: Tensor, x: Tensor, weight: Tensor) -> None:
+    """total += x W^T in place, added in fp32 and rounded once, to the dtype of total.
+
+    total: [T, out], a tensor of which `may_add_to` holds, that no backward pass needs as it was. x: [..., in], T rows.
+    weight: [out, in]. The product is in the dtype of x, or of autocast where that is on.
+
+    Where the gradient of total keeps a copy in that dtype, the backward pass reads the copy. For dW see `linears`.
+    """
+    dtype = _product_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        _AddLinear.apply(total, x.to(dtype).reshape(len(total), -1), weight_as(weight, dtype), weight)

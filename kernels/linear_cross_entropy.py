@@ -78,8 +78,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisft.kernels.common import backend_for, cdiv, jit, num_sms, tl
+from minisft.kernels.copies import weight_as
 from minisft.kernels.cross_entropy import score_rows
-from minisft.kernels.linear import product_into, weight_as
+from minisft.kernels.linear import product_into
 from minisft.kernels.linear_cross_entropy_torch import Options
 from minisft.kernels.linear_cross_entropy_torch import run as run_torch
 

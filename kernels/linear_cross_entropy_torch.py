@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisft.kernels.linear import product_in_blocks, product_into, weight_as
+from minisft.kernels.copies import weight_as
+from minisft.kernels.linear import product_in_blocks, product_into
 
 CPU_CHUNK_ROWS, GPU_CHUNK_ROWS = 512, 4096  # rows of logits that exist at once
 CPU_CHUNK_BYTES = 2**20 * 100  # twice as many rows on a CPU if they take no more than this

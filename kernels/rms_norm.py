@@ -38,7 +38,8 @@ fp32 beside bf16 activations; dweight has the dtype of the weight.
 
 Mixed precision: the residual stream is fp32 while the matrix products around it are bf16. `dtype` makes y what the products
 read: the kernel rounds once more as it writes, which a cast after it would do in a pass of its own, 6 bytes an element. For
-the same reason a branch in bf16 that was added to a residual in fp32 gets its gradient in bf16 from the kernel.
+the same reason a branch in bf16 that was added to a residual in fp32 gets its gradient in bf16 from the kernel. Where the
+product itself has added to the residual (linear.py), its gradient keeps that copy.
 
 Paper: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 """
@@ -48,7 +49,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minisft.kernels.common import as_rows, backend_for, cdiv, jit, next_power_of_2, num_sms, smallest_fit, tl
+from minisft.kernels.common import (
+    as_rows,
+    backend_for,
+    cdiv,
+    jit,
+    may_change,
+    next_power_of_2,
+    num_sms,
+    smallest_fit,
+    tl,
+)
+from minisft.kernels.copies import keep_copy
 
 MAX_FEATURES = 16384  # of the Triton kernels
 
@@ -236,10 +248,11 @@ def _scale(weight: Tensor, dtype: torch.dtype, offset: float, least: float) -> T
 
 
 class _RMSNormTriton(torch.autograd.Function):
-    """x [T, D] and a residual [T, D] or None -> y, and the sum [T, D] where there is a residual."""
+    """x [T, D] and a residual [T, D] or None -> y, and the sum [T, D] where there is a residual. returns_x: y, and x as it is,
+    whose gradient takes in what flows back from both; it keeps its copy in the dtype of y."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, eps, offset, upcast_weight, dtype, keep):
+    def forward(ctx, x, residual, weight, eps, offset, upcast_weight, dtype, keep, returns_x):
         T, D = x.shape
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
         ctx.dtype = x.dtype if residual is None else torch.promote_types(*ctx.dtypes)  # of what is normalised
@@ -256,6 +269,10 @@ class _RMSNormTriton(torch.autograd.Function):
         )
         ctx.save_for_backward(y if ctx.least else x if total is None else total, weight, rstd)
         ctx.set_materialize_grads(False)
+        ctx.copy_dtype = dtype if returns_x and dtype != ctx.dtype else None
+        if returns_x:
+            ctx.mark_dirty(x)  # else autograd would return a view of x, to which no product may add
+            total = x
         return y if total is None else (y, total)
 
     @staticmethod
@@ -268,7 +285,7 @@ class _RMSNormTriton(torch.autograd.Function):
         else:
             dx = kept.new_empty(T, D, dtype=ctx.dtype)
             # of x or the residual
-            other = next((dtype for dtype in ctx.dtypes if dtype not in (None, ctx.dtype)), None)
+            other = next((dtype for dtype in (*ctx.dtypes, ctx.copy_dtype) if dtype not in (None, ctx.dtype)), None)
             dx_too = None if other is None else torch.empty_like(dx, dtype=other)
             config = smallest_fit(CONFIGS["_rms_norm_bwd_kernel"], D * ctx.dtype.itemsize)
             programs = min(cdiv(T, config["ROWS"]), num_sms(kept) * (WARPS_PER_SM // config["num_warps"]))
@@ -280,14 +297,16 @@ class _RMSNormTriton(torch.autograd.Function):
                 **config,
             )
             dweight = None if partial is None else partial.sum(0).to(weight.dtype)
+            if ctx.copy_dtype is not None:
+                keep_copy(dx, dx_too)
         gradients = [None if dtype is None else dx if dtype == ctx.dtype else dx_too for dtype in ctx.dtypes]
-        return *gradients, dweight, *[None] * 5
+        return *gradients, dweight, *[None] * 6
 
 
 def _rms_norm_triton(x, residual, weight, eps, offset, upcast_weight, dtype, keep):
     """Any number of dimensions -> rows -> the kernels -> the shape of x."""
     rows = [None if t is None else as_rows(t) for t in (x, residual)]
-    y = _RMSNormTriton.apply(*rows, weight, eps, offset, upcast_weight, dtype, keep)
+    y = _RMSNormTriton.apply(*rows, weight, eps, offset, upcast_weight, dtype, keep, False)
     return y.view(x.shape) if residual is None else tuple(t.view(x.shape) for t in y)
 
 
@@ -329,7 +348,7 @@ def rms_norm(
 
 
 def add_rms_norm(
-    x: Tensor,
+    x: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     eps: float,
@@ -341,17 +360,21 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """The step between two sublayers: sum = x + residual, y = rms_norm(sum).
 
-    x, residual: [..., D]; their dtypes may differ, the sum gets the wider one. dtype: of y; None = that of the sum. The rest as
-    in `rms_norm`.
+    x, residual: [..., D]; their dtypes may differ, the sum gets the wider one. x None: the residual is the sum already, and is
+    returned itself. dtype: of y; None = that of the sum. The rest as in `rms_norm`.
 
     Returns (y, sum), both [..., D]: y feeds the next sublayer, the sum is the next residual.
     Raises ValueError where the shapes differ.
     """
-    if x.shape != residual.shape:
+    if x is not None and x.shape != residual.shape:
         raise ValueError(f"add_rms_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} differ")
-    if weight.shape == x.shape[-1:] and backend_for("rms_norm", x, _cannot(x)) == "triton":
-        dtype = dtype or torch.promote_types(x.dtype, residual.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return _rms_norm_triton(x, residual, weight, eps, offset, upcast_weight, dtype, keep)
-    total = x + residual
+    if weight.shape == residual.shape[-1:] and backend_for("rms_norm", residual, _cannot(residual)) == "triton":
+        sum_dtype = residual.dtype if x is None else torch.promote_types(x.dtype, residual.dtype)
+        options = weight, eps, offset, upcast_weight, dtype or sum_dtype, keep
+        with torch.autocast(residual.device.type, enabled=False):
+            if x is not None:
+                return _rms_norm_triton(x, residual, *options)
+            if residual.ndim == 2 and residual.is_contiguous() and may_change(residual):
+                return _RMSNormTriton.apply(residual, None, *options, True)
+    total = residual if x is None else x + residual
     return rms_norm(total, weight, eps, offset=offset, upcast_weight=upcast_weight, dtype=dtype, keep=keep), total

@@ -8,7 +8,7 @@ What a graph needs, and where it comes from:
 
 - the same shapes: T and M of a batch are filled up to few sizes (the loader's round_to);
 - the same memory: a batch is one buffer (data/batch.py), which is copied over the one that was recorded; the gradients are set to
-  zero instead of being dropped; the copies of the weights (kernels/linear.py) stay where they are;
+  zero instead of being dropped; the copies of the weights (kernels/copies.py) stay where they are;
 - no wait for the device, and nothing that the host decides by numbers: losses, norms and attention here never do.
 
 A graph that computed something else would go unnoticed. So each one is compared with the plain form when it is new, by its
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from minisft import runtime
 from minisft.data.batch import Batch
 from minisft.errors import warn
-from minisft.kernels.linear import kept_copy, refresh_copies
+from minisft.kernels.copies import kept_copy, refresh_copies
 from minisft.metrics import Metrics
 from minisft.model.decoder import Decoder
 from minisft.update import gradient_norms

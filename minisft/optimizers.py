@@ -81,7 +81,7 @@ class TorchAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         inspect.unwrap(torch.optim.AdamW.step)(self, closure)  # without its wrapper, which imports the compiler too
-        # the fused kernel does not tell autograd that the weights have changed, and their copies (kernels/linear.py) ask for it
+        # the fused kernel does not tell autograd that the weights have changed, and their copies (kernels/copies.py) ask for it
         torch.autograd.graph.increment_version([p for group in self.param_groups for p in group["params"]])
 
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from minisft import ranks
 from minisft.data.pieces import pieces_of
-from minisft.kernels.linear import never_keep_copy
+from minisft.kernels.copies import never_keep_copy
 from minisft.model import shards
 from minisft.model.attention import Attention
 from minisft.model.context import Context
@@ -107,6 +107,7 @@ def shard(
     homes = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     options = {"mesh": mesh, "offload_policy": homes, "ignored_params": whole}
     for block in model.layers:
+        block.products_add = False  # FSDP2 hands views of x from block to block, which must not change in place
         fully_shard(block, reshard_after_forward=reshard, mp_policy=policy, **options)
     fully_shard(model, **options)
     for module in model.modules():
@@ -116,7 +117,6 @@ def shard(
     if not any(p.is_meta for p in whole):
         for p in whole:  # fully_shard has moved the others
             p.data = p.data.to(device)
-    # nobody changes a block's output in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 

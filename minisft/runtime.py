@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minisft.config.sections import TrainSection
 from minisft.errors import UserError
-from minisft.kernels.linear import keep_copies
+from minisft.kernels.copies import keep_copies
 from minisft.ranks import rank
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

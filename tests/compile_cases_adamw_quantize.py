@@ -7,7 +7,7 @@ the instructions of 80 and the memory of 120.
 import torch
 
 from minisft.kernels.adamw import adamw_
-from minisft.kernels.linear import keep_copies, weight_as
+from minisft.kernels.copies import keep_copies, weight_as
 from minisft.kernels.quantize import (
     dequantize_fp4,
     dequantize_int8,

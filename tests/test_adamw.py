@@ -10,7 +10,7 @@ from minisft.kernels import adamw as module
 from minisft.kernels.adamw import adamw_
 from minisft.kernels.adamw_formats import dequantize_state, quantize_state, round_stochastically, search
 from minisft.kernels.common import use_backend
-from minisft.kernels.linear import keep_copies, kept_copy, weight_as
+from minisft.kernels.copies import keep_copies, kept_copy, weight_as
 from minisft.kernels.quantize import dynamic_table
 
 SIZES = [(1,), (255,), (256,), (0,), (257,), (10007,), (16, 64)]

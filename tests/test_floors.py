@@ -57,7 +57,7 @@ EXTRA_PACKAGES = {
     "importers/yaml_file": {"yaml"},  # other trainers write YAML, we TOML
 }
 # Kernels made of others: rope norms the heads of q and k first, where a model does; both losses score rows of logits; 8-bit
-# states are quantised. And ops whose file is split.
+# states are quantised; copies in bf16 stay with their weights. And ops whose file is split.
 EXTRA_ROOMS = {
     "__init__": {
         "train",
@@ -72,8 +72,15 @@ EXTRA_ROOMS = {
     "model/load": {"gguf/config"},
     "model/weight_files": {"gguf/tensors"},
     "kernels/rope": {"kernels/rms_norm"},
-    "kernels/linear_cross_entropy": {"kernels/cross_entropy", "kernels/linear", "kernels/linear_cross_entropy_torch"},
-    "kernels/linear_cross_entropy_torch": {"kernels/linear"},
+    "kernels/linear": {"kernels/copies"},
+    "kernels/rms_norm": {"kernels/copies"},
+    "kernels/linear_cross_entropy": {
+        "kernels/copies",
+        "kernels/cross_entropy",
+        "kernels/linear",
+        "kernels/linear_cross_entropy_torch",
+    },
+    "kernels/linear_cross_entropy_torch": {"kernels/copies", "kernels/linear"},
     "kernels/flash_attention": {
         "kernels/flash_attention_configs",
         "kernels/flash_attention_kernels",
@@ -83,7 +90,7 @@ EXTRA_ROOMS = {
     },
     "kernels/flash_attention_kernels": {"kernels/flash_attention_tiles"},
     "kernels/gated_delta_rule": {"kernels/gated_delta_rule_kernels", "kernels/gated_delta_rule_torch"},
-    "kernels/adamw": {"kernels/adamw_formats", "kernels/linear", "kernels/quantize"},
+    "kernels/adamw": {"kernels/adamw_formats", "kernels/copies", "kernels/quantize"},
     "kernels/adamw_formats": {"kernels/quantize"},
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "shelve", "marshal", "dill", "joblib", "cloudpickle"}

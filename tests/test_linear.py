@@ -8,7 +8,8 @@ from tolerance import relative_error
 from minisft import optimizers, runtime, update
 from minisft.kernels import linear as module
 from minisft.kernels.common import use_backend
-from minisft.kernels.linear import keep_copies, kept_copy, linears, linears_ref, side_by_side, weight_as
+from minisft.kernels.copies import keep_copies, keep_copy, kept_copy, weight_as
+from minisft.kernels.linear import add_linear, linears, linears_ref, may_add_to, side_by_side
 from minisft.parameters import parameter_groups
 
 BF16 = torch.bfloat16
@@ -219,3 +220,79 @@ def test_what_lies_side_by_side():
     for parts in ([x[:, :4], x[:, 5:]], [x[:, 4:], x[:, :4]], [x[:, :4], None], [x[:, :4], x.clone()[:, 4:]], [x]):
         assert side_by_side(parts, 1) is None
     assert side_by_side([x[:2], x[:2]], 0) is None and side_by_side([x[0:2, :4], x[2:4, :4]], 0) is not None
+
+
+# ---- a product that adds to the residual stream -------------------------------------------------------------------
+
+
+def stream_and_gradients(add, total, x, weight, probe, times=1):
+    """total + x W^T, and the gradients of the three, of the weight added up over `times` backward passes."""
+    leaves = [t.detach().requires_grad_() for t in (total, x, weight)]
+    for _ in range(times):
+        leaves[0].grad = leaves[1].grad = None
+        result = leaves[0] * 1  # no leaf
+        result = add(result, *leaves[1:])
+        result.backward(probe)
+    return [result.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def added(total, x, weight):
+    assert may_add_to(total)
+    place = total.data_ptr()
+    add_linear(total, x, weight)
+    assert total.data_ptr() == place
+    return total
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_product_adds_in_place(times):
+    inputs = [torch.randn(*shape, dtype=torch.float64) for shape in ((21, 40), (21, 24), (40, 24), (21, 40))]
+    expected = stream_and_gradients(lambda total, x, W: total + F.linear(x, W), *inputs, times)
+    with use_backend("triton"):
+        got = stream_and_gradients(added, *inputs, times)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert relative_error(ours, theirs) < 1e-14
+
+
+def test_what_a_product_adds_is_not_rounded_to_its_dtype():
+    """bf16 factors, fp32 sum: what a cast of the product would lose, 2^-9 of it, is there."""
+    total, x, weight = torch.zeros(21, 40), torch.randn(21, 24), torch.randn(40, 24)
+    with use_backend("triton"), torch.autocast("cpu", dtype=BF16):
+        add_linear(total, x, weight)
+    assert relative_error(total, x.to(BF16).double() @ weight.to(BF16).double().T) < 1e-6
+
+
+@pytest.mark.parametrize("change", ["none", "in place", "another tensor"])
+def test_a_copy_of_the_gradient_is_read_as_long_as_it_is_one(change, monkeypatch):
+    """The norm behind the sum leaves its gradient a copy in bf16 (here it is the gradient's double, to tell them apart). A hook
+    that changes the gradient, in place or not, makes it stale."""
+
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            dx = dx.clone()
+            keep_copy(dx, 2 * dx.to(BF16))
+            return dx
+
+    total, x, weight = torch.randn(21, 40), torch.randn(21, 24).requires_grad_(), torch.randn(40, 24)
+    with use_backend("triton"), torch.autocast("cpu", dtype=BF16):
+        add_linear(total, x, weight)
+    if change != "none":
+        total.register_hook(lambda g: g.mul_(3) if change == "in place" else g * 3)
+    Norm.apply(total).sum().backward()
+    factor = 2 if change == "none" else 3
+    assert relative_error(x.grad, factor * weight.to(BF16).float().sum(0).expand(21, 24)) < 2**-8
+
+
+def test_what_no_product_may_add_to():
+    leaf = torch.randn(6, 4, requires_grad=True)
+    with use_backend("triton"):
+        assert may_add_to(torch.randn(6, 4)) and may_add_to(leaf * 2)
+        assert not may_add_to(leaf) and not may_add_to((leaf * 2)[:3])
+    for backend in ("torch", "reference", "auto"):
+        with use_backend(backend):
+            assert not may_add_to(torch.randn(6, 4))  # on a CPU

@@ -8,6 +8,7 @@ import torch
 from tiny_models import CONFIGS, stream, tiny
 from torch import Tensor
 
+from minisft.kernels import linear
 from minisft.kernels.common import use_backend
 from minisft.kernels.linear_cross_entropy import linear_cross_entropy
 from minisft.model.attention import KVCache
@@ -25,9 +26,12 @@ def model(request) -> Decoder:
     return tiny(request.param)
 
 
-@pytest.fixture(params=["reference", "torch"])
-def backend(request):
-    with use_backend(request.param):
+@pytest.fixture(params=["reference", "torch", "as on a GPU"])
+def backend(request, monkeypatch):
+    """As on a GPU: products add to the residual stream in place, layers with the same input are one product."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(linear, "_sums_in_fp32", lambda x: True)
+    with use_backend("torch" if request.param == "as on a GPU" else request.param):
         yield
 
 

@@ -13,10 +13,10 @@ HERE = Path(__file__).parent
 LAYERS = {"SmolLM2-135M": 30, "Qwen2.5-0.5B": 24, "Llama-3.2-1B": 16, "Llama-3.1-8B": 32}
 # What a step has today. Lower a number when a step has fewer; a change that needs more has to say why.
 MOST = {  # launches, waits
-    "SmolLM2-135M": (816, 1),
-    "Qwen2.5-0.5B": (749, 1),
-    "Llama-3.2-1B": (476, 1),
-    "Llama-3.1-8B": (924, 1),
+    "SmolLM2-135M": (815, 1),
+    "Qwen2.5-0.5B": (748, 1),
+    "Llama-3.2-1B": (475, 1),
+    "Llama-3.1-8B": (923, 1),
 }
 # Computed by hand from the shapes, when the kernels were planned: ms on an H200. The 8B then had fp32 weights, whose update
 # moves 28 bytes a parameter and not 22.

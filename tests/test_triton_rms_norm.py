@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compile_cases_rms_norm import FAMILIES
-from tolerance import assert_close_to_truth, padded_with_nan, run_with_gradients
+from tolerance import assert_close_to_truth, padded_with_nan, relative_error, run_with_gradients
 
 from minisft.kernels import rms_norm as module
 from minisft.kernels.common import use_backend
@@ -125,3 +125,37 @@ def test_no_rows():
 def test_rows_too_long_for_the_kernels_are_refused_by_name():
     with pytest.raises(ValueError, match=f"16385 features, .* at most {module.MAX_FEATURES}"):
         rms_norm(torch.ones(1, 16385), torch.ones(16385), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sum_that_is_there_already(family, dtype, monkeypatch):
+    """x None: y and the residual itself, which products may change afterwards; one gradient, with its copy in the dtype of y."""
+    residual, weight, options = torch.randn(21, 80), leaf(80), FAMILIES[family]
+    copies, keep = [], module.keep_copy
+    monkeypatch.setattr(module, "keep_copy", lambda dx, copy: copies.append((dx.clone(), copy)) or keep(dx, copy))
+
+    def ours(residual, weight):
+        total = residual * 1
+        y, same = add_rms_norm(None, total, weight, 1e-5, dtype=dtype, keep="y", **options)
+        assert same is total and not same._is_view()
+        same.mul_(2)
+        return y, same
+
+    def formula(residual, weight):
+        return rms_norm_ref(residual, weight, 1e-5, dtype=dtype, **options), residual * 2
+
+    inputs = [residual.requires_grad_(), weight]
+    expected = run_with_gradients(formula, inputs)
+    for name, value in run_with_gradients(ours, inputs).items():
+        assert relative_error(value, expected[name]) < (1e-6 if dtype == torch.float32 else 2**-8), name
+    assert len(copies) == (dtype != torch.float32)
+    assert all(torch.equal(copy, dx.to(dtype)) for dx, copy in copies)
+
+
+def test_a_sum_in_a_view_is_left_as_it_is():
+    """Of a view, or without a kernel, autograd adds the two gradients."""
+    buffer, weight = torch.randn(3, 21, 80), leaf(80)
+    ours = run_with_gradients(lambda x, w: add_rms_norm(None, x[1], w, 1e-5)[:2], [buffer.requires_grad_(), weight])
+    formula = run_with_gradients(lambda x, w: (rms_norm_ref(x[1], w, 1e-5), x[1]), [buffer, weight])
+    assert all(relative_error(ours[name], formula[name]) < 1e-6 for name in formula)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minisft.kernels.flash_attention import flash_attention, flash_attention_with_kvcache
 from minisft.kernels.rope import rope
 from minisft.model.context import Context
-from minisft.model.layers import HeadLayerNorm, LayerNorm, RMSNorm, project
+from minisft.model.layers import HeadLayerNorm, LayerNorm, RMSNorm, project, project_onto
 from minisft.model.model_config import QK_LAYER_NORMS, ModelConfig
 from minisft.model.recompute import dropped
 
@@ -91,7 +91,8 @@ class Attention(nn.Module):
         cos_sin: tuple[Tensor, ...] | None,  # rope_table; None: the layer has no rotary embedding
         kv_cache: KVCache | None = None,
         hints: dict | None = None,  # arguments of flash_attention that change nothing but its speed
-    ) -> Tensor:
+        add_to: Tensor | None = None,  # as in project_onto
+    ) -> Tensor | None:
         with dropped(x):
             q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         if self.clip_qkv is not None:
@@ -118,7 +119,7 @@ class Attention(nn.Module):
             out = attend(q, k, v, start, end, rotary=rotary, may_overwrite=True, **options)
         if gate is not None:
             out = out * gate.sigmoid()
-        return project(out.flatten(-2), self.o_proj)[0]  # [T, D]
+        return project_onto(add_to, out.flatten(-2), self.o_proj)  # [T, D]
 
     def _turn(
         self, q: Tensor, k: Tensor, cos_sin: tuple[Tensor, ...] | None, may_be_left: bool

@@ -6,7 +6,8 @@ It works on the flat token stream [T], in which documents stand side by side (da
 padding, no mask. Documents meet in attention only, and `start` and `end` keep them apart there; everything else works
 on each token alone. The LM head is not part of the forward: the loss multiplies it only with the rows that are trained.
 
-The sum x += is left to the norm that reads it next, which has x in its registers: a block returns x and its last branch apart.
+A pass over memory for each sum would cost as much as a norm. On a GPU a sublayer's last product adds to x as it writes
+(layers.project_onto). Else the norm that reads x next adds, with x in its registers: a block returns x and its last branch apart.
 
 That is Llama. Other families set switches of the config: blocks.py has their blocks, layers.py their norms and MLPs,
 gated_delta_net.py and short_convolution.py what hybrids have in place of attention in most layers.
@@ -19,6 +20,7 @@ of the time and be off by 1.1 %.
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minisft.kernels.linear import may_add_to
 from minisft.kernels.linear_cross_entropy import linear_cross_entropy
 from minisft.model.attention import Attention, KVCache
 from minisft.model.blocks import OTHER_BLOCKS
@@ -55,23 +58,35 @@ class Block(nn.Module):
         self.post_attention_layernorm = NORMS[config.norm](config)
         self.mlp = MLPS[config.mlp](config)
         self.attention_dropout, self.mlp_dropout = config.attention_output_dropout, config.mlp_output_dropout
+        # Whether products may add to x: no norm keeps it for its backward, and nothing comes between a product and its sum.
+        self.products_add = config.norm == "rms" and not (self.attention_dropout or self.mlp_dropout)
 
     def forward(
         self,
         x: Tensor,  # [T, D]
-        branch: Tensor | None,  # [T, D]: what the layer before adds to x, or None
+        branch: Tensor | None,  # [T, D]: what the layer before adds to x; None: x has it
         start: Tensor,
         end: Tensor,
         cos_sin: tuple[Tensor, ...] | None,  # rope_table; None: the layer has no rotary embedding
         kv_cache: KVCache | None = None,
         hints: dict | None = None,  # for attention: what the host knows of the documents
-    ) -> tuple[Tensor, Tensor]:
-        """-> x, and the branch that the next norm adds to it"""
+    ) -> tuple[Tensor, Tensor | None]:
+        """-> x, and the branch that the next norm adds to it; None: x has it"""
         normed, x = self.input_layernorm.add(branch, x, compute_dtype(x))
-        attended = getattr(self, self.mixer_name)(normed, start, end, cos_sin, kv_cache, hints)
-        attended = F.dropout(attended, self.attention_dropout, self.training)
+        where = start, end, cos_sin, kv_cache, hints
+        attended = getattr(self, self.mixer_name)(normed, *where, add_to=x if self.products_add else None)
+        if attended is not None:
+            attended = F.dropout(attended, self.attention_dropout, self.training)
         normed, x = self.post_attention_layernorm.add(attended, x, compute_dtype(x))
-        return x, F.dropout(self.mlp(normed), self.mlp_dropout, self.training)
+        processed = self.mlp(normed, add_to=x if self.products_add else None)
+        if processed is not None:
+            processed = F.dropout(processed, self.mlp_dropout, self.training)
+        return x, processed
+
+
+def _on_copy(layer: nn.Module, x: Tensor, *others) -> tuple[Tensor, Tensor | None]:
+    """The layer, which may add to a copy of x: x itself is kept to run it again."""
+    return layer(x.clone(), *others)
 
 
 BLOCKS = {"pre": Block} | OTHER_BLOCKS
@@ -145,9 +160,10 @@ class Decoder(nn.Module):
             where = start, end, None if rope is None else tables[rope], kv_cache, hints
             if self.gradient_checkpointing and self.training and number % self.gradient_checkpointing_every == 0:
                 x, branch = x if branch is None else x + branch, None  # one tensor to keep instead of two
+                run = partial(_on_copy, layer) if may_add_to(x) else layer
                 with offloaded(x.shape) if self.offload_activations else nullcontext():
                     # keeps the RNG: the same dropout
-                    x, branch = checkpoint(layer, x, branch, *where, use_reentrant=False)
+                    x, branch = checkpoint(run, x, branch, *where, use_reentrant=False)
             else:
                 x, branch = layer(x, branch, *where)
         return self.norm.add(branch, x, compute_dtype(x))[0]

@@ -19,7 +19,7 @@ from minisft.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_
 from minisft.kernels.glu import swiglu
 from minisft.kernels.rms_norm import rms_norm
 from minisft.model.attention import KVCache
-from minisft.model.layers import project
+from minisft.model.layers import project, project_onto
 from minisft.model.model_config import ModelConfig
 from minisft.model.recompute import droppable, dropped
 
@@ -50,8 +50,15 @@ class GatedDeltaNet(nn.Module):
         self.o_norm.weight = nn.Parameter(torch.ones(self.value_dim))
 
     def forward(
-        self, x: Tensor, start: Tensor, end: Tensor, _cos_sin, kv_cache: KVCache | None = None, _hints=None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        start: Tensor,
+        end: Tensor,
+        _cos_sin,
+        kv_cache: KVCache | None = None,
+        _hints=None,
+        add_to: Tensor | None = None,
+    ) -> Tensor | None:
         """x [T, D] -> [T, D]; the arguments are those of Attention."""
         with dropped(x):
             readers = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj
@@ -78,7 +85,7 @@ class GatedDeltaNet(nn.Module):
                 kv_cache.states[self.layer] = (*[conv_state(part, start, end, size) for part in inputs], memory)
         y = self._unit(gate, out)
         with dropped(droppable(y, self._unit, gate, out) if self.recompute else y):
-            return project(y, self.o_proj)[0]
+            return project_onto(add_to, y, self.o_proj)
 
     def _unit(self, gate: Tensor, out: Tensor) -> Tensor:
         """gate [T, Hv Dv], out [T, Hv, Dv] -> [T, Hv Dv]: the norm of each head, and its gate."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from minisft.kernels.embedding import embedding
 from minisft.kernels.glu import geglu, swiglu
 from minisft.kernels.layer_norm import layer_norm
-from minisft.kernels.linear import linears
+from minisft.kernels.linear import add_linear, linears, may_add_to
 from minisft.kernels.rms_norm import add_rms_norm, rms_norm
 from minisft.model.model_config import ModelConfig
 from minisft.model.recompute import droppable, dropped
@@ -30,9 +30,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, **self._options(dtype))
 
     def add(self, branch: Tensor | None, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """norm(x + branch) in dtype, and x + branch, in one pass where there is a kernel for it."""
-        if branch is None:
-            return self(x, dtype), x
+        """norm(x + branch) in dtype, and x + branch, in one pass where there is a kernel for it. branch None: x has it."""
         return add_rms_norm(branch, x, self.weight, self.eps, **self._options(dtype))
 
     def _options(self, dtype: torch.dtype | None) -> dict:
@@ -63,7 +61,7 @@ class LayerNorm(nn.Module):
         return y if dtype is None else y.to(dtype)
 
     def add(self, branch: Tensor | None, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """norm(x + branch) in dtype, and x + branch."""
+        """norm(x + branch) in dtype, and x + branch. branch None: x has it."""
         x = x if branch is None else x + branch
         return self(x, dtype), x
 
@@ -112,12 +110,13 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.activation = config.activation
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor | None:
+        """add_to: as in `project_onto`."""
         with dropped(x):
             gate, up = project(x, self.gate_proj, self.up_proj)
         y = self._unit(gate, up)
         with dropped(droppable(y, self._unit, gate, up) if self.recompute else y):
-            return project(y, self.down_proj)[0]
+            return project_onto(add_to, y, self.down_proj)
 
     def _unit(self, gate: Tensor, up: Tensor) -> Tensor:
         return swiglu(gate, up) if self.activation == "silu" else geglu(gate, up, GELU[self.activation])
@@ -134,12 +133,13 @@ class PlainMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.activation = config.activation
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor | None:
+        """add_to: as in `project_onto`."""
         with dropped(x):
             (up,) = project(x, self.up_proj)
         y = self._unit(up)
         with dropped(droppable(y, self._unit, up) if self.recompute else y):
-            return project(y, self.down_proj)[0]
+            return project_onto(add_to, y, self.down_proj)
 
     def _unit(self, up: Tensor) -> Tensor:
         if self.activation == "relu2":
@@ -164,3 +164,11 @@ def project(x: Tensor, *modules: nn.Module) -> list[Tensor]:
     if all(type(module) is nn.Linear for module in modules):
         return linears(x, *((module.weight, module.bias) for module in modules))
     return [project(x, m)[0] if type(m) is nn.Linear else m(x) for m in modules]
+
+
+def project_onto(x: Tensor | None, y: Tensor, module: nn.Module) -> Tensor | None:
+    """The last product of a sublayer, module(y) [T, D]; or None, if it was added in place to the residual stream x [T, D].
+    x None: it may not be."""
+    if x is None or type(module) is not nn.Linear or module.bias is not None or not may_add_to(x):
+        return project(y, module)[0]
+    return add_linear(x, y, module.weight)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from minisft.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update, conv_state
 from minisft.model.attention import KVCache
-from minisft.model.layers import project
+from minisft.model.layers import project, project_onto
 from minisft.model.model_config import ModelConfig
 from minisft.model.recompute import dropped
 
@@ -23,8 +23,15 @@ class ShortConvolution(nn.Module):
         self.out_proj = nn.Linear(size, size, bias=bias)
 
     def forward(
-        self, x: Tensor, start: Tensor, end: Tensor, _cos_sin, kv_cache: KVCache | None = None, _hints=None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        start: Tensor,
+        end: Tensor,
+        _cos_sin,
+        kv_cache: KVCache | None = None,
+        _hints=None,
+        add_to: Tensor | None = None,
+    ) -> Tensor | None:
         """x [T, D] -> [T, D]; the arguments are those of Attention."""
         with dropped(x):
             before, after, h = project(x, self.in_proj)[0].chunk(3, dim=-1)  # [T, D] each
@@ -37,4 +44,4 @@ class ShortConvolution(nn.Module):
             out = causal_conv1d(h, weight, self.conv.bias, start)
             if kv_cache is not None:
                 kv_cache.states[self.layer] = (conv_state(h, start, end, weight.shape[1]),)
-        return project(after * out, self.out_proj)[0]
+        return project_onto(add_to, after * out, self.out_proj)

@@ -1,7 +1,7 @@
 """Memory of a training step before it is taken, by component, on one rank: formulas of config.json and the configuration.
 
     weights       4 bytes a number, 2 with weights_dtype = "bf16", 0.516 where a frozen matrix is in NF4
-    copies        2 bytes for each number of a matrix that bf16 autocast multiplies with (kernels/linear.py keeps them)
+    copies        2 bytes for each number of a matrix that bf16 autocast multiplies with (kernels/copies.py keeps them)
     gradients     4 bytes a trained number; 2 for bf16 weights where nothing adds up. A CPU, and a CUDA graph, keep them all the
                   time; else they grow in the backward pass, while the activations shrink
     moments       8 bytes a trained number with AdamW, 2.03 in 8 bits; optimizers.py has the others
