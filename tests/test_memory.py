@@ -21,6 +21,9 @@ MODES = {
 }
 
 
+OTHERS = ["qwen3", "gemma2", "gpt2", "qwen3_5_text"]  # with kernels that Llama has not
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("memory")
@@ -85,7 +88,7 @@ def test_accumulated_packed_and_reference_steps_too(home):
 
 @pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "lfm2", "qwen3_5_text"])
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS), "lfm2"])
 def test_the_triton_kernels_give_the_same_bits_too(family, autocast):
     """All kernels of a block. Where products add to the residual stream in place, what is kept of it must not change."""
     size = {"n_embd": 64} if family == "gpt2" else {"hidden_size": 64}
