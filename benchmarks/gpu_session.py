@@ -130,7 +130,7 @@ def all_parts(out: Path, work: Path, cache: Path | None) -> list[Part]:
 
 
 def smoke_runs(work: Path) -> list[Part]:
-    """Short whole runs on the quickstart's files: train, resume, LoRA, QLoRA and DPO."""
+    """Short whole runs on the quickstart's files: train, resume, LoRA, QLoRA and DPO; the last two recompute activations."""
     options = "--device cuda --eval_steps never --evaluate.generate_data none --evaluate.generate_group_field none"
     trained = f"--model.model_name_or_path {work}/full/model --model.config none --max_steps 10"
     pairs = "--trainer_type dpo --train_data configs/quickstart/pairs.jsonl --eval_fraction 0 --max_length 256"
@@ -138,8 +138,8 @@ def smoke_runs(work: Path) -> list[Part]:
         "train": f"--max_steps 20 --output_dir {work}/full",
         "resume": f"--max_steps 30 --output_dir {work}/full",
         "LoRA": f"{trained} --lora.r 8 --output_dir {work}/lora",
-        "QLoRA": f"{trained} --lora.r 8 --load_in_4bit true --output_dir {work}/qlora",
-        "DPO": f"{trained} {pairs} --dpo.share_prompt true --output_dir {work}/dpo",
+        "QLoRA": f"{trained} --lora.r 8 --load_in_4bit true --gradient_checkpointing true --output_dir {work}/qlora",
+        "DPO": f"{trained} {pairs} --dpo.share_prompt true --gradient_checkpointing selective --output_dir {work}/dpo",
     }
     command = module("minisft.train", "configs/quickstart.toml", *options.split(), "--report_to", "none")
     return [Part(f"run: {name}", [*command, *more.split()], 30, needs=READERS) for name, more in runs.items()]

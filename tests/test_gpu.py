@@ -27,6 +27,7 @@ from minisft.kernels.flash_attention import flash_attention, flash_attention_ref
 from minisft.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_ref
 from minisft.kernels.glu import geglu, geglu_ref, swiglu, swiglu_ref
 from minisft.kernels.layer_norm import layer_norm, layer_norm_ref
+from minisft.kernels.linear import add_linear
 from minisft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from minisft.kernels.quantize import (
     dequantize_fp4,
@@ -621,6 +622,16 @@ def test_nobody_waits_for_the_gpu_in_the_optimizer():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_product_adds_to_a_sum_in_fp32(dtype):
+    """In place, and without rounding what it adds to its own dtype, 4e-3 of it in bf16."""
+    total, x, weight = (torch.randn(*shape, device="cuda") for shape in ((1000, 576), (1000, 1536), (576, 1536)))
+    x, weight = x.to(DTYPES[dtype]), weight.to(DTYPES[dtype])
+    expected = total.double() + x.double() @ weight.double().T
+    add_linear(total, x, weight)
+    assert relative_error(total, expected) < 1e-5
+
+
 # ---- a step --------------------------------------------------------------------------------------------------------
 
 
@@ -677,7 +688,7 @@ def test_refused_steps_leave_no_trace_in_the_optimizer(tmp_path, optimizer):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2", "cohere", "gpt2"])
 def test_a_whole_model_by_the_kernels_is_that_of_the_formulas(family):
-    """Loss and every gradient of a tiny model over packed documents, in fp32."""
+    """Loss and every gradient of a tiny model over packed documents, in fp32, with activations that are kept and recomputed."""
     from tiny_models import CONFIGS, tiny
 
     from minisft.data.batch import document_bounds
@@ -689,8 +700,10 @@ def test_a_whole_model_by_the_kernels_is_that_of_the_formulas(family):
     positions = torch.cat([torch.arange(n) for n in lengths]).int().cuda()
     ids, targets = (torch.randint(53, (sum(lengths),)).cuda() for _ in range(2))
 
-    def run(backend):
+    def run(backend, whole=False, cheap=False):
         model.zero_grad()
+        model.gradient_checkpointing = whole
+        model.recompute_cheap_ops(cheap)
         with use_backend(backend):
             hidden = model(ids, positions, start, end)
             options = dict(
@@ -701,8 +714,10 @@ def test_a_whole_model_by_the_kernels_is_that_of_the_formulas(family):
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         return {"loss": loss.detach(), **gradients}
 
-    ours, formula = run("auto"), run("reference")
-    assert ours.keys() == formula.keys()
-    for name in ours:
-        # fp32 through two layers: the reference itself is some 1e-6 from fp64 (tests of the families on the CPU).
-        assert relative_error(ours[name], formula[name]) < 2e-5, name
+    formula = run("reference")
+    for how in ({}, {"whole": True}, {"cheap": True}):
+        ours = run("auto", **how)
+        assert ours.keys() == formula.keys()
+        for name in ours:
+            # fp32 through two layers: the reference itself is some 1e-6 from fp64 (tests of the families on the CPU).
+            assert relative_error(ours[name], formula[name]) < 2e-5, (how, name)
