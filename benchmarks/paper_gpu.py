@@ -157,6 +157,8 @@ class PaperGPU(TorchDispatchMode):
         def make_subclass(*args, device_for_backend_keys=None, **kwargs):
             return c_subclass(*args, device_for_backend_keys=torch.device("cpu"), **kwargs)
 
+        major, minor = gpu.card.capability
+        properties = SimpleNamespace(multi_processor_count=gpu.card.num_sms, major=major, minor=minor)
         event = SimpleNamespace(synchronize=lambda: gpu._wait("waits for an event"), query=lambda: True)
         stream = SimpleNamespace(
             synchronize=lambda: gpu._wait("waits for a stream"),
@@ -168,7 +170,7 @@ class PaperGPU(TorchDispatchMode):
                 is_available=lambda: True,
                 current_device=lambda: 0,
                 get_device_capability=lambda device=None: gpu.card.capability,
-                get_device_properties=lambda device=None: SimpleNamespace(multi_processor_count=gpu.card.num_sms),
+                get_device_properties=lambda device=None: properties,
                 synchronize=lambda device=None: gpu._wait("waits for the device"),
                 current_stream=lambda device=None: stream,
             ),

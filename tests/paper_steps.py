@@ -76,15 +76,16 @@ def dpo_waits(case: Case) -> Counter[str]:
         return gpu.waits
 
 
-def ledger_waits(case: Case) -> Counter[str]:
-    """Of a step whose rows' losses come to the host too."""
+def waits_of(case: Case, recompute: bool = False, keep_rows: bool = False) -> Counter[str]:
+    """Of a step whose blocks run again in the backward pass, or whose rows' losses come to the host too."""
     config, batches = make_config(case), make_batches(case)
     with PaperGPU(CARD, pairs=attended_pairs(batches[0])) as gpu:
-        run = replace(make_run(config, case, gpu), loss=partial(sft.loss, keep_rows=True))
+        run = replace(make_run(config, case, gpu), loss=partial(sft.loss, keep_rows=keep_rows))
+        run.model.gradient_checkpointing = run.model.offload_activations = recompute
         for step in range(2):
             gpu.waits.clear()
             run.progress.step = step
-            assert train_step(run, config.train, batches).rows
+            assert bool(train_step(run, config.train, batches).rows) == keep_rows
         return gpu.waits
 
 
@@ -94,7 +95,8 @@ def waits() -> dict[str, Counter[str]]:
     full = replace(small, config=small.config | {"num_hidden_layers": 1})
     lora = replace(full, lora=4)
     found = {"SFT, full": take_step(full, CARD).waits, "SFT, LoRA": take_step(lora, CARD).waits}
-    found["SFT with a ledger"] = ledger_waits(full)
+    found["SFT with a ledger"] = waits_of(full, keep_rows=True)
+    found |= {"SFT, recomputed": waits_of(full, recompute=True), "LoRA, recomputed": waits_of(lora, recompute=True)}
     return found | {"DPO, full": dpo_waits(full), "DPO, LoRA": dpo_waits(lora)}
 
 

@@ -60,8 +60,8 @@ def test_a_step_has_no_more_launches_and_waits_than_before(paper, model):
 
 
 def test_a_step_waits_for_its_verdict_and_for_nothing_else(paper):
-    """Two micro-batches, whose rows or pairs have weights."""
-    assert len(paper["waits"]) == 5
+    """Two micro-batches, whose rows or pairs have weights, or whose blocks run twice and keep their inputs on the host."""
+    assert len(paper["waits"]) == 7
     for how, waits in paper["waits"].items():
         ((where, count),) = waits.items()
         assert "runtime.py" in where and "waits for an event" in where and count == 1, how
