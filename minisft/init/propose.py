@@ -13,9 +13,10 @@ A frozen parameter takes 2 (LoRA beside bf16) or 0.516 (QLoRA: NF4 with scales i
 of rank r on all linear modules trains r (inputs + outputs) parameters a matrix, at 16 bytes each. DPO of all weights adds a
 frozen copy, 4 or 2 bytes a parameter; with adapters the reference is the model without them.
 
-Bytes for each token of a micro-batch, with L layers of width D (residual stream fp32, the rest bf16; SwiGLU of about 3 D):
+Bytes for each token of a micro-batch, with L layers of width D (residual stream fp32, the rest bf16; SwiGLU of 3 to 5 D, for
+which `minisft plan` counts 25 to 41 L D on a GPU):
 
-    60 L D                  without recomputation
+    40 L D                  without recomputation
     4 L D + 100 D           with gradient_checkpointing: the blocks' inputs, and one block
 
 Logits take nothing, because they are never all in memory. A tenth of the memory and 1 GB are left to PyTorch. DPO takes two
@@ -351,7 +352,7 @@ def _weights(trainer: str, method: str, size: Size, weights: str, optim: str) ->
 
 def _activations(size: Size, recompute: bool) -> float:
     """Bytes for each token of a micro-batch."""
-    return 4.0 * size.layers * size.width + 100.0 * size.width if recompute else 60.0 * size.layers * size.width
+    return 4.0 * size.layers * size.width + 100.0 * size.width if recompute else 40.0 * size.layers * size.width
 
 
 # ------------------------------------------------------------------------------------------------- a step
