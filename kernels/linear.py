@@ -84,29 +84,29 @@ def keep_side_by_side(weights: Sequence[Tensor], dtype: torch.dtype) -> None:
 # ---- products -----------------------------------------------------------------------------------------------------
 
 
-def product_into(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
-    """out = a b, or out += a b, summed in fp32 and rounded once to the dtype of out, that of a and b or fp32."""
+def product_into(out: Tensor, a: Tensor, b: Tensor, add: bool = False, scale: float = 1.0) -> None:
+    """out = scale a b, or out += scale a b, summed in fp32 and rounded once to the dtype of out, that of a and b or fp32."""
     options = {}
     if a.is_cuda and out.dtype != a.dtype:
         options = dict(out_dtype=out.dtype)
     else:  # a CPU, where the tests run this, has no product with an output wider than its inputs
         a, b = a.to(out.dtype), b.to(out.dtype)
-    if add:
-        torch.addmm(out, a, b, out=out, **options)
+    if add or scale != 1:
+        torch.addmm(out, a, b, beta=int(add), alpha=scale, out=out, **options)
     else:
         torch.mm(a, b, out=out, **options)
 
 
-def product_in_blocks(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+def product_in_blocks(out: Tensor, a: Tensor, b: Tensor, add: bool = False, scale: float = 1.0) -> None:
     """`product_into` for a CPU: if out is wider than a and b, blocks of rows are rounded to their dtype before they are added."""
     if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=int(add), out=out)
+        torch.addmm(out, a, b, beta=int(add), alpha=scale, out=out)
         return
     for rows, part in zip(a.split(BLOCK_ROWS), out.split(BLOCK_ROWS)):
         if HAS_AMX and rows.stride(0) == 1 and len(rows) % STRIP == 0 and b.shape[1] >= WIDE:
             rows = transposed(rows.T)
         block = torch.mm(rows, b)
-        part.add_(block) if add else part.copy_(block)
+        part.add_(block, alpha=scale) if add else part.copy_(block).mul_(scale)
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -114,6 +114,29 @@ def transposed(x: Tensor) -> Tensor:
     PyTorch's own copy takes up to three times as long on a CPU (1.4 and 4.0 ms for 2,048 x 1,536 in bf16)."""
     m, n = x.shape
     return x.unflatten(1, (n // STRIP, STRIP)).transpose(0, 1).contiguous().transpose(1, 2).reshape(n, m)
+
+
+def products(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
+    """x W^T + b of each layer; on a GPU one product of those whose weights lie side by side."""
+    weights, biases = zip(*layers)
+    W = side_by_side(weights, 0) if sums_in_fp32(x) else None
+    b = None if biases[0] is None else side_by_side([None if b is None else b[:, None] for b in biases], 0)
+    if W is None or (b is None) != (biases[0] is None):
+        return [F.linear(x, W, b) for W, b in layers]
+    return list(F.linear(x, W, None if b is None else b[:, 0]).split([len(weight) for weight in weights], dim=1))
+
+
+def sum_of_products(
+    dys: Sequence[Tensor | None], weights: Sequence[Tensor], onto: Tensor | None = None
+) -> Tensor | None:
+    """The sum of all dy W, added to `onto` in place; one product where both lie side by side. None without a summand."""
+    dy, W = side_by_side(dys, 1), side_by_side(weights, 0)
+    if dy is not None and W is not None:
+        dys, weights = [dy], [W]
+    for dy, W in zip(dys, weights):
+        if dy is not None:
+            onto = dy @ W if onto is None else onto.addmm_(dy, W)
+    return onto
 
 
 class _Linears(torch.autograd.Function):
@@ -125,64 +148,67 @@ class _Linears(torch.autograd.Function):
         ctx.save_for_backward(x, *(W for W, _ in copies))
         ctx.weights = weights_and_biases[: len(copies)]  # not saved, as only their dtypes and gradients are needed
         ctx.set_materialize_grads(False)
-        weights, biases = zip(*copies)
-        W = side_by_side(weights, 0) if _sums_in_fp32(x) else None
-        b = None if biases[0] is None else side_by_side([None if b is None else b[:, None] for b in biases], 0)
-        if W is None or (b is None) != (biases[0] is None):
-            return tuple(F.linear(x, W, b) for W, b in copies)
-        y = F.linear(x, W, None if b is None else b[:, 0])
-        return tuple(y.split([len(weight) for weight in weights], dim=1))
+        return tuple(products(x, copies))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *dys):
         x, *copies = ctx.saved_tensors
         n = len(copies)
-        dx, gradients = None, [None] * (2 * n)
+        gradients = [None] * (2 * n)
         needs_dx, *needs_dW = ctx.needs_input_grad[0], *ctx.needs_input_grad[2 : 2 + n]
-        W, dy = side_by_side(copies, 0), side_by_side(dys, 1)
-        if W is not None and dy is not None:  # one product for all
-            if needs_dx:
-                dx, needs_dx = dy @ W, False
-            if all(needs_dW):
-                gradients[:n], needs_dW = _weight_gradients(ctx.weights, dy, x), [False] * n
-        for i, (dy, W, weight) in enumerate(zip(dys, copies, ctx.weights)):
+        dx = sum_of_products(dys, copies) if needs_dx else None
+        dy = side_by_side(dys, 1)
+        if dy is not None and all(needs_dW) and side_by_side(copies, 0) is not None:  # one product for all
+            gradients[:n], needs_dW = weight_gradients(ctx.weights, dy, x), [False] * n
+        for i, (dy, weight) in enumerate(zip(dys, ctx.weights)):
             if dy is None:
                 continue
-            if needs_dx:
-                dx = dy @ W if dx is None else dx.addmm_(dy, W)
             if needs_dW[i]:
-                (gradients[i],) = _weight_gradients([weight], dy, x)
+                (gradients[i],) = weight_gradients([weight], dy, x)
             if ctx.needs_input_grad[2 + n + i]:
                 gradients[n + i] = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
         return dx, None, *gradients
 
 
-def _sums_in_fp32(x: Tensor) -> bool:
+def sums_in_fp32(x: Tensor) -> bool:
     """Whether products go the way of a GPU; the tests of the Triton kernels go it on a CPU."""
     return x.is_cuda or chosen_backend() == "triton"
 
 
-def _weight_gradients(weights: Sequence[Tensor], dy: Tensor, x: Tensor) -> list[Tensor | None]:
-    """dW = dy^T x of layers whose dy lie side by side, or None for each if it was added to the gradients that are there."""
-    product = product_into if _sums_in_fp32(x) else product_in_blocks
+def weight_gradients(weights: Sequence[Tensor], dy: Tensor, x: Tensor, scale: float = 1.0) -> list[Tensor | None]:
+    """dW = scale dy^T x of layers whose dy lie side by side, or None for each if it was added to the gradients that are there."""
+    product = product_into if sums_in_fp32(x) else product_in_blocks
     grads = [weight.grad if weight.is_leaf else None for weight in weights]
     if all(grad is not None for grad in grads):
         whole = side_by_side(grads, 0) if len(grads) > 1 else grads[0]
         sums = zip(grads, dy.split([len(w) for w in weights], dim=1)) if whole is None else [(whole, dy)]
         for grad, part in sums:
-            product(grad, part.T, x, add=True)
+            product(grad, part.T, x, add=True, scale=scale)
         return [None] * len(weights)
     dtypes = {(weight.grad_dtype if weight.is_leaf else None) or weight.dtype for weight in weights}
     gradient = x.new_empty(dy.shape[1], x.shape[1], dtype=max(dtypes, key=lambda dtype: dtype.itemsize))
-    product(gradient, dy.T, x)
+    product(gradient, dy.T, x, scale=scale)
     return list(gradient.split([len(weight) for weight in weights]))
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """Of products with x: autocast's where that is on."""
     is_cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
+
+
+def copies_of(x: Tensor, layers: Sequence[Layer], dtype: torch.dtype) -> list[Layer]:
+    """Weights and biases of layers with the same input x, in the dtype of their products. Copies lie side by side, and so do
+    weights that are in this dtype themselves on a GPU."""
+    for tensors in zip(*layers) if len(layers) > 1 else ():  # all weights, all biases
+        if all(t is not None and t.dtype != dtype for t in tensors):
+            keep_side_by_side(tensors, dtype)
+        elif sums_in_fp32(x) and all(
+            t is not None and t.dtype == dtype and t.is_leaf and keeps_copy(t) for t in tensors
+        ):
+            move_side_by_side(tensors)
+    return [(weight_as(weight, dtype), None if bias is None else weight_as(bias, dtype)) for weight, bias in layers]
 
 
 def linears(x: Tensor, *layers: Layer) -> list[Tensor]:
@@ -194,17 +220,10 @@ def linears(x: Tensor, *layers: Layer) -> list[Tensor]:
     Returns [..., out] for each layer, in the dtype of the products. The gradient of a weight has the weight's dtype (or its
     `grad_dtype`). If a weight is a leaf that has a gradient already, the backward pass adds to it in place.
     """
-    dtype = _product_dtype(x)
+    dtype = product_dtype(x)
     if chosen_backend() == "reference" or not torch.is_grad_enabled() and all(w.dtype == dtype for w, _ in layers):
         return linears_ref(x, *layers)
-    for tensors in zip(*layers) if len(layers) > 1 else ():  # all weights, all biases
-        if all(t is not None and t.dtype != dtype for t in tensors):
-            keep_side_by_side(tensors, dtype)
-        elif all(t is not None and t.dtype == dtype and t.is_leaf and keeps_copy(t) for t in tensors) and _sums_in_fp32(
-            x
-        ):
-            move_side_by_side(tensors)
-    copies = [(weight_as(weight, dtype), None if bias is None else weight_as(bias, dtype)) for weight, bias in layers]
+    copies = copies_of(x, layers, dtype)
     with torch.autocast(x.device.type, enabled=False):
         rows = x.to(dtype).reshape(-1, x.shape[-1])
         weights, biases = zip(*layers)
@@ -229,19 +248,24 @@ class _AddLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dtotal):
         x, W = ctx.saved_tensors
-        dy = kept_copy(dtotal)  # of the norm's backward pass (rms_norm.py)
-        if dy is None or dy.dtype != x.dtype:
-            dy = dtotal.to(x.dtype)
-        elif dy is not dtotal:
-            del dtotal._copy  # dtotal lives on
+        dy = gradient_of_sum(dtotal, x.dtype)
         dx = dy @ W if ctx.needs_input_grad[1] else None
-        (dW,) = _weight_gradients([ctx.weight], dy, x) if ctx.needs_input_grad[3] else (None,)
+        (dW,) = weight_gradients([ctx.weight], dy, x) if ctx.needs_input_grad[3] else (None,)
         return dtotal, dx, None, dW
+
+
+def gradient_of_sum(dtotal: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of the summands, in their dtype: the copy of the norm behind the sum (rms_norm.py), if it has made one."""
+    copy = kept_copy(dtotal)
+    if copy is None or copy.dtype != dtype:
+        return dtotal.to(dtype)
+    del dtotal._copy  # dtotal lives on
+    return copy
 
 
 def may_add_to(total: Tensor) -> bool:
     """Whether `add_linear` takes this tensor: on a GPU, and if it may change."""
-    return _sums_in_fp32(total) and chosen_backend() != "reference" and may_change(total)
+    return sums_in_fp32(total) and chosen_backend() != "reference" and may_change(total)
 
 
 def add_linear(total: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -252,6 +276,6 @@ def add_linear(total: Tensor, x: Tensor, weight: Tensor) -> None:
 
     Where the gradient of total keeps a copy in that dtype, the backward pass reads the copy. For dW see `linears`.
     """
-    dtype = _product_dtype(x)
+    dtype = product_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         _AddLinear.apply(total, x.to(dtype).reshape(len(total), -1), weight_as(weight, dtype), weight)

@@ -184,6 +184,7 @@ def ops() -> list:
 
 def main() -> None:
     steps = {name: {n: step(case, n) for n in (1, 2)} for name, case in MODELS.items()}
+    steps["SmolLM2-135M, LoRA"] = {n: step(replace(MODELS["SmolLM2-135M"], lora=16), n) for n in (1, 2)}
     steps["SmolLM2-135M"][4] = step(MODELS["SmolLM2-135M"], 4)
     split = {name: devices(name) for name in RULES if name != "muon"}
     split |= {f"{name} in the backward": devices(name, in_backward=True) for name in ("adamw", "adafactor")}

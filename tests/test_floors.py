@@ -74,6 +74,7 @@ EXTRA_ROOMS = {
     "kernels/rope": {"kernels/rms_norm"},
     "kernels/linear": {"kernels/copies"},
     "kernels/rms_norm": {"kernels/copies"},
+    "kernels/lora": {"kernels/copies", "kernels/linear"},
     "kernels/linear_cross_entropy": {
         "kernels/copies",
         "kernels/cross_entropy",

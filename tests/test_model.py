@@ -30,7 +30,7 @@ def model(request) -> Decoder:
 def backend(request, monkeypatch):
     """As on a GPU: products add to the residual stream in place, layers with the same input are one product."""
     if request.param == "as on a GPU":
-        monkeypatch.setattr(linear, "_sums_in_fp32", lambda x: True)
+        monkeypatch.setattr(linear, "sums_in_fp32", lambda x: True)
     with use_backend("torch" if request.param == "as on a GPU" else request.param):
         yield
 

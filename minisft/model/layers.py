@@ -159,16 +159,22 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def project(x: Tensor, *modules: nn.Module) -> list[Tensor]:
-    """The linear layers of one input x [..., in] -> [..., out] each. Plain ones are one op; those with an adapter or a
-    quantised weight are modules of their own."""
+    """The linear layers of one input x [..., in] -> [..., out] each. Plain ones are one op, and so are those of which some have
+    adapters (lora.py); quantised ones are modules of their own."""
     if all(type(module) is nn.Linear for module in modules):
         return linears(x, *((module.weight, module.bias) for module in modules))
+    for module in modules:
+        if hasattr(module, "together"):
+            return module.together(x, modules)
     return [project(x, m)[0] if type(m) is nn.Linear else m(x) for m in modules]
 
 
 def project_onto(x: Tensor | None, y: Tensor, module: nn.Module) -> Tensor | None:
     """The last product of a sublayer, module(y) [T, D]; or None, if it was added in place to the residual stream x [T, D].
     x None: it may not be."""
-    if x is None or type(module) is not nn.Linear or module.bias is not None or not may_add_to(x):
-        return project(y, module)[0]
-    return add_linear(x, y, module.weight)
+    if x is not None and may_add_to(x):
+        if type(module) is nn.Linear and module.bias is None:
+            return add_linear(x, y, module.weight)
+        if hasattr(module, "adds_to") and module.adds_to(x, y):
+            return None
+    return project(y, module)[0]

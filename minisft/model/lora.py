@@ -25,7 +25,7 @@ arXiv:2402.09353. PiSSA, Meng et al. 2024, arXiv:2404.02948.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisft.errors import UserError
+from minisft.kernels.lora import Adapter, Layer, lora_linears
 from minisft.model.decoder import Decoder
 from minisft.model.lora_options import ALL_LINEAR, INITS, LoraOptions, is_target, scale_of
 from minisft.model.quantized import QuantLinear, QuantWeight, dense, linear, named_weights
@@ -67,20 +68,64 @@ class LoraLinear(nn.Module):
             self.magnitude.copy_(dense(self.weight, self.lora_A.dtype).norm(dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = linear(x, self.weight)
-        if self.enabled:
-            dropped = F.dropout(x, self.dropout, self.training)
-            added = linear(linear(dropped, self.lora_A), self.lora_B)
-            if self.start_A is not None and self.start_B is not None:
-                added = added - linear(linear(dropped, self.start_A), self.start_B)
-            added = added * self.scale
-            if self.magnitude is None:
-                y = y + added
-            else:
-                factor = (self.magnitude / self._row_norms()).to(y.dtype)
-                base = y if dropped is x else linear(dropped, self.weight)
-                y = y + (factor - 1) * base + factor * added
-        return y if self.bias is None else y + self.bias
+        if not self.enabled:
+            return linear(x, self.weight, self.bias)
+        dropped = F.dropout(x, self.dropout) if self.drops else None
+        if self._needs_formula or dropped is not None and self.magnitude is not None:
+            return self._by_formula(x, x if dropped is None else dropped)
+        (y,) = lora_linears(x, [_layer(self)], [self._adapter(0)], dropped=dropped)
+        return self._turned(y)
+
+    @staticmethod
+    def together(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
+        """The results of layers with the same input, some of which have adapters: of one op, where it can be one."""
+        adapted = {i: m for i, m in enumerate(modules) if isinstance(m, LoraLinear) and m.enabled}
+        is_apart = any(m.drops or m._needs_formula for m in adapted.values()) or any(map(_trains, modules))
+        if is_apart or not adapted:
+            return [m(x) if isinstance(m, LoraLinear) else linear(x, m.weight, m.bias) for m in modules]
+        ys = lora_linears(x, list(map(_layer, modules)), [m._adapter(i) for i, m in adapted.items()])
+        return [adapted[i]._turned(y) if i in adapted else y for i, y in enumerate(ys)]
+
+    def adds_to(self, total: Tensor, x: Tensor) -> bool:
+        """Add the result to the residual stream [T, out] in place; False: it cannot, and has not."""
+        if not self.enabled or self.magnitude is not None or self.bias is not None or self._needs_formula:
+            return False
+        dropped = F.dropout(x, self.dropout) if self.drops else None
+        lora_linears(x, [_layer(self)], [self._adapter(0)], dropped=dropped, total=total)
+        return True
+
+    @property
+    def drops(self) -> bool:
+        """Whether the adapter reads other numbers than x."""
+        return self.training and self.dropout > 0
+
+    @property
+    def _needs_formula(self) -> bool:
+        """Whether W trains too, or PiSSA's two products must cancel to the last bit at the start, before they add to W x."""
+        return self.start_A is not None or _trains(self)
+
+    def _by_formula(self, x: Tensor, dropped: Tensor) -> Tensor:
+        y = base = linear(x, self.weight)
+        added = linear(linear(dropped, self.lora_A), self.lora_B)
+        if self.start_A is not None and self.start_B is not None:
+            added = added - linear(linear(dropped, self.start_A), self.start_B)
+        added = added * self.scale
+        if self.magnitude is not None:
+            factor = (self.magnitude / self._row_norms()).to(y.dtype)
+            base = base if dropped is x else linear(dropped, self.weight)
+            y, added = y + (factor - 1) * base, factor * added
+        y = y + added
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _adapter(self, layer: int) -> Adapter:
+        return Adapter(layer, self.lora_A, self.lora_B, self.scale)
+
+    def _turned(self, y: Tensor) -> Tensor:
+        """DoRA: y = W x + s B A x by rows of the trained lengths, and the bias."""
+        if self.magnitude is None:
+            return y
+        y = y * (self.magnitude / self._row_norms()).to(y.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def delta(self) -> Tensor:
         """s B A [out, in], for PiSSA s (B A - B0 A0), in the dtype of the adapter."""
@@ -111,6 +156,17 @@ class LoraLinear(nn.Module):
     def _row_norms(self) -> Tensor:
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
             return (dense(self.weight, self.lora_A.dtype) + self.delta()).norm(dim=1)
+
+
+def _layer(module: nn.Module) -> Layer:
+    """The frozen layer under an adapter. DoRA's bias comes after it."""
+    weight = module.weight if isinstance(module.weight, Tensor) else module.weight.dequantize
+    return weight, None if getattr(module, "magnitude", None) is not None else module.bias
+
+
+def _trains(module: nn.Module) -> bool:
+    """Whether weight or bias of a layer is trained as a whole."""
+    return any(isinstance(p, Tensor) and p.requires_grad for p in (module.weight, module.bias))
 
 
 # ---- where adapters go --------------------------------------------------------------------------------------------

@@ -39,28 +39,39 @@ class Precision:
 class Site:
     """A linear layer with an adapter, for what it keeps besides a plain one."""
 
+    module: str  # "mlp.down_proj"
     num_inputs: int
     num_outputs: int
     rank: int  # PiSSA's counts twice
     dropout: bool
     dora: bool
+    pissa: bool
 
 
 def kept_by_block(
-    c: ModelConfig, layer: int, p: Precision, *, is_gpu: bool, selective: bool = False, sites: list[Site] | None = None
+    c: ModelConfig,
+    layer: int,
+    p: Precision,
+    *,
+    is_gpu: bool,
+    selective: bool = False,
+    sites: list[Site] | None = None,
+    quantised: bool = False,
 ) -> float:
-    """Bytes a token that layer keeps. sites: of its adapters; None = it has none, and its layers are plain."""
+    """Bytes a token that layer keeps. sites: of its adapters; None = it has none. quantised: whether its matrices are."""
     mixer = c.mixers[layer]
     block = c.block if mixer == "attention" else "pre"
     mixers = {"attention": _attention, "delta": _delta, "conv": _conv}
-    plain = not sites
+    is_joint = (
+        is_gpu and not quantised and not any(site.dropout or site.pissa for site in sites or [])
+    )  # in one product
     total = _norms_of_block(c, block, p, is_gpu, selective)
-    total += mixers[mixer](c, layer, p, is_gpu, selective, plain)
+    total += mixers[mixer](c, layer, p, is_gpu, selective, is_joint)
     total += _mlp(c, p, is_gpu, selective)
     for rate, size in ((c.attention_output_dropout, c.hidden_size), (c.mlp_output_dropout, c.hidden_size)):
         if rate and block in ("pre", "parallel"):
             total += size * (1 if is_gpu else p.product)  # the mask: a CPU's is scaled, in the dtype of its input
-    return total + sum(_site(site, p, is_gpu) for site in sites or [])
+    return total + sum(_site(site, c, p, is_gpu, selective) for site in sites or [])
 
 
 def kept_outside(c: ModelConfig, p: Precision, *, is_gpu: bool) -> float:
@@ -114,7 +125,7 @@ def _norm_before_products(c: ModelConfig, p: Precision, selective: bool) -> floa
     return handed + numbers
 
 
-def _attention(c: ModelConfig, layer: int, p: Precision, is_gpu: bool, selective: bool, plain: bool) -> float:
+def _attention(c: ModelConfig, layer: int, p: Precision, is_gpu: bool, selective: bool, is_joint: bool) -> float:
     e, rope = p.product, c.ropes[layer]
     Q, K, H = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_heads + c.num_kv_heads
     projected = Q * (1 + c.attention_gate)  # a gate lies beside each head of q, in one tensor
@@ -141,24 +152,24 @@ def _attention(c: ModelConfig, layer: int, p: Precision, is_gpu: bool, selective
     # of it, unless the parts of q and k are kept anyway, as they are or turned in place. Norms of heads copy them first.
     is_left = rope is None or not (rope.query_beta or c.attention_gate)  # to attention, which turns them in place
     are_parts = is_fused or c.qk_norm == "full" or (c.qk_norm == "none" and is_left)
-    if is_gpu and plain and c.clip_qkv is None and not are_parts:
+    if is_joint and c.clip_qkv is None and not are_parts:
         before += projected + K
     return total + e * before
 
 
-def _delta(c: ModelConfig, layer: int, p: Precision, is_gpu: bool, selective: bool, plain: bool) -> float:
+def _delta(c: ModelConfig, layer: int, p: Precision, is_gpu: bool, selective: bool, is_joint: bool) -> float:
     e, heads = p.product, c.delta_num_value_heads
     K, V = c.delta_num_key_heads * c.delta_key_dim, heads * c.delta_value_dim
     convolved = 2 * e * (2 * K + V)  # q, k and v before and after the convolution
     numbers = heads * (4 + e + e + 4 + 4)  # a, sigmoid(b), beta, softplus, g
-    if is_gpu and plain:
+    if is_joint:
         numbers += heads * 2 * e  # a and b before these, which lie in one tensor with q, k and v
     unit = 3 * e * V + 4 * heads  # out, gate, the normed out; rstd
     gated = 0 if selective else e * V
     return convolved + numbers + unit + gated
 
 
-def _conv(c: ModelConfig, layer: int, p: Precision, is_gpu: bool, selective: bool, plain: bool) -> float:
+def _conv(c: ModelConfig, layer: int, p: Precision, is_gpu: bool, selective: bool, is_joint: bool) -> float:
     return (
         p.product * c.hidden_size * (3 + 1 + 1 + 1)
     )  # before, after, h; before h; its convolution; what out_proj reads
@@ -172,11 +183,20 @@ def _mlp(c: ModelConfig, p: Precision, is_gpu: bool, selective: bool) -> float:
     return p.product * c.intermediate_size * ((2 if one_op else 3) + y)
 
 
-def _site(site: Site, p: Precision, is_gpu: bool) -> float:
+def _site(site: Site, c: ModelConfig, p: Precision, is_gpu: bool, selective: bool) -> float:
     e = p.product
+    is_one_op = not site.pissa and not (site.dora and site.dropout)  # kernels/lora.py
     total = e * site.rank
-    if site.dropout:
-        total += site.num_inputs * (e + (1 if is_gpu else e))
+    if site.dropout:  # the mask, and what is left of the input; nobody may keep the input itself then
+        total += site.num_inputs * (1 if is_gpu else e)
+        total += 0 if is_one_op and _is_only_reader(site, c, is_gpu, selective) else e * site.num_inputs
     if site.dora:
-        total += e * 2 * site.num_outputs
+        total += e * site.num_outputs * (1 if is_one_op else 2)
     return total
+
+
+def _is_only_reader(site: Site, c: ModelConfig, is_gpu: bool, selective: bool) -> bool:
+    """Whether the input of a plain layer here is counted above because the layer keeps it, and for no other reason."""
+    if site.module == "self_attn.o_proj":
+        return c.attention_gate or not is_gpu  # a GPU's attention keeps its output
+    return site.module == "conv.out_proj" or site.module in ("mlp.down_proj", "linear_attn.o_proj") and not selective

@@ -265,8 +265,11 @@ def sites_of_layers(config: Config, p: Parameters) -> dict[int, list[Site]]:
     options, found = lora_options(config), {}
     for adapter in p.adapters:
         rank = adapter.rank * (2 if options.is_pissa else 1)
-        for name, num_outputs in zip(adapter.matrices, adapter.num_outputs):
-            site = Site(adapter.num_inputs, num_outputs, rank, config.lora.lora_dropout > 0, config.lora.use_dora)
+        kinds = config.lora.lora_dropout > 0, config.lora.use_dora, options.is_pissa
+        for i, (name, num_outputs) in enumerate(zip(adapter.matrices, adapter.num_outputs)):
+            module = ".".join(name.split(".")[-3:-1])
+            shares = i > 0 and not config.lora.lora_dropout and not options.is_pissa  # the product with A
+            site = Site(module, adapter.num_inputs, num_outputs, 0 if shares else rank, *kinds)
             found.setdefault(layer_of(name), []).append(site)
     return found
 
@@ -282,9 +285,10 @@ def activation_bytes(
     section, sites = config.model, sites_of_layers(config, p)
     selective = section.gradient_checkpointing == "selective"
     total = kept_outside(c, precision, is_gpu=is_gpu) + shared_by_layers(c, precision)
-    again = 0.0
+    again, quantised = 0.0, bytes_of_quantised(config) is not None
     for layer in range(min(p.first_trained_layer, c.num_layers), c.num_layers):
-        kept = kept_by_block(c, layer, precision, is_gpu=is_gpu, selective=selective, sites=sites.get(layer))
+        options = {"selective": selective, "sites": sites.get(layer), "quantised": quantised}
+        kept = kept_by_block(c, layer, precision, is_gpu=is_gpu, **options)
         kept += others
         if section.gradient_checkpointing is True and layer % section.gradient_checkpointing_every == 0:
             again = max(again, kept)
