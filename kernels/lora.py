@@ -23,6 +23,7 @@ Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arX
 """
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -56,28 +57,38 @@ class Adapter(NamedTuple):
 
 
 def lora_linears_ref(
-    x: Tensor, layers: Sequence[Layer], adapters: Sequence[Adapter], dropped: Tensor | None = None
+    x: Tensor, layers: Sequence[Layer], adapters: Sequence[Adapter], dropped: Sequence[Tensor] = ()
 ) -> list[Tensor]:
     """The formula. Arguments as in `lora_linears`."""
-    dtype = product_dtype(x)
+    dtype, numbers = product_dtype(x), _numbers(adapters)
     ys = [F.linear(x.to(dtype), W.to(dtype) if isinstance(W, Tensor) else W(dtype), b) for W, b in layers]
-    for number, A, B, scale in adapters:
-        ys[number] = ys[number] + scale * F.linear(F.linear(x if dropped is None else dropped, A), B)
+    for (layer, A, B, scale), number in zip(adapters, numbers):
+        ys[layer] = ys[layer] + scale * F.linear(F.linear(dropped[number] if dropped else x, A), B)
     return ys
 
 
+def _numbers(adapters: Sequence[Adapter]) -> list[int]:
+    """Of the A of each adapter, by the order in which they come first."""
+    order = list(dict.fromkeys(id(adapter.A) for adapter in adapters))
+    return [order.index(id(adapter.A)) for adapter in adapters]
+
+
 class _LoraLinears(torch.autograd.Function):
-    """total [T, out] or None; x [T, in] of the layers; z [T, in] of the adapters, None where it is x; copies of weights (or their
-    functions) and of biases; (layer, number of A, scale) of each adapter; copies of the different A and of every B; these
-    themselves -> y [T, out] of each layer, or total."""
+    """total [T, out] or None; x [T, in]; copies of weights (or their functions) and of biases; (layer, number of A, scale) of
+    each adapter; copies of the different A and of every B; then these themselves, and what each A reads in the place of x, if it
+    does -> y [T, out] of each layer, or total."""
 
     @staticmethod
-    def forward(ctx, total, x, z, layers, adapters, As, Bs, *factors):
+    def forward(ctx, total, x, layers, adapters, As, Bs, *others):
+        n = len(As)
+        ctx.factors, zs = others[: n + len(Bs)], others[n + len(Bs) :]
         ctx.functions = [None if isinstance(W, Tensor) else W for W, _ in layers]
-        ctx.adapters, ctx.factors, ctx.is_sum, ctx.drops = adapters, factors, total is not None, z is not None
-        z = x if z is None else z
-        joint = side_by_side(As, 0)
-        us = [z @ A.T for A in As] if joint is None else (z @ joint.T).split([len(A) for A in As], dim=1)
+        ctx.adapters, ctx.is_sum, ctx.drops = adapters, total is not None, len(zs) > 0
+        joint = None if zs else side_by_side(As, 0)
+        if joint is None:
+            us = [z @ A.T for z, A in zip(zs or [x] * n, As)]
+        else:
+            us = (x @ joint.T).split([len(A) for A in As], dim=1)
         if total is not None:
             W = layers[0][0]
             product_into(total, x, (W if isinstance(W, Tensor) else W(x.dtype)).T, add=True)
@@ -89,23 +100,22 @@ class _LoraLinears(torch.autograd.Function):
             ys = products(x, layers)
         for (layer, a, scale), B in zip(adapters, Bs):
             product_into(ys[layer], us[a], B.T, add=True, scale=scale)
-        ctx.counts = len(As), len(Bs)
-        ctx.save_for_backward(z, *As, *us, *Bs, *(W for W, _ in layers if isinstance(W, Tensor)))
+        ctx.save_for_backward(*As, *us, *Bs, *(zs or [x]), *(W for W, _ in layers if isinstance(W, Tensor)))
         return tuple(ys)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *dys):
-        z, *saved = ctx.saved_tensors
-        n, m = ctx.counts
-        As, us, Bs, Ws = saved[:n], saved[n : 2 * n], saved[2 * n : 2 * n + m], iter(saved[2 * n + m :])
-        _, needs_dx, needs_dz, *_ = ctx.needs_input_grad
-        needs_dA, needs_dB = ctx.needs_input_grad[7 : 7 + n], ctx.needs_input_grad[7 + n :]
-        dtotal = dys[0] if ctx.is_sum else None
-        dys = dys if dtotal is None else (gradient_of_sum(dtotal, z.dtype),)
+        m = len(ctx.adapters)
+        n = len(ctx.factors) - m
+        saved, needs = iter(ctx.saved_tensors), iter(ctx.needs_input_grad[6:])
+        As, us, Bs, zs = (list(islice(saved, count)) for count in (n, n, m, n if ctx.drops else 1))
+        needs_dA, needs_dB, needs_dz = list(islice(needs, n)), list(islice(needs, m)), list(needs)
+        dtotal, needs_dx = dys[0] if ctx.is_sum else None, ctx.needs_input_grad[1]
+        dys = dys if dtotal is None else (gradient_of_sum(dtotal, zs[0].dtype),)
 
-        joint = side_by_side(As, 0)
-        whole = None if joint is None else z.new_empty(len(z), len(joint))  # the du, side by side as the A are
+        joint = None if ctx.drops else side_by_side(As, 0)
+        whole = None if joint is None else zs[0].new_empty(len(us[0]), len(joint))  # the du, side by side as the A are
         dus = [torch.empty_like(u) for u in us] if whole is None else whole.split([len(A) for A in As], dim=1)
         dAs, dBs, begun = [None] * n, [None] * m, set()
         for i, (layer, a, scale) in enumerate(ctx.adapters):
@@ -114,22 +124,21 @@ class _LoraLinears(torch.autograd.Function):
             if needs_dB[i]:
                 (dBs[i],) = weight_gradients([ctx.factors[n + i]], dys[layer], us[a], scale)
         if whole is not None and all(needs_dA):
-            dAs = weight_gradients(ctx.factors[:n], whole, z)
+            dAs = weight_gradients(ctx.factors[:n], whole, zs[0])
         else:
             for a in (a for a in range(n) if needs_dA[a]):
-                (dAs[a],) = weight_gradients([ctx.factors[a]], dus[a], z)
+                (dAs[a],) = weight_gradients([ctx.factors[a]], dus[a], zs[a if ctx.drops else 0])
 
-        dx = dz = None
+        dx, Ws = None, saved
         if needs_dx and any(ctx.functions):  # one matrix at a time
             for dy, make in zip(dys, ctx.functions):
-                dx = sum_of_products([dy], [next(Ws) if make is None else make(z.dtype)], dx)
+                dx = sum_of_products([dy], [next(Ws) if make is None else make(dy.dtype)], dx)
         elif needs_dx:
             dx = sum_of_products(dys, list(Ws))
-        if ctx.drops:
-            dz = sum_of_products(dus, As) if needs_dz else None
-        elif needs_dx:
+        if needs_dx and not ctx.drops:
             dx = sum_of_products(dus, As, dx)
-        return dtotal, dx, dz, None, None, None, None, *dAs, *dBs
+        dzs = [du @ A if is_needed else None for du, A, is_needed in zip(dus, As, needs_dz)]
+        return dtotal, dx, None, None, None, None, *dAs, *dBs, *dzs
 
 
 def lora_linears(
@@ -137,24 +146,24 @@ def lora_linears(
     layers: Sequence[Layer],
     adapters: Sequence[Adapter],
     *,
-    dropped: Tensor | None = None,
+    dropped: Sequence[Tensor] = (),
     total: Tensor | None = None,
 ) -> list[Tensor]:
     """y = x W^T + b + scale (x A^T) B^T for one or more frozen layers with the same input, and any number of adapters of each.
 
     x: [..., in]. layers: (weight [out, in] or a function dtype -> weight, bias [out] or None) each. adapters: at least one.
-    dropped: [..., in], what the adapters read in the place of x. total: [T, out], of which `linear.may_add_to` holds: the result
-    of the one layer, which has no bias, is added to it in place. The products are in the dtype of x, or of autocast where that is
-    on.
+    dropped: [..., in] for each different A, in the order in which they come first: what it reads in the place of x. total:
+    [T, out], of which `linear.may_add_to` holds: the result of the one layer, which has no bias, is added to it in place. The
+    products are in the dtype of x, or of autocast where that is on.
 
     Returns [..., out] for each layer, in the dtype of the products; or [total]. x, dropped, total, A and B get gradients. If A or
     B is a leaf that has one already, the backward pass adds to it in place.
     """
     if chosen_backend() == "reference":
         return lora_linears_ref(x, layers, adapters, dropped)
-    dtype = product_dtype(x)
-    As = list({id(adapter.A): adapter.A for adapter in adapters}.values())  # each once
-    number_of = {id(A): number for number, A in enumerate(As)}
+    dtype, numbers = product_dtype(x), _numbers(adapters)
+    As = [adapters[numbers.index(number)].A for number in range(max(numbers) + 1)]
+    Bs = [adapter.B for adapter in adapters]
     if all(isinstance(W, Tensor) for W, _ in layers):
         copies = copies_of(x, layers, dtype)
     else:
@@ -163,10 +172,9 @@ def lora_linears(
             for W, b in layers
         ]
     A_copies = [A for A, _ in copies_of(x, [(A, None) for A in As], dtype)]
-    B_copies = [weight_as(adapter.B, dtype) for adapter in adapters]
-    where = [(adapter.layer, number_of[id(adapter.A)], adapter.scale) for adapter in adapters]
+    B_copies = [weight_as(B, dtype) for B in Bs]
+    where = [(adapter.layer, number, adapter.scale) for adapter, number in zip(adapters, numbers)]
     with torch.autocast(x.device.type, enabled=False):
-        rows, z = (None if t is None else t.to(dtype).reshape(-1, t.shape[-1]) for t in (x, dropped))
-        factors = *As, *(adapter.B for adapter in adapters)
-        ys = _LoraLinears.apply(total, rows, z, copies, where, A_copies, B_copies, *factors)
+        rows, *zs = (t.to(dtype).reshape(-1, t.shape[-1]) for t in (x, *dropped))
+        ys = _LoraLinears.apply(total, rows, copies, where, A_copies, B_copies, *As, *Bs, *zs)
         return [y.view(*x.shape[:-1], -1) for y in ys] if total is None else list(ys)

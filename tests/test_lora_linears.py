@@ -48,8 +48,9 @@ def test_equals_the_formula(backend, group, is_made, is_dropped):
 
     def run(op):
         def values(x, *factors):
-            dropped = {"dropped": 2 * x.roll(1, -1)} if is_dropped else {}
-            return op(x, layers, adapters(*factors), **dropped)
+            chosen = adapters(*factors)
+            dropped = [(2 + i) * x.roll(i, -1) for i in range(len({a.A for a in chosen}))] if is_dropped else []
+            return op(x, layers, chosen, dropped=dropped)
 
         return run_with_gradients(values, [x, *factors])
 
@@ -92,7 +93,7 @@ def test_it_adds_to_a_sum_in_place(is_dropped):
         return total + lora_linears_ref(x, [layer], [Adapter(0, A, B, 1.5)], **dropped(x))[0].reshape(21, 40)
 
     def dropped(x):
-        return {"dropped": 3 * x} if is_dropped else {}
+        return {"dropped": [3 * x]} if is_dropped else {}
 
     inputs = [total, x, A, B]
     with use_backend("triton"):

@@ -25,7 +25,7 @@ arXiv:2402.09353. PiSSA, Meng et al. 2024, arXiv:2404.02948.
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -68,44 +68,28 @@ class LoraLinear(nn.Module):
             self.magnitude.copy_(dense(self.weight, self.lora_A.dtype).norm(dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return linear(x, self.weight, self.bias)
-        dropped = F.dropout(x, self.dropout) if self.drops else None
-        if self._needs_formula or dropped is not None and self.magnitude is not None:
-            return self._by_formula(x, x if dropped is None else dropped)
-        (y,) = lora_linears(x, [_layer(self)], [self._adapter(0)], dropped=dropped)
-        return self._turned(y)
+        return self.together(x, [self])[0]
 
     @staticmethod
     def together(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
         """The results of layers with the same input, some of which have adapters: of one op, where it can be one."""
         adapted = {i: m for i, m in enumerate(modules) if isinstance(m, LoraLinear) and m.enabled}
-        is_apart = any(m.drops or m._needs_formula for m in adapted.values()) or any(map(_trains, modules))
-        if is_apart or not adapted:
-            return [m(x) if isinstance(m, LoraLinear) else linear(x, m.weight, m.bias) for m in modules]
-        ys = lora_linears(x, list(map(_layer, modules)), [m._adapter(i) for i, m in adapted.items()])
+        if not adapted or any(map(_needs_formula, modules)):
+            return [m._by_formula(x) if i in adapted else linear(x, m.weight, m.bias) for i, m in enumerate(modules)]
+        layers, adapters = list(map(_layer, modules)), [m._adapter(i) for i, m in adapted.items()]
+        ys = lora_linears(x, layers, adapters, dropped=_dropped(x, adapted.values()))
         return [adapted[i]._turned(y) if i in adapted else y for i, y in enumerate(ys)]
 
     def adds_to(self, total: Tensor, x: Tensor) -> bool:
         """Add the result to the residual stream [T, out] in place; False: it cannot, and has not."""
-        if not self.enabled or self.magnitude is not None or self.bias is not None or self._needs_formula:
+        if not self.enabled or self.magnitude is not None or self.bias is not None or _needs_formula(self):
             return False
-        dropped = F.dropout(x, self.dropout) if self.drops else None
-        lora_linears(x, [_layer(self)], [self._adapter(0)], dropped=dropped, total=total)
+        lora_linears(x, [_layer(self)], [self._adapter(0)], dropped=_dropped(x, [self]), total=total)
         return True
 
-    @property
-    def drops(self) -> bool:
-        """Whether the adapter reads other numbers than x."""
-        return self.training and self.dropout > 0
-
-    @property
-    def _needs_formula(self) -> bool:
-        """Whether W trains too, or PiSSA's two products must cancel to the last bit at the start, before they add to W x."""
-        return self.start_A is not None or _trains(self)
-
-    def _by_formula(self, x: Tensor, dropped: Tensor) -> Tensor:
+    def _by_formula(self, x: Tensor) -> Tensor:
         y = base = linear(x, self.weight)
+        dropped = F.dropout(x, self.dropout, self.training)
         added = linear(linear(dropped, self.lora_A), self.lora_B)
         if self.start_A is not None and self.start_B is not None:
             added = added - linear(linear(dropped, self.start_A), self.start_B)
@@ -164,9 +148,21 @@ def _layer(module: nn.Module) -> Layer:
     return weight, None if getattr(module, "magnitude", None) is not None else module.bias
 
 
-def _trains(module: nn.Module) -> bool:
-    """Whether weight or bias of a layer is trained as a whole."""
-    return any(isinstance(p, Tensor) and p.requires_grad for p in (module.weight, module.bias))
+def _dropped(x: Tensor, modules: Iterable[LoraLinear]) -> list[Tensor]:
+    """What each different A reads in the place of x, if it does."""
+    dropouts = {m.lora_A: m.dropout for m in modules if m.training and m.dropout > 0}
+    return [F.dropout(x, dropout) for dropout in dropouts.values()]
+
+
+def _needs_formula(module: nn.Module) -> bool:
+    """Whether W trains too; PiSSA's two products must cancel to the last bit at the start, before they add to W x; or DoRA's
+    adapter reads other numbers than x."""
+    if any(isinstance(p, Tensor) and p.requires_grad for p in (module.weight, module.bias)):
+        return True
+    drops_in_dora = (
+        isinstance(module, LoraLinear) and module.magnitude is not None and module.training and module.dropout > 0
+    )
+    return drops_in_dora or getattr(module, "start_A", None) is not None
 
 
 # ---- where adapters go --------------------------------------------------------------------------------------------

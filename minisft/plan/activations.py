@@ -62,9 +62,7 @@ def kept_by_block(
     mixer = c.mixers[layer]
     block = c.block if mixer == "attention" else "pre"
     mixers = {"attention": _attention, "delta": _delta, "conv": _conv}
-    is_joint = (
-        is_gpu and not quantised and not any(site.dropout or site.pissa for site in sites or [])
-    )  # in one product
+    is_joint = is_gpu and not quantised and all(map(_is_one_op, sites or []))  # q, k and v are one product
     total = _norms_of_block(c, block, p, is_gpu, selective)
     total += mixers[mixer](c, layer, p, is_gpu, selective, is_joint)
     total += _mlp(c, p, is_gpu, selective)
@@ -185,14 +183,18 @@ def _mlp(c: ModelConfig, p: Precision, is_gpu: bool, selective: bool) -> float:
 
 def _site(site: Site, c: ModelConfig, p: Precision, is_gpu: bool, selective: bool) -> float:
     e = p.product
-    is_one_op = not site.pissa and not (site.dora and site.dropout)  # kernels/lora.py
-    total = e * site.rank
+    is_one_op, total = _is_one_op(site), e * site.rank
     if site.dropout:  # the mask, and what is left of the input; nobody may keep the input itself then
         total += site.num_inputs * (1 if is_gpu else e)
         total += 0 if is_one_op and _is_only_reader(site, c, is_gpu, selective) else e * site.num_inputs
     if site.dora:
         total += e * site.num_outputs * (1 if is_one_op else 2)
     return total
+
+
+def _is_one_op(site: Site) -> bool:
+    """Whether layer and adapter are one (kernels/lora.py), with their neighbours."""
+    return not site.pissa and not (site.dora and site.dropout)
 
 
 def _is_only_reader(site: Site, c: ModelConfig, is_gpu: bool, selective: bool) -> bool:

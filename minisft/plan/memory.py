@@ -265,11 +265,12 @@ def sites_of_layers(config: Config, p: Parameters) -> dict[int, list[Site]]:
     options, found = lora_options(config), {}
     for adapter in p.adapters:
         rank = adapter.rank * (2 if options.is_pissa else 1)
-        kinds = config.lora.lora_dropout > 0, config.lora.use_dora, options.is_pissa
+        drops, dora = config.lora.lora_dropout > 0, config.lora.use_dora
         for i, (name, num_outputs) in enumerate(zip(adapter.matrices, adapter.num_outputs)):
             module = ".".join(name.split(".")[-3:-1])
-            shares = i > 0 and not config.lora.lora_dropout and not options.is_pissa  # the product with A
-            site = Site(module, adapter.num_inputs, num_outputs, 0 if shares else rank, *kinds)
+            site = Site(module, adapter.num_inputs, num_outputs, rank, drops, dora, options.is_pissa)
+            if i > 0 and not options.is_pissa and not (dora and drops):  # one A reads one input for all
+                site = replace(site, rank=0, dropout=False)
             found.setdefault(layer_of(name), []).append(site)
     return found
 
