@@ -310,6 +310,7 @@ def gpu_table(rows: list[dict]) -> str:
 
 SECTIONS = [  # title, command, CSV, table
     ("A whole optimizer step", "benchmarks.train_step", "train_step", step_table),
+    ("A step that trains adapters", "benchmarks.train_step --lora 16", "train_step_lora", step_table),
     ("A whole optimizer step on a GPU", "benchmarks.train_step_gpu", "train_step_cuda", gpu_step_table),
     ("Memory of a fine-tuning", "benchmarks.bench_memory", "memory", memory_table),
     ("Preference tuning", "benchmarks.bench_dpo", "dpo_cpu", dpo_table),

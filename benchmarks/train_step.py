@@ -1,6 +1,7 @@
 """Tokens per second and peak memory of a whole optimizer step on the CPU, beside others and beside its ceiling.
 
     python -m benchmarks.train_step                     all of them; TRL if it is installed (pip install -e ".[bench]")
+    python -m benchmarks.train_step --lora 16           adapters of this rank beside every linear layer but the head
     python -m benchmarks.train_step --only minisft products --steps 6      some; such a run goes into no CSV
 
 The work: a 57 M parameter Llama (hidden 576, 8 layers, 9 heads, 3 KV heads, intermediate 1536, vocabulary 49,152, tied) on
@@ -14,6 +15,9 @@ trained and once with the answers only; the two are different work and are repor
     compiled    the same, the forward pass with its loss through torch.compile
     trl         SFTTrainer, which packs for itself
     products    the ceiling: the matrix products with weights of the same steps, forward and backward in bf16, and nothing else
+
+With --lora the base is frozen and the others have PEFT's adapters; the products are those of the base without the gradients of
+its weights, and those of the adapters.
 
 A step is timed from taking its micro-batches to the end of the update; its tokens are the real ones of its packs. Every
 case runs in a process of its own, in rounds (a b c a b c), and the median step over all rounds is reported with its
@@ -44,7 +48,11 @@ MODEL = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
-PEERS = {"plain": "transformers", "compiled": "transformers", "trl": "trl"}  # and what each of them needs
+PEERS = {
+    "plain": "transformers",
+    "compiled": "transformers",
+    "trl": "trl",
+}  # and what each of them needs, for adapters also peft
 ENGINES = ("minisft", *PEERS, "products")
 TRAINED = ("every token", "answers")
 
@@ -52,9 +60,15 @@ TRAINED = ("every token", "answers")
 # ---- the data ---------------------------------------------------------------------------------------------------
 
 
-def load_config(folder: str, trained: str, batch_size: int, accumulation: int):
+def load_config(folder: str, trained: str, batch_size: int, accumulation: int, lora: int | None = None):
     from minisft.config.load import load
 
+    adapters = {
+        "model.config": None,
+        "model.model_name_or_path": f"{folder}/base",
+        "lora.r": lora,
+        "lora.lora_alpha": 32,
+    }
     values = {
         "output_dir": f"{folder}/out",
         "model.config": MODEL,
@@ -67,15 +81,16 @@ def load_config(folder: str, trained: str, batch_size: int, accumulation: int):
         "train.gradient_accumulation_steps": accumulation,
         "train.device": "cpu",
     }
-    return load({}, values, origin="benchmark")[0]
+    return load({}, values | (adapters if lora else {}), origin="benchmark")[0]
 
 
-def make_inputs(folder: str, steps: int) -> dict:
-    """Writes the tokenizer and, for the plain loops and the products, the micro-batches of the first steps."""
+def make_inputs(folder: str, steps: int, lora: int | None) -> dict:
+    """Writes the tokenizer; for the plain loops and the products, the micro-batches of the first steps; a base for adapters."""
     import torch
     from safetensors.torch import save_file
 
     from minisft.data.tokenizer import train_tokenizer
+    from minisft.model.save import save_model
     from minisft.prepare.run import prepare
 
     rows = [json.loads(line) for line in GSM8K.read_bytes().split(b"\n") if line]
@@ -83,7 +98,10 @@ def make_inputs(folder: str, steps: int) -> dict:
     train_tokenizer(texts, MODEL["vocab_size"], chat_template=None).save(Path(folder) / "tokenizer")
     for trained in TRAINED:
         # One pack a micro-batch: the packs of a step are the same ones.
-        loader = prepare(load_config(folder, trained, 1, BATCH_SIZE * ACCUMULATION), torch.device("cpu")).train
+        run = prepare(load_config(folder, trained, 1, BATCH_SIZE * ACCUMULATION), torch.device("cpu"))
+        if lora:
+            save_model(run.model, f"{folder}/base")
+        loader = run.train
         for step in range(WARMUP_STEPS + steps):
             packs = loader.step(0, step)
             for number in range(ACCUMULATION):
@@ -121,14 +139,14 @@ def load_step(folder: str, trained: str, step: int) -> list[dict]:
 # ---- the engines ------------------------------------------------------------------------------------------------
 
 
-def minisft(folder: str, steps: int, trained: str) -> dict:
+def minisft(folder: str, steps: int, trained: str, lora: int | None) -> dict:
     """Steps of loop.train_step, as a run takes them."""
     import torch
 
     from minisft.loop import train_step
     from minisft.prepare.run import prepare
 
-    config = load_config(folder, trained, BATCH_SIZE, ACCUMULATION)
+    config = load_config(folder, trained, BATCH_SIZE, ACCUMULATION, lora)
     run = prepare(config, torch.device("cpu"))
     speeds, losses = [], []
     for step in range(WARMUP_STEPS + steps):
@@ -140,15 +158,34 @@ def minisft(folder: str, steps: int, trained: str) -> dict:
     return {"speeds": speeds[WARMUP_STEPS:], "loss": losses[-1]}
 
 
-def plain(folder: str, steps: int, trained: str, is_compiled: bool = False) -> dict:
-    """Steps of the loop that a careful user writes with transformers and torch."""
+def llama_of_transformers(folder: str, lora: int | None):
     import torch
-    from torch.nn.functional import cross_entropy
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    if lora:
+        return LlamaForCausalLM.from_pretrained(f"{folder}/base", dtype=torch.float32)
     torch.manual_seed(42)
-    model = LlamaForCausalLM(LlamaConfig(**{key: value for key, value in MODEL.items() if key != "model_type"}))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0, fused=True)
+    return LlamaForCausalLM(LlamaConfig(**{key: value for key, value in MODEL.items() if key != "model_type"}))
+
+
+def peft_options(lora: int | None):
+    from peft import LoraConfig
+
+    return LoraConfig(r=lora, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+
+
+def plain(folder: str, steps: int, trained: str, lora: int | None, is_compiled: bool = False) -> dict:
+    """Steps of the loop that a careful user writes with transformers, PEFT and torch."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    model = llama_of_transformers(folder, lora)
+    if lora:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_options(lora))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0, fused=True)
 
     def summed_loss(input_ids, position_ids, mask, targets):
         logits = model(input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False).logits
@@ -169,7 +206,7 @@ def plain(folder: str, steps: int, trained: str, is_compiled: bool = False) -> d
                 loss = summed_loss(batch["input_ids"], batch["position_ids"], mask, batch["targets"]) / num_targets
             loss.backward()
             losses_of_step.append(loss.item())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         speeds.append(sum(int(batch["num_tokens"].sum()) for batch in batches) / (time.perf_counter() - began))
@@ -177,15 +214,14 @@ def plain(folder: str, steps: int, trained: str, is_compiled: bool = False) -> d
     return {"speeds": speeds[WARMUP_STEPS:], "loss": losses[-1]}
 
 
-def compiled(folder: str, steps: int, trained: str) -> dict:
-    return plain(folder, steps, trained, is_compiled=True)
+def compiled(folder: str, steps: int, trained: str, lora: int | None) -> dict:
+    return plain(folder, steps, trained, lora, is_compiled=True)
 
 
-def trl(folder: str, steps: int, trained: str) -> dict:
+def trl(folder: str, steps: int, trained: str, lora: int | None) -> dict:
     """Steps of SFTTrainer with the same model, data and settings; gradient checkpointing off, as in minisft."""
-    import torch
     from datasets import Dataset
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     rows = [json.loads(line) for line in GSM8K.read_bytes().split(b"\n") if line]
@@ -194,8 +230,6 @@ def trl(folder: str, steps: int, trained: str) -> dict:
         data = [{"prompt": prompt, "completion": row["answer"]} for prompt, row in zip(prompts, rows)]
     else:
         data = [{"text": prompt + row["answer"]} for prompt, row in zip(prompts, rows)]
-    torch.manual_seed(42)
-    config = {key: value for key, value in MODEL.items() if key != "model_type"}
     times, counts = [], []
 
     class Clock(TrainerCallback):
@@ -211,7 +245,7 @@ def trl(folder: str, steps: int, trained: str) -> dict:
             return super().training_step(model, inputs, *arguments)
 
     trainer = Counting(
-        LlamaForCausalLM(LlamaConfig(**config)),
+        llama_of_transformers(folder, lora),
         SFTConfig(
             output_dir=f"{folder}/trl",
             max_length=MAX_LENGTH,
@@ -231,6 +265,7 @@ def trl(folder: str, steps: int, trained: str) -> dict:
         train_dataset=Dataset.from_list(data),
         processing_class=PreTrainedTokenizerFast.from_pretrained(f"{folder}/tokenizer"),
         callbacks=[Clock()],
+        **({"peft_config": peft_options(lora)} if lora else {}),
     )
     trainer.train()
     tokens = [sum(counts[i * ACCUMULATION : (i + 1) * ACCUMULATION]) for i in range(len(times))]
@@ -239,8 +274,8 @@ def trl(folder: str, steps: int, trained: str) -> dict:
     return {"speeds": speeds[WARMUP_STEPS:], "loss": losses[-1]}
 
 
-def products(folder: str, steps: int, trained: str) -> dict:
-    """For each weight of the model y = x W^T, dx = dy W and dW = dy^T x, into memory that is there already."""
+def products(folder: str, steps: int, trained: str, lora: int | None) -> dict:
+    """For each weight of the model y = x W^T, dx = dy W and, if it trains, dW = dy^T x, into memory that is there already."""
     import torch
 
     hidden, intermediate, vocabulary = MODEL["hidden_size"], MODEL["intermediate_size"], MODEL["vocab_size"]
@@ -252,13 +287,15 @@ def products(folder: str, steps: int, trained: str) -> dict:
     most_rows = BATCH_SIZE * MAX_LENGTH
     inputs = most_rows * intermediate, most_rows * vocabulary, most_rows * intermediate, vocabulary * hidden
     x, y, dx, dw = (torch.randn(size).bfloat16() for size in inputs)
+    adapters = [torch.randn(size).bfloat16() for m, n in sizes for size in ((lora, n), (m, lora))] if lora else []
 
-    def multiply(weight, rows):
+    def multiply(weight, rows, is_trained):
         m, n = weight.shape
         x_rows, y_rows = x[: rows * n].view(rows, n), y[: rows * m].view(rows, m)
         torch.mm(x_rows, weight.T, out=y_rows)
         torch.mm(y_rows, weight, out=dx[: rows * n].view(rows, n))
-        torch.mm(y_rows.T, x_rows, out=dw[: m * n].view(m, n))
+        if is_trained:
+            torch.mm(y_rows.T, x_rows, out=dw[: m * n].view(m, n))
 
     speeds = []
     for step in range(WARMUP_STEPS + steps):
@@ -267,8 +304,10 @@ def products(folder: str, steps: int, trained: str) -> dict:
         began = time.perf_counter()
         for num_tokens, num_targets in counts:
             for weight in layers:
-                multiply(weight, num_tokens)
-            multiply(head, num_targets)
+                multiply(weight, num_tokens, not lora)
+            for weight in adapters * MODEL["num_hidden_layers"]:
+                multiply(weight, num_tokens, True)
+            multiply(head, num_targets, not lora)
         speeds.append(sum(num_tokens for num_tokens, _ in counts) / (time.perf_counter() - began))
     return {"speeds": speeds[WARMUP_STEPS:], "loss": ""}
 
@@ -318,28 +357,30 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="counted steps of a process")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=ENGINES, nargs="+", help="these engines")
+    parser.add_argument("--lora", type=int, metavar="R", help="train adapters of this rank")
     parser.add_argument("--trained", choices=TRAINED, nargs="+", default=TRAINED)
     arguments = parser.parse_args()
     if not GSM8K.exists():
         raise SystemExit(f"needs {GSM8K}")
-    installed = [name for name in ENGINES if name not in PEERS or importlib.util.find_spec(PEERS[name])]
+    needs = {name: [package, *(["peft"] if arguments.lora else [])] for name, package in PEERS.items()}
+    installed = [name for name in ENGINES if all(map(importlib.util.find_spec, needs.get(name, [])))]
     cases = [(engine, trained) for trained in arguments.trained for engine in arguments.only or installed]
     with tempfile.TemporaryDirectory() as folder:
-        in_fresh_process("benchmarks.train_step:make_inputs", folder=folder, steps=arguments.steps)
+        common = {"folder": folder, "steps": arguments.steps, "lora": arguments.lora}
+        in_fresh_process("benchmarks.train_step:make_inputs", **common)
         answers = {case: [] for case in cases}
         for _ in range(arguments.rounds):
             for engine, trained in cases:
                 target = f"benchmarks.train_step:{engine}"
-                options = {"folder": folder, "steps": arguments.steps, "trained": trained}
                 environment = AS_A_COMMAND if engine == "minisft" else {}
-                answers[engine, trained].append(in_fresh_process(target, environment, **options))
+                answers[engine, trained].append(in_fresh_process(target, environment, trained=trained, **common))
     rows = rows_of(answers)
     print_table(rows)
     print("\n".join(summary(rows)))
     if len(cases) < len(ENGINES) * len(TRAINED):
         print("not written: the tables show runs of all engines, side by side")
     else:
-        print(f"written to {write_csv('train_step', rows)}")
+        print(f"written to {write_csv('train_step_lora' if arguments.lora else 'train_step', rows)}")
 
 
 if __name__ == "__main__":

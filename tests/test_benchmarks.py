@@ -475,17 +475,20 @@ def test_a_wide_table_is_printed_in_parts(capsys):
     assert all(out.count(f"number {c}, MB") == 1 for c in range(12)) and out.count("case 2") == 2
 
 
-@pytest.mark.parametrize("words", [[], ["--only", "minisft", "products"], ["--trained", "answers"]], ids=str)
+@pytest.mark.parametrize(
+    "words", [[], ["--lora", "4"], ["--only", "minisft", "products"], ["--trained", "answers"]], ids=str
+)
 def test_only_whole_runs_go_into_the_csv(words, monkeypatch, tmp_path, capsys):
     """The tables show all engines of the newest run."""
     monkeypatch.setattr(train_step, "GSM8K", tmp_path)
     monkeypatch.setattr(train_step.importlib.util, "find_spec", lambda name: True)
     answer = {"speeds": [10.0], "loss": 1.0, "peak_mb": 1.0}
     monkeypatch.setattr(train_step, "in_fresh_process", lambda *target, **arguments: answer)
-    monkeypatch.setattr(train_step, "write_csv", lambda name, rows: f"{len(rows)} rows")
+    monkeypatch.setattr(train_step, "write_csv", lambda name, rows: f"{len(rows)} rows of {name}")
     monkeypatch.setattr("sys.argv", ["train_step", *words])
     train_step.main()
-    assert capsys.readouterr().out.splitlines()[-1].startswith("not written" if words else "written to 10 rows")
+    whole = {(): "written to 10 rows of train_step", ("--lora", "4"): "written to 10 rows of train_step_lora"}
+    assert capsys.readouterr().out.splitlines()[-1].startswith(whole.get(tuple(words), "not written"))
 
 
 @pytest.mark.slow
