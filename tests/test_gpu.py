@@ -22,6 +22,7 @@ from tolerance import (
 from minisft.kernels.adamw import adamw_
 from minisft.kernels.causal_conv1d import causal_conv1d, causal_conv1d_ref
 from minisft.kernels.common import use_backend
+from minisft.kernels.copies import keep_copies
 from minisft.kernels.cross_entropy import cross_entropy, cross_entropy_ref
 from minisft.kernels.flash_attention import flash_attention, flash_attention_ref
 from minisft.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_ref
@@ -29,6 +30,7 @@ from minisft.kernels.glu import geglu, geglu_ref, swiglu, swiglu_ref
 from minisft.kernels.layer_norm import layer_norm, layer_norm_ref
 from minisft.kernels.linear import add_linear
 from minisft.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from minisft.kernels.lora import lora_linears, lora_linears_ref
 from minisft.kernels.quantize import (
     dequantize_fp4,
     dequantize_int8,
@@ -630,6 +632,33 @@ def test_a_product_adds_to_a_sum_in_fp32(dtype):
     expected = total.double() + x.double() @ weight.double().T
     add_linear(total, x, weight)
     assert relative_error(total, expected) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize("is_dropped", [False, True], ids=["", "dropped"])
+def test_adapters_beside_frozen_layers(rank, is_dropped):
+    """Parts of joint results and of joint gradients are written in place, in bf16 and in fp32."""
+    from test_lora_linears import make
+
+    x, layers, factors, adapters = make("all", torch.float32, rank=rank)
+    x, *factors = (t.detach().cuda().requires_grad_() for t in (x, *factors))
+    layers = [(W.cuda(), None) for W, _ in layers]
+
+    def run(op, x, layers, factors, like=None):
+        def values(x, *factors):
+            chosen = adapters(*factors)
+            return op(x, layers, chosen, dropped=[2 * x] * len(chosen) if is_dropped else [])
+
+        return run_with_gradients(values, [x, *factors], like=like)
+
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        naive = run(lora_linears_ref, x, layers, factors)
+        with keep_copies():
+            ours = run(lora_linears, x, layers, factors, like=naive)
+    wide = lambda t: t.detach().to(torch.bfloat16).double()  # noqa: E731
+    inputs = wide(x).requires_grad_(), [(wide(W), None) for W, _ in layers], [wide(f).requires_grad_() for f in factors]
+    for name, truth in run(lora_linears_ref, *inputs, like=naive).items():
+        assert relative_error(ours[name], truth) <= 2 * relative_error(naive[name], truth) + 1e-4, name
 
 
 # ---- a step --------------------------------------------------------------------------------------------------------

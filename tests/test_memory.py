@@ -88,11 +88,18 @@ def test_accumulated_packed_and_reference_steps_too(home):
 
 @pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS), "lfm2"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS), "lfm2", "adapters"]
+)
 def test_the_triton_kernels_give_the_same_bits_too(family, autocast):
     """All kernels of a block. Where products add to the residual stream in place, what is kept of it must not change."""
     size = {"n_embd": 64} if family == "gpt2" else {"hidden_size": 64}
-    model = tiny(CONFIGS[family] | size)
+    model = tiny(CONFIGS["llama" if family == "adapters" else family] | size)
+    if family == "adapters":
+        apply_lora(model, LoraOptions(r=4, lora_dropout=0.2))
+        for name, p in model.named_parameters():
+            p.data += 0.1 * torch.randn_like(p) if name.endswith("lora_B") else 0  # which begins at zero
+    trained = [p for p in model.parameters() if p.requires_grad]
     ids, layout, probe = torch.randint(53, (12,)), stream([7, 5]), torch.randn(12, 64)
 
     def run(whole: bool = False, every: int = 1, cheap: bool = False, offload: bool = False) -> list[torch.Tensor]:
@@ -102,7 +109,7 @@ def test_the_triton_kernels_give_the_same_bits_too(family, autocast):
         torch.manual_seed(1)  # GPT-2 has dropout
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             hidden = model(ids, *layout)
-        return [hidden, *gradients(model, hidden, probe)]
+        return [hidden, *torch.autograd.grad((hidden * probe).sum(), trained, materialize_grads=True)]
 
     kept = run()
     for how in (dict(cheap=True), dict(whole=True), dict(whole=True, every=2), dict(whole=True, offload=True)):
