@@ -7,7 +7,7 @@ import math
 import os
 import re
 import tomllib
-from dataclasses import MISSING, FrozenInstanceError
+from dataclasses import MISSING, FrozenInstanceError, fields
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from minisft.config import sections as config_module
 from minisft.config.aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIASES
 from minisft.config.command_line import parse_arguments
 from minisft.config.load import SOURCE_FIELDS, SOURCES, load, write_resolved
-from minisft.config.sections import KEYS, SECTIONS, Config, config_to_dict, eval_sets, source_list
+from minisft.config.sections import KEYS, SECTIONS, Config, LoraSection, config_to_dict, eval_sets, source_list
 from minisft.config.values import as_toml, fit, limits
 from minisft.data.audit import TITLES
 from minisft.errors import CONFIG, UserError
@@ -610,6 +610,68 @@ def test_every_alias_is_translated_in_a_file_and_told(tmp_path, capsys, monkeypa
 def test_aliases_on_the_command_line(minimal, capsys, words, key, value):
     assert config_to_dict(from_words(minimal, *words)[0])[key] == value
     assert "command line: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["--lora.target_modules", "q_proj,mlp.up_proj"], "lora.target_modules", ("q_proj", "mlp.up_proj")),
+        (["--lora_target_modules=q_proj"], "lora.target_modules", ("q_proj",)),
+        (["--lora.target_modules", "all-linear"], "lora.target_modules", "all-linear"),
+        (
+            ["--lora.target_modules", r"model\.layers\.\d{1,2}\.mlp.*"],
+            "lora.target_modules",
+            r"model\.layers\.\d{1,2}\.mlp.*",
+        ),
+        (["--layers_to_transform", "0,1"], "lora.layers_to_transform", (0, 1)),
+        (["--layers_to_transform", "3"], "lora.layers_to_transform", (3,)),
+        (["--layers_to_transform", "none"], "lora.layers_to_transform", None),
+        (["--trainable_token_indices", "5,7"], "lora.trainable_token_indices", (5, 7)),
+        (
+            ["--trainer_type=dpo", "--dpo.loss_type=sigmoid,sft", "--loss_weights", "1,0.2"],
+            "dpo.loss_weights",
+            (1.0, 0.2),
+        ),
+    ],
+)
+def test_a_list_on_the_command_line_has_commas(minimal, words, key, value):
+    assert config_to_dict(from_words(minimal, "--lora.r=4", *words)[0])[key] == value
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["run.toml", "--report_to", "wandb", "mlflow"], "mlflow is no value of --report_to\n.*commas"),
+        (
+            ["run.toml", "--lora_target_modules", "q_proj", "v_proj"],
+            "v_proj is no value of --lora_target_modules\n.*commas",
+        ),
+        (["--packing", "yes", "run.toml"], "yes is no value of --packing\n.*true or false"),
+        (["a.toml", "b.toml"], "two configuration files, a.toml and b.toml"),
+        (["--seed", "1", "a.toml", "--seed", "2", "b.toml"], "two configuration files, a.toml and b.toml"),
+    ],
+)
+def test_a_word_that_belongs_to_nothing_is_told_by_the_option_before_it(words, told):
+    with pytest.raises(UserError) as mistake:
+        parse_arguments(words)
+    assert re.search(told, str(mistake.value))
+
+
+def test_options_of_an_adapter_need_its_rank():
+    """Without it all weights would train, in silence."""
+    others = {"init_lora_weights": "pissa", "target_modules": ["q_proj"], "trainable_token_indices": [1]}
+    for f in fields(LoraSection):
+        key, default = f"lora.{f.name}", getattr(LoraSection(), f.name)
+        if f.name == "r":
+            continue
+        kinds = {bool: True, float: 0.5, dict: {"q_proj": 2}}
+        value = others.get(f.name, kinds.get(f.type, [0] if "int" in str(f.type) else ["lm_head"]))
+        assert f"{key} = " in refused(MINIMAL, {key: value}).message
+        load(MINIMAL, {key: value, "lora.r": 4})
+        load(MINIMAL, {key: default} if default is not None else {})
+    load(MINIMAL, {"lora.r": "none", "lora.lora_alpha": 32})
+    of_a_name = {"lora.r": 4, "lora.layers_to_transform": [0], "lora.target_modules": "model.*q_proj"}
+    assert "regular expression" in refused(MINIMAL, of_a_name).message
 
 
 def test_total_batch_size_counts_the_processes(monkeypatch):

@@ -21,10 +21,11 @@ from minisft.model.lora import (
     place_adapters,
     start_adapters,
 )
-from minisft.model.lora_options import LoraOptions
+from minisft.model.lora_options import ALL_LINEAR, LoraOptions, is_target
 from minisft.model.quantized import Quantization
 from minisft.model.save import save_model
 from minisft.model.start import find_start
+from minisft.plan.shapes import adapters_of
 
 # Plain, windows with norms of heads, stacked, stacked head by head, stacked and transposed.
 FAMILIES = ("llama", "gemma3_text", "phi3", "gpt_neox", "gpt2")
@@ -190,6 +191,30 @@ def test_targets_ranks_and_layers():
     by_expression = adapted(target_modules=r"model\.layers\.0\..*(k|v)_proj")
     names = [n for n, m in by_expression.named_modules() if isinstance(m, LoraLinear)]
     assert names == ["layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_layers_mean_the_same_whether_modules_are_named_or_all(family):
+    """In the model, in the plan, and in what PEFT reads."""
+    model = tiny(family)
+    every = tuple({site.rpartition(".")[2] for site in adapter_sites(model)})
+    for layers in (None, (0,), (1,)):
+        both = [LoraOptions(r=4, target_modules=targets, layers_to_transform=layers) for targets in (every, ALL_LINEAR)]
+        named, everywhere = ([site for site in adapter_sites(model) if is_target(site, options)] for options in both)
+        assert named == everywhere and len(named) * (1 if layers is None else 2) == len(adapter_sites(model))
+        assert adapters_of(model.config, both[0]) == adapters_of(model.config, both[1])
+
+
+def test_the_plan_refuses_the_names_that_the_run_refuses():
+    model = tiny("llama")
+    for targets in (("q_proj", "c_attn"), "q_proj", "q_proj,v_proj"):
+        options = LoraOptions(r=4, target_modules=targets)
+        with pytest.raises(UserError) as of_plan:
+            adapters_of(model.config, options)
+        with pytest.raises(UserError) as of_run:
+            place_adapters(model, options)
+        assert str(of_plan.value) == str(of_run.value)
+        assert ('names are a list, as in ["' in of_run.value.hint) == isinstance(targets, str)
 
 
 def test_the_parts_of_a_stack_share_what_reads_the_input():

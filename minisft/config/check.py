@@ -5,10 +5,11 @@ import re
 from collections.abc import Callable
 
 from minisft.config.choices import ADAMW, wrong_optimizer_option
-from minisft.config.sections import KEYS, Config, config_to_dict, eval_sets
+from minisft.config.sections import KEYS, Config, LoraSection, config_to_dict, eval_sets
 from minisft.config.values import as_toml
 from minisft.data.packing_strategies import STRATEGIES
 from minisft.errors import UserError, shortened
+from minisft.model.lora_options import ALL_LINEAR
 from minisft.preference.losses import ACROSS_THE_BATCH, WITH_DIVERGENCE, WITH_LABEL_SMOOTHING, WITHOUT_REFERENCE
 from minisft.schedule import HAVE_NO_FLOOR, wrong_option
 
@@ -194,7 +195,15 @@ def check_optimizer(config: Config, refuse: Refuse) -> None:
 
 def check_trained(config: Config, refuse: Refuse) -> None:
     """The choice of the parameters that train."""
-    values = config_to_dict(config)
+    values, lora = config_to_dict(config), config.lora
+    for name, default in vars(LoraSection()).items():
+        if lora.r is None and getattr(lora, name) != default:
+            problem = "without lora.r there are no adapters, and all weights would train"
+            refuse(f"lora.{name}", problem, "set lora.r, as in r = 16, or leave it out")
+    by_expression = isinstance(lora.target_modules, str) and lora.target_modules != ALL_LINEAR
+    if by_expression and lora.layers_to_transform is not None:
+        problem = "a regular expression is of whole names, in which the layers are"
+        refuse("lora.target_modules lora.layers_to_transform", problem, 'use a list of names, or "all-linear"')
     for key in ("train.trainable", "train.frozen"):
         if config.lora.r is not None and values[key]:
             hint = "choose adapters by lora.target_modules, and whole modules by lora.modules_to_save"

@@ -1,5 +1,7 @@
 """The command line of a run: CONFIG.toml --name value --name=value --flag, and the text of --help."""
 
+import os
+import re
 import textwrap
 import tomllib
 from collections.abc import Collection
@@ -30,6 +32,7 @@ output_dir; its other keys are common to them. The same command resumes where it
 """
 
 HELP_COLUMN, HELP_WIDTH = 44, 120
+NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # what is a list where a key takes one expression too
 
 
 def take_options(argv: list[str], valued: Collection[str], flags: Collection[str]) -> tuple[dict[str, Any], list[str]]:
@@ -67,19 +70,17 @@ def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
     A key that is true or false may stand alone: it takes the next word only if that is true, false, none or a
     word of its own.
     """
-    path, overrides, rest = None, {}, list(argv)
+    bare: dict[str, str] = {}  # words that are no value: the option before each
+    overrides, rest, option = {}, list(argv), ""
     while rest:
         word = rest.pop(0)
         if not word.startswith("-"):
-            if path is not None:
-                hint = "one can extend the other, with `extends` in the file"
-                raise UserError(f"command line: two configuration files, {path} and {word}", hint=hint)
-            path = word
+            bare[word] = option
             continue
         if not word.startswith("--"):
             raise UserError(f"command line: unknown option {word}", hint="options are --name value; see --help")
         name, has_value, text = word[2:].partition("=")
-        name = name.replace("-", "_")
+        option, name = f"--{name}", name.replace("-", "_")
         kinds = _kinds(name)
         if not has_value:
             follows = bool(rest) and not _is_option(rest[0])
@@ -90,7 +91,21 @@ def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
                 raise UserError(f"command line: --{name} needs a value", hint=f"--{name} VALUE")
             text = rest.pop(0) if follows else "true"
         overrides[name] = _parse_word(text, kinds)
-    return path, overrides
+    if len(bare) > 1:
+        _refuse_words(bare)
+    return next(iter(bare), None), overrides
+
+
+def _refuse_words(words: dict[str, str]) -> None:
+    """Words of which at most one is the configuration: a value of the option before it, or several files."""
+    stray = [w for w, option in words.items() if option and not w.endswith(".toml") and not os.path.exists(w)]
+    if stray:
+        option = words[stray[0]]
+        is_flag = bool in _kinds(option[2:].replace("-", "_"))
+        takes = "takes true or false" if is_flag else "takes one word; a list has commas in it, as in a,b"
+        raise UserError(f"command line: {stray[0]} is no value of {option}", hint=f"{option} {takes}")
+    hint = "one can extend the other, with `extends` in the file"
+    raise UserError(f"command line: two configuration files, {' and '.join(list(words)[:2])}", hint=hint)
 
 
 def _is_option(word: str) -> bool:
@@ -114,9 +129,15 @@ def _kinds(name: str) -> set[type]:
     if isinstance(alias, tuple) and name not in KEYS:
         return {type(theirs) for theirs in alias[1]} | ({str} if KEYS[key].type is str else set())
     kind: Any = KEYS[key].type
-    if get_origin(kind) is tuple:
-        return {list, str}
-    return {str} if get_origin(kind) is Literal else {kind, *get_args(kind)}
+    if get_origin(kind) is Literal:
+        return {str}
+    lists = [one for one in (kind, *get_args(kind)) if get_origin(one) is tuple]
+    if lists and str in get_args(kind):
+        return {tuple, str}  # names, or one expression
+    if lists:
+        item = get_args(lists[0])[0]
+        return {list, str if get_origin(item) is Literal else item}
+    return {kind, *get_args(kind)}
 
 
 def _parse_word(text: str, kinds: set[type]) -> Any:
@@ -126,8 +147,8 @@ def _parse_word(text: str, kinds: set[type]) -> Any:
             return tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             pass  # a plain word that begins like TOML
-    if list in kinds and "," in text:
-        return text.split(",")
+    if list in kinds and "," in text or tuple in kinds and NAMES.fullmatch(text):
+        return [_parse_word(part, kinds - {list, tuple}) for part in text.split(",")]
     if (bool in kinds or not kinds) and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if str not in kinds:

@@ -26,7 +26,6 @@ arXiv:2402.09353. PiSSA, Meng et al. 2024, arXiv:2404.02948.
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 from minisft.errors import UserError
 from minisft.kernels.lora import Adapter, Layer, lora_linears
 from minisft.model.decoder import Decoder
-from minisft.model.lora_options import ALL_LINEAR, INITS, LoraOptions, is_target, scale_of
+from minisft.model.lora_options import INITS, LoraOptions, is_target, refuse_targets_without_layer, scale_of
 from minisft.model.quantized import QuantLinear, QuantWeight, dense, linear, named_weights
 from minisft.model.shards import whole
 from minisft.model.tensor_names import Stored, stored_tensors
@@ -198,7 +197,7 @@ def place_adapters(model: Decoder, options: LoraOptions, dtype: torch.dtype = to
         raise UserError(f"lora.init_lora_weights = {options.init_lora_weights!r}", hint=f"one of {INITS}")
     sites = adapter_sites(model)
     targets = [site for site in sites if is_target(site, options)]
-    _refuse_names_without_module(model, list(sites), targets, options)
+    _refuse_names_without_module(model, list(sites), options)
     model.requires_grad_(False)
     for site in targets:
         r, scale = scale_of(site, options)
@@ -270,21 +269,8 @@ def _start_at_singular_vectors(parts: list[LoraLinear], weight: Tensor, options:
             part.lora_B.copy_(B)
 
 
-def _refuse_names_without_module(model: Decoder, sites: list[str], targets: list[str], options: LoraOptions) -> None:
-    names = sorted({site.rpartition(".")[2] for site in sites})
-    missing = []
-    if not isinstance(options.target_modules, str):
-        everywhere = replace(options, layers_to_transform=None)
-        one = [replace(everywhere, target_modules=(target,)) for target in options.target_modules]
-        missing = [o.target_modules[0] for o in one if not any(is_target(site, o) for site in sites)]
-    if missing or not targets:
-        raise UserError(
-            f"lora.target_modules: no linear layer is named {', '.join(missing) or options.target_modules}"
-            + (
-                f" in layers {list(options.layers_to_transform)}" if options.layers_to_transform and not missing else ""
-            ),
-            hint=f'this model has {", ".join(names)}; or "{ALL_LINEAR}"',
-        )
+def _refuse_names_without_module(model: Decoder, sites: list[str], options: LoraOptions) -> None:
+    refuse_targets_without_layer(sites, options)
     modules = [name for name, _ in model.named_children() if any(True for _ in model.get_submodule(name).parameters())]
     if unknown := [name for name in options.modules_to_save if name not in modules or name == "layers"]:
         known = ", ".join(name for name in modules if name != "layers")

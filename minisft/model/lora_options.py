@@ -7,6 +7,8 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 
+from minisft.errors import UserError
+
 ALL_LINEAR = "all-linear"  # every linear layer but the head
 INITS = ("kaiming", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16")
 
@@ -53,12 +55,29 @@ class LoraOptions:
 def is_target(site: str, options: LoraOptions) -> bool:
     """Whether the module has an adapter, by PEFT's rules."""
     targets = options.target_modules
-    if isinstance(targets, str):
-        return targets == ALL_LINEAR or re.fullmatch(targets, site) is not None
-    if not any(site == target or site.endswith(f".{target}") for target in targets):
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        return re.fullmatch(targets, site) is not None  # it says the layers too
+    if targets != ALL_LINEAR and not any(site == target or site.endswith(f".{target}") for target in targets):
         return False
     number = re.search(r"\.(\d+)\.", site)
     return options.layers_to_transform is None or (number is not None and int(number[1]) in options.layers_to_transform)
+
+
+def refuse_targets_without_layer(sites: list[str], options: LoraOptions) -> None:
+    """UserError where target_modules, or one name in it, is that of no linear layer of a model with these sites."""
+    targets, missing = options.target_modules, []
+    if not isinstance(targets, str):
+        everywhere = replace(options, layers_to_transform=None)
+        one = [replace(everywhere, target_modules=(target,)) for target in targets]
+        missing = [o.target_modules[0] for o in one if not any(is_target(site, o) for site in sites)]
+    if not missing and any(is_target(site, options) for site in sites):
+        return
+    where = f" in layers {list(options.layers_to_transform)}" if options.layers_to_transform and not missing else ""
+    names = sorted({site.rpartition(".")[2] for site in sites})
+    hint = f'this model has {", ".join(names)}; or "{ALL_LINEAR}"'
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        hint = f'a string is a regular expression of whole names, and names are a list, as in ["{names[0]}"]; {hint}'
+    raise UserError(f"lora.target_modules: no linear layer is named {', '.join(missing) or targets}{where}", hint=hint)
 
 
 def of_pattern(patterns: dict, site: str, default: float) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from minisft.model.lora_options import LoraOptions, is_target, scale_of
+from minisft.model.lora_options import LoraOptions, is_target, refuse_targets_without_layer, scale_of
 from minisft.model.model_config import QK_LAYER_NORMS, ModelConfig
 from minisft.model.tensor_names import stored_tensors
 
@@ -55,12 +55,13 @@ def is_matrix_of_a_layer(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def adapters_of(c: ModelConfig, options: LoraOptions) -> list[Adapter]:
-    """The adapters that `apply_lora` makes."""
+    """The adapters that `apply_lora` makes. UserError for names that it refuses."""
     shapes = parameter_shapes(c)
     linears = [name for name, shape in shapes.items() if is_matrix_of_a_layer(name, shape)]
+    sites = {name.removesuffix(".weight"): stored for name, stored in stored_tensors(c, linears).items()}
+    refuse_targets_without_layer(list(sites), options)
     found = []
-    for name, stored in stored_tensors(c, linears).items():
-        site = name.removesuffix(".weight")
+    for site, stored in sites.items():
         if is_target(site, options):
             outputs = tuple(shapes[part][0] for part in stored.names)
             found.append(Adapter(stored.names, scale_of(site, options)[0], shapes[stored.names[0]][1], outputs))
