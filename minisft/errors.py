@@ -6,6 +6,7 @@ its code; nobody sees a traceback for a mistake of their own. Internal invariant
 What nobody foresaw (a bug of ours, of a library, or no memory left) is two lines too, and a file with the traceback.
 """
 
+import io
 import os
 import socket
 import sys
@@ -62,8 +63,17 @@ def shortened(text: str, most: int) -> str:
 
 def rank_name() -> str:
     """This process among those of a launcher (torchrun): "rank 1 on host-b"; "" if it is the only one."""
-    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    is_alone = os.environ.get("WORLD_SIZE", "") in ("", "1")
     return "" if is_alone else f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()}"
+
+
+def number_of_ranks() -> int:
+    """How many processes a launcher (torchrun) says it has started together; 1 without one. Raises UserError."""
+    text = os.environ.get("WORLD_SIZE", "") or "1"
+    if not text.isdecimal() or not 1 <= int(text) <= 10**6:
+        hint = "a launcher such as torchrun sets it; unset it to train in one process"
+        raise UserError(f"WORLD_SIZE = {text[:60]!r} in the environment: expected a number of processes", hint=hint)
+    return int(text)
 
 
 def tell(text: str) -> None:
@@ -80,6 +90,10 @@ def warn(message: str) -> None:
 
 def run_command(command: Callable[[], int]) -> int:
     """Call a command and return its exit code. Whatever is raised becomes two lines on stderr, and no traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # where the encoding lacks a character of the data, as stderr does
     try:
         code = command()
         sys.stdout.flush()

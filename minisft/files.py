@@ -49,6 +49,16 @@ def checked_path(path: str | Path, what: str, *, exit_code: int = CONFIG) -> str
     return text
 
 
+def file_to_write(path: str, option: str) -> str:
+    """`checked_path` of a file that a command writes at its end. UserError for what would fail only then."""
+    text = checked_path(path, option)
+    if not os.path.isdir(os.path.dirname(os.path.abspath(text))):
+        raise UserError(f"{option} {path}: there is no such folder", hint="make it first, or name another file")
+    if os.path.isdir(text):
+        raise UserError(f"{option} {path}: it is a folder", hint="name a file")
+    return text
+
+
 def require_file(path: str | Path, *, exit_code: int = DATA) -> None:
     """Raises UserError unless the path names a regular file, or a link to one."""
     try:

@@ -17,10 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from minisft.errors import PEER, UserError, is_out_of_memory, rank_name
+from minisft.errors import PEER, UserError, is_out_of_memory, number_of_ranks, rank_name
 from minisft.peers import START, Watch
 from minisft.strict_json import dump_json, parse_json
 
+OF_A_LAUNCHER = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # in the environment, besides WORLD_SIZE
 STEP = timedelta(minutes=10)  # that a rank waits for the others once steps are taken: one of them may save
 
 _watch: Watch | None = None
@@ -39,12 +40,14 @@ def world_size() -> int:
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the group that a launcher (torchrun) describes in the environment; a single process joins none.
 
-    Inside, every rank watches the others (peers.py), and the block ends when all ranks are done.
+    Inside, every rank watches the others (peers.py), and the block ends when all ranks are done. Raises UserError where the
+    environment describes no group.
     """
     global _watch, _group
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if number_of_ranks() == 1 or dist.is_initialized():
         yield
         return
+    _require_launcher()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, number, count = next(dist.rendezvous("env://", timeout=START))
     dist.init_process_group(
@@ -60,6 +63,17 @@ def process_group(device: torch.device) -> Iterator[None]:
     finally:
         _watch = _group = None
         dist.destroy_process_group()
+
+
+def _require_launcher() -> None:
+    """Some clusters set WORLD_SIZE alone, for a launcher that is still to be started."""
+    count, (rank, address, port) = number_of_ranks(), (os.environ.get(name, "") for name in OF_A_LAUNCHER)
+    are_right = rank.isdecimal() and int(rank) < count, bool(address), port.isdecimal()
+    if not all(are_right):
+        wrong = zip(OF_A_LAUNCHER, (rank, address, port), are_right)
+        told = ", ".join(f"{name} = {text[:60]!r}" for name, text, is_right in wrong if not is_right)
+        hint = "start the ranks by torchrun, which sets all of them, or unset WORLD_SIZE to train in one process"
+        raise UserError(f"WORLD_SIZE = {count} in the environment announces several ranks, but {told}", hint=hint)
 
 
 def expect_steps() -> None:

@@ -2,12 +2,14 @@
 
 import errno
 import importlib.util
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import minisft
 from minisft import __main__, __version__, errors, train
@@ -228,6 +230,47 @@ def test_messages_are_short_and_hold_no_commands_for_a_terminal(folder, loop, ca
     assert train.main(["run.toml"]) == errors.CONFIG
     said = capsys.readouterr().err
     assert len(said) < 5000 and "\x1b" not in said and "\\x1b[2J\\x07aaa" in said
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_output_that_the_encoding_lacks_characters_for_is_escaped(monkeypatch, encoding):
+    """A model's answer, a row or a bar must not end a run after its last step."""
+    data = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(data, encoding=encoding))
+    assert errors.run_command(lambda: print("a \u4f60 \u2588") or 0) == 0
+    assert data.getvalue().decode(encoding) == "a \\u4f60 \\u2588\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' in the environment: expected"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0' in the environment: expected"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2 .* but RANK = '', MASTER_ADDR = '', MASTER_PORT = ''"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "but RANK = '2'\n"),
+    ],
+)
+def test_ranks_that_nobody_launched_are_a_mistake_of_the_environment(
+    folder, loop, capsys, monkeypatch, environment, told
+):
+    from minisft import ranks
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=told) as mistake, ranks.process_group(torch.device("cpu")):
+        pass
+    loop(mistake.value)
+    assert train.main(["run.toml"]) == errors.CONFIG
+    said = capsys.readouterr().err
+    assert "error: WORLD_SIZE = " in said and "unset" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("command", ["audit run.toml --html", "generate . --data rows.jsonl --out"])
+@pytest.mark.parametrize(("file", "told"), [("absent/x", "there is no such folder"), (".", "it is a folder")])
+def test_a_file_that_cannot_be_written_is_told_before_the_work(folder, capsys, command, file, told):
+    assert __main__.main([*command.split(), file]) == errors.CONFIG
+    option = command.split()[-1]
+    assert f"error: {option} {file}: {told}" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- before torch

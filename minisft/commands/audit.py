@@ -4,7 +4,6 @@ It reads the data as the run would, through the same cache, masks and cuts, but 
 65 if a share exceeds its limit in the [audit] section, else 0.
 """
 
-import io
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from minisft.config.sections import AuditSection
 from minisft.data.audit_text import text_report
 from minisft.errors import DATA, UserError, shortened
-from minisft.files import checked_path
+from minisft.files import file_to_write
 
 if TYPE_CHECKING:
     from minisft.config.sections import Config
@@ -70,11 +69,8 @@ def main(argv: list[str]) -> int:
         )
     for stage in stages:
         look_for_data(stage.config)
-    html = options.get("html") and checked_path(options["html"], "--html")
-    if html and not Path(html).absolute().parent.is_dir():
-        raise UserError(f"--html {html}: there is no such folder")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character of the data
+    if options.get("html"):
+        options["html"] = file_to_write(options["html"], "--html")
     codes = []
     for stage in stages:
         if stage.title:

@@ -14,7 +14,7 @@ from pathlib import Path
 from minisft.answers import Answerer, add_sampling, open_model, sampling, system_turn
 from minisft.atomic_folder import write_file
 from minisft.errors import DATA, UserError, shortened
-from minisft.files import checked_path
+from minisft.files import checked_path, file_to_write
 
 
 def main(argv: list[str]) -> int:
@@ -34,9 +34,15 @@ def main(argv: list[str]) -> int:
     add_sampling(parser)
     arguments = parser.parse_args(argv)
     folder = Path(checked_path(arguments.folder, "the folder"))
-    for option in ("messages", "data", "out"):
+    for option in ("messages", "data"):
         if getattr(arguments, option):
             checked_path(getattr(arguments, option), f"--{option}")
+    if arguments.out and not (arguments.messages or arguments.data):
+        raise UserError(
+            "--out is for the rows of a file", hint="give --data FILE or --messages FILE, or redirect the output"
+        )
+    if arguments.out:
+        arguments.out = file_to_write(arguments.out, "--out")
     if arguments.metric and not arguments.data:
         raise UserError("--metric compares with the answers of rows", hint="give --data FILE")
     if not 1 <= arguments.batch_size <= 2**16:

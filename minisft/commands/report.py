@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minisft.config.command_line import take_options
 from minisft.errors import UserError
-from minisft.files import checked_path
+from minisft.files import checked_path, file_to_write
 
 USAGE = """\
 usage: minisft report RUN [RUN2 ...] [--out FILE] [--png FOLDER]
@@ -35,12 +35,11 @@ def main(argv: list[str]) -> int:
     from minisft.report.runs import read_runs
 
     runs = read_runs(folders)
-    out = Path(checked_path(options["out"][-1], "--out")) if "out" in options else None
+    out = Path(file_to_write(options["out"][-1], "--out")) if "out" in options else None
     out = out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
     pictures = Path(checked_path(options["png"][-1], "--png")) if "png" in options else None
-    for option, path in (("--out", out), ("--png", pictures)):
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(f"{option} {path}: there is no such folder")
+    if pictures and not pictures.absolute().parent.is_dir():
+        raise UserError(f"--png {pictures}: there is no such folder")
     count = write_report(out, runs, pictures)
     print(f"written: {out}" + (f", and {count} charts in {pictures}" if pictures else ""))
     return 0

@@ -146,12 +146,12 @@ NOT_NEEDED: dict[str, str] = {
 # Keys of things that minisft does not do: refused, unless they are false.
 UNSUPPORTED: dict[str, str] = {
     "use_peft": "adapters are switched on by a rank: lora.r = 16",
-    "trackio_url": 'a remote Trackio server is not supported; report_to = "trackio" keeps its files on this machine',
-    "deepspeed": "weights are not sharded over devices; torchrun trains with a whole copy on each",
-    "fsdp": "weights are not sharded over devices; torchrun trains with a whole copy on each",
+    "trackio_url": 'with report_to = "trackio" the environment names the server: TRACKIO_SERVER_URL',
+    "deepspeed": 'parallel.strategy = "fsdp2" shards weights over the ranks of torchrun; these options are not read',
+    "fsdp": 'parallel.strategy = "fsdp2" shards weights over the ranks of torchrun; these options are not read',
     "torch_compile": "torch.compile is not used; the kernels are compiled already",
     "dataset_kwargs": "use data.add_special_tokens and data.add_eos; rows that are token ids already need no option",
-    "hub_model_id": "uploading is not supported; the final model folder can be uploaded with `hf upload`",
-    "push_to_hub": "uploading is not supported; the final model folder can be uploaded with `hf upload`",
+    "hub_model_id": "a run uploads nothing; afterwards: minisft export RUN OUT --push owner/name",
+    "push_to_hub": "a run uploads nothing; afterwards: minisft export RUN OUT --push owner/name",
     "trust_remote_code": "code from a model repository never runs here",
 }

@@ -29,7 +29,7 @@ from minisft.config.aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIAS
 from minisft.config.check import check_config
 from minisft.config.sections import KEYS, SECTIONS, Config, config_to_dict
 from minisft.config.values import as_toml, expected, fit, fit_type, nearest_choice, problem_of
-from minisft.errors import CONFIG, UserError, shortened, tell
+from minisft.errors import CONFIG, UserError, number_of_ranks, shortened, tell
 from minisft.files import checked_path, read_file
 
 RESOLVED_NAME = "config.toml"  # in the output folder
@@ -405,7 +405,7 @@ def _accumulation(given: Given, values: dict[str, Any]) -> int:
     """gradient_accumulation_steps = total_batch_size / (per_device_train_batch_size x processes)"""
     total = given.value.rows
     key = "train.per_device_train_batch_size"
-    rows = values.get(key, KEYS[key].default) * int(os.environ.get("WORLD_SIZE", 1))
+    rows = values.get(key, KEYS[key].default) * number_of_ranks()
     if fit_type(total, int) is MISSING or total < 1 or total % rows:
         raise UserError(
             f"{given.origin}: {given.written} = {as_toml(total)}: expected a multiple of {rows}",
