@@ -304,6 +304,7 @@ def test_a_file_becomes_a_configuration_that_loads(folder, capsys, name, text):
     out = capsys.readouterr().out
     config, origins = load("ours.toml")
     assert "before it runs" not in out and "next: python -m minisft train ours.toml" in out
+    assert all(len(line) <= 100 or " " not in line.strip() for line in out.split("\n"))
     written = (folder / "ours.toml").read_text().replace("#     ", "").replace("\n", " ")
     for note in translated(name, text, folder).notes:  # the file itself says what differs
         if note.kind != TRANSLATED and not note.harmless:
@@ -311,6 +312,30 @@ def test_a_file_becomes_a_configuration_that_loads(folder, capsys, name, text):
     again = translated(name, text, folder).values
     same = {key for key, value in again.items() if origins[key] == "ours.toml" or value == KEYS[key].default}
     assert set(again) - same <= {"model.model_name_or_path"}
+
+
+@pytest.mark.parametrize("name", ["trl", "axolotl", "llamafactory"])
+def test_a_file_of_another_trainer_is_told_by_its_keys(folder, name):
+    """Read as one of the named trainer it would have the wrong defaults: full weights, and no data, for a QLoRA."""
+    files = {
+        "trl": "model_name_or_path: a/b\ndataset_name: a/c\nuse_peft: true\nload_in_4bit: true\nlearning_rate: 1e-4\n",
+        "axolotl": "base_model: a/b\nadapter: qlora\nload_in_4bit: true\ndatasets: [{path: a/c}]\nlearning_rate: 1e-4\n",
+        "llamafactory": "model_name_or_path: a/b\nstage: sft\nfinetuning_type: lora\ntemplate: qwen\nlearning_rate: 1e-4\n",
+    }
+    for other, text in files.items():
+        (folder / "its.yaml").write_text(text)
+        words = [f"--from-{name}", "its.yaml", "--force"]
+        if other == name:
+            assert init.main(words) == 0
+        else:
+            with pytest.raises(UserError, match=f"keys of .*, not of .*\n  minisft init --from-{other} its.yaml"):
+                init.main(words)
+
+
+def test_a_rank_without_use_peft_trains_all_weights_by_either_name(folder):
+    for key in ("lora_r", "lora_rank"):
+        t = translated("trl", f"model_name_or_path: a/b\ndataset_name: a/c\n{key}: 8\n", folder)
+        assert "lora.r" not in t.values and f"{key} = 8: all weights train" in texts(t, NO_COUNTERPART)
 
 
 def test_trl_full(folder):

@@ -42,6 +42,12 @@ from minisft.init.detect import (
 )
 
 READERS = {"trl": trl, "axolotl": axolotl, "llamafactory": llamafactory, "stages": stage_files}
+WIDTH = 100  # of what is printed about another trainer's file
+SIGNS = {  # keys that files of the others do not have
+    "trl": "use_peft dataset_name dataset_mixer dataset_mixture max_seq_length dataset_text_field torch_dtype",
+    "axolotl": "base_model datasets adapter dataset_prepared_path sequence_len micro_batch_size evals_per_epoch saves_per_epoch",
+    "llamafactory": "finetuning_type stage dataset template cutoff_len dataset_dir plot_loss overwrite_cache",
+}
 SHORTEST = 256  # tokens of a document; a method that does not fit even with these is refused
 
 
@@ -69,10 +75,11 @@ def main(argv: list[str]) -> int:
     if not asking and not source:
         print(text)
     for line in lines:
-        print(line)
+        print("\n".join(toml_text.wrapped(line, WIDTH)))
     print(f"\nwritten to {path}")
     if problem:
-        print(f"to be corrected before it runs: {problem}")
+        told = f"to be corrected before it runs: {problem}".split("\n")
+        print("\n".join(part for line in told for part in toml_text.wrapped(line, WIDTH)))
     print(f"next: {_start(path, devices)}")
     start = arguments.start
     if asking and not start:
@@ -372,6 +379,7 @@ def _imported(arguments: argparse.Namespace, name: str) -> tuple[Path, str, list
         raise UserError(f"--{unused[0].replace('_', '-')} with --from-{name}", hint=hint)
     path = Path(checked_path(arguments.output or arguments.file or f"{given.stem}.toml", "the file"))
     table = read_yaml(given)
+    _refuse_other_trainer(table, name, given)
     if name == "stages":
         parts = stage_files.read(table, first_row)
     elif name == "llamafactory":
@@ -406,6 +414,16 @@ def _imported(arguments: argparse.Namespace, name: str) -> tuple[Path, str, list
         problem = error
     lists = [line for stage, t in parts for line in _list(TRANSLATED, stage, t)]
     return path, text, [*lists, *told], problem
+
+
+def _refuse_other_trainer(table: dict, name: str, given: Path) -> None:
+    """Read as another trainer's, a file would be translated with the wrong defaults, and its own keys would be left out."""
+    found = {trainer: [key for key in keys.split() if key in table] for trainer, keys in SIGNS.items()}
+    likely = max(found, key=lambda trainer: len(found[trainer]))
+    if name in SIGNS and not found[name] and len(found[likely]) >= 2:
+        keys, theirs, its = ", ".join(found[likely][:3]), READERS[likely].NAME, READERS[name].NAME
+        hint = f"minisft init --from-{likely} {shlex.quote(str(given))}"
+        raise UserError(f"{given}: {keys} are keys of {theirs}, not of {its}", hint=hint)
 
 
 def _told(parts: list[tuple[str, Translation]]) -> list[str]:

@@ -262,7 +262,7 @@ def _model(t: Translation, lora_by_rank: bool) -> None:
     has_switch = "use_peft" in t.left
     uses_lora = t.on("use_peft") or lora_by_rank and not has_switch and bool(rank)
     without = "lora_r is not set" if lora_by_rank else "as in TRL without use_peft"
-    for key in ("use_peft", *OF_LORA):
+    for key in ("use_peft", *OF_LORA, "lora_rank"):
         if key in t.left and not uses_lora:
             t.nothing(
                 key,

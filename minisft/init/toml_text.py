@@ -46,12 +46,16 @@ def render(
 
 
 def _comment(paragraph: str) -> list[str]:
-    """Comment lines, wrapped at WIDTH; a paragraph that starts with spaces keeps that indent on every line."""
+    """Comment lines, wrapped at WIDTH."""
+    return [f"# {line}".rstrip() for line in wrapped(paragraph, WIDTH)]
+
+
+def wrapped(paragraph: str, width: int) -> list[str]:
+    """Printable lines, broken between words; a paragraph that starts with spaces keeps that indent on every line."""
     indent = " " * (len(paragraph) - len(paragraph.lstrip()))
-    wrapped = textwrap.wrap(paragraph.strip(), WIDTH - len(indent), subsequent_indent="  ", break_long_words=False,
-                            break_on_hyphens=False)  # fmt: skip
-    printable = ("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in wrapped or [""])
-    return [f"# {indent}{line}".rstrip() for line in printable]
+    lines = textwrap.wrap(paragraph.strip(), width - len(indent), subsequent_indent="  ", break_long_words=False,
+                          break_on_hyphens=False)  # fmt: skip
+    return [indent + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines or [""]]
 
 
 def _tables(values: dict[str, Any], remarks: dict[str, str], before: str) -> list[str]:
