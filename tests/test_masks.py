@@ -14,7 +14,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from minisft.data.chat import masks
+from minisft.data.chat import dialogue, masks
 from minisft.data.chat.dialogue import Masking
 from minisft.data.chat.masks import render_conversation
 from minisft.data.chat.template import ChatTemplate, render
@@ -62,6 +62,27 @@ NO_PROMPT_ALONE = (  # as Qwen 2.5: an error without a first message
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 ONE_HEADER = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"  # turns have no headers at all
+
+
+@pytest.mark.parametrize("template", [TEMPLATES["qwen3"], TEMPLATES["qwen35"]], ids=["one prompt", "a switch"])
+def test_turn_by_turn_each_beginning_is_rendered_once(monkeypatch, template):
+    """So the work grows with the turns of a conversation, and not with their square: 100 turns took a minute."""
+    calls = []
+    monkeypatch.setattr(dialogue, "render", lambda *args, **more: calls.append(args) or render(*args, **more))
+
+    def renderings(turns: int) -> int:
+        calls.clear()
+        messages = [user("Why?"), assistant("So.", reasoning_content="hm"), user("And?"), assistant("Thus.")] * turns
+        assert len(render_conversation(template, messages)) == 2 * turns
+        return len(calls)
+
+    renderings(2)  # what is found out once about a template
+    assert renderings(12) <= 2 * renderings(6)
+
+
+@pytest.mark.parametrize("a, b", [("", ""), ("a", "a"), ("", "ab"), ("abc", "abd"), ("xbc", "abd"), ("ab", "abc")])
+def test_where_two_texts_differ(a, b):
+    assert dialogue.first_difference(a, b) == dialogue.first_difference(b, a) == len(os.path.commonprefix([a, b]))
 
 
 @pytest.mark.parametrize("system", [False, True])

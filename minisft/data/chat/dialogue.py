@@ -53,12 +53,19 @@ class Conversation:
     prompts: dict[int, str]  # answers after another prompt than the default: how it was chosen. masks.py fills it in
     switch: str = ""  # the value of a switch with which all is rendered, if it is not the default
     is_strict: bool = False  # whether a prompt that ends inside a stretch of whitespace is refused
+    # Turn by turn: what the first messages were rendered to, for all documents of the row; None: it is not kept.
+    kept: dict[tuple, str] | None = None
     began: float = field(default_factory=time.thread_time)  # the row: turns are found by many renderings
 
     def render(self, stop: int | None = None, **options: Any) -> str:
         if time.thread_time() - self.began > MAX_ROW_SECONDS:
             raise RowError("too long to render", f"its turns are not found within {MAX_ROW_SECONDS:g} s")
-        return render(self.template, self.messages[:stop], **{**self.given, **options})
+        key = None if self.kept is None or stop is None else (stop, *sorted(options.items()))
+        if self.kept is None or key is None:
+            return render(self.template, self.messages[:stop], **{**self.given, **options})
+        if key not in self.kept:
+            self.kept[key] = render(self.template, self.messages[:stop], **{**self.given, **options})
+        return self.kept[key]
 
     def prompt(self, i: int, **switch: Any) -> str:
         """The text that the model is given before it writes message i. Raises RowError if that cannot be told."""
@@ -92,3 +99,15 @@ class Conversation:
         if question[at:] and prompt.rfind("<", 0, at) > prompt.rfind(">", 0, at):  # they part inside a special token
             at = prompt.rfind("<", 0, at)
         return prompt[at:]
+
+
+def first_difference(a: str, b: str) -> int:
+    """The first place at which two texts differ, by bisection: long texts are compared often."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

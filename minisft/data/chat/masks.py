@@ -38,7 +38,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from minisft.data.chat.dialogue import Conversation, Masking, Rendered
+from minisft.data.chat.dialogue import Conversation, Masking, Rendered, first_difference
 from minisft.data.chat.inference import (
     CLOSED_THOUGHT,
     PROBE,
@@ -123,6 +123,7 @@ def _documents(row: Conversation) -> list[Rendered]:
             errors.append(error)
     try:
         if row.masking.multi_turn != "joint" and sum(row.trained) > 1:
+            options = [replace(option, kept={}) for option in options]
             return _not_too_long(_alone(options, i) for i, on in enumerate(row.trained) if on)
     except RowError:
         pass
@@ -310,7 +311,7 @@ def _turn(row: Conversation, text: str, i: int, found: tuple[int, int] | None = 
     pairs += ((turn, text, "once other turns follow") if found is None else (turn, so_far, "once other turns follow"),)
     for ours, theirs, what in pairs:
         if not theirs.startswith(ours):
-            at = next((n for n, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+            at = first_difference(ours, theirs)
             raise RowError(
                 "the chat template renders a turn differently than at inference",
                 f"message {i} {what}: {ours[at : at + 40]!r} becomes {theirs[at : at + 40]!r}",
@@ -365,6 +366,8 @@ def _per_turn(row: Conversation) -> list[Rendered]:
 
 
 def _turns_alone(row: Conversation) -> Iterator[Rendered]:
+    if row.kept is None:  # documents begin alike, so n turns need renderings in the order of n, not of n^2
+        row = replace(row, kept={})
     for i in (i for i, on in enumerate(row.trained) if on):
         alone = [n == i for n in range(i + 1)]
         part = replace(row, messages=row.messages[: i + 1], notes=row.notes[: i + 1], trained=alone, prompts={})
