@@ -34,7 +34,7 @@ from minisft.checkpoint import checkpoints, step_of
 from minisft.config.load import RESOLVED_NAME, load
 from minisft.config.sections import Config, source_list
 from minisft.data.cache import Documents, TokenCache
-from minisft.data.chunks import read_places
+from minisft.data.chunks import read_formats, read_places
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError, warn
 from minisft.model.start import Start
@@ -91,6 +91,7 @@ def trained_stream(folder: Path) -> Chunks | None:
     newest = max(checkpoints(folder / "checkpoints"), key=step_of, default=None)
     if newest is not None and (position := read_json(newest / "trainer_state.json").get("stream")):
         stream.require_unchanged(read_places(position["begin"]))
+        stream.formats |= read_formats(position.get("formats", {}))
     return stream
 
 

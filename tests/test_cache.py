@@ -355,7 +355,7 @@ def test_a_file_that_joins_a_glob_during_the_build_is_not_read(tmp_path, monkeyp
 
 def test_a_full_disk_never_leaves_a_cache_that_lacks_a_byte(tmp_path):
     """The disk refuses at a real write call: Python ignores SIGXFSZ and gets EFBIG. ndarray.tofile loses bytes in silence."""
-    path = jsonl(tmp_path / "a.jsonl", [{"text": "Hello, how are you today?", "weight": 0.5}] * 60)
+    path = jsonl(tmp_path / "a.jsonl", [{"text": "Hello, how are you today?", "weight": 0.5}] * 80)
     whole = build(tmp_path, path)
     largest = whole.ids.nbytes
     others = [file.stat().st_size for file in whole.folder.iterdir() if file.name not in ("ids.bin", "weights.bin")]

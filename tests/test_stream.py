@@ -189,6 +189,48 @@ def test_other_rows_are_refused(home, tmp_path, no_process):
     assert train(home, **keys).exit_code == 0
 
 
+MIXED = [{"prompt": "a", "completion": "b"}] * 20 + [{"text": "plain"}] * 5 + [{"prompt": "c", "completion": "d"}] * 15
+ALIKE = MIXED[:20] + [{"prompt": "a", "completion": "b", "system": "s"}] * 20
+
+
+def test_the_first_row_of_a_stream_decides_the_format_of_all(home, tmp_path, no_process, monkeypatch):
+    """Not that of a chunk: rows of another format are bad ones, named by file and line, as they are without a stream."""
+    file, told = tmp_path / "rows.jsonl", []
+    file.write_text("".join(json.dumps(row) + "\n" for row in MIXED))
+    keys = STREAM | {"data.train_data": str(file), "train.max_steps": 5}
+    for options in (keys, {"data.train_data": str(file)}):
+        with pytest.raises(UserError, match="missing field: 'prompt'") as error:
+            train(home, **options, output_dir=str(tmp_path / f"{len(told)}"))
+        told.append(error.value.message)
+    assert told[0] == told[1] and told[0].startswith(f"{file}:21: ")
+    run, _ = parts(home, **keys, output_dir=str(tmp_path / "skip"), **{"data.on_bad_row": "skip"})
+    run.train.stream.reach(run.train, 3)
+    cache = run.train.documents.cache
+    assert cache.manifest["sources"][0]["rows_used"] == 15 and cache.manifest["bad_rows"][0].startswith(f"{file}:21: ")
+    assert {cache.place(document) for document in range(15)} == {f"{file}:{line}" for line in range(26, 41)}
+
+
+def test_a_resumed_stream_keeps_the_format(home, tmp_path, no_process):
+    """A later row with a system prompt would be rendered by the template, if it were the first one. The second source begins
+    in a chunk that the resumed run does not read."""
+    for name, rows in (("a", MIXED[:4]), ("b", ALIKE[16:28])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    keys = {
+        "data.train_data": sources,
+        "data.stream_rows": 4,
+        "model.chat_template": "chatml",
+        "checkpoint.save_steps": 1,
+    }
+    keys = STREAM | keys | {"train.per_device_train_batch_size": 2}
+    train(home, **keys | {"train.max_steps": 8}, output_dir=str(tmp_path / "whole"))
+    train(home, **keys | {"train.max_steps": 5}, output_dir=str(tmp_path / "stopped"))
+    shutil.rmtree(tmp_path / "token_cache")
+    train(home, **keys | {"train.max_steps": 8}, output_dir=str(tmp_path / "stopped"))
+    assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+
+
 def test_two_ranks_are_one(home, tmp_path):
     one = STREAM | {"output_dir": str(tmp_path / "one"), "train.per_device_train_batch_size": 8, "train.max_steps": 8}
     two = one | {"output_dir": str(tmp_path / "two"), "train.per_device_train_batch_size": 4}

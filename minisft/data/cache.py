@@ -352,6 +352,7 @@ def cache_key(
 
     digests: of every file that the sources have in `files`.
     """
+    row_formats = [source.row_format and asdict(source.row_format) for source in sources]
     parts = {
         "version": [CACHE_VERSION, tokenizers.__version__],
         "sources": [
@@ -361,8 +362,9 @@ def cache_key(
                 "format": source.format,
                 "field_map": source.field_map,
                 "ignore": source.ignore,
+                **({"origins": source.origins, "row_format": row_format} if source.origins else {}),
             }
-            for source in sources
+            for source, row_format in zip(sources, row_formats)
         ],
         "tokenizer": tokenizer.fingerprint(),
         "options": asdict(options),
@@ -399,7 +401,8 @@ def _build(
     options: FormatOptions,
     on_bad_row: str,
 ) -> None:
-    paths = [path for source in sources for path in source.files]
+    copied = [[name for name, _ in source.origins] for source in sources]
+    paths = list(dict.fromkeys(path for source, names in zip(sources, copied) for path in names or source.files))
     manifest: dict[str, Any] = {"paths": paths, "sources": [], "bad_rows": []}
     file_numbers = {path: number for number, path in enumerate(paths)}
     num_tokens, is_weighted, has_roles = 0, False, options.answers != "chosen"

@@ -28,9 +28,10 @@ from minisft.atomic_folder import (
     verify_folder,
     waiting_lock,
 )
-from minisft.data.cache import Documents
+from minisft.data.cache import Documents, TokenCache
 from minisft.data.parquet import copy_parquet
 from minisft.data.repositories import locate
+from minisft.data.row_format import RowFormat
 from minisft.data.sources import BOM, MAX_ROW_BYTES, Source, file_kind, list_files, open_rows
 from minisft.errors import DATA, UserError
 
@@ -78,6 +79,18 @@ def read_places(value: list[dict]) -> Places:
             "the checkpoint of a stream from an earlier version cannot be resumed", hint=hint, exit_code=DATA
         )
     return tuple(Place(**place) for place in value)
+
+
+def formats_of(cache: TokenCache, parts: Sequence[Part]) -> dict[int, RowFormat]:
+    """The format of each source that has rows in a chunk, by the number of the source."""
+    numbers, entries = dict.fromkeys(part.source for part in parts), cache.manifest["sources"]
+    found = {number: entry.get("format") for number, entry in zip(numbers, entries)}  # absent in an older cache
+    return read_formats({number: row_format for number, row_format in found.items() if row_format})
+
+
+def read_formats(value: dict) -> dict[int, RowFormat]:
+    """The same from the JSON of a checkpoint or a manifest."""
+    return {int(number): RowFormat(**{**row, "ignored": tuple(row["ignored"])}) for number, row in value.items()}
 
 
 # ------------------------------------------------------------------------------------------------- sources
@@ -233,39 +246,44 @@ class Copier:
         return Place(at.passes + 1, at.source if self.is_mix else 0, taken=at.taken)
 
 
-def read_chunk(folder: Path, sources: Sequence[Source]) -> tuple[list[Source], list[Part], Places]:
+def read_chunk(
+    folder: Path, sources: Sequence[Source], formats: dict[int, RowFormat] | None = None
+) -> tuple[list[Source], list[Part], Places]:
     """(the sources of a chunk that was written, whose files are its own; these files; where the next chunk begins)"""
     manifest = read_manifest(folder)
     parts = [Part(*part) for part in manifest["parts"]]
-    return sources_of(folder, sources, parts), parts, read_places(manifest["end"])
+    return sources_of(folder, sources, parts, formats or {}), parts, read_places(manifest["end"])
 
 
-def sources_of(folder: Path, sources: Sequence[Source], parts: Sequence[Part]) -> list[Source]:
-    """The sources with the files that were copied into a folder for their own."""
+def sources_of(
+    folder: Path, sources: Sequence[Source], parts: Sequence[Part], formats: dict[int, RowFormat]
+) -> list[Source]:
+    """The sources with the files that were copied into a folder for their own. formats: of the sources whose first rows were
+    in another chunk; no later row decides it."""
     found = []
     for number in dict.fromkeys(part.source for part in parts):
-        files = tuple(str(folder / part.name) for part in parts if part.source == number)
-        old = sources[number]
-        found.append(replace(old, name=old.label, files=files, split="", weight=1.0))  # the weight chose the rows
+        old, own = sources[number], [part for part in parts if part.source == number]
+        files = tuple(str(folder / part.name) for part in own)
+        origins = tuple((name_of(old, part.file), part.row) for part in own)
+        new = replace(old, files=files, origins=origins, row_format=formats.get(number))
+        found.append(replace(new, name=old.label, split="", weight=1.0))  # the weight chose the rows
     return found
 
 
 def with_places(documents: Documents, sources: Sequence[Source], parts: Sequence[Part], is_mix: bool) -> Documents:
-    """The documents of some parts with the files and lines that their rows came from, and with `numbers`.
+    """The documents of some parts with `numbers`.
 
     A row has one number in all passes and chunks: rows are numbered in the order of the stream; in a mix of S sources row r of
     source s is number r S + s.
     """
-    cache, own = documents.cache, {part.name: part for part in parts}
-    of_file = [own[Path(path).name] for path in cache.manifest["paths"]]
-    count = len(sources) if is_mix else 1
-    first = np.array([part.number * count + (part.source if is_mix else 0) for part in of_file])
-    rows = np.array([part.row for part in of_file])
-    manifest = {**cache.manifest, "paths": [name_of(sources[part.source], part.file) for part in of_file]}
-    numbers = first[cache.file] + (cache.line - 1) * count
-    return replace(
-        documents, cache=replace(cache, manifest=manifest, line=rows[cache.file] + cache.line), numbers=numbers
-    )
+    cache, count = documents.cache, len(sources) if is_mix else 1
+    places = {number: place for place, number in enumerate(dict.fromkeys(part.source for part in parts))}
+    files = {name: number for number, name in enumerate(cache.manifest["paths"])}
+    first = np.zeros((len(places), len(files)), dtype=np.int64)  # the number of the first row of each file of a source
+    for part in parts:
+        number = (part.number - part.row) * count + (part.source if is_mix else 0)
+        first[places[part.source], files[name_of(sources[part.source], part.file)]] = number
+    return replace(documents, numbers=first[cache.source, cache.file] + (cache.line - 1) * count)
 
 
 def copy_lines(path: Path, copy: Path, at: Place, count: int) -> tuple[int, Place, bool]:

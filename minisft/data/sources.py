@@ -27,7 +27,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice
@@ -36,6 +36,7 @@ from typing import Any, BinaryIO, NoReturn, TextIO, cast
 
 from minisft.data.hashed_file import open_file
 from minisft.data.parquet import count_parquet, read_parquet
+from minisft.data.row_format import RowFormat
 from minisft.data.rows import EXCERPT, BadRow, Row, excerpt
 from minisft.errors import DATA, UserError, shortened
 from minisft.files import checked_path, read_up_to, require_file
@@ -64,6 +65,7 @@ MAGIC = {  # first bytes of files that people name .jsonl by mistake
     b"<!doctype": "an HTML page, not the data; the download failed",
     b"<html": "an HTML page, not the data; the download failed",
 }
+NOT_A_KEY = ("files", "commit", "origins", "row_format")  # fields of a source that are found out
 LISTS = {"data_files": "names of files", "ignore": "names of fields"}  # fields of a source that are lists
 BOM = b"\xef\xbb\xbf"
 SPACE = re.compile(r"[ \t\r\n]+")  # between the elements of a JSON array
@@ -87,6 +89,9 @@ class Source:
     data_files: tuple[str, ...] = ()  # names or globs
     files: tuple[str, ...] = ()  # local paths, once repositories.locate has downloaded them, or a glob was looked up
     commit: str = ""  # that they are from
+    # Of a chunk of a stream only (chunks.py):
+    origins: tuple[tuple[str, int], ...] = ()  # of each file: the one its rows are from, and the rows before them
+    row_format: RowFormat | None = None  # that of the source's first chunk; None: the first row decides it
 
     @property
     def label(self) -> str:
@@ -120,7 +125,7 @@ def parse_source(value: str | dict | Source) -> Source:
     table = {"path": value} if isinstance(value, str) else value
     if not isinstance(table, dict):
         raise UserError(f"a data source is a path or a table, not {value!r}")
-    known = {f.name: f for f in fields(Source) if f.name not in ("files", "commit")}
+    known = {f.name: f for f in fields(Source) if f.name not in NOT_A_KEY}
     for key, given in table.items():
         if key not in known:
             near = get_close_matches(str(key), known, n=1)
@@ -250,8 +255,13 @@ def read_rows(source: Source, digests: Digests | None = None) -> Iterator[Row | 
         if last is not None and (first or 0) >= last or needs_total and (first or 0) >= total:
             raise UserError(f"{source.label}: the slice holds no row", exit_code=DATA)
         records = islice(records, first, last)
+    origins = dict(zip(source.files, source.origins))
     for file, line, value in records:
-        yield _parse(file, line, value) if isinstance(value, bytes) else value
+        row = _parse(file, line, value) if isinstance(value, bytes) else value
+        if origins:
+            name, before = origins[file]
+            row = replace(row, file=name, line=before + line)
+        yield row
 
 
 def count_rows(source: Source) -> int:

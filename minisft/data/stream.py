@@ -11,12 +11,13 @@ own, only those of each source.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from minisft.data.cache import Documents
-from minisft.data.chunks import Places, read_places
+from minisft.data.chunks import Places, read_formats, read_places
 from minisft.data.packing import Plan
+from minisft.data.row_format import RowFormat
 from minisft.data.sources import Source, source_names
 from minisft.errors import DATA, UserError
 
@@ -48,13 +49,15 @@ class Stream:
     end: Places
     sources: Sequence[Source]
     number: int = 0
+    formats: dict[int, RowFormat] = field(default_factory=dict)  # of the sources read so far, by number
     vocab_size: int | None = None  # rows of the embedding, once the model is known
     check: Callable[[Documents], None] | None = None  # raises UserError for a chunk that the model cannot train on
     _stop: Callable[[], None] | None = None
 
     def position(self) -> dict:
         """For a checkpoint, beside the first step of the chunk."""
-        return {"chunk": self.number, "begin": [asdict(place) for place in self.begin]}
+        formats = {str(number): asdict(self.formats[number]) for number in sorted(self.formats)}
+        return {"chunk": self.number, "begin": [asdict(place) for place in self.begin], "formats": formats}
 
     def order(self) -> dict:
         """What decides which rows are in a chunk, as a checkpoint compares it."""
@@ -73,6 +76,7 @@ class Stream:
     def go_to(self, loader: Target, position: dict, first_step: int) -> None:
         """Open the chunk of a checkpoint, or stay in it."""
         begin = read_places(position["begin"])
+        self.formats |= read_formats(position.get("formats", {}))
         if (self.number, self.begin) != (position["chunk"], begin):
             self._enter(loader, position["chunk"], begin, first_step)
         loader.first_step = first_step

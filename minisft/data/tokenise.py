@@ -17,7 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -88,7 +88,8 @@ def new_entry() -> dict[str, Any]:
     counts = {"rows_read": 0, "rows_used": 0, "documents": 0, "dropped": {}, "control_tokens": 0, "straddling": 0}
     counts["untrained_greetings"] = 0
     columns = {"unread": {}, "weight": {}}
-    return {"layout": "", "prompt": "", **counts, **columns, "strategies": {}, "prompts": {}, "turns_cut": turns}
+    row_format = {"layout": "", "prompt": "", "format": None}
+    return {**row_format, **counts, **columns, "strategies": {}, "prompts": {}, "turns_cut": turns}
 
 
 def tokenise(
@@ -105,6 +106,8 @@ def tokenise(
     on_bad_row: "error" raises UserError at the first bad row, "skip" counts bad rows. digests: as in read_rows.
     """
     work = _Work(source, tokenizer, options, on_bad_row, entry, bad_rows, digests)
+    if source.row_format is not None:
+        work.settle(source.row_format)
     encoding: deque[tuple[list[_Pending], Future, int]] = deque()  # batches whose text is being encoded, characters
     slots = threading.Semaphore(THREADS)
 
@@ -203,9 +206,8 @@ class _Work:
             data = rename_fields(row.data, self.source.field_map, self.source.ignore)
             if self.row_format is None:
                 where = place(row.file, row.line)
-                self.row_format = _detect(data, where, self.source.format, self.tokenizer, self.options)
-                # "layout" was the name of a row format when the first caches were written.
-                self.entry["layout"], self.entry["prompt"] = str(self.row_format), self.row_format.prompt
+                self.settle(_detect(data, where, self.source.format, self.tokenizer, self.options))
+            assert self.row_format is not None
             parts = []
             examples = to_examples(data, self.row_format, self.options)
             for example in examples:
@@ -221,6 +223,12 @@ class _Work:
         for how in frozenset().union(*(part.prompts for part in parts)):
             self.entry["prompts"][how] = self.entry["prompts"].get(how, 0) + 1
         return parts
+
+    def settle(self, row_format: RowFormat) -> None:
+        """Read all rows in this format."""
+        self.row_format = row_format
+        # "layout" was the name of a row format when the first caches were written.
+        self.entry |= {"layout": str(row_format), "prompt": row_format.prompt, "format": asdict(row_format)}
 
     def count_columns(self, row: dict, weight: float) -> None:
         """Count what the user should know of a row's columns: those of a prompt that are not read, and a weight."""

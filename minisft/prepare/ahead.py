@@ -9,7 +9,7 @@ import os
 import sys
 
 from minisft.config.load import load
-from minisft.data.chunks import read_places
+from minisft.data.chunks import read_formats, read_places
 from minisft.prepare.data import Chunks
 from minisft.prepare.options import prepare_tokenizer
 
@@ -19,7 +19,9 @@ def main() -> None:
     task = json.load(sys.stdin)
     config, _ = load({}, {key: value for key, value in task["config"].items() if value is not None}, origin="stream")
     tokenizer, _ = prepare_tokenizer(config)
-    Chunks(config, tokenizer).read(task["number"], read_places(task["begin"]))
+    chunks = Chunks(config, tokenizer)
+    chunks.formats |= read_formats(task["formats"])
+    chunks.read(task["number"], read_places(task["begin"]))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from minisft.data.chunks import (
     Places,
     copy_lines,
     find_files,
+    formats_of,
     read_chunk,
     sources_of,
     start_of,
@@ -31,6 +32,7 @@ from minisft.data.documents import Accounting, select_documents, show_document, 
 from minisft.data.loader import Loader, plan_set
 from minisft.data.packing import Plan
 from minisft.data.packing_strategies import STRATEGIES
+from minisft.data.row_format import RowFormat
 from minisft.data.shared_turns import may_share
 from minisft.data.sources import file_kind, parse_source
 from minisft.data.stream import Stream
@@ -72,7 +74,8 @@ def prepare_data(
         chunks = Chunks(config, tokenizer)
         documents, lines = chunks.read(0, chunks.begin)
         calls = partial(chunks.open, planned), chunks.ahead, chunks.discard
-        stream = Stream(*calls, begin=chunks.begin, end=chunks.end, sources=chunks.sources)
+        begin, end = chunks.begin, chunks.end
+        stream = Stream(*calls, begin=begin, end=end, sources=chunks.sources, formats=chunks.formats)
     else:
         documents, lines = read_documents("train", source_list(data.train_data), config, tokenizer, data.packing)
     held_out = {}
@@ -189,16 +192,18 @@ class Chunks:
         run = sha256(str(Path(config.output_dir).absolute()).encode()).hexdigest()
         self.folder = cache_folder(config) / f"stream-{run[:16]}"
         self.end = self.begin  # of the chunk that was read last
+        self.formats: dict[int, RowFormat] = {}  # of each source, as its first row decided
 
     def read(self, number: int, begin: Places) -> tuple[Documents, list[str]]:
         """Its documents, and lines about them. What another process has prepared is found; what it prepares now is waited for."""
         data, folder = self.config.data, self.chunk(number, begin)
         least = 2 if self.needs_another_row() else 1
         write_chunk(folder, self.sources, begin, data.stream_rows, least=least, local_files_only=self.local_files_only)
-        sources, parts, self.end = read_chunk(folder, self.sources)
+        sources, parts, self.end = read_chunk(folder, self.sources, self.formats if number else {})
         title = "train" if number == 0 else f"chunk {number}"
         tokens = folder.with_suffix(".tokens")
         documents, lines = read_documents(title, sources, self.config, self.tokenizer, data.packing, tokens)
+        self.formats |= formats_of(documents.cache, parts) | self.formats
         return with_places(documents, self.sources, parts, self.is_mix), [*self.describe_mix(), *lines]
 
     def describe_mix(self) -> list[str]:
@@ -228,7 +233,7 @@ class Chunks:
 
     def documents_of(self, folder: Path, parts: Sequence[Part]) -> Documents:
         """The documents of copied rows, whose tokens are in the folder too."""
-        sources = sources_of(folder, self.sources, parts)
+        sources = sources_of(folder, self.sources, parts, self.formats)
         documents, _ = open_documents(sources, self.config, self.tokenizer, self.config.data.packing, folder / "tokens")
         return with_places(documents, self.sources, parts, self.is_mix)
 
@@ -258,7 +263,9 @@ class Chunks:
         # what goes wrong there goes wrong again in `read`, and is reported by it
         command = [sys.executable, "-m", "minisft.prepare.ahead"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        task = {"config": config_to_dict(self.config), "number": number, "begin": [asdict(place) for place in begin]}
+        formats = {number: asdict(row_format) for number, row_format in self.formats.items()}
+        places = [asdict(place) for place in begin]
+        task = {"config": config_to_dict(self.config), "number": number, "begin": places, "formats": formats}
         assert process.stdin is not None
         with suppress(BrokenPipeError), process.stdin as pipe:
             pipe.write(json.dumps(task).encode())
