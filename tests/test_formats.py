@@ -5,6 +5,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minisft.data.detect_format import check_field_map, detect_row_format, rename_fields
 from minisft.data.formats import FORMATS, TEMPLATE_FIELDS, Example, Format, Piece, plain_prompt, to_example
@@ -37,6 +39,26 @@ def made_for(name, **options):
 def example(row, format="auto", template=True, **options):
     options = FormatOptions(**options)
     return to_example(row, detect_row_format(row, format, options, template), options)
+
+
+MASK = st.lists(st.integers(0, 1), min_size=6, max_size=6)
+
+
+@given(mask=MASK, more=MASK, labels=MASK, left=st.integers(0, 3), right=st.integers(0, 3))
+def test_masks_of_ready_tokens_say_the_same_as_labels(mask, more, labels, left, right):
+    """What a mask excludes is not trained, and padding is no token of the row."""
+    ids = [7, 8, 9, 10, 11, 12]
+    on = [a and b and c for a, b, c in zip(mask, more, labels)]
+    plain = {"input_ids": ids, "labels": [i if keep else -100 for i, keep in zip(ids, on)]}
+
+    def padded(values: list, pad: int) -> list:
+        return [pad] * left + values + [pad] * right
+
+    row = {"input_ids": padded(ids, 0), "labels": padded([i if keep else -100 for i, keep in zip(ids, labels)], -100)}
+    row |= {"completion_mask": padded(mask, 0), "assistant_masks": padded(more, 1)}
+    row["attention_mask"] = padded([1] * 6, 0)
+    assert example(row) == example(plain)
+    assert detect_row_format(row, "auto", FormatOptions(), True).ignored == ()
 
 
 # ---- detection
@@ -443,6 +465,10 @@ BAD_ROWS = [
     ("input_ids", {"input_ids": [1, 2], "labels": [1]}, "1 labels for 2 input_ids"),
     ("input_ids", {"input_ids": [1, 2], "labels": [-100, 3]}, "labels differ from input_ids"),
     ("input_ids", {"input_ids": [1, 2], "labels": [2, -100]}, "labels differ from input_ids"),  # shifted
+    ("input_ids", {"input_ids": [1, 2], "completion_mask": [1]}, "1 values for 2 input_ids"),
+    ("input_ids", {"input_ids": [1, 2], "assistant_masks": [1, 2]}, "not a list of 0 and 1: assistant_masks"),
+    ("input_ids", {"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "attention_mask is not that of padding"),
+    ("input_ids", {"input_ids": [1, 2], "attention_mask": [0, 0]}, "attention_mask is not that of padding"),
 ]
 
 

@@ -4,6 +4,8 @@ Nine shapes of rows are known, those of the table FORMATS at the end. The first 
 have (detect_format.py). Nothing is guessed after that: a row that does not fit is a `RowError` that names the field.
 
     input_ids           {"input_ids": [...], "labels": [...]?}                 labels: input_ids, or -100 = not trained
+                        {..., "completion_mask"?, "assistant_masks"?}          0 = not trained
+                        {..., "attention_mask"?}                               0 = padding at an end, which is left out
     preference          {"prompt"?, "chosen", "rejected"}                      strings, or messages; see preferences.py
                         {"conversations", "chosen", "rejected"}                ShareGPT turns
                         {"instruction", "input"?, "chosen", "rejected"}        the prompt in columns of its own; see prompts.py
@@ -75,6 +77,7 @@ from minisft.data.prompts import (
 from minisft.data.row_format import FormatOptions, RowFormat
 from minisft.data.rows import NotJson, RowError
 
+TRAINED_MASKS = ("completion_mask", "assistant_masks")  # of tokens, as TRL writes them: 0 = not trained
 TEMPLATE_FIELDS = ("tools", "documents", "chat_template_kwargs")  # read where a chat template renders the row
 
 
@@ -360,14 +363,36 @@ def _read_input_ids(row: dict, row_format: RowFormat, options: FormatOptions) ->
         raise RowError("labels of another length", f"{len(labels)} labels for {len(ids)} input_ids")
     if labels is not None and any(label not in (-100, i) for label, i in zip(labels, ids)):
         raise RowError("labels differ from input_ids", "a label is the token's own id (unshifted) or -100")
+    for name in TRAINED_MASKS:
+        if (mask := _mask(row, name, len(ids))) is not None:
+            labels = [label if on else -100 for label, on in zip(ids if labels is None else labels, mask)]
+    if (mask := _mask(row, "attention_mask", len(ids))) is not None and not all(mask):
+        first, last = (mask.index(1), len(mask) - mask[::-1].index(1)) if any(mask) else (0, 0)
+        if not all(mask[first:last]) or first == last:
+            raise RowError("attention_mask is not that of padding", "it is 0 in the middle, or everywhere")
+        ids, labels = ids[first:last], labels and labels[first:last]
     return [Example(ids=ids, labels=labels)]
+
+
+def _mask(row: dict, name: str, length: int) -> list[int] | None:
+    """A column that has 0 or 1 for each token, None if it is absent. Raises RowError."""
+    mask = row.get(name)
+    if mask is None:
+        return None
+    if not isinstance(mask, list) or any(not isinstance(on, int) or on not in (0, 1) for on in mask):
+        raise RowError("not a list of 0 and 1", name)
+    if len(mask) != length:
+        raise RowError(f"{name} of another length", f"{len(mask)} values for {length} input_ids")
+    return [int(on) for on in mask]
 
 
 # ------------------------------------------------------------------------------------------------- the table
 
 # Name -> format. The first one whose needed fields a row has is its format.
 FORMATS = {
-    "input_ids": Format(("input_ids",), ("labels",), _read_input_ids, has_prompt=False),
+    "input_ids": Format(
+        ("input_ids",), ("labels", "attention_mask", *TRAINED_MASKS), _read_input_ids, has_prompt=False
+    ),
     "preference": Format(
         ("chosen", "rejected"),
         ("prompt", "conversations", *PROMPT_FIELDS, *TEMPLATE_FIELDS),
