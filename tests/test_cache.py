@@ -131,6 +131,39 @@ def test_columns_that_change_the_loss_or_may_be_missed_are_reported_on_lines_of_
         "WARNING: the column context has a value in 1 rows and is not used",
         "WARNING: the column documents has a value in 1 rows and no chat template renders it",
     ]
+    rows = [{"messages": turns, "images": images} for images in ([], ["a.png"], [{"bytes": None, "path": "b.png"}])]
+    assert "images has a value in 2 rows" in build(tmp_path, jsonl(tmp_path / "d.jsonl", rows)).describe()[1]
+
+
+def test_bad_answers_that_are_trained_are_reported(tmp_path):
+    rows = [
+        {"prompt": "Hi", "completion": answer, "label": label} for answer, label in zip("abc", (True, False, "False"))
+    ]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    assert build(tmp_path, path).describe()[1].startswith("WARNING: the column label is false in 2 rows, as of bad")
+    assert not any("as of bad" in line for line in build(tmp_path, path, answers="labels").describe())
+    rows = [{"text": "Hi", "label": False}]  # a class of texts
+    assert len(build(tmp_path, jsonl(tmp_path / "b.jsonl", rows)).describe()) == 1
+
+
+@pytest.mark.parametrize("more", [{}, {"multi_turn": "per_turn"}])
+def test_reasoning_that_the_template_does_not_render_is_reported(tmp_path, more):
+    text = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    without = replace(TOKENIZER, template=replace(TOKENIZER.template, text=text))
+    thought = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "reasoning": "A greeting."}]
+    untrained = [thought[0], {**thought[1], "train": False}, thought[0], {"role": "assistant", "content": "Hello"}]
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": rows} for rows in (thought, thought * 2, untrained)])
+    assert (
+        build(tmp_path, path, without, **more).describe()[1].startswith("WARNING: 2 rows have reasoning that the chat")
+    )
+    for lines in (
+        build(tmp_path, path, without, reasoning="strip", **more).describe(),
+        build(tmp_path, path, **more).describe(),  # this template renders it
+    ):
+        assert not any(line.startswith("WARNING") for line in lines)
 
 
 def test_everything_is_trained_where_asked(tmp_path):

@@ -283,6 +283,20 @@ def test_masks_are_those_written_by_hand(name, conversation):
     }
 
 
+@pytest.mark.parametrize(
+    "turn", ["{{ m.content }}", "{{ m.content }}{{ (m.tool_calls or [''])[0] }}"], ids=["none", "the first"]
+)
+@pytest.mark.parametrize("said", ["", "I add, and add again."])
+def test_a_call_that_is_only_named_in_the_answer_is_an_omitted_one(turn, said):
+    template = ChatTemplate(
+        "{% for m in messages %}<{{ m.role }}>"
+        + turn
+        + "</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    with pytest.raises(RowError, match="the chat template omits a tool call: of 'add'"):
+        render_conversation(template, [user("1+2?"), assistant(said, tool_calls=[CALL, CALL])], tools=TOOLS)
+
+
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_a_template_that_prompts_otherwise_than_it_renders_is_refused(conversation):
     """In the manner of DeepSeek R1's, but with a thought of another name (test_prompts.py has the one that is known)."""

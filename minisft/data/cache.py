@@ -154,6 +154,16 @@ def source_notes(entry: dict) -> list[str]:
         notes.append(
             f'WARNING: the column {name} has a value in {rows:,} rows and {why} leave it out: ignore = ["{name}"]'
         )
+    for name, rows in entry["bad_answers"].items():
+        notes.append(
+            f"WARNING: the column {name} is false in {rows:,} rows, as of bad answers, and is not used: they are trained like "
+            'the others; KTO tells them apart (trainer_type = "dpo", dpo.loss_type = "kto")'
+        )
+    if rows := entry["lost_reasoning"]:
+        notes.append(
+            f"WARNING: {rows:,} rows have reasoning that the chat template does not render, so it is not trained; to leave it "
+            'out: reasoning = "strip"'
+        )
     for how, rows in entry["prompts"].items():
         notes.append(f"{rows:,} rows have answers that continue another prompt than the template's default: {how}")
     if weight := entry["weight"]:

@@ -26,7 +26,16 @@ from minisft.errors import DATA, UserError
 
 
 # What an answer may have been written for. If such a column is not read, that is worth a warning.
-PROMPT_COLUMNS = ("prompt", *dict.fromkeys(PROMPT_FIELDS), "tools", "documents", "chat_template_kwargs")
+PICTURES = ("image", "images", "video", "videos", "audio", "audios")  # models here read text
+PROMPT_COLUMNS = (
+    "prompt",
+    *dict.fromkeys(PROMPT_FIELDS),
+    "tools",
+    "functions",
+    "documents",
+    "chat_template_kwargs",
+    *PICTURES,
+)
 
 
 def rename_fields(row: dict, field_map: dict[str, str], ignore: tuple[str, ...] = ()) -> dict:

@@ -51,6 +51,7 @@ class ConversationPieces:
     has_control_tokens: bool
     has_untrained_greeting: bool = False  # it begins with the assistant, and this turn is context
     prompts: frozenset[str] = frozenset()  # how answers got another prompt than the default (chat/inference.py)
+    lost_reasoning: bool = False  # the template does not render the reasoning of an answer
 
 
 def conversation_pieces(
@@ -73,7 +74,8 @@ def conversation_pieces(
     documents, pieces, has_control_tokens = _rendered(tokenizer, example, options.control_tokens, rendered)
     first, ends = documents[0], [d.end for d in documents]
     prompts = frozenset().union(*(d.prompts for d in documents))
-    return ConversationPieces(pieces, ends, first.strategy, has_control_tokens, first.has_untrained_greeting, prompts)
+    greeting, lost = first.has_untrained_greeting, any(d.lost_reasoning for d in documents)
+    return ConversationPieces(pieces, ends, first.strategy, has_control_tokens, greeting, prompts, lost)
 
 
 def _rendered(

@@ -51,6 +51,7 @@ CHARACTERS_AT_WORK = 6_000_000  # in all batches; each takes up to some 250 byte
 # Seconds of the processor that encoding may take: a tenth of the slowest speed that was measured, 200,000 characters a second.
 SECONDS_AT_LEAST, SLOWEST = 60.0, 20_000
 SHOWN_BAD_ROWS = 5
+LABEL_COLUMNS = ("label", "kto_tag")  # false: a bad answer
 TOO_LONG = "too long even without its earlier turns"
 
 
@@ -80,14 +81,15 @@ class _Pending:
     # How the turns of a conversation were found (chat/masks.py); per_turn: only the last answer is trained.
     strategy: str = ""
     prompts: frozenset[str] = frozenset()  # how its answers got another prompt than the default (chat/inference.py)
+    lost_reasoning: bool = False
 
 
 def new_entry() -> dict[str, Any]:
     """The counts of a source, which `tokenise` fills in."""
     turns = {"rows": 0, "turns": 0, "tokens": 0, "lost_answers": 0}
     counts = {"rows_read": 0, "rows_used": 0, "documents": 0, "dropped": {}, "control_tokens": 0, "straddling": 0}
-    counts["untrained_greetings"] = 0
-    columns = {"unread": {}, "weight": {}}
+    counts |= {"untrained_greetings": 0, "lost_reasoning": 0}
+    columns = {"unread": {}, "bad_answers": {}, "weight": {}}
     row_format = {"layout": "", "prompt": "", "format": None}
     return {**row_format, **counts, **columns, "strategies": {}, "prompts": {}, "turns_cut": turns}
 
@@ -219,6 +221,7 @@ class _Work:
         self.count_columns(data, examples[0].weight)
         self.entry["control_tokens"] += any(part.has_control_tokens for part in parts)
         self.entry["untrained_greetings"] += any(part.has_untrained_greeting for part in parts)
+        self.entry["lost_reasoning"] += any(part.lost_reasoning for part in parts)
         self.strategies[parts[0].strategy] += 1
         for how in frozenset().union(*(part.prompts for part in parts)):
             self.entry["prompts"][how] = self.entry["prompts"].get(how, 0) + 1
@@ -241,6 +244,9 @@ class _Work:
         for name in unread:
             if row[name] not in ("", "[]", [], {}) and not is_repeated(row, name, read):
                 self.entry["unread"][name] = self.entry["unread"].get(name, 0) + 1
+        for name in LABEL_COLUMNS if self.row_format.name not in ("text", "input_ids") else ():
+            if name not in read and str(row.get(name)).lower() == "false":
+                self.entry["bad_answers"][name] = self.entry["bad_answers"].get(name, 0) + 1
         if row.get("weight") is not None:
             seen = self.entry["weight"] or {"rows": 0, "min": weight, "max": weight}
             limits = {"min": min(weight, seen["min"]), "max": max(weight, seen["max"])}
@@ -339,6 +345,7 @@ def _parts(
             end,
             rendered.strategy,
             rendered.prompts,
+            rendered.lost_reasoning,
         )
         for piece, end in zip(rendered.pieces, rendered.ends)
     ]

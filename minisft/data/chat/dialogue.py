@@ -33,6 +33,7 @@ class Rendered:
     strategy: str = "tags"  # "tags" | "known" | "prefix" | "per_turn"
     end: int = 0  # the number of its messages
     has_untrained_greeting: bool = False  # it begins with an assistant's turn, which had to become context
+    lost_reasoning: bool = False  # a trained answer has reasoning that the template does not render
     prompts: frozenset[str] = (
         frozenset()
     )  # how answers got another prompt than the default, as in "enable_thinking = false"

@@ -34,7 +34,7 @@ def ended(row: Conversation, text: str, turns: dict[int, tuple[int, int]]) -> tu
 def spans_of(row: Conversation, text: str, turns: dict, contents: dict, strategy: str) -> Rendered:
     """turns: {assistant message: span}, contents: {other message: span}."""
     spans: list[Span] = [(0, len(text), HEADER)]
-    weights = []
+    weights, lost_reasoning = [], False
     for i, message in enumerate(row.messages):
         start, end = turns.get(i) or contents.get(i) or (0, 0)
         trained = TRAINED if row.trained[i] else 0
@@ -44,6 +44,7 @@ def spans_of(row: Conversation, text: str, turns: dict, contents: dict, strategy
             continue
         if message["role"] == "assistant":
             spans += _answer_spans(row, text, start, end, message, trained)
+            lost_reasoning |= row.trained[i] and (message.get("reasoning_content") or "").strip() not in text[start:end]
         else:
             spans.append((start, end, KIND_OF_ROLE[message["role"]] | trained))
         if "part_spans" in row.notes[i]:
@@ -51,7 +52,7 @@ def spans_of(row: Conversation, text: str, turns: dict, contents: dict, strategy
         if trained and row.notes[i].get("weight", 1.0) != 1.0:
             weights.append((start, end, row.notes[i]["weight"]))
     prompts = frozenset(how for i, how in row.prompts.items() if row.trained[i])
-    return Rendered(text, spans, weights, strategy, len(row.messages), prompts=prompts)
+    return Rendered(text, spans, weights, strategy, len(row.messages), prompts=prompts, lost_reasoning=lost_reasoning)
 
 
 def _answer_spans(row: Conversation, text: str, start: int, end: int, message: dict, trained: int) -> list[Span]:
@@ -61,17 +62,19 @@ def _answer_spans(row: Conversation, text: str, start: int, end: int, message: d
     answer = THINKING.sub("", content).strip() if "</think>" in content else content
     if trained and answer not in turn:
         raise RowError("the chat template changed an answer", f"{answer[:40]!r} is not rendered as it is")
-    for call in (message.get("tool_calls") or []) if trained else []:
-        name = str((call.get("function") or call).get("name"))
-        if name not in turn:
+    reasoning = (message.get("reasoning_content") or "").strip()
+    calls = [str((call.get("function") or call).get("name")) for call in message.get("tool_calls") or []]
+    for name in calls if trained else []:
+        in_words = sum(text.count(name) for text in (answer, reasoning) if text and text in turn)
+        if turn.count(name) - in_words < calls.count(name):
             raise RowError("the chat template omits a tool call", f"of {name!r}")
     spans = [(start, end, (TOOL_CALL if message.get("tool_calls") else ANSWER) | trained)]
     if message.get("tool_calls") and answer in turn:
         at = start + turn.rindex(answer)
         spans.append((at, at + len(answer), ANSWER | trained))
-    reasoning = _reasoning_end(turn, (message.get("reasoning_content") or "").strip())
-    if reasoning:
-        spans.append((start, start + reasoning, REASONING | (0 if row.masking.reasoning == "mask" else trained)))
+    thought = _reasoning_end(turn, reasoning)
+    if thought:
+        spans.append((start, start + thought, REASONING | (0 if row.masking.reasoning == "mask" else trained)))
     for end_of_turn in filter(None, (terminator(row.template), *openers(row.template))):
         if turn.rstrip().endswith(end_of_turn):
             spans.append((start + turn.rindex(end_of_turn), end, TERMINATOR | trained))
