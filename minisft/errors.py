@@ -91,9 +91,8 @@ def warn(message: str) -> None:
 def run_command(command: Callable[[], int]) -> int:
     """Call a command and return its exit code. Whatever is raised becomes two lines on stderr, and no traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # where the encoding lacks a character of the data, as stderr does
+        # as stderr does, where the encoding lacks a character of the data
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = command()
         sys.stdout.flush()
