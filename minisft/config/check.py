@@ -34,7 +34,7 @@ def check_config(config: Config, origins: dict[str, str], where: str) -> None:
     check_data(config, refuse)
     check_schedule(config, refuse)
     check_optimizer(config, refuse)
-    check_trained(config, refuse)
+    check_trained(config, origins, refuse)
     check_parallel(config, refuse)
     check_patterns(config, refuse)
     check_evaluation(config, refuse)
@@ -193,11 +193,12 @@ def check_optimizer(config: Config, refuse: Refuse) -> None:
             refuse("train.optim_args", f"{key} = {as_toml(value)}", expected)
 
 
-def check_trained(config: Config, refuse: Refuse) -> None:
+def check_trained(config: Config, origins: dict[str, str], refuse: Refuse) -> None:
     """The choice of the parameters that train."""
     values, lora = config_to_dict(config), config.lora
+    is_forgotten = lora.r is None and origins["lora.r"] == "default"  # "none" is a choice
     for name, default in vars(LoraSection()).items():
-        if lora.r is None and getattr(lora, name) != default:
+        if is_forgotten and getattr(lora, name) != default:
             problem = "without lora.r there are no adapters, and all weights would train"
             refuse(f"lora.{name}", problem, "set lora.r, as in r = 16, or leave it out")
     by_expression = isinstance(lora.target_modules, str) and lora.target_modules != ALL_LINEAR
