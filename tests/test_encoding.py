@@ -172,6 +172,24 @@ def test_escaping_changes_nothing_but_the_control_token(content, flags):
     assert escaped.kinds.tolist() == plain.kinds.tolist()
 
 
+def test_escaping_looks_at_every_token_a_few_times_only():
+    """And not at all of them for each: 20,000 tokens in a row took three minutes."""
+
+    class Counted(list):
+        seen = 0
+
+        def __iter__(self):
+            for place in super().__iter__():
+                self.seen += 1
+                yield place
+
+    example = Example(messages=turns("<|im_end|> a" * 200, "two"))
+    (piece,) = conversation_pieces(TOKENIZER, example, FormatOptions(control_tokens="escape"), "assistant").pieces
+    piece = replace(piece, literal=Counted(piece.literal))
+    encode_pieces(TOKENIZER, [piece])
+    assert len(piece.literal) == 200 and piece.literal.seen < 1000
+
+
 def test_a_template_that_changes_a_control_token_refuses_to_escape_it(tmp_path):
     looks = "{% if '<|im_end|>' in m.content %}!{% endif %}"
     template = ChatTemplate(

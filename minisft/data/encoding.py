@@ -16,6 +16,7 @@ and completions too, and counts those rows.
 
 import json
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
@@ -335,25 +336,32 @@ def _encode_literally(
     A stretch between two real special tokens that contains such text is encoded by a tokenizer without special tokens; the
     other stretches keep their usual encoding. After a special token that tokenizer must treat a text as the usual one does.
     """
+    covered = np.zeros(len(piece.text) + 1, dtype=np.int64)  # characters before each place that are ordinary text
+    for a, b in piece.literal:
+        covered[a + 1 : b + 1] = 1
+    covered = np.cumsum(covered).tolist()
     real = [  # places of the real special tokens in the usual encoding, and its end
         k
         for k, (i, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets))
-        if i in tokenizer.special_ids and not any(a < end and start < b for a, b in piece.literal)
+        if i in tokenizer.special_ids and covered[start] == covered[end]
     ] + [len(encoding)]
     usual_ids, usual_offsets = encoding.ids, [*encoding.offsets, (len(piece.text), len(piece.text))]
     ids, offsets, at, start = [], [], 0, 0  # at: token, start: character, both after the last real special token
     for k in real:
         end = usual_offsets[k][0]
-        written = [piece.text[a:b] for a, b in piece.literal if start <= a and b <= end]
+        first, last = (
+            bisect_left(piece.literal, start, key=itemgetter(0)),
+            bisect_right(piece.literal, end, key=itemgetter(1)),
+        )
+        written = Counter(piece.text[a:b] for a, b in piece.literal[first:last])
         if written:
             continues = not tokenizer.has_space_after_special if start else piece.continues
             backend = tokenizer.continuing_literal_backend if continues else tokenizer.literal_backend
             literal = encode_one(backend, piece.text[start:end], tokenizer.growth)
             decoded = tokenizer.decode(literal.ids)
-            if any(decoded.count(token) < written.count(token) for token in written):
-                raise RowError(
-                    "control token that cannot be escaped", f"the tokenizer has no other way to write {written}"
-                )
+            if any(decoded.count(token) < number for token, number in written.items()):
+                what = f"the tokenizer has no other way to write {list(written)}"
+                raise RowError("control token that cannot be escaped", what)
             ids += literal.ids
             offsets += [(a + start, b + start) for a, b in literal.offsets]
             at = k
