@@ -297,6 +297,10 @@ def test_nothing_usable_is_an_error(tmp_path):
     with pytest.raises(UserError, match="c.jsonl:1: the fields txt are those of no known format"):
         build(tmp_path, str(tmp_path / "c.jsonl"), on_bad_row="skip")  # the format is not one bad row's matter
     assert len(build(tmp_path, str(tmp_path / "c.jsonl"), on_bad_row="skip", format="text").row) == 1
+    path = jsonl(tmp_path / "d.jsonl", [{"text": None, "id": 1}, {"text": "b", "id": 2}])
+    with pytest.raises(UserError, match="d.jsonl:1: missing field: 'text' is null"):
+        build(tmp_path, path)
+    assert build(tmp_path, path, on_bad_row="skip").line.tolist() == [2]
     with pytest.raises(UserError, match="no data source"):
         build(tmp_path, [])
     with pytest.raises(UserError, match="on_bad_row"):

@@ -96,6 +96,26 @@ def test_what_was_detected_is_one_line_and_names_unused_fields():
     assert str(row_format) == "text, as text; trained: everything, scaled by the field weight"
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_first_row_without_values_is_a_bad_row_of_its_format(name):
+    """It has the columns, so no other format is asked for: on_bad_row = "skip" leaves the row to the next one."""
+    row = dict.fromkeys(ROWS[name])
+    with pytest.raises(RowError, match="missing field: '[a-z_]+' is null"):
+        detect_row_format(row, "auto", made_for(name), True)
+
+
+def test_field_map_takes_the_place_of_a_null_column():
+    row = {"query": "a", "reply": "b", "prompt": None}
+    names = {"query": "prompt", "reply": "completion"}
+    assert rename_fields(row, names) == {"prompt": "a", "completion": "b"}
+    assert rename_fields({"prompt": None, "query": "a"}, {"query": "prompt", "prompt": "query"}) == {
+        "query": None,
+        "prompt": "a",
+    }
+    with pytest.raises(RowError, match="field_map hides a field"):
+        rename_fields(row | {"prompt": ""}, names)
+
+
 @pytest.mark.parametrize(
     "row, options, message",
     [

@@ -50,9 +50,10 @@ def rename_fields(row: dict, field_map: dict[str, str], ignore: tuple[str, ...] 
     for theirs, ours in field_map.items():
         if theirs not in row:
             raise RowError("missing field", f"{theirs!r} (of field_map); the row has {', '.join(row) or 'no field'}")
-        if ours in row and ours not in field_map:
+        if row.get(ours) is not None and ours not in field_map:
             raise RowError("field_map hides a field", f"{theirs!r} becomes {ours!r}, which the row has already")
-    return {field_map.get(name, name): value for name, value in row.items()}
+    hidden = set(field_map.values()) - field_map.keys()  # null columns of these names
+    return {field_map.get(name, name): value for name, value in row.items() if name not in hidden}
 
 
 def check_field_map(field_map: dict[str, str], options: FormatOptions) -> None:
@@ -88,7 +89,7 @@ def detect_row_format(row: dict, format: str, options: FormatOptions, has_templa
         if getattr(options, key) not in choices:
             raise UserError(f"{key} = {getattr(options, key)!r}", hint=f"one of {', '.join(choices)}")
     columns, row = row, without_nulls(row)
-    name = _format_of(row, format, options)
+    name = _format_of(row, format, options, columns)
     known, wants_chat = FORMATS[name], options.prompt_format == "chat"
     check_readable(row, name, has_template, False, options)
     may_be_chat = wants_chat or options.prompt_format == "auto" and has_template
@@ -122,8 +123,11 @@ def detect_row_format(row: dict, format: str, options: FormatOptions, has_templa
     )
 
 
-def _format_of(row: dict, format: str, options: FormatOptions) -> str:
-    """The name of the row's format: the named one, or the first that fits. Raises UserError and RowError."""
+def _format_of(row: dict, format: str, options: FormatOptions, columns: dict) -> str:
+    """The name of the row's format: the named one, or the first that fits. columns: the row with those that are null.
+
+    Raises UserError and RowError.
+    """
     if format not in ("auto", *FORMATS):
         near = get_close_matches(format, ("auto", *FORMATS), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -140,6 +144,12 @@ def _format_of(row: dict, format: str, options: FormatOptions) -> str:
         check_fields(row, format, options)
         return format
     found = next((name for name in usable if not missing_field(row, name, options)), None)
+    with_nulls = next((name for name in usable if not missing_field(columns, name, options)), None)
+    if (
+        found is None and with_nulls is not None
+    ):  # it has the columns of a format, without values: a bad row, no other format
+        names = missing_field(row, with_nulls, options).split("|")
+        raise RowError("missing field", f"{next(name for name in names if name in columns)!r} is null")
     if found is None:
         is_sft = options.answers == "chosen"
         wanted = "; ".join(f"{name}: {', '.join(needed_fields(name, options))}" for name in usable)
