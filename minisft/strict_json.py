@@ -71,7 +71,7 @@ def parse_json(data: bytes, where: str = "", *, exit_code: int = DATA) -> Any:
         reason = "half of a surrogate pair (\\ud800 to \\udfff) stands alone; it is not a character"
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} " if error.lineno > 1 else ""
-        reason = f"not valid JSON: {error.msg} at {line}column {error.colno}"
+        reason = f"not valid JSON: {error.msg.removesuffix(' at')} at {line}column {error.colno}"
     except RecursionError:
         reason = "nested too deeply"
     except ValueError as error:  # from the three functions above, or an integer of more than 4300 digits

@@ -46,7 +46,7 @@ BAD_JSON = {
     "UTF-16": ('"x"'.encode("utf-16"), "0xff at position 0"),
     "Latin-1": (b'"caf\xe9"', "0xe9 at position 4"),
     "byte order mark": (b"\xef\xbb\xbf{}", "column 1"),
-    "control character": (b'"a\x00b"', "column 3"),
+    "control character": (b'"a\x00b"', "Invalid control character at column 3"),
 }
 
 

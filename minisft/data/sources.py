@@ -45,7 +45,7 @@ from minisft.strict_json import parse_json
 
 MAX_ROW_BYTES = 16 * 2**20  # of a row; of what is read for one, if it is longer
 MAX_FILE_BYTES = 2**30  # of a .json file, which is read whole
-MAX_HEADER = 2**16  # characters of a CSV file that its delimiter is found from
+READ_AT_ONCE = 2**16  # bytes, or characters of a table, of the rest of a row that is too long
 DELIMITERS = ",\t;"
 LINE_ENDS = ("\n", "\r")  # of a table
 COMPRESSED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # suffix -> first bytes
@@ -247,21 +247,25 @@ def read_rows(source: Source, digests: Digests | None = None) -> Iterator[Row | 
     digests = digests or {}
     records = _records(source, digests)
     sliced = SLICE.fullmatch(source.slice)
+    no_row = UserError(f"{source.label}: the slice holds no row", exit_code=DATA)
     if sliced:
         # Counting costs a pass over the files, so the rows are counted only for bounds that need their number.
         needs_total = any(bound and bound[-1] == "%" or bound and bound[0] == "-" for bound in sliced.groups())
         total = sum(_count(path, digests.get(str(path))) for path in list_files(source)) if needs_total else 0
         first, last = (_row_number(bound, total) for bound in sliced.groups())
         if last is not None and (first or 0) >= last or needs_total and (first or 0) >= total:
-            raise UserError(f"{source.label}: the slice holds no row", exit_code=DATA)
+            raise no_row
         records = islice(records, first, last)
-    origins = dict(zip(source.files, source.origins))
+    origins, is_empty = dict(zip(source.files, source.origins)), True
     for file, line, value in records:
+        is_empty = False
         row = _parse(file, line, value) if isinstance(value, bytes) else value
         if origins:
             name, before = origins[file]
             row = replace(row, file=name, line=before + line)
         yield row
+    if sliced and is_empty:
+        raise no_row
 
 
 def count_rows(source: Source) -> int:
@@ -388,7 +392,7 @@ def _read_jsonl(path: Path, digests: bytes | None) -> Iterator[tuple[int, bytes]
 def _skip_line(file: BinaryIO, line: bytes) -> None:
     """Read up to the end of a line that begins with `line`."""
     while line and not line.endswith(b"\n"):
-        line = file.readline(MAX_HEADER)
+        line = file.readline(READ_AT_ONCE)
 
 
 def _read_json(path: Path, digests: bytes | None) -> Iterator[tuple[int, bytes]]:
@@ -468,7 +472,7 @@ class _TableLines:
                 self.number += 1
                 if self.quotes % 2 == 0:
                     break
-            line = self.file.readline(MAX_HEADER)
+            line = self.file.readline(READ_AT_ONCE)
             self.quotes += line.count('"')
         raise _RowTooLong
 
@@ -529,12 +533,11 @@ def _delimiter(path: Path, digests: bytes | None) -> str:
     """What separates the values of a CSV file: the first of DELIMITERS that divides the header and the first row alike."""
     if file_kind(path)[0] == ".tsv":
         return "\t"
-    with _csv_text(path, digests) as file:
-        start = file.read(MAX_HEADER)
     for delimiter in DELIMITERS:
         try:
-            header, *rows = islice(csv.reader(io.StringIO(start, newline=""), delimiter=delimiter), 2)
-        except csv.Error:
+            with _csv_text(path, digests) as file:
+                header, *rows = islice(csv.reader(_TableLines(file), delimiter=delimiter), 2)
+        except (csv.Error, _RowTooLong):
             continue
         if len(header) > 1 and all(len(row) == len(header) for row in rows):
             return delimiter
