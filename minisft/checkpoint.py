@@ -44,7 +44,7 @@ from minisft.errors import CONFIG, DATA, UserError, warn
 from minisft.model import row_files
 from minisft.model.shards import local, replica_of
 from minisft.model.tensor_files import Entry, TensorFile, entry_of, in_usual_order
-from minisft.optimizers import state_bytes
+from minisft.optimizers import OF_BLOCKS, state_bytes
 from minisft.parallel import items_here, part_of, state_here
 from minisft.strict_json import dump_json, parse_json, read_json, write_json
 
@@ -303,6 +303,15 @@ def _load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
                 exit_code=DATA,
             )
     whole = dict(model.named_parameters())
+    for full_name, rows in found.items():
+        name, key = full_name.rsplit(".", 1)
+        shape = list(whole[name].shape)
+        if len(rows.shape) == len(shape) and key not in OF_BLOCKS and rows.shape != shape:
+            raise UserError(  # a fused update would write beyond the end of the state
+                f"{folder} has the state of {name} in the shape {rows.shape}, and it is {shape} now",
+                hint="resume with the model and the tokens that the checkpoint was made with",
+                exit_code=DATA,
+            )
     optimizer.state.clear()
     for name, others in saved.items():
         if others:

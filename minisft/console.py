@@ -322,11 +322,9 @@ def stopped_early(step: int, metric: str | None, best: Best) -> str:
     return wrap([line + digits(best.value, 4)], indent=2)
 
 
-def stopped(folder: Path, step: int, total: int, signal: str | None) -> str:
+def stopped(folder: Path, step: int, total: int, signal: str | None, resume: str) -> str:
+    """resume: what the run was told about it, and would be told again by the same command."""
     line = f"stopped by {signal or 'a signal to another rank'} "
-    line += (
-        f"after step {step} of {total}, saved in {folder}/checkpoints; the same command resumes"
-        if step
-        else BEFORE_STEPS
-    )
+    again = "the same command resumes" if resume == "auto" else "the same command with --resume auto goes on"
+    line += f"after step {step} of {total}, saved in {folder}/checkpoints; {again}" if step else BEFORE_STEPS
     return wrap([line], indent=2)

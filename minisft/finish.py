@@ -55,7 +55,7 @@ def finish(
     if ranks.any_rank(signal.received is not None) or not is_complete(config, run):
         if is_main:
             asked = "control.toml" if control and control.has_stopped else signal.received
-            print(console.stopped(folder, step, run.total_steps, asked))
+            print(console.stopped(folder, step, run.total_steps, asked, config.checkpoint.resume))
         return Result(folder, None, step, values, exit_code=STOPPED, signal=signal.received)
     if loggers:
         if num_skipped := run.progress.nonfinite_steps:
@@ -119,12 +119,14 @@ def complete_prompts(config: Config, run: Run, folder: Path, loggers: Loggers | 
 
 
 def longer(config: Config, stopped_early: bool) -> str:
-    """The option with which a finished run would take more steps."""
+    """The options with which a finished run would take more steps."""
+    # "never" would start over, and an older checkpoint would be taken again
+    resumed = "" if config.checkpoint.resume == "auto" else " --resume auto"
     if stopped_early:
-        return f"--early_stopping_patience {2 * config.evaluate.early_stopping_patience}"
+        return f"--early_stopping_patience {2 * config.evaluate.early_stopping_patience}{resumed}"
     if config.train.max_steps > 0:
-        return f"--max_steps {2 * config.train.max_steps}"
-    return f"--num_train_epochs {2 * config.train.num_train_epochs:g}"
+        return f"--max_steps {2 * config.train.max_steps}{resumed}"
+    return f"--num_train_epochs {2 * config.train.num_train_epochs:g}{resumed}"
 
 
 def load_best_model(run: Run, folder: Path) -> None:

@@ -27,6 +27,8 @@ from minisft.spikes import Recent, Spikes
 from minisft.strict_json import read_json
 from minisft.update import LossScale
 
+# Keys that decide which tensors train. Where they differ and a checkpoint does not fit, they are why.
+OF_TENSORS = ("lora.", "train.trainable", "train.frozen", "model.new_special_tokens", "model.config")
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of so many bytes
 
 
@@ -43,7 +45,15 @@ def resume(config: Config, run: Run, folder: Path) -> dict | None:
     state = read_json(path / "trainer_state.json")
     go_to_chunk(run, state)
     require_same_run(config, run, path, state)
-    state = restore(config, run, path)
+    try:
+        state = restore(config, run, path)
+    except UserError as error:
+        changed = {k: values for k, values in changed_keys(config, state).items() if k.startswith(OF_TENSORS)}
+        if not changed:
+            raise
+        told = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items())
+        hint = f"go back to these settings, or choose a new output_dir; {folder / 'model'} may be its start"
+        raise UserError(f"{path} cannot be resumed: it has other tensors ({told})", hint=hint) from error
     progress = run.progress
     if run.train.stream is not None and progress.step < run.total_steps:
         run.train.stream.reach(run.train, progress.step)  # the checkpoint may be of the last step of a chunk

@@ -669,7 +669,7 @@ def test_options_of_an_adapter_need_its_rank():
         assert f"{key} = " in refused(MINIMAL, {key: value}).message
         load(MINIMAL, {key: value, "lora.r": 4})
         load(MINIMAL, {key: default} if default is not None else {})
-    load(MINIMAL, {"lora.r": "none", "lora.lora_alpha": 32})
+    load(MINIMAL, {"lora.r": "none", "lora.lora_alpha": 8})  # said, as for a file with [lora]
     of_a_name = {"lora.r": 4, "lora.layers_to_transform": [0], "lora.target_modules": "model.*q_proj"}
     assert "regular expression" in refused(MINIMAL, of_a_name).message
 

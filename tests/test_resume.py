@@ -335,6 +335,31 @@ def test_another_order_of_rows_is_refused(home, stopped_packed, tmp_path, change
     assert_same(files(out), before)
 
 
+@pytest.mark.parametrize(
+    ("before", "change", "told"),
+    [
+        ({}, {"lora.r": 4}, 'lora.r "none" -> 4'),
+        ({"lora.r": 4}, {"lora.r": None}, 'lora.r 4 -> "none"'),
+        ({"lora.r": 4}, {"lora.r": 2}, "lora.r 4 -> 2"),
+        ({"lora.r": 4}, {"lora.target_modules": ["q_proj"]}, 'lora.target_modules "all-linear" -> ["q_proj"]'),
+        ({}, {"train.frozen": ["embed"]}, 'train.frozen [] -> ["embed"]'),
+        ({}, {"model.new_special_tokens": ["<x>"]}, 'model.new_special_tokens [] -> ["<x>"]'),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_checkpoint_of_other_tensors_is_refused_by_the_keys_that_changed(home, tmp_path, before, change, told):
+    """A row that its moments lack was updated beyond the end of their memory."""
+    base = train(home, output_dir=str(tmp_path / "base"), **{"train.max_steps": 1}).output_dir / "model"
+    options = {"output_dir": str(tmp_path / "out"), "model.config": None, "model.model_name_or_path": str(base)}
+    out = train(home, **options, **before, **{"train.max_steps": 2}).output_dir
+    kept = files(out)
+    with pytest.raises(UserError) as caught:
+        train(home, **options, **(before | change), **{"train.max_steps": 4})
+    assert f"step-00000002 cannot be resumed: it has other tensors ({told}" in caught.value.message
+    assert "output_dir" in caught.value.hint
+    assert_same(files(out), kept)
+
+
 @pytest.fixture(scope="module")
 def stopped_packed(home) -> tuple[Path, dict]:
     """A packed run that was stopped after step 4, and its options."""
@@ -423,6 +448,22 @@ def test_ctrl_c_saves_and_says_what_to_do(home, tmp_path, monkeypatch, capfd):
         f"stopped by SIGINT after step 3 of 8, saved in {tmp_path}/out/checkpoints; the same command resumes"
         in " ".join(out.split())
     )
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_what_is_said_about_going_on_is_true_where_a_run_was_told_not_to_resume(
+    home, tmp_path, monkeypatch, capfd, resume
+):
+    """config.toml repeats what the command said: with "never" it would start over."""
+    options = {"output_dir": str(tmp_path / "out"), "checkpoint.resume": resume}
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train(home, **options)
+    told = " ".join(capfd.readouterr().out.split())
+    assert ("with --resume auto goes on" in told) == (resume == "never")
+    train(home, **options)
+    (command,) = (line for line in capfd.readouterr().out.split("\n") if " -m minisft train " in line)
+    assert command.endswith(" --resume auto") == (resume == "never")
 
 
 def say_to(file: str, config: str) -> None:

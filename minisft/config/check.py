@@ -34,7 +34,7 @@ def check_config(config: Config, origins: dict[str, str], where: str) -> None:
     check_data(config, refuse)
     check_schedule(config, refuse)
     check_optimizer(config, refuse)
-    check_trained(config, origins, refuse)
+    check_trained(config, refuse, has_rank=origins["lora.r"] != "default")
     check_parallel(config, refuse)
     check_patterns(config, refuse)
     check_evaluation(config, refuse)
@@ -193,14 +193,13 @@ def check_optimizer(config: Config, refuse: Refuse) -> None:
             refuse("train.optim_args", f"{key} = {as_toml(value)}", expected)
 
 
-def check_trained(config: Config, origins: dict[str, str], refuse: Refuse) -> None:
-    """The choice of the parameters that train."""
+def check_trained(config: Config, refuse: Refuse, has_rank: bool) -> None:
+    """The choice of the parameters that train. has_rank: lora.r is given; it may be "none", to train all weights this time."""
     values, lora = config_to_dict(config), config.lora
-    is_forgotten = lora.r is None and origins["lora.r"] == "default"  # "none" is a choice
     for name, default in vars(LoraSection()).items():
-        if is_forgotten and getattr(lora, name) != default:
+        if not has_rank and getattr(lora, name) != default:
             problem = "without lora.r there are no adapters, and all weights would train"
-            refuse(f"lora.{name}", problem, "set lora.r, as in r = 16, or leave it out")
+            refuse(f"lora.{name}", problem, 'set lora.r, as in r = 16, or r = "none" if they should')
     by_expression = isinstance(lora.target_modules, str) and lora.target_modules != ALL_LINEAR
     if by_expression and lora.layers_to_transform is not None:
         problem = "a regular expression is of whole names, in which the layers are"
