@@ -14,8 +14,8 @@ Backward, with u = x A^T [T, r]
 
 What is saved: x and u. A quantised W is a function: the matrix is there during its products only.
 
-Bytes for each number of y beside the frozen product, in bf16: 4 forward (read and write y) and 4 backward (read dy twice); op by
-op 14 and 12. For each number of x 8 backward: read it for dA, add to dx.
+Bytes beside the frozen product, in bf16: for each number of y 4 forward (read and write y) and 4 backward (read dy twice), op by
+op 12 and 8; for each number of x 2 forward (read it for u) and 6 backward (read it for dA, read and write dx), op by op 2 and 10.
 
 What is fp32 whatever the dtype: the sums inside the products, dA and dB over micro-batches.
 
@@ -60,17 +60,17 @@ def lora_linears_ref(
     x: Tensor, layers: Sequence[Layer], adapters: Sequence[Adapter], dropped: Sequence[Tensor] = ()
 ) -> list[Tensor]:
     """The formula. Arguments as in `lora_linears`."""
-    dtype, numbers = product_dtype(x), _numbers(adapters)
+    dtype, (_, numbers) = product_dtype(x), _different(adapters)
     ys = [F.linear(x.to(dtype), W.to(dtype) if isinstance(W, Tensor) else W(dtype), b) for W, b in layers]
     for (layer, A, B, scale), number in zip(adapters, numbers):
         ys[layer] = ys[layer] + scale * F.linear(F.linear(dropped[number] if dropped else x, A), B)
     return ys
 
 
-def _numbers(adapters: Sequence[Adapter]) -> list[int]:
-    """Of the A of each adapter, by the order in which they come first."""
-    order = list(dict.fromkeys(id(adapter.A) for adapter in adapters))
-    return [order.index(id(adapter.A)) for adapter in adapters]
+def _different(adapters: Sequence[Adapter]) -> tuple[list[Tensor], list[int]]:
+    """(each A once, in the order in which they come first; the number of the A of each adapter)"""
+    As = {id(adapter.A): adapter.A for adapter in adapters}
+    return list(As.values()), [list(As).index(id(adapter.A)) for adapter in adapters]
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -161,8 +161,7 @@ def lora_linears(
     """
     if chosen_backend() == "reference":
         return lora_linears_ref(x, layers, adapters, dropped)
-    dtype, numbers = product_dtype(x), _numbers(adapters)
-    As = [adapters[numbers.index(number)].A for number in range(max(numbers) + 1)]
+    dtype, (As, numbers) = product_dtype(x), _different(adapters)
     Bs = [adapter.B for adapter in adapters]
     if all(isinstance(W, Tensor) for W, _ in layers):
         copies = copies_of(x, layers, dtype)

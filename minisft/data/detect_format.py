@@ -25,8 +25,8 @@ from minisft.errors import DATA, UserError
 # ------------------------------------------------------------------------------------------------- names of fields
 
 
-# What an answer may have been written for. If such a column is not read, that is worth a warning.
 PICTURES = ("image", "images", "video", "videos", "audio", "audios")  # models here read text
+# What an answer may have been written for. If such a column is not read, that is worth a warning.
 PROMPT_COLUMNS = (
     "prompt",
     *dict.fromkeys(PROMPT_FIELDS),
@@ -145,9 +145,7 @@ def _format_of(row: dict, format: str, options: FormatOptions, columns: dict) ->
         return format
     found = next((name for name in usable if not missing_field(row, name, options)), None)
     with_nulls = next((name for name in usable if not missing_field(columns, name, options)), None)
-    if (
-        found is None and with_nulls is not None
-    ):  # it has the columns of a format, without values: a bad row, no other format
+    if found is None and with_nulls is not None:  # the columns of a format, without values: a bad row, no other format
         names = missing_field(row, with_nulls, options).split("|")
         raise RowError("missing field", f"{next(name for name in names if name in columns)!r} is null")
     if found is None:

@@ -349,10 +349,8 @@ def _encode_literally(
     ids, offsets, at, start = [], [], 0, 0  # at: token, start: character, both after the last real special token
     for k in real:
         end = usual_offsets[k][0]
-        first, last = (
-            bisect_left(piece.literal, start, key=itemgetter(0)),
-            bisect_right(piece.literal, end, key=itemgetter(1)),
-        )
+        first = bisect_left(piece.literal, start, key=itemgetter(0))
+        last = bisect_right(piece.literal, end, key=itemgetter(1))
         written = Counter(piece.text[a:b] for a, b in piece.literal[first:last])
         if written:
             continues = not tokenizer.has_space_after_special if start else piece.continues
