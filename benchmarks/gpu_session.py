@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_session --out DIR [--seconds 540] [--cache FILE] [--commit HASH]
     python -m benchmarks.gpu_session --build-cache FILE         before, on a machine without a GPU: see kernel_cache.py
 
-Runs from a plain checkout with nothing installed but PyTorch and Triton, and without a network. What needs more is left out
-where that is missing. Given again with the same DIR it goes on with what is missing there.
+Runs from a plain checkout with nothing installed but PyTorch, Triton and numpy, and without a network. What needs more is left
+out where that is missing. Given again with the same DIR it goes on with what is missing there.
 
 A session is a list of parts, the weightiest first: each is a process with a limit, so that a crash or a hang loses one
 contender of one part. What a benchmark or the tests have not done when their process dies is done by another one, without

@@ -142,7 +142,7 @@ def profiled(step: Callable, clock) -> dict:
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     clock.wait()
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:  # without it torch 2.11 warns
         step()
         clock.wait()
     return counted(profiler.events())
