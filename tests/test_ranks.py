@@ -69,7 +69,9 @@ def train_rank(
     if trouble == (rank, "decomposition", "other"):
         honest_svd = torch.linalg.svd
         torch.linalg.svd = lambda *arguments, **options: [-part for part in honest_svd(*arguments, **options)]
-    peers.BEAT, peers.SILENCE, peers.SUSPICIOUS, peers.GRACE, peers.LAST_WORD = 0.1, 2.0, 1.0, 0.5, 0.5
+    peers.BEAT, peers.SUSPICIOUS, peers.GRACE, peers.LAST_WORD = 0.1, 1.0, 0.5, 0.5
+    if (trouble[0], crash[0]) != (-1, -1):  # else a busy machine may keep a rank from running for seconds
+        peers.SILENCE = 2.0
     os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     out = Path(overrides["output_dir"])
@@ -143,7 +145,7 @@ def start_ranks(
     ]
 
 
-def join(processes, seconds: float = 60) -> tuple[int, ...]:
+def join(processes, seconds: float = 200) -> tuple[int, ...]:
     for process in processes:
         process.join(seconds)
         process.kill()  # where it hangs
