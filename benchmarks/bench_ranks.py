@@ -231,7 +231,7 @@ def counting(step) -> tuple[int, float]:
     """(collectives of gloo, the loss) of a step; it is not timed."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         loss = step()
     return sum(event.count for event in profiler.key_averages() if event.key.startswith("gloo:")), loss
 

@@ -44,6 +44,7 @@ from minisft.optimizers import OF_BLOCKS, STATE_BLOCKSIZE
 from minisft.parts import Cut
 from minisft.update import by_device
 
+SHARDS_INTEGERS = torch.__version__ >= "2.12"  # FSDP2 of 2.11 wants a gradient of every parameter
 T = TypeVar("T")
 
 
@@ -141,7 +142,7 @@ def settle(model: Decoder) -> None:
         p.grad_dtype = torch.float32
     model._get_fsdp_state()._lazy_init()  # as the first forward would; no public name says in which dtype sums are kept
     for group in _groups(model):
-        for parameters in group._get_fsdp_state()._fsdp_param_groups:
+        if (parameters := group._get_fsdp_state()._fsdp_param_group) is not None:
             parameters._orig_dtype = torch.float32
 
 

@@ -138,7 +138,7 @@ def kept_bytes(home, use_lora: bool = False, **keys) -> int:
     (batch,) = run.train.step(0, 0)
     everything = batch.input_ids, batch.position_ids, batch.start, batch.end
     run.model(*everything)  # what is made once: tables
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         hidden = run.model(*everything)
     assert hidden.requires_grad
     return sum(event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")

@@ -164,7 +164,7 @@ def live_bytes_of_a_step(run, config) -> float:
 
     batches = run.train.step(0, 0)
     train_step(run, config.train, batches)  # makes moments, copies and buffers
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         train_step(run, config.train, batches)
     live = peak = 0
     for event in profiled.profiler.kineto_results.events():

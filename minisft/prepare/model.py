@@ -56,6 +56,7 @@ from minisft.model.quantized import (
     QuantWeight,
     describe_quantized,
     named_weights,
+    quant_weights,
     quantization_of,
     read_record,
 )
@@ -240,7 +241,8 @@ def is_to_be_sharded(config: Config) -> bool:
 
 
 def shard(config: Config, model: Decoder, device: torch.device) -> None:
-    """Keep only this rank's rows of the matrices. Raises UserError where the ranks are no multiple of parallel.replicas."""
+    """Keep only this rank's rows of the matrices. Raises UserError where the ranks are no multiple of parallel.replicas, or
+    torch is too old for a quantised base."""
     section, precision = config.parallel, runtime.pick_precision(config.train, device)
     dtype = None if precision == "fp32" else runtime.DTYPES[precision]
     replicas = section.replicas if section.strategy == "hsdp" else 1
@@ -248,6 +250,11 @@ def shard(config: Config, model: Decoder, device: torch.device) -> None:
         raise UserError(
             f"parallel.replicas = {replicas} on {ranks.world_size()} ranks",
             hint="each replica has the same number of ranks",
+        )
+    if quant_weights(model) and not parallel.SHARDS_INTEGERS:
+        raise UserError(
+            f'parallel.strategy = "{section.strategy}" shards a quantised base: FSDP2 of torch {torch.__version__} cannot',
+            hint='update torch to 2.12 or later, or set strategy = "ddp"',
         )
     options = {"replicas": replicas, "reshard": section.reshard_after_forward, "dtype": dtype}
     options["offload"] = section.cpu_offload
