@@ -43,6 +43,12 @@ def compile_anew(folder: Path, known: Path | None) -> list[dict]:
         return list(csv.DictReader(lines))
 
 
+def recorded_rows() -> dict[str, dict]:
+    """By their keys, of which another Triton has others."""
+    with RECORD.open(newline="", encoding="utf-8") as lines:
+        return {row["key"]: row for row in csv.DictReader(lines)}
+
+
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> list[dict]:
     """A row a compiled kernel; see compile_gate.py. Compiling all takes 100 seconds, so RECORD has those of the last change."""
@@ -55,10 +61,9 @@ def table(tmp_path_factory) -> list[dict]:
 def test_the_record_is_what_is_compiled(tmp_path):
     if not common.HAS_TRITON:
         pytest.skip("needs Triton")
-    with RECORD.open(newline="", encoding="utf-8") as lines:
-        recorded = {row["key"]: row | {"seconds": ""} for row in csv.DictReader(lines)}
+    recorded = {key: row | {"seconds": ""} for key, row in recorded_rows().items()}
     rows = {row["key"]: row | {"seconds": ""} for row in compile_anew(tmp_path, None)}
-    same_triton = rows.keys() & recorded.keys()  # another Triton has other keys
+    same_triton = rows.keys() & recorded.keys()
     assert all(rows[key] == recorded[key] for key in same_triton)
     assert not same_triton or rows.keys() == recorded.keys(), f"python tests/compile_gate.py {RECORD.name} records them"
 
@@ -144,6 +149,8 @@ def test_16_bytes_are_read_at_a_time(table, kernel):
 
 
 def test_no_kernel_spills(table):
+    if recorded_rows().keys().isdisjoint(row["key"] for row in table):
+        pytest.skip("another Triton needs other registers: the launch configurations are those of the pinned one")
     for row in table:
         may_spill = any((row["kernel"], c, int(row["arch"])) in SPILLS for c in row["constants"].split())
         assert may_spill or row["stack_bytes"] == row["spill"] == "0", row
