@@ -1,4 +1,5 @@
-"""Signals that ask a process to stop: SIGINT (Ctrl-C), SIGTERM (launchers, schedulers, Kubernetes) and SIGUSR1 (SLURM).
+"""Signals that ask a process to stop: SIGINT (Ctrl-C), SIGTERM (launchers, schedulers, Kubernetes), SIGUSR1 (SLURM) and SIGHUP (a
+terminal or an SSH connection that closes).
 
 Where nothing can be lost, a signal ends the process at once: before the first step, while the held-out prompts are completed, and
 in commands that do not train. It raises Stopped, which cleans up what is half written (atomic_folder.py) and becomes a line
@@ -18,7 +19,7 @@ import time
 
 from minisft.errors import Stopped
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SAME_SECONDS = 1.0  # a second signal within this time is the first one, delivered twice
 UNWIND_SECONDS = 10.0
 BEFORE_STEPS = "before the first step; the same command starts again"
@@ -62,7 +63,8 @@ class StopSignal:
             self._previous_pipe = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
             threading.Thread(target=self._watch, args=(readable,), daemon=True).start()
         for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -76,6 +78,8 @@ class StopSignal:
 
     def _handle(self, number: int, frame: object) -> None:
         now = time.monotonic()
+        if number == signal.SIGHUP:
+            leave_terminal()
         if self.received is None:
             self.received, self._received_at = signal.Signals(number).name, now
             if self.then is None:
@@ -99,3 +103,14 @@ class StopSignal:
 
     def _stopped(self, name: str) -> Stopped:
         return Stopped(f"stopped by {name} {self.where}".rstrip(), self.exit_code or 128 + signal.Signals[name])
+
+
+def leave_terminal() -> None:
+    """Drop what is printed from now on where it went to a terminal that is closed: there every write is an error."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)

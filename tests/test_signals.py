@@ -1,8 +1,9 @@
-"""SIGINT, SIGTERM and SIGUSR1 in every phase of a run: exit code 75, nothing half written, and in the end the same bytes."""
+"""SIGINT, SIGTERM, SIGUSR1 and SIGHUP in every phase of a run: exit code 75, nothing half written, in the end the same bytes."""
 
 import json
 import os
 import pkgutil
+import pty
 import random
 import signal
 import socket
@@ -117,6 +118,43 @@ def test_a_thread_ends_a_command_that_is_stuck_in_a_library(how):
         "noted": (5, "\nminisft: SIGTERM: saving; once more quits at once\n"),
     }
     assert (process.returncode, said) == expected[how]
+
+
+CLOSED = """
+import pathlib, sys, time
+from minisft import errors, signals
+def command():
+    with signals.StopSignal("here", errors.STOPPED, is_command=True) as stop:
+        stop.note("saving")
+        print("ready", flush=True)
+        while stop.received is None:
+            time.sleep(0.01)
+        print("after the terminal", flush=True)
+        pathlib.Path(sys.argv[1]).write_text(stop.received)
+sys.exit(errors.run_command(command))
+"""
+
+
+def test_a_terminal_that_closes_stops_a_run_which_then_saves(tmp_path):
+    """What it prints afterwards would be errors of the disk (EIO)."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(ROOT)
+        os.execl(sys.executable, sys.executable, "-c", CLOSED, tmp_path / "said")
+    assert os.read(terminal, 5) == b"ready"
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    assert (tmp_path / "said").read_text() == "SIGHUP"
+
+
+def test_nohup_keeps_its_word():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.received is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # ---- commands ---------------------------------------------------------------------------------------------------
