@@ -371,6 +371,18 @@ def lock_folder(folder: Path | str) -> IO[bytes]:
 
 
 @contextmanager
+def scratch_folder(parent: Path | str, name: str) -> Iterator[Path]:
+    """A new hidden folder, which is deleted when the block ends; by the next call where the process was killed."""
+    remove_leftovers(parent)
+    folder = _temporary("tmp", Path(parent) / name)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def hidden_file(folder: Path | str) -> Iterator[Path]:
     """An empty file with a new hidden name, which is in the folder as long as the block lasts."""
     path = _temporary("tmp", Path(folder) / "mark")

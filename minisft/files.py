@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from minisft.errors import CONFIG, DATA, UserError, shortened
+from minisft.errors import CONFIG, DATA, SAVE, UserError, shortened
 
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, as on Linux
 MAX_BYTES = 64 * 2**20  # of a file that is read whole
@@ -57,6 +57,18 @@ def file_to_write(path: str, option: str) -> str:
     if os.path.isdir(text):
         raise UserError(f"{option} {path}: it is a folder", hint="name a file")
     return text
+
+
+def is_there(path: str | Path) -> bool:
+    """Like os.path.lexists. UserError where a folder on the way may not be searched: what is in it is not missing."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL
+        return False
+    except OSError as error:
+        hint = "see to the permissions and the disk, then give the same command again"
+        raise UserError(f"{path}: {error.strerror}", hint=hint, exit_code=SAVE) from None
+    return True
 
 
 def require_file(path: str | Path, *, exit_code: int = DATA) -> None:

@@ -40,6 +40,13 @@ def evaluated(capsys, *words: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+def test_an_evaluation_writes_nothing_beside_the_run(home, capsys):
+    """Its folder may be read-only, or somebody else's."""
+    before = sorted(home.rglob("*"))
+    evaluated(capsys, str(home / "out"), "--data", str(home / "rows.jsonl[:5]"))
+    assert sorted(home.rglob("*")) == before
+
+
 @torch.no_grad()
 def definition(home: Path, files: list[str]) -> dict:
     """Each document alone, soft-max over whole logits in fp64."""

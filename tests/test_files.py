@@ -19,9 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisft import atomic_folder, files, strict_json
+from minisft.config.stages import load_stages
 from minisft.data.sources import Source, list_files
 from minisft.data.tokenizer import load_tokenizer
 from minisft.errors import DATA, MODEL, SAVE, UserError
+from minisft.importers.yaml_file import read_yaml
+from minisft.prepare.look import look_for_models
 
 # ------------------------------------------------------------------------------------------------- JSON
 
@@ -451,3 +454,39 @@ def test_a_waiting_lock_lets_one_in_at_a_time(tmp_path):
     for thread in threads:
         thread.join()
     assert most == [1, 1, 1, 1]
+
+
+def test_what_may_not_be_looked_for_is_not_missing(tmp_path, monkeypatch):
+    """A folder that the user may not search: "no such file", "no file matches" and "holds no model" would be guesses."""
+    honest = os.lstat
+
+    def lstat(path, **options):
+        if "locked" in Path(path).parts[:-1]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return honest(path, **options)
+
+    monkeypatch.chdir(tmp_path)
+    Path("locked").mkdir()
+    monkeypatch.setattr(os, "lstat", lstat)
+    model = {"output_dir": "out", "data.train_data": "rows.jsonl", "model.model_name_or_path": "locked"}
+    stages = load_stages(model, {}, origin="test")
+    for look in (
+        lambda: list_files(Source("locked/rows.jsonl")),
+        lambda: load_stages("locked/run.toml", {}, origin="test"),
+        lambda: read_yaml(Path("locked/run.yaml")),
+        lambda: look_for_models(stages[0], []),
+    ):
+        with pytest.raises(UserError, match=r"^locked/.*: Permission denied\n") as caught:
+            look()
+        assert caught.value.exit_code == SAVE
+
+
+def test_a_scratch_folder_is_gone_after_its_block_or_before_the_next_one(tmp_path):
+    with atomic_folder.scratch_folder(tmp_path, "check") as folder:
+        (folder / "model").touch()
+    assert list(tmp_path.iterdir()) == []
+    code = f"from minisft.atomic_folder import *\nwith scratch_folder({str(tmp_path)!r}, 'check'): os._exit(9)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    (left,) = tmp_path.iterdir()
+    with atomic_folder.scratch_folder(tmp_path, "check") as folder:
+        assert list(tmp_path.iterdir()) == [folder] != [left]

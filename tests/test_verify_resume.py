@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import settings, train
 
 from minisft.__main__ import main
+from minisft.commands import verify_resume
 from minisft.commands.verify_resume import compare
 from minisft.config.values import as_toml
 
@@ -97,6 +98,19 @@ def test_state_and_metrics_are_compared(two):
 def test_a_wrong_number_of_steps_is_told(words, capsys):
     assert main(["verify-resume", "run.toml", *words]) == 2
     assert "--steps" in capsys.readouterr().err
+
+
+def test_an_interrupted_comparison_leaves_nothing(tmp_path, monkeypatch):
+    values = settings(tmp_path, output_dir=str(tmp_path / "run"))
+    (tmp_path / "run.toml").write_text("".join(f"{key} = {as_toml(value)}\n" for key, value in values.items()))
+
+    def verify(words, folder, steps):
+        (folder / "whole.txt").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify_resume, "verify", verify)
+    assert main(["verify-resume", str(tmp_path / "run.toml")]) == 130
+    assert not list(tmp_path.glob("run-verify-resume-*"))
 
 
 @pytest.mark.slow  # four processes that import torch

@@ -94,11 +94,12 @@ def _run_tasks(folder: Path, options: dict, overrides: dict) -> int:
 
 
 def configuration(folder: Path, data: list[str], overrides: dict, temporary: str) -> "Config":
-    """That of the run, or the default one, with these rows as its training data."""
+    """That of the run, or the default one, with these rows as its training data. The token cache is not kept: the folder of the
+    run may be read-only."""
     run = next((place for place in (folder, folder.parent) if (place / RESOLVED_NAME).exists()), None)
-    values = {"data.train_data": data, "data.eval_data": [], "data.eval_fraction": 0.0}
+    values = {"data.train_data": data, "data.eval_data": [], "data.eval_fraction": 0.0, "data.cache_dir": temporary}
     if run is None:
-        values |= {"model.model_name_or_path": str(folder), "output_dir": temporary, "data.cache_dir": temporary}
+        values |= {"model.model_name_or_path": str(folder), "output_dir": temporary}
     config, _ = load(run / RESOLVED_NAME if run else {}, {**values, **overrides}, origin="command line")
     return replace(config, verbose=False)
 

@@ -6,7 +6,6 @@ selfcheck/checks.py has them and says where the bars come from. Nothing is writt
 
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ def main(argv: list[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         print(USAGE, file=sys.stdout if argv else sys.stderr, end="")
         return 0 if argv else 2
+    from minisft.atomic_folder import scratch_folder
     from minisft.config.command_line import parse_arguments, take_options, whole_number
     from minisft.config.stages import load_stages
     from minisft.prepare.look import look
@@ -54,8 +54,8 @@ def main(argv: list[str]) -> int:
     if "naive" in number:
         return compare_with_naive(config, number["naive"], "json" in options)
     home = next(folder for folder in Path(config.output_dir).absolute().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix="minisft-selfcheck-", dir=home) as folder:
-        return check(config, words, Path(folder), number.get("rows", 8), options.get("only", []), "json" in options)
+    with scratch_folder(home, "selfcheck") as folder:
+        return check(config, words, folder, number.get("rows", 8), options.get("only", []), "json" in options)
 
 
 def with_default_steps(argv: list[str]) -> list[str]:

@@ -53,15 +53,18 @@ def main(argv: list[str]) -> int:
     output = Path(stages[0].config.output_dir).absolute()
     home = next(folder for folder in output.parents if folder.is_dir())
     folder = Path(tempfile.mkdtemp(prefix=f"{output.name}-verify-resume-", dir=home))
-    is_equal = False
+    is_kept = True
     try:
-        is_equal = verify(rest, folder, steps)
+        is_kept = not verify(rest, folder, steps)
+    except KeyboardInterrupt:  # a signal: there is nothing to look at
+        is_kept = False
+        raise
     finally:
-        if is_equal:
-            shutil.rmtree(folder)
-        else:
+        if is_kept:
             print(f"\nboth runs, with what they printed, are in {folder}")
-    return 0 if is_equal else DIFFERENT
+        else:
+            shutil.rmtree(folder)
+    return DIFFERENT if is_kept else 0
 
 
 def verify(words: list[str], folder: Path, steps: int) -> bool:

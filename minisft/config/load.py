@@ -30,7 +30,7 @@ from minisft.config.check import check_config
 from minisft.config.sections import KEYS, SECTIONS, Config, config_to_dict
 from minisft.config.values import as_toml, expected, fit, fit_type, nearest_choice, problem_of
 from minisft.errors import CONFIG, UserError, number_of_ranks, shortened, tell
-from minisft.files import checked_path, read_file
+from minisft.files import checked_path, is_there, read_file
 
 RESOLVED_NAME = "config.toml"  # in the output folder
 MAX_BYTES = 2**22  # of a file
@@ -160,7 +160,7 @@ def _read_toml(path: Path, extended_by: str = "") -> dict:
             f"another trainer's file is translated by `python -m minisft init --from-trl {path}` (or --from-axolotl, "
         )
         raise UserError(f"{what}: not a TOML file", hint=hint + "--from-llamafactory, --from-stages)")
-    if not os.path.lexists(path):
+    if not is_there(path):
         where = "the path is relative to that file" if extended_by else f"the working directory is {Path.cwd()}"
         raise UserError(f"{what}: there is no such file", hint=where)
     try:

@@ -39,7 +39,7 @@ from minisft.data.parquet import count_parquet, read_parquet
 from minisft.data.row_format import RowFormat
 from minisft.data.rows import EXCERPT, BadRow, Row, excerpt
 from minisft.errors import DATA, UserError, shortened
-from minisft.files import checked_path, read_up_to, require_file
+from minisft.files import checked_path, is_there, read_up_to, require_file
 from minisft.hub import is_repository_name
 from minisft.strict_json import parse_json
 
@@ -188,7 +188,7 @@ def list_files(source: Source) -> list[Path]:
     path = os.path.expanduser(source.path)
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder", hint=f'name its files, as in "{path}/*.jsonl"', exit_code=DATA)
-    if os.path.exists(path):
+    if is_there(path):
         names = [path]
     else:
         names = sorted(name for name in glob.glob(path, recursive=True) if not os.path.isdir(name))

@@ -5,7 +5,6 @@ that is given twice, the second silently wins (refused here); and aliases may co
 lines (values are counted with aliases written out).
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import yaml
 
 from minisft.errors import CONFIG, UserError
-from minisft.files import read_file
+from minisft.files import is_there, read_file
 from minisft.strict_json import parse_json
 
 MAX_BYTES, MAX_VALUES, MAX_KEYS, MAX_DEPTH = 2**20, 50_000, 5000, 20
@@ -33,7 +32,7 @@ class _Loader(yaml.SafeLoader):
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The table of a .yaml, .yml or .json file. Raises UserError (exit code 2) for anything else."""
-    if not os.path.lexists(path):
+    if not is_there(path):
         raise UserError(f"{path}: there is no such file", hint=f"the working directory is {Path.cwd()}")
     data = read_file(path, exit_code=CONFIG, at_most=MAX_BYTES)
     try:
