@@ -50,8 +50,9 @@ def trained_as(folder: Path) -> dict[str, Any]:
     return written | (read_json(state).get("prompting", {}) if state.exists() else {})
 
 
-def open_model(folder: Path) -> Answerer:
-    """The model of a run's output folder, of an adapter or of a model folder, on the GPU if there is one."""
+def open_model(folder: Path, *, chat_template: str | None = None) -> Answerer:
+    """The model of a run's output folder, of an adapter or of a model folder, on the GPU if there is one. chat_template: in place
+    of the folder's, as in `load_tokenizer`."""
     import torch
 
     from minisft.data.tokenizer import load_tokenizer
@@ -65,7 +66,8 @@ def open_model(folder: Path) -> Answerer:
     is_adapter = (folder / CONFIG_FILE).exists() and not (folder / "config.json").exists()
     model = (load_adapted if is_adapter else load_model)(folder, device=device, max_length=trained.get("max_length"))
     use_exported_weights(model, folder)
-    tokenizer = load_tokenizer(folder, chat_template_kwargs=trained.get("chat_template_kwargs"))
+    kwargs = trained.get("chat_template_kwargs")
+    tokenizer = load_tokenizer(folder, chat_template=chat_template, chat_template_kwargs=kwargs)
     layout = trained.get("prompt", "plain" if tokenizer.template is None else "chat")
     return Answerer(model, tokenizer, layout, trained.get("control_tokens") == "escape")
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,42 @@ def test_a_model_folder_without_a_run_and_a_table(home, capsys):
     assert [line.split("  ")[0] for line in lines] == list(of_run)
     assert f"{of_run['all']['tokens']}" in lines[0] and "perplexity" in said
     assert max(map(len, lines)) <= 100
+
+
+def test_all_rows_and_the_chosen_answers_count_whatever_the_run_was(home, capsys, tmp_path):
+    """The configuration of a stream has the rows of its first chunk, that of preference tuning both answers of a pair."""
+    text = (home / "out" / "config.toml").read_text()
+    streamed = (("stream = false", "stream = true"), ("stream_rows = 100000", "stream_rows = 2"))
+    for name, changes in (("stream", streamed), ("dpo", (('trainer_type = "sft"', 'trainer_type = "dpo"'),))):
+        (tmp_path / name).mkdir()
+        changed = text
+        for old, new in changes:
+            assert f"\n{old}" in changed
+            changed = changed.replace(f"\n{old}", f"\n{new}")
+        (tmp_path / name / "config.toml").write_text(changed)
+        (tmp_path / name / "model").symlink_to(home / "out" / "model")
+    rows = [{"question": f"{i}?", "answer": f"{i * i}"} for i in range(12)]
+    pairs = [{"prompt": row["question"], "chosen": row["answer"], "rejected": "no idea"} for row in rows]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    expected = evaluated(capsys, str(home / "out"), "--data", str(home / "rows.jsonl"))
+    for run in ("stream", "dpo"):
+        assert evaluated(capsys, str(tmp_path / run), "--data", str(home / "rows.jsonl")) == expected
+    pairs = [
+        evaluated(capsys, str(run), "--data", str(tmp_path / "pairs.jsonl")) for run in (tmp_path / "dpo", home / "out")
+    ]
+    assert pairs[0] == pairs[1] and pairs[0]["terminator"]["tokens"] == 12
+
+
+def test_an_option_is_used_or_refused(home, capsys, tmp_path):
+    shutil.copytree(home / "out" / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    words = [str(tmp_path / "model"), "--data", str(home / "talks.jsonl")]
+    assert main(["evaluate", *words]) == 2
+    assert "set chat_template" in capsys.readouterr().err
+    assert evaluated(capsys, *words, "--chat_template=chatml") == evaluated(capsys, str(home / "out"), *words[1:])
+    for option in ("--learning_rate=1", "--max_steps=3", "--per_device_eval_batch_size=1"):
+        assert main(["evaluate", *words, option]) == 2
+        assert "on the command line: evaluate does not read it" in capsys.readouterr().err
 
 
 def test_mistakes_are_told(home, capsys):

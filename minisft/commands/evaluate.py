@@ -36,10 +36,13 @@ named. probability is the mean of p(target): for the terminator it says how sure
                 --limit N (rows of each task), --num_fewshot N, --batch_size N (8), --apply_chat_template, --include_path FOLDER
                 (tasks of your own, as YAML)
 
-FOLDER is a run's output folder or a model folder. Other options are keys of the configuration, as for `minisft train`:
---max_length 2048, --precision fp32.
+FOLDER is a run's output folder or a model folder. Other options are keys of the configuration, as for `minisft train`: those of
+[data] and [audit], such as --max_length 2048, and --precision, --device, --per_device_train_batch_size and --chat_template. In
+preference rows the chosen answer is evaluated.
 """
 OF_TASKS = {"limit": 1, "num_fewshot": 0, "batch_size": 1}  # numbers that the harness reads, at least this
+READ = ("train.per_device_train_batch_size", "train.precision", "train.device", "train.seed", "model.chat_template")
+READ += ("model.local_files_only", "data.", "audit.")
 COLUMNS = ("tokens", "loss", "perplexity", "accuracy", "entropy", "probability")
 
 
@@ -100,8 +103,15 @@ def configuration(folder: Path, data: list[str], overrides: dict, temporary: str
     values = {"data.train_data": data, "data.eval_data": [], "data.eval_fraction": 0.0, "data.cache_dir": temporary}
     if run is None:
         values |= {"model.model_name_or_path": str(folder), "output_dir": temporary}
-    config, _ = load(run / RESOLVED_NAME if run else {}, {**values, **overrides}, origin="command line")
-    return replace(config, verbose=False)
+    config, origins = load(run / RESOLVED_NAME if run else {}, {**values, **overrides}, origin="command line")
+    given = {key for key, origin in origins.items() if origin == "command line"} - values.keys()
+    if unread := sorted(key for key in given if not key.startswith(READ)):
+        hint = f"read are {', '.join(READ[:-2])} and the keys of [data] and [audit]; the model is taken as it is stored"
+        raise UserError(f"{unread[0]} on the command line: evaluate does not read it", hint=hint)
+    if "model.chat_template" not in given:  # the folder has the run's
+        config = replace(config, model=replace(config.model, chat_template=None))
+    # all rows, and of a pair the chosen answer, whatever the run was
+    return replace(config, trainer_type="sft", verbose=False, data=replace(config.data, stream=False))
 
 
 def _evaluate(config: "Config", folder: Path) -> tuple[list[str], dict[str, dict[str, float]]]:
@@ -112,7 +122,7 @@ def _evaluate(config: "Config", folder: Path) -> tuple[list[str], dict[str, dict
     from minisft.prepare.data import prepare_data
 
     device = runtime.pick_device(config.train.device)
-    answerer = open_model(folder)
+    answerer = open_model(folder, chat_template=config.model.chat_template)
     loader, _, lines = prepare_data(config, answerer.tokenizer)
     if sys.stderr.isatty():
         print(f"{loader.steps_per_epoch:,} batches ...", file=sys.stderr)
