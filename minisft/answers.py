@@ -57,8 +57,9 @@ def open_model(folder: Path, *, chat_template: str | None = None) -> Answerer:
 
     from minisft.data.tokenizer import load_tokenizer
     from minisft.join import use_exported_weights
-    from minisft.model.adapter_files import CONFIG_FILE, load_adapted, model_folder
+    from minisft.model.adapter_files import CONFIG_FILE, model_folder
     from minisft.model.load import load_model
+    from minisft.model.start import load_adapted
 
     folder = model_folder(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"

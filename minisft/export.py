@@ -155,6 +155,7 @@ def export_model(config: Config, run: Run, folder: Path) -> None:
     aside = name_aside(path)
     dtype = export_dtype(config)
     made_by = {"config": fingerprint(config), "started_from": run.start.id if run.start else None}
+    made_by["base"] = run.start.base_id if run.start and run.model.lora else None
     manifest = {"step": run.progress.step, "checkpoint": checkpoint_id(run, folder), **made_by, **run.prompting}
     source = run.start.folder if run.start else None
     hint = "nothing is lost: the last checkpoint has all steps. Free some space and give the same command again"

@@ -202,6 +202,7 @@ def training_state(config: Config, run: Run) -> dict:
         "optim": config.train.optim,
         "config": settings(config),
         "started_from": run.start.id if run.start else None,
+        "base": run.start.base_id if run.start and run.model.lora else None,
         "prompting": run.prompting,
         "sums": progress.sums.state(),
         "order": data_order(config, run),

@@ -12,11 +12,11 @@ import torch
 from tiny import relative_error
 
 from minisft.data.tokenizer import load_tokenizer
-from minisft.model.adapter_files import load_adapted
 from minisft.model.decoder import Decoder
 from minisft.model.load import load_model
 from minisft.model.lora import adapter_disabled, merge_adapter
 from minisft.model.quantized import Quantization
+from minisft.model.start import load_adapted
 from minisft.train import run
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from tiny_models import CONFIGS, stream, tiny
 from tolerance import relative_error
 
 from minisft.errors import UserError
-from minisft.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, load_adapted, load_adapter, save_adapter
+from minisft.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from minisft.model.load import build_model, give_memory, load_model, load_weights, place_quantized, read_config
 from minisft.model.lora import (
     LoraLinear,
@@ -24,7 +24,7 @@ from minisft.model.lora import (
 from minisft.model.lora_options import ALL_LINEAR, LoraOptions, is_target
 from minisft.model.quantized import Quantization
 from minisft.model.save import save_model
-from minisft.model.start import find_start
+from minisft.model.start import find_start, load_adapted
 from minisft.plan.shapes import adapters_of
 
 # Plain, windows with norms of heads, stacked, stacked head by head, stacked and transposed.

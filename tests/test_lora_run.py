@@ -14,8 +14,8 @@ from tiny import logged, parts, settings, train
 
 from minisft.commands import export, generate
 from minisft.errors import UserError
-from minisft.model.adapter_files import load_adapted
 from minisft.model.load import load_model
+from minisft.model.start import load_adapted
 from minisft.units import size
 
 LORA = {"lora.r": 4, "lora.lora_alpha": 8, "lora.lora_dropout": 0.1, "train.learning_rate": 1e-2}

@@ -18,12 +18,13 @@ from tiny_models import tiny
 from minisft.commands import export, generate
 from minisft.config.load import load
 from minisft.errors import UserError
-from minisft.model.adapter_files import load_adapted, load_adapter, save_adapter
+from minisft.model.adapter_files import load_adapter, save_adapter
 from minisft.model.load import load_model
 from minisft.model.lora import LoraLinear, adapter_disabled, adapters, apply_lora, merge_adapter
 from minisft.model.lora_options import LoraOptions
 from minisft.model.quantized import RECORD, Quantization, QuantWeight, quant_weights
 from minisft.model.save import save_model
+from minisft.model.start import load_adapted
 from minisft.prepare.run import prepare
 
 LORA = {"lora.r": 4, "lora.lora_alpha": 8, "lora.lora_dropout": 0.1, "train.learning_rate": 1e-2}

@@ -15,9 +15,10 @@ from tiny import logged, parts, train, weights
 from minisft import loop
 from minisft.commands import export, generate
 from minisft.errors import CONFIG, MODEL, STOPPED, UserError
-from minisft.model.adapter_files import load_adapted, save_adapter
+from minisft.model.adapter_files import save_adapter
 from minisft.model.load import load_model
 from minisft.model.quantized import RECORD, Quantization, quantization_of
+from minisft.model.start import load_adapted
 
 LORA = {"lora.r": 4, "lora.lora_alpha": 8, "train.learning_rate": 1e-2, "train.num_train_epochs": 1}
 
@@ -65,6 +66,33 @@ def changed(home: Path, tmp_path: Path, **values) -> Path:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
     return folder
+
+
+# ---- its base --------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_refused_beside_a_base_that_was_trained_anew(tmp_path, home):
+    """The path is the same, the weights are others: every answer, merge and evaluation would be of neither."""
+    base, other = tmp_path / "base", tmp_path / "other"
+    shutil.copytree(home / "base" / "model", base)
+    train(home, output_dir=str(other), **{"train.num_train_epochs": 1, "train.seed": 7})
+    first = train(home, output_dir=str(tmp_path / "first"), **start(base), **LORA, **{"train.max_steps": 2})
+    again = train(home, output_dir=str(tmp_path / "again"), **start(first.output_dir), **LORA, **{"train.max_steps": 2})
+    export.main([str(first.output_dir), str(tmp_path / "copy")])
+    adapters = [first.output_dir / "checkpoints" / "step-00000002", again.output_dir / "model", tmp_path / "copy"]
+    for folder in adapters:
+        load_adapted(folder)
+    shutil.rmtree(base)
+    shutil.copytree(other / "model", base)
+    for look in (
+        *(partial(load_adapted, folder) for folder in adapters),
+        partial(export.main, [str(first.output_dir), str(tmp_path / "merged"), "--merge"]),
+        partial(generate.main, [str(first.output_dir), "--prompt", "a"]),
+        partial(train, home, output_dir=str(tmp_path / "third"), **start(first.output_dir), **LORA),
+    ):
+        with pytest.raises(UserError, match="it is not the model that this adapter was trained on any more") as caught:
+            look()
+        assert caught.value.exit_code == MODEL and str(base) in caught.value.message
 
 
 # ---- trained further -------------------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ from tiny_models import CONFIGS, stream, tiny
 from minisft.__main__ import main
 from minisft.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from minisft.generation import generate, stop_ids
-from minisft.model.adapter_files import load_adapted
 from minisft.model.families import FAMILIES
 from minisft.model.load import load_model
 from minisft.model.save import save_model
+from minisft.model.start import load_adapted
 
 VLLM = r"""
 import gc, json, os, sys

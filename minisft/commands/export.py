@@ -170,7 +170,7 @@ def _is_ours_or_hidden(path: Path, folder: Path) -> bool:
 
 def _described(manifest: dict) -> dict:
     """What the commands that read a model folder know of the training."""
-    kept = ("prompt", "chat_template_kwargs", "control_tokens", "max_length")
+    kept = ("prompt", "chat_template_kwargs", "control_tokens", "max_length", "base")
     return {key: manifest[key] for key in kept if key in manifest}
 
 
@@ -250,7 +250,7 @@ def load_merged(folder: Path, run: Path, dtype_name: str) -> tuple:
     from minisft.data.tokenizer import load_tokenizer
     from minisft.join import use_exported_weights
     from minisft.merge import merge
-    from minisft.model.adapter_files import load_adapted
+    from minisft.model.start import load_adapted
     from minisft.runtime import DTYPES
     from minisft.strict_json import read_json
 

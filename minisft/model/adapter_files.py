@@ -26,10 +26,9 @@ from minisft.errors import MODEL, UserError, shortened
 from minisft.files import require_file
 from minisft.gguf.file import is_gguf
 from minisft.model.decoder import Decoder
-from minisft.model.load import load_model
 from minisft.model.lora import LoraLinear, adapter_options, adapter_sites, apply_lora
 from minisft.model.lora_options import ALL_LINEAR, LoraOptions, is_target
-from minisft.model.quantized import read_record, write_record
+from minisft.model.quantized import write_record
 from minisft.model.tensor_files import TensorFile, entry_of, in_usual_order
 from minisft.model.tensor_names import LLAMA, NAMES, Stored, stored_tensors
 from minisft.strict_json import read_json, write_json
@@ -160,23 +159,6 @@ def load_adapter(model: Decoder, folder: Path | str, *, dtype: torch.dtype = tor
     apply_lora(model, options, dtype=dtype)
     load_adapter_weights(model, folder)
     return model
-
-
-def load_adapted(folder: Path | str, *, device: torch.device | str = "cpu", max_length: int | None = None) -> Decoder:
-    """The base model that an adapter folder names, quantised as its record says, with the adapter, in eval mode.
-
-    Raises UserError (exit code MODEL) if the folder names no base, and as load_model and load_adapter do.
-    """
-    base, revision = base_of(Path(folder))
-    model = load_model(
-        base,
-        revision=revision,
-        device=device,
-        max_length=max_length,
-        quantization=read_record(Path(folder)),
-        least_vocab_size=least_vocab_size(Path(folder)),
-    )
-    return load_adapter(model, folder).eval()
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:

@@ -13,9 +13,9 @@ from minisft import runtime
 from minisft.data.loader import Loader
 from minisft.errors import UserError
 from minisft.export import export_dtype, write_model, write_whole
-from minisft.model.adapter_files import load_adapted
 from minisft.model.load import load_model
 from minisft.model.lora import adapter_disabled, changed_by_merge, merge_adapter
+from minisft.model.start import load_adapted
 from minisft.prepare.model import quantization_for
 from minisft.prepare.run import Run
 from minisft.runtime import DTYPES
