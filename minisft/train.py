@@ -54,9 +54,11 @@ def _command(argv: list[str]) -> int:
 
 
 def _run(stages: list[Stage], signal: StopSignal) -> Result:
-    from minisft.prepare.look import look
+    from minisft.prepare.look import look, look_for_run
 
     look(stages)
+    for stage in stages:
+        look_for_run(stage)
     # OpenMP threads spin while they wait for each other. If another program takes one thread's core, all others spin for it:
     # training on 2 busy cores fell to a thirtieth of its speed. After 20,000 turns they now sleep instead.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")

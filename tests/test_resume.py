@@ -450,6 +450,20 @@ def test_ctrl_c_saves_and_says_what_to_do(home, tmp_path, monkeypatch, capfd):
     )
 
 
+def test_the_configuration_of_a_run_continues_it_from_any_folder_or_is_refused(home, tmp_path, monkeypatch):
+    """output_dir is relative: from another folder the run would begin anew there, and leave its checkpoints alone."""
+    monkeypatch.chdir(tmp_path)
+    train(home, output_dir="runs/a b", **{"train.max_steps": 1})
+    assert command.run("runs/a b/config.toml", max_steps=2).step == 2
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    with pytest.raises(UserError, match=r"is of the run in \.\./runs/a b, .*elsewhere") as caught:
+        command.run("../runs/a b/config.toml", max_steps=3)
+    assert "--output_dir '../runs/a b'" in caught.value.hint
+    assert command.run("../runs/a b/config.toml", max_steps=3, output_dir="../runs/a b").step == 3
+    assert list(Path().iterdir()) == []
+
+
 @pytest.mark.parametrize("resume", ["never", "auto"])
 def test_what_is_said_about_going_on_is_true_where_a_run_was_told_not_to_resume(
     home, tmp_path, monkeypatch, capfd, resume

@@ -4,11 +4,12 @@ config/check.py has looked at the values. Repositories of the hub come later, wh
 """
 
 import os
+import shlex
 from pathlib import Path
 
 from minisft import hub
 from minisft.atomic_folder import verify_folder
-from minisft.config.load import MODEL_FILES
+from minisft.config.load import MODEL_FILES, RESOLVED_NAME
 from minisft.config.sections import Config, eval_sets, source_list
 from minisft.config.stages import Stage
 from minisft.config.values import as_toml
@@ -31,6 +32,20 @@ def look(stages: list[Stage]) -> None:
         except UserError as error:
             title = f"{stage.title}: " if stage.title else ""
             raise UserError(title + error.message, hint=error.hint, exit_code=error.exit_code) from None
+
+
+def look_for_run(stage: Stage) -> None:
+    """The configuration that a run has left in its folder continues that run. output_dir belongs to the working directory, so
+    from another one it would be a new run, from its first step. Raises UserError there."""
+    origin, name = Path(stage.origins["output_dir"]), stage.config.output_dir
+    folder = origin.parent
+    if origin.name != RESOLVED_NAME or not (folder / "checkpoints").is_dir():
+        return
+    if os.path.realpath(folder) != os.path.realpath(name):
+        raise UserError(
+            f"{origin} is of the run in {folder}, but its output_dir = {as_toml(name)} is {os.path.abspath(name)} from here",
+            hint=f"to continue that run: --output_dir {shlex.quote(str(folder))}; to begin another one, name its --output_dir",
+        )
 
 
 def look_for_data(config: Config) -> None:
