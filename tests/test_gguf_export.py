@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from test_full_disk import full_disk
 from test_gguf import MODELS as READ
 from tiny import settings, train
 from tiny_models import CONFIGS, DELTA, stream, tiny
@@ -197,6 +198,15 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(what, tokenizer, tmp_
         named in caught.value.message and "convert_hf_to_gguf" in caught.value.hint and caught.value.exit_code == MODEL
     )
     assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_a_full_disk_is_an_error_at_every_byte(tokenizer, tmp_path):
+    """numpy's tofile, with which the library writes, has no error for the last bytes of a tensor that find no room."""
+    model = model_of("llama")
+    size = write(tmp_path, model, tokenizer, "q8_0").stat().st_size
+    for missing in (1, 200, 1000, 5000, size // 2):
+        with full_disk(size - missing), pytest.raises(OSError, match="File too large"):
+            write(tmp_path, model, tokenizer, "q8_0")
 
 
 def test_every_family_is_written_or_refused():

@@ -102,8 +102,14 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        (file,) = writer.fout
+        # not by write_tensor_data: numpy's tofile loses the last bytes on a full disk without an error
         for tensor in tensors:
-            writer.write_tensor_data(tensor.data())
+            data = np.ascontiguousarray(tensor.data())
+            assert data.nbytes == tensor.num_bytes
+            writer.write_padding(file, file.tell())
+            file.write(data.data.cast("B"))
+            writer.write_padding(file, data.nbytes)
     return lines
 
 
