@@ -16,7 +16,7 @@ nodes=${NODES:-1} logs=${LOGS:-logs} restarts=${RESTARTS:-0} stopped=
 mkdir -p "$logs" || exit 74
 
 # The signal is for the ranks, which save. torchrun passes it on, waits for them, and ends with 1.
-trap 'stopped=1; kill -TERM "$run" 2>/dev/null' TERM INT USR1
+trap 'stopped=1; kill -TERM "$run" 2>/dev/null' TERM INT USR1 HUP
 
 while :; do
   said=$(mktemp "$logs/torchrun-XXXXXX.log")

@@ -28,7 +28,7 @@ bytes of weights, moments, state, metrics and the exported model.
   --steps N     optimizer steps of each run (default 20; at least 8)
 
 Other options are keys of the configuration, as for `minisft train`. Both runs write into a new folder beside output_dir,
-which is removed if they are equal. The exit code is 1 if they are not.
+which is removed if they are equal, or on a signal. The exit code is 1 if they are not.
 """
 DEFAULT_STEPS, FEWEST_STEPS = 20, 8
 DIFFERENT = 1  # the exit code
