@@ -133,9 +133,26 @@ def test_an_option_is_used_or_refused(home, capsys, tmp_path):
     assert main(["evaluate", *words]) == 2
     assert "set chat_template" in capsys.readouterr().err
     assert evaluated(capsys, *words, "--chat_template=chatml") == evaluated(capsys, str(home / "out"), *words[1:])
-    for option in ("--learning_rate=1", "--max_steps=3", "--per_device_eval_batch_size=1"):
+    for option in ("--learning_rate=1", "--max_steps=3", "--per_device_eval_batch_size=1", "--eval_fraction=0.1"):
         assert main(["evaluate", *words, option]) == 2
         assert "on the command line: evaluate does not read it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"data.eval_fraction": 0.2, "evaluate.eval_steps": 1, "evaluate.load_best_model_at_end": True},
+        {"data.eval_fraction": 0.2, "evaluate.eval_steps": 1, "train.lr_scheduler_type": "reduce_on_plateau"},
+    ],
+    ids=["best", "plateau"],
+)
+def test_a_run_that_needs_evaluation_data_is_evaluated_on_all_rows(home, tmp_path, capsys, keys):
+    (tmp_path / "tokenizer").symlink_to(home / "tokenizer")
+    train(tmp_path, **LONG, **{"train.max_steps": 2}, **keys)
+    data = str(home / "rows.jsonl")
+    of_run = evaluated(capsys, str(tmp_path / "out"), "--data", data)
+    assert of_run["first_token"]["tokens"] == 12
+    assert of_run == evaluated(capsys, str(tmp_path / "out" / "model"), "--data", data)
 
 
 def test_mistakes_are_told(home, capsys):

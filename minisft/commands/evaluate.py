@@ -43,6 +43,7 @@ preference rows the chosen answer is evaluated.
 OF_TASKS = {"limit": 1, "num_fewshot": 0, "batch_size": 1}  # numbers that the harness reads, at least this
 READ = ("train.per_device_train_batch_size", "train.precision", "train.device", "train.seed", "model.chat_template")
 READ += ("model.local_files_only", "data.", "audit.")
+OF_RUN = ("data.eval_data", "data.eval_fraction", "data.stream")  # what has no meaning for the rows that are given
 COLUMNS = ("tokens", "loss", "perplexity", "accuracy", "entropy", "probability")
 
 
@@ -100,18 +101,20 @@ def configuration(folder: Path, data: list[str], overrides: dict, temporary: str
     """That of the run, or the default one, with these rows as its training data. The token cache is not kept: the folder of the
     run may be read-only."""
     run = next((place for place in (folder, folder.parent) if (place / RESOLVED_NAME).exists()), None)
-    values = {"data.train_data": data, "data.eval_data": [], "data.eval_fraction": 0.0, "data.cache_dir": temporary}
+    values = {"data.train_data": data, "data.cache_dir": temporary}
     if run is None:
         values |= {"model.model_name_or_path": str(folder), "output_dir": temporary}
     config, origins = load(run / RESOLVED_NAME if run else {}, {**values, **overrides}, origin="command line")
     given = {key for key, origin in origins.items() if origin == "command line"} - values.keys()
-    if unread := sorted(key for key in given if not key.startswith(READ)):
+    if unread := sorted(key for key in given if not key.startswith(READ) or key in OF_RUN):
         hint = f"read are {', '.join(READ[:-2])} and the keys of [data] and [audit]; the model is taken as it is stored"
         raise UserError(f"{unread[0]} on the command line: evaluate does not read it", hint=hint)
     if "model.chat_template" not in given:  # the folder has the run's
         config = replace(config, model=replace(config.model, chat_template=None))
-    # all rows, and of a pair the chosen answer, whatever the run was
-    return replace(config, trainer_type="sft", verbose=False, data=replace(config.data, stream=False))
+    # All of these rows and no others, and of a pair the chosen answer, whatever the run was. Its own are left in until here, as
+    # other keys of it may need evaluation data.
+    rows = replace(config.data, eval_data=None, eval_fraction=0.0, stream=False)
+    return replace(config, trainer_type="sft", verbose=False, data=rows)
 
 
 def _evaluate(config: "Config", folder: Path) -> tuple[list[str], dict[str, dict[str, float]]]:
