@@ -159,16 +159,22 @@ def _check(
     ):
         if not fits:
             raise UserError(f"{name} = {value}: expected a number {expected}")
+    check_prompts(model, prompts, max_new_tokens)
+
+
+def check_prompts(model: Decoder, prompts: list[list[int]], max_new_tokens: int, name: str = "prompt") -> None:
+    """Raises UserError for an empty prompt, an id outside the vocabulary, or a text longer than the learned positions. name: what
+    messages call one, before its number."""
     for number, prompt in enumerate(prompts):
         if not prompt:
-            raise UserError(f"prompt {number} has no tokens", hint="begin it with the tokenizer's BOS token")
+            raise UserError(f"{name} {number} has no tokens", hint="begin it with the tokenizer's BOS token")
         wrong = [token for token in prompt if not 0 <= token < model.config.vocab_size]
         if wrong:
-            raise UserError(f"prompt {number} has token {wrong[0]}; the vocabulary has {model.config.vocab_size}")
+            raise UserError(f"{name} {number} has token {wrong[0]}; the vocabulary has {model.config.vocab_size}")
         # The last new token is never fed back, so it needs no position.
         needed, limit = len(prompt) + max_new_tokens - 1, model.config.max_position_embeddings
         if model.config.learned_positions and needed > limit:
             raise UserError(
-                f"prompt {number} has {len(prompt)} tokens; {max_new_tokens} more exceed the model's {limit} positions",
+                f"{name} {number} has {len(prompt)} tokens; {max_new_tokens} more exceed the model's {limit} positions",
                 hint="shorten the prompt or lower max_new_tokens",
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import MODEL, logged, parts, settings, train
+from tiny import GPT2, MODEL, logged, parts, settings, train
 
 from minisft import __main__ as commands
 from minisft.atomic_folder import read_manifest
@@ -179,6 +179,17 @@ def test_transformers_loads_the_model(trained):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+    "key, prompt", [("generate_data", "a" * 60), ("sample_steps", None)], ids=["held out", "sampled"]
+)
+def test_a_prompt_without_room_for_its_answer_is_refused_before_the_first_step(tmp_path, key, prompt):
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": prompt, "completion": "b"}) + "\n")
+    value = 4 if prompt is None else str(tmp_path / "prompts.jsonl")
+    with pytest.raises(UserError, match=rf"evaluate\.{key}: prompt 0 has \d+ tokens; 64 more exceed the model's 64"):
+        train(tmp_path, **{"model.config": GPT2, f"evaluate.{key}": value, "evaluate.max_new_tokens": 64})
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
 def test_run_from_python_takes_short_and_full_names(tmp_path):
     result = run(settings(tmp_path), max_steps=2, **{"train.learning_rate": 1e-3, "log.run_name": "mine"})
     assert result.step == 2 and result.metrics["learning_rate"] == 5e-4  # linear: half of the peak at the second step

@@ -18,6 +18,7 @@ from minisft.best import Best, best_metric, is_greater_better
 from minisft.config.sections import Config
 from minisft.data.loader import Loader, make_batch
 from minisft.data.tokenizer import Tokenizer
+from minisft.generation import check_prompts
 from minisft.heap import keep_freed_memory
 from minisft.metrics import Sums, eval_name, names_of
 from minisft.micro_batch import Graphs, forward_backward
@@ -108,8 +109,12 @@ def prepare(config: Config, device: torch.device) -> Run:
     tokenizer, tokenizer_line = prepare_tokenizer(config)
     loader, evals, data_lines = prepare_data(config, tokenizer, partial(find_longest_tree, config, tokenizer))
     prompts = prepare_prompts(config, tokenizer)
+    sample_prompts = prepare_sample_prompts(config, tokenizer, prompts, loader, evals)
     highest_id = partial(max_token_id, [loader, *evals.values()])
     model, model_lines, start = prepare_model(config, tokenizer, highest_id, device)
+    for key, some in (("generate_data", prompts), ("sample_steps", sample_prompts)):
+        ids = [prompt.ids for prompt in some]
+        check_prompts(model, ids, config.evaluate.max_new_tokens, name=f"evaluate.{key}: prompt")
     if loader.stream is not None:
         loader.stream.vocab_size = model.config.vocab_size
     lengths = loader.documents.lengths.astype(float)
@@ -161,7 +166,7 @@ def prepare(config: Config, device: torch.device) -> Run:
         best_metric=prepare_best_metric(config, model, evals, loss, device, precision),
         prompts=prompts,
         sample_steps=interval(config.evaluate.sample_steps, loader),
-        sample_prompts=prepare_sample_prompts(config, tokenizer, prompts, loader, evals),
+        sample_prompts=sample_prompts,
         weight=weight,
         loss=loss,
         graphs=graphs,
