@@ -53,6 +53,8 @@ def read_prompts(
             example = to_example(data, row_format, options)
             if example.messages:
                 *messages, answer = example.messages
+                if not messages or answer["role"] != "assistant" or not answer["content"].strip():
+                    raise RowError("nothing to complete", "the last turn must be an answer in words, after other turns")
                 variables = (example.variables or {}) | prompt_variables(tokenizer, example, options)
                 prompt, answer = replace(example, messages=messages, variables=variables), answer["content"]
             elif len(example.pieces) == 2:

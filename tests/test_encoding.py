@@ -286,6 +286,17 @@ def test_the_prompt_at_inference_has_the_tokens_of_training(tmp_path, layout):
             read_prompts(str(tmp_path / "rows.jsonl"), tokenizer, **(given | {"options": FormatOptions()}))
 
 
+def test_a_held_out_conversation_ends_with_an_answer_in_words(tmp_path):
+    """Else there is nothing to complete, or nothing to compare a completion with."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]}
+    for messages in (turns("a", "b", "c"), [{"role": "assistant", "content": "a"}], [*turns("a"), call]):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+        with pytest.raises(UserError, match="rows.jsonl:1: nothing to complete"):
+            read_prompts(
+                str(tmp_path / "rows.jsonl"), TOKENIZER, options=FormatOptions(), field_map={}, group_field=None
+            )
+
+
 @pytest.mark.parametrize("policy", ["error", "escape"])
 @pytest.mark.parametrize("template", [TOKENIZER.template, LAST_DIFFERS], ids=["tags", "per turn"])
 def test_private_characters_of_a_row_are_text_like_any_other(template, policy):
