@@ -107,8 +107,8 @@ def prompts_of(documents: Documents, tokenizer: Tokenizer, number: int) -> list[
     """An even choice of the documents as prompts: each up to its first answer, which counts as right. Of text without answers the
     first quarter is the prompt, and of a pair the first answer counts."""
     cache, prompts = documents.cache, []
-    for unit in np.linspace(0, documents.num_units - 1, min(number, documents.num_units)).astype(int):
-        at = unit * documents.group
+    units = np.linspace(0, documents.num_units - 1, min(number, documents.num_units)).astype(int)
+    for at in documents.pieces_of(units)[0]:
         span = slice(int(documents.start[at]), int(documents.end[at]))
         ids, kinds = cache.ids[span].tolist(), cache.kinds[span] & KIND_MASK
         is_answer = np.append(np.isin(kinds, (ANSWER, REASONING, TOOL_CALL)), False)

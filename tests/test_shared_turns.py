@@ -30,6 +30,7 @@ from minisft.data.tokenizer import Tokenizer, train_tokenizer
 from minisft.errors import UserError
 from minisft.kernels.common import use_backend
 from minisft.kernels.flash_attention import flash_attention, flash_attention_ref
+from minisft.samples import prompts_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -429,3 +430,11 @@ def test_the_kernels_see_trees(deterministic):
         [padded_with_nan(torch.randn(len(start), heads, 16)).requires_grad_() for heads in (2, 1, 1)],
         torch.float32,
     )
+
+
+def test_samples_are_an_even_choice_of_the_trees():
+    rows = [[([10 * row + 1, 2, 3], 1), ([10 * row + 1, 2, 4, 5], 1)] for row in range(5)]
+    documents, _ = plan_set(documents_of(rows), strategy="none", max_length=None, longest_tree=None)
+    assert documents.num_units == 5 and len(documents) == 10
+    tokenizer = train_tokenizer([], vocab_size=259, chat_template=None)
+    assert [prompt.ids[0] for prompt in prompts_of(documents, tokenizer, 3)] == [1, 21, 41]
