@@ -396,7 +396,8 @@ def _everything(row: Conversation) -> Rendered:
         untrained = [span for span in rendered.spans[1:] if not span[2] & TRAINED]
         return replace(rendered, spans=[(0, len(rendered.text), HEADER | TRAINED), *rendered.spans[1:], *untrained])
     try:
-        return replace(_joint(row), spans=[(a, b, byte | TRAINED) for a, b, byte in _joint(row).spans])
+        rendered = _joint(row)
     except RowError:
         text = row.render()
         return Rendered(text, [(0, len(text), HEADER | TRAINED)], [], "prefix", len(row.messages))
+    return replace(rendered, spans=[(a, b, byte | TRAINED) for a, b, byte in rendered.spans])
