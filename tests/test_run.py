@@ -190,6 +190,17 @@ def test_a_prompt_without_room_for_its_answer_is_refused_before_the_first_step(t
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_documents_beyond_the_learned_positions_are_refused_before_the_first_step(tmp_path, stream):
+    rows = [{"text": "a" * 20}, {"text": "a" * 70}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"model.config": GPT2, "data.max_length": None, "train.max_steps": 1, "data.stream": stream}
+    with pytest.raises(UserError, match='data.max_length = "none": .* and the model has 64 positions'):
+        train(tmp_path, **keys, **{"data.train_data": str(tmp_path / "long.jsonl")})
+    if not stream:  # rows of up to 40 tokens
+        assert train(tmp_path, **keys).step == 1
+
+
 def test_run_from_python_takes_short_and_full_names(tmp_path):
     result = run(settings(tmp_path), max_steps=2, **{"train.learning_rate": 1e-3, "log.run_name": "mine"})
     assert result.step == 2 and result.metrics["learning_rate"] == 5e-4  # linear: half of the peak at the second step

@@ -18,11 +18,13 @@ from minisft.best import Best, best_metric, is_greater_better
 from minisft.config.sections import Config
 from minisft.data.loader import Loader, make_batch
 from minisft.data.tokenizer import Tokenizer
+from minisft.errors import UserError
 from minisft.generation import check_prompts
 from minisft.heap import keep_freed_memory
 from minisft.metrics import Sums, eval_name, names_of
 from minisft.micro_batch import Graphs, forward_backward
 from minisft.model.decoder import Decoder
+from minisft.model.model_config import ModelConfig
 from minisft.model.quantized import named_weights
 from minisft.model.start import Start
 from minisft.parallel import no_backward
@@ -112,6 +114,8 @@ def prepare(config: Config, device: torch.device) -> Run:
     sample_prompts = prepare_sample_prompts(config, tokenizer, prompts, loader, evals)
     highest_id = partial(max_token_id, [loader, *evals.values()])
     model, model_lines, start = prepare_model(config, tokenizer, highest_id, device)
+    if config.data.max_length is None and model.config.learned_positions:
+        require_positions(model.config, [loader, *evals.values()])
     for key, some in (("generate_data", prompts), ("sample_steps", sample_prompts)):
         ids = [prompt.ids for prompt in some]
         check_prompts(model, ids, config.evaluate.max_new_tokens, name=f"evaluate.{key}: prompt")
@@ -215,6 +219,16 @@ def prepare_sample_prompts(
 def max_token_id(loaders: list[Loader]) -> int:
     """The highest token id of the data; reads all of the caches."""
     return max(int(loader.documents.cache.ids.max()) for loader in loaders)
+
+
+def require_positions(c: ModelConfig, loaders: list[Loader]) -> None:
+    """UserError where documents that no data.max_length cuts are longer than the learned positions, or may be."""
+    longest, limit = max(int(loader.documents.lengths.max()) for loader in loaders), c.max_position_embeddings
+    is_stream = loaders[0].stream is not None
+    if longest > limit or is_stream:
+        what = "documents of a stream may have any length" if is_stream else f"a document has {longest:,} tokens"
+        problem = f'data.max_length = "none": {what}, and the model has {limit:,} positions'
+        raise UserError(problem, hint=f"set data.max_length = {limit}, or less")
 
 
 def prepare_best_metric(
