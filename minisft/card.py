@@ -142,8 +142,6 @@ def data_table(sources: tuple[Source, ...], run: Run) -> str:
 def recipe_table(config: Config, run: Run) -> str:
     rows = [("key", "value")]
     for key in RECIPE + (OF_DPO if config.trainer_type == "dpo" else ()):
-        if key not in KEYS:
-            continue
         section, _, field = key.partition(".")
         value = getattr(getattr(config, section), field)
         if value != KEYS[key].default or key in ALWAYS:

@@ -74,7 +74,7 @@ def test_the_adapters_are_those_of_the_model(family, keys):
     apply_lora(model, lora_options(config))
     p = parameters_of(config, shape)
     assert p.num_trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert weight_bytes(config, shape, p) == sum(p.nbytes for p in model.parameters())
+    assert weight_bytes(config, p) == sum(p.nbytes for p in model.parameters())
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "adafactor", "sgd", "lion", "muon", "schedule_free_adamw"])
@@ -298,7 +298,7 @@ def full_batches(config):
     """The work of data that fills every micro-batch."""
     from minisft.plan.work import _unknown
 
-    return _unknown(config, 1, 1, "a test")
+    return _unknown(config, 1, "a test")
 
 
 def test_sharding_divides_what_trains_and_gathers_blocks():

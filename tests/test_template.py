@@ -2,9 +2,8 @@
 
 import pytest
 
-from minisft.data.chat.dialogue import Masking
+from minisft.data.chat.dialogue import Masking, Rendered
 from minisft.data.chat.masks import render_conversation
-from minisft.data.chat.spans import kinds_of
 from minisft.data.chat.template import ChatTemplate, render
 from minisft.data.chat.template_check import check_template
 from minisft.data.chat.training_templates import CHATML
@@ -232,6 +231,14 @@ def test_the_date_is_frozen():
 @pytest.mark.parametrize("name", ["chatml", "macro", "set", "plain"])
 def test_good_templates_pass_the_start_up_check(name):
     check_template(ChatTemplate(TEMPLATES[name], TOKENS), ("<|im_end|>", "</s>"))
+
+
+def kinds_of(document: Rendered) -> bytearray:
+    """kind | TRAINED of each character."""
+    kinds = bytearray(len(document.text))
+    for start, end, byte in document.spans:
+        kinds[start:end] = bytes([byte]) * (end - start)
+    return kinds
 
 
 def test_tags_that_hold_the_header_train_the_answer_all_the_same():

@@ -19,8 +19,6 @@ from dataclasses import dataclass
 
 from minisft.model.model_config import ModelConfig
 
-KEEPS = ("all", "selective", "inputs")  # gradient_checkpointing = false, "selective", true
-
 
 @dataclass(frozen=True)
 class Precision:
@@ -63,7 +61,7 @@ def kept_by_block(
     block = c.block if mixer == "attention" else "pre"
     mixers = {"attention": _attention, "delta": _delta, "conv": _conv}
     is_joint = is_gpu and not quantised and all(map(_is_one_op, sites or []))  # q, k and v are one product
-    total = _norms_of_block(c, block, p, is_gpu, selective)
+    total = _norms_of_block(c, block, p, selective)
     total += mixers[mixer](c, layer, p, is_gpu, selective, is_joint)
     total += _mlp(c, p, is_gpu, selective)
     for rate, size in ((c.attention_output_dropout, c.hidden_size), (c.mlp_output_dropout, c.hidden_size)):
@@ -100,7 +98,7 @@ def _numbers_of_norm(c: ModelConfig) -> int:
     return 8 if c.norm == "layer" else 4
 
 
-def _norms_of_block(c: ModelConfig, block: str, p: Precision, is_gpu: bool, selective: bool) -> float:
+def _norms_of_block(c: ModelConfig, block: str, p: Precision, selective: bool) -> float:
     """The norms of a block, and what they hand to the products. Norms that read a branch keep it in the dtype of products."""
     D, before = c.hidden_size, _norm_before_products(c, p, selective)
     branch = p.product * D + _numbers_of_norm(c)

@@ -168,7 +168,7 @@ def shards_of(config: Config, ranks: int) -> int:
 # ---- what stays from step to step ---------------------------------------------------------------------------------
 
 
-def weight_bytes(config: Config, c: ModelConfig, p: Parameters) -> float:
+def weight_bytes(config: Config, p: Parameters) -> float:
     """Of the model and its adapters."""
     each, total = (2 if config.train.weights_dtype == "bf16" else 4), 4.0 * p.num_adapter
     times = 2 if lora_options(config).is_pissa else 1  # with the copies of where it started
@@ -360,7 +360,7 @@ def predict(config: Config, c: ModelConfig, batch: MicroBatch, place: Place) -> 
         adds_rows = precision.stream == 4 and not in_backward
         embedding = 4.0 * T * c.hidden_size if adds_rows else float(width * prod(p.model["embed_tokens.weight"]))
 
-    weights, moments, of_update = weight_bytes(config, c, p), moment_bytes(config, p), update_bytes(config, p)
+    weights, moments, of_update = weight_bytes(config, p), moment_bytes(config, p), update_bytes(config, p)
     copies, gathered = copy_bytes(config, c, p, precision), 0.0
     largest = width * max((prod(p.model[name]) for name in p.trained), default=0)
     if in_backward and place.shards == 1:

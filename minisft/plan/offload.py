@@ -51,7 +51,7 @@ def offload(config: Config, c: ModelConfig, place: Place) -> Offload | None:
         return None
     p = parameters_of(config, c)
     share = 1 / place.shards
-    weights = (weight_bytes(config, c, p) - 4.0 * p.num_adapter) * share
+    weights = (weight_bytes(config, p) - 4.0 * p.num_adapter) * share
     is_full = config.lora.r is None
     gradients, moments = (4.0 * p.num_trained * share, moment_bytes(config, p) * share) if is_full else (0.0, 0.0)
     in_root = _share_of_root(p)

@@ -5,7 +5,7 @@ now. Without rows (a hub data set that is not on this machine) every micro-batch
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
@@ -67,7 +67,7 @@ def measure(config: Config, tokenizer: Tokenizer, ranks: int) -> Work:
     except UserError:
         if not is_remote:
             raise
-        return _unknown(config, ranks, group, "unknown: the data set is not on this machine")
+        return _unknown(config, group, "unknown: the data set is not on this machine")
     cache = find_cache(sources, tokenizer, cache_dir=cache_folder(config), options=options, on_bad_row=data.on_bad_row)
     if cache is not None:
         lengths, targets = _of_cache(config, cache)
@@ -167,7 +167,7 @@ def _largest_of(packs: Plan, lengths: np.ndarray, targets: np.ndarray, seed: int
     return largest
 
 
-def _unknown(config: Config, ranks: int, group: int, source: str) -> Work:
+def _unknown(config: Config, group: int, source: str) -> Work:
     length = config.data.max_length or UNPACKED
     train = config.train
     return Work(
@@ -184,8 +184,3 @@ def _unknown(config: Config, ranks: int, group: int, source: str) -> Work:
 def _packs_a_step(config: Config, ranks: int) -> int:
     groups = ranks // ranks_sharing_a_batch(config, ranks)
     return config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * groups
-
-
-def with_batch(config: Config, size: int, accumulation: int) -> Config:
-    train = replace(config.train, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
-    return replace(config, train=train)

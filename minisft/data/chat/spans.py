@@ -7,7 +7,7 @@ import re
 
 from minisft.data.chat.dialogue import Conversation, Rendered, Span
 from minisft.data.chat.inference import TOKEN, openers, terminator
-from minisft.data.kinds import ANSWER, HEADER, KIND_MASK, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
+from minisft.data.kinds import ANSWER, HEADER, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
 from minisft.data.rows import RowError
 
 KIND_OF_ROLE = {"system": SYSTEM, "developer": SYSTEM, "user": USER, "tool": TOOL, "assistant": ANSWER}
@@ -100,11 +100,3 @@ def _part_spans(row: Conversation, text: str, start: int, end: int, i: int) -> l
     kind = KIND_OF_ROLE[row.messages[i]["role"]]
     kept = [(max(a + offset, start), min(b + offset, end), on) for a, b, on in row.notes[i]["part_spans"]]
     return [(a, b, kind | (TRAINED if on else 0)) for a, b, on in kept if a < b]
-
-
-def kinds_of(document: Rendered) -> bytearray:
-    """kind | TRAINED of each character."""
-    kinds = bytearray(len(document.text))
-    for start, end, byte in document.spans:
-        kinds[start:end] = bytes([byte & (KIND_MASK | TRAINED)]) * (end - start)
-    return kinds
