@@ -86,7 +86,7 @@ def cross_entropy_ref(
     losses = torch.cat(losses)
     if reduction == "none":
         return losses
-    num_targets = (_targets(labels, cu_seqlens, shift, ignore_index) != ignore_index).sum()
+    num_targets = (targets_of(labels, cu_seqlens, shift, ignore_index) != ignore_index).sum()
     return losses.sum() / (num_targets.clamp(min=1) if reduction == "mean" else 1)
 
 
@@ -320,7 +320,7 @@ def score_rows(
     )
 
 
-def _targets(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Tensor:
+def targets_of(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Tensor:
     """labels [T] -> what each row of logits is scored against [T]."""
     if not shift:
         return labels
@@ -449,7 +449,7 @@ def cross_entropy(
             z_loss=z_loss,
             reduction=reduction,
         )
-    targets = _targets(labels, cu_seqlens, shift, ignore_index)
+    targets = targets_of(labels, cu_seqlens, shift, ignore_index)
     if backend == "triton":
         losses = _CrossEntropyTriton.apply(
             as_rows(logits), targets.contiguous(), ignore_index, softcap, label_smoothing, z_loss
