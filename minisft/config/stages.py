@@ -73,7 +73,7 @@ def has_samples(config: Config) -> bool:
 def load_stages(
     source: str | Path | dict | None, overrides: dict[str, Any] | None = None, origin: str = "command line"
 ) -> list[Stage]:
-    """The stages of a TOML file, or of a dict shaped like one; arguments as in config_file.load. Raises UserError."""
+    """The stages of a TOML file, or of a dict shaped like one; arguments as in `load` of load.py. Raises UserError."""
     files = read_files(source)
     lists = [(table.pop("stages"), name, folder) for table, name, folder in files if "stages" in table]
     if not lists:
