@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 
 from minisft.config import sections as config_module
 from minisft.config.aliases import ALIASES, NOT_NEEDED, UNSUPPORTED, VALUE_ALIASES
+from minisft.config.check import require_packages
 from minisft.config.command_line import parse_arguments
 from minisft.config.load import SOURCE_FIELDS, SOURCES, load, write_resolved
 from minisft.config.sections import KEYS, SECTIONS, Config, LoraSection, config_to_dict, eval_sets, source_list
+from minisft.config.stages import Stage
 from minisft.config.values import as_toml, fit, limits
 from minisft.data.audit import TITLES
 from minisft.errors import CONFIG, UserError
+from minisft.prepare.look import look
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.toml"
@@ -465,9 +468,11 @@ def test_contradictions(overrides, told):
 
 def test_a_tracker_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    error = refused(MINIMAL, {"report_to": ["wandb"]})
-    assert "wandb is not installed" in error.message and "pip install wandb" in error.hint
-    load(MINIMAL, {"report_to": []})
+    config, origins = load(MINIMAL, {"report_to": ["wandb"]})  # which any command may read
+    with pytest.raises(UserError, match="wandb is not installed") as error:
+        look([Stage("", config, origins)])  # as a run does before anything else
+    assert "command line" in error.value.message and "pip install wandb" in error.value.hint
+    require_packages(*load(MINIMAL, {"report_to": []}))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Checks of the configuration as a whole: missing keys, keys that contradict each other, packages that are not installed."""
+"""Checks of the configuration as a whole: missing keys, keys that contradict each other and, before a run, packages that are not
+installed."""
 
 import importlib.util
 import re
@@ -21,14 +22,7 @@ Refuse = Callable[[str, str, str], None]  # keys with spaces between them, the p
 
 def check_config(config: Config, origins: dict[str, str], where: str) -> None:
     """Raises UserError. where: the configuration came from; origins: each of its values."""
-    values = config_to_dict(config)
-
-    def refuse(keys: str, problem: str, hint: str) -> None:
-        written = " and ".join(
-            f"{key} = {shortened(as_toml(values[key]), 200)} ({origins[key]})" for key in keys.split()
-        )
-        raise UserError(f"{written}: {problem}", hint=hint)
-
+    refuse = _refuse(config, origins)
     require_sources(config, where)
     check_model(config, refuse)
     check_data(config, refuse)
@@ -42,7 +36,18 @@ def check_config(config: Config, origins: dict[str, str], where: str) -> None:
         check_dpo(config, refuse)
     else:
         refuse_dpo_keys(config, refuse)
-    require_packages(config, refuse)
+
+
+def _refuse(config: Config, origins: dict[str, str]) -> Refuse:
+    values = config_to_dict(config)
+
+    def refuse(keys: str, problem: str, hint: str) -> None:
+        written = " and ".join(
+            f"{key} = {shortened(as_toml(values[key]), 200)} ({origins[key]})" for key in keys.split()
+        )
+        raise UserError(f"{written}: {problem}", hint=hint)
+
+    return refuse
 
 
 def require_sources(config: Config, where: str) -> None:
@@ -299,9 +304,10 @@ def refuse_dpo_keys(config: Config, refuse: Refuse) -> None:
             refuse(f"{key} trainer_type", "it belongs to preference tuning", 'set trainer_type = "dpo"')
 
 
-def require_packages(config: Config, refuse: Refuse) -> None:
-    """Everything that the configuration asks for is installed."""
-    model = config.model
+def require_packages(config: Config, origins: dict[str, str]) -> None:
+    """Everything that a run of this configuration needs is installed. Commands that only read it do without, as on a machine to
+    which a run was copied. Raises UserError."""
+    refuse, model = _refuse(config, origins), config.model
     if model.kernels == "triton" and importlib.util.find_spec("triton") is None:
         refuse("model.kernels", "Triton is not installed", 'pip install triton, or kernels = "auto"')
     for tracker in config.log.report_to:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.atomic_folder import not_written, write_file
-from minisft.config.load import load
+from minisft.config.check import require_packages
 from minisft.config.sections import KEYS
 from minisft.config.stages import load_stages
 from minisft.config.values import as_toml
@@ -74,13 +74,10 @@ def _tables(values: dict[str, Any], remarks: dict[str, str], before: str) -> lis
 
 
 def refuse_broken(text: str, path: Path) -> None:
-    """Raises UserError if the configuration, which will be in `path`, does not load."""
-    table = tomllib.loads(text)
+    """Raises UserError if the configuration, which will be in `path`, does not load, or needs what is not installed."""
     try:
-        if "stages" in table:
-            load_stages(table)
-        else:
-            load(table)
+        for stage in load_stages(tomllib.loads(text)):
+            require_packages(stage.config, stage.origins)
     except UserError as error:
         message = error.message.replace("the given dict", str(path))
         raise UserError(message, hint=error.hint, exit_code=error.exit_code) from None

@@ -1,4 +1,4 @@
-"""What can be found wrong with a run before torch is imported, which takes seconds: files, folders and their configurations.
+"""What can be found wrong with a run before torch is imported, which takes seconds: packages, files, folders and what they hold.
 
 config/check.py has looked at the values. Repositories of the hub come later, where they are downloaded.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from minisft import hub
 from minisft.atomic_folder import verify_folder
+from minisft.config.check import require_packages
 from minisft.config.load import MODEL_FILES, RESOLVED_NAME
 from minisft.config.sections import Config, eval_sets, source_list
 from minisft.config.stages import Stage
@@ -26,6 +27,7 @@ def look(stages: list[Stage]) -> None:
     """Raises UserError for the first thing that is missing or broken."""
     for number, stage in enumerate(stages):
         try:
+            require_packages(stage.config, stage.origins)
             look_for_data(stage.config)
             look_for_models(stage, stages[:number])
             look_for_folders(stage.config)
