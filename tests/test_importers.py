@@ -936,6 +936,12 @@ def test_a_rank_that_is_none_does_not_reach_what_follows_from_it(rank, alpha):
     assert t.values["lora.lora_alpha"] == alpha
 
 
+@pytest.mark.parametrize("strategy", ["no", '"no"', "null"])  # of which the first is false in YAML
+def test_no_evaluation_is_none_by_any_spelling(folder, strategy):
+    t = translated("trl", f"dataset_name: acme/turns\neval_strategy: {strategy}\n", folder)
+    assert "data.eval_data" not in t.values
+
+
 def test_mixtures_of_trl_and_of_the_alignment_handbook():
     table = {
         "datasets": [{"path": "a/b", "name": "c", "fraction": 0.5, "columns": ["x"]}, {"path": "d/e"}],

@@ -21,7 +21,7 @@ NO_COLUMNS = "fields that no format names are never read"
 
 def sources(t: Translation) -> None:
     """data.train_data and data.eval_data; the first of the forms that the file has wins."""
-    wants_eval = t.get("eval_strategy", t.get("evaluation_strategy", "no")) != "no"
+    wants_eval = t.on("eval_strategy") or t.on("evaluation_strategy")
     _one_dataset(t, wants_eval)
     for prefix, names in (("datasets", {}), ("dataset_mixture.datasets", {"id": "path", "config": "name"})):
         _mixture(t, prefix, names)
