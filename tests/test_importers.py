@@ -601,6 +601,33 @@ def test_what_of_an_axolotl_type_differs_here_is_said(folder, rl, kind, row, tol
     assert told in texts(t, DIFFERENCE)
 
 
+@pytest.mark.parametrize("rl", [None, "dpo", "kto"])
+@pytest.mark.parametrize(
+    "kind", ["chat_template.default", "alpaca", "completion", {"field_instruction": ["a"], "field_prompt": ["a"]}]
+)
+def test_a_list_in_place_of_a_column_of_axolotls_is_said(rl, kind):
+    fields = ("field", "text_column", "field_messages", "field_tools", "field_chosen", "field_rejected")
+    t = axolotl.read(
+        {
+            "rl": rl,
+            "datasets": [{"path": "a/b", "type": kind, **dict.fromkeys(fields, ["a"]), "roles": {"user": [["a"]]}}],
+        }
+    )
+    accounted(t)
+    assert texts(t, NO_COUNTERPART).count("expected the name of one column") >= len(fields)
+
+
+@pytest.mark.parametrize(
+    "info", [{"columns": {"prompt": ["a"]}}, {"tags": {"role_tag": 1}}, {"columns": {"messages": {"a": 1}}}]
+)
+def test_a_column_of_llamafactorys_that_is_no_name_is_refused(folder, info):
+    (folder / "dataset_info.json").write_text(
+        json.dumps({"rows": {"file_name": "rows.jsonl", "num_samples": "no", **info}})
+    )
+    with pytest.raises(UserError, match="dataset_info.json: rows: (prompt|role_tag|messages) = "):
+        llamafactory.read({"dataset": "rows", "dataset_dir": "."}, folder=folder)
+
+
 def test_data_sets_of_two_types_cannot_have_a_template_each(folder):
     text = "rl: dpo\ndatasets:\n- {path: a/b, type: chatml.intel}\n- {path: c/d, type: llama3.intel}\n- {path: e/f}\n"
     told = texts(translated("axolotl", text, folder), DIFFERENCE)
@@ -1114,6 +1141,7 @@ def test_stages_that_do_not_fit(folder, text):
         ("- a\n- b", "no `key: value` lines"),
         ("", "no `key: value` lines"),
         ("a: [1", "not a YAML file"),
+        ("? [a, b]\n: 1", "unhashable key"),
         ("a: !!python/object/apply:os.system [true]", "not a YAML file"),
         ("\x00", "not a YAML file"),
     ],

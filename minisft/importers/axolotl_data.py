@@ -56,6 +56,9 @@ def _dataset(
     def value(name: str, default: object = None) -> object:
         return t.get(here[name], default) if name in here else default
 
+    for name, key in here.items():
+        if ("field" in name or name == "text_column") and isinstance(t.left[key], list):
+            t.nothing(key, "expected the name of one column")
     paths, files = loaded_files(value("path"), as_list(value("data_files")))
     paths = [str(path) for path in paths if path]
     split = value("split")
@@ -153,8 +156,10 @@ def _training_of_turns(t: Translation, here: dict[str, str], value: Callable) ->
         t.nothing(here[name], "read from the rows" if same else "name that field `train` in the rows", harmless=same)
     if "roles" in here and here["roles"] in t.left:
         roles = value("roles") or {}
-        usual = {"user": {"user", "human"}, "assistant": {"assistant", "gpt"}, "system": {"system"}, "tool": {"tool"}}
-        same = isinstance(roles, dict) and all(set(as_list(v)) <= usual.get(k, set()) for k, v in roles.items())
+        usual = {"user": ("user", "human"), "assistant": ("assistant", "gpt"), "system": ("system",), "tool": ("tool",)}
+        same = isinstance(roles, dict) and all(
+            word in usual.get(k, ()) for k, v in roles.items() for word in as_list(v)
+        )
         t.nothing(
             here["roles"], "the usual names" if same else "other names of roles are not known here", harmless=same
         )

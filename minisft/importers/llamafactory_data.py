@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from minisft.errors import CONFIG
-from minisft.importers.translation import FirstRow, Translation, columns_left_out, source
+from minisft.errors import CONFIG, UserError
+from minisft.importers.translation import FirstRow, Translation, as_number, columns_left_out, short, source
 from minisft.strict_json import read_json
 
 DATA_INFO = "dataset_info.json"
@@ -38,7 +38,7 @@ def described_source(
         path = str(repository) if repository else str(where / str(file or info.get("script_url") or name))
     if not repository and not file:
         t.difference(f"{name}: only files and Hugging Face repositories are read; name its rows as data.train_data")
-    limit = min(filter(None, (limit, info.get("num_samples"))), default=None)
+    limit = min((int(n) for n in (limit, as_number(info.get("num_samples"))) if n), default=None)
     slice = f"[:{limit}]" if limit else ""
     split = str(info.get("split") or "train")
     entries: dict[str, object] = {
@@ -58,6 +58,10 @@ def _columns(t: Translation, name: str, info: dict, stage: str) -> dict[str, str
     columns, tags = info.get("columns"), info.get("tags")
     columns = columns if isinstance(columns, dict) else ALPACA  # a column that is not named is not read
     tags = tags if isinstance(tags, dict) else {}
+    for key, value in (columns | tags).items():
+        if not isinstance(value, str | None):
+            hint = "expected the name of a column, or of a role"
+            raise UserError(f"{DATA_INFO}: {name}: {key} = {short(value)}", hint=hint)
     style, ranking, kto = info.get("formatting", "alpaca"), bool(info.get("ranking")), stage == "kto"
     if style == "alpaca" and stage == "pt":
         return {"text": columns.get("prompt") or "text"}
