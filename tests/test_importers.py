@@ -1119,6 +1119,15 @@ def test_the_name_of_a_stage_says_its_loss(name, loss):
     assert ("counts the tokens of its prompt" in texts(t, DIFFERENCE)) == (loss == "orpo")
 
 
+def test_stages_of_odd_names_and_values():
+    configs = {"sft": {"model_name_or_path": ["a"], "model.chat_template": None}, 2: {"x": 1}, "old": {"x": 1}, "b": {}}
+    [(_, t)] = stages.read({"stages": ["sft"], "stage_configs": configs})
+    unused = [note.key for note in t.notes if note.text.endswith("is not in stages")]
+    assert unused == ["stage_configs.2.x", "stage_configs.old.x"]  # in the order of the file
+    assert "model.model_name_or_path" not in t.values
+    assert any(note.text == "model.chat_template = null: empty" for note in t.notes)
+
+
 @pytest.mark.parametrize(
     "text",
     ["stages: a\nstage_configs: {}", "stages: [a]\nstage_configs: {b: {}}", "stages: [a, a]\nstage_configs: {a: {x: 1}}",

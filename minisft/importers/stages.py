@@ -16,7 +16,6 @@ from minisft.importers.translation import (
     FirstRow,
     Note,
     Translation,
-    fitted_value,
 )
 
 NAME = "a file of stages"
@@ -62,7 +61,7 @@ def read(table: dict, first_row: FirstRow = lambda source: None) -> list[tuple[s
         read_stages.append((name, t))
     first = read_stages[0][1]
     first.notes.insert(0, Note(TRANSLATED, f"stages = {names}  ->  stages", "stages"))
-    for name in set(map(str, configs)) - set(names):
+    for name in [name for name in configs if name not in names]:
         given = Translation(configs[name] if isinstance(configs[name], dict) else {"": configs[name]}).given
         for key, value in given.items():
             whole = f"stage_configs.{name}.{key}".rstrip(".")
@@ -75,9 +74,8 @@ def _read_stage(name: str, table: dict, folders: set[str], first_row: FirstRow) 
     words = f"{name} {table[written] if written else ''}".lower()
     is_preference = trl.is_dpo(table) or any(word in words for word in PREFERENCE_WORDS)
     kind = "dpo" if is_preference else "sft"
-    from_before = [
-        key for key in ("model_name_or_path", "model_name", "base_model") if table.get(key) in folders - {None}
-    ]
+    models = {key: table.get(key) for key in ("model_name_or_path", "model_name", "base_model")}
+    from_before = [key for key, model in models.items() if isinstance(model, str) and model in folders]
     rest = {key: value for key, value in table.items() if key != written and key not in from_before}
     full = {key: rest.pop(key) for key in list(rest) if key in KEYS and "." in key}
     sections = {key for key in rest if isinstance(rest[key], dict) and any(k.startswith(f"{key}.") for k in KEYS)}
@@ -92,9 +90,8 @@ def _read_stage(name: str, table: dict, folders: set[str], first_row: FirstRow) 
     for key in from_before:
         t.take(key, TRANSLATED, "the model of the stage before, from which a stage starts anyway")
     for key in full:
-        known = key in KEYS and fitted_value(key, full[key]) is not None
         t.values.pop(key, None)
-        if known:
+        if key in KEYS:
             t.notes = [note for note in t.notes if not (note.kind == DIFFERENCE and note.text.startswith(f"{key} = "))]
             t.into(key, key)
         else:
