@@ -7,6 +7,7 @@ import sys
 import tomllib
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from minisft.optimizers import state_bytes
 from minisft.plan.activations import Precision, kept_by_block, kept_outside, shared_by_layers
 from minisft.plan.changes import cheapest, dimensions, with_keys
 from minisft.plan.estimate import Hardware, estimate
+from minisft.plan.inputs import read_model
 from minisft.plan.memory import (
     MicroBatch,
     Place,
@@ -485,6 +487,31 @@ def test_the_plan_of_an_adapter_beside_a_quantised_folder(tmp_path, capsys):
     # To a percent: the scales of a matrix of less than 256 blocks still have a second scale of their own.
     bytes_there = sum(w.nbytes for w in named_weights(run.model).values())
     assert found["memory"]["parts"]["weights"] == pytest.approx(bytes_there, rel=0.01)
+
+
+def test_the_plan_of_an_adapter_reads_the_revision_of_its_base(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    table = {
+        "base_model_name_or_path": "acme/base",
+        "revision": "v2",
+        "peft_type": "LORA",
+        "r": 4,
+        "target_modules": ["q_proj"],
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps(table))
+    read = []
+
+    def model_file(*where, local_files_only):
+        read.append((*where, local_files_only))
+        return tmp_path / "config.json"
+
+    monkeypatch.setattr("minisft.hub.model_file", model_file)
+    keys = settings(tmp_path, **{"model.model_name_or_path": str(adapter), "model.local_files_only": True})
+    config, _ = load({}, {key: value for key, value in keys.items() if key != "model.config"}, origin="test")
+    assert read_model(config, SimpleNamespace(vocab_size=MODEL["vocab_size"])).num_layers == MODEL["num_hidden_layers"]
+    assert read == [("acme/base", "v2", "config.json", True)]
 
 
 def test_a_sample_stands_for_all_rows(file, tmp_path, capsys):
