@@ -48,7 +48,7 @@ class Request:
 
     def __str__(self) -> str:
         asked = {key: value for key, value in vars(self).items() if value}
-        return ", ".join(f"{key} = {as_toml(value)}" for key, value in asked.items())
+        return ", ".join(f"{key} = {as_toml(value)}" for key, value in asked.items()) or "nothing"
 
 
 class Control:

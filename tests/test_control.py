@@ -65,6 +65,12 @@ def test_a_mistake_is_one_warning_and_nothing_is_done(tmp_path, capsys, data, re
     assert control.before_step(4) == Request(save=True)
 
 
+def test_a_file_that_asks_for_nothing_is_told_as_that(tmp_path, capsys):
+    (tmp_path / "control.toml").write_text("# save = true\nstop = false\n")
+    assert Control(tmp_path, 0, can_evaluate=True).before_step(7) == Request()
+    assert "step 7: nothing, as " in capsys.readouterr().err
+
+
 def test_what_is_no_file_and_what_is_empty_are_left_alone(tmp_path, capsys):
     control = Control(tmp_path, 0, can_evaluate=False)
     (tmp_path / "control.toml").touch()  # somebody is about to write it
