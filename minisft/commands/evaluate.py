@@ -107,7 +107,7 @@ def configuration(folder: Path, data: list[str], overrides: dict, temporary: str
     config, origins = load(run / RESOLVED_NAME if run else {}, {**values, **overrides}, origin="command line")
     given = {key for key, origin in origins.items() if origin == "command line"} - values.keys()
     if unread := sorted(key for key in given if not key.startswith(READ) or key in OF_RUN):
-        hint = f"read are {', '.join(READ[:-2])} and the keys of [data] and [audit]; the model is taken as it is stored"
+        hint = f"it reads {', '.join(READ[:-2])} and the keys of [data] and [audit]; the model stays as it is stored"
         raise UserError(f"{unread[0]} on the command line: evaluate does not read it", hint=hint)
     if "model.chat_template" not in given:  # the folder has the run's
         config = replace(config, model=replace(config.model, chat_template=None))
