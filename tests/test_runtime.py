@@ -26,7 +26,8 @@ def test_segments_may_grow_unless_the_user_says_otherwise(monkeypatch, theirs):
     monkeypatch.setattr(train.sys, "platform", "linux")
     monkeypatch.setattr(look, "look", lambda stages: None)
     monkeypatch.setattr(loop, "run", lambda config, origins, signal: seen.update(os.environ))
-    train._run([SimpleNamespace(config=SimpleNamespace(output_dir="out"), origins={}, title="")], None)
+    stage = SimpleNamespace(config=SimpleNamespace(output_dir="out"), origins={"output_dir": "default"}, title="")
+    train._run([stage], None)
     ours = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     assert seen == {"GOMP_SPINCOUNT": "20000"} | (theirs or ours)
 
