@@ -94,12 +94,19 @@ def require_space(folder: Path | str, needed: int, what: str, *, hint: str) -> N
         raise UserError(f"too little room for {what}: {space(folder, needed)}", hint=hint, exit_code=SAVE)
 
 
+def remedy(reason: str) -> str:
+    """What to do about a disk that refused to write, for hints. reason: in its words, maybe those of Rust or of another rank."""
+    if any(os.strerror(number) in reason for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        return "free some space"
+    return "see to the disk, its mount and the permissions"
+
+
 def not_written(path: Path | str, error: Exception, needed: int | None = None, *, hint: str = "") -> UserError:
     """The UserError (exit code SAVE) for an error of writing `path`, which needed so many bytes."""
     reason = getattr(error, "strerror", None) or str(error)
     return UserError(
         f"{path} cannot be written: {reason}; {space(Path(path).parent, needed)}",
-        hint=hint or "free some space, or choose another place, and give the same command again",
+        hint=hint or f"{remedy(reason)}, or choose another place, and give the same command again",
         exit_code=SAVE,
     )
 

@@ -4,13 +4,14 @@ import os
 from pathlib import Path
 
 from minisft import ranks, record
-from minisft.atomic_folder import remove_leftovers, write_file
+from minisft.atomic_folder import hidden_file, not_written, remove_leftovers, write_file
 from minisft.checkpoint import checkpoint_bytes
 from minisft.config.load import add_history, write_resolved
 from minisft.config.sections import Config, config_to_dict
 from minisft.control import Control
 from minisft.errors import UserError
 from minisft.export import require_space_for_run, writes_rows
+from minisft.files import is_there
 from minisft.ledger import cut_ledgers
 from minisft.loggers import Loggers
 from minisft.memory import memory_bytes, require_memory
@@ -20,7 +21,9 @@ from minisft.saver import Saver, require_shared_folder
 
 
 def start_output(config: Config, origins: dict[str, str], folder: Path, run: Run, saved: dict | None) -> Loggers:
-    """Tidy the output folder, check that checkpoints fit on its disk, record the configuration, open the logs."""
+    """Tidy the output folder, check that checkpoints can be written and fit on the disk, record the configuration, open the
+    logs."""
+    require_writable(folder / "checkpoints")
     for parent in (folder, folder / "checkpoints"):
         remove_leftovers(parent, locked=True)
     require_space_for_run(config, run, folder)
@@ -31,6 +34,16 @@ def start_output(config: Config, origins: dict[str, str], folder: Path, run: Run
     record.add_start(run, folder, is_resumed=saved is not None)
     write_file(folder / "summary.txt", "\n".join(run.summary) + "\n")
     return open_loggers(config, folder, saved)
+
+
+def require_writable(folder: Path) -> None:
+    """UserError where a folder that is there, or a link that leads nowhere, cannot take a file."""
+    if is_there(folder):
+        try:
+            with hidden_file(folder):
+                pass
+        except OSError as error:
+            raise not_written(folder, error) from None
 
 
 def open_loggers(config: Config, folder: Path, saved: dict | None) -> Loggers:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from minisft import ranks
-from minisft.atomic_folder import atomic_folder, not_written, read_manifest, require_space, verify_folder
+from minisft.atomic_folder import atomic_folder, not_written, read_manifest, remedy, require_space, verify_folder
 from minisft.card import write_card
 from minisft.checkpoint import (
     Contents,
@@ -158,9 +158,9 @@ def export_model(config: Config, run: Run, folder: Path) -> None:
     made_by["base"] = run.start.base_id if run.start and run.model.lora else None
     manifest = {"step": run.progress.step, "checkpoint": checkpoint_id(run, folder), **made_by, **run.prompting}
     source = run.start.folder if run.start else None
-    hint = "nothing is lost: the last checkpoint has all steps. Free some space and give the same command again"
+    rest = " and give the same command again; nothing is lost, as the last checkpoint has all steps"
     needed = model_bytes(run.model, run.tokenizer, dtype, source)
-    with room_for(path, needed, hint=hint), atomic_folder(path, manifest, move_existing_to=aside) as temporary:
+    with room_for(path, needed, rest=rest), atomic_folder(path, manifest, move_existing_to=aside) as temporary:
         lines = write_model(run, temporary, dtype, source)
         write_card(temporary, config, run, read_metrics(folder / "metrics.jsonl"))
     if lines:
@@ -186,14 +186,14 @@ def checkpoint_id(run: Run, folder: Path) -> str | None:
 
 
 @contextmanager
-def room_for(path: Path, needed: int, *, hint: str) -> Iterator[None]:
+def room_for(path: Path, needed: int, *, rest: str = ", or choose another folder") -> Iterator[None]:
     """Write a model of so many bytes to `path` in this block. Raises UserError (exit code SAVE), with what is needed and what is
-    free, where there is too little room for it, and where writing fails."""
-    require_space(path.parent, needed, str(path), hint=hint)
+    free, where there is too little room for it, and where writing fails. rest: of the hint, behind what to do about the disk."""
+    require_space(path.parent, needed, str(path), hint=f"free some space{rest}")
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise not_written(path, error, needed, hint=hint) from error
+        raise not_written(path, error, needed, hint=f"{remedy(str(error))}{rest}") from error
 
 
 def model_bytes(model: Decoder, tokenizer: Tokenizer | None, dtype: torch.dtype, source: Path | None) -> int:

@@ -63,8 +63,7 @@ def join(run: Path, out: Path, dtype: str | None) -> list[str]:
     if (path / "generation_config.json").exists():
         model.generation_config = read_object(path / "generation_config.json")
     tokenizer = load_tokenizer(path)
-    needed, hint = model_bytes(model, tokenizer, written_as, source), "free some space, or choose another folder"
-    with room_for(out, needed, hint=hint), atomic_folder(out, asked) as temporary:
+    with room_for(out, model_bytes(model, tokenizer, written_as, source)), atomic_folder(out, asked) as temporary:
         lines += write_whole(model, tokenizer, temporary, written_as, source)
     return [*lines, f"{path}, in {str(written_as).removeprefix('torch.')}"]
 

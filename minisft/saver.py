@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from minisft import ranks
-from minisft.atomic_folder import hidden_file, space
+from minisft.atomic_folder import hidden_file, remedy, space
 from minisft.checkpoint import Contents, new_checkpoint, step_folder
 from minisft.errors import SAVE, UserError, rank_name, warn
 
@@ -110,7 +110,7 @@ class Saver:
             return
         message = f"the checkpoint of step {step} could not be saved: {problem}; {space(self.folder, needed)}"
         if is_last or self.num_failed >= MAX_FAILED_SAVES:
-            hint = f"the earlier checkpoints in {self.folder} are untouched; free some space there and resume"
+            hint = f"the earlier checkpoints in {self.folder} are untouched; {remedy(problem)}, and resume"
             raise UserError(message, hint=hint, exit_code=SAVE)
         if ranks.rank() == 0:
             warn(f"{message}; training continues and the next save tries again")

@@ -418,15 +418,19 @@ def test_a_file_size_limit_fails_loudly_and_the_third_in_a_row_ends_the_run(tmp_
     assert save(tmp_path, 2, model, opt, failures=2) == 0  # there is room again
 
 
-def test_a_last_save_that_fails_ends_the_run(tmp_path):
+@pytest.mark.parametrize(
+    "number, remedy", [(errno.EACCES, "permissions"), (errno.EIO, "disk"), (errno.ENOSPC, "free some space")]
+)
+def test_a_last_save_that_fails_ends_the_run(tmp_path, number, remedy):
     def write_model(path):
-        raise OSError(errno.EIO, "Input/output error")
+        raise OSError(number, os.strerror(number))
 
     model, opt = make()
     last = MAX_FAILED_SAVES - 1
     with pytest.raises(UserError, match="step 5 could not be saved") as error:
         save(tmp_path, 5, model, opt, failures=last, write_model=write_model)
-    assert error.value.exit_code == SAVE and str(tmp_path) in error.value.hint
+    assert error.value.exit_code == SAVE and str(tmp_path) in error.value.hint and remedy in error.value.hint
+    assert (number == errno.ENOSPC) == ("free some space" in error.value.hint)
 
 
 @pytest.mark.parametrize("sharing", [2, 4])

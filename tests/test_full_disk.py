@@ -117,6 +117,29 @@ def test_what_the_start_asks_for_is_what_the_run_takes(go, home, tmp_path, monke
     assert asked[0] / 1.1 == pytest.approx(most, rel=0.01), (most, asked)  # step counters are not asked for
 
 
+@pytest.mark.parametrize("kind", ["read-only", "a link that leads nowhere", "a file"])
+def test_a_folder_of_checkpoints_that_cannot_be_written_is_told_at_the_start(go, tmp_path, monkeypatch, kind):
+    place, honest = tmp_path / "out" / "checkpoints", Path.touch
+    place.parent.mkdir()
+    if kind == "read-only":
+        place.mkdir()
+
+        def touch(path, *arguments, **options):
+            if path.parent == place:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            honest(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "touch", touch)
+    elif kind == "a file":
+        place.touch()
+    else:
+        place.symlink_to(tmp_path / "gone")
+    monkeypatch.setattr(loop, "train_step", None)
+    with pytest.raises(UserError, match="checkpoints cannot be (written|read)") as caught:
+        go()
+    assert caught.value.exit_code == SAVE and "permissions" in caught.value.hint
+
+
 def test_a_run_that_is_resumed_asks_for_what_is_not_there_yet(go, monkeypatch):
     """And not for what is pinned, or belongs to later steps: that stays."""
     asked, honest = [], export.require_space

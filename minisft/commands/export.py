@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 NOT_IN_VLLM = ("use_dora", "modules_to_save", "trainable_token_indices")
 IN_NEW_VLLM = ("rank_pattern", "alpha_pattern")
-NO_ROOM = "free some space, or choose another folder"
 
 
 def main(argv: list[str]) -> int:
@@ -144,7 +143,7 @@ def export_copy(folder: Path, out: Path, form: str) -> list[str]:
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_ours_or_hidden(path, folder)]
     needed = sum(path.stat().st_size for path in paths)
     with (
-        room_for(out, needed, hint=NO_ROOM),
+        room_for(out, needed),
         atomic_folder(out, _described(manifest) | made_from(folder, form)) as temporary,
     ):
         for path in paths:
@@ -185,7 +184,7 @@ def export_merged(folder: Path, run: Path, out: Path, dtype_name: str, form: str
     model, tokenizer, manifest = load_merged(folder, run, dtype_name)
     needed = model_bytes(model, tokenizer, dtype, base)
     described = _described(manifest) | made_from(folder, form)
-    with room_for(out, needed, hint=NO_ROOM), atomic_folder(out, described) as temporary:
+    with room_for(out, needed), atomic_folder(out, described) as temporary:
         lines = write_whole(model, tokenizer, temporary, dtype, base)
         copy_card(folder, temporary, {"library_name": "transformers", "base_model_relation": "finetune"})
     return lines
@@ -219,7 +218,7 @@ def export_gguf(folder: Path, run: Path, out: Path, kind: str, form: str) -> lis
         )
     rows, inputs = probe(model, run)
     needed = sum(parameter.numel() for parameter in model.parameters()) * KINDS[kind] / 8 + 2**24
-    with room_for(out, needed, hint=NO_ROOM), atomic_folder(out, made_from(folder, form)) as temporary:
+    with room_for(out, needed), atomic_folder(out, made_from(folder, form)) as temporary:
         lines = write_gguf_folder(model, tokenizer, temporary, kind, name_of(run))
         copy_card(folder, temporary, {"library_name": "gguf", "base_model_relation": "finetune"})
         (file,) = temporary.glob("*.gguf")
