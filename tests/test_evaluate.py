@@ -11,6 +11,7 @@ from tiny import settings, train
 
 from minisft.__main__ import main
 from minisft.answers import open_model
+from minisft.commands.evaluate import configuration
 from minisft.config.load import load
 from minisft.data.kinds import TOKEN_KINDS
 from minisft.data.tokenizer import train_tokenizer
@@ -153,6 +154,42 @@ def test_a_run_that_needs_evaluation_data_is_evaluated_on_all_rows(home, tmp_pat
     of_run = evaluated(capsys, str(tmp_path / "out"), "--data", data)
     assert of_run["first_token"]["tokens"] == 12
     assert of_run == evaluated(capsys, str(tmp_path / "out" / "model"), "--data", data)
+
+
+def test_a_run_is_evaluated_with_the_packing_of_its_evaluation(home, capsys, tmp_path):
+    """A document of more than max_length tokens is cut, or packed in pieces."""
+    text = (home / "out" / "config.toml").read_text()
+    for old, new in (
+        ("max_length = 256", "max_length = 8"),
+        ("packing = false", "packing = true"),
+        ('packing_strategy = "bfd"', 'packing_strategy = "wrapped"'),
+        ('eval_packing = "none"', "eval_packing = false"),
+    ):
+        assert f"\n{old}" in text
+        text = text.replace(f"\n{old}", f"\n{new}")
+    (tmp_path / "config.toml").write_text(text)
+    (tmp_path / "model").symlink_to(home / "out" / "model")
+    (tmp_path / "long.jsonl").write_text('{"text": "a text that is longer"}\n')
+    words = [str(tmp_path), "--data", str(tmp_path / "long.jsonl"), "--max_cut_answer=1"]
+    of_run, packed = evaluated(capsys, *words), evaluated(capsys, *words, "--packing")
+    assert of_run["all"]["tokens"] == 7 < packed["all"]["tokens"]
+    assert packed == evaluated(capsys, *words, "--eval_packing=none")
+
+
+def test_a_checkpoint_and_what_is_exported_of_it_are_evaluated_as_trained(home, capsys, tmp_path):
+    short = {"data.max_length": 24, "data.control_tokens": "escape", "train.max_steps": 1, "audit.max_lost_answer": 1.0}
+    train(home, output_dir=str(tmp_path / "out"), **short)
+    words = "--data", str(home / "rows.jsonl"), "--max_lost_answer=1"
+    (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
+    of_run = evaluated(capsys, str(tmp_path / "out"), *words)
+    uncut = evaluated(capsys, str(tmp_path / "out"), *words, "--max_length=64")
+    assert of_run["all"]["tokens"] < uncut["all"]["tokens"]
+    assert evaluated(capsys, str(checkpoint), *words) == of_run
+    (tmp_path / "elsewhere").mkdir()
+    assert main(["export", str(checkpoint), str(tmp_path / "elsewhere" / "model")]) == 0
+    assert evaluated(capsys, str(tmp_path / "elsewhere" / "model"), *words) == of_run
+    copied = shutil.copytree(checkpoint, tmp_path / "elsewhere" / "checkpoint")
+    assert configuration(copied, [words[1]], {}, str(tmp_path)).data.control_tokens == "escape"
 
 
 def test_mistakes_are_told(home, capsys):

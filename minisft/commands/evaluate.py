@@ -98,12 +98,18 @@ def _run_tasks(folder: Path, options: dict, overrides: dict) -> int:
 
 
 def configuration(folder: Path, data: list[str], overrides: dict, temporary: str) -> "Config":
-    """That of the run, or the default one, with these rows as its training data. The token cache is not kept: the folder of the
-    run may be read-only."""
-    run = next((place for place in (folder, folder.parent) if (place / RESOLVED_NAME).exists()), None)
+    """That of the run whose folder, model or checkpoint this is; else the default one with what the model says of its training.
+    These rows are its training data. The token cache is not kept: the folder of the run may be read-only."""
+    from minisft.answers import trained_as
+
+    here = folder.absolute()
+    places = [here, here.parent, *([here.parents[1]] if here.parent.name == "checkpoints" else [])]
+    run = next((place for place in places if (place / RESOLVED_NAME).exists()), None)
     values = {"data.train_data": data, "data.cache_dir": temporary}
     if run is None:
         values |= {"model.model_name_or_path": str(folder), "output_dir": temporary}
+        trained = trained_as(folder)
+        values |= {f"data.{key}": trained[key] for key in ("max_length", "control_tokens") if key in trained}
     config, origins = load(run / RESOLVED_NAME if run else {}, {**values, **overrides}, origin="command line")
     given = {key for key, origin in origins.items() if origin == "command line"} - values.keys()
     if unread := sorted(key for key in given if not key.startswith(READ) or key in OF_RUN):
@@ -114,6 +120,8 @@ def configuration(folder: Path, data: list[str], overrides: dict, temporary: str
     # All of these rows and no others, and of a pair the chosen answer, whatever the run was. Its own are left in until here, as
     # other keys of it may need evaluation data.
     rows = replace(config.data, eval_data=None, eval_fraction=0.0, stream=False)
+    if rows.eval_packing is not None and ("data.packing" not in given or "data.eval_packing" in given):
+        rows = replace(rows, packing=rows.eval_packing)  # as the run was evaluated
     return replace(config, trainer_type="sft", verbose=False, data=rows)
 
 
