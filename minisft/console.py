@@ -259,16 +259,17 @@ def closing(
         contents["model/"] = f"the trained adapter and tokenizer, as PEFT files; its base is {base}"
     lines = ["", f"{folder}/"]
     lines += [f"  {name:<19} {what}" for name, what in contents.items() if (folder / name).exists()]
-    config, place = str(folder / "config.toml"), str(folder)
+    place = f"./{folder}" if str(folder).startswith("-") else str(folder)  # else a command reads it as an option
+    asked = [f"--prompt={prompt}"] if prompt.startswith("-") else ["--prompt", prompt]
     launch = ["python"]
     if ranks.world_size() > 1:
         launch = ["torchrun", "--nproc_per_node", str(ranks.world_size())]
-    commands = [["python", "-m", "minisft", "generate", place, "--prompt", prompt]]
+    commands = [["python", "-m", "minisft", "generate", place, *asked]]
     if base is not None:
-        commands.append(["python", "-m", "minisft", "export", place, str(folder / f"merged-{step}"), "--merge"])
+        commands.append(["python", "-m", "minisft", "export", place, f"{place}/merged-{step}", "--merge"])
     if "tensorboard" in report_to:
         commands.append(["tensorboard", "--logdir", place])
-    commands.append([*launch, "-m", "minisft", "train", config, *longer.split()])
+    commands.append([*launch, "-m", "minisft", "train", f"{place}/config.toml", *longer.split()])
     return "\n".join([*lines, "", "next:", *(f"  {shlex.join(command)}" for command in commands)])
 
 

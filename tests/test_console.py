@@ -4,6 +4,7 @@ import math
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -124,6 +125,18 @@ def test_the_closing_commands_can_be_pasted(tmp_path, monkeypatch, base, ranks):
         [*launch, "-m", "minisft", "train", str(folder / "config.toml"), "--max_steps", "14"],
     ]
     assert ("adapter" in contents, "owner/base" in contents) == (base is not None, base is not None)
+
+
+def test_closing_commands_have_no_folder_and_no_prompt_that_are_read_as_options():
+    said = closing(
+        Path("-x"), step=7, report_to=("tensorboard",), prompt="-y", longer="--max_steps 14", base="owner/base"
+    )
+    assert [shlex.split(line)[3:] for line in said.split("\nnext:\n")[1].splitlines()] == [
+        ["generate", "./-x", "--prompt=-y"],
+        ["export", "./-x", "./-x/merged-7", "--merge"],
+        [],
+        ["train", "./-x/config.toml", "--max_steps", "14"],
+    ]
 
 
 def test_the_last_line_sums_up():
