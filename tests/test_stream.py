@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from test_ranks import join, start_ranks
 from tiny import logged, parts, settings, start, train, train_quietly, weights, write_rows
 
+from minisft.data import chunks, sources, stream_rows
 from minisft.data.chunks import Place, find_files, read_chunk, start_of, write_chunk
 from minisft.data.loader import Loader
 from minisft.data.sources import Row, parse_source, read_rows
@@ -80,6 +81,24 @@ def test_chunks_have_the_rows_of_the_files(files, rows, data):
         assert [row for chunk in chunks for row in chunk] == expected
         empty = sum(row == "empty line" for row in expected)  # they stay with the row behind them
         assert all(rows <= len(chunk) <= rows + empty for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("end", [b"\n", b""])
+def test_a_row_that_is_too_long_is_one_row(tmp_path, monkeypatch, end):
+    """A row is cut at 200 bytes, and what is behind it is read 64 bytes at a time."""
+    for room in (sources, chunks):
+        monkeypatch.setattr(room, "MAX_ROW_BYTES", 200)
+        monkeypatch.setattr(room, "READ_AT_ONCE", 64)
+    path = tmp_path / "rows.jsonl"
+    lines = [b'{"text": "%s"}' % (b"a" * n) for n in (5, 1000, 6, 204, 187, 7, 900)]
+    path.write_bytes(b"\n".join(lines) + end)
+    expected = [value_of(row) for row in read_rows(parse_source(str(path)))]
+    assert expected.count("too long") == 3 and len(expected) == 7
+    for rows in (1, 2, 7):
+        found = chunks_of([str(path)], rows, tmp_path / f"chunks-{rows}")
+        assert [row for chunk in found for row in chunk] == expected
+    line = stream_rows.copy_rows(tmp_path, find_files([parse_source(str(path))]), [5], is_mix=False)[0]
+    assert json.loads((tmp_path / line.name).read_bytes()) == {"text": "a" * 7}
 
 
 @pytest.mark.parametrize("rows", [1, 7, 10, 25, 60])
@@ -160,6 +179,26 @@ def test_a_stopped_run_resumes_inside_a_chunk_and_at_its_end(home, tmp_path, no_
     assert weights(out) == weights(whole)
     assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert logged(out, "chunk")[:7] == [0, 0, 0, 1, 1, 1, 2]
+
+
+def test_a_chunk_without_a_usable_row_has_the_rows_behind_it(home, tmp_path, no_process, capsys):
+    """Bad are the first 20 rows, and the last 24; once more all of them are."""
+    rows = (home / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join(["{bad"] * 20 + rows[20:40] + ["{bad"] * 24))
+    (tmp_path / "good.jsonl").write_text("\n".join(rows[20:40]))
+    (tmp_path / "bad.jsonl").write_text("{bad\n" * 64)
+    keys = STREAM | {"data.on_bad_row": "skip", "train.max_steps": 8}
+    for name in ("good", "rows"):
+        source = {"data.train_data": str(tmp_path / f"{name}.jsonl"), "output_dir": str(tmp_path / name)}
+        train(home, **keys | source)
+    assert logged(tmp_path / "rows", "chunk") == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert logged(tmp_path / "rows", "num_tokens") == logged(tmp_path / "good", "num_tokens")
+    assert "WARNING chunk 1 is made of later rows: no usable row in" in capsys.readouterr().err
+    train(home, **keys | source | {"output_dir": str(tmp_path / "resumed"), "train.max_steps": 4})
+    train(home, **keys | source | {"output_dir": str(tmp_path / "resumed")})
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "rows")
+    with pytest.raises(UserError, match="no usable row in .*bad.jsonl: 4 read"):
+        train(home, **keys | {"data.train_data": str(tmp_path / "bad.jsonl"), "output_dir": str(tmp_path / "bad")})
 
 
 def test_chunks_behind_are_deleted(home, tmp_path, no_process):

@@ -46,7 +46,7 @@ from minisft.data.hashed_file import hash_blocks
 from minisft.data.kinds import CHOSEN, MISMATCHED
 from minisft.data.repositories import locate
 from minisft.data.row_format import ON_BAD_ROW, FormatOptions
-from minisft.data.rows import place
+from minisft.data.rows import NothingToTrain, place
 from minisft.data.sources import Digests, Source, list_files
 from minisft.data.tokenise import Document, new_entry, tokenise, with_mismatched
 from minisft.data.tokenizer import Tokenizer
@@ -445,7 +445,7 @@ def _build(
         if num_tokens == 0:
             read = sum(entry["rows_read"] for entry in manifest["sources"])
             shown = "".join(f"\n  {bad_row}" for bad_row in manifest["bad_rows"])
-            raise UserError(f"no usable row in {', '.join(paths)}: {read} read{shown}", exit_code=DATA)
+            raise NothingToTrain(f"no usable row in {', '.join(paths)}: {read} read{shown}", exit_code=DATA)
         for name, is_there in (("weights", is_weighted), ("role", has_roles)):
             if not is_there:
                 (temporary / f"{name}.bin").unlink()

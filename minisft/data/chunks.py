@@ -32,7 +32,7 @@ from minisft.data.cache import Documents, TokenCache
 from minisft.data.parquet import copy_parquet
 from minisft.data.repositories import locate
 from minisft.data.row_format import RowFormat
-from minisft.data.sources import BOM, MAX_ROW_BYTES, Source, file_kind, list_files, open_rows
+from minisft.data.sources import BOM, MAX_ROW_BYTES, READ_AT_ONCE, Source, file_kind, list_files, open_rows
 from minisft.errors import DATA, UserError
 
 LINES = (".jsonl", ".ndjson")
@@ -47,7 +47,8 @@ class Place:
     file: int = 0  # of the source
     row: int = 0  # of the file, from 0
     offset: int = 0  # bytes of the unpacked file before it; 0 for .parquet
-    before: str = ""  # length and sha256 of the line before it, by which a file that has changed is noticed
+    # length and sha256 of the line before it, of a very long one of its end, by which a file that has changed is noticed
+    before: str = ""
     number: int = 0  # rows of this pass before it: a row has the same number in every pass
     taken: int = 0  # rows of all passes before it
 
@@ -69,6 +70,14 @@ class Part:
 def start_of(sources: Sequence[Source], is_mix: bool) -> Places:
     """Where the first chunk begins."""
     return tuple(Place(source=number) for number in range(len(sources) if is_mix else 1))
+
+
+def has_read_all(begin: Places, end: Places) -> bool:
+    """Whether every row is between two places of a stream."""
+    return all(
+        (last.passes - 1, last.source, last.file, last.row) >= (first.passes, first.source, first.file, first.row)
+        for first, last in zip(begin, end)
+    )
 
 
 def read_places(value: list[dict]) -> Places:
@@ -292,15 +301,15 @@ def copy_lines(path: Path, copy: Path, at: Place, count: int) -> tuple[int, Plac
     Empty lines are copied with the row behind them, so there may be more; at the end of the file they are no rows, as for other
     readers. Raises UserError where the line before the place is another one now.
     """
-    number, offset, last, empty = 0, at.offset, at.before, []
+    number, offset, before, empty = 0, at.offset, at.before, []
     with open_rows(path) as file, open(copy, "wb") as target:
         length, _, digest = at.before.partition(" ")
         _skip(file, at.offset - int(length or 0))
         if length and sha256(file.read(int(length))).hexdigest() != digest:
             hint = "put the file back as it was; rows may only be added at its end"
             raise UserError(f"{path}: it has changed before row {at.row + 1:,}", hint=hint, exit_code=DATA)
-        for line in read_lines(file):
-            if not line.strip():
+        for line, length, last in read_lines(file):
+            if length == len(line) and not line.strip():
                 empty.append(line)
                 continue
             if number >= count:
@@ -308,11 +317,11 @@ def copy_lines(path: Path, copy: Path, at: Place, count: int) -> tuple[int, Plac
             for part in (*empty, line if offset else line.removeprefix(BOM)):
                 target.write(part if part.endswith(b"\n") else part + b"\n")
             number += 1 + len(empty)
-            offset += sum(map(len, empty)) + len(line)
-            last, empty = f"{len(line)} {sha256(line).hexdigest()}", []
+            offset += sum(map(len, empty)) + length
+            before, empty = f"{len(last)} {sha256(last).hexdigest()}", []
         else:
-            return number, replace(at, row=at.row + number, offset=offset, before=last), True
-    return number, replace(at, row=at.row + number, offset=offset, before=last), False
+            return number, replace(at, row=at.row + number, offset=offset, before=before), True
+    return number, replace(at, row=at.row + number, offset=offset, before=before), False
 
 
 def _skip(file: IO[bytes], offset: int) -> None:
@@ -326,7 +335,11 @@ def _skip(file: IO[bytes], offset: int) -> None:
         offset -= read
 
 
-def read_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """Lines with their ends. One that is longer than a row may be is cut there, and the reader of the chunk refuses it."""
+def read_lines(file: IO[bytes]) -> Iterator[tuple[bytes, int, bytes]]:
+    """(a line with its end, its bytes in the file, the last of them). A line that is longer than a row may be is cut there, and
+    the reader of the chunk refuses it."""
     while line := file.readline(MAX_ROW_BYTES + 2):
-        yield line
+        length, last = len(line), line
+        while not last.endswith(b"\n") and (more := file.readline(READ_AT_ONCE)):
+            length, last = length + len(more), more
+        yield line, length, last

@@ -24,6 +24,7 @@ from minisft.data.cache import Documents, TokenCache
 from minisft.data.kinds import MISMATCHED, TRAINED
 from minisft.data.packing import ragged_arange
 from minisft.data.row_format import TRUNCATIONS
+from minisft.data.rows import NothingToTrain
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, UserError
 
@@ -117,7 +118,7 @@ def select_documents(
     reasons["not drawn (source weight below 1)"] = copies == 0
     accounting = _account(cache, start, end, targets, copies, reasons)
     if not copies.any():
-        raise UserError("no row is left to train on\n  " + "\n  ".join(accounting.lines()), exit_code=DATA)
+        raise NothingToTrain("no row is left to train on\n  " + "\n  ".join(accounting.lines()), exit_code=DATA)
     if (number := int(copies.sum()) * cache.group) > MAX_DOCUMENTS:
         hint = "lower the weights of the sources"
         raise UserError(f"{number:,} documents an epoch, at most {MAX_DOCUMENTS:,}", hint=hint, exit_code=DATA)

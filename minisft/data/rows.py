@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from minisft.errors import UserError
+
 EXCERPT = 200  # characters of a bad row that a message shows
 
 
@@ -32,6 +34,10 @@ class BadRow:
     def __str__(self) -> str:
         what = f"{self.reason}: {self.detail}" if self.detail else self.reason
         return f"{place(self.file, self.line)}: {what}" + (f"; it begins {self.excerpt}" if self.excerpt else "")
+
+
+class NothingToTrain(UserError):
+    """None of some rows can be trained on."""
 
 
 class RowError(ValueError):

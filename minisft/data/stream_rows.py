@@ -48,8 +48,8 @@ def _copy_lines(path: Path, copies: dict[int, Path]) -> int:
     """Copy some lines, which are numbered from 0. Returns how many there are, or how many were read to have the copies."""
     length, last = 0, max(copies, default=-1)
     with open_rows(path) as file:
-        for row, line in enumerate(read_lines(file)):
-            if line.strip():
+        for row, (line, size, _) in enumerate(read_lines(file)):
+            if size > len(line) or line.strip():
                 length = row + 1  # empty lines at the end are no rows
             if row in copies:
                 copies[row].write_bytes(line if row else line.removeprefix(BOM))

@@ -39,7 +39,7 @@ from minisft.data.formats import Example, Piece, to_examples, without_nulls
 from minisft.data.kinds import ANSWER, MISMATCHED, SPECIAL, TERMINATOR, TEXT, TRAINED
 from minisft.data.preferences import SIDES
 from minisft.data.row_format import FormatOptions, RowFormat
-from minisft.data.rows import BadRow, Row, RowError, excerpt, place
+from minisft.data.rows import BadRow, NothingToTrain, Row, RowError, excerpt, place
 from minisft.data.sources import Digests, Source, read_rows
 from minisft.data.tokenizer import Tokenizer
 from minisft.errors import DATA, MODEL, UserError
@@ -500,7 +500,7 @@ def with_mismatched(batches: Iterable[tuple[int, list[Document]]]) -> Iterator[t
             waiting = source, answers
         before = answers[-1:]
     if waiting:
-        raise UserError(
+        raise NothingToTrain(
             "one row of labelled answers is too few: KTO needs answers of other rows to compare with", exit_code=DATA
         )
 

@@ -22,6 +22,7 @@ from minisft.data.chunks import (
     copy_lines,
     find_files,
     formats_of,
+    has_read_all,
     read_chunk,
     sources_of,
     start_of,
@@ -33,12 +34,13 @@ from minisft.data.loader import Loader, plan_set
 from minisft.data.packing import Plan
 from minisft.data.packing_strategies import STRATEGIES
 from minisft.data.row_format import RowFormat
+from minisft.data.rows import NothingToTrain
 from minisft.data.shared_turns import may_share
 from minisft.data.sources import file_kind, parse_source
 from minisft.data.stream import Stream
 from minisft.data.stream_rows import copy_rows, number_of
 from minisft.data.tokenizer import Tokenizer
-from minisft.errors import DATA, UserError
+from minisft.errors import DATA, UserError, warn
 from minisft.prepare.options import cache_folder, cut_length, format_options, ranks_sharing_a_batch, split_length
 
 # Findings whose numbers are in the account of the rows or the description of the cache.
@@ -195,14 +197,28 @@ class Chunks:
         self.formats: dict[int, RowFormat] = {}  # of each source, as its first row decided
 
     def read(self, number: int, begin: Places) -> tuple[Documents, list[str]]:
-        """Its documents, and lines about them. What another process has prepared is found; what it prepares now is waited for."""
-        data, folder = self.config.data, self.chunk(number, begin)
+        """Its documents, and lines about them. What another process has prepared is found; what it prepares now is waited for.
+
+        Rows of which none can be trained on are left out, with a warning, and the chunk has the rows behind them. Raises
+        UserError where no row of the stream can be trained on.
+        """
+        data, at = self.config.data, begin
         least = 2 if self.needs_another_row() else 1
-        write_chunk(folder, self.sources, begin, data.stream_rows, least=least, local_files_only=self.local_files_only)
-        sources, parts, self.end = read_chunk(folder, self.sources, self.formats if number else {})
         title = "train" if number == 0 else f"chunk {number}"
-        tokens = folder.with_suffix(".tokens")
-        documents, lines = read_documents(title, sources, self.config, self.tokenizer, data.packing, tokens)
+        while True:
+            folder = self.chunk(number, at)
+            write_chunk(folder, self.sources, at, data.stream_rows, least=least, local_files_only=self.local_files_only)
+            sources, parts, self.end = read_chunk(folder, self.sources, self.formats if number else {})
+            tokens = folder.with_suffix(".tokens")
+            try:
+                documents, lines = read_documents(title, sources, self.config, self.tokenizer, data.packing, tokens)
+                break
+            except NothingToTrain as error:
+                if has_read_all(begin, self.end):
+                    raise
+                if ranks.rank() == 0:
+                    warn(f"chunk {number} is made of later rows: {error}")
+                at = self.end
         self.formats |= formats_of(documents.cache, parts) | self.formats
         return with_places(documents, self.sources, parts, self.is_mix), [*self.describe_mix(), *lines]
 
