@@ -31,7 +31,7 @@ ANSWER = timedelta(seconds=10)  # that the store may take
 
 
 class Watch:
-    """A context manager that all ranks enter, after they have joined their group, and leave together.
+    """A context manager that all ranks enter, before they join their group, and leave together.
 
     store: one that no other thread uses. Leaving it with an error tells the other ranks, and does not wait for them.
     """

@@ -50,11 +50,11 @@ def process_group(device: torch.device) -> Iterator[None]:
     _require_launcher()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, number, count = next(dist.rendezvous("env://", timeout=START))
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("group", store), rank=number, world_size=count, timeout=START
-    )
+    group = dist.PrefixStore("group", store)
     try:
         with Watch(dist.PrefixStore("peers", store.clone()), number, count) as _watch:
+            with waiting():
+                dist.init_process_group(backend, store=group, rank=number, world_size=count, timeout=START)
             yield
     except Exception as error:
         if "TORCHELASTIC_ERROR_FILE" in os.environ:  # then torchrun prints it below the rank that failed
@@ -62,7 +62,8 @@ def process_group(device: torch.device) -> Iterator[None]:
         raise
     finally:
         _watch = _group = None
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _require_launcher() -> None:

@@ -91,6 +91,10 @@ def train_rank(
         in_trouble("save")
         return honest_save(*arguments, **options)
 
+    def join_group(*arguments, **options):
+        in_trouble("join")
+        return honest_join(*arguments, **options)
+
     def train_step(run, *arguments, **options):
         if run.progress.step == 2:
             in_trouble("step")
@@ -106,6 +110,7 @@ def train_rank(
         in_trouble("export")
         return honest_finish(config, run, *arguments)
 
+    honest_join, torch.distributed.init_process_group = torch.distributed.init_process_group, join_group
     loop.train_step, loop.finish, loop.evaluate_sets, loop.save = train_step, finish, evaluate_sets, save
     in_trouble("start")
     train_quietly(folder, overrides, output=out / f"said-{rank}")
@@ -232,8 +237,14 @@ def test_a_step_that_one_rank_finds_not_finite_is_refused_by_both(home, tmp_path
         assert logged(tmp_path / "out", "nonfinite_steps") == [1]
 
 
-PLACES = ("step", "evaluate", "save", "export")
-TROUBLES = [(1, "step", "killed"), (0, "export", "killed"), (1, "evaluate", "stopped"), (0, "save", "fails")]
+PLACES = ("join", "step", "evaluate", "save", "export")
+TROUBLES = [
+    (1, "join", "killed"),
+    (1, "step", "killed"),
+    (0, "export", "killed"),
+    (1, "evaluate", "stopped"),
+    (0, "save", "fails"),
+]
 ALL_TROUBLES = [(rank, where, how) for rank in (0, 1) for where in PLACES for how in ("killed", "stopped", "fails")]
 
 
