@@ -5,7 +5,6 @@ JSON has no NaN, and a NaN loss must not look like a missing one: values that ar
 """
 
 import json
-import math
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import warn
+from minisft.strict_json import spelled
 
 
 class LogFile:
@@ -56,8 +56,7 @@ class LogFile:
 
 def json_line(values: dict[str, Any]) -> bytes:
     """The values as one line of JSON, also those that are not finite."""
-    spelled = {key: _finite_or_string(value) for key, value in values.items()}
-    return json.dumps(spelled, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    return json.dumps(spelled(values), ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -75,12 +74,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         {key: float(value) if isinstance(value, str) else value for key, value in row.items()}
         for row in read_lines(path)
     ]
-
-
-def _finite_or_string(value):
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 def write_report(path: Path, rows: Iterable[dict[str, Any]]) -> None:

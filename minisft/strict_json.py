@@ -6,6 +6,7 @@ guesses silently) and nesting so deep that it exhausts the stack, of the parser 
 """
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -92,6 +93,17 @@ def is_depth_at_most(value: Any, depth: int) -> bool:
 def read_json(path: Path | str, *, exit_code: int = DATA) -> Any:
     """The JSON value in a file. Raises UserError, also where the file cannot be read."""
     return parse_json(read_file(path, exit_code=exit_code), str(path), exit_code=exit_code)
+
+
+def spelled(value: Any) -> Any:
+    """The value with "NaN", "Infinity" and "-Infinity", which float() reads back, in the place of numbers that JSON lacks."""
+    if isinstance(value, dict):
+        return {key: spelled(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [spelled(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def dump_json(value: Any) -> bytes:

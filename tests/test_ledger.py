@@ -1,6 +1,7 @@
 """The training ledger: the documents of every step and their losses, exact however a step is split, killed or resumed."""
 
 import json
+import shutil
 from contextlib import closing
 from pathlib import Path
 
@@ -199,6 +200,14 @@ def test_the_hardest_and_the_forgotten(home, capsys):
     assert rises == sorted(rises, reverse=True) and rises[0] == max(last[d] - lowest[d] for d in last)
     assert len(said(capsys, str(home / "out"), "--hardest", "4").split("\n\n")) == 4
     assert "documents                    64" in said(capsys, str(home / "out"))
+
+
+def test_a_loss_that_is_not_finite_is_json(home, tmp_path, capsys):
+    shutil.copytree(home / "out", tmp_path / "out")
+    with closing(Ledger(tmp_path / "out", 0, 99)) as ledger:
+        ledger.write(99, [(np.array([5]), np.float32([np.nan]))])
+    (found,) = json.loads(said(capsys, str(tmp_path / "out"), "--hardest", "1", "--json"), parse_constant=pytest.fail)
+    assert found["document"] == 5 and found["last"] == "NaN"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ whatever the batch size and the packing.
 """
 
 import json
-import math
 import sys
 import tempfile
 from dataclasses import replace
@@ -17,6 +16,7 @@ from minisft.config.command_line import parse_arguments, take_options, whole_num
 from minisft.config.load import RESOLVED_NAME, load
 from minisft.errors import UserError
 from minisft.files import checked_path
+from minisft.strict_json import spelled
 from minisft.units import digits
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         lines, parts = _evaluate(configuration(folder, options["data"], overrides, temporary), folder)
     if "json" in options:
-        finite = {name: {key: spelled(value) for key, value in means.items()} for name, means in parts.items()}
-        print(json.dumps(finite, indent=2, allow_nan=False, ensure_ascii=False))
+        print(json.dumps(spelled(parts), indent=2, allow_nan=False, ensure_ascii=False))
         return 0
     from minisft.console import wrap
 
@@ -93,7 +92,9 @@ def _run_tasks(folder: Path, options: dict, overrides: dict) -> int:
         include_path=options.get("include_path", [None])[-1],
         **{key: whole_number(key, options[key][-1], least) for key, least in OF_TASKS.items() if key in options},
     )
-    print(json.dumps(found, indent=2, ensure_ascii=False) if "json" in options else "\n".join(task_table(found)))
+    print(
+        json.dumps(spelled(found), indent=2, ensure_ascii=False) if "json" in options else "\n".join(task_table(found))
+    )
     return 0
 
 
@@ -144,11 +145,6 @@ def _evaluate(config: "Config", folder: Path) -> tuple[list[str], dict[str, dict
         runtime.pick_precision(config.train, device),
     )
     return lines, found
-
-
-def spelled(value: float) -> float | str:
-    """A number that JSON has; else its name."""
-    return value if math.isfinite(value) else str(value)
 
 
 def table(parts: dict[str, dict[str, float]]) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 from minisft.errors import UserError
 from minisft.files import checked_path
 from minisft.ledger import Entries, read_ledger
+from minisft.strict_json import spelled
 
 if TYPE_CHECKING:
     from minisft.data.cache import Documents, TokenCache
@@ -59,7 +60,11 @@ def main(argv: list[str]) -> int:
     seen = summarise(entries)
     if not asked:
         found: Any = summary(entries, seen)
-        print(json.dumps(found, indent=2) if "json" in options else "\n".join(f"{k:<28} {v}" for k, v in found.items()))
+        print(
+            json.dumps(spelled(found), indent=2)
+            if "json" in options
+            else "\n".join(f"{k:<28} {v}" for k, v in found.items())
+        )
         return 0
     with TemporaryDirectory() as temporary:
         texts = Texts(folder, Path(temporary))
@@ -72,7 +77,8 @@ def main(argv: list[str]) -> int:
             order = np.argsort(-np.nan_to_num(by, nan=np.inf), kind="stable")[:number]
             read = texts.read(seen.document[order].tolist())
             chosen = [{**text, **losses_of(seen, int(i))} for text, i in zip(read, order)]
-    print(json.dumps(chosen, indent=2, ensure_ascii=False) if "json" in options else "\n\n".join(map(text_of, chosen)))
+    told = json.dumps(spelled(chosen), indent=2, ensure_ascii=False) if "json" in options else ""
+    print(told or "\n\n".join(map(text_of, chosen)))
     return 0
 
 

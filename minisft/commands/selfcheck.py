@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minisft.errors import MEMORY, SAVE, UserError, is_out_of_memory
+from minisft.strict_json import spelled
 
 USAGE = """\
 usage: minisft selfcheck CONFIG.toml [--rows N] [--only WORD] [--naive [STEPS]] [--json] [--KEY VALUE ...]
@@ -100,7 +101,7 @@ def check(config: Any, words: list[str], folder: Path, num_rows: int, only: list
             print(line(row), flush=True)
     failed = [row["check"] for row in rows if row["result"] == "FAILED"]
     if as_json:
-        print(json.dumps({"passed": not failed, "checks": rows}, indent=2))
+        print(json.dumps(spelled({"passed": not failed, "checks": rows}), indent=2))
     else:
         skipped = sum(row["result"] == "skipped" for row in rows)
         passed = len(rows) - skipped - len(failed)
@@ -191,9 +192,8 @@ def compare_with_naive(config: Any, steps: int, as_json: bool) -> int:
     bar, largest = NAIVE_BAR[precision], max(differences)
     passed = all(difference <= bar for difference in differences)
     if as_json:
-        print(
-            json.dumps({"passed": passed, "largest": largest, "bar": bar, "seconds": seconds, "steps": rows}, indent=2)
-        )
+        found = {"passed": passed, "largest": largest, "bar": bar, "seconds": seconds, "steps": rows}
+        print(json.dumps(spelled(found), indent=2))
     else:
         print(f"\nThe largest difference is {largest:.1e} of the loss; the bar for {precision} is {bar:g}: ", end="")
         print("passed." if passed else "FAILED.")
