@@ -15,7 +15,7 @@ from tiny import settings, train
 from minisft.__main__ import main
 from minisft.config.load import read_resolved
 from minisft.errors import UserError
-from minisft.report.charts import smoothed
+from minisft.report.charts import Chart, Line, draw, smoothed
 from minisft.report.runs import differences, read_runs
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -132,6 +132,12 @@ def test_what_differs_is_exactly_that(home, tmp_path):
 def test_values_with_a_hash_and_origins_are_read_back():
     text = 'a = "x  # y"  # run.toml\n\n[b]\nc = [1, 2]  # default of trainer_type dpo\n'
     assert read_resolved(text) == {"a": ('"x  # y"', "run.toml"), "b.c": ("[1, 2]", "default of trainer_type dpo")}
+
+
+@pytest.mark.parametrize("name", ["$\\bad{$.jsonl", "_rows.jsonl"])
+def test_a_chart_shows_every_name_as_it_is(name):
+    lines = [Line(label, ([1, 2], [1.0, 2.0]), 0, is_evaluation=False) for label in (name, "b")]
+    assert draw(Chart(name, lines), "svg").decode().count(name) == 2  # in its title and its legend
 
 
 def test_the_moving_average_starts_at_the_values_and_leaves_out_what_is_not_finite():

@@ -74,7 +74,7 @@ def draw(chart: Chart, format: str) -> bytes:
     settings |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), colours["line"])
     settings |= dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor"), colours["soft"])
     settings |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
-    settings |= {"axes.axisbelow": True}
+    settings |= {"axes.axisbelow": True, "text.parse_math": False}  # a $ in the name of a file is no formula
     with matplotlib.rc_context(settings):
         columns = 2 if max((len(line.label) for line in chart.lines), default=0) <= 20 else 1  # of the legend
         height = HEIGHT + LEGEND_ROW * max(0, math.ceil(len(chart.lines) / columns) - 2)
@@ -87,6 +87,7 @@ def draw(chart: Chart, format: str) -> bytes:
             axes.set_xticks(list(shown), [chart.bars[i][0] for i in shown])
         for line in chart.lines:
             colour, label, (steps, values) = colours[f"line-{line.colour % len(PALETTE)}"], line.label, line.series
+            label = f" {label}" if label.startswith("_") else label  # else matplotlib leaves it out of the legend
             finite = np.where(np.isfinite(values), values, np.nan)
             points = {"marker": "o", "markersize": 3} if line.is_evaluation or len(values) < 8 else {}
             if line.is_evaluation:
