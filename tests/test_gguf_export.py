@@ -23,6 +23,7 @@ from tiny_models import CONFIGS, DELTA, stream, tiny
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from minisft.__main__ import main
+from minisft.commands.export import name_of
 from minisft.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from minisft.errors import MODEL, UserError
 from minisft.generation import stop_ids
@@ -336,6 +337,7 @@ def set_pre(*steps):
         (set_pre(pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)), "does not know its step"),
         (set_pre(pre_tokenizers.ByteLevel(add_prefix_space=True)), "without a space in front"),
         (set_pre(pre_tokenizers.Split(Regex("[a-z]+"), "isolated"), BYTES), "no name for"),
+        (set_pre(pre_tokenizers.Split(" ", "isolated"), pre_tokenizers.ByteLevel(False)), "would follow each other"),
         (set_pre(pre_tokenizers.Split(Regex(WORDS % "x"), "removed"), BYTES), "step"),
     ],
 )  # fmt: skip
@@ -379,7 +381,13 @@ def test_a_finished_run_becomes_a_gguf_file(tmp_path, capsys):
     out = tmp_path / "gguf"
     assert main(["export", str(tmp_path / "out"), str(out), "--gguf", "F32"]) == 0
     said = capsys.readouterr().out
-    assert "differ by 0.0e+00" in said and "ollama create" in said
+    assert "differ by 0.0e+00" in said
+    (tmp_path / "my run-1.5").mkdir()
+    assert [name_of(tmp_path / name) for name in ("my run-1.5", "out/model", "gguf/model-f32.gguf")] == [
+        "my run-1.5",
+        "out",
+        "model-f32",
+    ]
     assert main(["generate", str(out / "model-f32.gguf"), "--prompt", "abc", "--max_new_tokens", "3"]) == 0
     assert {path.name for path in out.iterdir()} == {"model-f32.gguf", "Modelfile", "README.md", "manifest.json"}
     ours, theirs = load_model(tmp_path / "out" / "model"), load_model(out / "model-f32.gguf")

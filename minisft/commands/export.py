@@ -13,6 +13,7 @@ written, and sends what is missing.
 
 import argparse
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -223,7 +224,8 @@ def export_gguf(folder: Path, run: Path, out: Path, kind: str, form: str) -> lis
         copy_card(folder, temporary, {"library_name": "gguf", "base_model_relation": "finetune"})
         (file,) = temporary.glob("*.gguf")
         lines += compare_logits(model, file, rows, inputs)
-    return [*lines, f"{file.name} and Modelfile: ollama create {name_of(run)} -f {out / 'Modelfile'}"]
+    command = shlex.join(["ollama", "create", name_of(run), "-f", str(out / "Modelfile")])
+    return [*lines, f"{file.name} and Modelfile: {command}"]
 
 
 def copy_card(folder: Path, out: Path, header: dict) -> None:
@@ -237,9 +239,9 @@ def copy_card(folder: Path, out: Path, header: dict) -> None:
 
 
 def name_of(run: Path) -> str:
-    """What to call the model: the name of the run's output folder."""
+    """What to call the model: the name of the run's output folder, or of the file."""
     path = run.resolve()
-    return (path.parent.name if path.name == "model" else path.stem) or "model"
+    return (path.parent.name if path.name == "model" else path.stem if path.is_file() else path.name) or "model"
 
 
 def load_merged(folder: Path, run: Path, dtype_name: str) -> tuple:

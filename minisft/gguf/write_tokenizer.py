@@ -132,7 +132,7 @@ def name_of_cut(tokenizer: dict) -> str:
         if step["type"] == "Digits" and step["individual_digits"] and step is steps[0]:
             splits_digits = True
         elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"] and regex is None:
-            regex = step["pattern"].get("Regex")
+            regex = step["pattern"].get("Regex", "")  # a plain text to split at is no rule of llama.cpp's
         else:
             _refuse(f"llama.cpp does not know its step {str(step)[:80]}")
     if byte_level[0].get("use_regex", True) != (regex is None):
