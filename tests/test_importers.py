@@ -448,6 +448,11 @@ def test_axolotl_simpo_is_trls(folder):
     assert axolotl.read({"rl": "simpo", "cpo_alpha": 0.0}).values["dpo.loss_type"] == ("simpo",)
 
 
+def test_new_tokens_of_llamafactory_that_are_numbers_are_texts(folder):
+    found = translated("llamafactory", LF_LORA + "add_tokens: 7\nadd_special_tokens: <a>, <b>\n", folder)
+    assert found.values["model.new_special_tokens"] == ("7", "<a>", "<b>")
+
+
 def test_llamafactory(folder):
     f = translated("llamafactory", LF_FULL, folder)
     own = {"path": str(folder / "data/own.json"), "split": "[:1000]"}

@@ -128,7 +128,7 @@ def read(
         t.into("disable_gradient_checkpointing", "model.gradient_checkpointing", False)
     if t.get("model_revision", "main") == "main" and "model_revision" in t.left:
         t.nothing("model_revision", "the repository's main branch, as here", harmless=True)
-    tokens = {key: as_list(t.get(key)) for key in ("add_tokens", "add_special_tokens")}
+    tokens = {key: list(map(str, as_list(t.get(key)))) for key in ("add_tokens", "add_special_tokens")}
     if new := [token for key in tokens for token in tokens[key]]:
         t.values["model.new_special_tokens"], t.origins["model.new_special_tokens"] = tuple(new), "add_special_tokens"
     for key in tokens:
