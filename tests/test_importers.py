@@ -453,6 +453,17 @@ def test_new_tokens_of_llamafactory_that_are_numbers_are_texts(folder):
     assert found.values["model.new_special_tokens"] == ("7", "<a>", "<b>")
 
 
+@pytest.mark.parametrize("name", ["trl", "axolotl", "llamafactory"])
+def test_a_key_of_other_trainers_sources_is_listed(folder, name):
+    f = translated(name, "dataset_config_name: en\ndata_dir: x\n", folder)
+    assert "data.train_data.name" in texts(f, NO_COUNTERPART) and "data.train_data.data_dir" in texts(f, NO_COUNTERPART)
+
+
+def test_a_table_as_the_name_of_llamafactorys_data_is_listed(folder):
+    f = translated("llamafactory", "dataset:\n- [own]\n", folder)
+    assert "data.train_data" not in f.values and "dataset" in texts(f, NO_COUNTERPART)
+
+
 def test_llamafactory(folder):
     f = translated("llamafactory", LF_FULL, folder)
     own = {"path": str(folder / "data/own.json"), "split": "[:1000]"}

@@ -224,14 +224,14 @@ def _data(t: Translation, stage: str, folder: Path, first_row: FirstRow) -> None
     limit = as_number(t.get("max_samples"))
     info, where = dataset_info(directory, folder)
     for key, ours in (("dataset", "data.train_data"), ("eval_dataset", "data.eval_data")):
-        names, sources, unknown = as_list(t.get(key)), [], []
+        names, sources, unknown = list(map(str, as_list(t.get(key)))), [], []
         for name in names:
             if info is not None and isinstance(info.get(name), dict):
                 sources.append(
-                    described_source(t, str(name), info[name], where, int(limit) if limit else None, stage, first_row)
+                    described_source(t, name, info[name], where, int(limit) if limit else None, stage, first_row)
                 )
             else:
-                unknown.append(str(name))
+                unknown.append(name)
         if sources and not unknown:
             t.values[ours] = sources if len(sources) > 1 else sources[0]
             t.origins[ours] = f"{key} = {', '.join(names)}"

@@ -178,7 +178,10 @@ class Translation:
             elif key in NOT_NEEDED:
                 self.nothing(key, NOT_NEEDED[key], harmless=True)
             elif (ours := counterpart(key)) is not None:
-                self.table({key: ours})
+                if isinstance(ours, str) and ours not in KEYS:
+                    self.nothing(key, f"it is of a source of rows: {ours}")
+                else:
+                    self.table({key: ours})
             else:
                 near = get_close_matches(key, [*known, *harmless, *changes, *ALIASES, *OUR_NAMES], n=1, cutoff=0.8)
                 self.nothing(key, "not known here" + (f"; did you mean {near[0]}?" if near else ""))
