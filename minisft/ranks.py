@@ -53,9 +53,14 @@ def process_group(device: torch.device) -> Iterator[None]:
     group = dist.PrefixStore("group", store)
     try:
         with Watch(dist.PrefixStore("peers", store.clone()), number, count) as _watch:
-            with waiting():
-                dist.init_process_group(backend, store=group, rank=number, world_size=count, timeout=START)
-            yield
+            try:
+                with waiting():
+                    dist.init_process_group(backend, store=group, rank=number, world_size=count, timeout=START)
+                yield
+            except RuntimeError as error:  # maybe of a message of torch itself, as FSDP2 sends, to a rank that is gone
+                if not is_out_of_memory(error):
+                    _watch.wait_for_word()
+                raise
     except Exception as error:
         if "TORCHELASTIC_ERROR_FILE" in os.environ:  # then torchrun prints it below the rank that failed
             get_error_handler().record_exception(error)

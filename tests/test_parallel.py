@@ -566,7 +566,7 @@ def test_a_gradient_in_the_backward_that_is_not_finite_stops_all_ranks_before_a_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["step", "evaluate", "save", "export"])
+@pytest.mark.parametrize("where", ["settle", "step", "evaluate", "save", "export"])
 @pytest.mark.parametrize("rank, how", [(1, "killed"), (1, "stopped"), (1, "fails"), (0, "killed"), (0, "fails")])
 def test_a_rank_that_is_gone_ends_the_other_which_names_it(home, tmp_path, rank, how, where):
     """The first rank, which has the launcher's store here, is not stopped: nobody could be told."""

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import logged, relative_error, settings, start, train, train_quietly, weights, with_spoilt_loss
 
-from minisft import loop, peers
+from minisft import loop, parallel, peers
 from minisft.errors import DATA, NONFINITE, PEER, STOPPED, UserError
 from minisft.model.shards import local
 
@@ -95,6 +95,10 @@ def train_rank(
         in_trouble("join")
         return honest_join(*arguments, **options)
 
+    def settle(*arguments):
+        in_trouble("settle")
+        return honest_settle(*arguments)
+
     def train_step(run, *arguments, **options):
         if run.progress.step == 2:
             in_trouble("step")
@@ -110,6 +114,7 @@ def train_rank(
         in_trouble("export")
         return honest_finish(config, run, *arguments)
 
+    honest_settle, parallel.settle = parallel.settle, settle
     honest_join, torch.distributed.init_process_group = torch.distributed.init_process_group, join_group
     loop.train_step, loop.finish, loop.evaluate_sets, loop.save = train_step, finish, evaluate_sets, save
     in_trouble("start")
