@@ -384,8 +384,7 @@ def kill_when(process, folder: Path, pattern: str) -> None:
 def three_steps(home) -> tuple[dict, dict]:
     """The configuration of a run that saves at each of its three steps, and its outcome."""
     options = {"checkpoint.save_steps": 1, "train.max_steps": 3, "checkpoint.save_total_limit": 2}
-    start(train_quietly, home, options | {"output_dir": str(home / "three steps")}).join()
-    return options, outcome(home / "three steps")
+    return options, outcome(train(home, **options, output_dir=str(home / "three steps")).output_dir)
 
 
 @pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["few", "9"])
@@ -404,9 +403,7 @@ def test_killed_at_so_many_moments(home, tmp_path, three_steps, few):
         killed += process.exitcode == -signal.SIGKILL  # on a busy machine a run may end before its kill
         begun = {path.name[5:18] for path in out.glob("checkpoints/.tmp-step-*")}  # step-XXXXXXXX
         inside += bool(begun - {path.name for path in saved(out)})
-        again = start(train_quietly, home, options | {"output_dir": str(out)})
-        again.join()
-        assert again.exitcode == 0
+        assert train(home, **options, output_dir=str(out)).exit_code == 0
         assert_same(outcome(out), expected)
         assert [path.name for path in out.rglob(".*")] == [".lock"]  # what was begun is tidied up
     assert killed >= (3 if few else 7) and inside >= (2 if few else 4), (killed, inside)
@@ -426,7 +423,7 @@ def test_killed_at_a_crash_point(home, tmp_path, three_steps, point, found):
     crashed = start(train_to_crash, home, overrides, point)
     crashed.join()
     assert crashed.exitcode == 137 and saved(tmp_path / "out")[-1].name == f"step-{found:08d}"
-    start(train_quietly, home, overrides).join()
+    train(home, **overrides)
     assert_same(outcome(tmp_path / "out"), expected)
 
 
