@@ -1,5 +1,7 @@
 """What a block keeps for its backward: less if requested, and never a gradient that differs by a single bit."""
 
+from itertools import product
+
 import pytest
 import torch
 from test_loop import gradients_of_step
@@ -87,9 +89,11 @@ def test_accumulated_packed_and_reference_steps_too(home):
 
 
 @pytest.mark.usefixtures("triton_kernels")
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS), "lfm2", "adapters"]
+    "family, autocast",
+    [("llama", False), ("lfm2", True), ("adapters", True)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in product(OTHERS, (False, True))]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", True), ("lfm2", False), ("adapters", False))],
 )
 def test_the_triton_kernels_give_the_same_bits_too(family, autocast):
     """All kernels of a block. Where products add to the residual stream in place, what is kept of it must not change."""
