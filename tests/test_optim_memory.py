@@ -48,7 +48,7 @@ def go(home, tmp_path):
 
 def test_ours_and_offloaded_is_torchs_to_the_bit_on_a_cpu(go):
     """There they are the same kernel; ours clips on the way."""
-    clipped = {"train.max_grad_norm": 0.1, "train.weight_decay": 0.1}
+    clipped = {"train.max_grad_norm": 0.1, "train.weight_decay": 0.1, "train.max_steps": 3}
     expected = outcome(go("torch", **clipped).output_dir)
     for name, options in (
         ("ours", {"train.optim": "adamw_minisft"}),
@@ -59,8 +59,9 @@ def test_ours_and_offloaded_is_torchs_to_the_bit_on_a_cpu(go):
 
 
 def test_offloaded_8_bits_are_the_same_bits(go):
+    keys = RUNS["8-bit"] | {"train.max_steps": 3}
     one, other = (
-        outcome(go(str(offload), **{"train.optim": "adamw_8bit", "train.offload_optimizer": offload}).output_dir)
+        outcome(go(str(offload), **keys, **{"train.offload_optimizer": offload}).output_dir)
         for offload in (False, True)
     )
     assert one["optimizer"] == other["optimizer"] and one["weights"] == other["weights"]
@@ -96,7 +97,7 @@ def test_8_bits_equal_the_plain_transcription():
 
 def test_which_moments_have_8_bits(go):
     """Matrices of 4,096 numbers or more, and not the embedding: 2 bytes a number instead of 8."""
-    folder = outcome_folder(go(**{"train.optim": "adamw_8bit"}))
+    folder = outcome_folder(go(**RUNS["8-bit"], **{"train.max_steps": 1}))
     state, weights = (load_file(folder / f"{name}.safetensors") for name in ("optimizer", "model"))
     coded = {name.removesuffix(".exp_avg_codes") for name in state if name.endswith("exp_avg_codes")}
     assert coded == {f"layers.{i}.mlp.{kind}_proj.weight" for i in (0, 1) for kind in ("gate", "up", "down")} | {
@@ -154,7 +155,7 @@ def test_a_stopped_run_ends_in_the_same_bytes(go, name, monkeypatch):
 
 def test_another_optimizer_does_not_take_over_the_state(go, monkeypatch):
     with monkeypatch.context() as patch:
-        stop_after(patch, 3)
+        stop_after(patch, 1)
         go(**{"train.optim": "lion"})
     with pytest.raises(UserError, match="holds the state of lion, but train.optim = 'adamw'"):
         go()
@@ -182,7 +183,7 @@ def test_weights_gradients_and_files_are_bf16(go, home):
         {p.dtype for p in run.model.parameters()} == {p.grad.dtype for p in run.model.parameters()} == {torch.bfloat16}
     )
     assert "weights in bf16, rounded by chance, their gradients in bf16" in "\n".join(run.summary)
-    result = go(**BF16)
+    result = go(**BF16, **{"train.max_steps": 1})
     states = load_file(outcome_folder(result) / "optimizer.safetensors")
     assert {x.dtype for x in states.values()} == {torch.float32}
     saved, exported = (
@@ -248,24 +249,27 @@ def test_the_fraction_of_zero_updates_is_logged(go):
     lost = logged(go("a", **BF16, **small, **{"train.stochastic_rounding": False}).output_dir, "zero_update_fraction")
     kept = logged(go("b", **BF16, **small).output_dir, "zero_update_fraction")
     assert len(lost) == len(kept) == 2 and 0.5 < min(lost) and max(kept) < min(lost)
-    assert logged(go("c").output_dir, "zero_update_fraction") == []
-    assert logged(go("d", **BF16, **{"log.zero_update_fraction": False}).output_dir, "zero_update_fraction") == []
-    wide = logged(go("e", **{"log.zero_update_fraction": True}).output_dir, "zero_update_fraction")
-    assert len(wide) == 6 and max(wide) < 0.01
+    few = {"train.max_steps": 2}
+    assert logged(go("c", **few).output_dir, "zero_update_fraction") == []
+    off = go("d", **BF16, **few, **{"log.zero_update_fraction": False})
+    assert logged(off.output_dir, "zero_update_fraction") == []
+    wide = logged(go("e", **few, **{"log.zero_update_fraction": True}).output_dir, "zero_update_fraction")
+    assert len(wide) == 2 and max(wide) < 0.01
 
 
 def test_zero_updates_are_those_of_the_logged_steps_that_move_the_weights(go):
-    """Six steps, logged at 2, 4 and 6. In a warm-up of three the first has a learning rate of 0, where all is zero."""
+    """Four steps, logged at 2 and 4. In a warm-up of three the first has a learning rate of 0, where all is zero."""
     name, options = "zero_update_fraction", {"log.zero_update_fraction": True, "train.learning_rate": 1e-5, **BF16}
+    options |= {"train.max_steps": 4}
     every = logged(go("every", **options).output_dir, name)
     assert logged(go("second", **options, **{"log.logging_steps": 2}).output_dir, name) == every[1::2]
     assert len(logged(go("warmup", **options, **{"train.warmup_steps": 3}).output_dir, name)) == len(every) - 1
 
 
 def test_frozen_weights_in_bf16_beside_adapters(go, tmp_path):
-    base = go("base")
+    base = go("base", **{"train.max_steps": 1})
     options = {"model.config": None, "model.model_name_or_path": str(base.model_dir), "lora.r": 4, **BF16}
-    result = go("adapted", **options, **{"train.optim": "lion", "train.learning_rate": 1e-3})
+    result = go("adapted", **options, **{"train.optim": "lion", "train.learning_rate": 1e-3, "train.max_steps": 2})
     adapter = load_file(result.model_dir / "adapter_model.safetensors")
     assert {x.dtype for x in adapter.values()} == {torch.float32}
 
