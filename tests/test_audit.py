@@ -259,7 +259,7 @@ def random_rows(rng: random.Random) -> list:
     return rows
 
 
-@pytest.mark.parametrize("number", [400, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_the_account_closes_over_random_corpora(number, tmp_path):
     """Every row is used or dropped with a reason, every token is trained, context, cut or dropped (Accounting asserts
     both), and the tables of the audit add up to the same numbers, also by source. Five corpora of any formats a run."""

@@ -77,6 +77,7 @@ def test_later_tokens_do_not_change_earlier_ones(model, backend):
     assert torch.equal(model(changed, *layout)[:140], model(ids, *layout)[:140])
 
 
+@pytest.mark.covers(1)  # the hidden states of each kind with each backend: test_golden.py
 def test_packed_equals_one_by_one(model, backend):
     """fp32; the matrix products have other shapes, so their sums may run in another order."""
     model.eval()
