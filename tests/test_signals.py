@@ -30,6 +30,14 @@ from minisft.signals import SIGNALS, StopSignal
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True)
+def _terminal_may_close():
+    """Under nohup a process and those that it starts ignore SIGHUP, which these tests send."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 # ---- the object alone -------------------------------------------------------------------------------------------
 
 
