@@ -722,8 +722,8 @@ def test_a_whole_model_by_the_kernels_is_that_of_the_formulas(family):
 
     from minisft.data.batch import document_bounds
 
-    lengths = [5, 40, 1, 83, 31]
-    model = tiny(CONFIGS[family]).cuda()
+    lengths, no_dropout = [5, 40, 1, 83, 31], dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
+    model = tiny(CONFIGS[family] | (no_dropout if family == "gpt2" else {})).cuda()
     cu = torch.tensor([0, *lengths]).cumsum(0).int()
     start, end = (bound.cuda() for bound in document_bounds(cu, sum(lengths)))
     positions = torch.cat([torch.arange(n) for n in lengths]).int().cuda()
@@ -748,5 +748,7 @@ def test_a_whole_model_by_the_kernels_is_that_of_the_formulas(family):
         ours = run("auto", **how)
         assert ours.keys() == formula.keys()
         for name in ours:
+            if name.endswith("k_proj.bias"):  # adds the same to all scores of a query: its gradient is zero but for rounding
+                continue
             # fp32 through two layers: the reference itself is some 1e-6 from fp64 (tests of the families on the CPU).
             assert relative_error(ours[name], formula[name]) < 2e-5, (how, name)
