@@ -2,10 +2,14 @@
 
 The interpreter shows that the kernels compute the right thing; what it cannot show is here: the compiled code on the sizes
 of real models, races, waits for the GPU, memory, offsets beyond 2^31, and replay in a CUDA graph.
+
+`GPU_TESTS_ON=cpu pytest -m gpu -k ...` runs what needs no CUDA on the CPU, in the interpreter: a look at the tests themselves.
+It takes seconds to minutes a test.
 """
 
 import gc
 import math
+import os
 import warnings
 
 import pytest
@@ -45,6 +49,7 @@ from minisft.kernels.rope import rope, rope_ref
 # What other packages of the machine warn of is no failure of ours.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
+DEVICE = os.environ.get("GPU_TESTS_ON", "cuda")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HALVES = {name: DTYPES[name] for name in ("fp16", "bf16")}
 PACKED = [100, 1, 63, 205, 2, 37, 300, 1, 64, 128, 122, *[1] * 37]  # boundaries inside of tiles and on their edges
@@ -54,28 +59,35 @@ GB = 1e9
 
 @pytest.fixture(autouse=True)
 def _on_a_gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
+    if DEVICE == "cuda":
+        need_cuda()
     with use_backend("triton"):  # an op that its kernel cannot serve raises
         yield
     gc.collect()
-    torch.cuda.empty_cache()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
 
 
 def leaf(*shape, scale=1.0):
     """Random numbers cut out of a buffer of NaN."""
-    return padded_with_nan(torch.randn(*shape, device="cuda") * scale).requires_grad_()
+    return padded_with_nan(torch.randn(*shape, device=DEVICE) * scale).requires_grad_()
+
+
+def need_cuda() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
 
 
 def need_memory(gigabytes: float) -> None:
+    need_cuda()
     free = torch.cuda.mem_get_info()[0] / GB
     if free < gigabytes:
         pytest.skip(f"{free:.0f} GB of GPU memory are free, {gigabytes} needed")
 
 
 def table(tokens, rotated):
-    angles = torch.arange(tokens, device="cuda")[:, None] * 1e4 ** -(
-        torch.arange(0, rotated, 2, device="cuda") / rotated
+    angles = torch.arange(tokens, device=DEVICE)[:, None] * 1e4 ** -(
+        torch.arange(0, rotated, 2, device=DEVICE) / rotated
     )
     return angles.cos(), angles.sin()
 
@@ -92,15 +104,15 @@ def rope_case(op, interleaved=False, norms=False):
 
 
 def targets_of(rows, vocabulary):
-    targets = torch.randint(vocabulary, (rows,), device="cuda")
+    targets = torch.randint(vocabulary, (rows,), device=DEVICE)
     targets[::5] = -100
     return targets
 
 
 def loss_case(op, vocabulary, **options):
     def run(logits):
-        generator = torch.Generator("cuda").manual_seed(0)
-        labels = torch.randint(vocabulary, logits.shape[:1], generator=generator, device="cuda")
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        labels = torch.randint(vocabulary, logits.shape[:1], generator=generator, device=DEVICE)
         labels[::5] = -100
         return op(logits, labels, shift=False, reduction="none", **options)
 
@@ -109,10 +121,10 @@ def loss_case(op, vocabulary, **options):
 
 def linear_loss_case(op, vocabulary, reduction, **options):
     def run(hidden, weight):
-        generator = torch.Generator("cuda").manual_seed(0)
-        targets = torch.randint(vocabulary, (len(hidden),), generator=generator, device="cuda")
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        targets = torch.randint(vocabulary, (len(hidden),), generator=generator, device=DEVICE)
         targets[::5] = -100
-        rows = torch.randint(len(hidden), (len(hidden),), generator=generator, device="cuda")
+        rows = torch.randint(len(hidden), (len(hidden),), generator=generator, device=DEVICE)
         return op(hidden, weight, targets, rows=rows, grad_scale=1 / 37, reduction=reduction, **options)
 
     return run
@@ -212,7 +224,7 @@ def test_repeats_bitwise(name):
 def test_rows_of_logits_that_begin_anywhere(vocabulary, dtype, poisoned_memory):
     """One after the other, without padding; those of CASES lie in a wider buffer."""
     ours, formula = (loss_case(op, vocabulary) for op in (cross_entropy, cross_entropy_ref))
-    logits = torch.randn(64, vocabulary, device="cuda", requires_grad=True)
+    logits = torch.randn(64, vocabulary, device=DEVICE, requires_grad=True)
     assert_close_to_truth(ours, formula, [logits], dtype)
 
 
@@ -227,12 +239,12 @@ def test_the_summed_linear_loss(dtype):
 @pytest.mark.parametrize("vocabulary", [32000, 50257, 151936])
 def test_statistics_of_flat_and_peaked_rows(vocabulary):
     """Beside a gradient: log sum p^2 runs from -log V to 0, whichever block of the row the peak is in, never NaN."""
-    rises = torch.tensor([0.0, 12.0, 80.0, 80.0, 80.0, 1e4], device="cuda")
-    peaks = torch.tensor([0, 7, 0, vocabulary // 2, vocabulary - 1, 70], device="cuda")
-    weight = torch.zeros(vocabulary, 6, device="cuda")
-    weight[peaks, torch.arange(6, device="cuda")] = rises
+    rises = torch.tensor([0.0, 12.0, 80.0, 80.0, 80.0, 1e4], device=DEVICE)
+    peaks = torch.tensor([0, 7, 0, vocabulary // 2, vocabulary - 1, 70], device=DEVICE)
+    weight = torch.zeros(vocabulary, 6, device=DEVICE)
+    weight[peaks, torch.arange(6, device=DEVICE)] = rises
     p, mean = weight.double().T.softmax(-1), weight.double().mean(0)
-    hidden, targets = torch.eye(6, device="cuda"), torch.zeros(6, dtype=torch.int64, device="cuda")
+    hidden, targets = torch.eye(6, device=DEVICE), torch.zeros(6, dtype=torch.int64, device=DEVICE)
     _, stats = linear_cross_entropy(hidden, weight.requires_grad_(), targets, return_stats="all")
     # Both are differences of logarithms below 24, in fp32.
     torch.testing.assert_close(stats.log_sum_sq_probs, p.square().sum(-1).log().float(), rtol=0, atol=4e-6)
@@ -263,7 +275,7 @@ def attention(op, bounds, **options):
 def attention_inputs(lengths, heads, kv_heads, head_dim, dtype=torch.float32):
     T = sum(lengths)
     q, k, v = (leaf(T, n, head_dim).detach().to(dtype).requires_grad_() for n in (heads, kv_heads, kv_heads))
-    return [q, k, v], [bound.cuda() for bound in bounds_of(lengths)]
+    return [q, k, v], [bound.to(DEVICE) for bound in bounds_of(lengths)]
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["one pass", "deterministic"])
@@ -301,8 +313,8 @@ def test_pairs_that_share_their_prompt(head_dim, options, dtype, deterministic, 
     pairs = [(p, n, answers[(i + j) % 4]) for i, p in enumerate(prompts) for j, n in enumerate(answers)]
     items = [item for i, pair in enumerate(pairs) for item in (pair, [(17,), (1,), (140,), (70,)][i % 4])]
     *bounds, copies, where, alone = shared_prompts(items)
-    bounds, copies, where = [bound.cuda() for bound in bounds], copies.cuda(), where.cuda()
-    one_by_one = attention(flash_attention_ref, [bound.cuda() for bound in bounds_of(alone)], **options)
+    bounds, copies, where = [bound.to(DEVICE) for bound in bounds], copies.to(DEVICE), where.to(DEVICE)
+    one_by_one = attention(flash_attention_ref, [bound.to(DEVICE) for bound in bounds_of(alone)], **options)
     inputs = [leaf(len(where), heads, head_dim) for heads in (2, 1, 1)]
     assert_close_to_truth(
         attention(flash_attention, bounds, deterministic=deterministic, **options),
@@ -344,7 +356,7 @@ def test_nothing_leaks_between_documents(head_dim, deterministic):
     for x in changed:
         x[a:b] = torch.randn_like(x[a:b]) * 30
     after = run_with_gradients(ours, [x.requires_grad_() for x in changed])
-    others = torch.ones(sum(PACKED), dtype=torch.bool, device="cuda")
+    others = torch.ones(sum(PACKED), dtype=torch.bool, device=DEVICE)
     others[a:b] = False
     for key in before:
         if not deterministic and key == "gradient of input 0":  # of q: sums whose order changes from run to run
@@ -359,7 +371,7 @@ def test_nothing_leaks_between_documents(head_dim, deterministic):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_short_convolution(dtype, poisoned_memory):
-    start, _ = (bound.cuda() for bound in bounds_of(PACKED))
+    start, _ = (bound.to(DEVICE) for bound in bounds_of(PACKED))
     assert_close_to_truth(
         lambda x, weight: causal_conv1d(x, weight, None, start, activation="silu"),
         lambda x, weight: causal_conv1d_ref(x, weight, None, start, activation="silu"),
@@ -372,7 +384,7 @@ def test_the_short_convolution(dtype, poisoned_memory):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_gated_delta_rule(dtype, heads, poisoned_memory):
     """Beside bf16, g and beta are fp32, and so are their gradients: of products in TF32, which has 11 bits."""
-    (Hk, Hv, Dk, Dv), (start, end) = heads, (bound.cuda() for bound in bounds_of([1, 63, 64, 65, 150, *[1] * 9]))
+    (Hk, Hv, Dk, Dv), (start, end) = heads, (bound.to(DEVICE) for bound in bounds_of([1, 63, 64, 65, 150, *[1] * 9]))
     q, k, v = (leaf(len(start), *shape) for shape in [(Hk, Dk), (Hk, Dk), (Hv, Dv)])
     g, beta = ((factor * leaf(len(start), Hv).detach().sigmoid()).requires_grad_() for factor in (-0.5, 1.0))
     inputs, wide = [q, k, v, g, beta], dtype == "fp32"
@@ -410,6 +422,7 @@ def test_packed_equals_one_by_one():
 
 def test_one_graph_serves_every_packing():
     """The grids depend on the number of tokens alone, and no kernel asks the host anything."""
+    need_cuda()
     inputs, bounds = attention_inputs([400, 624], 8, 2, 128, torch.bfloat16)
     others, other_bounds = attention_inputs([1, 63, 700, 60, 200], 8, 2, 128, torch.bfloat16)
     upstream = torch.randn_like(inputs[0])
@@ -447,6 +460,7 @@ def forward_and_backward(name):
 
 @pytest.mark.parametrize("name", [*CASES, "attention", "attention, deterministic"])
 def test_nobody_waits_for_the_gpu(name):
+    need_cuda()
     call, inputs = forward_and_backward(name)
 
     def step():
@@ -468,9 +482,9 @@ def test_the_linear_loss_takes_the_memory_of_one_chunk():
     """4,096 rows of a vocabulary of 128,256: 1.3 GB beside the gradients and one fp32 gradient of the weight."""
     need_memory(12)
     T, D, V = 4096, 4096, 128256
-    hidden = torch.randn(T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = (torch.randn(V, D, device="cuda", dtype=torch.bfloat16) / 64).requires_grad_()
-    targets = torch.randint(V, (T,), device="cuda")
+    hidden = torch.randn(T, D, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(V, D, device=DEVICE, dtype=torch.bfloat16) / 64).requires_grad_()
+    targets = torch.randint(V, (T,), device=DEVICE)
     for _ in range(2):  # the first call allocates cuBLAS's workspace
         gc.collect()
         torch.cuda.synchronize()
@@ -489,8 +503,8 @@ def test_offsets_beyond_two_to_the_31():
     """The last rows of a tensor with more elements than an int32 counts are computed like the same rows alone."""
     need_memory(32)
     T, V = 2**31 // 128256 + 64, 128256
-    logits = torch.randn(T, V, device="cuda", dtype=torch.bfloat16)
-    labels = torch.randint(V, (T,), device="cuda")
+    logits = torch.randn(T, V, device=DEVICE, dtype=torch.bfloat16)
+    labels = torch.randint(V, (T,), device=DEVICE)
 
     def both(logits, labels):
         logits = logits.detach().requires_grad_()
@@ -507,8 +521,8 @@ def test_offsets_beyond_two_to_the_31_of_the_elementwise_ops(name):
     need_memory(40)
     D = 4096
     T = 2**31 // D + 64
-    x = torch.randn(T, D, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(D, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(T, D, device=DEVICE, dtype=torch.bfloat16)
+    weight = torch.randn(D, device=DEVICE, dtype=torch.bfloat16)
 
     def call(x):
         x = x.detach().requires_grad_()
@@ -535,7 +549,7 @@ def test_offsets_beyond_two_to_the_31_of_the_elementwise_ops(name):
 def test_four_bits_are_those_of_the_torch_path(kind, dtype, double_quant):
     """The reference is bit-compatible with bitsandbytes."""
     quantize, dequantize = {"nf4": (quantize_nf4, dequantize_nf4), "fp4": (quantize_fp4, dequantize_fp4)}[kind]
-    w = (torch.randn(1031, 1027, device="cuda") * 0.02).to(dtype)  # blocks cross the rows, and the last one is ragged
+    w = (torch.randn(1031, 1027, device=DEVICE) * 0.02).to(dtype)  # blocks cross the rows, and the last one is ragged
     ours = quantize(w, double_quant=double_quant)
     with use_backend("torch"):
         theirs = quantize(w, double_quant=double_quant)
@@ -548,7 +562,7 @@ def test_four_bits_are_those_of_the_torch_path(kind, dtype, double_quant):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_eight_bits_are_those_of_the_torch_path(dtype):
-    w = (torch.randn(777, 4096, device="cuda") * 0.02).to(dtype)
+    w = (torch.randn(777, 4096, device=DEVICE) * 0.02).to(dtype)
     ours = quantize_int8(w)
     with use_backend("torch"):
         theirs = quantize_int8(w)
@@ -563,13 +577,13 @@ def test_eight_bits_are_those_of_the_torch_path(dtype):
 def adamw_arguments(dtype, is_8bit):
     """(params, grads, first moments, second moments), drawn anew at every call."""
     sizes = [(1,), (257,), (2 * 16384 + 5,), (300, 1024), (16, 64)]
-    params = [torch.randn(size, device="cuda").to(dtype) for size in sizes]
-    grads = [torch.randn(size, device="cuda").to(dtype) for size in sizes]
+    params = [torch.randn(size, device=DEVICE).to(dtype) for size in sizes]
+    grads = [torch.randn(size, device=DEVICE).to(dtype) for size in sizes]
 
     def zeros(w):
         if not is_8bit:
             return torch.zeros_like(w, dtype=torch.float32)
-        return torch.zeros_like(w, dtype=torch.uint8), torch.zeros(-(-w.numel() // 256), device="cuda")
+        return torch.zeros_like(w, dtype=torch.uint8), torch.zeros(-(-w.numel() // 256), device=DEVICE)
 
     return params, grads, [zeros(w) for w in params], [zeros(w) for w in params]
 
@@ -590,7 +604,7 @@ def flat(states):
 @pytest.mark.parametrize("is_8bit", [False, True], ids=["fp32 moments", "8-bit moments"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16, by chance"])
 def test_adamw_is_that_of_the_formula(dtype, is_8bit):
-    clip = torch.tensor(0.7, device="cuda")
+    clip = torch.tensor(0.7, device=DEVICE)
 
     def run(backend):
         torch.manual_seed(0)
@@ -613,7 +627,8 @@ def test_adamw_is_that_of_the_formula(dtype, is_8bit):
 
 
 def test_nobody_waits_for_the_gpu_in_the_optimizer():
-    arguments, clip = adamw_arguments(torch.bfloat16, True), torch.tensor(0.7, device="cuda")
+    need_cuda()
+    arguments, clip = adamw_arguments(torch.bfloat16, True), torch.tensor(0.7, device=DEVICE)
     adamw_step(*arguments, 1, clip)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "a prototype feature"
@@ -627,7 +642,7 @@ def test_nobody_waits_for_the_gpu_in_the_optimizer():
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_product_adds_to_a_sum_in_fp32(dtype):
     """In place, and without rounding what it adds to its own dtype, 4e-3 of it in bf16."""
-    total, x, weight = (torch.randn(*shape, device="cuda") for shape in ((1000, 576), (1000, 1536), (576, 1536)))
+    total, x, weight = (torch.randn(*shape, device=DEVICE) for shape in ((1000, 576), (1000, 1536), (576, 1536)))
     x, weight = x.to(DTYPES[dtype]), weight.to(DTYPES[dtype])
     expected = total.double() + x.double() @ weight.double().T
     add_linear(total, x, weight)
@@ -641,8 +656,8 @@ def test_adapters_beside_frozen_layers(rank, is_dropped):
     from test_lora_linears import make
 
     x, layers, factors, adapters = make("all", torch.float32, rank=rank)
-    x, *factors = (t.detach().cuda().requires_grad_() for t in (x, *factors))
-    layers = [(W.cuda(), None) for W, _ in layers]
+    x, *factors = (t.detach().to(DEVICE).requires_grad_() for t in (x, *factors))
+    layers = [(W.to(DEVICE), None) for W, _ in layers]
 
     def run(op, x, layers, factors, like=None):
         def values(x, *factors):
@@ -651,7 +666,7 @@ def test_adapters_beside_frozen_layers(rank, is_dropped):
 
         return run_with_gradients(values, [x, *factors], like=like)
 
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         naive = run(lora_linears_ref, x, layers, factors)
         with keep_copies():
             ours = run(lora_linears, x, layers, factors, like=naive)
@@ -668,6 +683,7 @@ def test_adapters_beside_frozen_layers(rank, is_dropped):
 @pytest.mark.parametrize("trainer", ["sft", "dpo"])
 def test_nobody_waits_for_the_gpu_in_a_step(tmp_path, trainer, keys):
     """But for its verdict, which is an event and no wait for all that was queued."""
+    need_cuda()
     from test_dpo_run import write_pairs
     from tiny import MODEL, parts, train
 
@@ -675,7 +691,7 @@ def test_nobody_waits_for_the_gpu_in_a_step(tmp_path, trainer, keys):
 
     shape, first = {"model.config": MODEL | {"head_dim": 16}}, str(tmp_path / "first")
     train(tmp_path, output_dir=first, **shape, **{"train.max_steps": 1})
-    keys = keys | {"model.config": None, "model.model_name_or_path": f"{first}/model", "train.device": "cuda"}
+    keys = keys | {"model.config": None, "model.model_name_or_path": f"{first}/model", "train.device": DEVICE}
     if trainer == "dpo":
         keys |= {"trainer_type": "dpo", "data.train_data": str(write_pairs(tmp_path / "pairs.jsonl"))}
     run, config = parts(tmp_path, **keys, **{"train.precision": "bf16"})
@@ -698,7 +714,7 @@ def test_refused_steps_leave_no_trace_in_the_optimizer(tmp_path, optimizer):
 
     from minisft.loop import train_step
 
-    options = {"train.device": "cuda", "train.deterministic": True, "model.config": MODEL | {"head_dim": 16}}
+    options = {"train.device": DEVICE, "train.deterministic": True, "model.config": MODEL | {"head_dim": 16}}
     spoil = {0: lambda total: total * math.inf, 2: lambda total: total + math.nan}  # the second has good gradients
     results = []
     for refused in (spoil, {}):
@@ -723,11 +739,11 @@ def test_a_whole_model_by_the_kernels_is_that_of_the_formulas(family):
     from minisft.data.batch import document_bounds
 
     lengths, no_dropout = [5, 40, 1, 83, 31], dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
-    model = tiny(CONFIGS[family] | (no_dropout if family == "gpt2" else {})).cuda()
+    model = tiny(CONFIGS[family] | (no_dropout if family == "gpt2" else {})).to(DEVICE)
     cu = torch.tensor([0, *lengths]).cumsum(0).int()
-    start, end = (bound.cuda() for bound in document_bounds(cu, sum(lengths)))
-    positions = torch.cat([torch.arange(n) for n in lengths]).int().cuda()
-    ids, targets = (torch.randint(53, (sum(lengths),)).cuda() for _ in range(2))
+    start, end = (bound.to(DEVICE) for bound in document_bounds(cu, sum(lengths)))
+    positions = torch.cat([torch.arange(n) for n in lengths]).int().to(DEVICE)
+    ids, targets = (torch.randint(53, (sum(lengths),)).to(DEVICE) for _ in range(2))
 
     def run(backend, whole=False, cheap=False):
         model.zero_grad()
@@ -748,7 +764,9 @@ def test_a_whole_model_by_the_kernels_is_that_of_the_formulas(family):
         ours = run("auto", **how)
         assert ours.keys() == formula.keys()
         for name in ours:
-            if name.endswith("k_proj.bias"):  # adds the same to all scores of a query: its gradient is zero but for rounding
+            if name.endswith(
+                "k_proj.bias"
+            ):  # adds the same to all scores of a query: its gradient is zero but for rounding
                 continue
             # fp32 through two layers: the reference itself is some 1e-6 from fp64 (tests of the families on the CPU).
             assert relative_error(ours[name], formula[name]) < 2e-5, (how, name)

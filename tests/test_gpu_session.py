@@ -252,3 +252,13 @@ def test_the_core_tests_are_there():
     )
     kinds = Counter(map(gpu_tests.kind, collected))
     assert kinds["core"] == 30 and 0 < kinds["large"] < 20 and kinds["other"] > 100
+
+
+@pytest.mark.slow
+def test_tests_of_the_gpu_have_no_mistakes_of_their_own():
+    """Some of each kind that the interpreter runs in seconds."""
+    kinds = "whole_model or adamw or update or adapters or packed_equals or leaks or (against_the_formula and rms_norm)"
+    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-m", "gpu", "-o", "addopts=-q", "-k", kinds]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"GPU_TESTS_ON": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0 and " skipped" not in done.stdout, done.stdout[-4000:]
+    assert int(done.stdout.split(" passed")[0].split()[-1]) > 30
