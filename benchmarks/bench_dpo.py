@@ -142,7 +142,6 @@ def settings(folder: str | Path, size: str, device: str, layout: str, reference:
         "train.lr_scheduler_type": "constant",
         "train.per_device_train_batch_size": s["pairs" if layout == "unpacked" else "packs"],
         "log.progress_bar": False,
-        "log.report_to": [],
         **LAYOUTS[layout],
         **REFERENCES[reference],
     }

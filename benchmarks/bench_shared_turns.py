@@ -100,7 +100,6 @@ def measure(turns: int, size: str, device: str, rounds: int, folder: Path) -> li
             "train.precision": s["precision"],
             "train.per_device_train_batch_size": s["batch_size"],
             "log.progress_bar": False,
-            "log.report_to": [],
         }
         config, _ = load({}, settings, origin="benchmark")
         return prepare(config, torch.device(device))

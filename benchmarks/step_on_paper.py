@@ -175,7 +175,6 @@ def make_config(case: Case) -> Config:
         {},
         {
             **dict.fromkeys(("output_dir", "model.tokenizer_name_or_path", "data.train_data"), "on paper"),
-            "log.report_to": [],
             "model.config": case.config,
             "train.optim": case.optimizer,
             "train.weights_dtype": case.weights_dtype,
