@@ -41,7 +41,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     """Join the group that a launcher (torchrun) describes in the environment; a single process joins none.
 
     Inside, every rank watches the others (peers.py), and the block ends when all ranks are done. Raises UserError where the
-    environment describes no group.
+    environment describes no group, or (exit code PEER) a place where it cannot meet.
     """
     global _watch, _group
     if number_of_ranks() == 1 or dist.is_initialized():
@@ -49,7 +49,12 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     _require_launcher()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, number, count = next(dist.rendezvous("env://", timeout=START))
+    try:
+        store, number, count = next(dist.rendezvous("env://", timeout=START))
+    except dist.DistError as error:  # on rank 0, which listens there
+        place, reason = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0][:300]
+        hint = "MASTER_ADDR must be the machine of rank 0, and MASTER_PORT a port that is free there"
+        raise UserError(f"the ranks cannot meet at {place}: {reason}", hint=hint, exit_code=PEER) from error
     group = dist.PrefixStore("group", store)
     try:
         with Watch(dist.PrefixStore("peers", store.clone()), number, count) as _watch:

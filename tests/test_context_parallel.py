@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from test_ledger import table
 from test_parallel import SHARDED, assert_equal, home, run_both  # noqa: F401
-from test_ranks import join
+from test_ranks import free_port, join
 from tiny import logged, settings, start
 from tiny_models import CONFIGS, stream, tiny
 
@@ -149,9 +148,7 @@ def compare(folder: Path, rank: int, count: int, port: int, families: list[str])
 )
 def test_losses_and_gradients_of_split_documents_are_those_of_whole_ones(tmp_path, count, families):
     """Every family whose layers attend, in fp64: windows, soft caps, norms of heads, learned positions; checkpointing."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [start(compare, tmp_path, rank, count, port, families) for rank in range(count)]
     assert join(processes, 120) == (0,) * count
     found = json.loads((tmp_path / "found.json").read_text())

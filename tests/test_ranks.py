@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import signal
 import socket
 import time
@@ -122,12 +123,14 @@ def train_rank(
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ones: on a port that a process has had before, torch goes on with the old store and the addresses in it."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for free in sockets:
-            free.bind(("127.0.0.1", 0))
-        return [free.getsockname()[1] for free in sockets]
+    """Different ones: on a port that a process has had before, torch goes on with the old store and the addresses in it. None of
+    those that Linux gives to connections (from 32,768 on): until rank 0 listens, one could take it."""
+    found: set[int] = set()
+    while len(found) < count:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", random.SystemRandom().randrange(16_384, 32_768)))
+            found.add(free.getsockname()[1])
+    return list(found)
 
 
 def free_port() -> int:
@@ -165,6 +168,18 @@ def join(processes, seconds: float = 200) -> tuple[int, ...]:
 
 def same_weights(out: Path) -> bool:
     return (out / "weights-0").read_text() == (out / "weights-1").read_text()
+
+
+def test_a_place_where_the_ranks_cannot_meet_is_named(home, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        options = {"output_dir": str(tmp_path / "out")}
+        rank = start(train_rank, home, options, 0, port, None, with_spoilt_loss, (-1, "", ""), None, None)
+        assert join([rank]) == (PEER,)
+    said = (tmp_path / "out" / "said-0").read_text()
+    assert f"the ranks cannot meet at 127.0.0.1:{port}: " in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("batch_size, accumulation", [(6, 1), (3, 2)])

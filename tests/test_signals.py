@@ -6,7 +6,6 @@ import pkgutil
 import pty
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from test_dpo_run import write_pairs
-from test_ranks import join
+from test_ranks import free_port, join
 from test_resume import assert_same, files, outcome, saved
 from tiny import settings, start, train_quietly, write_rows
 
@@ -387,9 +386,7 @@ def test_ranks_give_an_evaluation_up_together(tmp_path):
         "output_dir": str(tmp_path / "out"),
     }
     settings(tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     assert join([start(rank_of_two, tmp_path, keys, rank, port) for rank in (0, 1)]) == (STOPPED, STOPPED)
     state = json.loads((saved(tmp_path / "out")[-1] / "trainer_state.json").read_text())
     assert (state["step"], state["evaluated_at"]) == (2, 0)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from test_ranks import join
+from test_ranks import free_port, join
 from test_resume import assert_same, outcome, stop_after
 from tiny import logged, settings, start, weights
 
@@ -407,14 +407,9 @@ def test_the_model_of_a_stage_is_gone_before_the_next_is_made(write, monkeypatch
 
 
 def test_two_ranks_go_through_both_stages_in_one_group(write, tmp_path):
-    import socket
-
     path = write(*["train.per_device_train_batch_size = 4\ntrain.max_steps = 3\n"] * 2)
     assert run(path, output_dir=str(tmp_path / "one"), **{"train.per_device_train_batch_size": 8}).exit_code == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         start(partial(run_quietly, **ranks, RANK=str(i), LOCAL_RANK=str(i)), str(path), str(tmp_path / f"said-{i}"))
         for i in (0, 1)
