@@ -8,7 +8,7 @@ many key as query heads, Hq Dh = 2048, as in the charts of the FlashAttention pa
 
 "torch varlen" is FlashAttention 2 as PyTorch has it, "flex" FlexAttention compiled with a mask of the documents, whose making
 is timed in a case of its own, "flash" and "cudnn" are backends of scaled_dot_product_attention, which know one document
-only.
+only. Attention with its rotary embedding is one op of ours, and, "apart", two.
 """
 
 import inspect
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from benchmarks.compare import Case, backend, main, normal, ours
 from minisft.kernels.flash_attention import flash_attention
+from minisft.kernels.rope import rope
 
 
 def flops(lengths: list[int], Hq: int, Dh: int) -> dict:
@@ -39,6 +40,15 @@ def attend(q, k, v, start, end, cu, longest, mean_length):
 
 def repeatable(q, k, v, start, end, cu, longest, mean_length):
     return flash_attention(q, k, v, start, end, mean_length=mean_length, shared=False, deterministic=True)
+
+
+def with_rope(q, k, v, start, end, mean_length, cos, sin):
+    rotary = {"cos": cos, "sin": sin}
+    return flash_attention(q, k, v, start, end, mean_length=mean_length, shared=False, rotary=rotary)
+
+
+def apart(q, k, v, start, end, mean_length, cos, sin):
+    return flash_attention(*rope(q, k, cos, sin), v, start, end, mean_length=mean_length, shared=False)
 
 
 def torch_varlen():
@@ -116,6 +126,7 @@ def cases(device: str, quick: bool) -> list[Case]:
         layouts = [("packed", 2048, mean, 9, 3, 64, dtype) for mean, dtype in [(150, bf16), (500, bf16), (500, fp32)]]
         layouts += [("one document", 2048, 2048, 9, 3, 64, bf16)]
     for kind, T, mean, Hq, Hkv, Dh, dtype in layouts:
+        with_table = gpu and mean == 2048
         if quick:
             T, mean, Hq, Hkv, Dh = 96, 96 if T == mean else 30, 2, 1 if Hq > Hkv else 2, 32
         lengths = document_lengths(T, mean)
@@ -132,6 +143,15 @@ def cases(device: str, quick: bool) -> list[Case]:
             return inputs_of(lengths, Hq, Hkv, Dh, dtype)
 
         found.append(Case("flash_attention", name, inputs, contenders, flops(lengths, Hq, Dh)))
+        if with_table:
+
+            def inputs_with_table(inputs=inputs, T=T, Dh=Dh):
+                q, k, v, start, end, _, _, mean_length = inputs()
+                angles = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(Dh // 2) / (Dh // 2))  # [T, Dh / 2]
+                return [q, k, v, start, end, mean_length, angles.cos(), angles.sin()]
+
+            pair = {"one op": backend("triton", with_rope), "apart": backend("triton", apart)}
+            found.append(Case("flash_attention and rope", name, inputs_with_table, pair, flops(lengths, Hq, Dh)))
     if gpu:
         lengths = document_lengths(96 if quick else 16384, 30 if quick else 1024)
         start = inputs_of(lengths, 1, 1, 1, bf16)[3].tolist()

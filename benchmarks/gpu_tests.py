@@ -30,6 +30,8 @@ CORE = """
     test_attention_against_the_formula[head dim 256-bf16-deterministic]
     test_attention_against_the_formula[window-bf16-one pass]
     test_attention_against_the_formula[short documents, 128-bf16-one pass]
+    test_a_rotary_embedding_inside_of_attention[128-halves-one pass]
+    test_layers_of_attention_one_after_another[128]
     test_pairs_that_share_their_prompt[64-{}-bf16-one pass]
     test_attention_over_one_long_document[128]
     test_nothing_leaks_between_documents[128-one pass]

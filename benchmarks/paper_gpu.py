@@ -161,6 +161,7 @@ class PaperGPU(TorchDispatchMode):
         properties = SimpleNamespace(multi_processor_count=gpu.card.num_sms, major=major, minor=minor)
         event = SimpleNamespace(synchronize=lambda: gpu._wait("waits for an event"), query=lambda: True)
         stream = SimpleNamespace(
+            cuda_stream=0,
             synchronize=lambda: gpu._wait("waits for a stream"),
             record_event=lambda event=event: event,
             wait_event=lambda event: None,

@@ -264,7 +264,7 @@ def floor(run: Run, batches: list[Batch], card: Card) -> dict[str, float]:
     linear cross-entropy: the same of the head, for each target, and the logits, written once and read once.
     attention: two products of q and k forward and five backward, for each pair of tokens that see each other.
     norms: read x, write y; read x and dy, write dx. glu: read gate and up, write y; read these and dy, write two gradients.
-    rope: read and write q and k, in both directions.
+    rope: read and write q and k, in both directions, as planned. By now attention turns q, and dk back, beside its products.
     optimizer: read weight, gradient and moments, write weight and moments.
 
     Additions to the residual stream, casts, the gradients' norm and the embedding are not in it: they could ride along.

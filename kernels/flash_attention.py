@@ -34,6 +34,10 @@ On a GPU (flash_attention_kernels.py, flash_attention_tiles.py, flash_attention_
     A program of the backward takes all query heads of its keys, so that dk and dv are added up in registers. Few tokens and
     few key heads are too few programs for the card: then each takes a part of them, and the parts' dk and dv, in fp32, are
     added in order.
+    Beside their products the kernels have time for what else must move. With a rotary embedding the forward program turns its
+    queries, which no other one reads, where they lie, and the backward program turns its dk back; k and dq, which many read
+    or add to, are turned by kernels/rope.py. And the zeros that the next layer's dq is added to are written by the backward
+    of the layer above, as a pass of their own would take as long as reading `out`.
     Where documents share prefixes, keys between those that a query sees have ended: a small kernel lists the tiles that
     have not. Whole documents (`shared=False`) need neither the list nor a look at any `end` before the diagonal.
     The host knows T and nothing of the documents, so that nobody waits for the GPU and one captured CUDA graph serves
@@ -116,6 +120,8 @@ def _launch(kernel, grid: tuple, config: dict, arguments: dict) -> None:
     """Launch a kernel, its tensors of tiles as TMA descriptors if the configuration asks for it and the strides allow it."""
     rows = dict(q="BLOCK_M", dout="BLOCK_M", dq="BLOCK_M", k="BLOCK_N", v="BLOCK_N")
     tiled = {name: arguments[name] for name in rows if arguments.get(name) is not None}
+    if arguments.get("q_given_ptr") is not None:
+        del tiled["q"]  # is written and read by the same threads
     tma = config["TMA"] and arguments["D2"] == 0 and all(map(_has_descriptor, tiled.values()))
     if tma:
         for name, x in tiled.items():
@@ -150,9 +156,19 @@ def _splits(programs: int, group: int, sms: int) -> int:
     return next(n for n in range(1, group + 1) if n == group or group % n == 0 and 2 * programs * n >= 3 * sms)
 
 
+# By device and stream: memory for the next dq, fp32 [Tq, Hq, Dh], that the backward kernel before it has set to zero.
+_zeros: dict[tuple, Tensor] = {}
+
+
+def _queue_of(q: Tensor) -> tuple:
+    """What runs kernels one after another: a device, and a stream of it."""
+    return q.device, torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
+
+
 class _FlashAttentionTriton(torch.autograd.Function):
     """Saves q, k, v, out and the log-sum-exp of every row; with a rotary embedding q and k as they are turned, and its table.
     If q and k may be overwritten, they are turned where they lie, unless a norm comes first, whose backward pass reads them.
+    The first layer of a backward pass finds no zeros for its dq, and its delta kernel writes them: so a CUDA graph is complete.
 
     q_weight to numbers: what `turn` takes after q and k; all None without an embedding.
     """
@@ -164,10 +180,15 @@ class _FlashAttentionTriton(torch.autograd.Function):
         q_weight, k_weight, cos, sin, interleaved, numbers,
         start, end, q_offset, scale, window, softcap, dropout, deterministic, mean_length, shared, may_overwrite,
     ):  # fmt: skip
+        if torch._C._current_graph_task_id() == -1:  # no recomputation inside of a backward pass
+            _zeros.pop(_queue_of(q), None)  # which the last layer of one has left
         given = (q, k) if q_weight is not None else (None, None)
+        q_given = None
         if cos is not None:
             in_place = may_overwrite and q_weight is None and all(x.stride()[1:] == (x.shape[2], 1) for x in (q, k))
-            q, k = turn(q, k, q_weight, k_weight, cos, sin, interleaved, numbers, out=(q, k) if in_place else None)
+            _, k = turn(None, k, None, k_weight, cos, sin, interleaved, numbers, out=(None, k) if in_place else None)
+            q_given = q if q.stride(-1) == 1 else q.contiguous()
+            q = q if in_place and _has_descriptor(q) else q.new_empty(q.shape)
         q, k, v = (x if _has_descriptor(x) else x.contiguous() for x in (q, k, v))  # rather than load number by number
         (Tq, Hq, Dh), (Tk, Hkv, _) = q.shape, k.shape
         D1, D2 = _parts(Dh)
@@ -191,7 +212,10 @@ class _FlashAttentionTriton(torch.autograd.Function):
         config = config_for(CONFIGS["_flash_attention_fwd_kernel"], q, ctx.small)
         grid = cdiv(Tq, config["BLOCK_M"]), Hq
         tensors["tiles_ptr"] = _tiles(tensors, ctx.options, config) if shared else None
-        _launch(_flash_attention_fwd_kernel, grid, config, {**tensors, **ctx.options, "out_ptr": out})
+        turning = _turning(cos, sin, interleaved, Dh) | dict(q_given_ptr=q_given, q_weight_ptr=q_weight)
+        turning["stride_given"], turning["stride_given_head"] = (0, 0) if q_given is None else q_given.stride()[:2]
+        turning["eps"], turning["norm_offset"] = numbers[:2] if numbers else (0.0, 0.0)
+        _launch(_flash_attention_fwd_kernel, grid, config, {**tensors, **ctx.options, **turning, "out_ptr": out})
         return out
 
     @staticmethod
@@ -206,28 +230,38 @@ class _FlashAttentionTriton(torch.autograd.Function):
         if not (ctx.deterministic or ctx.options["D2"]):
             one_pass = config_for(kv_tables["one pass"], q, ctx.small)
         dout, delta = dout.contiguous(), torch.empty_like(lse)
-        dq_sum = q.new_empty(q.shape, dtype=torch.float32) if one_pass else None
+        dq_sum = not_zero = next_dq = None
+        if one_pass:
+            dq_sum, next_dq = _zeros.pop(_queue_of(q), None), q.new_empty(q.shape, dtype=torch.float32)
+            if dq_sum is None or dq_sum.shape != q.shape:
+                dq_sum = not_zero = torch.empty_like(next_dq)
 
         config = CONFIGS["_flash_attention_delta_kernel"]
         _flash_attention_delta_kernel[(cdiv(Tq, config["BLOCK_M"]), Hq)](
-            *(out, dout, delta, dq_sum, Tq), D=Dh, BLOCK_D=next_power_of_2(Dh), **config
+            *(out, dout, delta, not_zero, Tq), D=Dh, BLOCK_D=next_power_of_2(Dh), **config
         )
         arguments = dict(**tensors, **ctx.options, delta_ptr=delta, dout=dout, scale=ctx.scale)
         config = one_pass or config_for(kv_tables["split"], q, ctx.small)
         grid = cdiv(Tk, config["BLOCK_N"]), Hkv
         splits = _splits(grid[0] * grid[1], Hq // Hkv, num_sms(q))
-        # After a plain rotary embedding the three gradients lie side by side, so that their layers' products may be one.
-        together = None
-        if turned[-1] is not None and turned[0] is None:
+        # After a plain rotary embedding the three gradients lie side by side, so that their layers' products may be one. Where
+        # one program has the whole group of a key head, it turns dk back itself.
+        cos, sin, together = *turned[-2:], None
+        if cos is not None and turned[0] is None:
             sizes = [Hq, Hkv, Hkv]
             together = k.new_empty(Tk, sum(sizes), Dh).split(sizes, dim=1)
-        dk = k.new_empty(splits, *k.shape, dtype=torch.float32 if splits > 1 else k.dtype)
-        dv = together[2][None] if together and splits == 1 else torch.empty_like(dk)
-        grads = dict(dq=dq_sum, dk_ptr=dk, dv_ptr=dv, ADD_DQ=bool(one_pass), SHARED=ctx.shared)
-        grads["TOGETHER"] = together is not None and splits == 1
-        _launch(_flash_attention_bwd_kv_kernel, (*grid, splits), config, {**arguments, **grads})
-        dk, dv = (x.sum(0) if splits > 1 else x[0] for x in (dk, dv))
-        if splits > 1:
+        in_place = together is not None and splits == 1
+        if in_place:
+            _, dk, dv = together
+        else:
+            dk, dv = k.new_empty(2, splits, *k.shape, dtype=torch.float32 if splits > 1 else k.dtype)
+        grads = dict(dq=dq_sum, next_dq_ptr=next_dq, dk_ptr=dk, dv_ptr=dv, ADD_DQ=bool(one_pass), SHARED=ctx.shared)
+        grads |= _turning(cos, sin, ctx.rotary[0], Dh) if in_place else _turning(None, None, None, Dh)
+        _launch(_flash_attention_bwd_kv_kernel, (*grid, splits), config, {**arguments, **grads, "TOGETHER": in_place})
+        if one_pass and Tk:  # without keys there are no programs
+            _zeros[_queue_of(q)] = next_dq
+        if not in_place:
+            dk, dv = (x.sum(0) if splits > 1 else x[0] for x in (dk, dv))
             dv = together[2].copy_(dv) if together else dv.to(v.dtype)
         if one_pass:
             dq, dq_scale = dq_sum, ctx.scale
@@ -239,13 +273,22 @@ class _FlashAttentionTriton(torch.autograd.Function):
             _launch(_flash_attention_bwd_q_kernel, grid, config, {**arguments, "tiles_ptr": tiles, "dq_ptr": dq})
 
         weights = None, None
-        if turned[-1] is not None:  # dq is scaled and rounded on its way through the rotary embedding
+        if in_place:  # dq is scaled and rounded on its way through the rotary embedding
+            turn(dq, None, None, None, cos, sin, *ctx.rotary, back=True, q_scale=dq_scale, out=(together[0], None))
+            dq = together[0]
+        elif cos is not None:
             options = dict(weights=any(ctx.needs_input_grad[3:5]), q_scale=dq_scale, out=together and together[:2])
             dq, dk, *weights = turn_back(dq, dk, *turned, *ctx.rotary, **options)
         elif one_pass:
             dq = torch.mul(dq, dq_scale, out=q.new_empty(q.shape))
         dk = dk.to(k.dtype)
         return dq, dk, dv, *weights, *[None] * 15
+
+
+def _turning(cos: Tensor | None, sin: Tensor | None, interleaved: bool | None, head_dim: int) -> dict:
+    """What a kernel is told of the rotary embedding that it computes; without cos it computes none."""
+    R = 0 if cos is None else 2 * cos.shape[1]
+    return dict(cos_ptr=cos, sin_ptr=sin, R=R, INTERLEAVED=bool(interleaved), PAIRS=next_power_of_2(head_dim // 2))
 
 
 def unsupported(head_dim: int, scale: float = 1.0) -> str:

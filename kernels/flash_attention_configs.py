@@ -36,7 +36,7 @@ CONFIGS = {
         90: {
             64: {
                 "small": dict(BLOCK_M=64, BLOCK_N=64, TMA=True, num_warps=4, num_stages=3),
-                "large": dict(BLOCK_M=128, BLOCK_N=64, TMA=True, num_warps=8, num_stages=3),
+                "large": dict(BLOCK_M=128, BLOCK_N=64, TMA=True, num_warps=8, num_stages=3, maxnreg=128),
             },
             96: dict(BLOCK_M=128, BLOCK_N=64, TMA=False, num_warps=8, num_stages=3),
             128: {
@@ -46,7 +46,7 @@ CONFIGS = {
             256: dict(BLOCK_M=128, BLOCK_N=64, TMA=True, num_warps=8, num_stages=2),
         },
         100: {
-            64: dict(BLOCK_M=128, BLOCK_N=64, TMA=True, num_warps=4, num_stages=3),
+            64: dict(BLOCK_M=128, BLOCK_N=64, TMA=True, num_warps=8, num_stages=3),
             96: dict(BLOCK_M=128, BLOCK_N=64, TMA=False, num_warps=8, num_stages=3),
             128: dict(BLOCK_M=128, BLOCK_N=64, TMA=True, num_warps=8, num_stages=3),
             256: dict(BLOCK_M=128, BLOCK_N=32, TMA=True, num_warps=8, num_stages=2),

@@ -9,7 +9,17 @@ quarters of 128. Names that end in 2 belong to the right part.
 """
 
 from minisft.kernels.common import jit, tl
-from minisft.kernels.flash_attention_tiles import kept, keys_at, keys_of, load_tile, queries_of, store_tile, tanh
+from minisft.kernels.flash_attention_tiles import (
+    kept,
+    keys_at,
+    keys_of,
+    load_tile,
+    queries_of,
+    set_to_zero,
+    store_tile,
+    tanh,
+    turn_tile,
+)
 
 
 @jit
@@ -17,6 +27,10 @@ def _flash_attention_fwd_kernel(
     q,  # [Tq, Hq, Dh], k and v [Tk, Hkv, Dh]: pointers, or TMA descriptors of [heads, tokens, Dh]
     k,
     v,
+    q_given_ptr,  # [Tq, Hq, Dh]: q before its norm and its rotary embedding, perhaps in the same place; None: q is given
+    q_weight_ptr,  # [Dh] of the norm, or None
+    cos_ptr,  # [Tq, R / 2], as sin
+    sin_ptr,
     start_ptr,  # int [Tq]
     end_ptr,  # int [Tk]
     tiles_ptr,  # as `_flash_attention_tiles_kernel` makes them; None: whole documents side by side
@@ -34,11 +48,18 @@ def _flash_attention_fwd_kernel(
     stride_q_head,
     stride_k_head,
     stride_v_head,
+    stride_given,
+    stride_given_head,
+    eps,  # of the norm
+    norm_offset,
     inner,  # scale / softcap, unused without softcap
     outer,  # log2(e) * scale, or log2(e) * softcap
     dropout,
     D1: tl.constexpr,
     D2: tl.constexpr,
+    R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PAIRS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -51,17 +72,41 @@ def _flash_attention_fwd_kernel(
     first_query = block * BLOCK_M
     head = tl.program_id(1)
     kv_head = head // group
-    if not TMA:
+    TMA_Q: tl.constexpr = TMA and q_given_ptr is None  # TMA does not see what threads have just written
+    if not TMA_Q:
         q += head.to(tl.int64) * stride_q_head
+    if not TMA:
         k += kv_head.to(tl.int64) * stride_k_head
         v += kv_head.to(tl.int64) * stride_v_head
     query = first_query + tl.arange(0, BLOCK_M)
     i = query + q_offset
     start = tl.load(start_ptr + query, mask=query < Tq, other=Tk)  # on its way while the queries are read
-    queries = load_tile(q, head, first_query, 0, Tq, stride_q, BLOCK_M, D1, TMA)
+    if q_given_ptr is not None:  # these queries of this head are no other program's
+        PIECE: tl.constexpr = (
+            BLOCK_M if BLOCK_M * PAIRS <= 4096 else 4096 // PAIRS
+        )  # more need registers that others have
+        q_given_ptr += head.to(tl.int64) * stride_given_head
+        turn_tile(
+            *(
+                q_given_ptr,
+                q,
+                q_weight_ptr,
+                cos_ptr,
+                sin_ptr,
+                first_query,
+                Tq,
+                stride_given,
+                stride_q,
+                eps,
+                norm_offset,
+            ),
+            *(D1 + D2, R, INTERLEAVED, False, PAIRS, BLOCK_M, PIECE),
+        )
+        tl.debug_barrier()
+    queries = load_tile(q, head, first_query, 0, Tq, stride_q, BLOCK_M, D1, TMA_Q)
     acc = tl.zeros((BLOCK_M, D1), tl.float32)
     if D2:
-        queries2 = load_tile(q, head, first_query, D1, Tq, stride_q, BLOCK_M, D2, TMA)
+        queries2 = load_tile(q, head, first_query, D1, Tq, stride_q, BLOCK_M, D2, TMA_Q)
         acc2 = tl.zeros((BLOCK_M, D2), tl.float32)
     lowest, first, stop, full, right = keys_of(start, first_query, Tq, Tk, q_offset, window, WINDOW, BLOCK_M, BLOCK_N)
     entry = 0
@@ -151,8 +196,11 @@ def _flash_attention_bwd_kv_kernel(
     seed_ptr,
     lse_ptr,  # fp32 [Hq, Tq], as delta
     delta_ptr,
-    dk_ptr,  # [splits, Tk, Hkv, Dh], contiguous
-    dv_ptr,  # the same; if TOGETHER the last Hkv of Hq + 2 Hkv heads
+    dk_ptr,  # [splits, Tk, Hkv, Dh], contiguous, as dv; if TOGETHER Hkv of Hq + 2 Hkv heads
+    dv_ptr,
+    cos_ptr,  # [Tk, R / 2], as sin: dk is turned back by them; None: it is not
+    sin_ptr,
+    next_dq_ptr,  # fp32 [Tq, Hq, Dh], to be set to zero, or None
     Tq,
     Tk,
     q_offset,
@@ -176,6 +224,9 @@ def _flash_attention_bwd_kv_kernel(
     DROPOUT: tl.constexpr,
     ADD_DQ: tl.constexpr,
     TOGETHER: tl.constexpr,
+    R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
@@ -195,6 +246,10 @@ def _flash_attention_bwd_kv_kernel(
     end = tl.load(end_ptr + key, mask=key < Tk, other=0)
     keys = load_tile(k, kv_head, first_key, 0, Tk, stride_k, BLOCK_N, D1, TMA)
     values = load_tile(v, kv_head, first_key, 0, Tk, stride_v, BLOCK_N, D1, TMA)
+    if next_dq_ptr is not None:  # these stores wait for memory while the products keep the multiprocessor busy
+        program = (tl.program_id(2) * tl.num_programs(1) + kv_head) * tl.num_programs(0) + tl.program_id(0)
+        programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+        set_to_zero(next_dq_ptr, tl.cast(Tq, tl.int64) * stride_dout, program, programs)
     dk = tl.zeros((BLOCK_N, D1), tl.float32)
     dv = tl.zeros((BLOCK_N, D1), tl.float32)
     if D2:
@@ -270,13 +325,20 @@ def _flash_attention_bwd_kv_kernel(
     stride = tl.num_programs(1) * (D1 + D2)
     offset = tl.program_id(2).to(tl.int64) * Tk * stride + kv_head * (D1 + D2)
     dk_ptr += offset
-    dv_ptr += offset  # TOGETHER there is one split, so that only the head counts
-    stride_dv = stride * (group + 2) if TOGETHER else stride
+    dv_ptr += offset
+    if TOGETHER:  # there is one split, so that only the head counts above
+        stride *= group + 2
     store_tile(dk_ptr, dk * scale, first_key, 0, Tk, stride, BLOCK_N, D1)
-    store_tile(dv_ptr, dv, first_key, 0, Tk, stride_dv, BLOCK_N, D1)
+    store_tile(dv_ptr, dv, first_key, 0, Tk, stride, BLOCK_N, D1)
     if D2:
         store_tile(dk_ptr, dk2 * scale, first_key, D1, Tk, stride, BLOCK_N, D2)
-        store_tile(dv_ptr, dv2, first_key, D1, Tk, stride_dv, BLOCK_N, D2)
+        store_tile(dv_ptr, dv2, first_key, D1, Tk, stride, BLOCK_N, D2)
+    if cos_ptr is not None:
+        tl.debug_barrier()
+        turn_tile(
+            *(dk_ptr, dk_ptr, None, cos_ptr, sin_ptr, first_key, Tk, stride, stride, 0.0, 0.0),
+            *(D1 + D2, R, INTERLEAVED, True, PAIRS, BLOCK_N, BLOCK_N),
+        )
 
 
 @jit

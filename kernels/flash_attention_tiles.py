@@ -11,6 +11,7 @@ What a query sees does not: a small kernel lists the tiles that are not over, on
 """
 
 from minisft.kernels.common import jit, tl
+from minisft.kernels.rope import rope_rows
 
 SCAN = tl.constexpr(2048)  # tokens whose bounds are looked at together
 FAR = tl.constexpr(2**31 - 1)
@@ -163,6 +164,47 @@ def store_tile(x_ptr, values, first, column: tl.constexpr, count, stride, ROWS: 
     row = tl.arange(0, ROWS)[:, None]
     pointers = x_ptr + (tl.cast(first, tl.int64) * stride + column) + (row * stride + tl.arange(0, COLUMNS)[None, :])
     tl.store(pointers, values.to(x_ptr.dtype.element_ty), mask=first + row < count)
+
+
+@jit
+def turn_tile(
+    x_ptr,  # one head of x, [count, DH] with rows `stride_x` apart
+    y_ptr,  # the same of y, perhaps in the same place
+    weight_ptr,  # [DH] of a norm before the rotary embedding, or None
+    cos_ptr,  # [count, R / 2], as sin
+    sin_ptr,
+    first,
+    count,
+    stride_x,
+    stride_y,
+    eps,
+    offset,
+    DH: tl.constexpr,
+    R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BACK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Rows first:first+ROWS turn, or turn back, PIECE of them at a time. Each thread writes other features than `load_tile` gives
+    it: see to it that nobody reads before everybody has written."""
+    for row in tl.range(first, first + ROWS, PIECE):
+        rope_rows(
+            *(row // PIECE, x_ptr, y_ptr, weight_ptr, cos_ptr, sin_ptr, count, stride_x, 0, stride_y, 1.0, eps, offset),
+            *(1, DH, R, INTERLEAVED, BACK, PIECE, PAIRS),
+        )
+
+
+@jit
+def set_to_zero(x_ptr, count, program, programs):
+    """The share of one program, of `programs`, of the `count` (int64) numbers at x_ptr."""
+    PIECE: tl.constexpr = 4096
+    pieces = tl.cdiv(count, PIECE)
+    for piece in tl.range(pieces * program // programs, pieces * (program + 1) // programs):
+        first = tl.cast(piece, tl.int64) * PIECE
+        index = tl.arange(0, PIECE)
+        tl.store(x_ptr + first + index, tl.zeros((PIECE,), x_ptr.dtype.element_ty), mask=index < count - first)
 
 
 @jit

@@ -122,7 +122,7 @@ def _turn(
 
 
 @jit
-def _rope_rows(
+def rope_rows(
     block,
     x_ptr,  # [T, HEADS, DH]
     y_ptr,  # [T, HEADS, DH], heads one after another
@@ -144,7 +144,7 @@ def _rope_rows(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Block number `block` of the T * HEADS rows (their number fits int32: 2^31 heads would be hundreds of GB)."""
+    """Block number `block` of the T * HEADS rows (their number fits int32: 2^31 heads would be hundreds of GB). y may be x."""
     row = block * ROWS + tl.arange(0, ROWS)[:, None]
     valid = row < T * HEADS
     token, head = row // HEADS, row % HEADS
@@ -161,8 +161,8 @@ def _rope_rows(
 
 @jit
 def _rope_kernel(
-    q_ptr,  # [T, Q_HEADS, DH]; in the backward pass the gradients of what came out
-    k_ptr,  # [T, K_HEADS, DH]
+    q_ptr,  # [T, Q_HEADS, DH]; in the backward pass the gradients of what came out; None if Q_HEADS is 0
+    k_ptr,  # [T, K_HEADS, DH], the same
     q_out_ptr,  # [T, Q_HEADS, DH], heads one after another, as in k_out
     k_out_ptr,  # [T, K_HEADS, DH]
     q_weight_ptr,  # [DH] or None
@@ -194,14 +194,14 @@ def _rope_kernel(
     all of them side by side, so that the tokens' part of the table is read from memory once."""
     program = tl.program_id(0)
     tokens, block = program // (Q_HEADS + K_HEADS), program % (Q_HEADS + K_HEADS)
-    if block < Q_HEADS:
-        _rope_rows(
+    if K_HEADS == 0 or (Q_HEADS > 0 and block < Q_HEADS):
+        rope_rows(
             *(tokens * Q_HEADS + block, q_ptr, q_out_ptr, q_weight_ptr, cos_ptr, sin_ptr, T),
             *(stride_q_token, stride_q_head, stride_q_out, q_scale, q_eps, q_offset),
             *(Q_HEADS, DH, R, INTERLEAVED, BACK, ROWS, BLOCK),
         )
     else:
-        _rope_rows(
+        rope_rows(
             *(tokens * K_HEADS + block - Q_HEADS, k_ptr, k_out_ptr, k_weight_ptr, cos_ptr, sin_ptr, T),
             *(stride_k_token, stride_k_head, stride_k_out, 1.0, k_eps, k_offset),
             *(K_HEADS, DH, R, INTERLEAVED, BACK, ROWS, BLOCK),
@@ -384,14 +384,18 @@ class _RopeTriton(torch.autograd.Function):
 
 def turn(q, k, q_weight, k_weight, cos, sin, interleaved, numbers, back=False, q_scale=1.0, out=None):
     """q_scale q and k turned, or turned back (without norms): in the dtype of k, new tensors or `out`, whose heads lie one after
-    another. The rest as in _RopeTriton."""
-    q, k = _features_adjacent(q), _features_adjacent(k)
-    q_out, k_out = out or [x.new_empty(x.shape, dtype=k.dtype) for x in (q, k)]
-    (T, q_heads, head_dim), k_heads = q.shape, k.shape[1]
+    another. One of q and k may be None, and is None in the result. The rest as in _RopeTriton."""
+    q, k = (None if x is None else _features_adjacent(x) for x in (q, k))
+    q_out, k_out = out or [
+        None if x is None else x.new_empty(x.shape, dtype=(q if k is None else k).dtype) for x in (q, k)
+    ]
+    T, _, head_dim = (q if k is None else k).shape
+    q_heads, k_heads = (0 if x is None else x.shape[1] for x in (q, k))
+    strides = [(0, 0) if x is None else x.stride()[:2] for x in (q, k, q_out, k_out)]
     config = smallest_fit(CONFIGS["_rope_kernel"], head_dim)
     _rope_kernel[(cdiv(T, config["ROWS"]) * (q_heads + k_heads),)](
-        *(q, k, q_out, k_out, q_weight, k_weight, cos, sin, T, *q.stride()[:2], *k.stride()[:2]),
-        *(q_out.stride(0), k_out.stride(0), q_scale, *numbers),
+        *(q, k, q_out, k_out, q_weight, k_weight, cos, sin, T, *strides[0], *strides[1]),
+        *(strides[2][0], strides[3][0], q_scale, *numbers),
         *(q_heads, k_heads, head_dim, 2 * cos.shape[1], interleaved, back),
         BLOCK=next_power_of_2(head_dim // 2),
         **config,

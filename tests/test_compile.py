@@ -15,7 +15,7 @@ from minisft.kernels.flash_attention_configs import CANDIDATES, CONFIGS
 HERE = Path(__file__).parent
 RECORD = HERE / "compiled_kernels.csv"
 KERNEL_FILES = [file.stem for file in sorted((HERE.parent / "kernels").glob("*.py"))]
-MOST_COMPILES = 300  # a new table of all of them takes 200 seconds of processor time
+MOST_COMPILES = 350  # a new table of all of them takes 220 seconds of processor time
 MATRIX_OPS = {"flash_attention", "gated_delta_rule"}  # whose kernels multiply matrices themselves
 TENSOR_MEMORY = 512  # columns, on sm_100
 SPILLS = {  # kernel, one of its constants and the architecture -> why it may spill
@@ -135,7 +135,8 @@ def test_hopper_multiplies_with_wgmma(table):
 
 def test_blackwell_multiplies_with_tcgen05(table):
     rows = [row for row in table if row["arch"] == "100" and row["op"] in MATRIX_OPS]
-    rows = [row for row in rows if not row["kernel"].endswith(("_delta_kernel", "_tiles_kernel"))]  # no products there
+    none = ("_delta_kernel", "_tiles_kernel", "_rope_kernel")  # no products there
+    rows = [row for row in rows if not row["kernel"].endswith(none)]
     assert {row["op"] for row in rows} == MATRIX_OPS
     assert all(int(row["tcgen05"]) and row["mma"] == "0" for row in rows), rows
 
@@ -166,7 +167,7 @@ def test_two_programs_of_the_forward_share_a_multiprocessor_of_hopper(table):
         wanted = {name: str(value) for name, value in wanted.items()}.items()
         rows = [row for row in table if row["arch"] == "90" and wanted <= launched_with(row).items()]
         rows = [row for row in rows if row["kernel"] == "_flash_attention_fwd_kernel"]
-        assert len(rows) == 2, D  # with and without shared prefixes
+        assert len(rows) > 2, D  # with and without shared prefixes, a rotary embedding, and norms before it
         for row in rows:
             assert 2 * int(row["registers"]) * 32 * int(row["num_warps"]) <= 65536, row
             assert 2 * (float(row["shared_kb"]) + 1) <= 228, row  # a program needs one of 228 KB for itself

@@ -56,8 +56,8 @@ EXTRA_PACKAGES = {
     "gguf_folder": {"gguf"},  # inside a function that asks whether it is there
     "importers/yaml_file": {"yaml"},  # other trainers write YAML, we TOML
 }
-# Kernels made of others: rope norms the heads of q and k first, where a model does; both losses score rows of logits; 8-bit
-# states are quantised; copies in bf16 stay with their weights. And ops whose file is split.
+# Kernels made of others: rope norms the heads of q and k first, where a model does; attention turns q and dk; both losses score
+# rows of logits; 8-bit states are quantised; copies in bf16 stay with their weights. And ops whose file is split.
 EXTRA_ROOMS = {
     "__init__": {
         "train",
@@ -90,6 +90,7 @@ EXTRA_ROOMS = {
         "kernels/rope",
     },
     "kernels/flash_attention_kernels": {"kernels/flash_attention_tiles"},
+    "kernels/flash_attention_tiles": {"kernels/rope"},
     "kernels/gated_delta_rule": {"kernels/gated_delta_rule_kernels", "kernels/gated_delta_rule_torch"},
     "kernels/adamw": {"kernels/adamw_formats", "kernels/copies", "kernels/quantize"},
     "kernels/adamw_formats": {"kernels/quantize"},

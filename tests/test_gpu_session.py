@@ -247,11 +247,11 @@ def test_the_core_tests_are_there():
     plugin = SimpleNamespace(pytest_collection_finish=lambda session: collected.extend(i.name for i in session.items))
     options = ["-m", "gpu", "-o", "addopts=", "--collect-only", "-p", "no:cacheprovider", "-p", "no:terminal"]
     assert pytest.main([str(ROOT / "tests" / "test_gpu.py"), *options], plugins=[plugin]) == 0
-    assert len(gpu_tests.CORE_TESTS) == 30 == len(set(gpu_tests.CORE_TESTS)) and set(gpu_tests.CORE_TESTS) <= set(
+    assert len(gpu_tests.CORE_TESTS) == 32 == len(set(gpu_tests.CORE_TESTS)) and set(gpu_tests.CORE_TESTS) <= set(
         collected
     )
     kinds = Counter(map(gpu_tests.kind, collected))
-    assert kinds["core"] == 30 and 0 < kinds["large"] < 20 and kinds["other"] > 100
+    assert kinds["core"] == 32 and 0 < kinds["large"] < 20 and kinds["other"] > 100
 
 
 @pytest.mark.slow

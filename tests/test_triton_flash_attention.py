@@ -12,6 +12,7 @@ from tolerance import (
     run_with_gradients,
     shared_prompts,
 )
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks import sweep_flash_attention
 from benchmarks.compare import CpuClock, first_calls
@@ -387,6 +388,63 @@ def test_a_rotary_embedding_may_be_part_of_the_op(dtype, interleaved, norms, det
         # 25 %: which way single numbers are rounded is chance, and the gradient of a norm has 32 of them
         assert relative_error(value, truth[name]) <= 1.25 * relative_error(apart[name], truth[name]) + 1e-7, name
         assert torch.equal(value, apart[name]) or not deterministic
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("head_dim", [32, 80], ids=["every feature turns", "some do"])
+def test_dk_is_turned_back_by_one_program_or_after_the_sum_of_several(head_dim, splits, monkeypatch):
+    inputs, bounds = qkv(70, heads=4, kv_heads=2, head_dim=head_dim), bounds_of([20, 1, 49])
+    angle = torch.arange(70.0)[:, None] * 10.0 ** -torch.arange(16)
+    rotary, options = dict(cos=angle.cos(), sin=angle.sin()), dict(deterministic=True)
+    monkeypatch.setattr(module, "_splits", lambda *sizes: splits)
+    fused = run_with_gradients(lambda *x: flash_attention(*x, *bounds, rotary=rotary, **options), inputs)
+
+    def one_after_another(q, k, v):
+        return flash_attention(*rope(q, k, **rotary), v, *bounds, **options)
+
+    apart = run_with_gradients(one_after_another, inputs)
+    assert all(torch.equal(fused[name], apart[name]) for name in apart)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["all kept", "recomputed"])
+def test_layers_set_the_next_dq_to_zero(recompute, monkeypatch):
+    """The third layer has other shapes, so that it and the one below find nothing. Memory is NaN before it is written. What is
+    left at the end is freed by the next forward pass."""
+    inputs, bounds = qkv(70, heads=4, kv_heads=2), bounds_of([20, 1, 49])
+    finds_zeros, kernel = [], module._flash_attention_delta_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(out, dout, delta, dq_sum, *rest, **options):
+                finds_zeros.append(dq_sum is None)
+                kernel[grid](out, dout, delta, dq_sum, *rest, **options)
+
+            return launch
+
+    monkeypatch.setattr(module, "_flash_attention_delta_kernel", Spy())
+
+    def layers(deterministic):
+        def attend(q, k, v):
+            return flash_attention(q, k, v, *bounds, deterministic=deterministic)
+
+        def call(q, k, v):
+            for heads in (4, 4, 2, 4, 4):
+                arguments = q[:, :heads], k, v
+                out = checkpoint(attend, *arguments, use_reentrant=False) if recompute else attend(*arguments)
+                q = q + out.repeat(1, 4 // heads, 1)
+            return q
+
+        return run_with_gradients(call, inputs)
+
+    repeatable = layers(True)
+    finds_zeros.clear()
+    quick = layers(False)
+    assert finds_zeros == [False, True, False, False, True]
+    assert all(relative_error(quick[name], repeatable[name]) < 1e-6 for name in repeatable)  # fp32
+    (left,) = module._zeros.values()
+    assert left.shape == inputs[0].shape and not left.any()
+    flash_attention(*inputs, *bounds)
+    assert not module._zeros
 
 
 @pytest.mark.covers(2)
