@@ -227,7 +227,8 @@ def poisoned_memory(monkeypatch):
     def poison(create):
         def poisoned(*arguments, **options):
             x = create(*arguments, **options)
-            return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max)
+            x.detach().fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max)
+            return x
 
         return poisoned
 
