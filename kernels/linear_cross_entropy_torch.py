@@ -21,14 +21,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minisft.kernels.common import HAS_AMX
 from minisft.kernels.copies import weight_as
 from minisft.kernels.linear import product_in_blocks, product_into
 
 CPU_CHUNK_ROWS, GPU_CHUNK_ROWS = 512, 4096  # rows of logits that exist at once
 CPU_CHUNK_BYTES = 2**20 * 100  # twice as many rows on a CPU if they take no more than this
 ROW_TILE = 32  # a chunk's rows are a multiple of it, or of two tiles where they are twice as many
-CPU_DX_ROWS = 256  # of dx = dz W at once: with AMX oneDNN multiplies 512 rows by such a high W on one thread
-CACHE_BYTES = 2**20  # of a thread's share of the exponentials and of what they are computed from
+AMX_DX_ROWS = 256  # of dx = dz W at once: with AMX oneDNN multiplies 512 rows by such a high W on one thread
+CACHE_BYTES = 2**20 if HAS_AMX else 2**21  # of a thread's share of the exponentials and of what they are computed from
 LOG2_E = math.log2(math.e)
 
 
@@ -171,7 +172,7 @@ def run(hidden, weight, bias, rows, targets, upstream, needs, o: Options, d_weig
         most_rows, tile = 2 * most_rows, 2 * tile
     num_chunks = max(1, math.ceil(M / most_rows))
     R = tile * max(1, math.ceil(M / num_chunks / tile))  # all chunks alike, but for the last
-    dx_rows = CPU_DX_ROWS if on_cpu else R
+    dx_rows = AMX_DX_ROWS if on_cpu and HAS_AMX else R
     in_cache = torch.get_num_threads() * max(1, CACHE_BYTES // (2 * V * o.wide.itemsize))
     r = min(R, in_cache if on_cpu else 1024)  # rows whose exponentials exist at once
     chunk = _buffer("logits", (R, V), hidden, o.dtype)

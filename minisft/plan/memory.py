@@ -57,7 +57,7 @@ BYTES_OF_4_BITS, BYTES_OF_DOUBLE = (
 )  # kernels/quantize.py: blocks of 64, then of 256
 # Rows of logits, twice as many on a CPU if they take no more than its bytes: kernels/linear_cross_entropy*.py
 CPU_CHUNK, CPU_CHUNK_BYTES, GPU_CHUNK, GPU_CHUNK_BYTES = 512, 2**20 * 100, 4096, 1_250_000_000
-CPU_CACHE_BYTES = 2**20  # of exponentials and what they are computed from, a thread
+CPU_CACHE_BYTES = 2**21  # of exponentials and what they are computed from, a thread (with AMX half of it)
 # Resident memory of a process that has imported a run and PyTorch's CPU build, measured with PyTorch 2.13 (docs/plan.md).
 PYTHON_AND_TORCH = 250e6
 COMPILER = 175e6  # PyTorch's, with SymPy and Triton, where torch's checkpointing or DTensor import it
