@@ -82,25 +82,11 @@ def _flash_attention_fwd_kernel(
     i = query + q_offset
     start = tl.load(start_ptr + query, mask=query < Tq, other=Tk)  # on its way while the queries are read
     if q_given_ptr is not None:  # these queries of this head are no other program's
-        PIECE: tl.constexpr = (
-            BLOCK_M if BLOCK_M * PAIRS <= 4096 else 4096 // PAIRS
-        )  # more need registers that others have
+        PIECE: tl.constexpr = BLOCK_M if BLOCK_M * PAIRS <= 4096 else 4096 // PAIRS  # more would spill registers
         q_given_ptr += head.to(tl.int64) * stride_given_head
         turn_tile(
-            *(
-                q_given_ptr,
-                q,
-                q_weight_ptr,
-                cos_ptr,
-                sin_ptr,
-                first_query,
-                Tq,
-                stride_given,
-                stride_q,
-                eps,
-                norm_offset,
-            ),
-            *(D1 + D2, R, INTERLEAVED, False, PAIRS, BLOCK_M, PIECE),
+            *(q_given_ptr, q, q_weight_ptr, cos_ptr, sin_ptr, first_query, Tq),
+            *(stride_given, stride_q, eps, norm_offset, D1 + D2, R, INTERLEAVED, False, PAIRS, BLOCK_M, PIECE),
         )
         tl.debug_barrier()
     queries = load_tile(q, head, first_query, 0, Tq, stride_q, BLOCK_M, D1, TMA_Q)
