@@ -120,7 +120,7 @@ def pretend_gpu() -> MetaGPU:
     torch.cuda.get_device_properties = lambda *_: SimpleNamespace(multi_processor_count=NUM_SMS)
     torch.cuda.mem_get_info = lambda *_: (2**40, 2**40)
     torch.cuda.synchronize = lambda *_: None
-    torch.cuda.current_stream = lambda *_: SimpleNamespace(synchronize=int, record_event=lambda: done)
+    torch.cuda.current_stream = lambda *_: SimpleNamespace(cuda_stream=0, synchronize=int, record_event=lambda: done)
     torch.autocast = Autocast
     torch.is_autocast_enabled = lambda *_: Autocast.dtype is not None
     torch.get_autocast_dtype = lambda *_: Autocast.dtype
