@@ -283,7 +283,7 @@ class _CausalConv1dTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, start, silu):
-        weight, start = weight.contiguous(), start.contiguous()
+        weight, bias, start = (None if t is None else t.contiguous() for t in (weight, bias, start))
         (T, C), K = x.shape, weight.shape[1]
         ctx.save_for_backward(x, weight, bias, start)
         ctx.silu = silu

@@ -298,6 +298,7 @@ def score_rows(
     results:  fp32 [6, R]: loss, nll, correct, entropy (0 if not asked for), largest logit, sum of exp(logit - largest);
               with all_stats [8, R]: mean logit and log of the sum of squared probabilities follow.
               Written, or with score=False read (rows 4 and 5). Where the target is ignore_index, all others are 0.
+    bias:     [V], contiguous.
     gradient: [R, V], may be logits; gets the gradient of the logits from upstream fp32 [R], the gradient of each loss.
     padding:  elements behind each row, of logits and gradient alike, that may be read and overwritten.
     """

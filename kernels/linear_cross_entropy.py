@@ -212,6 +212,7 @@ def _run(hidden, weight, bias, rows, targets, upstream, needs, o: Options, grad:
     if M == 0 and d_weight is not None:
         d_weight.zero_()
     W = weight_as(weight, o.dtype)
+    adjacent_bias = None if bias is None else bias.contiguous()
 
     for a in range(0, M, R):
         some = slice(a, a + R)
@@ -223,7 +224,7 @@ def _run(hidden, weight, bias, rows, targets, upstream, needs, o: Options, grad:
             upstream=None if upstream is None else upstream[some],
             gradient=None if upstream is None else logits,
             padding=width - V,
-            bias=bias,
+            bias=adjacent_bias,
             ignore_index=IGNORE_INDEX,
             scale=o.logit_scale,
             softcap=o.softcap,

@@ -340,10 +340,11 @@ def _quantize_blocks_triton(w: Tensor, quant_type: str, blocksize: int) -> tuple
 
 def _dequantize_4bit_triton(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
     n, packed = math.prod(q.shape), q.packed.contiguous()
+    scales = (None if x is None else x.contiguous() for x in (q.absmax, q.nested_absmax, q.nested_table))
     w = torch.empty(q.shape, dtype=dtype, device=packed.device)
     config = CONFIGS["_dequantize_4bit_kernel"]
     _dequantize_4bit_kernel[(cdiv(packed.numel(), config["BYTES"]),)](
-        *(packed, q.absmax, q.nested_absmax, q.nested_table, q.offset, _table(q.quant_type, packed.device), w),
+        *(packed, *scales, q.offset, _table(q.quant_type, packed.device), w),
         *(n, packed.numel(), q.offset is not None, q.blocksize),
         enable_fp_fusion=False,  # table * scale + offset is rounded twice, as in torch
         **config,
@@ -364,7 +365,7 @@ def _dequantize_int8_triton(q: Int8Tensor, dtype: torch.dtype) -> Tensor:
     w = torch.empty(rows, columns, dtype=dtype, device=q.values.device)
     config = CONFIGS["_dequantize_int8_kernel"]
     grid = rows, cdiv(columns, config["BLOCK"])
-    _dequantize_int8_kernel[grid](q.values.contiguous(), q.absmax, w, columns, **config)
+    _dequantize_int8_kernel[grid](q.values.contiguous(), q.absmax.contiguous(), w, columns, **config)
     return w
 
 

@@ -306,7 +306,7 @@ class _RMSNormTriton(torch.autograd.Function):
 def _rms_norm_triton(x, residual, weight, eps, offset, upcast_weight, dtype, keep):
     """Any number of dimensions -> rows -> the kernels -> the shape of x."""
     rows = [None if t is None else as_rows(t) for t in (x, residual)]
-    y = _RMSNormTriton.apply(*rows, weight, eps, offset, upcast_weight, dtype, keep, False)
+    y = _RMSNormTriton.apply(*rows, weight.contiguous(), eps, offset, upcast_weight, dtype, keep, False)
     return y.view(x.shape) if residual is None else tuple(t.view(x.shape) for t in y)
 
 
@@ -370,7 +370,7 @@ def add_rms_norm(
         raise ValueError(f"add_rms_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} differ")
     if weight.shape == residual.shape[-1:] and backend_for("rms_norm", residual, _cannot(residual)) == "triton":
         sum_dtype = residual.dtype if x is None else torch.promote_types(x.dtype, residual.dtype)
-        options = weight, eps, offset, upcast_weight, dtype or sum_dtype, keep
+        options = weight.contiguous(), eps, offset, upcast_weight, dtype or sum_dtype, keep
         with torch.autocast(residual.device.type, enabled=False):
             if x is not None:
                 return _rms_norm_triton(x, residual, *options)

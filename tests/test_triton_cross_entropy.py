@@ -176,6 +176,15 @@ def test_repeats_bitwise_and_strides_change_nothing(small_chunks):
     assert all(torch.equal(first[name], again[name]) and torch.equal(first[name], copy[name]) for name in first)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_bias_need_not_lie_side_by_side(reduction):
+    hidden, weight, targets = example()
+    apart = torch.randn(2 * len(weight))[::2]
+    run = lambda bias: linear_cross_entropy(hidden, weight, targets, bias=bias, reduction=reduction)  # noqa: E731
+    ours, plain = (run_with_gradients(run, [bias.detach().requires_grad_()]) for bias in (apart, apart.clone()))
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
 @pytest.mark.parametrize("options", [{}, {**ALL, "softcap": 1e4}], ids=["plain", "all"])
 def test_stats(small_chunks, options):
     hidden, weight, targets = example()

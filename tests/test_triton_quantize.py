@@ -135,6 +135,19 @@ def test_8_bits_round_a_half_to_even():
     assert torch.equal(quantize_int8(w).values[0], torch.round(w[0]).to(torch.int8))
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_scales_need_not_lie_side_by_side(double_quant):
+    """As where several weights' scales are columns of one tensor."""
+    apart = lambda x: x if x is None or not x.ndim else x.repeat_interleave(2)[::2]  # noqa: E731
+    for q, dequantize in (
+        (quantize_nf4(torch.randn(20, 33), double_quant=double_quant), dequantize_nf4),
+        (quantize_int8(torch.randn(20, 33)), dequantize_int8),
+    ):
+        names = [name for name in ("absmax", "nested_absmax", "nested_table") if hasattr(q, name)]
+        strided = replace(q, **{name: apart(getattr(q, name)) for name in names})
+        assert not strided.absmax.is_contiguous() and torch.equal(dequantize(strided), dequantize(q))
+
+
 def test_float64_is_for_torch():
     w = torch.randn(64, dtype=torch.float64)
     for quantize, dequantize in ((quantize_nf4, dequantize_nf4), (quantize_fp4, dequantize_fp4)):

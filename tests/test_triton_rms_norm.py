@@ -37,6 +37,18 @@ def test_against_the_formula(shape, family, dtypes):
     )
 
 
+@pytest.mark.parametrize("weight", [torch.randn(48)[::2], torch.tensor([2.0]).expand(24)], ids=["every other", "one"])
+def test_a_weight_need_not_lie_side_by_side(weight):
+    x, copy = leaf(5, 24), weight.detach().clone()
+    for op in (
+        lambda x, w: rms_norm(x, w, 1e-5),
+        lambda x, w: add_rms_norm(x, x, w, 1e-5),
+        lambda x, w: add_rms_norm(None, x * 1, w, 1e-5),
+    ):
+        ours, plain = (run_with_gradients(op, [x, w.detach().requires_grad_()]) for w in (weight, copy))
+        assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
 @pytest.mark.covers(1)
 @pytest.mark.parametrize("keep", ["x", "y"])
 @pytest.mark.parametrize("dtypes", DTYPES)
