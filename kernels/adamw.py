@@ -432,6 +432,9 @@ def adamw_(
         raise ValueError(f"adamw_: {counts} parameters, gradients, first and second moments")
     for i, (w, g, *states) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
         _check(i, w, g, *states)
+    for name, numbers in (("places", places), ("firsts", firsts)):
+        if numbers is not None and len(numbers) != len(params):
+            raise ValueError(f"adamw_: {len(numbers)} {name} for {len(params)} parameters")
     if not params:
         return
     options = dict(step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, clip=clip)

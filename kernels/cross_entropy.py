@@ -327,7 +327,7 @@ def targets_of(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_in
         return labels
     targets = torch.full_like(labels, ignore_index)
     targets[:-1] = labels[1:]
-    if cu_seqlens is not None:
+    if cu_seqlens is not None and len(labels):
         targets[cu_seqlens[1:].long() - 1] = ignore_index
     return targets
 

@@ -35,7 +35,8 @@ class _Embedding(torch.autograd.Function):
             tokens, order = ids.flatten().sort(stable=True)
             first = torch.searchsorted(tokens, tokens)  # where in that order the rows of each token begin
             place = torch.empty_like(order).scatter_(0, order, first)
-            rows = torch.ops.aten.embedding_dense_backward(dy.flatten(0, -2), place, len(place), -1, False)
+            dy = dy.reshape(len(place), dy.shape[-1])
+            rows = torch.ops.aten.embedding_dense_backward(dy, place, len(place), -1, False)
             weight.grad.index_add_(0, tokens, rows)  # their sum is there, and zeros after it
             return None, None
         return None, torch.ops.aten.embedding_dense_backward(dy, ids, len(weight), -1, False)

@@ -406,7 +406,8 @@ def flash_attention_with_kvcache(
 
     q: [B, Hq, Dh]. k_cache, v_cache: [B, L, Hkv, Dh], already holding the new token's key and value. cache_seqlens: int
     [B], how many of the L places are filled, the new token included. Pass a view of the cache cut to the longest row:
-    all L places are read. scale, window, softcap: as in `flash_attention`.
+    all L places are read, and the values in those that are not filled must be finite. scale, window, softcap: as in
+    `flash_attention`.
 
     Returns [B, Hq, Dh] in the dtype of q; zeros for an empty row. Raises ValueError where shapes or dtypes do not fit.
     """
@@ -425,7 +426,7 @@ def flash_attention_with_kvcache(
                 start, end = cache_seqlens.new_zeros(1), cache_seqlens.new_full((n,), n)
                 options = dict(q_offset=max(n - 1, 0), scale=scale, window=window, softcap=softcap)
                 rows.append(flash_attention_ref(row[None], keys[:n], values[:n], start, end, **options))
-            return torch.cat(rows)
+            return torch.cat([q[:0], *rows])
         return one_token(q, k_cache, v_cache, cache_seqlens[:, None], scale, window, softcap)
 
 
@@ -439,7 +440,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float |
         or not q.dtype == k.dtype == v.dtype
     ):
         raise ValueError(f"flash_attention: {shapes}: expected [Tq, Hq, Dh], [Tk, Hkv, Dh], [Tk, Hkv, Dh] of one dtype")
-    if q.shape[1] % k.shape[1]:
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(f"flash_attention: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     if window is not None and window < 1:
         raise ValueError(f"flash_attention: window {window} must be at least 1 (None = no window)")

@@ -368,7 +368,8 @@ class FlashAttentionTorch(torch.autograd.Function):
 
 def one_token(q, k_cache, v_cache, filled, scale, window, softcap):
     batch, length, num_kv_heads, head_dim = k_cache.shape
-    q_rows = q.reshape(batch, num_kv_heads, -1, head_dim) * scale  # [B, Hkv, G, Dh]
+    group = q.shape[1] // num_kv_heads
+    q_rows = q.reshape(batch, num_kv_heads, group, head_dim) * scale  # [B, Hkv, G, Dh]
     scores = q_rows @ k_cache.permute(0, 2, 3, 1)  # [B, Hkv, G, L]
     scores = scores.to(torch.promote_types(q.dtype, torch.float32))
     if softcap is not None:

@@ -309,7 +309,7 @@ def gated_delta_rule_step(
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
     tensors = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in zip("qkv", (q, k, v)))
     fits = q.ndim == v.ndim == 3 and q.shape == k.shape and len(q) == len(v) and q.dtype == k.dtype == v.dtype
-    if not fits or v.shape[1] % k.shape[1]:
+    if not fits or not k.shape[1] or v.shape[1] % k.shape[1]:
         raise ValueError(
             f"gated_delta_rule: {tensors}: expected [T, Hk, Dk], [T, Hk, Dk], [T, Hv, Dv] of one dtype, Hv a multiple of Hk"
         )

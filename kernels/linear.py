@@ -227,7 +227,7 @@ def linears(x: Tensor, *layers: Layer) -> list[Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         rows = x.to(dtype).reshape(-1, x.shape[-1])
         weights, biases = zip(*layers)
-        return [y.view(*x.shape[:-1], -1) for y in _Linears.apply(rows, copies, *weights, *biases)]
+        return [y.view(*x.shape[:-1], y.shape[1]) for y in _Linears.apply(rows, copies, *weights, *biases)]
 
 
 # ---- a product that adds to the residual stream ---------------------------------------------------------------------
@@ -278,4 +278,4 @@ def add_linear(total: Tensor, x: Tensor, weight: Tensor) -> None:
     """
     dtype = product_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        _AddLinear.apply(total, x.to(dtype).reshape(len(total), -1), weight_as(weight, dtype), weight)
+        _AddLinear.apply(total, x.to(dtype).reshape(len(total), x.shape[-1]), weight_as(weight, dtype), weight)

@@ -176,4 +176,4 @@ def lora_linears(
     with torch.autocast(x.device.type, enabled=False):
         rows, *zs = (t.to(dtype).reshape(-1, t.shape[-1]) for t in (x, *dropped))
         ys = _LoraLinears.apply(total, rows, copies, where, A_copies, B_copies, *As, *Bs, *zs)
-        return [y.view(*x.shape[:-1], -1) for y in ys] if total is None else list(ys)
+        return [y.view(*x.shape[:-1], y.shape[1]) for y in ys] if total is None else list(ys)

@@ -67,7 +67,7 @@ def _rotate_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tenso
     half = cos.shape[-1]
     cos, sin = cos[:, None], sin[:, None]  # the same for every head
     turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.split(half, dim=-1)
+    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
     pair = a * cos - b * sin, b * cos + a * sin
     turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
     return torch.cat((turned.to(x.dtype), rest), dim=-1)
@@ -490,7 +490,7 @@ def turn_arguments(q, k, cos, sin, interleaved=False, q_norm=None, k_norm=None) 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_norm: Norm | None, k_norm: Norm | None) -> None:
     if cos.shape != sin.shape or cos.ndim != 2 or len(cos) != len(q) or 2 * cos.shape[1] > q.shape[-1]:
         raise ValueError(f"rope: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit q {tuple(q.shape)}")
-    if k.shape[::2] != q.shape[::2] or k.dtype != q.dtype:
+    if not q.ndim == k.ndim == 3 or k.shape[::2] != q.shape[::2] or k.dtype != q.dtype:
         raise ValueError(f"rope: k {tuple(k.shape)} {k.dtype} does not fit q {tuple(q.shape)} {q.dtype}")
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None and norm[0].shape != q.shape[-1:]:

@@ -246,6 +246,10 @@ def test_tensors_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             adamw_(*(bad if i == place else tensors for i, tensors in enumerate(good)), step=1, **OPTIONS)
+    for name in ("places", "firsts"):
+        for numbers in ([], [0, 1]):
+            with pytest.raises(ValueError, match=rf"{len(numbers)} {name} for 1 parameters"):
+                adamw_(*good, step=1, **{name: numbers}, **OPTIONS)
 
 
 # ---------------------------------------------------------------------------------------------- rounding by chance

@@ -99,6 +99,15 @@ def test_nothing_to_score(backend, reduction):
     assert (torch.autograd.grad(loss.sum(), logits)[0] == 0).all()
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_tokens(backend, reduction):
+    logits, labels = torch.randn(0, 9, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    with use_backend(backend):
+        loss = cross_entropy(logits, labels, cu_seqlens=torch.tensor([0, 0]), reduction=reduction)
+    assert (loss == 0).all() and torch.autograd.grad(loss.sum(), logits)[0].shape == (0, 9)
+
+
 def test_another_ignore_index():
     """ignore_index may be outside the vocabulary or inside (a padding token that is never scored)."""
     logits, labels = example(dtype=FP64)

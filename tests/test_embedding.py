@@ -7,7 +7,7 @@ from tolerance import run_with_gradients
 from minisft.kernels.embedding import embedding, embedding_ref
 
 
-@pytest.mark.parametrize("shape", [(7,), (2, 5), (0,)])
+@pytest.mark.parametrize("shape", [(7,), (2, 5), (0,), ()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_equals_the_reference(shape, dtype):
     ids = torch.randint(4, shape)  # some repeat
@@ -16,7 +16,9 @@ def test_equals_the_reference(shape, dtype):
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("ids", [[[4, 0], [4, 8]], [[8] * 40], [[]]], ids=["some repeat", "one token", "none"])
+@pytest.mark.parametrize(
+    "ids", [[[4, 0], [4, 8]], [[8] * 40], [[]], 3], ids=["some repeat", "one token", "none", "a number"]
+)
 def test_a_gradient_that_is_there_is_added_to_in_place(ids):
     ids = torch.tensor(ids, dtype=torch.int64)
     weight, dy = torch.nn.Parameter(torch.randn(9, 3)), torch.randn(*ids.shape, 3)

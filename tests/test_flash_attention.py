@@ -385,6 +385,15 @@ def test_no_step_copies_the_cache():
     assert made and max(made)[0] < k_cache.numel() / 2, max(made)
 
 
+def test_kvcache_without_rows():
+    for backend in ("torch", "reference"):
+        with use_backend(backend):
+            out = flash_attention_with_kvcache(
+                torch.randn(0, 4, 16), *torch.randn(2, 0, 5, 2, 16), torch.zeros(0).int()
+            )
+        assert out.shape == (0, 4, 16)
+
+
 def test_kvcache_empty_row_and_bf16():
     q, caches = torch.randn(2, 4, 16).bfloat16(), torch.randn(2, 2, 5, 2, 16).bfloat16()
     out = flash_attention_with_kvcache(q, *caches, torch.tensor([0, 5]))
@@ -395,6 +404,7 @@ def test_kvcache_empty_row_and_bf16():
     "change,words",
     [
         (dict(k=torch.zeros(9, 3, 16), v=torch.zeros(9, 3, 16)), "4 query heads are not a multiple of 3"),
+        (dict(k=torch.zeros(9, 0, 16), v=torch.zeros(9, 0, 16)), "4 query heads are not a multiple of 0"),
         (dict(k=torch.zeros(9, 2, 8)), r"\(9, 2, 8\)"),
         (dict(q=torch.zeros(9, 4, 16).bfloat16()), "torch.bfloat16"),
         (dict(start=torch.zeros(8, dtype=torch.int32)), r"start \(8,\)"),

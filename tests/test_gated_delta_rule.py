@@ -185,6 +185,7 @@ def test_what_does_not_fit_is_refused():
         (dict(q=q[:, :1]), "expected"),
         (dict(v=v.double()), "one dtype"),
         (dict(v=v[:, :3], g=g[:, :3], beta=beta[:, :3]), "multiple"),
+        (dict(q=q[:, :0], k=k[:, :0]), "multiple"),
         (dict(g=g[:5]), "g "),
         (dict(start=start.float()), "integers"),
         (dict(end=torch.tensor([6, 6, 4, 4, 6, 6])), "shared prompts"),

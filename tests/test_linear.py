@@ -47,6 +47,19 @@ def test_equals_the_formula(backend, bias, times, monkeypatch):
         assert relative_error(ours, theirs) < 1e-14
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("shape", [(0, 24), (2, 0, 24)], ids=str)
+def test_no_tokens(backend, shape):
+    layers, x = layers_of(), torch.randn(shape)
+    with use_backend(backend):
+        *ys, dx, dW = values_and_gradients(linears, x, layers, [torch.ones(*shape[:-1], len(W)) for W, _ in layers])[:5]
+        assert [y.shape for y in ys] == [(*shape[:-1], len(W)) for W, _ in layers]
+        assert dx.shape == shape and not dW.any()
+        if backend == "triton":
+            add_linear(total := torch.randn(0, 40), x, layers[0][0])
+            assert total.shape == (0, 40)
+
+
 @pytest.mark.parametrize("rows", [32, 100, 160])
 @pytest.mark.parametrize("is_transposed", [True, False])
 def test_a_transposed_factor_is_copied_in_strips(rows, is_transposed, monkeypatch):

@@ -478,6 +478,14 @@ def test_nan_is_not_hidden():
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_shifted_of_no_tokens(backend):
+    hidden, weight, labels = example(dtype=FP64)
+    with use_backend(backend):
+        loss = shifted_linear_cross_entropy(hidden[:0], weight, labels[:0], torch.tensor([0, 0]))
+    assert loss == 0 and not any(d.any() for d in gradients(loss, hidden, weight))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("lengths", [[40], [1, 13, 1, 1, 24], [1] * 40])
 def test_shifted_equals_cross_entropy_document_by_document(backend, lengths):
     hidden, weight, labels = example(dtype=FP64)

@@ -60,6 +60,18 @@ def test_equals_the_formula(backend, group, is_made, is_dropped):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_tokens(backend):
+    x, layers, factors, adapters = make("all")
+    with use_backend(backend):
+        result = run_with_gradients(
+            lambda x, *factors: lora_linears(x, layers, adapters(*factors)),
+            [x.detach()[:, :0].requires_grad_(), *factors],
+        )
+    assert [result[f"output {i}"].shape for i in range(3)] == [(3, 0, out) for out in OUT]
+    assert not any(result[f"gradient of input {i}"].any() for i in range(1 + len(factors)))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_gradients_add_up(backend):
     """Three micro-batches, of which the second and third meet the gradients of the first."""
     x, layers, factors, adapters = make("all", torch.float32)

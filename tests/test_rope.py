@@ -15,7 +15,7 @@ from minisft.model.rope import inverse_frequencies, rope_table
 
 def make(tokens=37, heads=4, kv_heads=2, head_dim=16, rotated=None, dtype=torch.float32):
     """q, k, cos, sin at positions 0, 1, 2 ..."""
-    rotated = rotated or head_dim
+    rotated = head_dim if rotated is None else rotated
     inv_freq = 1e4 ** -(torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
     angle = torch.arange(tokens)[:, None] * inv_freq
     q = torch.randn(tokens, heads, head_dim, dtype=dtype, requires_grad=True)
@@ -28,7 +28,7 @@ NORMS = {"none": (None, None), "llama-like": (0.0, 0.0), "gemma-like": (1.0, 1.0
 
 @pytest.mark.parametrize("table", [torch.float32, torch.bfloat16], ids=["table fp32", "table bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("rotated", [16, 8])
+@pytest.mark.parametrize("rotated", [16, 8, 0])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_equals_the_formula_bitwise(interleaved, rotated, dtype, table):
     """The same products and sums, so not only close: equal."""
@@ -171,6 +171,8 @@ def test_strided_inputs_and_autocast():
         (dict(sin=torch.zeros(36, 8)), r"sin \(36, 8\)"),
         (dict(k=torch.zeros(36, 2, 16)), r"k \(36, 2, 16\)"),
         (dict(k=torch.zeros(37, 2, 16).bfloat16()), "torch.bfloat16"),
+        (dict(q=torch.zeros(37, 16), k=torch.zeros(37, 16)), r"k \(37, 16\)"),
+        (dict(q=torch.zeros(37, 5, 2, 16), k=torch.zeros(37, 5, 2, 16)), r"q \(37, 5, 2, 16\)"),
         (dict(q_norm=(torch.zeros(8), 1e-6, 0.0)), r"q_norm \(8,\)"),
     ],
 )
