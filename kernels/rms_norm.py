@@ -374,7 +374,11 @@ def add_rms_norm(
         with torch.autocast(residual.device.type, enabled=False):
             if x is not None:
                 return _rms_norm_triton(x, residual, *options)
-            if residual.ndim == 2 and residual.is_contiguous() and may_change(residual):
-                return _RMSNormTriton.apply(residual, None, *options, True)
+            has_gradient = torch.is_grad_enabled() and residual.requires_grad
+            fits = residual.ndim == 2 and residual.is_contiguous() and may_change(residual)
+            if has_gradient and fits and keep == "y":  # not "x": autograd would find x changed
+                # Its values stay, so what others have kept of it for their backward passes counts as unchanged.
+                with torch.autograd._unsafe_preserve_version_counter(residual):
+                    return _RMSNormTriton.apply(residual, None, *options, True)
     total = residual if x is None else x + residual
     return rms_norm(total, weight, eps, offset=offset, upcast_weight=upcast_weight, dtype=dtype, keep=keep), total

@@ -43,7 +43,7 @@ def test_a_weight_need_not_lie_side_by_side(weight):
     for op in (
         lambda x, w: rms_norm(x, w, 1e-5),
         lambda x, w: add_rms_norm(x, x, w, 1e-5),
-        lambda x, w: add_rms_norm(None, x * 1, w, 1e-5),
+        lambda x, w: add_rms_norm(None, x * 1, w, 1e-5, keep="y"),
     ):
         ours, plain = (run_with_gradients(op, [x, w.detach().requires_grad_()]) for w in (weight, copy))
         assert all(torch.equal(ours[name], plain[name]) for name in plain)
@@ -163,6 +163,33 @@ def test_a_sum_that_is_there_already(family, dtype, monkeypatch):
         assert relative_error(value, expected[name]) < (1e-6 if dtype == torch.float32 else 2**-8), name
     assert len(copies) == (dtype != torch.float32)
     assert all(torch.equal(copy, dx.to(dtype)) for dx, copy in copies)
+
+
+@pytest.mark.parametrize("keep", ["x", "y"])
+@pytest.mark.parametrize(
+    "make", [torch.exp, lambda x: x * 1], ids=["kept where it comes from", "kept where it is read"]
+)
+def test_others_may_have_kept_a_sum_that_is_there_already(make, keep):
+    """Its values are not changed, and a change afterwards is still noticed."""
+
+    def run(norm, changes):
+        def call(x, weight):
+            total = make(x)
+            square = total**2
+            y, same = norm(total, weight)
+            if changes:
+                same.mul_(2)
+            return y, same, square
+
+        return run_with_gradients(call, [leaf(9, 24), torch.ones(24, requires_grad=True)])
+
+    torch.manual_seed(1)
+    ours = run(lambda total, weight: add_rms_norm(None, total, weight, 1e-5, keep=keep), False)
+    torch.manual_seed(1)
+    formula = run(lambda total, weight: (rms_norm_ref(total, weight, 1e-5), total), False)
+    assert all(relative_error(ours[name], formula[name]) < 1e-6 for name in formula)  # fp32
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        run(lambda total, weight: add_rms_norm(None, total, weight, 1e-5, keep=keep), True)
 
 
 def test_a_sum_in_a_view_is_left_as_it_is():
