@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisft.kernels.common import INTERPRETER, arch_of, as_rows, backend_for, cdiv, jit, tl
+from minisft.kernels.common import INTERPRETER, arch_of, as_rows, backend_for, cdiv, jit, once_differentiable, tl
 
 ACTIVATIONS = (None, "silu")
 LONGEST = 4  # K of the Triton kernels: so many inputs are in the registers of the backward's
@@ -97,7 +97,7 @@ class _CausalConv1d(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, bias, start = ctx.saved_tensors
         K, dtype = weight.shape[1], torch.promote_types(x.dtype, torch.float32)
@@ -294,7 +294,7 @@ class _CausalConv1dTriton(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, bias, start = ctx.saved_tensors
         (T, C), K = x.shape, weight.shape[1]

@@ -21,7 +21,7 @@ the results of a run with them.
 import os
 import sys
 import warnings
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
 
 import torch
@@ -182,6 +182,27 @@ def next_power_of_2(n: int) -> int:
 def smallest_fit(table: dict[int, dict], size: int) -> dict:
     """The entry of a table of launch configurations with the smallest key that is at least `size`."""
     return table[min(key for key in table if key >= size)]
+
+
+def refuse_second_derivative(ctx) -> None:
+    """For the backward pass of an op whose gradients autograd would take for constants. Raises RuntimeError under
+    create_graph=True."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f'{type(ctx).__name__}: no second derivative (create_graph=True); the formulas of use_backend("reference") have it'
+        )
+
+
+def once_differentiable(backward):
+    """Decorates a backward pass without a second derivative. PyTorch's decorator of this name refuses one only where the gradient
+    from above has a graph; else, as under a loss, what depends on the inputs would silently be missing."""
+
+    @wraps(backward)
+    def checked(ctx, *gradients):
+        refuse_second_derivative(ctx)
+        return backward(ctx, *gradients)
+
+    return checked
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -52,7 +52,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisft.kernels.common import INTERPRETER, arch_of, as_rows, backend_for, jit, smallest_fit, tl
+from minisft.kernels.common import (
+    INTERPRETER,
+    arch_of,
+    as_rows,
+    backend_for,
+    jit,
+    once_differentiable,
+    smallest_fit,
+    tl,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e30)  # stands for minus infinity, whose difference from itself would be NaN
@@ -350,7 +359,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses.where(targets != ignore_index, 0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, d_losses):
         logits, targets = ctx.saved_tensors
         ignore_index, softcap, label_smoothing, z_loss = ctx.options
@@ -381,7 +390,7 @@ class _CrossEntropyTriton(torch.autograd.Function):
         return results[0].clone()  # the backward reads the results, so the caller gets a copy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, d_losses):
         logits, targets, results = ctx.saved_tensors
         V = logits.shape[1]

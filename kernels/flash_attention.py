@@ -65,6 +65,7 @@ from minisft.kernels.common import (
     chosen_backend,
     next_power_of_2,
     num_sms,
+    once_differentiable,
 )
 from minisft.kernels.flash_attention_configs import CONFIGS, SHORT, config_for
 from minisft.kernels.flash_attention_kernels import (
@@ -219,7 +220,7 @@ class _FlashAttentionTriton(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dout):
         out, *saved = ctx.saved_tensors  # once: activation checkpointing unpacks each tensor for one reader
         turned, tensors = saved[:6], dict(zip(ctx.names, saved[6:]))  # `turn_back` takes the first after the gradients

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisft.kernels.common import HAS_AMX
+from minisft.kernels.common import HAS_AMX, once_differentiable
 
 BLOCK = 128  # queries of a block, at most
 SQUARE = 64  # tokens of a block that short neighbours share
@@ -356,7 +356,7 @@ class FlashAttentionTorch(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, d_out):
         with torch.autocast(d_out.device.type, enabled=False):
             if ctx.lengths is None:

@@ -52,7 +52,7 @@ Paper: Yang, Kautz and Hatamizadeh 2024, "Gated Delta Networks: Improving Mamba2
 import torch
 from torch import Tensor
 
-from minisft.kernels.common import INTERPRETER, arch_of, backend_for, cdiv, next_power_of_2
+from minisft.kernels.common import INTERPRETER, arch_of, backend_for, cdiv, next_power_of_2, once_differentiable
 from minisft.kernels.gated_delta_rule_kernels import (
     _gated_delta_rule_bwd_inside_kernel,
     _gated_delta_rule_bwd_keys_kernel,
@@ -169,7 +169,7 @@ class _GatedDeltaRuleTriton(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dout):
         inputs = dict(zip(("q", "k", "v", "g", "beta", "start", "end"), ctx.saved_tensors))
         q, k, v = inputs["q"], inputs["k"], inputs["v"]

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minisft.kernels.common import once_differentiable
+
 CHUNK = C = 64
 BATCH = 2**18  # numbers in the states that are walked together
 
@@ -175,7 +177,7 @@ class GatedDeltaRuleTorch(torch.autograd.Function):
         return out, states
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dout, _):
         *inputs, start = ctx.saved_tensors
         q, _, v, *_ = inputs

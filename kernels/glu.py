@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisft.kernels.common import as_rows, backend_for, cdiv, jit, tl
+from minisft.kernels.common import as_rows, backend_for, cdiv, jit, once_differentiable, tl
 
 
 def swiglu_ref(gate: Tensor, up: Tensor | None = None) -> Tensor:
@@ -139,6 +139,7 @@ class _GLU(torch.autograd.Function):
         return _times(_activate(gate, approximate), up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
         with torch.autocast(gate.device.type, enabled=False):
@@ -176,7 +177,7 @@ class _GLUTriton(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
         # of one tensor, so that the products of gate's and up's layers may be one

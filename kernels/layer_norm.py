@@ -32,7 +32,18 @@ Paper: Ba, Kiros and Hinton 2016, "Layer Normalization".
 import torch
 from torch import Tensor
 
-from minisft.kernels.common import as_rows, backend_for, cdiv, jit, next_power_of_2, num_sms, smallest_fit, tl
+from minisft.kernels.common import (
+    as_rows,
+    backend_for,
+    cdiv,
+    jit,
+    next_power_of_2,
+    num_sms,
+    once_differentiable,
+    refuse_second_derivative,
+    smallest_fit,
+    tl,
+)
 
 MAX_BYTES = 32768  # of a row, in the Triton kernels
 
@@ -167,6 +178,8 @@ class _LayerNorm(torch.autograd.Function):
         x, scale, shift, mean, rstd = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         fused = x.dtype == rstd.dtype
+        if not fused or any(dtype not in (None, rstd.dtype) for dtype in ctx.dtypes):  # else PyTorch's op has it
+            refuse_second_derivative(ctx)
         with torch.autocast(x.device.type, enabled=False):
             dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
                 dy.to(x.dtype),
@@ -205,7 +218,7 @@ class _LayerNormTriton(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
         T, D = x.shape

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisft.kernels.common import HAS_AMX, chosen_backend, may_change
+from minisft.kernels.common import HAS_AMX, chosen_backend, may_change, once_differentiable
 from minisft.kernels.copies import keep_copy, keeps_copy, kept_copy, shares_memory, weight_as
 
 BLOCK_ROWS = 2048  # of a product that a CPU multiplies and adds while they are in its cache
@@ -151,7 +151,7 @@ class _Linears(torch.autograd.Function):
         return tuple(products(x, copies))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, *dys):
         x, *copies = ctx.saved_tensors
         n = len(copies)
@@ -245,7 +245,7 @@ class _AddLinear(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dtotal):
         x, W = ctx.saved_tensors
         dy = gradient_of_sum(dtotal, x.dtype)

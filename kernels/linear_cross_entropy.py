@@ -77,7 +77,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisft.kernels.common import backend_for, cdiv, jit, num_sms, tl
+from minisft.kernels.common import backend_for, cdiv, jit, num_sms, once_differentiable, tl
 from minisft.kernels.copies import weight_as
 from minisft.kernels.cross_entropy import score_rows, targets_of
 from minisft.kernels.linear import product_into
@@ -295,7 +295,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         return (results[0] * row_weights).sum(), results
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, d_loss, _):
         saved = ctx.saved_tensors  # autograd lets go of the gradients among them, .grad takes them over
         if ctx.grad is not None and d_loss != 1:  # rare: the rest of the weight's gradient is computed again
@@ -318,7 +318,7 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
         return results[0] * row_weights, results
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, d_losses, _):
         *tensors, row_weights = ctx.saved_tensors
         upstream = d_losses * (row_weights * ctx.grad_scale).to(ctx.options.wide)

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisft.kernels.common import chosen_backend
+from minisft.kernels.common import chosen_backend, once_differentiable
 from minisft.kernels.copies import weight_as
 from minisft.kernels.linear import (
     copies_of,
@@ -104,7 +104,7 @@ class _LoraLinears(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, *dys):
         m = len(ctx.adapters)
         n = len(ctx.factors) - m

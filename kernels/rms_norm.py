@@ -57,6 +57,7 @@ from minisft.kernels.common import (
     may_change,
     next_power_of_2,
     num_sms,
+    once_differentiable,
     smallest_fit,
     tl,
 )
@@ -221,6 +222,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         kept, weight, rstd = ctx.saved_tensors
         features = kept.shape[-1]
@@ -276,7 +278,7 @@ class _RMSNormTriton(torch.autograd.Function):
         return y if total is None else (y, total)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy, dsum=None):
         kept, weight, rstd = ctx.saved_tensors
         T, D = kept.shape

@@ -38,7 +38,16 @@ Paper: Su et al. 2021, "RoFormer".
 import torch
 from torch import Tensor
 
-from minisft.kernels.common import backend_for, cdiv, jit, next_power_of_2, num_sms, smallest_fit, tl
+from minisft.kernels.common import (
+    backend_for,
+    cdiv,
+    jit,
+    next_power_of_2,
+    num_sms,
+    once_differentiable,
+    smallest_fit,
+    tl,
+)
 from minisft.kernels.rms_norm import rms_norm, rms_norm_ref
 
 Norm = tuple[Tensor, float, float]  # weight [Dh], eps, offset
@@ -376,7 +385,7 @@ class _RopeTriton(torch.autograd.Function):
         return turn(q, k, q_weight, k_weight, cos, sin, interleaved, numbers)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dq_out, dk_out):
         saved = *ctx.saved_tensors, ctx.interleaved, ctx.numbers
         return *turn_back(dq_out, dk_out, *saved, weights=any(ctx.needs_input_grad[2:4])), *[None] * 4

@@ -8,13 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import tiny
+from tolerance import relative_error
 
 from minisft.config.sections import KEYS
 from minisft.config.values import choices
 from minisft.errors import UserError
 from minisft.kernels import common
+from minisft.kernels.causal_conv1d import causal_conv1d
 from minisft.kernels.common import backend_for, use_backend
-from minisft.kernels.rms_norm import rms_norm
+from minisft.kernels.cross_entropy import cross_entropy
+from minisft.kernels.embedding import embedding
+from minisft.kernels.flash_attention import flash_attention
+from minisft.kernels.gated_delta_rule import gated_delta_rule
+from minisft.kernels.glu import geglu, swiglu
+from minisft.kernels.layer_norm import layer_norm
+from minisft.kernels.linear import linears
+from minisft.kernels.linear_cross_entropy import linear_cross_entropy
+from minisft.kernels.lora import Adapter, lora_linears
+from minisft.kernels.rms_norm import add_rms_norm, rms_norm
+from minisft.kernels.rope import rope
 from minisft.model.families import FAMILIES
 from minisft.prepare.kernels import describe_kernels
 from minisft.prepare.run import pick_kernels
@@ -133,3 +145,70 @@ def test_asking_for_triton_without_a_gpu_is_a_users_mistake(monkeypatch):
 def test_the_ops_of_every_family_have_a_backend(family):
     with use_backend("torch"):
         assert describe_kernels(tiny(family), torch.device("cpu")) == "torch"
+
+
+# ---- second derivatives ---------------------------------------------------------------------------------------------
+
+
+def second_derivatives(op, dtype):
+    """Of all inputs, from the squares of the gradients of the sum of what comes out: nothing from above has a graph."""
+    start, end = torch.zeros(5, dtype=torch.int32), torch.full((5,), 5, dtype=torch.int32)
+    ids, angle = torch.tensor([1, 2, 1, 0, 3]), torch.arange(40.0).view(5, 8)
+
+    def heads(x):
+        return x.view(5, 2, 16)
+
+    ops = {
+        "rms_norm": lambda x, y, w: rms_norm(x, w[0], 1e-5),
+        "add_rms_norm": lambda x, y, w: sum(add_rms_norm(x, y, w[0], 1e-5)),
+        "layer_norm": lambda x, y, w: layer_norm(x, w[0], w[1], 1e-5),
+        "swiglu": lambda x, y, w: swiglu(x, y),
+        "geglu": lambda x, y, w: geglu(x, y),
+        "rope": lambda x, y, w: torch.cat(rope(heads(x), heads(y), angle.cos(), angle.sin())) ** 2,
+        "flash_attention": lambda x, y, w: flash_attention(heads(x), heads(y), heads(x), start, end),
+        "causal_conv1d": lambda x, y, w: causal_conv1d(x, w[:3].T, w[3], start, activation="silu"),
+        "gated_delta_rule": lambda x, y, w: gated_delta_rule(
+            *map(heads, (x, y, x)), -(x[:, :2] ** 2), y[:, :2], start, end
+        ),
+        "cross_entropy": lambda x, y, w: cross_entropy(x, ids),
+        "linear_cross_entropy": lambda x, y, w: linear_cross_entropy(x, w, ids),
+        "losses_of_rows": lambda x, y, w: linear_cross_entropy(x, w, ids, reduction="none"),
+        "linears": lambda x, y, w: linears(x, (w, None))[0],
+        "lora_linears": lambda x, y, w: lora_linears(x, [(w.detach(), None)], [Adapter(0, y[:2], w[:, :2], 2.0)])[0],
+        "embedding": lambda x, y, w: embedding(ids, w) ** 2,
+    }
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(n, 32, generator=generator).to(dtype).requires_grad_() for n in (5, 5, 7)]
+    gradients = torch.autograd.grad(
+        ops[op](*(x * 1 for x in inputs)).sum(), inputs, create_graph=True, allow_unused=True
+    )
+    seconds = torch.autograd.grad(sum((g**2).sum() for g in gradients if g is not None), inputs, allow_unused=True)
+    return [torch.zeros_like(x) if s is None else s for s, x in zip(seconds, inputs)]
+
+
+HAVE_SECOND = {("torch", "rope"), ("torch", "geglu"), ("torch", "layer_norm")}  # the last one in fp32
+OPS = """
+    rms_norm add_rms_norm layer_norm swiglu geglu rope flash_attention causal_conv1d gated_delta_rule cross_entropy
+    linear_cross_entropy losses_of_rows linears lora_linears embedding
+""".split()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_second_derivative_is_right_or_refused(backend, dtype, op, request):
+    """Under a loss PyTorch's own decorator refuses none, and they would be zero."""
+    if backend == "triton":
+        request.getfixturevalue("triton_kernels")
+    with use_backend(backend):
+        if (backend, op) in HAVE_SECOND and (op != "layer_norm" or dtype == torch.float32):
+            ours = second_derivatives(op, dtype)
+            with use_backend("reference"):
+                formula = second_derivatives(op, dtype)
+            assert all(relative_error(s, f) < 20 * torch.finfo(dtype).eps for s, f in zip(ours, formula))
+        else:
+            with pytest.raises(RuntimeError, match="no second derivative .* use_backend"):
+                second_derivatives(op, dtype)
+    with use_backend("reference"):
+        assert all(s.isfinite().all() for s in second_derivatives(op, dtype))
