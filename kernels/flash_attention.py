@@ -138,6 +138,12 @@ def _has_descriptor(x: Tensor) -> bool:
     return x.numel() > 0 and x.stride(-1) == 1 and aligned
 
 
+def _may_turn_in_place(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the heads of q and k lie one after another, no two numbers of them in one place, and the three are different."""
+    whole = all(x.stride()[1:] == (x.shape[2], 1) and x.stride(0) >= x.shape[1] * x.shape[2] for x in (q, k))
+    return whole and len({x.data_ptr() for x in (q, k, v)}) == 3
+
+
 def _tiles(tensors: dict, options: dict, config: dict) -> Tensor:
     """int32 [blocks of queries, 2 + blocks of keys]: which tiles each block of queries visits; see the kernel."""
     names = ("Tq", "Tk", "q_offset", "window", "WINDOW")
@@ -186,7 +192,7 @@ class _FlashAttentionTriton(torch.autograd.Function):
         given = (q, k) if q_weight is not None else (None, None)
         q_given = None
         if cos is not None:
-            in_place = may_overwrite and q_weight is None and all(x.stride()[1:] == (x.shape[2], 1) for x in (q, k))
+            in_place = may_overwrite and q_weight is None and _may_turn_in_place(q, k, v)
             _, k = turn(None, k, None, k_weight, cos, sin, interleaved, numbers, out=(None, k) if in_place else None)
             q_given = q if q.stride(-1) == 1 else q.contiguous()
             q = q if in_place and _has_descriptor(q) else q.new_empty(q.shape)
@@ -340,11 +346,12 @@ def flash_attention(
     rotary: the arguments of `rope` after q and k, which then turns both first; {} = they come turned. The Triton kernels of both
         are one op: the sum of dq, in fp32 and without its scale, goes back through the embedding as it is.
     may_overwrite: True where nobody reads q and k afterwards, as they come from a matrix product, which does not keep its output.
-        The Triton kernels then turn them where they lie. It changes nothing but the memory.
+        The Triton kernels then turn them where they lie, and autograd is not told: an op that has kept them for its backward pass,
+        or a checkpoint around this op alone, would read other numbers. It changes nothing but the memory.
 
     Returns [Tq, Hq, Dh], contiguous, in the dtype of q; zeros for a query that sees no key. A document's output and
-    gradients do not depend on the content of other documents, not even in the last bit.
-    Raises ValueError where shapes, dtypes or options do not fit.
+    gradients do not depend on the content of other documents, not even in the last bit (the Triton kernels': as far as that
+    is finite). Raises ValueError where shapes, dtypes or options do not fit.
     """
     _check(q, k, v, window, softcap)
     if start.shape != q.shape[:1] or end.shape != k.shape[:1] or start.is_floating_point() or end.is_floating_point():

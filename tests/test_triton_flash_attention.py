@@ -482,6 +482,24 @@ def test_q_and_k_may_be_turned_where_they_lie(head_dim, interleaved, norms):
         assert torch.equal(q, expected[0]) and torch.equal(k, expected[1])
 
 
+@pytest.mark.parametrize("case", ["one key", "one query", "k is v", "q is k", "q is v"])
+def test_what_lies_in_one_place_is_not_turned_there(case):
+    start, end = bounds_of([9, 1, 14])
+    angle = torch.arange(24.0)[:, None] * 10.0 ** -torch.arange(16)
+    q, k, v = torch.randn(3, 24, 2, 32)
+    if case == "one key":
+        k = k[:1].expand(24, 2, 32)
+    elif case == "one query":
+        q = q[:1].expand(24, 2, 32)
+    else:
+        q, k, v = (q, k, k) if case == "k is v" else (q, q, v) if case == "q is k" else (q, k, q)
+    rotary = {"cos": angle.cos(), "sin": angle.sin()}
+    plain, overwriting = (
+        flash_attention(q, k, v, start, end, rotary=rotary, may_overwrite=may) for may in (False, True)
+    )
+    assert torch.equal(plain, overwriting)
+
+
 def test_varlen_is_the_same_op():
     lengths = [30, 1, 50]
     inputs, cu_seqlens = qkv(sum(lengths)), torch.tensor([0, 30, 31, 81])
