@@ -473,6 +473,16 @@ def cross_entropy(
     return losses.sum() / (targets != ignore_index).sum().clamp(min=1)
 
 
+def check_documents(cu_seqlens: Tensor | None, T: int) -> None:
+    """Raises ValueError where these are not the bounds of documents side by side; on a GPU only their form is looked at."""
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.ndim != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"cu_seqlens {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: expected int64 or int32 [N + 1]")
+    if cu_seqlens.device.type == "cpu" and (cu_seqlens[0] != 0 or cu_seqlens[-1] != T or (cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens runs from {cu_seqlens[0]} to {cu_seqlens[-1]}: expected 0 to {T}, and never back")
+
+
 def _check(logits, labels, cu_seqlens, ignore_index, softcap, label_smoothing, reduction) -> None:
     """Raises ValueError for arguments that do not fit together."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
@@ -486,9 +496,8 @@ def _check(logits, labels, cu_seqlens, ignore_index, softcap, label_smoothing, r
         raise ValueError(f"label_smoothing {label_smoothing}: expected at least 0 and less than 1")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction {reduction!r}: expected 'mean', 'sum' or 'none'")
+    check_documents(cu_seqlens, T)
     if logits.device.type == "cpu":
-        if cu_seqlens is not None and (cu_seqlens[0] != 0 or cu_seqlens[-1] != T):
-            raise ValueError(f"cu_seqlens runs from {cu_seqlens[0]} to {cu_seqlens[-1]}: expected 0 to {T}")
         bad = labels[((labels < 0) & (labels != ignore_index)) | (labels >= V)]
         bad = bad[bad != ignore_index]
         if len(bad):

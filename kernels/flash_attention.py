@@ -346,8 +346,8 @@ def flash_attention(
     rotary: the arguments of `rope` after q and k, which then turns both first; {} = they come turned. The Triton kernels of both
         are one op: the sum of dq, in fp32 and without its scale, goes back through the embedding as it is.
     may_overwrite: True where nobody reads q and k afterwards, as they come from a matrix product, which does not keep its output.
-        The Triton kernels then turn them where they lie, and autograd is not told: an op that has kept them for its backward pass,
-        or a checkpoint around this op alone, would read other numbers. It changes nothing but the memory.
+        The Triton kernels then turn them where they lie, and autograd is not told: an op that has kept them for its backward
+        pass, or a checkpoint around this op alone, would read other numbers. It changes nothing but the memory.
 
     Returns [Tq, Hq, Dh], contiguous, in the dtype of q; zeros for a query that sees no key. A document's output and
     gradients do not depend on the content of other documents, not even in the last bit (the Triton kernels': as far as that
@@ -388,10 +388,13 @@ def flash_attention_varlen(
         shared is False.
 
     Returns [T, Hq, Dh]. Raises ValueError as `flash_attention` and where cu_seqlens is on the CPU and does not run from 0
-    to T. On a GPU that is not checked, as it would have to wait for the GPU: tokens beyond the last document see nothing.
+    to T, or goes back. On a GPU that is not checked, as it would have to wait for the GPU: tokens beyond the last document
+    see nothing.
     """
     fits = cu_seqlens.ndim == 1 and len(cu_seqlens) > 1
-    if not fits or not cu_seqlens.is_cuda and (int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != len(q)):
+    if fits and not cu_seqlens.is_cuda:
+        fits = cu_seqlens[0] == 0 and cu_seqlens[-1] == len(q) and not (cu_seqlens.diff() < 0).any()
+    if not fits:
         raise ValueError(f"flash_attention_varlen: cu_seqlens {cu_seqlens.tolist()} must run from 0 to {len(q)}")
     tokens = torch.arange(len(q), device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     document = torch.searchsorted(cu_seqlens, tokens, right=True).clamp_(max=len(cu_seqlens) - 1)

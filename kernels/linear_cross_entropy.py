@@ -79,7 +79,7 @@ from torch import Tensor
 
 from minisft.kernels.common import backend_for, cdiv, jit, num_sms, once_differentiable, tl
 from minisft.kernels.copies import weight_as
-from minisft.kernels.cross_entropy import score_rows, targets_of
+from minisft.kernels.cross_entropy import check_documents, score_rows, targets_of
 from minisft.kernels.linear import product_into
 from minisft.kernels.linear_cross_entropy_torch import Options
 from minisft.kernels.linear_cross_entropy_torch import run as run_torch
@@ -458,8 +458,7 @@ def shifted_linear_cross_entropy(
     T = len(hidden)
     if labels.shape != (T,):
         raise ValueError(f"labels {tuple(labels.shape)}: expected ({T},), one a row of hidden {tuple(hidden.shape)}")
-    if cu_seqlens is not None and cu_seqlens.device.type == "cpu" and (cu_seqlens[0] != 0 or cu_seqlens[-1] != T):
-        raise ValueError(f"cu_seqlens runs from {cu_seqlens[0]} to {cu_seqlens[-1]}: expected 0 to {T}")
+    check_documents(cu_seqlens, T)
     return linear_cross_entropy(hidden, weight, targets_of(labels, cu_seqlens, True, IGNORE_INDEX), **options)
 
 

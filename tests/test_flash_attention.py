@@ -435,6 +435,8 @@ def test_bad_arguments_of_the_wrappers():
     q, k, v = qkv(9)
     with pytest.raises(ValueError, match=r"\[0, 8\] must run from 0 to 9"):
         flash_attention_varlen(q, k, v, torch.tensor([0, 8]), 8)
+    with pytest.raises(ValueError, match=r"\[0, 7, 3, 9\] must run from 0 to 9"):
+        flash_attention_varlen(q, k, v, torch.tensor([0, 7, 3, 9]))
     with pytest.raises(ValueError, match=r"\[0\] must run from 0 to 0"):
         flash_attention_varlen(q[:0], k[:0], v[:0], torch.tensor([0]))
     with pytest.raises(ValueError, match=r"cache_seqlens \(3,\)"):

@@ -552,5 +552,9 @@ def test_bad_documents():
     hidden, weight, labels = example()
     with pytest.raises(ValueError, match="from 0 to 39: expected 0 to 40"):
         shifted_linear_cross_entropy(hidden, weight, labels, torch.tensor([0, 39]))
+    with pytest.raises(ValueError, match="from 0 to 40: .* never back"):
+        shifted_linear_cross_entropy(hidden, weight, labels, torch.tensor([0, 39, 20, 40]))
+    with pytest.raises(ValueError, match=r"cu_seqlens torch.int64 \(0,\)"):
+        shifted_linear_cross_entropy(hidden, weight, labels, torch.zeros(0, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"labels \(39,\): expected \(40,\)"):
         shifted_linear_cross_entropy(hidden, weight, labels[1:])
