@@ -141,7 +141,7 @@ def _has_descriptor(x: Tensor) -> bool:
 def _may_turn_in_place(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the heads of q and k lie one after another, no two numbers of them in one place, and the three are different."""
     whole = all(x.stride()[1:] == (x.shape[2], 1) and x.stride(0) >= x.shape[1] * x.shape[2] for x in (q, k))
-    return whole and len({x.data_ptr() for x in (q, k, v)}) == 3
+    return whole and len({(x.untyped_storage()._cdata, x.storage_offset()) for x in (q, k, v)}) == 3
 
 
 def _tiles(tensors: dict, options: dict, config: dict) -> Tensor:
