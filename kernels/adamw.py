@@ -417,7 +417,7 @@ def adamw_(
     params: fp32 or bf16, contiguous, any shapes, on one device; the Triton kernel writes the copies that they keep too. grads:
     one for each, in its shape, fp32, bf16 or fp16; not changed.
     exp_avgs, exp_avg_sqs: the moments, zeros before the first step. Each is an fp32 tensor in the shape of its parameter, or
-    in 8 bits the pair (codes uint8 in that shape, absmax fp32 [ceil(n / 256)]); both moments of a parameter alike.
+    in 8 bits the pair (codes uint8 in that shape, absmax fp32 [ceil(n / 256)], contiguous); both moments of a parameter alike.
     step: 1 in the first step. clip: what the gradients are multiplied by; NaN: nothing changes. Triton reads a 0-d fp32
     tensor on the device; without it the host waits for that number.
     stochastic_rounding_seed: round bf16 parameters by chance, as a function of this seed, the step, the place of
@@ -425,13 +425,15 @@ def adamw_(
     updated in this step; None: 0, 1, 2, ..., for a single call with all of them. firsts: which element of that parameter the
     first one here is, where only some rows of it are here; None: 0.
 
-    fp64 parameters with fp64 moments go through torch. Raises ValueError where lengths or shapes differ.
+    fp64 parameters with fp64 moments go through torch. Raises ValueError where lengths or shapes differ, or step is 0.
     """
     if not len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs):
         counts = [len(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
         raise ValueError(f"adamw_: {counts} parameters, gradients, first and second moments")
     for i, (w, g, *states) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
         _check(i, w, g, *states)
+    if step < 1:
+        raise ValueError(f"adamw_: step {step}: the first one is 1")
     for name, numbers in (("places", places), ("firsts", firsts)):
         if numbers is not None and len(numbers) != len(params):
             raise ValueError(f"adamw_: {len(numbers)} {name} for {len(params)} parameters")
@@ -464,6 +466,7 @@ def _check(i: int, w: Tensor, g: Tensor, m: State, v: State) -> None:
         else:
             codes, absmax = state
             fits = codes.shape == w.shape and codes.dtype == torch.uint8 and absmax.dtype == torch.float32
-            fits = fits and len(absmax) == cdiv(w.numel(), STATE_BLOCKSIZE) and codes.is_contiguous()
+            fits = fits and len(absmax) == cdiv(w.numel(), STATE_BLOCKSIZE)
+            fits = fits and codes.is_contiguous() and absmax.is_contiguous()
         if not fits or type(m) is not type(v):
             raise ValueError(f"adamw_: parameter {i}: its moments do not fit {w.dtype} {tuple(w.shape)}")

@@ -250,7 +250,7 @@ def gated_delta_rule(
 
     q, k: [T, Hk, Dk]. v: [T, Hv, Dv] with Hv a multiple of Hk; value head h reads key head h // (Hv / Hk). bf16, fp16,
         fp32 or fp64, the same for all three.
-    g: [T, Hv], the logarithm of the decay, at most 0. beta: [T, Hv]. Both fp32, or in the dtype of q.
+    g: [T, Hv], the logarithm of the decay, finite and at most 0. beta: [T, Hv]. Both fp32, or in the dtype of q.
     start, end: int [T]: the first token of each token's document, and the one behind its last. Whole documents side by side;
         a document that shares a prefix with its neighbour has no state of its own and is refused.
     scale: multiplies q; None = Dk ** -0.5. normalize: divide q and k by their norms first.

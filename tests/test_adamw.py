@@ -246,6 +246,12 @@ def test_tensors_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             adamw_(*(bad if i == place else tensors for i, tensors in enumerate(good)), step=1, **OPTIONS)
+    with pytest.raises(ValueError, match="step 0: the first one is 1"):
+        adamw_(*good, step=0, **OPTIONS)
+    w = torch.ones(4, 256)
+    apart = [(torch.zeros(4, 256, dtype=torch.uint8), torch.zeros(8)[::2])]
+    with pytest.raises(ValueError, match="parameter 0: its moments do not fit"):
+        adamw_([w], [w], apart, apart, step=1, **OPTIONS)
     for name in ("places", "firsts"):
         for numbers in ([], [0, 1]):
             with pytest.raises(ValueError, match=rf"{len(numbers)} {name} for 1 parameters"):
