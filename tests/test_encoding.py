@@ -503,6 +503,22 @@ def test_a_shortened_document_trains_no_answer_of_another(tmp_path):
         assert trained == ["(last)2<|im_end|>", "(last)4<|im_end|>", "(last)6<|im_end|>"]
 
 
+@pytest.mark.parametrize("last_turn_only", [False, True])
+def test_a_shortened_document_trains_the_parts_of_its_answer_only(tmp_path, last_turn_only):
+    tokenizer = replace(TOKENIZER, template=LAST_DIFFERS)
+    messages = turns("1", "2", "3", "4", "5", "6")
+    for i, train in ((1, False), (3, None)):
+        parts = [{"type": "text", "text": str(i + 1), "train": True}, {"type": "text", "text": "b"}]
+        messages[i] |= {"content": parts} | ({} if train is None else {"train": train})
+    expected = ["2", "4" if last_turn_only else "(last)4b<|im_end|>", "(last)6<|im_end|>"]
+    rows, options = [{"messages": messages}], {"last_turn_only": last_turn_only}
+    lengths = np.diff(build(tmp_path, rows, tokenizer, **options).offsets)
+    for limit in range(lengths[0], lengths[-1] + 1):
+        cache = build(tmp_path, rows, tokenizer, turns_max_length=int(limit), **options)
+        borders = zip(cache.offsets, cache.offsets[1:])
+        assert [TOKENIZER.decode(cache.ids[a:b][cache.kinds[a:b] >= TRAINED]) for a, b in borders] == expected
+
+
 def test_text_without_turns_is_cut_at_its_end(tmp_path):
     cache = build(tmp_path, [{"text": "Hello, how are you? " * 9}], turns_max_length=8)
     _, account = select_documents(cache, max_length=8, truncation="turns")

@@ -556,3 +556,63 @@ def test_flags_and_weights_of_messages(name, messages, data):
     told = [m["content"].strip() for m, on in zip(messages, wanted) if on]
     assert all(a in "".join(parts) for a in told) and bool(parts) == any(wanted)
     assert len(document.weights) == sum(on and weight != 1.0 for on, weight in zip(wanted, weights))
+
+
+FLAG = st.sampled_from([None, True, False])
+
+
+@st.composite
+def conversations_in_parts(draw) -> tuple[list[dict], list[tuple[str, bool]]]:
+    """(messages, whose contents consist of parts with and without `train`; each part's text and whether it is trained)."""
+    messages, parts = [], []
+    for i in range(2 * draw(st.integers(1, 3))):
+        flag, content, spans = draw(FLAG), "", []
+        for _ in range(draw(st.integers(1, 2))):
+            said, on = f"word{len(parts)}.", draw(FLAG)
+            spans += [] if on is None else [(len(content), len(content) + len(said), on)]
+            content += said
+            parts.append((said, on, flag, i % 2 == 1))
+        messages.append([user, assistant][i % 2](content) | ({} if flag is None else {"train": flag}))
+        messages[-1] |= {"part_spans": spans} if spans else {}
+    return messages, parts
+
+
+@given(
+    st.sampled_from([*JOINT, "qwen3", "qwen35"]),
+    conversations_in_parts(),
+    st.sampled_from(["assistant", "all"]),
+    st.sampled_from(["auto", "per_turn"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_part_is_trained_once_or_never_however_turns_are_found(name, drawn, train_on, multi_turn):
+    messages, parts = drawn
+    try:
+        documents = render_conversation(TEMPLATES[name], messages, masking=Masking(train_on, multi_turn))
+    except RowError:  # a template that renders turns differently, and a part that is trained outside of an answer, say
+        assume(False)
+    told = "".join(text for document in documents for text in trained(document))
+    for said, on, of_message, is_answer in parts:
+        rule = is_answer or train_on == "all" if of_message is None else of_message
+        assert told.count(said) == (rule if on is None else on), said
+
+
+@pytest.mark.parametrize("name", ["chatml", "smollm", "qwen3"])
+def test_reasoning_is_masked_also_where_everything_else_is_trained(name):
+    messages = [user("2+2?"), assistant("<think>\neasy\n</think>\n\n4")]
+    (document,) = render_conversation(TEMPLATES[name], messages, masking=Masking("all", reasoning="mask"))
+    assert "easy" in document.text and "easy" not in "".join(trained(document)) and "2+2?" in trained(document)[0]
+
+
+def test_what_is_not_trained_must_be_found_where_everything_else_is():
+    """Qwen 3 drops a reasoning of earlier turns, so their places cannot be found exactly."""
+    says_no = [{"train": False}, {"part_spans": [(0, 1, False)]}]
+    for more in says_no:
+        messages = [user("1"), assistant("one", **more), user("2"), assistant("two")]
+        with pytest.raises(RowError, match="differently"):
+            render_conversation(TEMPLATES["qwen3"], messages, masking=Masking("all"))
+    lost = ChatTemplate(
+        "{% for m in messages %}<{{ m.role }}>{{ '!' if m.content[0] == 'H' }}{{ m.content }}</s>{% endfor %}"
+    )
+    with pytest.raises(RowError, match="place of a message"):
+        messages = [{**user("Hi"), "train": False}, assistant("Hello")]
+        render_conversation(lost, messages, masking=Masking("all"))

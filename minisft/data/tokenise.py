@@ -382,8 +382,12 @@ def _without_oldest_turns(
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     cuts = [i for i, m in enumerate(messages) if m["role"] == "user" and first < i < answers[-1]]
     is_alone = part.strategy == "per_turn"
-    if is_alone:  # `train` of a message decided already which answers have a document
-        messages = [{k: v for k, v in m.items() if k != "train"} for m in messages]
+    if is_alone:  # only the last message is trained, or parts of it
+        last, whole = len(messages) - 1, part.example.messages or []
+        follows = any(m["role"] == "assistant" for m in whole[part.end :])
+        by_rule = not follows if row_format.last_turn_only else last >= part.example.first_trained
+        messages = [{k: v for k, v in m.items() if k not in ("train", "part_spans")} for m in messages]
+        messages[last] = {**whole[last], "train": whole[last].get("train", by_rule)}
 
     def shortened(cut: int) -> Encoded:
         fewer = replace(

@@ -68,6 +68,15 @@ class Conversation:
             self.kept[key] = render(self.template, self.messages[:stop], **{**self.given, **options})
         return self.kept[key]
 
+    def wants(self, i: int) -> bool:
+        """Whether message i is trained, or a part of it."""
+        return self.trained[i] or any(on for _, _, on in self.notes[i].get("part_spans", ()))
+
+    def only(self, i: int) -> "Conversation":
+        """The row with message i as the only one that may be trained."""
+        trained = [on and n == i for n, on in enumerate(self.trained)]
+        return replace(self, trained=trained, notes=[note if n == i else {} for n, note in enumerate(self.notes)])
+
     def prompt(self, i: int, **switch: Any) -> str:
         """The text that the model is given before it writes message i. Raises RowError if that cannot be told."""
         if i > self.greeting:

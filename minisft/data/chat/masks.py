@@ -122,9 +122,10 @@ def _documents(row: Conversation) -> list[Rendered]:
         except RowError as error:
             errors.append(error)
     try:
-        if row.masking.multi_turn != "joint" and sum(row.trained) > 1:
+        wanted = [i for i in range(len(row.messages)) if row.wants(i)]
+        if row.masking.multi_turn != "joint" and len(wanted) > 1:
             options = [replace(option, kept={}) for option in options]
-            return _not_too_long(_alone(options, i) for i, on in enumerate(row.trained) if on)
+            return _not_too_long(_alone(options, i) for i in wanted)
     except RowError:
         pass
     try:
@@ -138,7 +139,7 @@ def _alone(options: list[Conversation], i: int) -> Rendered:
     errors = []
     for option in options:
         try:
-            return _per_turn(replace(option, trained=[n == i for n in range(len(option.messages))]))[0]
+            return _per_turn(option.only(i))[0]
         except RowError as error:
             errors.append(error)
     raise errors[0]
@@ -151,7 +152,7 @@ def _joint_or_per_turn(row: Conversation) -> list[Rendered]:
         return [_joint(row)]
     except RowError:
         answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
-        if row.masking.multi_turn == "joint" or not any(row.trained[i] for i in answers):
+        if row.masking.multi_turn == "joint" or not any(row.wants(i) for i in answers):
             raise
     return _per_turn(row)
 
@@ -161,7 +162,7 @@ def _has_prompt(row: Conversation, i: int) -> bool:
     try:
         _turn(row, row.render(i + 1), i)
     except RowError as error:
-        if row.notes[i].get("train"):
+        if row.notes[i].get("train") or any(on for _, _, on in row.notes[i].get("part_spans", ())):
             raise RowError("the first turn cannot be trained", str(error)) from None
         return False
     return True
@@ -221,7 +222,7 @@ def _joint(row: Conversation) -> Rendered:
     if not is_checked and row.template.text != CHATML:
         for i, turn in zip(answers, turns):
             # The last turn has nothing after it that could change it, but its prompt may depend on a switch.
-            if row.trained[i] and (i < len(row.messages) - 1 or switch_values(row.template)):
+            if row.wants(i) and (i < len(row.messages) - 1 or switch_values(row.template)):
                 _turn(row, text, i, turn)
     return spans_of(row, *ended(row, text, dict(zip(answers, turns))), contents, strategy)
 
@@ -284,13 +285,13 @@ def _read_markers(markers: str, marked: str) -> tuple[str, list[tuple[int, int]]
 
 
 def _turns_by_prefix(row: Conversation, text: str, answers: list[int]) -> list[tuple[int, int]]:
-    """C. Turns that are context need not be found, because only their kind depends on it."""
+    """C. Turns that are context need not be found, because only their kind depends on it; unless all around them is trained."""
     turns = []
     for i in answers:
         try:
             turns.append(_turn(row, text, i))
         except RowError:
-            if row.trained[i]:
+            if row.wants(i) or row.masking.train_on == "all":
                 raise
             turns.append((0, 0))
     return turns
@@ -354,23 +355,27 @@ def _continued_prompt(row: Conversation, i: int, so_far: str, text: str) -> tupl
 
 def _per_turn(row: Conversation) -> list[Rendered]:
     """D. All turns of a document but the last are context."""
-    if not any(row.trained):  # one document of context, which the account counts under "with nothing to train"
+    wanted = [i for i in range(len(row.messages)) if row.wants(i)]
+    if not wanted:  # one document of context, which the account counts under "with nothing to train"
         text = row.render()
         return [Rendered(text, [(0, len(text), HEADER)], [], "prefix", len(row.messages))]
-    others = [i for i, on in enumerate(row.trained) if on and row.messages[i]["role"] != "assistant"]
+    others = [i for i in wanted if row.messages[i]["role"] != "assistant"]
     if others:
         raise RowError(
             "train = true outside of an answer", f"message {others[0]}, in a row that is rendered turn by turn"
         )
-    return _not_too_long(_turns_alone(row))
+    return _not_too_long(_turns_alone(row, wanted))
 
 
-def _turns_alone(row: Conversation) -> Iterator[Rendered]:
+def _turns_alone(row: Conversation, wanted: list[int]) -> Iterator[Rendered]:
     if row.kept is None:  # documents begin alike, so n turns need renderings in the order of n, not of n^2
         row = replace(row, kept={})
-    for i in (i for i, on in enumerate(row.trained) if on):
-        alone = [n == i for n in range(i + 1)]
-        part = replace(row, messages=row.messages[: i + 1], notes=row.notes[: i + 1], trained=alone, prompts={})
+    for i in wanted:
+        part = row.only(i)
+        end = i + 1
+        part = replace(
+            part, messages=row.messages[:end], notes=part.notes[:end], trained=part.trained[:end], prompts={}
+        )
         _, _, contents = _marked(part)
         text = part.answered(i)  # a thought is put behind all other contents
         answers = [n for n, message in enumerate(part.messages) if message["role"] == "assistant"]
@@ -390,14 +395,19 @@ def _not_too_long(documents: Iterable[Rendered]) -> list[Rendered]:
 
 
 def _everything(row: Conversation) -> Rendered:
-    """train_on = "all". The places of turns only decide their kinds, unless a message has train = false."""
-    if not all(row.trained):
-        rendered = _joint(row)
-        untrained = [span for span in rendered.spans[1:] if not span[2] & TRAINED]
-        return replace(rendered, spans=[(0, len(rendered.text), HEADER | TRAINED), *rendered.spans[1:], *untrained])
+    """train_on = "all". The places of turns only decide their kinds, unless something in the row is not trained."""
     try:
         rendered = _joint(row)
     except RowError:
+        if not all(row.trained) or any(_has_untrained_part(row, i) for i in range(len(row.messages))):
+            raise
         text = row.render()
         return Rendered(text, [(0, len(text), HEADER | TRAINED)], [], "prefix", len(row.messages))
-    return replace(rendered, spans=[(a, b, byte | TRAINED) for a, b, byte in rendered.spans])
+    return replace(rendered, spans=[(0, len(rendered.text), HEADER | TRAINED), *rendered.spans[1:]])
+
+
+def _has_untrained_part(row: Conversation, i: int) -> bool:
+    """Whether a part of message i is not trained, though the message is: by its `train`, or because reasoning is masked."""
+    message = row.messages[i]
+    thinks = message["role"] == "assistant" and ("reasoning_content" in message or "</think>" in message["content"])
+    return row.masking.reasoning == "mask" and thinks or any(not on for _, _, on in row.notes[i].get("part_spans", ()))

@@ -6,7 +6,7 @@ A turn that has no end of its own is ended here, by the opener of the next one (
 import re
 
 from minisft.data.chat.dialogue import Conversation, Rendered, Span
-from minisft.data.chat.inference import TOKEN, openers, terminator
+from minisft.data.chat.inference import THOUGHT, TOKEN, openers, terminator
 from minisft.data.kinds import ANSWER, HEADER, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
 from minisft.data.rows import RowError
 
@@ -39,8 +39,10 @@ def spans_of(row: Conversation, text: str, turns: dict, contents: dict, strategy
         start, end = turns.get(i) or contents.get(i) or (0, 0)
         trained = TRAINED if row.trained[i] else 0
         if end == start:
-            if trained and message["content"].strip():
-                raise RowError("the place of a message cannot be found", f"message {i} is to be trained")
+            is_hidden = row.masking.train_on == "all" and not trained  # context, with all around it trained
+            if (row.wants(i) or is_hidden) and message["content"].strip():
+                what = "not to be trained, unlike all around it" if is_hidden else "to be trained"
+                raise RowError("the place of a message cannot be found", f"message {i} is {what}")
             continue
         if message["role"] == "assistant":
             spans += _answer_spans(row, text, start, end, message, trained)
@@ -49,7 +51,7 @@ def spans_of(row: Conversation, text: str, turns: dict, contents: dict, strategy
             spans.append((start, end, KIND_OF_ROLE[message["role"]] | trained))
         if "part_spans" in row.notes[i]:
             spans += _part_spans(row, text, start, end, i)
-        if trained and row.notes[i].get("weight", 1.0) != 1.0:
+        if row.wants(i) and row.notes[i].get("weight", 1.0) != 1.0:
             weights.append((start, end, row.notes[i]["weight"]))
     prompts = frozenset(how for i, how in row.prompts.items() if row.trained[i])
     return Rendered(text, spans, weights, strategy, len(row.messages), prompts=prompts, lost_reasoning=lost_reasoning)
@@ -72,7 +74,8 @@ def _answer_spans(row: Conversation, text: str, start: int, end: int, message: d
     if message.get("tool_calls") and answer in turn:
         at = start + turn.rindex(answer)
         spans.append((at, at + len(answer), ANSWER | trained))
-    thought = _reasoning_end(turn, reasoning)
+    inside = THOUGHT.match(content)
+    thought = _reasoning_end(turn, reasoning or (inside[1].strip() if inside else ""))
     if thought:
         spans.append((start, start + thought, REASONING | (0 if row.masking.reasoning == "mask" else trained)))
     for end_of_turn in filter(None, (terminator(row.template), *openers(row.template))):
