@@ -179,6 +179,16 @@ def test_response_markers(tmp_path):
     assert trained_text(cache, 0) == "onetwo<|im_end|>"
 
 
+@pytest.mark.parametrize("end", ["<|user|>", "<|user|>2", "<|user|>2<|im_end|>", "<|user|>2<|assistant|>two"])
+def test_eos_is_trained_where_it_ends_an_answer(tmp_path, end):
+    path = jsonl(tmp_path / "a.jsonl", [{"text": "<|user|>1<|assistant|>one" + end}])
+    for trained, options in (("answers", {"response_marker": "<|assistant|>"}), ("all", {})):
+        cache = build(tmp_path, path, instruction_marker="<|user|>" * bool(options), **options)
+        eos = TOKENIZER.eos_token_id
+        assert (cache.ids == eos).sum() == 1 and cache.ids[-1] == eos
+        assert (cache.kinds[-1] >= TRAINED) == (trained == "all" or end.endswith("two"))
+
+
 def with_bos_and_eos(folder):
     backend = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str())
     backend.add_special_tokens(["<s>", "</s>"])

@@ -465,7 +465,8 @@ def _join(
         if len(ids[-1]) and ids[-1][-1] == eos:  # the text brought its own
             ids[-1], kinds[-1] = ids[-1][:-1], kinds[-1][:-1]
         ids.append(np.array([*after, eos], dtype=np.uint32))
-        kinds.append(np.array([SPECIAL] * len(after) + [TERMINATOR | TRAINED], dtype=np.uint8))
+        trained = example.pieces[-1].spans[-1][2] & TRAINED  # a text may end with a question, which EOS then ends
+        kinds.append(np.array([SPECIAL] * len(after) + [TERMINATOR | trained], dtype=np.uint8))
     elif after:
         ids.append(np.array(after, dtype=np.uint32))
         kinds.append(np.full(len(after), SPECIAL, dtype=np.uint8))
