@@ -616,3 +616,27 @@ def test_what_is_not_trained_must_be_found_where_everything_else_is():
     with pytest.raises(RowError, match="place of a message"):
         messages = [{**user("Hi"), "train": False}, assistant("Hello")]
         render_conversation(lost, messages, masking=Masking("all"))
+
+
+DROPS_THOUGHTS = ChatTemplate(  # as DeepSeek V3
+    "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("inline", [False, True])
+@pytest.mark.parametrize("reasoning", ["train", "mask", "strip"])
+@pytest.mark.parametrize("name", ["qwen3", "chatml", "smollm", "granite", "drops"])
+def test_reasoning_that_is_not_rendered_is_known_wherever_it_stands(name, reasoning, inline):
+    said = assistant("<think>\neasy\n</think>\n\n4") if inline else assistant("4", reasoning_content="easy")
+    template = TEMPLATES.get(name, DROPS_THOUGHTS)
+    (document,) = render_conversation(template, [user("2+2?"), said], masking=Masking(reasoning=reasoning))
+    assert document.lost_reasoning == (reasoning != "strip" and "easy" not in document.text)
+    assert ("easy" in "".join(trained(document))) == (reasoning == "train" and "easy" in document.text)
+
+
+def test_a_thought_behind_an_empty_one_is_masked():
+    (document,) = render_conversation(
+        TEMPLATES["qwen3"], [user("2+2?"), assistant("<think>\neasy\n</think>\n\n4")], masking=Masking(reasoning="mask")
+    )
+    assert document.text.count("</think>") == 2 and trained(document) == ["\n\n4<|im_end|>"]

@@ -46,7 +46,7 @@ def spans_of(row: Conversation, text: str, turns: dict, contents: dict, strategy
             continue
         if message["role"] == "assistant":
             spans += _answer_spans(row, text, start, end, message, trained)
-            lost_reasoning |= row.trained[i] and (message.get("reasoning_content") or "").strip() not in text[start:end]
+            lost_reasoning |= row.trained[i] and _thought(message) not in text[start:end]
         else:
             spans.append((start, end, KIND_OF_ROLE[message["role"]] | trained))
         if "part_spans" in row.notes[i]:
@@ -74,14 +74,19 @@ def _answer_spans(row: Conversation, text: str, start: int, end: int, message: d
     if message.get("tool_calls") and answer in turn:
         at = start + turn.rindex(answer)
         spans.append((at, at + len(answer), ANSWER | trained))
-    inside = THOUGHT.match(content)
-    thought = _reasoning_end(turn, reasoning or (inside[1].strip() if inside else ""))
+    thought = _reasoning_end(turn, _thought(message))
     if thought:
         spans.append((start, start + thought, REASONING | (0 if row.masking.reasoning == "mask" else trained)))
     for end_of_turn in filter(None, (terminator(row.template), *openers(row.template))):
         if turn.rstrip().endswith(end_of_turn):
             spans.append((start + turn.rindex(end_of_turn), end, TERMINATOR | trained))
     return spans
+
+
+def _thought(message: dict) -> str:
+    """The reasoning of an answer, which may be in its content, between <think> and </think>; "" if it has none."""
+    inside = THOUGHT.match(message["content"])
+    return (message.get("reasoning_content") or (inside[1] if inside else "")).strip()
 
 
 def _reasoning_end(turn: str, reasoning: str) -> int:
