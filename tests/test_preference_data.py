@@ -237,6 +237,8 @@ def test_labelled_answers_come_with_the_answer_of_the_next_row(tmp_path, monkeyp
     assert cache.source.tolist() == [0, 0] + [1] * 6 and cache.unit == "labelled answers"
     with pytest.raises(UserError, match="one row of labelled answers is too few"):
         build(tmp_path, rows[:1], PLAIN, "labels")
+    with pytest.raises(UserError, match="(?s)one row of labelled answers is too few.*:2: label is not true or false"):
+        build(tmp_path, [rows[0], {**rows[1], "label": "x"}], PLAIN, "labels", on_bad_row="skip")
 
 
 @pytest.mark.parametrize(

@@ -421,7 +421,9 @@ def _build(
         with ExitStack() as stack:
             files = {name: stack.enter_context(open(temporary / f"{name}.bin", "wb")) for name in (*ARRAYS, *OPTIONAL)}
             _append(files["offsets"], np.zeros(1, np.int64))
-            for number, documents in with_mismatched(batches) if options.answers == "labels" else batches:
+            if options.answers == "labels":
+                batches = with_mismatched(batches, manifest["bad_rows"])
+            for number, documents in batches:
                 lengths = np.array([len(d.ids) for d in documents], dtype=np.int64)
                 columns = {
                     "ids": np.concatenate([d.ids for d in documents]),

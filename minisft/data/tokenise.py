@@ -15,7 +15,7 @@ import json
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
@@ -485,12 +485,14 @@ def _no_preference(answers: list[Document]) -> RowError | None:
     return None
 
 
-def with_mismatched(batches: Iterable[tuple[int, list[Document]]]) -> Iterator[tuple[int, list[Document]]]:
+def with_mismatched(
+    batches: Iterable[tuple[int, list[Document]]], bad_rows: Sequence[str] = ()
+) -> Iterator[tuple[int, list[Document]]]:
     """Batches (source, labelled answers), each answer followed by a MISMATCHED document: its prompt, another row's answer.
 
     That answer is from the next row of the batch; the last row takes the first one's. A batch of one row takes an answer of
     the batch before it, or after it if it is the first. On these documents KTO measures how far the policy is from its
-    reference (arXiv:2402.01306, section 4). Raises UserError if there is only one row in all.
+    reference (arXiv:2402.01306, section 4). Raises UserError if there is only one row in all; it names the `bad_rows`.
     """
     before, waiting = [], None
     for source, answers in batches:
@@ -505,9 +507,9 @@ def with_mismatched(batches: Iterable[tuple[int, list[Document]]]) -> Iterator[t
             waiting = source, answers
         before = answers[-1:]
     if waiting:
-        raise NothingToTrain(
-            "one row of labelled answers is too few: KTO needs answers of other rows to compare with", exit_code=DATA
-        )
+        shown = "".join(f"\n  {bad_row}" for bad_row in bad_rows)
+        problem = "one row of labelled answers is too few: KTO needs answers of other rows to compare with"
+        raise NothingToTrain(f"{problem}{'; skipped are' * bool(shown)}{shown}", exit_code=DATA)
 
 
 def _paired(answers: list[Document], others: list[Document]) -> list[Document]:
