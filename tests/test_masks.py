@@ -640,3 +640,52 @@ def test_a_thought_behind_an_empty_one_is_masked():
         TEMPLATES["qwen3"], [user("2+2?"), assistant("<think>\neasy\n</think>\n\n4")], masking=Masking(reasoning="mask")
     )
     assert document.text.count("</think>") == 2 and trained(document) == ["\n\n4<|im_end|>"]
+
+
+@given(
+    st.sampled_from(["chatml", "llama3", "granite", "tulu", "tagged_macro"]),
+    st.sampled_from(["train", "mask", "strip"]),
+    st.lists(st.tuples(st.booleans(), st.sampled_from(["", " ", "\n\n"])), min_size=1, max_size=5),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_reasoning_anywhere_in_a_content(name, how, pieces, opened):
+    """Words are trained; reasoning, which may begin an answer without its <think>, is trained, masked or removed."""
+    said = ""
+    for i, (is_thought, space) in enumerate(pieces):
+        said += space + (f"<think>thought{i}</think>" if is_thought else f"word{i}.")
+    if pieces[0][0] and not opened:
+        said = said.replace("<think>", "", 1)
+    messages = [user("Why?"), assistant(said)]
+    if how == "strip" and all(is_thought for is_thought, _ in pieces):
+        with pytest.raises(RowError, match="empty answer"):
+            render_conversation(TEMPLATES[name], messages, masking=Masking(reasoning=how))
+        return
+    (document,) = render_conversation(TEMPLATES[name], messages, masking=Masking(reasoning=how))
+    told = "".join(trained(document))
+    for i, (is_thought, _) in enumerate(pieces):
+        assert (f"word{i}." in told) != is_thought and (f"thought{i}" in told) == (is_thought and how == "train")
+        assert (f"thought{i}" in document.text) == (is_thought and how != "strip")
+    assert "think>" not in told or how == "train"
+
+
+def test_what_is_around_a_removed_thought_stays_apart():
+    said = {
+        "a <think>t</think> b": "a b",
+        "a\n<think>t</think>\n\nb": "a\n\nb",
+        "t</think>\n\nb": "b",
+        "a <think>t</think>\n": "a",
+    }
+    for before, after in said.items():
+        (document,) = render_conversation(
+            TEMPLATES["chatml"], [user("q"), assistant(before)], masking=Masking(reasoning="strip")
+        )
+        assert trained(document) == [f"{after}<|im_end|>"]
+
+
+def test_a_thought_without_its_opening_tag_follows_a_prompt_that_opens_it():
+    whole, rest = (
+        render_conversation(TEMPLATES["deepseek_r1"], [user("q"), assistant(said)])
+        for said in ("<think>\nt\n</think>\n\nb", "t\n</think>\n\nb")
+    )
+    assert whole == rest and trained(rest[0])[0].startswith("t\n</think>\n\nb")

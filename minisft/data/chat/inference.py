@@ -27,7 +27,8 @@ TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "Lo
 CALLED = [PROBE[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
 RESULT = {"role": "tool", "name": "look_up", "tool_call_id": "call00001", "content": "b"}
 TOKEN = re.compile(r"\s*(<[^<>\s]+>)")
-THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>", re.DOTALL)
+# At the beginning of an answer. The rows that R1 and the like have written often lack <think>, which their prompt ends in.
+THOUGHT = re.compile(r"\s*(?:<think>)?((?:(?!<think>).)*?)</think>\s*", re.DOTALL)
 CLOSED_THOUGHT = "</think> after the prompt's <think>"
 
 
@@ -100,11 +101,19 @@ def opens_thought(template: ChatTemplate) -> bool:
     return with_thought(prompt, text, PROBE[1]) != text
 
 
+def thought_inside(content: str) -> re.Match | None:
+    """The reasoning with which a content begins: its text is group 1, and the answer follows the match."""
+    return THOUGHT.match(content) if "</think>" in content else None  # the search costs more than the test
+
+
 def with_thought(prompt: str, text: str, message: dict) -> str:
     """`text`, which ends with the assistant's `message`, with its thought if only the prompt opens one."""
     before = prompt.rstrip().removesuffix("<think>")
     if before == prompt.rstrip() or not text.startswith(before) or text.startswith("<think>", len(before)):
         return text
-    inside = THOUGHT.match(message["content"])
+    inside = thought_inside(message["content"])
     thought = (message.get("reasoning_content") or (inside[1] if inside else "")).strip()
-    return prompt + (thought + "\n" if thought else "") + "</think>\n\n" + text[len(before) :]
+    answer = (
+        text[len(before) :].lstrip() if inside else text[len(before) :]
+    )  # the space between the two is there already
+    return prompt + (thought + "\n" if thought else "") + "</think>\n\n" + answer

@@ -47,7 +47,7 @@ from minisft.data.chat.inference import (
     switch_values,
 )
 from minisft.data.chat.sandbox import MAX_SIZE
-from minisft.data.chat.spans import THINKING, ended, spans_of
+from minisft.data.chat.spans import ended, spans_of, without_thoughts
 from minisft.data.chat.template import REFUSED, ChatTemplate
 from minisft.data.chat.training_templates import CHATML, tagged_twin
 from minisft.data.kinds import HEADER, TRAINED
@@ -90,6 +90,11 @@ def render_conversation(
     answers = [i for i, message in enumerate(plain) if message["role"] == "assistant"]
     rule = {"all": range(len(plain)), "last": answers[-1:], "assistant": [i for i in answers if i >= first_trained]}
     trained = [note.get("train", i in rule[masking.train_on]) for i, note in enumerate(notes)]
+    for i, (before, message, on) in enumerate(zip(messages, plain, trained)):
+        if on and before["content"].strip() and not message["content"].strip() and not message.get("tool_calls"):
+            raise RowError(
+                "empty answer", f"message {i} is reasoning only, which reasoning = {masking.reasoning!r} removes"
+            )
     given = {"tools": tools, "documents": documents, **(variables or {})}
     row = Conversation(template, plain, trained, notes, masking, given, markers, {})
     if masking.train_on == "all":
@@ -188,7 +193,7 @@ def _without_reasoning(message: dict, note: dict) -> dict:
     if message["role"] != "assistant":
         return message
     message = {key: value for key, value in message.items() if key != "reasoning_content"}
-    content = THINKING.sub("", message["content"])
+    content = without_thoughts(message["content"])
     if content != message["content"] and "part_spans" in note:
         raise RowError(
             "reasoning inside a content with parts", "give it as reasoning_content, so that it can be removed"

@@ -6,12 +6,12 @@ A turn that has no end of its own is ended here, by the opener of the next one (
 import re
 
 from minisft.data.chat.dialogue import Conversation, Rendered, Span
-from minisft.data.chat.inference import THOUGHT, TOKEN, openers, terminator
+from minisft.data.chat.inference import TOKEN, openers, terminator, thought_inside
 from minisft.data.kinds import ANSWER, HEADER, REASONING, SYSTEM, TERMINATOR, TOOL, TOOL_CALL, TRAINED, USER
 from minisft.data.rows import RowError
 
 KIND_OF_ROLE = {"system": SYSTEM, "developer": SYSTEM, "user": USER, "tool": TOOL, "assistant": ANSWER}
-THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+THINKING = re.compile(r"(\s*)<think>.*?</think>(\s*)", re.DOTALL)
 
 
 def ended(row: Conversation, text: str, turns: dict[int, tuple[int, int]]) -> tuple[str, dict]:
@@ -61,7 +61,8 @@ def _answer_spans(row: Conversation, text: str, start: int, end: int, message: d
     """One assistant turn: answer, reasoning, tool calls, terminator."""
     turn = text[start:end]
     content = message["content"].strip()
-    answer = THINKING.sub("", content).strip() if "</think>" in content else content
+    inside = thought_inside(content)
+    answer = content[inside.end() :] if inside else content
     if trained and answer not in turn:
         raise RowError("the chat template changed an answer", f"{answer[:40]!r} is not rendered as it is")
     reasoning = (message.get("reasoning_content") or "").strip()
@@ -74,26 +75,40 @@ def _answer_spans(row: Conversation, text: str, start: int, end: int, message: d
     if message.get("tool_calls") and answer in turn:
         at = start + turn.rindex(answer)
         spans.append((at, at + len(answer), ANSWER | trained))
-    thought = _reasoning_end(turn, _thought(message))
-    if thought:
-        spans.append((start, start + thought, REASONING | (0 if row.masking.reasoning == "mask" else trained)))
+    reasoned = REASONING | (0 if row.masking.reasoning == "mask" else trained)
+    spans += [(start + a, start + b, reasoned) for a, b in _thoughts(turn, _thought(message))]
     for end_of_turn in filter(None, (terminator(row.template), *openers(row.template))):
         if turn.rstrip().endswith(end_of_turn):
             spans.append((start + turn.rindex(end_of_turn), end, TERMINATOR | trained))
     return spans
 
 
+def without_thoughts(content: str) -> str:
+    """An answer without the reasoning that is in its content."""
+    inside = thought_inside(content)
+    content = content[inside.end() :] if inside else content
+
+    def gap(block: re.Match) -> str:  # between two words, the longer space of the two
+        return "" if block.end() == len(content) else max(block[1], block[2], key=len)
+
+    return THINKING.sub(gap, content)
+
+
 def _thought(message: dict) -> str:
     """The reasoning of an answer, which may be in its content, between <think> and </think>; "" if it has none."""
-    inside = THOUGHT.match(message["content"])
+    inside = thought_inside(message["content"])
     return (message.get("reasoning_content") or (inside[1] if inside else "")).strip()
 
 
-def _reasoning_end(turn: str, reasoning: str) -> int:
-    """How many characters at the beginning of a turn are reasoning, with the tag that closes it."""
+def _thoughts(turn: str, reasoning: str) -> list[tuple[int, int]]:
+    """The places of reasoning in a turn, with its tags: what it begins with, up to the end of `reasoning`, and later blocks."""
     at = turn.index(reasoning) + len(reasoning) if reasoning and reasoning in turn else 0
-    closing = turn.find("</think>", at)
-    return closing + len("</think>") if closing >= 0 else at
+    closing, opening = turn.find("</think>", at), turn.find("<think>")
+    end = closing + len("</think>") if closing >= 0 else at
+    if not at and turn[: max(opening, 0)].strip():  # the answer begins with words
+        end = 0
+    later = [(block.start() + len(block[1]), block.end() - len(block[2])) for block in THINKING.finditer(turn, end)]
+    return [(0, end)] * bool(end) + later
 
 
 def _part_spans(row: Conversation, text: str, start: int, end: int, i: int) -> list[Span]:
