@@ -265,6 +265,9 @@ def test_the_answers_of_a_pair_continue_one_prompt(tmp_path):
     cache, _ = written(tmp_path, "nemotron", rows, options=options, on_bad_row="skip")
     assert cache.manifest["sources"][0]["dropped"] == {"answers to different prompts": 1}
     assert len(cache.source) == 2
+    # To KTO each answer is one alone. All four have the answer of another row beside them.
+    cache, _ = written(tmp_path, "nemotron", rows, options=FormatOptions(answers="labels"))
+    assert cache.manifest["sources"][0]["rows_used"] == 2 and len(cache.source) == 8
 
 
 def test_too_long_conversations_lose_their_oldest_turns_all_the_same(tmp_path):

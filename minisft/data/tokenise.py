@@ -214,7 +214,8 @@ class _Work:
             examples = to_examples(data, self.row_format, self.options)
             for example in examples:
                 parts += _parts(number, row, example, self.row_format, self.tokenizer, self.options)
-            _check_prompts(parts)
+            if self.options.answers == "pairs":
+                _check_prompts(parts)
         except RowError as error:
             self.refuse(_bad_row(row, error))
             return []
@@ -353,7 +354,7 @@ def _parts(
 
 def _check_prompts(parts: list[_Pending]) -> None:
     """Raise RowError if the chosen and the rejected answer of a pair continue different prompts."""
-    if parts[0].example.role is not None and len({part.prompts for part in parts}) > 1:
+    if len({part.prompts for part in parts}) > 1:
         how = " | ".join(", ".join(sorted(part.prompts)) or "default" for part in parts)
         raise RowError("answers to different prompts", f"the prompt of each: {how}")
 
