@@ -8,6 +8,7 @@ import numpy as np
 
 from minisft import runtime
 from minisft.data.cache import Documents
+from minisft.data.chat.masks import as_rendered
 from minisft.data.detect_format import detect_row_format, rename_fields
 from minisft.data.encoding import encode_prompt, prompt_variables
 from minisft.data.formats import plain_prompt, to_example
@@ -52,7 +53,7 @@ def read_prompts(
             row_format = row_format or detect_row_format(data, "auto", options, tokenizer.template is not None)
             example = to_example(data, row_format, options)
             if example.messages:
-                *messages, answer = example.messages
+                *messages, answer = as_rendered(example.messages, options.reasoning)
                 if not messages or answer["role"] != "assistant" or not answer["content"].strip():
                     raise RowError("nothing to complete", "the last turn must be an answer in words, after other turns")
                 variables = (example.variables or {}) | prompt_variables(tokenizer, example, options)

@@ -286,6 +286,28 @@ def test_the_prompt_at_inference_has_the_tokens_of_training(tmp_path, layout):
             read_prompts(str(tmp_path / "rows.jsonl"), tokenizer, **(given | {"options": FormatOptions()}))
 
 
+TELLS_KEYS = ChatTemplate(  # shows the template's input
+    "{% for m in messages %}<|im_start|>{{ m.role }} {{ m | list | length }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant 2\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("reasoning", ["train", "mask", "strip"])
+@pytest.mark.parametrize("template", [TOKENIZER.template, TELLS_KEYS], ids=["chatml", "keys"])
+def test_the_prompt_of_a_held_out_conversation_is_rendered_as_in_training(tmp_path, template, reasoning):
+    tokenizer = replace(TOKENIZER, template=template)
+    messages = turns("q", "<think>how</think>\n\na", "r", "<think>why</think>\n\nb")
+    messages[1]["weight"], messages[2]["train"] = 2, False
+    options = FormatOptions(reasoning=reasoning, last_turn_only=True)
+    cache = build(tmp_path, [{"messages": messages}], tokenizer, reasoning=reasoning, last_turn_only=True)
+    path = str(tmp_path / "rows.jsonl")
+    (prompt,) = read_prompts(path, tokenizer, options=options, field_map={}, group_field=None)
+    ids = cache.ids.tolist()
+    assert ids[: len(prompt.ids)] == prompt.ids and ("how" in prompt.text) == (reasoning != "strip")
+    assert tokenizer.decode(ids[len(prompt.ids) :]).strip() == prompt.answer + "<|im_end|>"
+    assert prompt.answer == ("b" if reasoning == "strip" else messages[3]["content"])
+
+
 def test_a_held_out_conversation_ends_with_an_answer_in_words(tmp_path):
     """Else there is nothing to complete, or nothing to compare a completion with."""
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]}

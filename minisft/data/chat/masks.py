@@ -84,9 +84,7 @@ def render_conversation(
         taken = "".join(sorted(set(MARKER.findall(text))))
     markers = markers_for(len(messages), taken)
     notes = [{key: message[key] for key in OURS if key in message} for message in messages]
-    plain = [{k: v for k, v in m.items() if k not in OURS} if note else m for m, note in zip(messages, notes)]
-    if masking.reasoning == "strip":
-        plain = [_without_reasoning(message, note) for message, note in zip(plain, notes)]
+    plain = as_rendered(messages, masking.reasoning)
     answers = [i for i, message in enumerate(plain) if message["role"] == "assistant"]
     rule = {"all": range(len(plain)), "last": answers[-1:], "assistant": [i for i in answers if i >= first_trained]}
     trained = [note.get("train", i in rule[masking.train_on]) for i, note in enumerate(notes)]
@@ -189,12 +187,22 @@ def _is_unmarked(message: dict) -> bool:
     return len(message) == 2 and (content.isascii() or not MARKER.search(content))
 
 
-def _without_reasoning(message: dict, note: dict) -> dict:
+def as_rendered(messages: list[dict], reasoning: str) -> list[dict]:
+    """The messages as the template gets them: without the keys OURS, and without reasoning if it is "strip". Raises RowError."""
+    if reasoning == "strip":
+        messages = [_without_reasoning(message) for message in messages]
+    return [
+        message if message.keys().isdisjoint(OURS) else {k: v for k, v in message.items() if k not in OURS}
+        for message in messages
+    ]
+
+
+def _without_reasoning(message: dict) -> dict:
     if message["role"] != "assistant":
         return message
     message = {key: value for key, value in message.items() if key != "reasoning_content"}
     content = without_thoughts(message["content"])
-    if content != message["content"] and "part_spans" in note:
+    if content != message["content"] and "part_spans" in message:
         raise RowError(
             "reasoning inside a content with parts", "give it as reasoning_content, so that it can be removed"
         )
