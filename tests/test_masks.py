@@ -689,3 +689,18 @@ def test_a_thought_without_its_opening_tag_follows_a_prompt_that_opens_it():
         for said in ("<think>\nt\n</think>\n\nb", "t\n</think>\n\nb")
     )
     assert whole == rest and trained(rest[0])[0].startswith("t\n</think>\n\nb")
+
+
+@pytest.mark.parametrize("name", ["llama3", "tulu", "tagged_macro", "chatml", "qwen3", "deepseek_r1", "glm", "granite"])
+@pytest.mark.parametrize("reasoning, answer", [("four", "four"), ("four", "It is four, I think."), ("t", "It")])
+@pytest.mark.parametrize("how", ["train", "mask"])
+def test_an_answer_may_repeat_its_reasoning(name, reasoning, answer, how):
+    messages = [user("2+2?"), assistant(answer, reasoning_content=reasoning)]
+    (document,) = render_conversation(TEMPLATES[name], messages, masking=Masking(reasoning=how))
+    without = [user("2+2?"), assistant(answer)]
+    (plain,) = render_conversation(TEMPLATES[name], without)
+    assert document.lost_reasoning == (document.text == plain.text)
+    (told,) = trained(document)
+    assert answer in told and (
+        how == "train" or told.count(reasoning) == f"{answer}{told.partition(answer)[2]}".count(reasoning)
+    )

@@ -46,7 +46,7 @@ def spans_of(row: Conversation, text: str, turns: dict, contents: dict, strategy
             continue
         if message["role"] == "assistant":
             spans += _answer_spans(row, text, start, end, message, trained)
-            lost_reasoning |= row.trained[i] and _thought(message) not in text[start:end]
+            lost_reasoning |= row.trained[i] and _thought(message) not in _before_answer(text[start:end], message)
         else:
             spans.append((start, end, KIND_OF_ROLE[message["role"]] | trained))
         if "part_spans" in row.notes[i]:
@@ -60,9 +60,7 @@ def spans_of(row: Conversation, text: str, turns: dict, contents: dict, strategy
 def _answer_spans(row: Conversation, text: str, start: int, end: int, message: dict, trained: int) -> list[Span]:
     """One assistant turn: answer, reasoning, tool calls, terminator."""
     turn = text[start:end]
-    content = message["content"].strip()
-    inside = thought_inside(content)
-    answer = content[inside.end() :] if inside else content
+    answer = _words(message)
     if trained and answer not in turn:
         raise RowError("the chat template changed an answer", f"{answer[:40]!r} is not rendered as it is")
     reasoning = (message.get("reasoning_content") or "").strip()
@@ -76,7 +74,7 @@ def _answer_spans(row: Conversation, text: str, start: int, end: int, message: d
         at = start + turn.rindex(answer)
         spans.append((at, at + len(answer), ANSWER | trained))
     reasoned = REASONING | (0 if row.masking.reasoning == "mask" else trained)
-    spans += [(start + a, start + b, reasoned) for a, b in _thoughts(turn, _thought(message))]
+    spans += [(start + a, start + b, reasoned) for a, b in _thoughts(turn, message)]
     for end_of_turn in filter(None, (terminator(row.template), *openers(row.template))):
         if turn.rstrip().endswith(end_of_turn):
             spans.append((start + turn.rindex(end_of_turn), end, TERMINATOR | trained))
@@ -100,9 +98,23 @@ def _thought(message: dict) -> str:
     return (message.get("reasoning_content") or (inside[1] if inside else "")).strip()
 
 
-def _thoughts(turn: str, reasoning: str) -> list[tuple[int, int]]:
-    """The places of reasoning in a turn, with its tags: what it begins with, up to the end of `reasoning`, and later blocks."""
-    at = turn.index(reasoning) + len(reasoning) if reasoning and reasoning in turn else 0
+def _words(message: dict) -> str:
+    """The text of an answer without the reasoning with which it begins."""
+    content = message["content"].strip()
+    inside = thought_inside(content)
+    return content[inside.end() :] if inside else content
+
+
+def _before_answer(turn: str, message: dict) -> str:
+    """The part of a turn that may hold its reasoning. An answer may say the same words again."""
+    answer = _words(message)
+    return turn[: turn.rindex(answer)] if answer and answer in turn else turn
+
+
+def _thoughts(turn: str, message: dict) -> list[tuple[int, int]]:
+    """The places of reasoning in a turn, with its tags: what it begins with, up to the end of the reasoning, and later blocks."""
+    reasoning, before = _thought(message), _before_answer(turn, message)
+    at = turn.index(reasoning) + len(reasoning) if reasoning and reasoning in before else 0
     closing, opening = turn.find("</think>", at), turn.find("<think>")
     end = closing + len("</think>") if closing >= 0 else at
     if not at and turn[: max(opening, 0)].strip():  # the answer begins with words
