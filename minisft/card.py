@@ -37,6 +37,7 @@ ALWAYS = RECIPE[:2] + (
 PACKAGES = ("minisft", "python", "torch", "tokenizers", "safetensors", "triton")
 MAX_POINTS = 12  # rows of the table of the curve
 VERSION = sys.modules["minisft"].__version__  # the package is above this room
+ADAPTER = "an adapter (LoRA) for "  # what the card of an adapter says, and that of a merged model does not
 COLUMNS = ("step", "loss", "mean_token_accuracy", "grad_norm", "learning_rate")
 
 
@@ -50,7 +51,7 @@ def card_of(config: Config, run: Run, rows: list[dict[str, float]]) -> str:
     base, is_adapter = base_name(run.start), run.model.lora is not None
     name = cell(PurePath(config.output_dir).name or "model")
     kind = "preference tuning" if config.trainer_type == "dpo" else "supervised fine-tuning"
-    what = f"an adapter (LoRA) for {link(base)}" if is_adapter else f"a fine-tuned version of {link(base)}"
+    what = f"{ADAPTER}{link(base)}" if is_adapter else f"a fine-tuned version of {link(base)}"
     if base is None:
         what = "trained from random weights"
     parts = [
@@ -92,8 +93,15 @@ def with_header(values: dict[str, Any], text: str) -> str:
     return "---\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True) + f"---\n{text}"
 
 
-def changed_header(card: str, values: dict[str, Any]) -> str:
-    """The card of the same model in another form."""
+def card_of_whole(card: str, values: dict[str, Any]) -> str:
+    """The card of the same model in another form, which holds an adapter no longer apart. values: of its header."""
+    card = re.sub(
+        rf"^(This model is ){re.escape(ADAPTER)}(.*?), made by ",
+        r"\1\2 with an adapter (LoRA) merged into it, made by ",
+        card,
+        count=1,
+        flags=re.MULTILINE,
+    )
     found = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
     if not found:
         return card

@@ -21,7 +21,7 @@ from tiny import settings, train
 from tiny_models import CONFIGS, tiny
 
 from minisft.atomic_folder import verify_folder
-from minisft.card import base_name, changed_header, license_of, with_header
+from minisft.card import base_name, card_of_whole, license_of, with_header
 from minisft.data.tokenizer import train_tokenizer
 from minisft.errors import SAVE, UserError
 from minisft.model.load import load_model
@@ -143,14 +143,23 @@ def test_the_base_the_data_sets_and_the_license(tmp_path):
     (tmp_path / "README.md").write_text("---\ntags: [a]\nlicense: apache-2.0\n---\n")
     assert license_of(start) == "apache-2.0"
     card = with_header({"base_model": "a/b", "library_name": "peft"}, "text")
-    changed = changed_header(card, {"library_name": "transformers", "base_model_relation": "finetune"})
+    changed = card_of_whole(card, {"library_name": "transformers", "base_model_relation": "finetune"})
     assert header_of(changed) == {
         "base_model": "a/b",
         "library_name": "transformers",
         "base_model_relation": "finetune",
     }
     assert changed.endswith("---\ntext")
-    assert header_of(changed_header(with_header({}, ""), {"base_model_relation": "finetune"})) == {}
+    assert header_of(card_of_whole(with_header({}, ""), {"base_model_relation": "finetune"})) == {}
+
+
+@pytest.mark.parametrize("base", ["`smol`", "[owner/base](https://huggingface.co/owner/base)"])
+def test_the_card_of_a_merged_model_does_not_say_that_it_is_an_adapter(base):
+    card = with_header({}, f"\n# run\n\nThis model is an adapter (LoRA) for {base}, made by preference tuning.\n")
+    whole = card_of_whole(card, {"library_name": "transformers"})
+    assert f"This model is {base} with an adapter (LoRA) merged into it, made by preference tuning.\n" in whole
+    full = with_header({}, f"\nThis model is a fine-tuned version of {base}, made by preference tuning.\n")
+    assert card_of_whole(full, {}) == full
 
 
 # ---------------------------------------------------------------- uploads

@@ -230,11 +230,11 @@ def export_gguf(folder: Path, run: Path, out: Path, kind: str, form: str) -> lis
 
 def copy_card(folder: Path, out: Path, header: dict) -> None:
     """The model card, with other values in its header."""
-    from minisft.card import changed_header
+    from minisft.card import card_of_whole
 
     path = folder / "README.md"
     if path.is_file():
-        text = changed_header(path.read_text(encoding="utf-8", errors="replace"), header)
+        text = card_of_whole(path.read_text(encoding="utf-8", errors="replace"), header)
         (out / path.name).write_text(text, encoding="utf-8")
 
 
