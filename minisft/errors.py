@@ -90,6 +90,7 @@ def warn(message: str) -> None:
 
 def run_command(command: Callable[[], int]) -> int:
     """Call a command and return its exit code. Whatever is raised becomes two lines on stderr, and no traceback."""
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # as stderr does, where the encoding lacks a character of the data
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -118,6 +119,19 @@ def run_command(command: Callable[[], int]) -> int:
         return _unforeseen(error)
     finally:
         _drop_what_cannot_be_written()
+
+
+def _open_closed_streams() -> None:
+    """Put the null device where stdin, stdout or stderr was closed, as `<&-` does. Else the next file that is opened has its
+    number, and what a library prints is written into that file."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
+            os.set_inheritable(null, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))
 
 
 def _drop_what_cannot_be_written() -> None:

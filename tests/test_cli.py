@@ -393,3 +393,25 @@ def test_a_reader_that_leaves_early_causes_no_traceback():
         f"{sys.executable} -m minisft.train --help | head -n 1", shell=True, cwd=ROOT, capture_output=True, text=True
     )
     assert done.stdout.startswith("usage:") and done.stderr == ""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error_and_no_file_takes_their_place(tmp_path, closed):
+    """A cron job or a supervisor may close them. What a library printed was then written into the next file."""
+    code = f"""
+import os, subprocess, sys
+from minisft.errors import run_command, tell
+def command():
+    file = os.open({str(tmp_path / "rows")!r}, os.O_WRONLY | os.O_CREAT)
+    os.write(1, b"from a library"), os.write(2, b"from a library")
+    print("line"), tell("line"), sys.stdout.isatty(), sys.stdin.isatty()
+    sys.stdout.flush(), subprocess.run([sys.executable, "-c", "print(input())"], input="x", text=True, check=True)
+    return 3 if file > 2 and ("<" not in {closed!r} or list(sys.stdin) == []) else 4
+sys.exit(run_command(command))
+"""
+    shell = f"exec {sys.executable} -c '{code.replace(chr(39), chr(34))}' {closed}"
+    done = subprocess.run(
+        ["sh", "-c", shell], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == 3, done.stdout
+    assert (tmp_path / "rows").read_bytes() == b""
