@@ -11,6 +11,7 @@ import shlex
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ TITLE = 11  # columns of the titles of the summary
 class ProgressBar:
     """The lines of a run while it trains; where stderr is a terminal, with one tqdm bar below them."""
 
-    def __init__(self, step: int, total: int, enabled: bool):
+    def __init__(self, step: int, total: int, enabled: bool, lose_reader: Callable[[], None] | None = None):
+        """lose_reader: what to do where the reader of the output has ended; None: that is an error."""
+        self.lose_reader = lose_reader
         self.first_step, self.total, self.enabled, self.began = step, total, enabled, time.perf_counter()
         self.step = step
         self.timed_from: tuple[int, float] | None = (
@@ -61,7 +64,11 @@ class ProgressBar:
         """Print above the bar. A log on a full disk does not stop a run."""
         try:
             tqdm.write(line)
-            sys.stdout.flush()
+            print(end="", flush=True)
+        except BrokenPipeError:
+            if self.lose_reader is None:
+                raise
+            self.lose_reader()
         except OSError as error:
             if error.errno not in DISK:
                 raise

@@ -51,6 +51,8 @@ def finish(
 ) -> Result:
     """Export the model, complete the held-out prompts, and print what is in the output folder and what to do next."""
     is_main, step = ranks.rank() == 0, run.progress.step
+    if signal.received:
+        signals.drop_unread_output()  # that of `tee`, which ends at Ctrl-C too
     signal.note("stopping once the model is written" if run.prompts else "the run ends once the model is written")
     if ranks.any_rank(signal.received is not None) or not is_complete(config, run):
         if is_main:

@@ -117,7 +117,8 @@ def run(config: Config, origins: dict[str, str], signal: StopSignal) -> Result:
         if is_main:
             loggers = start_output(config, origins, folder, prepared, saved)
             stack.callback(lambda: loggers.close())  # those of the end
-        bar = stack.enter_context(console.ProgressBar(progress.step, total_steps, config.log.progress_bar and is_main))
+        has_bar = config.log.progress_bar and is_main
+        bar = stack.enter_context(console.ProgressBar(progress.step, total_steps, has_bar, signal.lose_reader))
         ranks.expect_steps()
         saver = stack.enter_context(start_saver(config, prepared, folder))
         if config.log.ledger and prepared.train.context[0] == 0:  # of the ranks that share a batch the first

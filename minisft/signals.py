@@ -13,11 +13,13 @@ once and has not done so after ten seconds, the thread does.
 """
 
 import os
+import select
 import signal
 import threading
 import time
+from contextlib import suppress
 
-from minisft.errors import Stopped
+from minisft.errors import Stopped, tell
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SAME_SECONDS = 1.0  # a second signal within this time is the first one, delivered twice
@@ -76,16 +78,24 @@ class StopSignal:
             signal.set_wakeup_fd(self._previous_pipe)
             os.close(self._pipe)
 
+    def lose_reader(self) -> None:
+        """The reader of the output has ended, as `tee` does at Ctrl-C or `head` once it has enough: the run saves and stops."""
+        drop_unread_output()
+        if self.received is None:
+            self.received, self._received_at = signal.SIGPIPE.name, time.monotonic()
+            tell("the reader of the output has ended: saving, then stopping")
+
     def _handle(self, number: int, frame: object) -> None:
         now = time.monotonic()
         if number == signal.SIGHUP:
-            leave_terminal()
+            drop_unread_output()
         if self.received is None:
             self.received, self._received_at = signal.Signals(number).name, now
             if self.then is None:
                 raise self._stopped(self.received)
             # print is not allowed to interrupt another print
-            os.write(2, f"\nminisft: {self.received}: {self.then}; once more quits at once\n".encode())
+            with suppress(OSError):  # Ctrl-C ends the `tee` behind a pipe too
+                os.write(2, f"\nminisft: {self.received}: {self.then}; once more quits at once\n".encode())
         elif now - self._received_at > SAME_SECONDS:
             raise KeyboardInterrupt
 
@@ -97,7 +107,8 @@ class StopSignal:
                 continue
             if not self._is_over.wait(UNWIND_SECONDS) and self.then is None:
                 stopped = self._stopped(signal.Signals(number[0]).name)
-                os.write(2, f"minisft: {stopped}\n".encode())
+                with suppress(OSError):
+                    os.write(2, f"minisft: {stopped}\n".encode())
                 os._exit(stopped.exit_code)
         os.close(readable)
 
@@ -105,12 +116,22 @@ class StopSignal:
         return Stopped(f"stopped by {name} {self.where}".rstrip(), self.exit_code or 128 + signal.Signals[name])
 
 
-def leave_terminal() -> None:
-    """Drop what is printed from now on where it went to a terminal that is closed: there every write is an error."""
+def drop_unread_output() -> None:
+    """Drop what is printed from now on where nobody can read it: at a terminal that is closed, or in a pipe whose reader has
+    ended. Every write is an error there."""
     for descriptor in (1, 2):
         try:
-            os.write(descriptor, b"")
+            os.write(descriptor, b"")  # an error at a closed terminal
+            unread = _has_hung_up(descriptor)
         except OSError:
+            unread = True
+        if unread:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, descriptor)
             os.close(null)
+
+
+def _has_hung_up(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))

@@ -181,6 +181,44 @@ def test_a_command_that_does_not_train_ends_in_one_line_and_leaves_nothing(tmp_p
     assert signal.getsignal(number) == signal.SIG_IGN  # until the process has ended
 
 
+UNREAD = """
+import signal, sys
+from minisft import console, errors, signals
+def command():
+    with signals.StopSignal("here", errors.STOPPED, is_command=True) as stop:
+        stop.note("saving, then stopping")
+        sys.stdin.readline()  # the reader of the output has ended
+        if sys.argv[1]:
+            signal.raise_signal(signal.Signals[sys.argv[1]])
+        bar = console.ProgressBar(0, 10, True, stop.lose_reader)
+        bar.say("step 1/10")
+        bar.say("step 2/10")
+        print("stopped", flush=True)
+        with open(sys.argv[2], "w") as file:
+            file.write(stop.received)
+    return errors.STOPPED
+sys.exit(errors.run_command(command))
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "stderr", "received"), [("SIGINT", subprocess.STDOUT, "SIGINT"), ("", subprocess.DEVNULL, "SIGPIPE")]
+)
+def test_a_run_whose_output_is_no_longer_read_saves_and_stops(tmp_path, sent, stderr, received):
+    """Ctrl-C ends `tee` in `train run.toml 2>&1 | tee log` too: the run then ended at its next line, without a save."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", UNREAD, sent, str(tmp_path / "received")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+    )
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    assert process.wait(60) == 75
+    assert (tmp_path / "received").read_text() == received
+
+
 def test_a_signal_while_torch_is_imported(tmp_path):
     settings(tmp_path)
     code = """
