@@ -7,6 +7,7 @@ checkpoint holds the weights, the moments and `Progress`; data_order() lists the
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,9 @@ def resume(config: Config, run: Run, folder: Path) -> dict | None:
         if not changed:
             raise
         told = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items())
-        hint = f"go back to these settings, or choose a new output_dir; {folder / 'model'} may be its start"
+        hint = "go back to these settings, or choose a new output_dir"
+        if (model := folder.parent / "model").is_dir():
+            hint += f"; {model} may be its start"
         raise UserError(f"{path} cannot be resumed: it has other tensors ({told})", hint=hint) from error
     progress = run.progress
     if run.train.stream is not None and progress.step < run.total_steps:
@@ -137,7 +140,9 @@ def require_same_run(config: Config, run: Run, path: Path, state: dict) -> None:
     was, now = state.get("order", {}), data_order(config, run)
     if was != now:
         changed = ", ".join(
-            f"{key} was {was.get(key)}, is {value}" for key, value in now.items() if was.get(key) != value
+            f"{key} was {_shown(was.get(key))}, is {_shown(value)}"
+            for key, value in now.items()
+            if was.get(key) != value
         )
         raise UserError(
             f"{path} cannot be resumed: tokens would be repeated and missed ({changed})",
@@ -155,6 +160,11 @@ def require_same_run(config: Config, run: Run, path: Path, state: dict) -> None:
     if optim != used and {optim, used} != {"adamw", "adamw_minisft"}:  # these two keep the same state
         hint = f"set optim = '{used}', or start a new run from the model of this one"
         raise UserError(f"{path} holds the state of {used}, but train.optim = '{optim}'", hint=hint)
+
+
+def _shown(value: Any) -> str:
+    """A value of `data_order`; the beginning of a hash."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def require_same_state(config: Config, run: Run) -> None:

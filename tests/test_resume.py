@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -316,7 +317,7 @@ def change_rows(home: Path, folder: Path) -> dict:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (change_rows, "data was"),
+        (change_rows, r"data was [0-9a-f]{12}, is [0-9a-f]{12}\)"),
         ({"data.eval_fraction": 0.1}, "documents was 64, is 58"),
         ({"data.packing_strategy": "ffd"}, "packing was bfd, is ffd"),
         ({"data.packing": False}, "packing was bfd, is none"),
@@ -356,8 +357,12 @@ def test_a_checkpoint_of_other_tensors_is_refused_by_the_keys_that_changed(home,
     with pytest.raises(UserError) as caught:
         train(home, **options, **(before | change), **{"train.max_steps": 4})
     assert f"step-00000002 cannot be resumed: it has other tensors ({told}" in caught.value.message
-    assert "output_dir" in caught.value.hint
+    assert f"output_dir; {out / 'model'} may be its start" in caught.value.hint
     assert_same(files(out), kept)
+    shutil.rmtree(out / "model")
+    with pytest.raises(UserError) as caught:
+        train(home, **options, **(before | change), **{"train.max_steps": 4})
+    assert caught.value.hint == "go back to these settings, or choose a new output_dir"
 
 
 @pytest.fixture(scope="module")
