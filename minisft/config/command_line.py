@@ -32,6 +32,7 @@ output_dir; its other keys are common to them. The same command resumes where it
 """
 
 HELP_COLUMN, HELP_WIDTH = 44, 120
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # what an editor makes of hyphens
 NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # what is a list where a key takes one expression too
 
 
@@ -98,12 +99,17 @@ def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
 
 def _refuse_words(words: dict[str, str]) -> None:
     """Words of which at most one is the configuration: a value of the option before it, or several files."""
-    stray = [w for w, option in words.items() if option and not w.endswith(".toml") and not os.path.exists(w)]
-    if stray:
-        option = words[stray[0]]
-        is_flag = bool in _kinds(option[2:].replace("-", "_"))
-        takes = "takes true or false" if is_flag else "takes one word; a list has commas in it, as in a,b"
-        raise UserError(f"command line: {stray[0]} is no value of {option}", hint=f"{option} {takes}")
+    has_toml = any(word.endswith(".toml") for word in words)
+    for word, option in words.items():
+        if word.endswith(".toml") or not has_toml and os.path.exists(word):
+            continue
+        if word.startswith(tuple(DASHES)) or re.match(r"[a-z][\w.]*=", word):
+            hint = f"options begin with two hyphens: --{word.lstrip(DASHES)}"
+            raise UserError(f"command line: {word} is no option", hint=hint)
+        if option:
+            is_flag = bool in _kinds(option[2:].replace("-", "_"))
+            takes = "takes true or false" if is_flag else "takes one word; a list has commas in it, as in a,b"
+            raise UserError(f"command line: {word} is no value of {option}", hint=f"{option} {takes}")
     hint = "one can extend the other, with `extends` in the file"
     raise UserError(f"command line: two configuration files, {' and '.join(list(words)[:2])}", hint=hint)
 

@@ -370,6 +370,8 @@ def full_name(written: str, origin: str, by_last_part: bool) -> tuple[str | None
             return key, rest
     if written in SECTIONS:
         raise UserError(f"{origin}: {written} is a section, not a key", hint=f"its keys are {written}.NAME")
+    if written in ("extends", "stages"):
+        raise UserError(f"{origin}: {written} is read from a file alone", hint=f"write {written} = ... at its top")
     raise UserError(f"{origin}: unknown key {written}", hint=_nearest_key(written, homes))
 
 
