@@ -81,6 +81,25 @@ def require_file(path: str | Path, *, exit_code: int = DATA) -> None:
         raise UserError(f"{path}: {KINDS.get(stat.S_IFMT(mode), 'something')}, not a regular file", exit_code=exit_code)
 
 
+def without_model(path: str | Path, hint: str) -> tuple[str, str]:
+    """What is wrong with a path that is neither a model folder nor the folder of a run with a model, and what to do.
+
+    hint: what to do where it is no run that has not finished.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return "is no folder", hint
+    steps = [step for place in ("checkpoints/step-*", "step-*") for step in path.glob(place)]
+    steps = [step for step in steps if is_there(step / "config.json") or is_there(step / "adapter_config.json")]
+    if steps:
+        newest = max(steps, key=lambda step: step.name)
+        return (
+            "holds no model yet: its run has not finished",
+            f"finish the run, or name its newest checkpoint, {newest}",
+        )
+    return "holds no model", hint
+
+
 def open_file(path: str | Path, *, exit_code: int = DATA) -> BinaryIO:
     """A regular file, to be read. Raises UserError."""
     require_file(path, exit_code=exit_code)

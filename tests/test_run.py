@@ -16,11 +16,14 @@ from tiny import GPT2, MODEL, logged, parts, settings, train
 from minisft import __main__ as commands
 from minisft.atomic_folder import read_manifest
 from minisft.commands import generate
+from minisft.config.load import load
+from minisft.config.stages import Stage
 from minisft.data.tokenizer import load_tokenizer, train_tokenizer
 from minisft.errors import MODEL as MODEL_ERROR
 from minisft.errors import UserError
 from minisft.loop import Result
 from minisft.model.load import load_model
+from minisft.prepare.look import look_for_models
 from minisft.train import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,6 +159,19 @@ def test_generate_in_a_folder_without_a_model(tmp_path):
     with pytest.raises(UserError, match="holds no model") as caught:
         generate.main([str(tmp_path), "--prompt", "Hi!"])
     assert caught.value.exit_code == MODEL_ERROR
+    with pytest.raises(UserError, match="nowhere is no folder"):
+        generate.main([str(tmp_path / "nowhere"), "--prompt", "Hi!"])
+    for step in (2, 10):  # a run that has not finished
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step-{step:08d}" / "adapter_config.json").touch()
+    (tmp_path / "checkpoints" / "step-00000012").mkdir()  # which a kill may leave
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        with pytest.raises(UserError, match="has not finished") as caught:
+            generate.main([str(folder), "--prompt", "Hi!"])
+        assert caught.value.hint.endswith(f"checkpoint, {tmp_path / 'checkpoints' / 'step-00000010'}")
+    keys = {"model.config": None, "model.model_name_or_path": str(tmp_path)}
+    with pytest.raises(UserError, match=r"model.model_name_or_path = .* has not finished"):
+        look_for_models(Stage("", load(None, settings(tmp_path, **keys))[0], {}), [])
 
 
 def test_transformers_loads_the_model(trained):

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minisft.errors import MODEL, UserError, shortened
-from minisft.files import require_file
+from minisft.files import require_file, without_model
 from minisft.gguf.file import is_gguf
 from minisft.model.decoder import Decoder
 from minisft.model.lora import LoraLinear, adapter_options, adapter_sites, apply_lora
@@ -95,7 +95,10 @@ def model_folder(folder: Path) -> Path:
     for path in (folder / "model", folder):
         if any((path / file).exists() for file in files):
             return path
-    raise UserError(f"{folder} holds no model (no {files[0]})", hint="name <output_dir>/model", exit_code=MODEL)
+    problem, hint = without_model(
+        folder, f"name a folder with {files[0]} or {files[1]} in it, or a run's output folder"
+    )
+    raise UserError(f"{folder} {problem}", hint=hint, exit_code=MODEL)
 
 
 def save_adapter(model: Decoder, folder: Path | str, *, base: str | None = None, revision: str | None = None) -> None:

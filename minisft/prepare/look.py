@@ -16,7 +16,7 @@ from minisft.config.stages import Stage
 from minisft.config.values import as_toml
 from minisft.data.sources import list_files, parse_source
 from minisft.errors import CONFIG, DATA, MODEL, SAVE, UserError
-from minisft.files import is_there, require_file
+from minisft.files import is_there, require_file, without_model
 from minisft.gguf.file import is_gguf
 from minisft.strict_json import read_json
 
@@ -72,9 +72,9 @@ def look_for_models(stage: Stage, before: list[Stage]) -> None:
         if not os.path.isdir(path) and hub.may_be_repository(path):
             continue
         if not any(is_there(os.path.join(path, name)) for name in MODEL_FILES):
-            problem = "holds no model" if os.path.isdir(path) else "is no folder"
-            problem += ", and no stage before makes it" if before else ""
             hint = f"a folder with {MODEL_FILES[0]} or {MODEL_FILES[1]} in it, a run's output folder, or owner/name"
+            problem, hint = without_model(path, hint)
+            problem += ", and no stage before makes it" if before else ""
             raise UserError(f"{key} = {path!r} {problem}", hint=hint, exit_code=MODEL)
         if name != "tokenizer_name_or_path" and os.path.lexists(config := os.path.join(path, MODEL_FILES[0])):
             hf = read_json(config, exit_code=MODEL)
