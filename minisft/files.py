@@ -89,7 +89,9 @@ def without_model(path: str | Path, hint: str) -> tuple[str, str]:
     path = Path(path)
     if not path.is_dir():
         return "is no folder", hint
-    steps = [step for place in ("checkpoints/step-*", "step-*") for step in path.glob(place)]
+    steps = [
+        step for place in ("checkpoints/step-*", "step-*") for step in path.glob(place) if step.name[5:].isdecimal()
+    ]
     steps = [step for step in steps if is_there(step / "config.json") or is_there(step / "adapter_config.json")]
     if steps:
         newest = max(steps, key=lambda step: step.name)

@@ -161,9 +161,9 @@ def test_generate_in_a_folder_without_a_model(tmp_path):
     assert caught.value.exit_code == MODEL_ERROR
     with pytest.raises(UserError, match="nowhere is no folder"):
         generate.main([str(tmp_path / "nowhere"), "--prompt", "Hi!"])
-    for step in (2, 10):  # a run that has not finished
-        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
-        (tmp_path / "checkpoints" / f"step-{step:08d}" / "adapter_config.json").touch()
+    for name in ("step-00000002", "step-00000010", "step-00000012.replaced-1"):  # a run that has not finished
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "adapter_config.json").touch()
     (tmp_path / "checkpoints" / "step-00000012").mkdir()  # which a kill may leave
     for folder in (tmp_path, tmp_path / "checkpoints"):
         with pytest.raises(UserError, match="has not finished") as caught:
