@@ -89,17 +89,24 @@ def without_model(path: str | Path, hint: str) -> tuple[str, str]:
     path = Path(path)
     if not path.is_dir():
         return "is no folder", hint
-    steps = [
-        step for place in ("checkpoints/step-*", "step-*") for step in path.glob(place) if step.name[5:].isdecimal()
-    ]
-    steps = [step for step in steps if is_there(step / "config.json") or is_there(step / "adapter_config.json")]
-    if steps:
+    places = [step for pattern in ("checkpoints/step-*", "step-*") for step in path.glob(pattern)]
+    if steps := [step for step in places if step.name[5:].isdecimal() and _has_model(step)]:
         newest = max(steps, key=lambda step: step.name)
         return (
             "holds no model yet: its run has not finished",
             f"finish the run, or name its newest checkpoint, {newest}",
         )
+    runs = [
+        run.parent for run in path.glob("*-*/model") if run.parent.name.split("-")[0].isdecimal() and _has_model(run)
+    ]
+    if runs:
+        last = max(runs, key=lambda run: int(run.name.split("-")[0]))
+        return "holds no model, but the runs of several stages", f"name one of them, as {last}"
     return "holds no model", hint
+
+
+def _has_model(folder: Path) -> bool:
+    return is_there(folder / "config.json") or is_there(folder / "adapter_config.json")
 
 
 def open_file(path: str | Path, *, exit_code: int = DATA) -> BinaryIO:

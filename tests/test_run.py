@@ -161,6 +161,13 @@ def test_generate_in_a_folder_without_a_model(tmp_path):
     assert caught.value.exit_code == MODEL_ERROR
     with pytest.raises(UserError, match="nowhere is no folder"):
         generate.main([str(tmp_path / "nowhere"), "--prompt", "Hi!"])
+    for stage in ("1-sft", "9-sft", "10-dpo", "11-dpo"):
+        (tmp_path / "stages" / stage / "model").mkdir(parents=True)
+        if stage != "11-dpo":  # it has not finished
+            (tmp_path / "stages" / stage / "model" / "config.json").touch()
+    with pytest.raises(UserError, match="the runs of several stages") as caught:
+        generate.main([str(tmp_path / "stages"), "--prompt", "Hi!"])
+    assert caught.value.hint == f"name one of them, as {tmp_path / 'stages' / '10-dpo'}"
     for name in ("step-00000002", "step-00000010", "step-00000012.replaced-1"):  # a run that has not finished
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "adapter_config.json").touch()
