@@ -16,7 +16,7 @@ from tiny_models import CONFIGS, stream, tiny
 
 from minisft import runtime
 from minisft.cards import CARDS
-from minisft.commands.plan import main
+from minisft.commands.plan import hardware_of, main
 from minisft.config.load import load
 from minisft.errors import MEMORY, UserError
 from minisft.heap import TUNABLES
@@ -613,3 +613,12 @@ def test_what_a_block_keeps_on_a_gpu_of_paper():
         exact = cases[:3] if family in less else cases[:5]  # full, and with adapters; the last one is DoRA
         assert [saved for saved, _ in exact] == [formula for _, formula in exact], family
         assert all(saved <= formula <= 1.25 * saved for saved, formula in cases), family
+
+
+@pytest.mark.parametrize(
+    ("text", "threads"), [("3", 3), (" 3 ", 3), ("4,2", 4), ("", None), ("0", None), ("-1", None), ("many", None)]
+)
+def test_any_number_of_threads_in_the_environment_is_planned_with(monkeypatch, text, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    hardware = hardware_of(config_of(**{"train.device": "cpu"}), {})
+    assert hardware.place.threads == (threads or os.cpu_count())

@@ -128,7 +128,8 @@ def hardware_of(config: Any, options: dict[str, Any]) -> Any:
     if card is None and gpus is None and memory is None:
         found = parse_hardware("cpu" if config.train.device == "cpu" else detected_hardware(), memory_bytes() / 1e9)
         if found.is_cpu:
-            threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1
+            given = re.match(r" *(\d{1,6})", os.environ.get("OMP_NUM_THREADS", ""))  # "4,2" counts for nested loops too
+            threads = int(given[1]) if given and int(given[1]) else os.cpu_count() or 1
             place = Place(False, threads=threads, precision=_precision(config, False))
             return Hardware(place, float(memory_bytes()), "this CPU")
         gpus, memory, name = found.devices, found.gigabytes * 1e9, "this machine's GPU"
