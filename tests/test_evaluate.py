@@ -97,6 +97,7 @@ def test_a_model_folder_without_a_run_and_a_table(home, capsys):
     assert evaluated(capsys, str(home / "alone"), "--data", data) == of_run
     assert main(["evaluate", str(home / "out"), "--data", data, "--precision=fp32"]) == 0
     said = capsys.readouterr().out
+    assert said.startswith("data  ") and "tokens built" not in said  # in a folder that is gone
     lines = said.splitlines()[-len(of_run) :]
     assert [line.split("  ")[0] for line in lines] == list(of_run)
     assert f"{of_run['all']['tokens']}" in lines[0] and "perplexity" in said

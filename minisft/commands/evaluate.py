@@ -135,7 +135,8 @@ def _evaluate(config: "Config", folder: Path) -> tuple[list[str], dict[str, dict
 
     device = runtime.pick_device(config.train.device)
     answerer = open_model(folder, chat_template=config.model.chat_template)
-    loader, _, lines = prepare_data(config, answerer.tokenizer)
+    loader, _, lines = prepare_data(config, answerer.tokenizer, title="data")
+    lines = [line for line in lines if str(config.data.cache_dir) not in line]  # which is gone at the end
     if sys.stderr.isatty():
         print(f"{loader.steps_per_epoch:,} batches ...", file=sys.stderr)
     found = scores(

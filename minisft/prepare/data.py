@@ -49,9 +49,13 @@ ROUND_TO = 64  # tokens and targets of a batch are filled up to a multiple: few 
 
 
 def prepare_data(
-    config: Config, tokenizer: Tokenizer, find_longest_tree: Callable[[], int | None] | None = None
+    config: Config,
+    tokenizer: Tokenizer,
+    find_longest_tree: Callable[[], int | None] | None = None,
+    *,
+    title: str = "train",
 ) -> tuple[Loader, dict[str, Loader], list[str]]:
-    """The training loader, the evaluation loaders by name, and their lines of the summary.
+    """The training loader, the evaluation loaders by name, and their lines of the summary. title: of the training data there.
 
     find_longest_tree(): `longest_tree` of the model. A function, because few data sets need it, and it finds the model. None:
     no turns are shared.
@@ -79,7 +83,7 @@ def prepare_data(
         begin, end = chunks.begin, chunks.end
         stream = Stream(*calls, begin=begin, end=end, sources=chunks.sources, formats=chunks.formats)
     else:
-        documents, lines = read_documents("train", source_list(data.train_data), config, tokenizer, data.packing)
+        documents, lines = read_documents(title, source_list(data.train_data), config, tokenizer, data.packing)
     held_out = {}
     for name, sources in eval_sets(data.eval_data).items():
         held_out[name], more = read_documents(f"eval {name}".strip(), sources, config, tokenizer, eval_packing)
