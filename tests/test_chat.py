@@ -64,7 +64,8 @@ def test_commands_forget_and_replace(home, monkeypatch, capsys):
     kind = talk(monkeypatch, capsys, "1?\n", out, "--system=be kind")[0]
     assert talk(monkeypatch, capsys, "2?\n/system be kind\n1?\n", out)[0].endswith(kind)
     said, _ = talk(monkeypatch, capsys, "/save\n/what\n1\\\n2?\n/quit\nnever\n", out)
-    assert "nothing to save" in said and "/reset" in said and said.count("\n") == 2 + len(chat.COMMANDS.splitlines())
+    assert "nothing to save" in said and "/what is no command" in said and "/reset" in said
+    assert said.count("\n") == 3 + len(chat.COMMANDS.splitlines())
 
 
 def test_without_a_template_each_question_stands_alone(home, monkeypatch, capsys):

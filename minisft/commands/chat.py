@@ -67,6 +67,8 @@ def converse(answerer: Answerer, options: dict, start: list[dict]) -> None:
             elif word == "/save":
                 save(messages, rest.strip())
             else:
+                if word != "/help":
+                    print(f"{word} is no command of this chat")
                 print(COMMANDS)
             continue
         if not line.strip():
