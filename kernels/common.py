@@ -205,6 +205,16 @@ def once_differentiable(backward):
     return checked
 
 
+def check_documents(cu_seqlens: Tensor | None, T: int) -> None:
+    """Raises ValueError where these are not the bounds of documents side by side; on a GPU only their form is looked at."""
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.ndim != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"cu_seqlens {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: expected int64 or int32 [N + 1]")
+    if cu_seqlens.device.type == "cpu" and (cu_seqlens[0] != 0 or cu_seqlens[-1] != T or (cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens runs from {cu_seqlens[0]} to {cu_seqlens[-1]}: expected 0 to {T}, and never back")
+
+
 def as_rows(x: Tensor) -> Tensor:
     """[..., D] -> [rows, D] with neighbouring features side by side: a view where the strides allow, else a copy."""
     x = x.reshape(-1, x.shape[-1])

@@ -57,6 +57,7 @@ from minisft.kernels.common import (
     arch_of,
     as_rows,
     backend_for,
+    check_documents,
     jit,
     once_differentiable,
     smallest_fit,
@@ -471,16 +472,6 @@ def cross_entropy(
     if reduction == "sum":
         return losses.sum()
     return losses.sum() / (targets != ignore_index).sum().clamp(min=1)
-
-
-def check_documents(cu_seqlens: Tensor | None, T: int) -> None:
-    """Raises ValueError where these are not the bounds of documents side by side; on a GPU only their form is looked at."""
-    if cu_seqlens is None:
-        return
-    if cu_seqlens.ndim != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"cu_seqlens {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: expected int64 or int32 [N + 1]")
-    if cu_seqlens.device.type == "cpu" and (cu_seqlens[0] != 0 or cu_seqlens[-1] != T or (cu_seqlens.diff() < 0).any()):
-        raise ValueError(f"cu_seqlens runs from {cu_seqlens[0]} to {cu_seqlens[-1]}: expected 0 to {T}, and never back")
 
 
 def _check(logits, labels, cu_seqlens, ignore_index, softcap, label_smoothing, reduction) -> None:

@@ -62,6 +62,7 @@ from minisft.kernels.common import (
     TensorDescriptor,
     backend_for,
     cdiv,
+    check_documents,
     chosen_backend,
     next_power_of_2,
     num_sms,
@@ -391,11 +392,9 @@ def flash_attention_varlen(
     to T, or goes back. On a GPU that is not checked, as it would have to wait for the GPU: tokens beyond the last document
     see nothing.
     """
-    fits = cu_seqlens.ndim == 1 and len(cu_seqlens) > 1
-    if fits and not cu_seqlens.is_cuda:
-        fits = cu_seqlens[0] == 0 and cu_seqlens[-1] == len(q) and not (cu_seqlens.diff() < 0).any()
-    if not fits:
-        raise ValueError(f"flash_attention_varlen: cu_seqlens {cu_seqlens.tolist()} must run from 0 to {len(q)}")
+    check_documents(cu_seqlens, len(q))
+    if len(cu_seqlens) < 2:
+        raise ValueError(f"flash_attention_varlen: cu_seqlens of {len(cu_seqlens)} numbers has no document")
     tokens = torch.arange(len(q), device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     document = torch.searchsorted(cu_seqlens, tokens, right=True).clamp_(max=len(cu_seqlens) - 1)
     options.setdefault("mean_length", len(q) / (len(cu_seqlens) - 1))

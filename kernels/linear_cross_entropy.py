@@ -77,9 +77,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisft.kernels.common import backend_for, cdiv, jit, num_sms, once_differentiable, tl
+from minisft.kernels.common import backend_for, cdiv, check_documents, jit, num_sms, once_differentiable, tl
 from minisft.kernels.copies import weight_as
-from minisft.kernels.cross_entropy import check_documents, score_rows, targets_of
+from minisft.kernels.cross_entropy import score_rows, targets_of
 from minisft.kernels.linear import product_into
 from minisft.kernels.linear_cross_entropy_torch import Options
 from minisft.kernels.linear_cross_entropy_torch import run as run_torch

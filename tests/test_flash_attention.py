@@ -433,11 +433,11 @@ def test_what_only_a_gpu_reads(monkeypatch):
 
 def test_bad_arguments_of_the_wrappers():
     q, k, v = qkv(9)
-    with pytest.raises(ValueError, match=r"\[0, 8\] must run from 0 to 9"):
+    with pytest.raises(ValueError, match="runs from 0 to 8: expected 0 to 9"):
         flash_attention_varlen(q, k, v, torch.tensor([0, 8]), 8)
-    with pytest.raises(ValueError, match=r"\[0, 7, 3, 9\] must run from 0 to 9"):
+    with pytest.raises(ValueError, match="runs from 0 to 9: .* never back"):
         flash_attention_varlen(q, k, v, torch.tensor([0, 7, 3, 9]))
-    with pytest.raises(ValueError, match=r"\[0\] must run from 0 to 0"):
+    with pytest.raises(ValueError, match="1 numbers has no document"):
         flash_attention_varlen(q[:0], k[:0], v[:0], torch.tensor([0]))
     with pytest.raises(ValueError, match=r"cache_seqlens \(3,\)"):
         flash_attention_with_kvcache(q, *torch.zeros(2, 9, 5, 2, 16), torch.zeros(3, dtype=torch.int32))

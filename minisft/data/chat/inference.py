@@ -113,7 +113,7 @@ def with_thought(prompt: str, text: str, message: dict) -> str:
         return text
     inside = thought_inside(message["content"])
     thought = (message.get("reasoning_content") or (inside[1] if inside else "")).strip()
-    answer = (
-        text[len(before) :].lstrip() if inside else text[len(before) :]
-    )  # the space between the two is there already
+    answer = text[len(before) :]
+    if inside:
+        answer = answer.lstrip()  # the space between the two is there already
     return prompt + (thought + "\n" if thought else "") + "</think>\n\n" + answer
